@@ -1,0 +1,48 @@
+"""LoRA for vision models as a set of plugins.
+
+Three lines adapt a model in place:
+
+    lora = LoraModel(model, LoraConfig(r=8, target_modules=["attn.qkv"]))
+    ...  # train `model` as ever: only the adapter requires gradients
+    lora.merge_and_unload()
+
+A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
+register layer types (`LayerPlugin`) or inits (`InitPlugin`); see `lora_plugins.hookspecs`.
+"""
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import (
+    AdapterFileError,
+    ConfigError,
+    LoraError,
+    MergeError,
+    PluginError,
+    StateError,
+    TargetError,
+)
+from lora_plugins.hookspecs import hookimpl
+from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.layer_plugin import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot, Term
+from lora_plugins.model import LoraModel
+from lora_plugins.plan import Plan
+
+__all__ = [
+    "AdapterFileError",
+    "ColumnMajorPlugin",
+    "ConfigError",
+    "InitContext",
+    "InitPlugin",
+    "LayerPlugin",
+    "LoraConfig",
+    "LoraError",
+    "LoraModel",
+    "MergeError",
+    "Plan",
+    "PluginError",
+    "RowMajorPlugin",
+    "Slot",
+    "StateError",
+    "TargetError",
+    "Term",
+    "hookimpl",
+]

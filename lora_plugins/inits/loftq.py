@@ -1,0 +1,83 @@
+"""LoftQ: a quantised base, and factors that make up for the quantisation error.
+
+Alternates Q ← quantise(W - s·B·A) and s·B·A ← the best rank-r approximation of W - Q, starting from A = B = 0, where
+s is the adapter's scaling; the best iterate is kept, so the error never rises with more iterations.
+Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
+
+The changed base is a function of the original base and of the factors before the last quantisation, which are stored
+with the adapter: loading it onto the original base gives Q again without storing Q.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import ConfigError
+from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.inits.quantize import BITS, quantize_dequantize
+
+
+class LoftQInit(InitPlugin):
+    """Options: `bits` (2, 4 or 8), `block_size` (values that share a scale) and `iterations`."""
+
+    name = "loftq"
+    options: ClassVar[Mapping[str, Any]] = {"bits": 4, "block_size": 64, "iterations": 1}
+    changes_base = True
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses widths that no quantiser has, and counts below one."""
+        if options["bits"] not in BITS:
+            raise ConfigError(f"init_options: loftq has {BITS} bits, not {options['bits']!r}.")
+        for key in ("block_size", "iterations"):
+            if not isinstance(options[key], int) or options[key] < 1:
+                raise ConfigError(f"init_options: {key} of loftq is a count of at least 1, not {options[key]!r}.")
+
+    def fill(self, context: InitContext) -> Mapping[str, Tensor]:
+        """Runs the alternation and fills A and B with its best iterate."""
+        rank = context.A.shape[0]
+        A, B = torch.zeros_like(context.A), torch.zeros_like(context.B)
+        best, best_recipe = float("inf"), {"A": A, "B": B}
+        for _ in range(context.options["iterations"]):
+            recipe = {"A": A, "B": B}
+            residual = context.weight - self.changed_base(context.weight, recipe, context.scaling, context.options)
+            A, B = low_rank(residual, rank, context.scaling)
+            error = float(torch.linalg.matrix_norm(residual - (B * context.scaling) @ A))
+            if error < best:
+                best, best_recipe = error, recipe
+                context.A.copy_(A)
+                context.B.copy_(B)
+        # Zero factors, those before the first quantisation, need no room in a file.
+        return best_recipe if bool(best_recipe["B"].any()) else {}
+
+    def changed_base(
+        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Quantises what the factors of the recipe leave of the original weight."""
+        target = weight
+        if recipe:
+            product = recipe["B"].double() @ recipe["A"].double()
+            target = (weight.double() - scaling * product).to(weight.dtype)
+        return quantize_dequantize(target, options["bits"], options["block_size"])
+
+
+def low_rank(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns A `(rank, in)` and B `(out, rank)` so that `scaling * B @ A` is the best approximation of a matrix.
+
+    The truncated singular value decomposition (Eckart and Young, 1936), its singular values shared evenly by both
+    factors; ranks beyond those of the matrix are zero.
+
+    Args:
+        matrix: `(out, in)`.
+        rank: The rank of the factors.
+        scaling: The factor that the update will be multiplied by.
+    """
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = min(rank, S.numel())
+    root = (S[:kept] / scaling).sqrt()
+    A = matrix.new_zeros(rank, matrix.shape[1])
+    B = matrix.new_zeros(matrix.shape[0], rank)
+    A[:kept] = root[:, None] * Vh[:kept]
+    B[:, :kept] = U[:, :kept] * root
+    return A, B

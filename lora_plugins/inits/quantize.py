@@ -1,0 +1,54 @@
+"""Blockwise quantisers in plain torch: NormalFloat with 2 or 4 bits, and symmetric 8-bit integers.
+
+NormalFloat (Dettmers et al., arXiv 2305.14314, section 3) places its levels at quantiles of the normal distribution,
+with an exact zero and exact ends; each block is divided by its largest magnitude first.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BITS = (2, 4, 8)
+"""The widths there are."""
+
+_OUTERMOST_QUANTILE = 0.9677083
+"""Quantile of the outermost level: 1 - (1/32 + 1/30) / 4, so that both tails of 4 bits keep half a level."""
+
+
+def levels(bits: int) -> Tensor:
+    """Returns the levels of a quantiser in ascending order, float64, from -1 to 1.
+
+    Args:
+        bits: 2 or 4 for NormalFloat, 8 for the 255 levels of a symmetric integer.
+    """
+    if bits == 8:
+        return torch.arange(-127, 128, dtype=torch.float64) / 127
+    count = 2**bits
+    quantile = torch.tensor(_OUTERMOST_QUANTILE, dtype=torch.float64)
+    positive = torch.special.ndtri(_linspace(quantile, count // 2 + 1))
+    negative = -torch.special.ndtri(_linspace(quantile, count // 2))
+    table = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
+    # Rounded once, so that no platform's last bit of ndtri matters.
+    return (table / table.abs().max()).float().double()
+
+
+def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
+    """Returns the nearest values that a quantiser can represent.
+
+    Args:
+        weight: Any shape, a floating type; blocks run over its flattened values.
+        bits: 2, 4 or 8.
+        block_size: Values that share one scale.
+    """
+    flat = weight.flatten()
+    blocks = F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    table = levels(bits).to(weight)
+    middles = (table[1:] + table[:-1]) / 2
+    codes = torch.bucketize(blocks / torch.where(scale == 0, 1, scale), middles)
+    return (table[codes] * scale).flatten()[: flat.numel()].view(weight.shape)
+
+
+def _linspace(outermost: Tensor, steps: int) -> Tensor:
+    """Quantiles from the outermost down to, not including, the median."""
+    return torch.linspace(float(outermost), 0.5, steps, dtype=torch.float64)[:-1]

@@ -1,0 +1,314 @@
+"""An adapted layer: the user's own module, of a subclass of its own class that answers with the updated weight.
+
+Nothing is wrapped. The layer keeps its parameters and their names, `lora_A` and `lora_B` join them, and its class
+becomes one that is generated once for each base class. Reading `layer.weight` gives `W + ΔW` while an adapter is
+active, so the layer's own forward, and anyone else who reads the weight, computes the law.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term
+
+STATE = "_lora"
+"""Attribute of an adapted layer that holds its `LayerState`."""
+
+
+class AdapterTensors(nn.Module):
+    """The tensors of one factor of a layer, by adapter name; any name that a parameter can have is allowed."""
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        return cast(nn.Parameter, self._parameters[adapter])
+
+    def __setitem__(self, adapter: str, value: nn.Parameter) -> None:
+        # Not register_parameter, which refuses names of methods such as "half".
+        self._parameters[adapter] = value
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._parameters[adapter]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._parameters
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def extra_repr(self) -> str:
+        """Shows the adapters and the shape of their factors."""
+        return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """One adapter on one layer.
+
+    Args:
+        plugin: The plugin whose matrix view the factors have.
+        branch_use: When the plugin's branch may replace the layer's own forward.
+        slots: Where its updates go.
+        r: Rank.
+        alpha: Numerator of the scaling.
+        scaling: Factor of `B @ A`.
+        dropout: Probability of dropping an element of the branch's input during training.
+    """
+
+    plugin: LayerPlugin
+    branch_use: BranchUse
+    slots: tuple[Slot, ...]
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+
+
+@dataclass
+class LayerState:
+    """What an adapted layer knows of its adapters.
+
+    Args:
+        name: Full name of the layer in the model, for messages.
+        base_class: The class of the untouched layer.
+        adapters: All adapters on the layer, active or not.
+        active: Names of those whose update is added at each forward.
+        merged: Weights with merged updates that cannot be written into a parameter, since something computes them.
+    """
+
+    name: str
+    base_class: type[nn.Module]
+    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether some adapter of the layer has a branch."""
+        return any(adapter.branch_use != "never" for adapter in self.adapters.values())
+
+    def active_slots(self) -> Iterator[tuple[str, LayerAdapter, Slot]]:
+        """Yields name, adapter and slot of each active update."""
+        for name in self.active:
+            adapter = self.adapters[name]
+            for slot in adapter.slots:
+                yield name, adapter, slot
+
+
+class AdaptedLayer(nn.Module):
+    """What generated classes have in common; comes before the base class in their MRO."""
+
+    _lora: LayerState
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The generated class has no import path; it is made again from its base class.
+        state = self._lora
+        return _rebuild, (state.base_class, weight_names(state), state.has_branch), self.__dict__
+
+    def extra_repr(self) -> str:
+        """Adds the adapters to what the base class shows."""
+        adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in self._lora.adapters.items())
+        return f"{super().extra_repr()}, lora[{adapters}]".removeprefix(", ")
+
+
+def state_of(layer: nn.Module) -> LayerState | None:
+    """Returns the adapter state of a layer; None if it is not adapted."""
+    return cast(LayerState | None, layer.__dict__.get(STATE))
+
+
+def base_class_of(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class that a layer has without its adapters."""
+    state = state_of(layer)
+    return type(layer) if state is None else state.base_class
+
+
+def weight_names(state: LayerState) -> tuple[str, ...]:
+    """Returns the attribute names of the weights that some adapter of a layer updates."""
+    names = {slot.tensor: None for adapter in state.adapters.values() for slot in adapter.slots}
+    return tuple(names)
+
+
+def base_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the untouched weight: a parameter, or what a parametrization or a hook of the layer computes."""
+    for store in (layer._parameters, layer._buffers, layer.__dict__):
+        value = store.get(name)
+        if value is not None:
+            return cast(Tensor, value)
+    return cast(Tensor, getattr(base_class_of(layer), name).fget(layer))
+
+
+def peek_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the untouched weight, detached, without letting a parametrization move its own statistics."""
+    parametrizations = layer._modules.get("parametrizations")
+    modes = [(module, module.training) for module in parametrizations.modules()] if parametrizations else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.no_grad():
+            return base_weight(layer, name).detach()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def weight_key(layer: nn.Module, name: str) -> int | None:
+    """Identifies the parameter behind a weight, the same for all layers that share it; None if it is computed."""
+    parameter = layer._parameters.get(name)
+    return None if parameter is None else id(parameter)
+
+
+def resting_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the weight that active updates are added to: the untouched one, or one with merged updates in it."""
+    merged: Tensor | None = layer._lora.merged.get(name)  # type: ignore[union-attr,operator]
+    return base_weight(layer, name) if merged is None else merged
+
+
+def factors(layer: nn.Module, adapter: str, slot: Slot) -> tuple[nn.Parameter, nn.Parameter]:
+    """Returns A and B of one slot of one adapter."""
+    modules = layer._modules
+    A, B = modules[f"lora_A{slot.suffix}"], modules[f"lora_B{slot.suffix}"]
+    return cast(AdapterTensors, A)[adapter], cast(AdapterTensors, B)[adapter]
+
+
+def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tensor | None:
+    """Returns `scaling * B @ A` of one adapter, laid out like the weight called `name`; None if it has none there.
+
+    Args:
+        layer: An adapted layer.
+        name: Attribute name of the weight.
+        adapter: Name of the adapter.
+        shape: Shape of the weight.
+    """
+    state = layer._lora
+    assert isinstance(state, LayerState)
+    total: Tensor | None = None
+    spec = state.adapters[adapter]
+    for slot in spec.slots:
+        if slot.tensor != name:
+            continue
+        matrix = Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0).matrix()
+        total = matrix if total is None else total + matrix
+    return None if total is None else spec.plugin.from_matrix(total, shape)
+
+
+def add_update(base: Tensor, delta: Tensor) -> Tensor:
+    """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
+    wide = torch.promote_types(base.dtype, delta.dtype)
+    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+
+
+def updated_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns `W + ΔW` over the active adapters."""
+    state = layer._lora
+    assert isinstance(state, LayerState)
+    weight = resting_weight(layer, name)
+    if not state.active:
+        return weight
+    device = weight.device.type
+    # Autocast would compute the update in half precision, and merging would then differ from adapting.
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _add_all(layer, name, weight)
+    return _add_all(layer, name, weight)
+
+
+def _add_all(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
+    state = layer._lora
+    assert isinstance(state, LayerState)
+    for adapter in state.active:
+        delta = update(layer, name, adapter, weight.shape)
+        if delta is not None:
+            weight = add_update(weight, delta)
+    return weight
+
+
+def refresh_class(layer: nn.Module) -> None:
+    """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
+    state = layer._lora
+    assert isinstance(state, LayerState)
+    idle = not state.active and not state.merged
+    layer.__class__ = (
+        state.base_class if idle else adapted_class(state.base_class, weight_names(state), state.has_branch)
+    )
+
+
+@functools.cache
+def adapted_class(base: type[nn.Module], weights: tuple[str, ...], has_branch: bool) -> type[nn.Module]:
+    """Generates the class of adapted layers, once for each base class.
+
+    Args:
+        base: The class of the untouched layer.
+        weights: Attribute names of the weights that answer with their update.
+        has_branch: Whether a plugin's branch may replace the base class's forward.
+    """
+    namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
+    namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
+    namespace["__doc__"] = base.__doc__
+    namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
+    if has_branch:
+        namespace["forward"] = _forward(base)
+    return type(f"Lora{base.__name__}", (AdaptedLayer, base), namespace)
+
+
+def _weight_property(name: str) -> property:
+    def get(layer: nn.Module) -> Tensor:
+        weight = updated_weight(layer, name)
+        if layer.training and weight.requires_grad and any(a.dropout for _, a, _ in layer._lora.active_slots()):  # type: ignore[union-attr,operator]
+            weight.register_hook(_RefuseDropout(layer._lora.name))  # type: ignore[union-attr,arg-type]
+        return weight
+
+    def set(layer: nn.Module, value: Tensor) -> None:
+        # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
+        layer.__dict__[name] = value
+
+    return property(get, set)
+
+
+@dataclass(frozen=True)
+class _RefuseDropout:
+    """Stops a backward through a weight that was read past the layer's forward, where no dropout can act."""
+
+    layer: str
+
+    def __call__(self, gradient: Tensor) -> None:
+        raise StateError(
+            f"The weight of {self.layer!r} is used by another module without calling the layer, so dropout cannot "
+            "act on it. Set dropout=0, or add the layer to exclude_modules."
+        )
+
+
+def _forward(base: type[nn.Module]) -> Any:
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        state: LayerState = layer._lora
+        adapters = [state.adapters[name] for name in state.active]
+        if not _branches(adapters, layer.training):
+            return base.forward(layer, *args, **kwargs)
+        terms = _terms(layer, state)
+        weights: Mapping[str, Tensor] = {term.slot.tensor: resting_weight(layer, term.slot.tensor) for term in terms}
+        return adapters[0].plugin.branch(layer, weights, terms, *args, **kwargs)
+
+    return forward
+
+
+def _branches(adapters: list[LayerAdapter], training: bool) -> bool:
+    """Whether the active adapters of a layer are computed by their branch rather than by the updated weight."""
+    uses = [adapter.branch_use for adapter in adapters]
+    if not uses or "never" in uses:
+        return False
+    return uses[0] == "always" or (training and any(adapter.dropout for adapter in adapters))
+
+
+def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
+    training = layer.training
+    return [
+        Term(slot, *factors(layer, name, slot), adapter.scaling, adapter.dropout if training else 0.0)
+        for name, adapter, slot in state.active_slots()
+    ]
+
+
+def _rebuild(base: type[nn.Module], weights: tuple[str, ...], has_branch: bool) -> nn.Module:
+    generated = adapted_class(base, weights, has_branch)
+    return cast(nn.Module, generated.__new__(generated))

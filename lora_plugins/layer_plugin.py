@@ -1,0 +1,157 @@
+"""What a layer plugin says: which class it adapts, and how a low-rank matrix is laid out like its weight."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BranchUse = Literal["never", "dropout", "always"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place of a layer that receives a low-rank update.
+
+    Args:
+        tensor: Attribute name of the weight, such as `weight` or `in_proj_weight`.
+        part: Name of the part of that weight, such as `q`; empty where the whole weight is one slot.
+        rows: The rows of the weight's matrix view that the update covers, as the first one, one past the last one,
+            and the number of rows that the matrix has; all rows when None.
+    """
+
+    tensor: str
+    part: str = ""
+    rows: tuple[int, int, int] | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What follows `lora_A` and `lora_B` in the names of this slot's tensors."""
+        return f"_{self.part}" if self.part else ""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One active update of a layer, ready for a branch: `scaling * B @ A @ dropout(x)`.
+
+    Args:
+        slot: Where the update belongs.
+        A: `(r, in)`.
+        B: `(out, r)`, where out counts the rows of the slot.
+        scaling: The factor of the update.
+        dropout: Probability of dropping an element of the branch's input, 0 outside of training.
+    """
+
+    slot: Slot
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dropout: float
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Drops elements of the branch's input, any shape, as `torch.nn.functional.dropout` does."""
+        return F.dropout(x, self.dropout) if self.dropout else x
+
+    def matrix(self) -> Tensor:
+        """Returns the scaled update as a matrix `(out, in)` of the whole weight, zero outside of the slot's rows."""
+        update = (self.B * self.scaling) @ self.A
+        if self.slot.rows is None:
+            return update
+        start, stop, total = self.slot.rows
+        return F.pad(update, (0, 0, start, total - stop))
+
+
+class LayerPlugin(ABC):
+    """What a type of layer is, to LoRA.
+
+    A plugin is stateless. It sees the weight of a layer as a matrix `(out, in)`; A is `(r, in)`, B is `(out, r)`, and
+    the update `scaling * B @ A` is laid out like the weight by `from_matrix`. That alone makes a layer type work:
+    the adapted layer then runs its own `forward` with the updated weight. A `branch` is an optional faster way to
+    the same result, and the only way to honour dropout.
+
+    Attributes:
+        name: Unique name of the layer type, as plans and files show it.
+        module_type: The module class, or its import path as a string (`"package.module.Class"`), which is compared
+            without importing the package. Subclasses are adapted too; the most specific plugin wins.
+        lookup: True for layers that look rows of the weight up by index, whose A starts at zero instead of B.
+        branch_types: The classes, or their import paths, whose `forward` is known to be what `branch` computes.
+            Subclasses are not included, as they may transform their weight or their input.
+        branch_use: When `branch` replaces the layer's own forward for `branch_types`: `always`, or only while
+            `dropout` acts, or `never`.
+    """
+
+    name: ClassVar[str]
+    module_type: ClassVar[type[nn.Module] | str]
+    lookup: ClassVar[bool] = False
+    branch_types: ClassVar[Sequence[type[nn.Module] | str]] = ()
+    branch_use: ClassVar[BranchUse] = "never"
+
+    @abstractmethod
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Views a weight as a matrix `(out, in)`: a reshape or a permutation, never a computation."""
+
+    @abstractmethod
+    def from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Lays a matrix `(out, in)` out as a weight of the given shape: the inverse of `to_matrix`."""
+
+    def slots(self, layer: nn.Module) -> Sequence[Slot]:
+        """Returns where a whole-layer adapter goes."""
+        return (Slot("weight"),)
+
+    def parts(self, layer: nn.Module) -> Mapping[str, Slot]:
+        """Returns the slots of `q`, `k` and `v` where one layer computes all three; empty where it does not."""
+        return {}
+
+    def biases(self, layer: nn.Module) -> Sequence[str]:
+        """Returns the attribute names of the biases that `bias="lora_only"` trains."""
+        return ("bias",)
+
+    def branch_for(self, layer: nn.Module) -> BranchUse:
+        """Returns when `branch` may serve this very layer, whose class is one of `branch_types`."""
+        return self.branch_use
+
+    def branch(
+        self,
+        layer: nn.Module,
+        base: Mapping[str, Tensor | None],
+        terms: Sequence[Term],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes the layer's output with its update, without forming the updated weight.
+
+        Args:
+            layer: The layer; read its options, not its weight.
+            base: The untouched weights by slot tensor name.
+            terms: The active updates, at least one.
+            *args: What the layer's `forward` was called with.
+            **kwargs: Likewise.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says branch_use={self.branch_use!r} but has no branch.")
+
+
+class RowMajorPlugin(LayerPlugin):
+    """A layer whose weight has its outputs first: `(out, ...)`."""
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Flattens `(out, ...)` to `(out, in)`."""
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Reshapes `(out, in)` to `(out, ...)`."""
+        return matrix.reshape(shape)
+
+
+class ColumnMajorPlugin(LayerPlugin):
+    """A layer whose weight has its inputs first: `(in, ...)`."""
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Flattens `(in, ...)` to `(in, out)` and transposes it."""
+        return weight.flatten(1).T
+
+    def from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Transposes `(out, in)` and reshapes it to `(in, ...)`."""
+        return matrix.T.reshape(shape)

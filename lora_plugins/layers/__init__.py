@@ -1,0 +1,33 @@
+"""The built-in layer plugins, registered through the same door as anyone else's."""
+
+from lora_plugins.hookspecs import hookimpl
+from lora_plugins.layers.attention import MultiheadAttentionPlugin
+from lora_plugins.layers.conv import (
+    Conv1dPlugin,
+    Conv2dPlugin,
+    Conv3dPlugin,
+    ConvTranspose1dPlugin,
+    ConvTranspose2dPlugin,
+    ConvTranspose3dPlugin,
+)
+from lora_plugins.layers.embedding import EmbeddingPlugin
+from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
+from lora_plugins.registry import LayerRegistrar
+
+
+@hookimpl
+def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
+    """Registers every built-in layer type."""
+    for plugin in (
+        LinearPlugin(),
+        TransformersConv1DPlugin(),
+        Conv1dPlugin(),
+        Conv2dPlugin(),
+        Conv3dPlugin(),
+        ConvTranspose1dPlugin(),
+        ConvTranspose2dPlugin(),
+        ConvTranspose3dPlugin(),
+        EmbeddingPlugin(),
+        MultiheadAttentionPlugin(),
+    ):
+        registrar.add(plugin)

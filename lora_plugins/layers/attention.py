@@ -1,0 +1,39 @@
+"""`nn.MultiheadAttention`: the projections of query, key and value that it keeps as bare weights.
+
+Its output projection is a Linear child of its own and is adapted as one: the attention reads `out_proj.weight`,
+which answers with the updated weight.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lora_plugins.layer_plugin import RowMajorPlugin, Slot
+from lora_plugins.layers.linear import thirds
+
+_SEPARATE = {"q": "q_proj_weight", "k": "k_proj_weight", "v": "v_proj_weight"}
+
+
+class MultiheadAttentionPlugin(RowMajorPlugin):
+    """`torch.nn.MultiheadAttention`, with one width for query, key and value or with three."""
+
+    name = "multihead_attention"
+    module_type = nn.MultiheadAttention
+
+    def slots(self, layer: nn.Module) -> Sequence[Slot]:
+        """One slot over the fused projection, or one for each separate projection."""
+        assert isinstance(layer, nn.MultiheadAttention)
+        if layer._qkv_same_embed_dim:
+            return (Slot("in_proj_weight"),)
+        return tuple(self.parts(layer).values())
+
+    def parts(self, layer: nn.Module) -> Mapping[str, Slot]:
+        """The thirds of the fused projection, or the separate projections."""
+        assert isinstance(layer, nn.MultiheadAttention)
+        if layer._qkv_same_embed_dim:
+            return thirds("in_proj_weight", 3 * layer.embed_dim)
+        return {part: Slot(tensor, part) for part, tensor in _SEPARATE.items()}
+
+    def biases(self, layer: nn.Module) -> Sequence[str]:
+        """The bias of the three projections."""
+        return ("in_proj_bias",)

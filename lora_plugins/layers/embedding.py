@@ -1,0 +1,47 @@
+"""Embeddings: rows of W (num_embeddings, dim) looked up by index.
+
+The matrix view is Wᵀ, so A is (r, num_embeddings) and B is (dim, r), as in the reference implementation
+(microsoft/LoRA, `loralib/layers.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term
+
+
+class EmbeddingPlugin(ColumnMajorPlugin):
+    """`torch.nn.Embedding` and its subclasses; padding_idx, max_norm and sparse hold as in the untouched layer."""
+
+    name = "embedding"
+    module_type = nn.Embedding
+    lookup = True
+    branch_types: ClassVar = (nn.Embedding,)
+
+    def branch_for(self, layer: nn.Module) -> BranchUse:
+        """Looks the update up row by row, unless an option of the layer concerns whole rows of `W + ΔW`."""
+        assert isinstance(layer, nn.Embedding)
+        whole_rows = layer.max_norm is not None or layer.scale_grad_by_freq
+        return "never" if whole_rows else "always"
+
+    def branch(
+        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], input: Tensor
+    ) -> Tensor:  # type: ignore[override]
+        """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`."""
+        weight = base["weight"]
+        assert isinstance(layer, nn.Embedding)
+        assert weight is not None
+        y = F.embedding(input, weight, layer.padding_idx, sparse=layer.sparse)
+        for term in terms:
+            rows = F.embedding(input, term.A.T)
+            update = F.linear(rows, term.B) * term.scaling
+            if layer.padding_idx is not None:
+                # The padding row is looked up but never trained.
+                padding = (input == layer.padding_idx).unsqueeze(-1)
+                update = torch.where(padding, update.detach(), update)
+            y = y + update.to(y.dtype)
+        return y

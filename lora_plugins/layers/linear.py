@@ -1,0 +1,67 @@
+"""Linear layers: y = x Wᵀ + b, with W of shape (out, in); and their transposed twin in transformers."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term
+
+
+def thirds(tensor: str, rows: int) -> dict[str, Slot]:
+    """Splits a weight of `rows` rows into equal slots for q, k and v; empty if they do not divide."""
+    if rows % 3:
+        return {}
+    size = rows // 3
+    return {part: Slot(tensor, part, (i * size, (i + 1) * size, rows)) for i, part in enumerate("qkv")}
+
+
+def add_linear(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Adds `scaling * dropout(x) Aᵀ Bᵀ` of each term to `y`.
+
+    Args:
+        y: `(..., out)`, the output of the untouched layer.
+        x: `(..., in)`, its input.
+        terms: The updates.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for term in terms:
+        x_term = term.drop(x)
+        # A half-precision base keeps its adapter in float32; autocast, where active, chooses the type itself.
+        x_term = x_term if autocast else x_term.to(term.A.dtype)
+        update = F.linear(F.linear(x_term, term.A), term.B) * term.scaling
+        if term.slot.rows is not None:
+            start, stop, total = term.slot.rows
+            update = F.pad(update, (start, total - stop))
+        y = y + update.to(y.dtype)
+    return y
+
+
+class LinearPlugin(RowMajorPlugin):
+    """`torch.nn.Linear` and its subclasses."""
+
+    name = "linear"
+    module_type = nn.Linear
+    branch_types: ClassVar = (nn.Linear, NonDynamicallyQuantizableLinear)
+    branch_use: ClassVar[BranchUse] = "always"
+
+    def parts(self, layer: nn.Module) -> Mapping[str, Slot]:
+        """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""
+        assert isinstance(layer, nn.Linear)
+        return thirds("weight", layer.out_features)
+
+    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:  # type: ignore[override]
+        """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
+        weight = base["weight"]
+        assert weight is not None
+        return add_linear(F.linear(x, weight, layer.bias), x, terms)  # type: ignore[arg-type]
+
+
+class TransformersConv1DPlugin(ColumnMajorPlugin):
+    """`Conv1D` of transformers: a linear layer whose weight is `(in, out)`."""
+
+    name = "transformers_conv1d"
+    module_type = "transformers.pytorch_utils.Conv1D"

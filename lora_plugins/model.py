@@ -1,0 +1,403 @@
+"""`LoraModel`, the handle to an adapted model."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora_plugins import files, merge
+from lora_plugins.combine import combine
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, StateError
+from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
+from lora_plugins.layer import state_of
+from lora_plugins.manager import default_registry
+from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
+from lora_plugins.plan import Plan, make_plan
+from lora_plugins.registry import Registry
+from lora_plugins.state import (
+    Adapter,
+    ModelState,
+    adapted_layers,
+    apply_state,
+    base_in_place,
+    close_state,
+    model_state,
+    open_state,
+)
+
+_NAME = re.compile(r"\w[\w-]*")
+
+
+class LoraModel:
+    """A handle to a model and its LoRA adapters.
+
+    The model stays the user's own object: its layers are adapted in place, and training, saving and calling it go on
+    as before. The adapters travel with the model; a second handle to the same model sees the same adapters.
+
+    Args:
+        model: Any module.
+        config: The first adapter, or None for a handle to a model that is adapted already.
+        adapter_name: Name of that adapter.
+        registry: The plugins to use; by default all that are installed.
+
+    Raises:
+        TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
+        StateError: If there is no config and the model is not adapted.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+        >>> lora.print_trainable_parameters()
+        trainable params: 24 || all params: 82 || trainable%: 29.2683
+        >>> type(lora.merge_and_unload()[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        registry: Registry | None = None,
+    ) -> None:
+        self.model = model
+        self._registry = registry or default_registry()
+        if config is not None:
+            self.add_adapter(adapter_name, config)
+        elif model_state(model) is None:
+            raise StateError("The model has no adapter. Give LoraModel a LoraConfig, or use LoraModel.load_adapter.")
+
+    @staticmethod
+    def plan(model: nn.Module, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
+        """Returns what would be adapted, by which plugin, with which rank, alpha and parameters; touches nothing.
+
+        Raises:
+            TargetError: If a pattern matches nothing or a targeted layer cannot be adapted.
+        """
+        return make_plan(model, config, registry or default_registry())
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        """The configurations of all adapters by name."""
+        return {name: adapter.plan.config for name, adapter in self._state.adapters.items()}
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """What each adapter adapts, by adapter name."""
+        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that act, merged ones included."""
+        return self._state.active
+
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters whose update is in the weights."""
+        return self._state.merged
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        """Adds an adapter. The first one becomes active and trainable; a later one waits for `set_adapter`.
+
+        Raises:
+            ConfigError: If the name is taken or is none.
+            TargetError: If the config does not fit the model. The model is untouched.
+            StateError: If something is merged.
+        """
+        with self._adding(adapter_name):
+            plan = make_plan(self.model, config, self._registry)
+            content = initialise(self.model, plan)
+            self._attach(adapter_name, plan, content)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
+        """Makes one or several adapters active, and no other; the updates of several add up.
+
+        Args:
+            adapter_names: A name, or several.
+            trainable: Whether they are trained from now on.
+
+        Raises:
+            StateError: If a name is unknown, something is merged, or two adapters trained the same head or bias.
+        """
+        names = _names(adapter_names)
+        state = self._state
+        state.refuse_merged("Changing the active adapter")
+        for name in names:
+            state.adapter(name)
+        state.values.check(names)
+        state.active, state.trainable = names, trainable
+        apply_state(self.model, state)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[nn.Module]:
+        """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.
+
+        Raises:
+            StateError: If something is merged.
+        """
+        state = self._state
+        state.refuse_merged("Disabling adapters")
+        active, state.active = state.active, ()
+        grads = [(p, p.requires_grad) for p in self.model.parameters()]
+        apply_state(self.model, state)
+        try:
+            yield self.model
+        finally:
+            state.active = active
+            apply_state(self.model, state)
+            for parameter, requires_grad in grads:
+                parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; the last one leaves the untouched model.
+
+        Raises:
+            StateError: If there is no such adapter, or something is merged.
+        """
+        state = self._state
+        state.adapter(adapter_name)
+        state.refuse_merged("Deleting an adapter")
+        if len(state.adapters) == 1:
+            self.unload()
+            return
+        state.active = tuple(name for name in state.active if name != adapter_name)
+        apply_state(self.model, state)
+        state.values.release(self.model, adapter_name)
+        for layer in adapted_layers(self.model).values():
+            layer_state = state_of(layer)
+            if layer_state is not None and adapter_name in layer_state.adapters:
+                detach(layer, adapter_name)
+        del state.adapters[adapter_name]
+
+    def merge_adapter(
+        self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
+    ) -> MergeReport:
+        """Writes the updates of active adapters into the weights; `unmerge_adapter` takes them back bit for bit.
+
+        Computed in float32 or better and rounded once. Until then the model cannot be trained, and what is merged
+        cannot be saved.
+
+        Args:
+            adapter_names: Which of the active adapters; by default all that are not merged yet.
+            max_error: Share of an update that rounding may lose.
+
+        Raises:
+            MergeError: If more would be lost, or a weight is shared with a layer that is not adapted. Nothing is
+                merged then.
+            StateError: If an adapter is unknown, not active, or merged already.
+        """
+        state = self._state
+        names = _names(adapter_names) if adapter_names is not None else self._unmerged()
+        return merge.merge(self.model, state, names, max_error)
+
+    def unmerge_adapter(self) -> None:
+        """Takes all merged updates out of the weights again, bit for bit.
+
+        Raises:
+            StateError: If nothing is merged.
+        """
+        if not self._state.merged:
+            raise StateError("Nothing is merged.")
+        merge.unmerge(self.model, self._state)
+
+    def unload(self) -> nn.Module:
+        """Removes all adapters and returns the model as it was before, bit for bit."""
+        state = self._state
+        if state.merged:
+            merge.unmerge(self.model, state)
+        state.active = ()
+        apply_state(self.model, state)
+        self._detach_all()
+        return self.model
+
+    def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
+        """Writes the updates of all active adapters into the weights for good, and removes the adapters.
+
+        Trained heads and biases stay. The model has its own classes and state-dict keys again.
+
+        Raises:
+            MergeError: As `merge_adapter` does; the model is untouched then.
+        """
+        state = self._state
+        merge.merge_for_good(self.model, state, max_error)
+        computed = {
+            name: dict(s.merged) for name, layer in adapted_layers(self.model).items() if (s := state_of(layer))
+        }
+        self._detach_all()
+        for name, merged in computed.items():
+            make_plain(self.model.get_submodule(name), merged)
+        return self.model
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: float,
+    ) -> float:
+        """Combines adapters into a new one, whose update is computed from theirs; see `lora_plugins.combine`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: The weight of each.
+            adapter_name: Name of the new adapter, which is added but not active.
+            combination_type: How; see `lora_plugins.combine.COMBINATIONS`.
+            **options: Options of that way, such as `density`.
+
+        Returns:
+            The largest relative error of a layer's new update, as a share of the norm of the exact combination.
+
+        Raises:
+            ConfigError: If the way or an option is unknown, or the numbers of adapters and weights differ.
+            StateError: If an adapter is unknown or something is merged.
+        """
+        with self._adding(adapter_name):
+            result = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
+            self._attach(adapter_name, result.plan, result.content, result.values)
+        return result.relative_error
+
+    def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
+        """Writes an adapter into a folder; see `lora_plugins.files` for what it holds.
+
+        Args:
+            path: The folder; it is made if it does not exist.
+            adapter_name: Which adapter; by default the only active one.
+
+        Returns:
+            The folder.
+
+        Raises:
+            StateError: If something is merged, or no name is given and not exactly one adapter is active.
+        """
+        state = self._state
+        state.refuse_merged("Saving an adapter")
+        if adapter_name is None:
+            if len(state.active) != 1:
+                raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
+            (adapter_name,) = state.active
+        state.adapter(adapter_name)
+        return files.write(Path(path), files.pack(self.model, state, adapter_name, self._registry))
+
+    @classmethod
+    def load_adapter(
+        cls,
+        model: nn.Module,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        registry: Registry | None = None,
+    ) -> "LoraModel":
+        """Puts a saved adapter on a model, adapted or not.
+
+        Args:
+            model: The base model that the adapter was trained on, with untouched weights.
+            path: The folder that `save_adapter` wrote.
+            adapter_name: Name of the adapter on this model; by default the one it was saved under.
+            registry: The plugins to use; by default all that are installed.
+
+        Returns:
+            A handle. The adapter is active if it is the model's first.
+
+        Raises:
+            AdapterFileError: If the folder is damaged or belongs to another model. The model is untouched.
+        """
+        return cls.load_packed(model, files.read(Path(path)), adapter_name, registry=registry)
+
+    @classmethod
+    def load_packed(
+        cls,
+        model: nn.Module,
+        packed: files.PackedAdapter,
+        adapter_name: str | None = None,
+        *,
+        registry: Registry | None = None,
+    ) -> "LoraModel":
+        """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
+        handle = cls.__new__(cls)
+        handle.model, handle._registry = model, registry or default_registry()
+        name = adapter_name or str(packed.manifest["adapter_name"])
+        with handle._adding(name):
+            unpacked = files.unpack(model, packed, handle._registry)
+            handle._attach(name, unpacked.plan, unpacked.content, unpacked.values, files.changed_sums(packed))
+        return handle
+
+    def pack(self, adapter_name: str) -> files.PackedAdapter:
+        """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes."""
+        self._state.refuse_merged("Saving an adapter")
+        self._state.adapter(adapter_name)
+        return files.pack(self.model, self._state, adapter_name, self._registry)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many, in the form that PEFT made usual."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total = sum(size for size, _ in sizes)
+        trained = sum(size for size, trained in sizes if trained)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    @property
+    def _state(self) -> ModelState:
+        state = model_state(self.model)
+        if state is None:
+            raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
+        return state
+
+    def _unmerged(self) -> tuple[str, ...]:
+        return tuple(name for name in self._state.active if name not in self._state.merged)
+
+    @contextmanager
+    def _adding(self, adapter_name: str) -> Iterator[None]:
+        """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
+        if not _NAME.fullmatch(adapter_name):
+            raise ConfigError(f"{adapter_name!r} cannot name an adapter: use letters, digits, '_' and '-'.")
+        state = model_state(self.model)
+        if state is None:
+            yield
+            return
+        state.refuse_merged("Adding an adapter")
+        if adapter_name in state.adapters:
+            raise ConfigError(f"The model has an adapter {adapter_name!r} already. Delete it, or choose another name.")
+        with base_in_place(self.model, state):
+            yield
+
+    def _attach(
+        self,
+        name: str,
+        plan: Plan,
+        content: AdapterContent,
+        values: Mapping[str, Tensor] | None = None,
+        changed_sums: Mapping[str, str] | None = None,
+    ) -> None:
+        """Puts a finished adapter on the model; everything that can fail happens before the first change."""
+        if plan.init.changes_base:
+            merge.refuse_shared(self.model, plan.weights())
+        changed = changed_bases(self.model, plan, content)
+        files.check_changed(changed, changed_sums)
+        own = {**trained_values(self.model, plan), **(values or {}), **changed}
+        state = open_state(self.model)
+        first = not state.adapters
+        attach(self.model, plan, name, content)
+        recipes = {key: dict(tensors.recipe) for key, tensors in content.items()}
+        state.adapters[name] = Adapter(plan, recipes)
+        state.values.claim(self.model, name, own)
+        if first:
+            state.active = (name,)
+        apply_state(self.model, state)
+
+    def _detach_all(self) -> None:
+        for layer in adapted_layers(self.model).values():
+            state = state_of(layer)
+            assert state is not None
+            for name in list(state.adapters):
+                state.merged.clear()
+                detach(layer, name)
+        close_state(self.model)
+
+
+def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+    return (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)

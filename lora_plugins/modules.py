@@ -1,0 +1,87 @@
+"""The modules of a model by name, with the other names that shared modules and tied tensors have."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_plugins.layer import AdapterTensors
+from lora_plugins.registry import class_path
+
+FOREIGN = frozenset({"torchmetrics.metric.Metric"})
+"""Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """One module of a model.
+
+    Args:
+        name: Its first name, as `named_modules` gives it.
+        module: The module.
+        aliases: Its other names, where it stands in the model more than once.
+    """
+
+    name: str
+    module: nn.Module
+    aliases: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names, the first one first."""
+        return (self.name, *self.aliases)
+
+
+def model_modules(model: nn.Module) -> list[NamedModule]:
+    """Lists the modules of a model, each once, in order; without adapters and modules that are not the model's."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in _walk(model, ""):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is None or isinstance(child, AdapterTensors):
+            continue
+        if any(class_path(cls) in FOREIGN for cls in type(child).__mro__):
+            continue
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
+    """Returns the model's own parameters or buffers by full name, a tied one under its first name only.
+
+    Args:
+        model: The model.
+        modules: Its modules.
+        kind: `_parameters` or `_buffers`.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for entry in modules:
+        for key, tensor in getattr(entry.module, kind).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{entry.name}.{key}" if entry.name else key] = tensor
+    return found
+
+
+def persistent_buffers(model: nn.Module, modules: list[NamedModule]) -> dict[str, Tensor]:
+    """Returns the buffers that a state dict has, by full name."""
+    keys = {
+        f"{entry.name}.{key}" if entry.name else key
+        for entry in modules
+        for key in entry.module._buffers
+        if key not in entry.module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in own_tensors(model, modules, "_buffers").items() if name in keys}
+
+
+def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the module that owns a parameter or buffer, and its name there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key

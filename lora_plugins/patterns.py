@@ -1,0 +1,182 @@
+"""Matching of module names: whole path components, regular expressions, and blocks."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+from lora_plugins.errors import ConfigError, TargetError, near
+
+Value = TypeVar("Value")
+
+_LITERAL = re.compile(r"[\w\-./:]+")
+
+BLOCK_CONTAINERS = frozenset(
+    {"layers", "layer", "h", "blocks", "block", "stages", "stage", "levels", "features", "resblocks"}
+)
+"""Names under which models keep their numbered blocks."""
+
+
+def ends_with(pattern: str, name: str) -> bool:
+    """Whether the last path components of `name` are those of `pattern`."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def contains(pattern: str, name: str) -> bool:
+    """Whether the path components of `pattern` stand next to each other somewhere in `name`."""
+    return f".{pattern}." in f".{name}."
+
+
+def compiled(field: str, pattern: str) -> re.Pattern[str]:
+    """Compiles a regular expression.
+
+    Raises:
+        ConfigError: If it is not one, naming the field.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.") from error
+
+
+def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[str], bool]]:
+    """Returns a test of full names for each pattern of a `target_modules`-like field."""
+    if isinstance(patterns, str):
+        expression = compiled(field, patterns)
+        return {patterns: lambda name: expression.fullmatch(name) is not None}
+    return {pattern: _ends_with(pattern) for pattern in patterns}
+
+
+def select(field: str, patterns: Sequence[str] | str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the names that each pattern of a field matches.
+
+    Raises:
+        TargetError: If a pattern matches none of the names.
+    """
+    names = list(names)
+    found = {pattern: [name for name in names if test(name)] for pattern, test in matcher(field, patterns).items()}
+    for pattern, matches in found.items():
+        if not matches:
+            raise TargetError(f"{field}: {pattern!r} matches no module of the model. {nearest(pattern, names)}")
+    return found
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+    """Offers the path ends, as long as the pattern, that look most like it."""
+    length = pattern.count(".") + 1
+    return near(pattern, {".".join(name.split(".")[-length:]) for name in names if name})
+
+
+class PatternMap(Generic[Value]):
+    """Values of single layers by pattern, such as `rank_pattern`.
+
+    Args:
+        field: Name of the field, for errors.
+        values: The patterns and their values.
+        names: The names of all adapted layers.
+
+    Raises:
+        TargetError: If a pattern matches none of the names.
+    """
+
+    def __init__(self, field: str, values: Mapping[str, Value], names: Iterable[str]) -> None:
+        self._field = field
+        self._values = values
+        self._tests = {key: _key_test(field, key) for key in values}
+        names = list(names)
+        for key, test in self._tests.items():
+            if not any(test(name) for name in names):
+                raise TargetError(f"{field}: {key!r} matches none of the adapted layers. {nearest(key, names)}")
+
+    def get(self, name: str, default: Value) -> Value:
+        """Returns the value of the most specific pattern that matches `name`.
+
+        Raises:
+            TargetError: If two patterns match equally well.
+        """
+        matches = sorted((-_specificity(key), key) for key, test in self._tests.items() if test(name))
+        if not matches:
+            return default
+        best = [key for specificity, key in matches if specificity == matches[0][0]]
+        if len(best) > 1:
+            raise TargetError(
+                f"{self._field}: {best[0]!r} and {best[1]!r} match the layer {name!r} equally well. "
+                "Make one of them longer; the full name of the layer always wins."
+            )
+        return self._values[best[0]]
+
+
+class BlockFilter:
+    """The choice of blocks by `layers_to_transform` and `layers_pattern`.
+
+    Args:
+        blocks: Indices of blocks, or paths of blocks.
+        containers: The names of block containers that indices count in; the usual ones when None.
+        names: The names of all layers that could be adapted.
+
+    Raises:
+        TargetError: If a block does not exist, or an index could mean blocks of two nested containers.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int | str] | int | str,
+        containers: Sequence[str] | str | None,
+        names: Iterable[str],
+    ) -> None:
+        self._blocks = [blocks] if isinstance(blocks, int | str) else list(blocks)
+        self._containers = [containers] if isinstance(containers, str) else containers
+        names = list(names)
+        for block in self._blocks:
+            if not any(self._in_block(block, name) for name in names):
+                raise TargetError(
+                    f"layers_to_transform: there is no block {block!r} in "
+                    f"{self._containers or 'the usual block containers'} that holds a target. "
+                    f"Blocks with targets: {self._known(names)}."
+                )
+
+    def __call__(self, name: str) -> bool:
+        """Whether the layer called `name` is in one of the blocks."""
+        return any(self._in_block(block, name) for block in self._blocks)
+
+    def _in_block(self, block: int | str, name: str) -> bool:
+        if isinstance(block, str):
+            return contains(block, name)
+        found = _indices(name, self._containers or BLOCK_CONTAINERS)
+        if self._containers is None and len(found) > 1:
+            raise TargetError(
+                f"layers_to_transform: the number {block} could count in {found[0][0]!r} or in {found[1][0]!r} of "
+                f"{name!r}. Name blocks by their path instead, such as '{found[1][0]}.{found[1][1]}', or choose the "
+                "container with layers_pattern."
+            )
+        return any(index == block for _, index in found)
+
+    def _known(self, names: list[str]) -> str:
+        containers = self._containers or BLOCK_CONTAINERS
+        paths = sorted({f"{path}.{index}" for name in names for path, index in _indices(name, containers)})
+        return ", ".join(paths[:20]) or "none"
+
+
+def _ends_with(pattern: str) -> Callable[[str], bool]:
+    return lambda name: ends_with(pattern, name)
+
+
+def _key_test(field: str, key: str) -> Callable[[str], bool]:
+    if _LITERAL.fullmatch(key):
+        return lambda name: contains(key, name)
+    expression = compiled(field, rf"(?:.*\.)?(?:{key})" if not key.startswith("^") else key)
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def _specificity(key: str) -> int:
+    """The number of path components of a literal key; 0 for a regular expression."""
+    return key.count(".") + 1 if _LITERAL.fullmatch(key) else 0
+
+
+def _indices(name: str, containers: Iterable[str]) -> list[tuple[str, int]]:
+    """The numbered blocks that `name` lies in: the container's path, and the index in it."""
+    parts = name.split(".")
+    return [
+        (".".join(parts[: at + 1]), int(parts[at + 1]))
+        for at in range(len(parts) - 1)
+        if parts[at] in containers and parts[at + 1].isdigit()
+    ]
