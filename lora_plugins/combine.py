@@ -207,7 +207,7 @@ def _config(
         r=max(ranks.values()),
         alpha=float(max(ranks.values())),
         target_modules="|".join(sorted(_escaped(name) for name in targets)),
-        bias=next((bias for bias in ("all", "lora_only") if bias in biases), "none"),  # type: ignore[arg-type]
+        bias=next((bias for bias in ("all", "lora_only") if bias in biases), "none"),
         modules_to_save=sorted({name for config in configs for name in config.modules_to_save}),
         rank_pattern=dict(ranks),
         alpha_pattern={name: float(rank) for name, rank in ranks.items()},

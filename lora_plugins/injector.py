@@ -15,6 +15,7 @@ from lora_plugins.layer import (
     LayerState,
     base_class_of,
     factors,
+    layer_state,
     peek_weight,
     refresh_class,
     state_of,
@@ -136,8 +137,7 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
 
 def detach(layer: nn.Module, adapter: str) -> None:
     """Takes an adapter off a layer; without any other the layer is what it was."""
-    state = state_of(layer)
-    assert state is not None
+    state = layer_state(layer)
     for slot in state.adapters.pop(adapter).slots:
         for factor in "AB":
             container = _container(layer, factor, slot)
@@ -152,8 +152,7 @@ def detach(layer: nn.Module, adapter: str) -> None:
 
 def activate(layer: nn.Module, adapters: tuple[str, ...]) -> None:
     """Makes those of `adapters` that a layer has its active ones, in this order."""
-    state = state_of(layer)
-    assert state is not None
+    state = layer_state(layer)
     state.active = tuple(name for name in adapters if name in state.adapters)
     refresh_class(layer)
 

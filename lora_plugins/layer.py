@@ -101,22 +101,25 @@ class LayerState:
 class AdaptedLayer(nn.Module):
     """What generated classes have in common; comes before the base class in their MRO."""
 
-    _lora: LayerState
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no import path; it is made again from its base class.
-        state = self._lora
+        state = layer_state(self)
         return _rebuild, (state.base_class, weight_names(state), state.has_branch), self.__dict__
 
     def extra_repr(self) -> str:
         """Adds the adapters to what the base class shows."""
-        adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in self._lora.adapters.items())
+        adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in layer_state(self).adapters.items())
         return f"{super().extra_repr()}, lora[{adapters}]".removeprefix(", ")
 
 
 def state_of(layer: nn.Module) -> LayerState | None:
     """Returns the adapter state of a layer; None if it is not adapted."""
     return cast(LayerState | None, layer.__dict__.get(STATE))
+
+
+def layer_state(layer: nn.Module) -> LayerState:
+    """Returns the adapter state of an adapted layer."""
+    return cast(LayerState, layer.__dict__[STATE])
 
 
 def base_class_of(layer: nn.Module) -> type[nn.Module]:
@@ -162,7 +165,7 @@ def weight_key(layer: nn.Module, name: str) -> int | None:
 
 def resting_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns the weight that active updates are added to: the untouched one, or one with merged updates in it."""
-    merged: Tensor | None = layer._lora.merged.get(name)  # type: ignore[union-attr,operator]
+    merged = layer_state(layer).merged.get(name)
     return base_weight(layer, name) if merged is None else merged
 
 
@@ -182,8 +185,7 @@ def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tens
         adapter: Name of the adapter.
         shape: Shape of the weight.
     """
-    state = layer._lora
-    assert isinstance(state, LayerState)
+    state = layer_state(layer)
     total: Tensor | None = None
     spec = state.adapters[adapter]
     for slot in spec.slots:
@@ -202,8 +204,7 @@ def add_update(base: Tensor, delta: Tensor) -> Tensor:
 
 def updated_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns `W + ΔW` over the active adapters."""
-    state = layer._lora
-    assert isinstance(state, LayerState)
+    state = layer_state(layer)
     weight = resting_weight(layer, name)
     if not state.active:
         return weight
@@ -216,8 +217,7 @@ def updated_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def _add_all(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
-    state = layer._lora
-    assert isinstance(state, LayerState)
+    state = layer_state(layer)
     for adapter in state.active:
         delta = update(layer, name, adapter, weight.shape)
         if delta is not None:
@@ -227,16 +227,14 @@ def _add_all(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
 
 def refresh_class(layer: nn.Module) -> None:
     """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
-    state = layer._lora
-    assert isinstance(state, LayerState)
+    state = layer_state(layer)
+    base = cast(Any, state.base_class)
     idle = not state.active and not state.merged
-    layer.__class__ = (
-        state.base_class if idle else adapted_class(state.base_class, weight_names(state), state.has_branch)
-    )
+    layer.__class__ = base if idle else adapted_class(base, weight_names(state), state.has_branch)
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module], weights: tuple[str, ...], has_branch: bool) -> type[nn.Module]:
+def adapted_class(base: Any, weights: tuple[str, ...], has_branch: bool) -> type[nn.Module]:
     """Generates the class of adapted layers, once for each base class.
 
     Args:
@@ -256,8 +254,9 @@ def adapted_class(base: type[nn.Module], weights: tuple[str, ...], has_branch: b
 def _weight_property(name: str) -> property:
     def get(layer: nn.Module) -> Tensor:
         weight = updated_weight(layer, name)
-        if layer.training and weight.requires_grad and any(a.dropout for _, a, _ in layer._lora.active_slots()):  # type: ignore[union-attr,operator]
-            weight.register_hook(_RefuseDropout(layer._lora.name))  # type: ignore[union-attr,arg-type]
+        state = layer_state(layer)
+        if layer.training and weight.requires_grad and any(adapter.dropout for _, adapter, _ in state.active_slots()):
+            weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
         return weight
 
     def set(layer: nn.Module, value: Tensor) -> None:
@@ -282,7 +281,7 @@ class _RefuseDropout:
 
 def _forward(base: type[nn.Module]) -> Any:
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        state: LayerState = layer._lora
+        state = layer_state(layer)
         adapters = [state.adapters[name] for name in state.active]
         if not _branches(adapters, layer.training):
             return base.forward(layer, *args, **kwargs)
@@ -309,6 +308,6 @@ def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
     ]
 
 
-def _rebuild(base: type[nn.Module], weights: tuple[str, ...], has_branch: bool) -> nn.Module:
+def _rebuild(base: Any, weights: tuple[str, ...], has_branch: bool) -> nn.Module:
     generated = adapted_class(base, weights, has_branch)
-    return cast(nn.Module, generated.__new__(generated))
+    return generated.__new__(generated)

@@ -95,8 +95,8 @@ def _register(
         ]
         if unknown:
             raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}.")
-        layer_registrar = LayerRegistrar(info, LayerPlugin)
-        init_registrar = InitRegistrar(info, InitPlugin)
+        layer_registrar = LayerRegistrar(info)
+        init_registrar = InitRegistrar(info)
         others = [other for other in manager.get_plugins() if other is not plugin]
         manager.subset_hook_caller("lora_plugins_register_layers", others)(registrar=layer_registrar)
         manager.subset_hook_caller("lora_plugins_register_inits", others)(registrar=init_registrar)

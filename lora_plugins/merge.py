@@ -12,6 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.layer import (
     add_update,
+    layer_state,
     peek_weight,
     state_of,
     update,
@@ -83,9 +84,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
     for item in merges:
         parameter = item.layer._parameters.get(item.tensor)
         if parameter is None:
-            layer_state = state_of(item.layer)
-            assert layer_state is not None
-            layer_state.merged[item.tensor] = item.merged
+            layer_state(item.layer).merged[item.tensor] = item.merged
         else:
             state.kept.setdefault(item.name, parameter.data)
             parameter.data = item.merged
@@ -102,9 +101,7 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
         assert parameter is not None
         parameter.data = weight.to(parameter.device)
     for layer in adapted_layers(model).values():
-        layer_state = state_of(layer)
-        assert layer_state is not None
-        layer_state.merged.clear()
+        layer_state(layer).merged.clear()
     state.kept = {}
     state.merged = ()
     apply_state(model, state)
@@ -127,9 +124,7 @@ def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> Mer
     for item in _merges(model, adapters):
         parameter = item.layer._parameters.get(item.tensor)
         if parameter is None:
-            layer_state = state_of(item.layer)
-            assert layer_state is not None
-            layer_state.merged[item.tensor] = item.merged
+            layer_state(item.layer).merged[item.tensor] = item.merged
         else:
             parameter.data = item.merged
     state.kept = {}
@@ -165,7 +160,7 @@ def _remove_hook(layer: nn.Module, name: str) -> None:
             remove_spectral_norm(layer, name)
             return
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
-            prune.remove(layer, name)
+            prune.remove(layer, name)  # type: ignore[no-untyped-call]
             return
     raise MergeError(f"{name!r} of {type(layer).__name__} is computed in a way that cannot be merged for good.")
 
@@ -174,8 +169,7 @@ def _merges(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Merge]:
     """Computes the merged value of each weight that one of the adapters updates, a tied weight once."""
     seen: set[int] = set()
     for name, layer in adapted_layers(model).items():
-        state = state_of(layer)
-        assert state is not None
+        state = layer_state(layer)
         for tensor in weight_names(state):
             key = weight_key(layer, tensor)
             if key in seen:
@@ -241,10 +235,10 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
         if (key := weight_key(model.get_submodule(layer), tensor)) is not None
     }
     for entry in model_modules(model):
-        for key, parameter in entry.module._parameters.items():
-            if parameter is not None and id(parameter) in changing and key not in weights.get(entry.name, ()):
+        for own, parameter in entry.module._parameters.items():
+            if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
                 raise MergeError(
-                    f"{changing[id(parameter)]!r} is the same tensor as {entry.name + '.' + key!r}, which the adapter "
+                    f"{changing[id(parameter)]!r} is the same tensor as {entry.name + '.' + own!r}, which the adapter "
                     f"does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
                     "untie the two."
                 )

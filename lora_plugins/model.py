@@ -12,7 +12,7 @@ from lora_plugins.combine import combine
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
-from lora_plugins.layer import state_of
+from lora_plugins.layer import layer_state, state_of
 from lora_plugins.manager import default_registry
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
 from lora_plugins.plan import Plan, make_plan
@@ -391,8 +391,7 @@ class LoraModel:
 
     def _detach_all(self) -> None:
         for layer in adapted_layers(self.model).values():
-            state = state_of(layer)
-            assert state is not None
+            state = layer_state(layer)
             for name in list(state.adapters):
                 state.merged.clear()
                 detach(layer, name)

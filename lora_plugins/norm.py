@@ -1,7 +1,7 @@
 """Normalisation layers with running statistics, which freezing of parameters alone does not keep still."""
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +17,7 @@ class FrozenNorm(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         """Stays in eval mode, whatever the model around it does."""
-        return cast("FrozenNorm", super().train(False))
+        return super().train(False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.__dict__[_BASE_CLASS],), self.__dict__
@@ -36,7 +36,7 @@ def freeze(module: nn.Module) -> None:
         return
     module.__dict__[_BASE_CLASS] = type(module)
     module.__dict__[_TRAINING] = module.training
-    module.__class__ = _frozen_class(type(module))
+    module.__class__ = _frozen_class(module.__dict__[_BASE_CLASS])
     module.eval()
 
 
@@ -49,10 +49,10 @@ def thaw(module: nn.Module) -> None:
 
 
 @functools.cache
-def _frozen_class(base: type[nn.Module]) -> type[nn.Module]:
+def _frozen_class(base: Any) -> type[nn.Module]:
     return type(f"Frozen{base.__name__}", (FrozenNorm, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: Any) -> nn.Module:
     frozen = _frozen_class(base)
-    return cast(nn.Module, frozen.__new__(frozen))
+    return frozen.__new__(frozen)

@@ -1,12 +1,12 @@
 """What would be adapted: every decision about a model, made and checked before anything is touched."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lora_plugins import patterns
 from lora_plugins.config import LoraConfig
@@ -386,7 +386,7 @@ def _refusal(layer: nn.Module, slots: tuple[Slot, ...], init: InitPlugin) -> str
         if weight_key(layer, slot.tensor) is None and init.changes_base:
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
         weight = peek_weight(layer, slot.tensor)
-        if isinstance(weight, UninitializedTensorMixin):
+        if isinstance(weight, UninitializedParameter | UninitializedBuffer):
             return f"{slot.tensor!r} has no shape yet; run the model once first"
         if not weight.dtype.is_floating_point:
             return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
@@ -407,11 +407,12 @@ def _trained(
         for entry, layer in layers
         for bias in layer.plugin.biases(entry.module)
     }
-    is_bias = {
+    chosen: Mapping[str, Callable[[str], bool]] = {
         "none": lambda name: False,
         "all": lambda name: name.rpartition(".")[2] == "bias" or name.endswith("_bias"),
         "lora_only": lambda name: name in adapted,
-    }[config.bias]
+    }
+    is_bias = chosen[config.bias]
     return [
         name
         for name, parameter in parameters.items()

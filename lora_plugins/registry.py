@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -50,13 +50,15 @@ class PluginInfo:
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
 
 
-@dataclass
 class _Registrar(Generic[Plugin]):
     """Collects and validates what one plugin registers."""
 
-    info: PluginInfo
-    kind: type[Plugin]
-    plugins: list[Plugin] = field(default_factory=list)
+    kind: ClassVar[type]
+    required: ClassVar[tuple[str, ...]]
+
+    def __init__(self, info: PluginInfo) -> None:
+        self.info = info
+        self.plugins: list[Plugin] = []
 
     def add(self, plugin: Plugin) -> None:
         """Adds one plugin object.
@@ -69,7 +71,7 @@ class _Registrar(Generic[Plugin]):
             raise PluginError(
                 f"Plugin {self.info.owner} registered {plugin!r}, which is no {self.kind.__name__}.{hint}"
             )
-        for attribute in _REQUIRED[self.kind]:
+        for attribute in self.required:
             if not getattr(plugin, attribute, None):
                 raise PluginError(f"Plugin {self.info.owner}: {type(plugin).__name__} does not set {attribute!r}.")
         self.plugins.append(plugin)
@@ -78,12 +80,15 @@ class _Registrar(Generic[Plugin]):
 class LayerRegistrar(_Registrar[LayerPlugin]):
     """Takes the layer types of one plugin: call `add` with instances of `LayerPlugin`."""
 
+    kind = LayerPlugin
+    required = ("name", "module_type")
+
 
 class InitRegistrar(_Registrar[InitPlugin]):
     """Takes the inits of one plugin: call `add` with instances of `InitPlugin`."""
 
-
-_REQUIRED: Mapping[type, tuple[str, ...]] = {LayerPlugin: ("name", "module_type"), InitPlugin: ("name",)}
+    kind = InitPlugin
+    required = ("name",)
 
 
 @dataclass(frozen=True)

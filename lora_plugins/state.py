@@ -91,7 +91,7 @@ def open_state(model: nn.Module) -> ModelState:
         parameters = own_tensors(model, model_modules(model), "_parameters")
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
-        model.register_load_state_dict_pre_hook(_accept_base_checkpoint)
+        model.register_load_state_dict_pre_hook(_accept_base_checkpoint)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(_refuse_training_while_merged)
     return state
 

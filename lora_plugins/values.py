@@ -85,8 +85,7 @@ class InPlaceValues:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     module, key = holder_of(model, name)
-    tensor = module._parameters.get(key)
-    if tensor is None:
-        tensor = module._buffers[key]
+    tensor: Tensor | None = module._parameters.get(key)
+    tensor = module._buffers[key] if tensor is None else tensor
     assert tensor is not None
     return tensor

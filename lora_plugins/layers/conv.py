@@ -17,12 +17,12 @@ from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlug
 class _ConvPlugin(RowMajorPlugin):
     branch_use: ClassVar[BranchUse] = "dropout"
 
-    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:  # type: ignore[override]
+    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
         weight = base["weight"]
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         assert weight is not None
-        y = layer._conv_forward(x, weight, layer.bias)
+        y: Tensor = layer._conv_forward(x, weight, layer.bias)
         for term in terms:
             kernel = self.from_matrix(term.matrix(), weight.shape).to(weight.dtype)
             y = y + layer._conv_forward(term.drop(x), kernel, None)
@@ -57,7 +57,7 @@ class _ConvTransposePlugin(ColumnMajorPlugin):
     branch_use: ClassVar[BranchUse] = "dropout"
     dimensions: ClassVar[int]
 
-    def branch(  # type: ignore[override]
+    def branch(
         self,
         layer: nn.Module,
         base: Mapping[str, Tensor | None],
@@ -73,9 +73,9 @@ class _ConvTransposePlugin(ColumnMajorPlugin):
         padding = layer._output_padding(
             x,
             output_size,
-            layer.stride,
-            layer.padding,
-            layer.kernel_size,
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.kernel_size,  # type: ignore[arg-type]
             self.dimensions,
             layer.dilation,  # type: ignore[arg-type]
         )

@@ -30,7 +30,7 @@ class EmbeddingPlugin(ColumnMajorPlugin):
 
     def branch(
         self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], input: Tensor
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`."""
         weight = base["weight"]
         assert isinstance(layer, nn.Embedding)

@@ -53,7 +53,7 @@ class LinearPlugin(RowMajorPlugin):
         assert isinstance(layer, nn.Linear)
         return thirds("weight", layer.out_features)
 
-    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:  # type: ignore[override]
+    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
         weight = base["weight"]
         assert weight is not None
