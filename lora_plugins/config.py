@@ -1,7 +1,7 @@
 """The configuration of one adapter."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,22 +65,10 @@ class LoraConfig:
     norm: Literal["freeze", "track"] = "freeze"
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        _check_alpha("alpha", self.alpha)
-        for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is a probability from 0 up to, not including, 1, not {self.dropout!r}.")
-        for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            _check_names(name, getattr(self, name))
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         if not self.target_modules:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save is a list of names, not the string {self.modules_to_save!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where layers_to_transform counts; set layers_to_transform too.")
 
@@ -102,25 +90,107 @@ class LoraConfig:
         return cls(**values)
 
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {"bias": ("none", "all", "lora_only"), "norm": ("freeze", "track")}
+Check = Callable[[str, Any], None]
+"""Raises a ConfigError for a value that the field of that name cannot have."""
 
 
-def _check_rank(name: str, value: object) -> None:
+def _check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} is a rank, a whole number of at least 1, not {value!r}.")
 
 
-def _check_alpha(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+def _check_alpha(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < float("inf"):
         raise ConfigError(f"{name} is a positive, finite number, not {value!r}.")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}. {near(str(value), choices)}")
+def _check_dropout(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {value!r}.")
 
 
-def _check_names(name: str, value: list[str] | str | None) -> None:
-    for entry in [value] if isinstance(value, str) else value or []:
-        if not isinstance(entry, str) or not entry:
-            raise ConfigError(f"{name} holds {entry!r}, which is not the name of a module.")
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is True or False, not {value!r}.")
+
+
+def _check_name(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} holds {value!r}, which is not a name.")
+
+
+def _check_names(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is a list of names, not {value!r}.")
+    for entry in value:
+        _check_name(name, entry)
+
+
+def _check_parts(name: str, value: Any) -> None:
+    _check_names(name, value)
+    if not value:
+        raise ConfigError(f"{name} is empty. Name the parts to adapt, or leave the key out for the whole layer.")
+
+
+def _check_patterns(name: str, value: Any) -> None:
+    (_check_name if isinstance(value, str) else _check_names)(name, value)
+
+
+def _check_containers(name: str, value: Any) -> None:
+    if value is not None:
+        _check_patterns(name, value)
+
+
+def _check_blocks(name: str, value: Any) -> None:
+    for block in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+        index = isinstance(block, int) and not isinstance(block, bool) and block >= 0
+        if not index and not (isinstance(block, str) and block):
+            raise ConfigError(f"{name} holds {block!r}. A block is a number from 0 on, or a path such as 'blocks.2'.")
+
+
+def _check_options(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} maps names to values; it is not {value!r}.")
+    for key in value:
+        _check_name(name, key)
+
+
+def _map_of(check: Check) -> Check:
+    def check_map(name: str, value: Any) -> None:
+        _check_options(name, value)
+        for key, entry in value.items():
+            check(f"{name}[{key!r}]", entry)
+
+    return check_map
+
+
+def _choice_of(*choices: str) -> Check:
+    def check_choice(name: str, value: Any) -> None:
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}. {near(str(value), choices)}")
+
+    return check_choice
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_CHECKS: Mapping[str, Check] = {
+    "r": _check_rank,
+    "alpha": _check_alpha,
+    "dropout": _check_dropout,
+    "target_modules": _check_patterns,
+    "exclude_modules": _check_patterns,
+    "bias": _choice_of("none", "all", "lora_only"),
+    "modules_to_save": _check_names,
+    "layers_to_transform": _check_blocks,
+    "layers_pattern": _check_containers,
+    "rank_pattern": _map_of(_check_rank),
+    "alpha_pattern": _map_of(_check_alpha),
+    "fused_parts": _map_of(_check_parts),
+    "init": _check_name,
+    "init_options": _check_options,
+    "use_rslora": _check_flag,
+    "norm": _choice_of("freeze", "track"),
+}

@@ -1,0 +1,99 @@
+"""`LoraConfig`: every field is checked when the config is made, and the error names the field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lora_plugins import ConfigError, LoraConfig, LoraError
+
+BAD = {
+    "r": [0, -1, 2.5, True, "8", None],
+    "alpha": [0, -1.0, float("nan"), float("inf"), "16", True, None],
+    "dropout": [-0.1, 1.0, 1.5, float("nan"), "0.1", None, True],
+    "target_modules": [[], "", [""], ["a", 3], 5, None, {"a": 1}],
+    "exclude_modules": [[""], ["a", 3], 5, None],
+    "bias": ["lora-only", "None", None, 1],
+    "modules_to_save": ["head", [""], ["head", 3], 5, None],
+    "layers_to_transform": [[1.5], [None], -1, [-1], [""], 1.5, True, {"a": 1}],
+    "layers_pattern": [[""], ["layers", 3], 5],
+    "rank_pattern": [{"a": 0}, {"a": 2.0}, {"a": "4"}, {3: 4}, {"": 4}, ["a"], None],
+    "alpha_pattern": [{"a": 0}, {"a": "4"}, {"a": float("nan")}, {3: 4.0}, {"": 4.0}, ["a"], None],
+    "fused_parts": [{"qkv": []}, {"qkv": None}, {"qkv": [1]}, {3: ["q"]}, {"": ["q"]}, ["qkv"], None],
+    "init": ["", None, 3, ["kaiming"]],
+    "init_options": [["bits"], None, {3: 4}],
+    "use_rslora": ["false", 1, None],
+    "norm": ["frozen", None, ["freeze"]],
+}
+
+
+def test_every_field_has_bad_values():
+    assert set(BAD) == {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [pytest.param(field, value, id=f"{field}={value!r}") for field, values in BAD.items() for value in values],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
+    others = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
+    with pytest.raises(ConfigError, match=field):
+        LoraConfig(**others, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "offered"),
+    [("bias", "lora-only", "lora_only"), ("norm", "freez", "freeze"), ("bias", "zzz", "'all', 'lora_only', 'none'")],
+)
+def test_a_choice_offers_what_there_is(field, value, offered):
+    with pytest.raises(ConfigError, match=offered):
+        LoraConfig(**{field: value})
+
+
+def test_layers_pattern_needs_layers_to_transform():
+    with pytest.raises(ConfigError, match=r"layers_pattern.*layers_to_transform"):
+        LoraConfig(layers_pattern=["blocks"])
+
+
+def test_an_unknown_field_offers_the_near_one():
+    with pytest.raises(ConfigError, match=r"'target_module'.*Did you mean 'target_modules'"):
+        LoraConfig.from_dict({"target_module": ["qkv"]})
+
+
+def test_config_errors_are_value_errors_of_the_library():
+    assert issubclass(ConfigError, LoraError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_fields_are_frozen_and_given_by_name():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoraConfig().r = 4
+    with pytest.raises(TypeError):
+        LoraConfig(8)
+
+
+def test_a_config_survives_json():
+    config = LoraConfig(
+        r=3,
+        alpha=2.5,
+        target_modules=["a", "b.c"],
+        layers_to_transform=["stages.0.blocks.1", 2],
+        layers_pattern=["blocks"],
+        rank_pattern={"a": 2},
+        alpha_pattern={"b": 1.5},
+        fused_parts={"qkv": ["q", "v"]},
+        init="loftq",
+        init_options={"bits": 2},
+        modules_to_save=["head"],
+        use_rslora=True,
+        norm="track",
+    )
+    assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_to_dict_hands_out_copies():
+    config = LoraConfig(target_modules=["a"], rank_pattern={"a": 2})
+    values = config.to_dict()
+    values["target_modules"].append("b")
+    values["rank_pattern"]["a"] = 9
+    assert config == LoraConfig(target_modules=["a"], rank_pattern={"a": 2})
