@@ -1,0 +1,1 @@
+"""Two plugins that own what lora_plugins owns: an init by its name, and a layer type by its class."""
