@@ -114,7 +114,7 @@ class BlockFilter:
         names: The names of all layers that could be adapted.
 
     Raises:
-        TargetError: If a block does not exist, or an index could mean blocks of two nested containers.
+        TargetError: If a block or a container does not exist, or an index could mean blocks of two nested containers.
     """
 
     def __init__(
@@ -126,6 +126,12 @@ class BlockFilter:
         self._blocks = [blocks] if isinstance(blocks, int | str) else list(blocks)
         self._containers = [containers] if isinstance(containers, str) else containers
         names = list(names)
+        numbered = {parts[at] for parts in (name.split(".") for name in names) for at in _numbered(parts)}
+        for container in self._containers or ():
+            if container not in numbered:
+                raise TargetError(
+                    f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, numbered)}"
+                )
         for block in self._blocks:
             if not any(self._in_block(block, name) for name in names):
                 raise TargetError(
@@ -175,8 +181,9 @@ def _specificity(key: str) -> int:
 def _indices(name: str, containers: Iterable[str]) -> list[tuple[str, int]]:
     """The numbered blocks that `name` lies in: the container's path, and the index in it."""
     parts = name.split(".")
-    return [
-        (".".join(parts[: at + 1]), int(parts[at + 1]))
-        for at in range(len(parts) - 1)
-        if parts[at] in containers and parts[at + 1].isdigit()
-    ]
+    return [(".".join(parts[: at + 1]), int(parts[at + 1])) for at in _numbered(parts) if parts[at] in containers]
+
+
+def _numbered(parts: Sequence[str]) -> list[int]:
+    """Where a component of a name is followed by a number."""
+    return [at for at in range(len(parts) - 1) if parts[at + 1].isdecimal()]
