@@ -87,19 +87,23 @@ class PatternMap(Generic[Value]):
             if not any(test(name) for name in names):
                 raise TargetError(f"{field}: {key!r} matches none of the adapted layers. {nearest(key, names)}")
 
-    def get(self, name: str, default: Value) -> Value:
-        """Returns the value of the most specific pattern that matches `name`.
+    def get(self, names: Sequence[str], default: Value) -> Value:
+        """Returns the value of the most specific pattern that matches a layer.
+
+        Args:
+            names: All names of the layer, which may stand in the model more than once.
+            default: The value of a layer that no pattern matches.
 
         Raises:
             TargetError: If two patterns match equally well.
         """
-        matches = sorted((-_specificity(key), key) for key, test in self._tests.items() if test(name))
+        matches = sorted((-_specificity(key), key) for key, test in self._tests.items() if any(map(test, names)))
         if not matches:
             return default
         best = [key for specificity, key in matches if specificity == matches[0][0]]
         if len(best) > 1:
             raise TargetError(
-                f"{self._field}: {best[0]!r} and {best[1]!r} match the layer {name!r} equally well. "
+                f"{self._field}: {best[0]!r} and {best[1]!r} match the layer {names[0]!r} equally well. "
                 "Make one of them longer; the full name of the layer always wins."
             )
         return self._values[best[0]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lora_plugins import patterns
 from lora_plugins.config import LoraConfig
@@ -170,6 +170,7 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry) -> Plan:
     init = _checked_init(config, registry)
     modules = model_modules(model)
     parameters = own_tensors(model, modules, "_parameters")
+    _refuse_shapeless(parameters)
     saved = _saved(config, modules, parameters)
     targets = _targets(config, modules, registry, saved)
     layers = _layers(config, targets, init)
@@ -195,6 +196,12 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry) -> Plan:
         base_parameters=sum(parameter.numel() for parameter in parameters.values()),
         trained_parameters=sum(parameters[name].numel() for name in trained),
     )
+
+
+def _refuse_shapeless(parameters: Mapping[str, Tensor]) -> None:
+    lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
+    if lazy:
+        raise TargetError(f"{listing(lazy)} has no shape yet. Run the model once on a batch, then adapt it.")
 
 
 def init_options(plan: Plan) -> Mapping[str, object]:
@@ -244,8 +251,14 @@ def _targets(
                     f"{patterns.nearest(pattern, handled)}"
                 )
         chosen = {name for matches in found.values() for name in matches}
-    for matches in patterns.select("exclude_modules", config.exclude_modules, names).values():
-        chosen -= {name for entry in free for name in entry.names if set(entry.names) & set(matches)}
+    for pattern, matches in patterns.select("exclude_modules", config.exclude_modules, names).items():
+        excluded = [entry for entry in free if set(entry.names) & set(matches)]
+        if not any(plugins[entry.name] or entry.module._parameters for entry in excluded):
+            raise TargetError(
+                f"exclude_modules: {pattern!r} matches {listing(matches)}, which is no layer and excludes none. Name "
+                f"the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
+            )
+        chosen -= {name for entry in excluded for name in entry.names}
     if config.layers_to_transform is not None:
         keep = patterns.BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
         chosen = {name for name in chosen if keep(name)}
@@ -298,7 +311,7 @@ def _layers(
             ties.setdefault(owners[_key(entry, slots[0])], []).append(tie)
             continue
         owners.update({_key(entry, slot): len(planned) for slot in slots})
-        r, alpha = ranks.get(entry.name, config.r), alphas.get(entry.name, config.alpha)
+        r, alpha = ranks.get(entry.names, config.r), alphas.get(entry.names, config.alpha)
         planned.append(
             (
                 entry,
@@ -386,8 +399,6 @@ def _refusal(layer: nn.Module, slots: tuple[Slot, ...], init: InitPlugin) -> str
         if weight_key(layer, slot.tensor) is None and init.changes_base:
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
         weight = peek_weight(layer, slot.tensor)
-        if isinstance(weight, UninitializedParameter | UninitializedBuffer):
-            return f"{slot.tensor!r} has no shape yet; run the model once first"
         if not weight.dtype.is_floating_point:
             return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
         if weight.is_meta:

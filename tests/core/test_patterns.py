@@ -96,13 +96,13 @@ class TestPatternMap:
         ],
     )
     def test_the_key_with_most_components_wins(self, values, name, expected):
-        assert PatternMap("rank_pattern", values, VIT).get(name, 0) == expected
+        assert PatternMap("rank_pattern", values, VIT).get([name], 0) == expected
 
     @pytest.mark.parametrize("values", [{"blocks.0": 1, "attn.qkv": 2}, {"qkv": 1, "attn": 2}, {"q.*": 1, ".*v": 2}])
     def test_a_tie_is_an_error_that_names_both_keys_and_the_layer(self, values):
         ranks = PatternMap("alpha_pattern", values, VIT)
         with pytest.raises(TargetError) as caught:
-            ranks.get("blocks.0.attn.qkv", 0)
+            ranks.get(["blocks.0.attn.qkv"], 0)
         for word in ("alpha_pattern", "blocks.0.attn.qkv", *values):
             assert repr(word).strip("'") in str(caught.value)
 
