@@ -295,7 +295,7 @@ def _layers(
     planned: list[tuple[NamedModule, PlannedLayer]] = []
     refused: list[str] = []
     for entry, plugin in targets:
-        slots = _slots(entry, plugin, fused.get(entry.name, []))
+        slots = _slots(entry, plugin, fused.get(entry.names, []))
         reason = _refusal(entry.module, slots, init)
         branch_use: BranchUse = "never" if reason else _branch_use(entry.module, plugin)
         if config.dropout and branch_use == "never":
