@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term
+from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, add_update
 
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
@@ -194,12 +194,6 @@ def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tens
         matrix = Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0).matrix()
         total = matrix if total is None else total + matrix
     return None if total is None else spec.plugin.from_matrix(total, shape)
-
-
-def add_update(base: Tensor, delta: Tensor) -> Tensor:
-    """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
-    wide = torch.promote_types(base.dtype, delta.dtype)
-    return (base.to(wide) + delta.to(wide)).to(base.dtype)
 
 
 def updated_weight(layer: nn.Module, name: str) -> Tensor:

@@ -64,6 +64,12 @@ class Term:
         return F.pad(update, (0, 0, start, total - stop))
 
 
+def add_update(base: Tensor, delta: Tensor) -> Tensor:
+    """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
+    wide = torch.promote_types(base.dtype, delta.dtype)
+    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+
+
 class LayerPlugin(ABC):
     """What a type of layer is, to LoRA.
 
@@ -76,7 +82,8 @@ class LayerPlugin(ABC):
         name: Unique name of the layer type, as plans and files show it.
         module_type: The module class, or its import path as a string (`"package.module.Class"`), which is compared
             without importing the package. Subclasses are adapted too; the most specific plugin wins.
-        lookup: True for layers that look rows of the weight up by index, whose A starts at zero instead of B.
+        lookup: True for layers that look rows of the weight up by index. There A starts at zero instead of B, and
+            dropout is refused, as indices cannot be dropped.
         branch_types: The classes, or their import paths, whose `forward` is known to be what `branch` computes.
             Subclasses are not included, as they may transform their weight or their input.
         branch_use: When `branch` replaces the layer's own forward for `branch_types`: `always`, or only while
@@ -108,10 +115,6 @@ class LayerPlugin(ABC):
     def biases(self, layer: nn.Module) -> Sequence[str]:
         """Returns the attribute names of the biases that `bias="lora_only"` trains."""
         return ("bias",)
-
-    def branch_for(self, layer: nn.Module) -> BranchUse:
-        """Returns when `branch` may serve this very layer, whose class is one of `branch_types`."""
-        return self.branch_use
 
     def branch(
         self,

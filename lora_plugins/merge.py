@@ -11,7 +11,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.layer import (
-    add_update,
     layer_state,
     peek_weight,
     state_of,
@@ -19,6 +18,7 @@ from lora_plugins.layer import (
     weight_key,
     weight_names,
 )
+from lora_plugins.layer_plugin import add_update
 from lora_plugins.modules import holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
 
@@ -143,12 +143,25 @@ def make_plain(layer: nn.Module, merged: dict[str, Tensor]) -> None:
     """
     for name, value in merged.items():
         if parametrize.is_parametrized(layer, name):
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            _remove_parametrization(layer, name)
         else:
             _remove_hook(layer, name)
-        parameter = layer._parameters[name]
-        assert parameter is not None
-        parameter.data = value
+            del layer._parameters[name]
+        layer.register_parameter(name, nn.Parameter(value))
+
+
+def _remove_parametrization(layer: nn.Module, name: str) -> None:
+    """Drops a parametrization and its tensors; torch's own function would break copies that share the class."""
+    parametrizations = layer.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    del parametrizations[name]
+    parametrized = type(layer)
+    if len(parametrizations):
+        rest = {key: value for key, value in vars(parametrized).items() if key != name}
+        layer.__class__ = type(parametrized.__name__, parametrized.__bases__, rest)
+    else:
+        del layer.parametrizations
+        layer.__class__ = parametrized.__bases__[0]
 
 
 def _remove_hook(layer: nn.Module, name: str) -> None:

@@ -298,7 +298,7 @@ def _layers(
         slots = _slots(entry, plugin, fused.get(entry.names, []))
         reason = _refusal(entry.module, slots, init)
         branch_use: BranchUse = "never" if reason else _branch_use(entry.module, plugin)
-        if config.dropout and branch_use == "never":
+        if config.dropout and (branch_use == "never" or plugin.lookup):
             reason = reason or (
                 f"{base_class_of(entry.module).__name__} cannot honour dropout={config.dropout}; set dropout=0 or "
                 "exclude the layer"
@@ -385,7 +385,7 @@ def _shape(layer: nn.Module, plugin: LayerPlugin, slot: Slot) -> tuple[int, int]
 def _branch_use(layer: nn.Module, plugin: LayerPlugin) -> BranchUse:
     if class_path(base_class_of(layer)) not in {class_path(cls) for cls in plugin.branch_types}:
         return "never"
-    return plugin.branch_for(layer)
+    return plugin.branch_use
 
 
 def _refusal(layer: nn.Module, slots: tuple[Slot, ...], init: InitPlugin) -> str | None:

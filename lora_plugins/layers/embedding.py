@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term, add_update
 
 
 class EmbeddingPlugin(ColumnMajorPlugin):
@@ -21,20 +21,20 @@ class EmbeddingPlugin(ColumnMajorPlugin):
     module_type = nn.Embedding
     lookup = True
     branch_types: ClassVar = (nn.Embedding,)
-
-    def branch_for(self, layer: nn.Module) -> BranchUse:
-        """Looks the update up row by row, unless an option of the layer concerns whole rows of `W + ΔW`."""
-        assert isinstance(layer, nn.Embedding)
-        whole_rows = layer.max_norm is not None or layer.scale_grad_by_freq
-        return "never" if whole_rows else "always"
+    branch_use: ClassVar[BranchUse] = "always"
 
     def branch(
         self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], input: Tensor
     ) -> Tensor:
-        """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`."""
+        """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`.
+
+        Options that concern whole rows of `W + ΔW` need those rows, so there the updated weight is formed.
+        """
         weight = base["weight"]
         assert isinstance(layer, nn.Embedding)
         assert weight is not None
+        if layer.max_norm is not None or layer.scale_grad_by_freq:
+            return self._look_up_rows(layer, weight, terms, input)
         y = F.embedding(input, weight, layer.padding_idx, sparse=layer.sparse)
         for term in terms:
             rows = F.embedding(input, term.A.T)
@@ -45,3 +45,9 @@ class EmbeddingPlugin(ColumnMajorPlugin):
                 update = torch.where(padding, update.detach(), update)
             y = y + update.to(y.dtype)
         return y
+
+    def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
+        for term in terms:
+            weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
+        # Not sparse: the gradient goes on to A and B, through products that sparse tensors do not have.
+        return F.embedding(input, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
