@@ -1,1 +1,30 @@
-""""""
+"""LoRA in PyTorch Lightning: a callback for any LightningModule, small checkpoints, and a command line.
+
+    Trainer(callbacks=[LoraCallback(LoraConfig(r=8, target_modules=["attn.qkv"]))]).fit(module)
+
+Names are imported when they are first used, so that the command line can say what to install where Lightning is
+missing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_plugins.integrations.lightning.callback import LoraCallback
+    from lora_plugins.integrations.lightning.cli import LoraCLI
+    from lora_plugins.integrations.lightning.loading import LoraCheckpointMixin, load_from_checkpoint
+
+__all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint"]
+
+_MODULES = {
+    "LoraCLI": "cli",
+    "LoraCallback": "callback",
+    "LoraCheckpointMixin": "loading",
+    "load_from_checkpoint": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,144 @@
+"""What training must show: every trainable tensor gets a gradient and moves, nothing else does."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lora_plugins import StateError
+from lora_plugins.errors import listing
+
+STEPS = 2
+"""Steps with a learning rate above zero after which every trainable tensor has moved; A moves after B has."""
+
+_NO_GRADIENT = (
+    "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
+    "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
+)
+
+
+class FirstSteps:
+    """Watches the trainable tensors of a module until each was seen to have a gradient and to move."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._without = set(trained)
+        self._start = {name: p.detach().clone() for name, p in trained.items()}
+        self._steps = 0
+        self._waiting = True
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._seen(name))  # type: ignore[no-untyped-call]
+            for name, p in trained.items()
+        ]
+
+    def _seen(self, name: str) -> Callable[[Tensor], None]:
+        def note(_: Tensor) -> None:
+            self._without.discard(name)
+
+        return note
+
+    def after_batch(self, learning_rates: Iterable[float], steps: int) -> bool:
+        """Looks at what a batch has done; returns whether there is more to watch.
+
+        Args:
+            learning_rates: Of all parameter groups.
+            steps: How many optimizer steps the batch made.
+
+        Raises:
+            StateError: If no trainable tensor got a gradient.
+        """
+        if self._waiting and len(self._without) < len(self._start):
+            self._waiting = False
+        if steps:
+            self._check_gradients()
+            self._steps += steps if min(learning_rates, default=0.0) > 0 else 0
+        if self._steps < STEPS:
+            return True
+        self._check_moved()
+        self.stop()
+        return False
+
+    def stop(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _check_gradients(self) -> None:
+        if not self._handles:
+            return
+        self.stop()
+        if self._without and len(self._without) == len(self._start):
+            raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
+        if self._without:
+            rank_zero_warn(
+                f"{len(self._without)} of {len(self._start)} trainable tensors got no gradient in the first step: "
+                f"{listing(sorted(self._without))}. {_NO_GRADIENT} If that is meant, leave them out of the "
+                "adapter with exclude_modules."
+            )
+
+    def _check_moved(self) -> None:
+        parameters = dict(self._module.named_parameters())
+        still = [
+            name
+            for name, start in self._start.items()
+            if name not in self._without and name in parameters and torch.equal(parameters[name].detach(), start)
+        ]
+        if still:
+            rank_zero_warn(
+                f"{len(still)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
+                f"have gradients: {listing(still)}. Likely causes: a learning rate too small for their type, or "
+                "gradients that are exactly zero."
+            )
+
+
+def refuse_unfrozen(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuses frozen tensors that somebody made trainable.
+
+    Args:
+        parameters: The tensors that have to stay frozen, by name.
+
+    Raises:
+        StateError: If one requires a gradient, naming it.
+    """
+    unfrozen = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if unfrozen:
+        raise StateError(
+            f"{len(unfrozen)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
+            f"does that) or by the module: {listing(unfrozen)}. An adapter's checkpoint does not hold them. To train "
+            "them, list their modules in modules_to_save; to keep them frozen, remove the callback."
+        )
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns a check sum of each tensor's bits: the sum of its bytes, weighted by position."""
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+
+
+def refuse_moved(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a frozen base that is not what it was.
+
+    Raises:
+        StateError: If a tensor changed, naming it.
+    """
+    moved = [name for name, tensor in tensors.items() if name in before and _checksum(tensor) != before[name]]
+    if moved:
+        raise StateError(
+            f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
+            "hold them and would be put onto another base. Likely causes: a callback or a training step that writes "
+            "into weights, or a layer that keeps statistics in a buffer while frozen."
+        )
+
+
+def _checksum(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard of a distributed tensor
+    data = local.detach().contiguous().view(-1)
+    if data.numel() == 0:
+        return 0
+    size = data.element_size()
+    words = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.uint8))
+    half = words.numel() // 2
+    # Two sums, so that exchanged values are noticed too; both wrap around, which is harmless.
+    return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))

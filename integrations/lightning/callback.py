@@ -1,0 +1,340 @@
+"""`LoraCallback`: LoRA over any LightningModule."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info
+from lora_plugins.integrations.lightning import optimizers
+from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
+from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors
+from lora_plugins.integrations.lightning.heads import with_heads
+from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.report import print_files, print_plan
+from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
+from torch import nn
+
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
+from lora_plugins.errors import listing, near
+from lora_plugins.layer import state_of
+from lora_plugins.state import model_state
+
+
+class LoraCallback(Callback):
+    """Adapts a LightningModule with LoRA while it is fitted; the module needs no change.
+
+    At the start of `fit` the module's layers are adapted in place and everything else is frozen, before optimizers are
+    made. Every checkpoint of the run holds what is trained and leaves the frozen base out, on every path on which
+    Lightning saves one; `trainer.fit`, `validate`, `test` and `predict` take such a file as `ckpt_path`. When `fit`
+    ends, the adapter is merged and the module has its own classes and state-dict keys again. A later `fit` of the same
+    Trainer takes the merge back, bit for bit, and goes on with the adapter.
+
+    A module may declare `head_modules`, the names of modules with newly initialised parameters. They are trained as if
+    `modules_to_save` listed them.
+
+    Args:
+        config: What is adapted, and how.
+        adapter_name: Name of the adapter.
+        merge_on_fit_end: Whether the adapter is merged into the module when `fit` ends.
+        merge_source: Which weights the module has after `fit`, and are saved: the `last` ones, or those of the `best`
+            checkpoint, as the trainer's ModelCheckpoint with a `monitor` has it.
+        target: Name of the submodule to adapt, such as `network`; by default the whole LightningModule. Names in the
+            config, the adapter folder and the exported file are relative to it.
+        save_adapter_to: Folder for the adapter, written when `fit` ends.
+        export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
+            ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
+        train_mode: Whether `fit` puts the target into training mode, frozen normalisation layers aside. Models of
+            `from_pretrained` arrive in eval mode, and Lightning leaves them there.
+        print_plan: Whether a table of what is adapted is printed before training.
+
+    Raises:
+        ConfigError: If an argument has a value that it cannot have.
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig,
+        *,
+        adapter_name: str = "default",
+        merge_on_fit_end: bool = True,
+        merge_source: Literal["last", "best"] = "last",
+        target: str | None = None,
+        save_adapter_to: str | None = None,
+        export_to: str | None = None,
+        train_mode: bool = True,
+        print_plan: bool = True,
+    ) -> None:
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"LoraCallback takes a LoraConfig, not {type(config).__name__}.")
+        if merge_source not in ("last", "best"):
+            raise ConfigError(f"merge_source is {merge_source!r}. {near(merge_source, ('last', 'best'))}")
+        if export_to is not None and Path(export_to).suffix != ".safetensors":
+            raise ConfigError(f"export_to is {export_to!r}. It names a file that ends in .safetensors.")
+        self.config = config
+        self.adapter_name = adapter_name
+        self.merge_on_fit_end = merge_on_fit_end
+        self.merge_source = merge_source
+        self.target = target
+        self.save_adapter_to = save_adapter_to
+        self.export_to = export_to
+        self.train_mode = train_mode
+        self.print_plan = print_plan
+        self._merged: Merged | None = None
+        self._shims: ModuleShims | None = None
+        self._first_steps: FirstSteps | None = None
+        self._frozen: dict[str, int] = {}
+        self._steps_seen = 0
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state from that of another LoraCallback."""
+        return self._generate_state_key(target=self.target, adapter=self.adapter_name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the configuration, as plain types; the adapter itself is kept by `lora_plugins` in the file."""
+        return {"config": self.config.to_dict()}
+
+    def plan(self, module: LightningModule) -> Plan:
+        """Returns what would be adapted; touches nothing.
+
+        Raises:
+            TargetError: If the configuration does not fit the module as it is now.
+        """
+        target = self._target(module)
+        return LoraModel.plan(target, with_heads(self.config, module, target, self.target))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepares the places at which the module is adapted, saved and loaded.
+
+        Raises:
+            StateError: If the trainer is set up in a way in which the adapter would be lost.
+        """
+        self._stop_watching()
+        CheckpointShims.of(trainer, self)
+        if stage != "fit":
+            return
+        if self.merge_source == "best":
+            self._best_checkpoint(trainer)
+        shims = self._shims = ModuleShims(pl_module)
+        last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
+        shims.after(last, lambda _: self._ensure(trainer, pl_module))
+        shims.after("configure_optimizers", lambda configured: optimizers.complete(pl_module, configured))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what is adapted.
+
+        Raises:
+            StateError: If something replaced adapted layers after they were adapted.
+        """
+        self._refuse_replaced(pl_module)
+        if self.print_plan and trainer.is_global_zero:
+            print_plan(self._handle(pl_module).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to watch what moves."""
+        self._first_steps = FirstSteps(pl_module)
+        self._steps_seen = trainer.global_step
+        self._frozen = checksums(frozen_tensors(pl_module))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Checks once an epoch that the base is still frozen.
+
+        Raises:
+            StateError: If another callback made it trainable.
+        """
+        if batch_idx == 0:
+            refuse_unfrozen({k: p for k, p in frozen_tensors(pl_module).items() if isinstance(p, nn.Parameter)})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checks in the first steps that everything trainable gets a gradient and moves.
+
+        Raises:
+            StateError: If nothing does.
+        """
+        if self._first_steps is None:
+            return
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        steps, self._steps_seen = trainer.global_step - self._steps_seen, trainer.global_step
+        if not self._first_steps.after_batch([float(rate) for rate in rates], steps):
+            self._first_steps = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the frozen base is what it was.
+
+        Raises:
+            StateError: If it is not.
+        """
+        refuse_moved(self._frozen, frozen_tensors(pl_module))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves, merges and exports, as asked for."""
+        if self.merge_source == "best":
+            checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
+            pl_module.load_state_dict(checkpoint["state_dict"])
+        files = {}
+        if not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
+            files = self._write(pl_module)
+        if self.merge_on_fit_end:
+            self._merged = merge(self._target(pl_module))
+        print_files(files)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the module its own methods back; the trainer can still save its checkpoints."""
+        self._stop_watching()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the module its own methods back."""
+        self._stop_watching()
+
+    def before_load(self, module: nn.Module) -> None:
+        """Takes the merge back, if `module` is the merged one, since an adapter is about to be loaded."""
+        held, self._merged = self._merged, None
+        if held is not None and held.fits(self._target(module)):
+            held.put_back()
+
+    def forget(self) -> None:
+        """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
+        self._merged = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what belongs to a run."""
+        return {**self.__dict__, "_merged": None, "_shims": None, "_first_steps": None, "_frozen": {}}
+
+    def _ensure(self, trainer: Trainer, module: LightningModule) -> None:
+        """Adapts the module if it is not adapted; called wherever its structure may have changed."""
+        self.before_load(module)
+        target = self._target(module)
+        state = model_state(target)
+        config = with_heads(self.config, module, target, self.target)
+        if state is not None and self.adapter_name in state.adapters:
+            self._reuse(target, config)
+        else:
+            self._refuse_nested(module, target)
+            self._add(target, config)
+            _copy_again(trainer, module)
+        if self.train_mode:
+            _into_training_mode(target)
+
+    def _add(self, target: nn.Module, config: LoraConfig) -> None:
+        if model_state(target) is None:
+            LoraModel(target, config, self.adapter_name)
+            return
+        lora = LoraModel(target)
+        lora.add_adapter(self.adapter_name, config)
+        lora.set_adapter((*lora.active_adapters, self.adapter_name))
+
+    def _reuse(self, target: nn.Module, config: LoraConfig) -> None:
+        lora = LoraModel(target)
+        present = lora.adapters[self.adapter_name]
+        different = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(present, f.name)]
+        if different:
+            raise StateError(
+                f"The module has an adapter {self.adapter_name!r} already, with another configuration: "
+                f"{listing(different)} differ. Choose another adapter_name, or take the old one off first: "
+                "LoraModel(module).unload()."
+            )
+        if lora.merged_adapters:
+            lora.unmerge_adapter()
+        if self.adapter_name not in lora.active_adapters:
+            lora.set_adapter((*lora.active_adapters, self.adapter_name))
+        self._refuse_replaced_in(target)
+
+    def _refuse_replaced(self, module: LightningModule) -> None:
+        self._refuse_replaced_in(self._target(module))
+
+    def _refuse_replaced_in(self, target: nn.Module) -> None:
+        plan = LoraModel(target).plans[self.adapter_name]
+        found = dict(target.named_modules())
+        lost = [
+            layer.name
+            for layer in plan.layers
+            if layer.name not in found
+            or (state := state_of(found[layer.name])) is None
+            or self.adapter_name not in state.adapters
+        ]
+        if lost:
+            raise StateError(
+                f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
+                "precision plugin that swaps layers, or a setup() that builds the model again, does that. Build the "
+                "layers once, and convert them before fit."
+            )
+
+    def _refuse_nested(self, module: nn.Module, target: nn.Module) -> None:
+        """Refuses targets that lie inside one another: a layer would have two sets of adapters."""
+        for path, other in adapted_targets(module).items():
+            if other is target:
+                continue
+            if any(child is target for child in other.modules()) or any(child is other for child in target.modules()):
+                raise StateError(
+                    f"The targets {self.target or 'the module'!r} and {path or 'the module'!r} lie inside one another. "
+                    "Give all LoraCallbacks the same target, and different adapter_names, or targets side by side."
+                )
+
+    def _target(self, module: nn.Module) -> nn.Module:
+        if self.target is None:
+            return module
+        found = dict(module.named_modules())
+        if self.target not in found:
+            raise ConfigError(
+                f"target is {self.target!r}, which {type(module).__name__} does not have. {near(self.target, found)}"
+            )
+        return cast(nn.Module, found[self.target])
+
+    def _handle(self, module: LightningModule) -> LoraModel:
+        return LoraModel(self._target(module))
+
+    def _write(self, module: LightningModule) -> dict[str, Path]:
+        target = self._target(module)
+        files: dict[str, Path] = {}
+        if self.save_adapter_to is not None:
+            files["Adapter"] = LoraModel(target).save_adapter(self.save_adapter_to, self.adapter_name)
+        if self.export_to is not None:
+            with merged(target):
+                tensors = plain_state_dict(target)
+            files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
+        return files
+
+    def _best_checkpoint(self, trainer: Trainer) -> str:
+        """The path of the best checkpoint; before training, only checks that there will be one."""
+        monitors = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)]
+        if not monitors:
+            raise ConfigError(
+                "merge_source='best' needs a ModelCheckpoint with a `monitor` among the trainer's callbacks, which "
+                "says what is best."
+            )
+        return str(getattr(monitors[0], "best_model_path", ""))
+
+    def _stop_watching(self) -> None:
+        if self._shims is not None:
+            self._shims.remove()
+        if self._first_steps is not None:
+            self._first_steps.stop()
+        self._shims, self._first_steps = None, None
+
+
+def _copy_again(trainer: Trainer, module: LightningModule) -> None:
+    """Lets averaging callbacks copy the adapted module: they copied it in their setup, before it was adapted."""
+    averaging: Sequence[Callback] = [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+    ]
+    for callback in averaging:
+        callback.setup(trainer, module, "fit")
+
+
+def _into_training_mode(target: nn.Module) -> None:
+    modes = {name: child.training for name, child in target.named_modules()}
+    target.train()
+    woken = [name for name, child in target.named_modules() if child.training and not modes[name]]
+    if woken:
+        rank_zero_info(
+            f"{len(woken)} modules arrived in eval mode and were put into training mode: {listing(woken, 3)}. Use "
+            "LoraCallback(train_mode=False) to leave them."
+        )

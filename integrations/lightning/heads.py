@@ -1,0 +1,39 @@
+"""Modules with newly initialised parameters, which a LightningModule may declare as `head_modules`."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.errors import listing
+
+
+def with_heads(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
+    """Returns a config that trains the declared heads below the target as well.
+
+    Args:
+        config: The adapter's configuration.
+        module: The module; its optional attribute `head_modules` holds names relative to it.
+        target: What is adapted.
+        path: The target's name in the module; None for the module itself.
+
+    Raises:
+        ConfigError: If a declared head does not exist, or its name would match other modules as well.
+    """
+    declared: Iterable[str] = getattr(module, "head_modules", ())
+    prefix = f"{path}." if path else ""
+    heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]
+    names = [*dict(target.named_modules()), *dict(target.named_parameters())]
+    for head in heads:
+        if head not in names:
+            raise ConfigError(f"{type(module).__name__}.head_modules names {prefix + head!r}, which does not exist.")
+        others = [name for name in names if name.endswith("." + head)]
+        if others:
+            raise ConfigError(
+                f"The head {prefix + head!r} of {type(module).__name__} shares its name with {listing(others)}, which "
+                "modules_to_save would match too. Set LoraCallback(target=None), where names are longer."
+            )
+    added = [head for head in heads if head not in config.modules_to_save]
+    return replace(config, modules_to_save=[*config.modules_to_save, *added]) if added else config

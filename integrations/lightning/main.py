@@ -1,0 +1,122 @@
+"""The commands `lightning` and `lora-plugins`, and `python -m lora_plugins`."""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
+
+from lora_plugins.errors import LoraError, near
+from lora_plugins.manager import DISTRIBUTION, default_registry
+
+TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
+"""Environment variable; if it is set, errors are shown with their traceback."""
+
+_NEEDED = {"lightning": "lightning", "jsonargparse": "jsonargparse", "rich": "rich", "yaml": "jsonargparse"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: What follows the name of the program; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error that was printed.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except LoraError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _NEEDED:
+            raise
+        print(f"error: this command needs {missing}. Run: pip install 'lora-plugins[lightning]'", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if command in COMMANDS:
+        COMMANDS[command][0](arguments)
+        return 0
+    if command.startswith("-"):  # `--config FILE fit` and the like
+        _trainer(arguments)
+        return 0
+    return _foreign(command)
+
+
+def _trainer(arguments: list[str]) -> None:
+    with _given_arguments():
+        _module("cli").LoraCLI(args=arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    with _given_arguments():
+        _module("cli").PlanCLI(args=["fit", *arguments[1:]])
+
+
+def _plugins(_: list[str]) -> None:
+    _module("report").print_plugins(default_registry())
+
+
+def _module(name: str) -> ModuleType:
+    """Imports what a command needs when it is called: the overview has to work without it."""
+    return importlib.import_module(f"lora_plugins.integrations.lightning.{name}")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "fit": (_trainer, "train, as a YAML file says"),
+    "validate": (_trainer, "measure on the validation split"),
+    "test": (_trainer, "measure on the test split"),
+    "predict": (_trainer, "predict"),
+    "plan": (_plan, "print what fit would adapt, and train nothing"),
+    "plugins": (_plugins, "list the installed plugins"),
+}
+"""Our commands: what runs them, given all arguments, and what they do."""
+
+
+def _foreign(command: str) -> int:
+    """Hands a command that is not ours to the other distribution that owns a script called `lightning`."""
+    for point in metadata.entry_points(group="console_scripts", name="lightning"):
+        if point.dist is not None and point.dist.name != DISTRIBUTION:
+            result = point.load()()
+            return result if isinstance(result, int) else 0
+    print(
+        f"error: there is no command {command!r}. {near(command, COMMANDS)} Other commands of the name `lightning` "
+        "belong to the package lightning-sdk, which is not installed.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+@contextmanager
+def _given_arguments() -> Iterator[None]:
+    """Silences LightningCLI's warning that it was given arguments although the process has some: they are the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        yield
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)",
+            "",
+            *lines,
+            "",
+            "COMMAND --help shows the arguments of a command; fit --print_config prints a whole YAML file.",
+        ]
+    )

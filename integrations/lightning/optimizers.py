@@ -1,0 +1,75 @@
+"""Every tensor that is to be trained sits in exactly one parameter group, or the run stops and says why."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_plugins import StateError
+from lora_plugins.errors import listing
+
+_ADVICE = (
+    "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
+    "[p for p in self.parameters() if p.requires_grad]."
+)
+
+
+def optimizers_in(configured: Any) -> Iterator[Optimizer]:
+    """Yields the optimizers in whatever form `configure_optimizers` returned them."""
+    if isinstance(configured, Optimizer):
+        yield configured
+    elif isinstance(configured, Mapping):
+        yield from optimizers_in(configured.get("optimizer"))
+    elif isinstance(configured, list | tuple):
+        for entry in configured:
+            yield from optimizers_in(entry)
+
+
+def complete(module: nn.Module, configured: Any) -> None:
+    """Puts trainable tensors that are in no optimizer into the one group there is, in place, and says so.
+
+    An optimizer that was built before the adapters existed holds the frozen base only, as the one that the stock
+    LightningCLI makes of a YAML file does. Adding to its group keeps schedulers and their state valid.
+
+    Args:
+        module: The adapted module.
+        configured: What its `configure_optimizers` returned.
+
+    Raises:
+        StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
+    """
+    groups = [group for optimizer in optimizers_in(configured) for group in optimizer.param_groups]
+    missing = _missing(module, groups)
+    if missing and len(groups) == 1:
+        groups[0]["params"].extend(missing.values())
+        rank_zero_warn(
+            f"The optimizer was built before the adapters existed and would not train {listing(missing, 3)}. They were "
+            f"added to its parameter group now. {_ADVICE}"
+        )
+    verify(module, groups)
+
+
+def verify(module: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Checks that each trainable tensor of a module is in exactly one parameter group.
+
+    Raises:
+        StateError: If one is in none or in two, naming it.
+    """
+    missing = _missing(module, groups)
+    if missing:
+        raise StateError(
+            f"{len(missing)} trainable tensors are in no optimizer and would never move: {listing(missing)}. There are "
+            f"{len(groups)} parameter groups, so it is not clear where they belong. {_ADVICE}"
+        )
+    counts = Counter(id(p) for group in groups for p in group["params"])
+    doubled = [name for name, p in module.named_parameters() if p.requires_grad and counts[id(p)] > 1]
+    if doubled:
+        raise StateError(f"{listing(doubled)} are in more than one parameter group. Leave each in one of them.")
+
+
+def _missing(module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
+    held = {id(p) for group in groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in held}
