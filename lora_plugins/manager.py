@@ -88,11 +88,8 @@ def _register(
     """Lets one plugin register; on any error pluggy forgets it again."""
     manager.register(plugin, name=f"{info.distribution}:{info.name}")
     try:
-        unknown = [
-            impl.function.__name__
-            for impl in _implementations(manager, plugin)
-            if not hasattr(hookspecs, impl.function.__name__)
-        ]
+        callers = manager.get_hookcallers(plugin) or []
+        unknown = [caller.name for caller in callers if not caller.has_spec()]
         if unknown:
             raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}.")
         layer_registrar = LayerRegistrar(info)
@@ -104,11 +101,6 @@ def _register(
         manager.unregister(plugin)
         raise
     return layer_registrar.plugins, init_registrar.plugins
-
-
-def _implementations(manager: pluggy.PluginManager, plugin: Any) -> list[Any]:
-    callers = manager.get_hookcallers(plugin) or []
-    return [impl for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin]
 
 
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)

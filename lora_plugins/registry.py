@@ -1,7 +1,7 @@
 """What the installed plugins provide: lookup of layer types by module and of inits by name."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -50,11 +50,19 @@ class PluginInfo:
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_module_class(value: object) -> bool:
+    return issubclass(value, nn.Module) if isinstance(value, type) else _is_name(value)
+
+
 class _Registrar(Generic[Plugin]):
     """Collects and validates what one plugin registers."""
 
     kind: ClassVar[type]
-    required: ClassVar[tuple[str, ...]]
+    required: ClassVar[Mapping[str, Callable[[object], bool]]]
 
     def __init__(self, info: PluginInfo) -> None:
         self.info = info
@@ -64,16 +72,20 @@ class _Registrar(Generic[Plugin]):
         """Adds one plugin object.
 
         Raises:
-            PluginError: If it is not an instance of the expected class, or has no name.
+            PluginError: If it is not an instance of the expected class, or has no proper name or module class.
         """
         if not isinstance(plugin, self.kind):
             hint = " Register an instance, not the class." if isinstance(plugin, type) else ""
             raise PluginError(
                 f"Plugin {self.info.owner} registered {plugin!r}, which is no {self.kind.__name__}.{hint}"
             )
-        for attribute in self.required:
-            if not getattr(plugin, attribute, None):
-                raise PluginError(f"Plugin {self.info.owner}: {type(plugin).__name__} does not set {attribute!r}.")
+        for attribute, is_proper in self.required.items():
+            value = getattr(plugin, attribute, None)
+            if not is_proper(value):
+                raise PluginError(
+                    f"Plugin {self.info.owner}: {type(plugin).__name__} does not set {attribute!r} properly, but to "
+                    f"{value!r}; see {self.kind.__name__}."
+                )
         self.plugins.append(plugin)
 
 
@@ -81,14 +93,14 @@ class LayerRegistrar(_Registrar[LayerPlugin]):
     """Takes the layer types of one plugin: call `add` with instances of `LayerPlugin`."""
 
     kind = LayerPlugin
-    required = ("name", "module_type")
+    required: ClassVar = {"name": _is_name, "module_type": _is_module_class}
 
 
 class InitRegistrar(_Registrar[InitPlugin]):
     """Takes the inits of one plugin: call `add` with instances of `InitPlugin`."""
 
     kind = InitPlugin
-    required = ("name",)
+    required: ClassVar = {"name": _is_name}
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Registry:
         if owned is not None:
             return owned.plugin
         failed = [info for info in self.plugins if info.error is not None]
-        failures = "".join(f" Plugin {info.owner} {info.state}." for info in failed)
+        failures = "".join(f" Plugin {info.owner} {info.state.rstrip('.')}." for info in failed)
         blocked = "".join(f" Plugin {info.owner} is blocked." for info in self.plugins if info.blocked)
         # The one that is asked for by its own name is the likeliest cause.
         cause = next((i.error for i in sorted(failed, key=lambda i: i.name != name)), None)
