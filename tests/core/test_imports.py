@@ -1,0 +1,55 @@
+"""What an import brings along, and under which names the parts of the project can be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HEAVY = ("lightning", "lightning_fabric", "pytorch_lightning", "timm", "torchmetrics", "torchvision", "transformers")
+"""None of them is needed to adapt a model in plain PyTorch."""
+
+REPORT = f"import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+
+
+def python(code, **options):
+    """Runs code in a fresh process, which finds the checkout only if it runs there."""
+    safe_path = [] if "cwd" in options else ["-P"]
+    command = [sys.executable, *safe_path, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_core_imports_nothing_heavy():
+    use = (
+        "import lora_plugins, torch; "
+        "lora_plugins.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), lora_plugins.LoraConfig()); "
+    )
+    run = python(use + REPORT)
+    assert (run.stdout.strip(), run.returncode) == ("[]", 0), run.stderr
+
+
+def test_that_check_can_fail():
+    """Without this, a check that looks at the wrong thing would pass for ever."""
+    run = python("import lora_plugins, torchvision; " + REPORT)
+    assert run.stdout.strip() == "['torchvision']", run.stderr
+
+
+@pytest.mark.parametrize("folder", ["integrations", "tasks"])
+def test_a_folder_refuses_any_name_but_its_own(folder):
+    """From the root of a checkout both spellings could be imported, as two modules with two sets of classes."""
+    run = python(f"import {folder}", cwd=ROOT)
+    assert run.returncode != 0
+    assert f"Import it as 'lora_plugins.{folder}'" in run.stderr
+
+
+def test_its_own_name_works_from_anywhere():
+    run = python("import lora_plugins.integrations")
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_public_name_is_there_and_sorted():
+    import lora_plugins
+
+    assert lora_plugins.__all__ == sorted(lora_plugins.__all__)
+    assert [name for name in lora_plugins.__all__ if not hasattr(lora_plugins, name)] == []
