@@ -99,7 +99,7 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
         module, key = holder_of(model, name)
         parameter = module._parameters[key]
         assert parameter is not None
-        parameter.data = weight.to(parameter.device)
+        parameter.data = weight.to(parameter)
     for layer in adapted_layers(model).values():
         layer_state(layer).merged.clear()
     state.kept = {}

@@ -59,9 +59,12 @@ class InPlaceValues:
             if present == owner:
                 continue
             tensor = _tensor(model, name)
-            self._keep(name, present, tensor.data)
+            stale = base if present is None else self.values[present][name]
             value = base if owner is None else self.values[owner][name]
-            tensor.data = value.to(tensor.device)
+            # A model that was cast while this value was away takes the value along.
+            dtype = value.dtype if tensor.dtype == stale.dtype else tensor.dtype
+            self._keep(name, present, tensor.data)
+            tensor.data = value.to(tensor.device, dtype)
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner

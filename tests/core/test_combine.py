@@ -1,0 +1,156 @@
+"""Weighted combination happens on the updates: exact where it can be, and never with cross terms."""
+
+import copy
+
+import pytest
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
+from torch import Tensor, nn
+
+from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
+from tests.core.layer_cases import LAYER_CASES
+
+LAYERS = [
+    case for case in LAYER_CASES if case.id in ("linear", "transformers_conv1d", "embedding", "conv2d-std-timm")
+] + [next(case for case in LAYER_CASES if case.id.startswith(prefix)) for prefix in ("conv1d", "conv3d", "conv_tr")]
+
+
+def two_adapters(make=lambda: nn.Linear(6, 5), **fields) -> LoraModel:
+    model = nn.ModuleDict({"layer": make().double()})
+    lora = LoraModel(model, LoraConfig(r=2, alpha=3, init="none", **fields), "a")
+    torch.manual_seed(7)
+    lora.add_adapter("b", LoraConfig(r=3, alpha=7, init="none", use_rslora=True, **fields))
+    return lora
+
+
+def update_of(lora: LoraModel, name: str) -> Tensor:
+    lora.set_adapter(name)
+    weight = lora.model["layer"].weight.detach()
+    with lora.disable_adapter():
+        return weight - lora.model["layer"].weight.detach()
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
+@pytest.mark.parametrize("kind", ["cat", "linear"])
+@pytest.mark.parametrize("weights", [(0.7, -1.3), (1.0, 0.0)], ids=str)
+def test_exact_sums(case, kind, weights):
+    lora = two_adapters(case.make)
+    expected = weights[0] * update_of(lora, "a") + weights[1] * update_of(lora, "b")
+    error = lora.add_weighted_adapter(["a", "b"], weights, "c", kind)
+    assert error < 1e-12
+    torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+def test_weight_one_is_the_identity_and_opposites_cancel(kind):
+    lora = two_adapters()
+    lora.add_weighted_adapter(["a"], [1.0], "same", kind)
+    torch.testing.assert_close(update_of(lora, "same"), update_of(lora, "a"), rtol=1e-12, atol=1e-13)
+    lora.add_weighted_adapter(["a", "a"], [1.0, -1.0], "none", kind)
+    assert not update_of(lora, "none").any()
+
+
+def test_svd_is_the_best_approximation_and_says_its_error():
+    lora = two_adapters()
+    exact = update_of(lora, "a") + update_of(lora, "b")
+    error = lora.add_weighted_adapter(["a", "b"], [1, 1], "c", "svd", rank=2)
+    values = torch.linalg.svdvals(exact)
+    assert error == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-9)
+    assert torch.linalg.matrix_rank(update_of(lora, "c")) == 2
+
+
+PEFT = {"magnitude_prune": magnitude_prune, "ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties}
+
+
+@pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")  # of PEFT
+@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
+def test_pruned_combinations_equal_those_of_peft(kind, density):
+    lora = two_adapters()
+    updates = [update_of(lora, "a"), update_of(lora, "b")]
+    torch.manual_seed(11)
+    expected = PEFT[kind](updates, torch.tensor([0.6, 0.9], dtype=torch.float64), density)
+    torch.manual_seed(11)
+    error = lora.add_weighted_adapter(["a", "b"], [0.6, 0.9], "c", kind, density=density)
+    assert error < 1e-12  # the sum of the ranks, 5, is the full rank of this layer
+    torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_on_different_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    lora = LoraModel(model, LoraConfig(r=2, init="none", target_modules=["0"]), "a")
+    lora.add_adapter("b", LoraConfig(r=3, init="none", target_modules=["1"]))
+    lora.set_adapter(["a", "b"])
+    x = torch.randn(3, 4).double()
+    expected = model(x)
+    lora.add_weighted_adapter(["a", "b"], [1, 1], "c")
+    lora.set_adapter("c")
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_a_fused_layer_and_attention():
+    model = nn.ModuleDict({"qkv": nn.Linear(4, 12), "attention": nn.MultiheadAttention(4, 2)}).double()
+    fields = {"init": "none", "fused_parts": {"qkv": ["q", "v"]}}
+    lora = LoraModel(model, LoraConfig(r=1, **fields), "a")
+    lora.add_adapter("b", LoraConfig(r=2, **fields))
+    lora.set_adapter(["a", "b"])
+    expected = [model["qkv"].weight.detach(), model["attention"].in_proj_weight.detach()]
+    lora.add_weighted_adapter(["a", "b"], [1, 1], "c")
+    lora.set_adapter("c")
+    for got, wanted in zip([model["qkv"].weight, model["attention"].in_proj_weight], expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_and_biases_are_combined_as_differences():
+    model = nn.ModuleDict({"layer": nn.Linear(6, 5), "head": nn.Linear(5, 2)})
+    base = copy.deepcopy(model.state_dict())
+    fields = {"target_modules": ["layer"], "modules_to_save": ["head"], "bias": "lora_only", "init": "none"}
+    lora = LoraModel(model, LoraConfig(**fields), "a")
+    lora.add_adapter("b", LoraConfig(**fields))
+    moved = {}
+    for name in ("a", "b"):
+        lora.set_adapter(name)
+        with torch.no_grad():
+            for key in ("head.weight", "layer.bias"):
+                model.get_parameter(key).add_(torch.randn_like(model.get_parameter(key)))
+                moved[name, key] = model.get_parameter(key).detach().clone()
+    lora.add_weighted_adapter(["a"], [1.0], "same")
+    lora.add_weighted_adapter(["a", "b"], [0.5, 2.0], "mix")
+    for key in ("head.weight", "layer.bias"):
+        lora.set_adapter("same")
+        assert torch.equal(model.get_parameter(key), moved["a", key])
+        lora.set_adapter("mix")
+        expected = base[key] + 0.5 * (moved["a", key] - base[key]) + 2 * (moved["b", key] - base[key])
+        torch.testing.assert_close(model.get_parameter(key).detach(), expected)
+
+
+def test_saves_and_loads(tmp_path):
+    lora = two_adapters()
+    base = nn.ModuleDict({"layer": nn.Linear(6, 5).double()})
+    with lora.disable_adapter():
+        base["layer"].load_state_dict({k: v for k, v in lora.model["layer"].state_dict().items() if "lora" not in k})
+    lora.add_weighted_adapter(["a", "b"], [0.3, 0.4], "c", "cat")
+    lora.save_adapter(tmp_path, "c")
+    lora.set_adapter("c")
+    LoraModel.load_adapter(base, tmp_path)
+    assert torch.equal(base["layer"].weight, lora.model["layer"].weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((["a", "b"], [1], "c"), {}, ConfigError, "2 adapters and 1 weights"),
+        ((["a", "x"], [1, 1], "c"), {}, StateError, "no adapter 'x'"),
+        ((["a"], [1], "b"), {}, ConfigError, "has an adapter 'b' already"),
+        ((["a"], [1], "c", "tie"), {}, ConfigError, "Did you mean 'ties'"),
+        ((["a"], [1], "c", "cat"), {"density": 1}, ConfigError, "no option 'density'"),
+        ((["a"], [1], "c", "ties"), {}, ConfigError, "needs a density"),
+        ((["a"], [1], "c", "svd"), {"rank": 0}, ConfigError, "rank is a whole number"),
+    ],
+    ids=["lengths", "unknown", "taken", "kind", "option", "density", "rank"],
+)
+def test_refuses(arguments, options, error, message):
+    lora = two_adapters()
+    with pytest.raises(error, match=message):
+        lora.add_weighted_adapter(*arguments, **options)
+    assert list(lora.adapters) == ["a", "b"]

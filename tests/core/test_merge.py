@@ -1,0 +1,149 @@
+"""Merging writes what the law says, loses nothing in silence, and is taken back bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(72, 4)).to(dtype)
+
+
+def adapt(model: nn.Module, name: str = "default", **fields) -> LoraModel:
+    return LoraModel(model, LoraConfig(**{"r": 2, "init": "none", **fields}), name)
+
+
+@HALF
+def test_twenty_rounds_restore_every_bit(dtype):
+    model = model_of(dtype)
+    lora = adapt(model, alpha=16)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(20):
+        lora.merge_adapter(max_error=1)
+        assert not torch.equal(model[0].weight, before["0.weight"])
+        lora.unmerge_adapter()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@HALF
+def test_rounds_once_from_float32(dtype):
+    model = model_of(dtype)
+    lora = adapt(model)
+    weight = model[2]._parameters["weight"].detach()
+    A, B = model[2].lora_A["default"], model[2].lora_B["default"]
+    expected = (weight.double() + (8 / 2) * B.double() @ A.double()).to(dtype)
+    lora.merge_adapter(max_error=1)
+    # One unit in the last place where the sum in float32 rounds to the other side of a tie.
+    assert (model[2].weight != expected).float().mean() < 1e-2
+    torch.testing.assert_close(model[2].weight, expected, rtol=torch.finfo(dtype).eps, atol=0, check_dtype=True)
+
+
+def test_a_tiny_update_into_bfloat16_is_refused_and_nothing_changes():
+    model = model_of(torch.bfloat16)
+    lora = adapt(model)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.lora_B["default"].mul_(1e-4)
+    before = copy.deepcopy(model.state_dict())
+    for merge in (lora.merge_adapter, lora.merge_and_unload):
+        with pytest.raises(MergeError, match=r"would lose \d+% of the update of '\d\.weight' \(torch\.bfloat16\)"):
+            merge()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert lora.merged_adapters == ()
+    report = lora.merge_adapter(max_error=1)
+    assert report.worst > 0.5
+
+
+def test_the_error_of_the_applied_update_is_reported():
+    model = model_of()
+    report = adapt(model).merge_adapter()
+    assert [weight.name for weight in report.weights] == ["0.weight", "2.weight"]
+    assert 0 < report.worst < 1e-5
+
+
+def test_a_partial_merge_keeps_the_rest_active():
+    model, x = model_of().double().eval(), torch.randn(2, 3, 5, 5).double()
+    lora = adapt(model, "a")
+    lora.add_adapter("b", LoraConfig(r=3, init="none", target_modules=["2"]))
+    lora.set_adapter(["a", "b"])
+    expected = model(x)
+    lora.merge_adapter("a")
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert type(model[0]) is nn.Conv2d
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["2.lora_A.b", "2.lora_B.b"]
+    lora.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert lora.merged_adapters == ("a", "b")
+    lora.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+
+
+class TestWhileMerged:
+    @pytest.fixture
+    def lora(self):
+        lora = adapt(model_of())
+        lora.merge_adapter()
+        return lora
+
+    @pytest.mark.parametrize(
+        ("act", "doing"),
+        [
+            (lambda lora: lora.save_adapter("never"), "Saving an adapter"),
+            (lambda lora: lora.add_adapter("b", LoraConfig()), "Adding an adapter"),
+            (lambda lora: lora.set_adapter("default"), "Changing the active adapter"),
+            (lambda lora: lora.disable_adapter().__enter__(), "Disabling adapters"),
+            (lambda lora: lora.delete_adapter("default"), "Deleting an adapter"),
+            (lambda lora: lora.model.train()(torch.randn(1, 3, 5, 5)), "Training"),
+            (lambda lora: lora.model.load_state_dict(model_of().state_dict()), "Loading a state dict"),
+        ],
+        ids=["save", "add", "set", "disable", "delete", "train", "load"],
+    )
+    def test_is_refused(self, lora, act, doing):
+        with pytest.raises(StateError, match=rf"{doing} is not possible while 'default' is merged"):
+            act(lora)
+
+    def test_merging_again_is_refused(self, lora):
+        with pytest.raises(StateError, match="merged already"):
+            lora.merge_adapter("default")
+
+    def test_inference_is_the_base_class(self, lora):
+        assert type(lora.model[2]) is nn.Linear
+        with torch.no_grad():
+            lora.model.train()(torch.randn(1, 3, 5, 5))
+
+    def test_unload_gives_the_base_back(self):
+        base = model_of()
+        model = copy.deepcopy(base)
+        lora = adapt(model)
+        lora.merge_adapter()
+        lora.unload()
+        assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_weight_shared_with_an_untargeted_layer_is_not_merged():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    lora = adapt(model, target_modules=["embed"])
+    for merge in (lora.merge_adapter, lora.merge_and_unload):
+        with pytest.raises(MergeError, match=r"'embed\.weight' is the same tensor as 'head\.weight'"):
+            merge()
+    with pytest.raises(MergeError, match=r"'embed\.weight' is the same tensor as 'head\.weight'"):
+        lora.add_adapter("q", LoraConfig(target_modules=["embed"], init="loftq"))
+    assert list(lora.adapters) == ["default"]
+
+
+def test_memory_format_survives():
+    model = model_of().to(memory_format=torch.channels_last)
+    adapt(model).merge_and_unload()
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_unmerging_nothing_is_an_error():
+    with pytest.raises(StateError, match="Nothing is merged"):
+        adapt(model_of()).unmerge_adapter()
