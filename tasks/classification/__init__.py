@@ -1,0 +1,1 @@
+"""Image classification: the task and its data modules."""

@@ -1,0 +1,98 @@
+"""Finding and reading pictures on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lora_plugins.tasks.errors import DataError, unknown
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+MASK_SUFFIXES = frozenset({".png"})
+INDEX_MODES = frozenset({"L", "P"})
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, if it is there.
+
+    Raises:
+        DataError: Where it is not, naming the folders beside it.
+    """
+    if folder.is_dir():
+        return folder
+    there = folder.parent
+    while not there.is_dir():
+        there = there.parent
+    beside = [path.name for path in there.iterdir() if path.is_dir()]
+    wanted = folder.relative_to(there).parts[0]
+    hint = unknown("folder", wanted, beside) if beside else f"{there} holds no folder."
+    raise DataError(f"There is no folder {folder.absolute()}. In {there.absolute()}: {hint}")
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones are left out.
+
+    Raises:
+        DataError: Where the folder is missing, or holds no folder.
+    """
+    names = sorted(p.name for p in existing_folder(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder.absolute()} holds no folder; one a class is expected.")
+    return names
+
+
+def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """The pictures in a folder, sorted; hidden files are left out.
+
+    Raises:
+        DataError: Where the folder is missing.
+    """
+    files = existing_folder(folder).iterdir()
+    return sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith("."))
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read a picture in colour.
+
+    Raises:
+        DataError: Where it cannot be read, naming the file.
+    """
+    return _open(path).convert("RGB")
+
+
+def read_index_mask(path: Path) -> np.ndarray:
+    """Read a mask of one class index a pixel, as (H, W) 8-bit integers; of a palette picture, its indices.
+
+    Raises:
+        DataError: Where it cannot be read, or holds something else than one 8-bit value a pixel.
+    """
+    mask = _open(path)
+    if mask.mode not in INDEX_MODES:
+        raise DataError(
+            f"{path} has the mode {mask.mode}; a mask is an 8-bit PNG with one class index a pixel (mode L or P)."
+        )
+    return np.asarray(mask)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, from its head.
+
+    Raises:
+        DataError: Where it cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,101 @@
+"""Decoders of segmentation-models-pytorch over its own and over timm's encoders.
+
+https://github.com/qubvel-org/segmentation_models.pytorch; an encoder of timm is written `tu-` and its timm name.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.from_timm import check_name
+from lora_plugins.tasks.models.network import Network, children_besides
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+
+TIMM = "tu-"
+ENCODER = "encoder"
+
+
+def build_segmenter(config: ModelConfig) -> Network:
+    """Build a decoder over an encoder, with `config.num_classes` output channels.
+
+    Raises:
+        ConfigError: For an unknown decoder or encoder, or for options that the decoder does not take.
+        WeightsError: Where a file's weights do not fit.
+    """
+    module = _create(config)
+    heads = children_besides(module, ENCODER)
+    if config.weights not in (NONE, PRETRAINED):
+        state = read_weights(config.weights)
+        heads = load_exactly(module, state, heads=heads, base=ENCODER, where=repr(config.weights))
+    return Network(module.train(), heads, *_own_normalisation(config))
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Call the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
+    return cast(Tensor, network(images))
+
+
+def _create(config: ModelConfig) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    decoders = {cls.__name__: cls for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    if config.name not in decoders:
+        raise unknown("decoder of segmentation-models-pytorch:", config.name, decoders)
+    encoder = _encoder(config)
+    _check_options(config, decoders[config.name])
+    weights = "imagenet" if config.weights == PRETRAINED else None
+    try:
+        return cast(
+            nn.Module,
+            decoders[config.name](encoder_weights=weights, classes=config.num_classes, **config.options),
+        )
+    except TypeError as error:
+        raise ConfigError(f"smp's {config.name} cannot be built with the options {config.options}: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"The pretrained weights of the encoder {encoder} could not be fetched ({error}). Without a network, give "
+            "the path of a safetensors file in `weights`."
+        ) from error
+
+
+def _check_options(config: ModelConfig, decoder: type) -> None:
+    # What a decoder does not take it hands to its encoder: timm's refuse what they do not know, smp's own drop it.
+    options = set(signature(decoder).parameters)
+    for option in config.options.keys() - options:
+        if not _encoder(config).startswith(TIMM):
+            raise unknown(f"option of smp's {config.name}:", option, options)
+
+
+def _encoder(config: ModelConfig) -> str:
+    from segmentation_models_pytorch.encoders import get_encoder_names
+
+    encoder = config.options.get("encoder_name")
+    if not isinstance(encoder, str):
+        raise ConfigError(f"smp's {config.name} needs an encoder: options: {{encoder_name: tu-resnet18}}, for example.")
+    if encoder.startswith(TIMM):
+        check_name(encoder.removeprefix(TIMM))
+    elif encoder not in get_encoder_names():
+        raise unknown("encoder of segmentation-models-pytorch:", encoder, get_encoder_names())
+    return encoder
+
+
+def _own_normalisation(config: ModelConfig) -> tuple[Any, Any]:
+    """Mean and std of the encoder's pretrained weights; those of smp's own encoders lie on the hub beside them."""
+    encoder = _encoder(config)
+    if encoder.startswith(TIMM):
+        import timm
+
+        own = timm.get_pretrained_cfg(encoder.removeprefix(TIMM))
+        return own.mean, own.std
+    if config.mean is not None or config.weights != PRETRAINED:
+        return None, None
+    from segmentation_models_pytorch.encoders import get_preprocessing_params
+
+    own = get_preprocessing_params(encoder)
+    return tuple(own["mean"]), tuple(own["std"])

@@ -1,0 +1,84 @@
+"""Classifiers of timm (https://github.com/huggingface/pytorch-image-models)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.network import Network
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+
+
+def build_classifier(config: ModelConfig) -> Network:
+    """Build a timm classifier with `config.num_classes` outputs.
+
+    Raises:
+        ConfigError: For a name that timm does not know, or options that the architecture does not take.
+        WeightsError: Where a file's weights do not fit.
+    """
+    if config.weights == PRETRAINED:
+        module, new = _pretrained(config)
+    else:
+        module, new = _from_file(config)
+    own = module.pretrained_cfg
+    return Network(module.train(), new, own.get("mean"), own.get("std"))
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Call the network: images (N, channels, H, W) to logits (N, classes)."""
+    return cast(Tensor, network(images))
+
+
+def check_name(name: str) -> None:
+    """Raise an error with near matches for a model name that timm does not know.
+
+    Raises:
+        ConfigError: As said. Names with a scheme (`hf-hub:...`, `local-dir:...`) are left to timm.
+    """
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+
+
+def _create(config: ModelConfig, **keywords: Any) -> Any:
+    import timm
+
+    check_name(config.name)
+    try:
+        return timm.create_model(config.name, **config.options, **keywords)
+    except TypeError as error:
+        raise ConfigError(f"timm's {config.name} cannot be built with the options {config.options}: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"The pretrained weights of timm's {config.name} could not be fetched ({error}). Without a network, give "
+            "the path of a safetensors file in `weights`."
+        ) from error
+
+
+def _pretrained(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
+    # With the class count of its weights timm loads strictly; asked for another one it would load with gaps allowed.
+    module = _create(config, pretrained=True)
+    if module.num_classes == config.num_classes:
+        return module, ()
+    module.reset_classifier(config.num_classes)
+    return module, _classifier_names(module)
+
+
+def _from_file(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
+    module = _create(config, pretrained=False, num_classes=config.num_classes)
+    heads = _classifier_names(module)
+    if config.weights == NONE:
+        return module, heads
+    return module, load_exactly(
+        module, read_weights(config.weights), heads=heads, base=None, where=repr(config.weights)
+    )
+
+
+def _classifier_names(module: Any) -> tuple[str, ...]:
+    names = module.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,158 @@
+"""Image classifiers and semantic segmenters of transformers (https://github.com/huggingface/transformers).
+
+Weights go through the library's own loader, which knows older names of tensors, and are then held to the same exact
+account as everywhere else: its report of missing, unexpected and mismatched keys is read, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.network import Network, children_besides
+from lora_plugins.tasks.models.weights import (
+    NONE,
+    PRETRAINED,
+    Difference,
+    as_shape,
+    new_modules,
+    read_weights,
+)
+
+
+def build_classifier(config: ModelConfig) -> Network:
+    """Build what `AutoModelForImageClassification` gives, with `config.num_classes` labels.
+
+    Raises:
+        ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
+        WeightsError: Where weights do not fit.
+    """
+    from transformers import AutoModelForImageClassification
+
+    return _build(config, AutoModelForImageClassification)
+
+
+def build_segmenter(config: ModelConfig) -> Network:
+    """Build what `AutoModelForSemanticSegmentation` gives, with `config.num_classes` labels.
+
+    Raises:
+        ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
+        WeightsError: Where weights do not fit.
+    """
+    from transformers import AutoModelForSemanticSegmentation
+
+    return _build(config, AutoModelForSemanticSegmentation)
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Call the network: images (N, channels, H, W) to logits (N, classes) or (N, classes, h, w)."""
+    return cast(Tensor, network(pixel_values=images).logits)
+
+
+def _build(config: ModelConfig, auto: Any) -> Network:
+    architecture = _architecture(config, auto)
+    with _quiet():
+        module, new = _load(config, auto, architecture)
+    return Network(module.train(), new, *_own_normalisation(config))
+
+
+def _architecture(config: ModelConfig, auto: Any) -> Any:
+    """The transformers configuration that `name` and `options` describe."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.name not in CONFIG_MAPPING:
+        return _fetched_architecture(config)
+    known = {cls.model_type for cls in auto._model_mapping}
+    if config.name not in known:
+        raise unknown(f"model type for {auto.__name__}:", config.name, known)
+    fields = CONFIG_MAPPING[config.name]().to_dict()
+    for option in config.options:
+        if option not in fields:
+            raise unknown(f"option of transformers' {config.name}:", option, fields)
+    return AutoConfig.for_model(config.name, num_labels=config.num_classes, **config.options)
+
+
+def _fetched_architecture(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "/" not in config.name and not Path(config.name).is_dir():
+        types = unknown("model type of transformers", config.name, CONFIG_MAPPING)
+        raise ConfigError(f"{types} It is no folder and no model of the hub (OWNER/NAME) either.")
+    try:
+        return AutoConfig.from_pretrained(config.name, num_labels=config.num_classes, **config.options)
+    except OSError as error:
+        raise ConfigError(f"There is no configuration to be read for {config.name!r}: {error}") from error
+
+
+def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:
+    if config.weights == NONE:
+        module = auto.from_config(architecture)
+        return module, children_besides(module, module.base_model_prefix)
+    report_it = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    if config.weights == PRETRAINED:
+        module, info = _pretrained(config.name, auto, config=architecture, **report_it)
+    else:
+        cls = type(auto.from_config(architecture))
+        state = read_weights(config.weights)
+        module, info = cls.from_pretrained(None, config=architecture, state_dict=state, **report_it)
+    difference = Difference(
+        missing=frozenset(info["missing_keys"]),
+        surplus=frozenset(info["unexpected_keys"]),
+        reshaped=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
+    )
+    base = module.base_model_prefix
+    where = repr(config.name if config.weights == PRETRAINED else config.weights)
+    heads = children_besides(module, base)
+    return module, new_modules(difference, module.state_dict(), heads=heads, base=base, where=where)
+
+
+def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if name in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{name!r} is a model type of transformers, which has no weights of its own: name a model of the hub or a "
+            "folder, or give the path of a safetensors file in `weights`."
+        )
+    try:
+        return auto.from_pretrained(name, **keywords)
+    except OSError as error:
+        raise ConfigError(f"The pretrained weights {name!r} of transformers could not be read: {error}") from error
+
+
+def _own_normalisation(config: ModelConfig) -> tuple[Any, Any]:
+    """Mean and std of the image processor that lies beside the configuration, if there is one."""
+    from transformers import AutoImageProcessor
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    local = Path(config.name)
+    alone = config.name in CONFIG_MAPPING or (local.is_dir() and not (local / "preprocessor_config.json").is_file())
+    if config.mean is not None or alone:
+        return None, None
+    processor = AutoImageProcessor.from_pretrained(config.name)
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's progress bar and its own load report off the terminal: the account here says it all."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

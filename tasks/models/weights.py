@@ -1,0 +1,160 @@
+"""Finding weights, and loading them with an exact account of what fits and what does not.
+
+A new head is the only thing that a file may lack. Which modules can be a head is known before the file is opened;
+everything else that is missing, left over or of another shape is an error that lists the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Size, Tensor, nn
+
+from lora_plugins.tasks.errors import WeightsError, listed, unknown
+from lora_plugins.tasks.models.network import is_inside
+
+NONE, PRETRAINED, PACKAGE = "none", "pretrained", "package:"
+FOLDER_FILE = "model.safetensors"
+TASK_PREFIX = "network."
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a state dict differs from the network that should take it.
+
+    Attributes:
+        missing: Keys of the network that the file lacks.
+        surplus: Keys of the file that the network lacks.
+        reshaped: Key, shape in the file and shape in the network, where the two shapes differ.
+    """
+
+    missing: frozenset[str]
+    surplus: frozenset[str]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    @classmethod
+    def between(cls, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Difference:
+        """Compare a file's tensors with a network's own."""
+        pairs = ((key, tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state)
+        return cls(
+            missing=frozenset(own.keys() - state.keys()),
+            surplus=frozenset(state.keys() - own.keys()),
+            reshaped=tuple(pair for pair in pairs if pair[1] != pair[2]),
+        )
+
+
+def new_modules(
+    difference: Difference, keys: Iterable[str], *, heads: Sequence[str], base: str | None, where: str
+) -> tuple[str, ...]:
+    """The modules that a file leaves to be initialised, if these can be a new head and nothing else is wrong.
+
+    A head is new when the file has none of it, or when shapes in it differ; then the modules that hold those tensors
+    are new. A file written for another task may bring that task's head: its keys lie outside `base`, and are left
+    aside where a head of ours is new.
+
+    Args:
+        difference: How the file differs from the network.
+        keys: All keys of the network.
+        heads: Names of the modules that may be new.
+        base: Name of the module that is no head, for networks that have one.
+        where: The file's name, for the error.
+
+    Raises:
+        WeightsError: With every key that is missing, left over or reshaped without being part of a new head.
+    """
+    owned = list(keys)
+    absent = [head for head in heads if difference.missing.issuperset(k for k in owned if is_inside(k, [head]))]
+    reshaped = {key.rpartition(".")[0] for key, _, _ in difference.reshaped if is_inside(key, heads)}
+    new = [*absent, *sorted(name for name in reshaped if not is_inside(f"{name}.", absent))]
+    foreign = {k for k in difference.surplus if base is not None and absent and not is_inside(k, [base])}
+    problems = [
+        *(f"missing in the file: {key}" for key in sorted(difference.missing) if not is_inside(key, new)),
+        *(f"not in the network: {key}" for key in sorted(difference.surplus - foreign)),
+        *(
+            f"another shape: {key} is {list(theirs)} in the file and {list(ours)} in the network"
+            for key, theirs, ours in sorted(difference.reshaped)
+            if not is_inside(key, new)
+        ),
+    ]
+    if problems:
+        raise WeightsError(
+            f"The weights of {where} do not fit the network ({len(problems)} differences):\n{listed(problems)}\n"
+            f"Only a new head may be missing or have another shape; here that is: {', '.join(heads) or 'nothing'}. "
+            "Check the architecture's name and options."
+        )
+    return tuple(new)
+
+
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], *, heads: Sequence[str], base: str | None, where: str
+) -> tuple[str, ...]:
+    """Load a state dict into a network, leaving a new head as it is.
+
+    Returns:
+        The names of the modules that keep their random start, see `new_modules`.
+
+    Raises:
+        WeightsError: Where anything but a new head differs; the network is then untouched.
+    """
+    own = module.state_dict()
+    new = new_modules(Difference.between(state, own), own, heads=heads, base=base, where=where)
+    kept = {key: tensor for key, tensor in state.items() if key in own and not is_inside(key, new)}
+    module.load_state_dict(kept | {key: own[key] for key in own if is_inside(key, new)})
+    return new
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """Read the tensors that `weights` names: a file, a folder with a `model.safetensors`, or `package:NAME`.
+
+    A file of a whole task, in which every key starts with `network.`, is read as the file of its network.
+
+    Raises:
+        WeightsError: Where there is no such file, or where it is not a safetensors file.
+    """
+    if weights.startswith(PACKAGE):
+        return _read_packaged(weights.removeprefix(PACKAGE))
+    path = Path(weights)
+    path = path / FOLDER_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise _not_found(weights, path)
+    return _read_file(path)
+
+
+def packaged_weights() -> tuple[str, ...]:
+    """Names of the weights that are shipped with this package."""
+    folder = files("lora_plugins.tasks") / "weights"
+    return tuple(sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".safetensors")))
+
+
+def _read_packaged(name: str) -> dict[str, Tensor]:
+    if name not in packaged_weights():
+        raise unknown("packaged weights", name, packaged_weights())
+    with as_file(files("lora_plugins.tasks") / "weights" / f"{name}.safetensors") as path:
+        return _read_file(path)
+
+
+def _not_found(weights: str, path: Path) -> WeightsError:
+    words = unknown("weights", weights, (NONE, PRETRAINED, *(PACKAGE + name for name in packaged_weights())))
+    return WeightsError(f"There is no file {path}. {words} The path of a safetensors file or of a folder is fine too.")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} is not a safetensors file ({error}). Write one with safetensors.torch.save_file(state_dict, path)."
+        ) from error
+    if state and all(key.startswith(TASK_PREFIX) for key in state):
+        return {key.removeprefix(TASK_PREFIX): tensor for key, tensor in state.items()}
+    return state
+
+
+def as_shape(shape: Size | Sequence[int]) -> tuple[int, ...]:
+    """A shape as a plain tuple."""
+    return tuple(int(n) for n in shape)

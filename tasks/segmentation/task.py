@@ -1,0 +1,66 @@
+"""Semantic segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from lora_plugins.tasks.base import VisionTask
+from lora_plugins.tasks.models import SEGMENTERS, Source
+
+
+class ClassIoU(MulticlassJaccardIndex):
+    """Intersection over union of each class, one value a class; undefined (nan) for a class that never occurs."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__(num_classes, average="none", ignore_index=ignore_index, validate_args=False)
+
+    def compute(self) -> Tensor:
+        """The values, (classes,)."""
+        occurs = self.confmat.sum(0) + self.confmat.sum(1) > 0
+        return torch.where(occurs, super().compute(), torch.nan)
+
+
+class SemanticSegmentationTask(VisionTask):
+    """One label a pixel, by any semantic segmenter of transformers or decoder of segmentation-models-pytorch.
+
+    Metrics, all from the counts over the whole split: `mean_iou` (intersection over union, mean over the classes that
+    occur), `iou/NAME` for each class, and `pixel_accuracy`. Logits of a network that answers at a lower resolution, as
+    SegFormer does, are enlarged to the size of the mask.
+    Arguments and attributes are those of `VisionTask`.
+    """
+
+    sources: ClassVar[Mapping[str, Source]] = SEGMENTERS
+    main_metric: ClassVar[str] = "mean_iou"
+
+    def build_metrics(self) -> MetricCollection:
+        """Mean IoU, IoU by class and pixel accuracy."""
+        classes, ignored = self.model_config.num_classes, self.ignore_index
+        shared = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
+        metrics: dict[str, Metric] = {
+            "mean_iou": MulticlassJaccardIndex(average="macro", **shared),
+            "iou": ClassIoU(classes, ignored),
+            "pixel_accuracy": MulticlassAccuracy(average="micro", **shared),
+        }
+        return MetricCollection(metrics)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes, H, W) of images (N, channels, H, W) in [0, 1]."""
+        return self.logits_at(images, images.shape[-2:])
+
+    def logits_for(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Logits (N, classes, H, W) for masks (N, H, W)."""
+        return self.logits_at(images, targets.shape[-2:])
+
+    def logits_at(self, images: Tensor, size: torch.Size) -> Tensor:
+        """Logits (N, classes, *size), enlarged where the network answers at another resolution."""
+        logits = self.raw_logits(images)
+        if logits.shape[-2:] == size:
+            return logits
+        return interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

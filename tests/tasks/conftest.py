@@ -1,0 +1,93 @@
+"""What the tests of the tasks share: tiny models, a quiet Trainer, and data sets written to disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from lora_plugins.tasks import ModelConfig
+
+TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY_SEGFORMER = {
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+    "mlp_ratios": [2, 2, 2, 2],
+}
+HALF = (0.5, 0.5, 0.5)
+
+
+LIGHTNING_WARNINGS = [
+    "ignore:.*does not have many workers:UserWarning",  # data in memory has no use for worker processes
+    "ignore:The number of training batches:UserWarning",  # shorter than the logging interval, on purpose
+    "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
+    "ignore:GPU available but not used:UserWarning",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Warnings of Lightning itself that are no concern of these tests."""
+    for item in items:
+        if "tests/tasks" in str(item.path):
+            for warning in LIGHTNING_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+def tiny_vit(num_classes=3, weights="none", **changes):
+    """A vision transformer of timm with a few thousand parameters."""
+    return ModelConfig("timm", "vit_tiny_patch16_224", num_classes, weights, TINY_VIT | changes)
+
+
+def tiny_segformer(num_classes=4, weights="none", **changes):
+    """A SegFormer of transformers with a few thousand parameters."""
+    return ModelConfig("transformers", "segformer", num_classes, weights, TINY_SEGFORMER | changes, HALF, HALF)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A function that makes a Trainer without bars, logs and files."""
+
+    def make(**arguments):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+        return Trainer(**({"max_epochs": 1, "num_sanity_val_steps": 0} | quiet | arguments))
+
+    return make
+
+
+def write_image(path: Path, pixels: np.ndarray) -> Path:
+    """Write pixels as a picture, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def noise(height=20, width=24, seed=0):
+    """A colour picture of noise."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """An image data set of two classes, four training and two validation images each."""
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write_image(tmp_path / "data" / split / name / f"{i}.jpg", noise(seed=100 * label + i))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def mask_folders(tmp_path):
+    """Images with masks of three classes and 255 in one corner, four to train on and two to validate on."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            mask = np.random.default_rng(i).integers(0, 3, (20, 24), dtype=np.uint8)
+            mask[:4, :4] = 255
+            write_image(tmp_path / "data" / "images" / split / f"{i}.jpg", noise(seed=i))
+            write_image(tmp_path / "data" / "masks" / split / f"{i}.png", mask)
+    return tmp_path / "data"
