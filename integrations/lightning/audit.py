@@ -10,7 +10,7 @@ from lora_plugins import StateError
 from lora_plugins.errors import listing
 
 STEPS = 2
-"""Steps with a learning rate above zero after which every trainable tensor has moved; A moves after B has."""
+"""Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
 
 _NO_GRADIENT = (
     "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
@@ -27,7 +27,6 @@ class FirstSteps:
         self._without = set(trained)
         self._start = {name: p.detach().clone() for name, p in trained.items()}
         self._steps = 0
-        self._waiting = True
         self._handles = [
             p.register_post_accumulate_grad_hook(self._seen(name))  # type: ignore[no-untyped-call]
             for name, p in trained.items()
@@ -44,16 +43,14 @@ class FirstSteps:
 
         Args:
             learning_rates: Of all parameter groups.
-            steps: How many optimizer steps the batch made.
+            steps: How many optimizer steps the batch made, of all optimizers.
 
         Raises:
             StateError: If no trainable tensor got a gradient.
         """
-        if self._waiting and len(self._without) < len(self._start):
-            self._waiting = False
         if steps:
             self._check_gradients()
-            self._steps += steps if min(learning_rates, default=0.0) > 0 else 0
+            self._steps += min(learning_rates, default=0.0) > 0
         if self._steps < STEPS:
             return True
         self._check_moved()

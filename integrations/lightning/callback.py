@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -88,6 +89,7 @@ class LoraCallback(Callback):
         self._first_steps: FirstSteps | None = None
         self._frozen: dict[str, int] = {}
         self._steps_seen = 0
+        self._random: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -95,8 +97,16 @@ class LoraCallback(Callback):
         return self._generate_state_key(target=self.target, adapter=self.adapter_name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the configuration, as plain types; the adapter itself is kept by `lora_plugins` in the file."""
-        return {"config": self.config.to_dict()}
+        """Returns the state of torch's random numbers, so that shuffling and dropout go on as they would have.
+
+        The adapter itself is not the callback's: it is in the checkpoint's entry `lora_plugins`.
+        """
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state of random numbers until training starts."""
+        self._random = state_dict
 
     def plan(self, module: LightningModule) -> Plan:
         """Returns what would be adapted; touches nothing.
@@ -133,6 +143,11 @@ class LoraCallback(Callback):
         self._refuse_replaced(pl_module)
         if self.print_plan and trainer.is_global_zero:
             print_plan(self._handle(pl_module).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
+        random, self._random = self._random, None
+        if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
+            torch.set_rng_state(random["random"].cpu())
+            if random["random_cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random["random_cuda"].cpu())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to watch what moves."""

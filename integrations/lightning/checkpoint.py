@@ -8,7 +8,9 @@ The file is Lightning's own, with two differences: its state dicts leave out the
 The tensors of an adapter are those of the state dict; a file stores the memory that both share once.
 """
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +86,23 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             LoraModel(target).delete_adapter(name)
         raise
     return complete
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Says of a damaged file that it is one.
+
+    Raises:
+        AdapterFileError: If what is read inside the block is not a whole checkpoint.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as a checkpoint: {error}. It may be truncated: use another one."
+        ) from error
 
 
 def checked_entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

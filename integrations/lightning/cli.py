@@ -33,7 +33,7 @@ class LoraCLI(LightningCLI):
             "--lora",
             type=LoraConfig | None,
             default=None,
-            enable_path=True,
+            sub_configs=True,
             help="How LoRA is applied; null for none. Fields, or the path of a YAML file with them.",
         )
         parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)

@@ -1,14 +1,13 @@
 """Adapter-only checkpoints without a Trainer."""
 
 import io
-import pickle
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from lora_plugins.integrations.lightning.checkpoint import KEY, checked_entry, restore
+from lora_plugins.integrations.lightning.checkpoint import KEY, checked_entry, reading, restore
 
 from lora_plugins import AdapterFileError
 
@@ -76,10 +75,8 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read.
     """
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise AdapterFileError(f"{path} cannot be read as a checkpoint: {error}. It may be truncated.") from error
     if not isinstance(checkpoint, dict):
         raise AdapterFileError(f"{path} is not a checkpoint of Lightning.")
     return checkpoint

@@ -15,7 +15,6 @@ Those of the module are removed when the run ends. Those of the strategy live as
 """
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,7 +22,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, restore, shrink
+from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, reading, restore, shrink
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
@@ -114,12 +113,8 @@ class CheckpointShims:
             AdapterFileError: If the file is damaged, has no adapter though training is to go on with one, or belongs
                 to another model.
         """
-        try:
-            checkpoint = self._load(checkpoint_path, *args, **kwargs)
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise AdapterFileError(
-                f"{checkpoint_path} cannot be read as a checkpoint: {error}. It may be truncated: use another one."
-            ) from error
+        with reading(checkpoint_path):
+            checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
         if KEY not in checkpoint:
             self._load_plain(checkpoint_path)
             return checkpoint

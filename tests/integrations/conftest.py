@@ -1,0 +1,25 @@
+"""What the tests of the Lightning integration share: which warnings of Lightning itself are no concern of ours."""
+
+import pytest
+
+LIGHTNING_WARNINGS = [
+    "ignore:.*does not have many workers:UserWarning",  # loaders of tests run in the main process on purpose
+    "ignore:The number of training batches:UserWarning",  # shorter than the logging interval, on purpose
+    "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
+    "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # runs of one test share a folder
+    "ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning",
+    "ignore:.*`training_step` returned `None`:UserWarning",
+    "ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning",  # about the default logger
+    "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # norm="freeze" holds them there
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
+    "ignore:Be aware that when using `ckpt_path`:UserWarning",  # other callbacks than when the file was written
+    "ignore:.*\\(ckpt_path=None\\)` was called without a model:UserWarning",  # OnExceptionCheckpoint always warns so
+    "ignore:GPU available but not used:UserWarning",
+]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/integrations" in str(item.path):
+            for warning in LIGHTNING_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
