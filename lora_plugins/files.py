@@ -124,7 +124,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry) -> Unpac
         (layer.name, slot.suffix): SlotTensors(
             A=packed.tensors[_key(layer, slot, "A")],
             B=packed.tensors[_key(layer, slot, "B")],
-            recipe=_recipe(layer, slot, packed.tensors),
+            recipe=_recipe(plan, layer, slot, packed.tensors),
         )
         for layer, slot, _ in slots(plan)
     }
@@ -204,7 +204,9 @@ def _recipe_prefix(layer: PlannedLayer, slot: Slot) -> str:
     return f"recipe/{layer.name}/{slot.part}/"
 
 
-def _recipe(layer: PlannedLayer, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _recipe(plan: Plan, layer: PlannedLayer, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not plan.init.changes_base:
+        return {}
     prefix = _recipe_prefix(layer, slot)
     found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     return {key: tensor for key, tensor in found.items() if "/" not in key}
@@ -314,10 +316,10 @@ def _compare_keys(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         shapes[_key(layer, slot, "B")] = [rows, layer.r]
     own = {f"value/{name}" for name in (*plan.trained, *plan.saved_buffers)}
     recipes = {
-        _recipe_prefix(layer, slot) + key for layer, slot, _ in slots(plan) for key in _recipe(layer, slot, tensors)
+        _recipe_prefix(layer, slot) + key
+        for layer, slot, _ in slots(plan)
+        for key in _recipe(plan, layer, slot, tensors)
     }
-    if not plan.init.changes_base:
-        recipes = set()
     _difference("tensor", {*shapes, *own, *recipes}, tensors, "this model", "the adapter")
     for key, shape in shapes.items():
         if list(tensors[key].shape) != shape:

@@ -1,7 +1,10 @@
 """A fingerprint of a base weight: enough to notice that an adapter is put on another model."""
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TOLERANCE = 1e-2
 """Distance, relative to the norm, up to which two weights count as the same: rounding to bfloat16 is below it."""
@@ -17,10 +20,18 @@ def fingerprint(weight: Tensor) -> dict[str, float]:
     Args:
         weight: Any shape.
     """
-    values = weight.detach().flatten().double().cpu()
-    signs = torch.randint(0, 2, (_PERIOD,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    repeated = signs.repeat(-(-values.numel() // _PERIOD))[: values.numel()]
-    return {"dot": float(values @ repeated), "norm": float(torch.linalg.vector_norm(values))}
+    flat = weight.detach().flatten()
+    # The signs repeat, so the rows of this view can be added up first.
+    sums = F.pad(flat, (0, -flat.numel() % _PERIOD)).view(-1, _PERIOD).sum(0, dtype=torch.float64)
+    return {
+        "dot": float((sums.cpu() * _signs()).sum()),
+        "norm": float(torch.linalg.vector_norm(flat, dtype=torch.float64)),
+    }
+
+
+@functools.cache
+def _signs() -> Tensor:
+    return torch.randint(0, 2, (_PERIOD,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
 def same(first: dict[str, float], second: dict[str, float]) -> bool:

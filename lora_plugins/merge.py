@@ -197,7 +197,9 @@ def _merges(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Merge]:
                 if not deltas:
                     continue
                 delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-                merged = torch.empty_like(weight).copy_(add_update(weight, delta))  # keeps the memory format
+                merged = add_update(weight, delta)
+                if merged.stride() != weight.stride():  # keeps the memory format
+                    merged = torch.empty_like(weight).copy_(merged)
                 yield _Merge(f"{name}.{tensor}".removeprefix("."), layer, tensor, merged, _error(weight, merged, delta))
             if key is not None:
                 seen.add(key)
@@ -207,8 +209,8 @@ def _error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
     norm = torch.linalg.vector_norm(delta)
     if norm == 0:
         return 0.0
-    applied = merged.to(delta.dtype) - weight.to(delta.dtype)
-    return float(torch.linalg.vector_norm(applied - delta) / norm)
+    lost = (merged.to(delta.dtype) - weight.to(delta.dtype)).sub_(delta)
+    return float(torch.linalg.vector_norm(lost) / norm)
 
 
 def _check(model: nn.Module, state: ModelState, adapters: tuple[str, ...]) -> None:

@@ -378,7 +378,9 @@ class LoraModel:
             merge.refuse_shared(self.model, plan.weights())
         changed = changed_bases(self.model, plan, content)
         files.check_changed(changed, changed_sums)
-        own = {**trained_values(self.model, plan), **(values or {}), **changed}
+        own = trained_values(self.model, plan)
+        # A saved value takes the type that training has on this model, which may be another than where it was saved.
+        own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | changed
         state = open_state(self.model)
         first = not state.adapters
         attach(self.model, plan, name, content)

@@ -1,0 +1,35 @@
+# Every target makes its own virtual environment; nothing but Python 3.11, pip and make is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What is installed into it: this checkout, or a built wheel (`make test PACKAGE=dist/lora_plugins-0.1.0-py3-none-any.whl`).
+PACKAGE ?= -e .
+BIN = $(VENV)/bin
+
+.PHONY: run compare test test-slow lint clean
+
+run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
+	$(BIN)/lightning fit --config tasks/seg.yaml
+
+compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by side.
+	$(BIN)/python -P -m lora_plugins.tasks.compare
+
+test: $(VENV)/dev ## The fast tests.
+	$(BIN)/pytest
+
+test-slow: $(VENV)/dev ## The long sweeps.
+	$(BIN)/pytest -m slow --timeout 7200
+
+lint: $(VENV)/dev ## The linters.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+# One file for each set of extras that is installed; made again when the project file changes.
+$(VENV)/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PACKAGE)[$*]
+	touch $@
+
+clean: ## Remove what the targets made.
+	rm -rf $(VENV) build dist *.egg-info
