@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError, TargetError
@@ -388,6 +389,38 @@ class TestThePythonObject:
         LoraModel(copied).unload()
         assert type(copied[0]) is nn.Conv2d
         assert LoraModel(model).active_adapters == ("default",)
+
+    def test_a_plain_list_of_layers_sees_the_adapters(self):
+        class Listed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.order = [self.second, self.first]
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.order:
+                    x = layer(x)
+                return x
+
+        model, x = Listed().double(), torch.randn(2, 4, dtype=torch.float64)
+        lora = adapt(model)
+        output = model(x)
+        torch.testing.assert_close(output, model.first(model.second(x)), rtol=0, atol=0)
+        output.sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+        lora.merge_and_unload()
+        torch.testing.assert_close(model(x), output, **TIGHT)
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self):
+        model, _, x = self.make()
+        model.eval()
+        gradients = []
+        for run in (model, lambda x: torch.utils.checkpoint.checkpoint_sequential(model, 2, x, use_reentrant=False)):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        for first, second in zip(*gradients, strict=True):
+            assert torch.equal(first, second)
 
     def test_compile_without_graph_breaks(self):
         model, _, x = self.make()
