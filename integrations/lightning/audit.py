@@ -19,11 +19,14 @@ _NO_GRADIENT = (
 
 
 class FirstSteps:
-    """Watches the trainable tensors of a module until each was seen to have a gradient and to move."""
+    """Watches parameters until each was seen to have a gradient and to move.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    Args:
+        trained: The parameters by name.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
+        self._trained = trained
         self._without = set(trained)
         self._start = {name: p.detach().clone() for name, p in trained.items()}
         self._steps = 0
@@ -77,11 +80,10 @@ class FirstSteps:
             )
 
     def _check_moved(self) -> None:
-        parameters = dict(self._module.named_parameters())
         still = [
             name
             for name, start in self._start.items()
-            if name not in self._without and name in parameters and torch.equal(parameters[name].detach(), start)
+            if name not in self._without and torch.equal(self._trained[name].detach(), start)
         ]
         if still:
             rank_zero_warn(

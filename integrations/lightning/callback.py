@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 from lora_plugins.integrations.lightning import optimizers
 from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
-from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors
+from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
 from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.report import print_files, print_plan
@@ -151,7 +151,7 @@ class LoraCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to watch what moves."""
-        self._first_steps = FirstSteps(pl_module)
+        self._first_steps = FirstSteps(trained_parameters(pl_module))
         self._steps_seen = trainer.global_step
         self._frozen = checksums(frozen_tensors(pl_module))
 

@@ -20,6 +20,7 @@ from lora_plugins import AdapterFileError, LoraError, LoraModel
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.fingerprint import same
+from lora_plugins.injector import adapter_tensors
 from lora_plugins.modules import model_modules, own_tensors
 from lora_plugins.state import ModelState, model_state
 
@@ -144,6 +145,21 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
     keys = frozen_keys(module)
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name in keys}
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that the module's adapters train, by name.
+
+    What lies outside the targets is the user's own matter, and a metric's network is nobody's.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, target in adapted_targets(module).items():
+        own = dict(target.named_parameters())
+        plans = [adapter.plan for adapter in _state(target).adapters.values()]
+        names = {*adapter_tensors(target), *(name for plan in plans for name in plan.trained)}
+        prefix = f"{path}." if path else ""
+        found.update({prefix + name: p for name, p in own.items() if name in names and p.requires_grad})
+    return found
 
 
 def _frozen_tensors(target: nn.Module) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from lora_plugins.integrations.lightning.checkpoint import trained_parameters
 from torch import nn
 from torch.optim import Optimizer
 
@@ -42,34 +43,30 @@ def complete(module: nn.Module, configured: Any) -> None:
         StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
     """
     groups = [group for optimizer in optimizers_in(configured) for group in optimizer.param_groups]
-    missing = _missing(module, groups)
+    trained = trained_parameters(module)
+    missing = _missing(trained, groups)
     if missing and len(groups) == 1:
         groups[0]["params"].extend(missing.values())
         rank_zero_warn(
             f"The optimizer was built before the adapters existed and would not train {listing(missing, 3)}. They were "
             f"added to its parameter group now. {_ADVICE}"
         )
-    verify(module, groups)
+    _verify(trained, groups)
 
 
-def verify(module: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Checks that each trainable tensor of a module is in exactly one parameter group.
-
-    Raises:
-        StateError: If one is in none or in two, naming it.
-    """
-    missing = _missing(module, groups)
+def _verify(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    missing = _missing(trained, groups)
     if missing:
         raise StateError(
             f"{len(missing)} trainable tensors are in no optimizer and would never move: {listing(missing)}. There are "
             f"{len(groups)} parameter groups, so it is not clear where they belong. {_ADVICE}"
         )
     counts = Counter(id(p) for group in groups for p in group["params"])
-    doubled = [name for name, p in module.named_parameters() if p.requires_grad and counts[id(p)] > 1]
+    doubled = [name for name, p in trained.items() if counts[id(p)] > 1]
     if doubled:
         raise StateError(f"{listing(doubled)} are in more than one parameter group. Leave each in one of them.")
 
 
-def _missing(module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
+def _missing(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
     held = {id(p) for group in groups for p in group["params"]}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in held}
+    return {name: p for name, p in trained.items() if id(p) not in held}

@@ -120,7 +120,12 @@ class CheckpointShims:
             return checkpoint
         for owner in self._owners:
             owner.before_load(self._module)
-        return restore(self._module, checkpoint)
+        complete = restore(self._module, checkpoint)
+        if self._trainer.state.fn != "fit" and "current_model_state" in complete:
+            # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
+            # that is to be tested. The metric in the file's name is that of the averaged ones.
+            complete["current_model_state"] = complete["state_dict"]
+        return complete
 
     def _load_plain(self, path: Any) -> None:
         """Makes room for a checkpoint without adapters."""

@@ -14,6 +14,7 @@ LIGHTNING_WARNINGS = [
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
     "ignore:Be aware that when using `ckpt_path`:UserWarning",  # other callbacks than when the file was written
     "ignore:.*\\(ckpt_path=None\\)` was called without a model:UserWarning",  # OnExceptionCheckpoint always warns so
+    "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",  # likewise
     "ignore:GPU available but not used:UserWarning",
 ]
 
