@@ -1,0 +1,9 @@
+"""The exactness sweep: one model of every vision family, every layer adapted, checked in float64 against the law.
+
+Run it from the top of the repository:
+
+    python -m benchmarks.exactness --suite timm torchvision transformers --peer peft --output docs/exactness.md
+
+`cases` says what a case is, `timm_cases`, `torchvision_cases` and `transformers_cases` list them, `reference` computes
+the law without lora_plugins, `ours` and `peft_peer` hold the checks, `sweep` runs them and `table` writes the result.
+"""

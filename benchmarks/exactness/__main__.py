@@ -1,0 +1,59 @@
+"""The command: see the docstring of the package."""
+
+import argparse
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+# Before torch is imported here or in a worker: each process computes with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.exactness.checks import Result
+from benchmarks.exactness.suites import SUITES, library
+from benchmarks.exactness.sweep import Job, sweep
+from benchmarks.exactness.table import markdown
+
+PACKAGES = ("torch", "timm", "torchvision", "transformers")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the sweep; returns 0 if every model passed with lora_plugins."""
+    options = _parser().parse_args(arguments)
+    libraries = ["lora_plugins", *options.peer]
+    jobs = [job for job in _jobs(options.suite, libraries) if not options.only or any(o in job[1] for o in options.only)]
+    results: list[Result] = []
+    with options.output.with_suffix(".jsonl").open("w") as lines:
+        for result in sweep(jobs, options.jobs, options.timeout):
+            results.append(result)
+            lines.write(json.dumps(result.to_dict()) + "\n")
+            lines.flush()
+            verdict = "pass" if result.passed else f"FAIL {result.failures}"
+            print(f"{len(results)}/{len(jobs)} {result.library} {result.suite} {result.name}: {verdict}", flush=True)
+    results.sort(key=lambda result: (list(SUITES).index(result.suite), result.name))
+    versions = {name: metadata.version(name) for name in (*PACKAGES, *options.peer)}
+    command = f"python -m benchmarks.exactness {' '.join(arguments or sys.argv[1:])}"
+    options.output.write_text(markdown(results, [library(name) for name in options.peer], versions, command))
+    return int(any(not result.passed for result in results if result.library == "lora_plugins"))
+
+
+def _jobs(suites: list[str], libraries: list[str]) -> list[Job]:
+    return [(suite, case.name, name) for suite in suites for case in SUITES[suite]() for name in libraries]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="which suites to run")
+    parser.add_argument("--peer", nargs="*", choices=["peft"], default=[], help="libraries to run beside ours")
+    parser.add_argument("--only", nargs="*", default=[], help="run only cases whose name contains one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
+    parser.add_argument(
+        "--output", type=Path, default=Path("exactness.md"), help="the page; JSON lines go next to it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
