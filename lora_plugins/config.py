@@ -1,6 +1,7 @@
 """The configuration of one adapter."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -100,7 +101,7 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value < float("inf"):
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{name} is a positive, finite number, not {value!r}.")
 
 

@@ -9,8 +9,9 @@ leaves the old adapter or the new one.
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.fingerprint import fingerprint, same
-from lora_plugins.injector import SlotTensors, slots
+from lora_plugins.injector import SlotTensors, changed_bases, slots
 from lora_plugins.layer import factors, peek_weight
 from lora_plugins.layer_plugin import Slot
+from lora_plugins.modules import own_tensor
 from lora_plugins.plan import Plan, PlannedLayer, make_plan
 from lora_plugins.registry import Registry
 from lora_plugins.state import ModelState, base_in_place
@@ -36,6 +38,11 @@ FORMAT = 1
 
 MANIFEST = "adapter.json"
 """Name of the manifest in an adapter folder."""
+
+ADAPTER_NAME = re.compile(r"\w[\w-]*")
+"""What an adapter can be called."""
+
+_TENSOR_FILE = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry) -> Unpac
     except (LoraError, TypeError) as error:
         raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
     _compare_layers(manifest["layers"], plan)
-    _compare_keys(plan, packed.tensors)
+    _compare_keys(model, plan, packed.tensors)
     _compare_base(manifest["base"], _fingerprints(model, plan))
     content = {
         (layer.name, slot.suffix): SlotTensors(
@@ -155,9 +162,10 @@ def read(folder: Path) -> PackedAdapter:
     """
     manifest = _checked(_manifest(folder / MANIFEST))
     name = manifest.get("file")
-    if not isinstance(name, str) or not name or Path(name).name != name or name in (".", ".."):
+    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):
         raise AdapterFileError(
-            f"{folder / MANIFEST}: 'file' is {name!r}, which is not the name of a file in the folder."
+            f"{folder / MANIFEST}: 'file' is {name!r}, which is not the name of a tensor file in the folder. Copy the "
+            "adapter folder again."
         )
     path = folder / name
     try:
@@ -177,23 +185,36 @@ def read(folder: Path) -> PackedAdapter:
     return PackedAdapter(manifest, tensors)
 
 
-def changed_sums(packed: PackedAdapter) -> Mapping[str, str]:
-    """Returns the check sums of the weights that the adapter's init changed, by full name."""
-    return dict(packed.manifest["changed"])
-
-
-def check_changed(changed: Mapping[str, Tensor], sums: Mapping[str, str] | None) -> None:
-    """Compares rebuilt weights with those that the adapter was trained on.
+def saved_name(packed: PackedAdapter) -> str:
+    """Returns the name that an adapter was saved under.
 
     Raises:
-        AdapterFileError: If one differs in a bit.
+        AdapterFileError: If the manifest is damaged or newer.
     """
-    wrong = [name for name, tensor in changed.items() if sums is not None and _sum(tensor) != sums.get(name)]
+    return str(_checked(packed.manifest)["adapter_name"])
+
+
+def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
+    """Computes the weights that the adapter's init replaces, by full name, bit for bit as it was trained on them.
+
+    Raises:
+        AdapterFileError: If a recipe is damaged, or a weight differs in a bit.
+    """
+    try:
+        changed = changed_bases(model, unpacked.plan, unpacked.content)
+    except Exception as error:  # an init may trip over a damaged recipe in any way
+        raise AdapterFileError(
+            f"The init {unpacked.plan.init.name!r} could not compute the changed base from what is stored with the "
+            f"adapter: {type(error).__name__}: {error}. Copy the adapter again."
+        ) from error
+    sums = packed.manifest["changed"]
+    wrong = [name for name, tensor in changed.items() if _sum(tensor) != sums.get(name)]
     if wrong:
         raise AdapterFileError(
             f"The changed base of {listing(wrong)} could not be rebuilt bit for bit: the model's weights or their type "
             "are not those that the adapter was made from. Load the original base in its original type."
         )
+    return changed
 
 
 def _key(layer: PlannedLayer, slot: Slot, factor: str) -> str:
@@ -255,7 +276,7 @@ def _manifest(path: Path) -> Mapping[str, Any]:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterFileError(f"{path} does not exist. An adapter is the folder that save_adapter wrote.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} cannot be read as JSON: {error}. Copy the adapter folder again.") from error
     if not isinstance(manifest, dict):
         raise AdapterFileError(f"{path} does not hold a JSON object. Copy the adapter folder again.")
@@ -265,22 +286,40 @@ def _manifest(path: Path) -> Mapping[str, Any]:
 def _checked(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuses a manifest of a newer format, and one that lacks an entry or has one of another type."""
     version = manifest.get("format")
-    if not isinstance(version, int):
-        raise AdapterFileError("The manifest has no format version; it is not one of lora_plugins.")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise AdapterFileError(f"The manifest has the format version {version!r}; it is not one of lora_plugins.")
     if version > FORMAT:
         raise AdapterFileError(
             f"The adapter has format {version}, and this lora_plugins {metadata.version('lora-plugins')} reads up to "
             f"{FORMAT}. It was written by lora_plugins {manifest.get('lora_plugins')}: upgrade to that."
         )
-    for key, kind in _ENTRIES.items():
-        if not isinstance(manifest.get(key), kind):
+    for key, is_proper in _ENTRIES.items():
+        if not is_proper(manifest.get(key)):
             raise AdapterFileError(f"The manifest has no proper entry {key!r}; it is damaged. Copy the adapter again.")
     return manifest
 
 
-_ENTRIES: Mapping[str, type] = {
-    "adapter_name": str, "config": dict, "layers": dict, "tensors": dict, "base": dict, "changed": dict,
-}  # fmt: skip
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and ADAPTER_NAME.fullmatch(value) is not None
+
+
+def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
+
+
+def _is_fingerprint(value: Any) -> bool:
+    is_map = isinstance(value, dict) and value.keys() == {"dot", "norm"}
+    return is_map and all(isinstance(number, float) for number in value.values())
+
+
+_ENTRIES: Mapping[str, Callable[[Any], bool]] = {
+    "adapter_name": _is_name,
+    "config": lambda value: isinstance(value, dict),
+    "layers": _maps_to(lambda layer: isinstance(layer, dict)),
+    "tensors": lambda value: isinstance(value, dict),
+    "base": _maps_to(_is_fingerprint),
+    "changed": lambda value: isinstance(value, dict),
+}
 
 
 def _compare_tensors(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -309,21 +348,27 @@ def _compare_layers(expected: Mapping[str, Any], plan: Plan) -> None:
                 )
 
 
-def _compare_keys(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    shapes: dict[str, list[int]] = {}
+def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    needed: dict[str, tuple[list[int], bool]] = {}
     for layer, slot, (rows, columns) in slots(plan):
-        shapes[_key(layer, slot, "A")] = [layer.r, columns]
-        shapes[_key(layer, slot, "B")] = [rows, layer.r]
-    own = {f"value/{name}" for name in (*plan.trained, *plan.saved_buffers)}
+        needed[_key(layer, slot, "A")] = [layer.r, columns], True
+        needed[_key(layer, slot, "B")] = [rows, layer.r], True
+    for name in (*plan.trained, *plan.saved_buffers):
+        tensor = own_tensor(model, name)
+        needed[f"value/{name}"] = list(tensor.shape), tensor.is_floating_point()
     recipes = {
         _recipe_prefix(layer, slot) + key
         for layer, slot, _ in slots(plan)
         for key in _recipe(plan, layer, slot, tensors)
     }
-    _difference("tensor", {*shapes, *own, *recipes}, tensors, "this model", "the adapter")
-    for key, shape in shapes.items():
-        if list(tensors[key].shape) != shape:
-            raise AdapterFileError(f"The tensor {key!r} is {list(tensors[key].shape)}; this model needs {shape}.")
+    _difference("tensor", {*needed, *recipes}, tensors, "this model", "the adapter")
+    for key, (shape, floating) in needed.items():
+        tensor = tensors[key]
+        if list(tensor.shape) != shape:
+            raise AdapterFileError(f"The tensor {key!r} is {list(tensor.shape)}; this model needs {shape}.")
+        if tensor.is_floating_point() != floating:
+            kind = "a floating" if floating else "an integer"
+            raise AdapterFileError(f"The tensor {key!r} has the type {tensor.dtype}; this model needs {kind} one.")
 
 
 def _compare_base(expected: Mapping[str, dict[str, float]], found: Mapping[str, dict[str, float]]) -> None:
@@ -347,13 +392,13 @@ def _difference(what: str, expected: Iterable[str], found: Iterable[str], here: 
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name, flushes it to the disk, and renames it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,6 +1,5 @@
 """`LoraModel`, the handle to an adapted model."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,6 @@ from lora_plugins.state import (
     model_state,
     open_state,
 )
-
-_NAME = re.compile(r"\w[\w-]*")
 
 
 class LoraModel:
@@ -321,10 +318,11 @@ class LoraModel:
         """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry or default_registry()
-        name = adapter_name or str(packed.manifest["adapter_name"])
+        name = files.saved_name(packed) if adapter_name is None else adapter_name
         with handle._adding(name):
             unpacked = files.unpack(model, packed, handle._registry)
-            handle._attach(name, unpacked.plan, unpacked.content, unpacked.values, files.changed_sums(packed))
+            changed = files.rebuilt_bases(model, unpacked, packed)
+            handle._attach(name, unpacked.plan, unpacked.content, unpacked.values, changed)
         return handle
 
     def pack(self, adapter_name: str) -> files.PackedAdapter:
@@ -353,7 +351,7 @@ class LoraModel:
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:
         """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
-        if not _NAME.fullmatch(adapter_name):
+        if not files.ADAPTER_NAME.fullmatch(adapter_name):
             raise ConfigError(f"{adapter_name!r} cannot name an adapter: use letters, digits, '_' and '-'.")
         state = model_state(self.model)
         if state is None:
@@ -371,16 +369,15 @@ class LoraModel:
         plan: Plan,
         content: AdapterContent,
         values: Mapping[str, Tensor] | None = None,
-        changed_sums: Mapping[str, str] | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts a finished adapter on the model; everything that can fail happens before the first change."""
         if plan.init.changes_base:
             merge.refuse_shared(self.model, plan.weights())
-        changed = changed_bases(self.model, plan, content)
-        files.check_changed(changed, changed_sums)
+        changed = changed_bases(self.model, plan, content) if changed is None else changed
         own = trained_values(self.model, plan)
         # A saved value takes the type that training has on this model, which may be another than where it was saved.
-        own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | changed
+        own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
         state = open_state(self.model)
         first = not state.adapters
         attach(self.model, plan, name, content)

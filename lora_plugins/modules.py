@@ -85,3 +85,12 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Returns the module that owns a parameter or buffer, and its name there."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path), key
+
+
+def own_tensor(model: nn.Module, name: str) -> Tensor:
+    """Returns the parameter or buffer of that full name."""
+    module, key = holder_of(model, name)
+    tensor: Tensor | None = module._parameters.get(key)
+    tensor = module._buffers[key] if tensor is None else tensor
+    assert tensor is not None
+    return tensor

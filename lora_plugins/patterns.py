@@ -34,7 +34,7 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
     """
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.modules import holder_of
+from lora_plugins.modules import own_tensor
 
 
 @dataclass
@@ -32,7 +32,7 @@ class InPlaceValues:
         """Takes note of an adapter's first values; nothing is put in place yet."""
         for name in values:
             if name not in self.base:
-                self.base[name] = _tensor(model, name).data
+                self.base[name] = own_tensor(model, name).data
         self.values[adapter] = dict(values)
 
     def check(self, adapters: Iterable[str]) -> None:
@@ -58,7 +58,7 @@ class InPlaceValues:
             present, owner = self.owner.get(name), wanted.get(name)
             if present == owner:
                 continue
-            tensor = _tensor(model, name)
+            tensor = own_tensor(model, name)
             stale = base if present is None else self.values[present][name]
             value = base if owner is None else self.values[owner][name]
             # A model that was cast while this value was away takes the value along.
@@ -71,7 +71,7 @@ class InPlaceValues:
 
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """Returns an adapter's value of a tensor, in place or not."""
-        return _tensor(model, name).data if self.owner.get(name) == adapter else self.values[adapter][name]
+        return own_tensor(model, name).data if self.owner.get(name) == adapter else self.values[adapter][name]
 
     def release(self, model: nn.Module, adapter: str) -> None:
         """Forgets an adapter that is not active, and the base's copies that nobody else needs."""
@@ -84,11 +84,3 @@ class InPlaceValues:
             self.base[name] = value
         else:
             self.values[owner][name] = value
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    module, key = holder_of(model, name)
-    tensor: Tensor | None = module._parameters.get(key)
-    tensor = module._buffers[key] if tensor is None else tensor
-    assert tensor is not None
-    return tensor

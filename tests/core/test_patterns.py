@@ -69,9 +69,10 @@ class TestSelect:
         with pytest.raises(TargetError, match=r"f: 'attn\.qvk' matches no module.*Did you mean 'attn\.qkv'"):
             select("f", ["attn.proj", "attn.qvk"], VIT)
 
-    def test_a_broken_expression_names_the_field(self):
-        with pytest.raises(ConfigError, match=r"target_modules 'blocks\.\(' is not a regular expression"):
-            select("target_modules", "blocks.(", VIT)
+    @pytest.mark.parametrize("expression", ["blocks.(", "*", "[", "a{99999999999999999999}", "(" * 5000], ids=repr)
+    def test_a_broken_expression_names_the_field(self, expression):
+        with pytest.raises(ConfigError, match=r"target_modules '.*' is not a regular expression"):
+            select("target_modules", expression, VIT)
 
     def test_near_matches_are_as_long_as_the_pattern(self):
         assert nearest("atn.qkv", VIT) == "Did you mean 'attn.qkv', 'attn.proj'?"
