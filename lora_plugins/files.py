@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
-from lora_plugins.fingerprint import fingerprint, same
+from lora_plugins.fingerprint import KEYS, fingerprint, same
 from lora_plugins.injector import SlotTensors, changed_bases, slots
 from lora_plugins.layer import factors, peek_weight
 from lora_plugins.layer_plugin import Slot
@@ -308,7 +308,7 @@ def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_fingerprint(value: Any) -> bool:
-    is_map = isinstance(value, dict) and value.keys() == {"dot", "norm"}
+    is_map = isinstance(value, dict) and value.keys() == set(KEYS)
     return is_map and all(isinstance(number, float) for number in value.values())
 
 
