@@ -1,5 +1,6 @@
 """Plugins of third parties: real distributions, installed by pip, found by their entry points, used by name."""
 
+import json
 import os
 import subprocess
 import sys
@@ -186,3 +187,75 @@ def test_a_fresh_process_uses_it_without_any_registration(installed):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[1].split() == ["pair", "Bilinear", "bilinear", "2", "8", "34"]
+
+
+MODULE = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Compare(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Bilinear(3, 4, 2)
+
+    def training_step(self, batch, _):
+        first, second, label = batch
+        return nn.functional.cross_entropy(self.pair(first, second), label)
+
+
+class Pairs(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 3), torch.randn(8, 4), torch.arange(8) % 2), batch_size=4)
+"""
+
+YAML = """
+seed_everything: 0
+trainer: {max_epochs: 1, accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}
+model: compare.Compare
+data: compare.Pairs
+lora: {r: 2, target_modules: [pair], init: %s}
+lora_callback: {save_adapter_to: adapter}
+optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.01}}
+"""
+
+
+class TestFromYaml:
+    """The command line, in a process of its own, over a module and a YAML file of a user."""
+
+    @staticmethod
+    def fit(folder, installed, init, *command):
+        pytest.importorskip("lightning")
+        (folder / "compare.py").write_text(MODULE)
+        (folder / "run.yaml").write_text(YAML % init)
+        path = os.pathsep.join([str(installed("plugin_example")), str(installed("plugin_broken")), str(folder)])
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "lora_plugins", *(command or ("fit", "--config", "run.yaml"))],
+            # A wide terminal, so that a table does not break the words that are looked for.
+            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "250"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def test_layer_type_and_init_are_used_by_name(self, installed, tmp_path):
+        run = self.fit(tmp_path, installed, "orthogonal")
+        assert run.returncode == 0, run.stdout + run.stderr
+        manifest = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+        assert manifest["init"] == {"name": "orthogonal", "distribution": "lora-plugins-example", "version": "1.2.3"}
+        assert manifest["layers"]["pair"]["plugin"] == "bilinear"
+
+    def test_asking_for_a_broken_plugin_names_its_distribution_and_error(self, installed, tmp_path):
+        run = self.fit(tmp_path, installed, "broken_init")
+        assert run.returncode != 0
+        assert "lora-plugins-broken 0.0.7" in run.stderr
+        assert "libquantum.so.7" in run.stderr
+        assert not (tmp_path / "adapter").exists()
+
+    def test_plugins_are_listed_with_distribution_version_and_state(self, installed, tmp_path):
+        run = self.fit(tmp_path, installed, "orthogonal", "plugins")
+        for words in ("lora-plugins-example", "1.2.3", "bilinear", "orthogonal", "lora-plugins-broken", "libquantum"):
+            assert words in run.stdout
