@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.exactness.cases import Case, fresh, loss, outputs
-from benchmarks.exactness.compare import Snapshot, difference, relative_error, snapshot
+from benchmarks.exactness.compare import Snapshot, difference, relative_error, residue, snapshot
 from benchmarks.exactness.reference import (
     Update,
     expected_layers,
@@ -27,7 +27,7 @@ TOLERANCE = 1e-9
 GRADIENT_TOLERANCE = 1e-6
 """Relative difference allowed in a gradient: sums over a deep network cancel, so some digits more are lost."""
 
-NEGLIGIBLE = 1e-12
+NEGLIGIBLE = 1e-15
 """A weight whose gradient is below this share of the largest one of its model is taken as unused."""
 
 CHECKS: Mapping[str, str] = {
@@ -37,7 +37,8 @@ CHECKS: Mapping[str, str] = {
     "merged": "merging keeps the output",
     "unmerged": "merging, unmerging and unloading give the base back, bit for bit",
     "loaded": "saving and loading on a fresh base give the same output",
-    "unloaded": "unloading gives the base back: every bit, class, key, mode and flag",
+    "unloaded": "unloading gives the base back: every bit of its state dict, every class, and its output",
+    "residue": "it leaves nothing else behind: order of the state dict, modes, hooks, which parameters are trained",
     "folded": "merging for good keeps the output",
 }
 """The checks in order, and what each of them says."""
@@ -191,6 +192,10 @@ class _Run:
         with self._checking("unloaded"):
             unloaded = loaded.unload()
             self._restored(unloaded)
+        with self._checking("residue"):
+            text = residue(self.before, snapshot(unloaded))
+            if text:
+                raise CheckFailed(text)
         with self._checking("folded"):
             self._same("folded", self.library.load(fresh(self.case), self.folder).fold())
 

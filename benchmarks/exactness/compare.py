@@ -59,18 +59,27 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 
 def difference(before: Snapshot, after: Snapshot) -> str:
-    """Says how two snapshots differ; empty if they do not."""
+    """Says how two models differ in the bits of their state dicts or in their classes; empty if they do not."""
+    keys = sorted(before.state.keys() ^ after.state.keys())
+    if keys:
+        return f"state dict keys differ: {', '.join(keys[:3])}"
+    changed = [key for key, value in before.state.items() if not _same_bits(value, after.state[key])]
+    if changed:
+        return f"{len(changed)} tensors differ: {', '.join(changed[:3])}"
+    return _first_change(before.modules, after.modules)
+
+
+def residue(before: Snapshot, after: Snapshot) -> str:
+    """Says how two models differ otherwise: order of keys, modes, hooks, `requires_grad`; empty if they do not."""
     if list(before.state) != list(after.state):
-        keys = sorted(set(before.state) ^ set(after.state))
-        return f"state dict keys differ: {', '.join(keys[:3]) or 'their order'}"
-    for key, value in before.state.items():
-        if not _same_bits(value, after.state[key]):
-            return f"{key} differs"
-    for field in ("modules", "modes", "requires_grad"):
-        for old, new in zip(getattr(before, field), getattr(after, field), strict=True):
-            if old != new:
-                return f"{old} became {new}"
-    return ""
+        return "the state dict has another order"
+    return _first_change(before.modes, after.modes) or _first_change(before.requires_grad, after.requires_grad)
+
+
+def _first_change(before: Sequence[object], after: Sequence[object]) -> str:
+    if len(before) != len(after):
+        return f"{len(before)} entries became {len(after)}"
+    return next((f"{old} became {new}" for old, new in zip(before, after, strict=True) if old != new), "")
 
 
 def _same_bits(a: object, b: object) -> bool:

@@ -22,7 +22,8 @@ class Peft:
 
     name = "peft"
     skipped: ClassVar[Mapping[str, str]] = {
-        "unmerged": "PEFT takes the update off again by subtraction, which does not promise the same bits"
+        "unmerged": "it takes the update off again by subtraction, which promises no bits",
+        "residue": "it leaves the base frozen and moves keys, and promises nothing else",
     }
 
     def adapts(self, layer: nn.Module) -> bool:

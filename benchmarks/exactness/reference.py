@@ -77,15 +77,18 @@ def overwrite(model: nn.Module, updates: Sequence[Update]) -> Mapping[str, nn.Pa
 
 
 def factor_gradients(layer: nn.Module, update: Update, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of A and B by the chain rule, from that of the weight."""
+    """Returns the gradients of A and B as matrices, by the chain rule, from that of the weight."""
+    A, B = update.A.detach().flatten(1), update.B.detach().flatten(1)
     G = gradient.to_dense().flatten(1)
     G = G.T if isinstance(layer, INPUTS_FIRST) else G
-    A, B = update.A.detach().flatten(1), update.B.detach().flatten(1)
     return update.scaling * B.T @ G, update.scaling * G @ A.T
 
 
 def _delta(layer: nn.Module, update: Update, shape: torch.Size) -> Tensor:
-    matrix = update.scaling * (update.B.flatten(1) @ update.A.flatten(1))
+    A, B = update.A.flatten(1), update.B.flatten(1)
+    if len(A) != B.shape[1] or len(B) * A.shape[1] != shape.numel():
+        raise ValueError(f"A {list(A.shape)} and B {list(B.shape)} do not make a weight {list(shape)} of {update.name}")
+    matrix = update.scaling * (B @ A)
     return (matrix.T if isinstance(layer, INPUTS_FIRST) else matrix).reshape(shape)
 
 

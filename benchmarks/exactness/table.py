@@ -102,9 +102,9 @@ def _verdict(result: Result | None) -> str:
     left_out = f" ({len(result.left_out)} layers left out)" if result.left_out else ""
     if result.passed:
         return "pass" + left_out
-    check, reason = next(iter(result.failures.items()))
+    reason = next(iter(result.failures.values()))
     short = reason if len(reason) <= 90 else reason[:87] + "..."
-    return f"**{check}**: {_code(short)}"
+    return f"**{', '.join(result.failures)}**: {_code(short)}"
 
 
 def _code(text: str) -> str:
