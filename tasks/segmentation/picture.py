@@ -65,13 +65,20 @@ class PredictionPicture(Callback):
             raise ConfigError(f"samples is {samples}; a picture shows at least one.")
         self.path, self.samples = path, samples
 
-    @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture of the first val loader's samples."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that there will be masks to draw.
+
+        Raises:
+            ConfigError: For a module that does not segment.
+        """
         if not isinstance(pl_module, SemanticSegmentationTask):
-            raise TypeError(
+            raise ConfigError(
                 f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
             )
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: SemanticSegmentationTask) -> None:
+        """Write the picture of the first val loader's samples."""
         loaders = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, list) else loaders
         total = len(loader.dataset)

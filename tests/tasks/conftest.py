@@ -25,6 +25,8 @@ LIGHTNING_WARNINGS = [
     "ignore:The number of training batches:UserWarning",  # shorter than the logging interval, on purpose
     "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
+    "ignore:.*configure_optimizers` will be overridden by:UserWarning",  # by the `optimizer:` of a YAML file, as meant
+    "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # LoRA holds normalisation there
     "ignore:GPU available but not used:UserWarning",
 ]
 
