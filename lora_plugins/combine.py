@@ -26,7 +26,8 @@ from lora_plugins.errors import ConfigError, StateError, near
 from lora_plugins.inits.loftq import low_rank
 from lora_plugins.injector import SlotTensors, slots
 from lora_plugins.layer import factors
-from lora_plugins.plan import Plan, PlannedLayer, make_plan
+from lora_plugins.plan import Plan, PlannedLayer
+from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
 from lora_plugins.state import ModelState
 

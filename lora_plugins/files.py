@@ -29,7 +29,8 @@ from lora_plugins.injector import SlotTensors, changed_bases, slots
 from lora_plugins.layer import factors, peek_weight
 from lora_plugins.layer_plugin import Slot
 from lora_plugins.modules import own_tensor
-from lora_plugins.plan import Plan, PlannedLayer, make_plan
+from lora_plugins.plan import Plan, PlannedLayer
+from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
 from lora_plugins.state import ModelState, base_in_place
 

@@ -22,7 +22,7 @@ from lora_plugins.layer import (
 )
 from lora_plugins.layer_plugin import Slot
 from lora_plugins.modules import holder_of
-from lora_plugins.plan import Plan, PlannedLayer, init_options
+from lora_plugins.plan import Plan, PlannedLayer
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def initialise(model: nn.Module, plan: Plan) -> dict[tuple[str, str], SlotTensor
             scaling=layer.scaling,
             lookup=layer.plugin.lookup,
             generator=torch.Generator().manual_seed(_seed(layer.name + slot.suffix)),
-            options=init_options(plan),
+            options=plan.init_options,
         )
         with torch.no_grad():
             recipe = plan.init.fill(context)
@@ -100,7 +100,7 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
                 slot_matrix(layer, slot, original).to("cpu", factor_dtype(original)),
                 recipe,
                 layer.scaling,
-                init_options(plan),
+                plan.init_options,
             )
         _rows(slot, matrix).copy_(new)
         laid_out = torch.empty_like(original)  # keeps the memory format

@@ -14,7 +14,8 @@ from lora_plugins.injector import AdapterContent, attach, changed_bases, detach,
 from lora_plugins.layer import layer_state, state_of
 from lora_plugins.manager import default_registry
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
-from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plan import Plan
+from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
 from lora_plugins.state import (
     Adapter,

@@ -1,5 +1,6 @@
 """What the installed plugins provide: lookup of layer types by module and of inits by name."""
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,8 +149,11 @@ class Registry:
         failed = [info for info in self.plugins if info.error is not None]
         failures = "".join(f" Plugin {info.owner} {info.state.rstrip('.')}." for info in failed)
         blocked = "".join(f" Plugin {info.owner} is blocked." for info in self.plugins if info.blocked)
-        # The one that is asked for by its own name is the likeliest cause.
-        cause = next((i.error for i in sorted(failed, key=lambda i: i.name != name)), None)
+        # The plugin of that very name is the likeliest cause; a mere typo has none.
+        typo = bool(difflib.get_close_matches(name, self.inits, cutoff=0.5))
+        cause = next(
+            (i.error for i in sorted(failed, key=lambda i: i.name != name) if i.name == name or not typo), None
+        )
         raise PluginError(f"There is no init {name!r}. {near(name, self.inits)}{failures}{blocked}") from cause
 
 

@@ -316,6 +316,13 @@ class TestSharing:
         assert model["head"].weight is model["embed"].weight
         assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
 
+    @pytest.mark.parametrize("named", ["embed", "head"])
+    def test_patterns_may_name_any_layer_of_a_tie(self, named):
+        model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+        model["head"].weight = model["embed"].weight
+        plan = LoraModel.plan(model, LoraConfig(rank_pattern={named: 2}, alpha_pattern={named: 6}))
+        assert [(layer.name, layer.r, layer.scaling) for layer in plan.layers] == [("embed", 2, 3.0)]
+
 
 COMPUTED = {
     "weight_norm": nn.utils.parametrizations.weight_norm,
