@@ -10,6 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
+from lora_plugins.errors import listing, near
 from lora_plugins.integrations.lightning import optimizers
 from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
@@ -17,10 +21,6 @@ from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
-from torch import nn
-
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
-from lora_plugins.errors import listing, near
 from lora_plugins.layer import state_of
 from lora_plugins.state import model_state
 

@@ -5,11 +5,11 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
-from lora_plugins.integrations.lightning.callback import LoraCallback
-from lora_plugins.integrations.lightning.report import print_plan
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.report import print_plan
 
 
 class LoraCLI(LightningCLI):

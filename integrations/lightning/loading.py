@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from lora_plugins.integrations.lightning.checkpoint import KEY, checked_entry, reading, restore
 
 from lora_plugins import AdapterFileError
+from lora_plugins.integrations.lightning.checkpoint import KEY, checked_entry, reading, restore
 
 Module = TypeVar("Module", bound=LightningModule)
 

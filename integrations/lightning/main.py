@@ -30,17 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(given)
-    except LoraError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _NEEDED:
             raise
         print(f"error: this command needs {missing}. Run: pip install 'lora-plugins[lightning]'", file=sys.stderr)
         return 1
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"error: {ours}", file=sys.stderr)
+        return 1
+
+
+def _ours(error: BaseException) -> LoraError | None:
+    """Finds our error in a chain: jsonargparse raises one of its own from what a config's constructor raised."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, LoraError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -103,7 +112,13 @@ def _foreign(command: str) -> int:
 
 @contextmanager
 def _given_arguments() -> Iterator[None]:
-    """Silences LightningCLI's warning that it was given arguments although the process has some: they are the same."""
+    """Runs LightningCLI on arguments that it did not read from the process itself.
+
+    Modules of the current folder can be named in `class_path`, as with `python -m`. LightningCLI's warning that the
+    process has arguments too is silenced: they are the same.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         yield

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from lora_plugins.integrations.lightning.checkpoint import trained_parameters
 from torch import nn
 from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.checkpoint import trained_parameters
 
 _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "

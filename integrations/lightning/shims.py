@@ -22,10 +22,10 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, reading, restore, shrink
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, reading, restore, shrink
 
 
 class Owner(Protocol):

@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lora_plugins.integrations.lightning import LoraCallback
-from lora_plugins.integrations.lightning.checkpoint import KEY
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, StateError
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
 from tests.integrations.toys import CONFIG, Classifier, differing, loader, trainer, values
 
 

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import Precision
-from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from lora_plugins import LoraConfig, LoraModel, StateError, TargetError
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 BASE = set(Classifier().state_dict())

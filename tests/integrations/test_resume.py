@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
-from lora_plugins.integrations.lightning import LoraCallback
 
 from lora_plugins import LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 CASES = {

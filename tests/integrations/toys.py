@@ -1,7 +1,7 @@
 """Small LightningModules, written without any thought of LoRA, their data, and a quiet Trainer."""
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,3 +87,12 @@ def differing(first, second) -> set[str]:
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+class Data(LightningDataModule):
+    """The same batches for every split, for YAML files."""
+
+    def train_dataloader(self):
+        return loader()
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
