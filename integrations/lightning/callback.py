@@ -21,6 +21,7 @@ from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
+from lora_plugins.integrations.lightning.strategies import refuse_strategy, warn_spawned
 from lora_plugins.layer import state_of
 from lora_plugins.state import model_state
 
@@ -124,11 +125,14 @@ class LoraCallback(Callback):
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
         self._stop_watching()
+        refuse_strategy(trainer)
         CheckpointShims.of(trainer, self)
         if stage != "fit":
             return
         if self.merge_source == "best":
             self._best_checkpoint(trainer)
+        if not self.merge_on_fit_end:
+            warn_spawned(trainer)
         shims = self._shims = ModuleShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         shims.after(last, lambda _: self._ensure(trainer, pl_module))
