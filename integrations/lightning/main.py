@@ -76,6 +76,11 @@ def _plan(arguments: list[str]) -> None:
         _module("cli").PlanCLI(args=["fit", *arguments[1:]])
 
 
+def _file(arguments: list[str]) -> None:
+    with _given_arguments():
+        _module("exporting").run(arguments)
+
+
 def _plugins(_: list[str]) -> None:
     _module("report").print_plugins(default_registry())
 
@@ -91,6 +96,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "test": (_trainer, "measure on the test split"),
     "predict": (_trainer, "predict"),
     "plan": (_plan, "print what fit would adapt, and train nothing"),
+    "export": (_file, "write a checkpoint's merged network as a plain .safetensors file"),
+    "merge": (_file, "write a checkpoint with its adapter merged, for load_from_checkpoint"),
     "plugins": (_plugins, "list the installed plugins"),
 }
 """Our commands: what runs them, given all arguments, and what they do."""
