@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the sweep; returns 0 if every model passed with lora_plugins."""
     options = _parser().parse_args(arguments)
     libraries = ["lora_plugins", *options.peer]
-    jobs = [job for job in _jobs(options.suite, libraries) if not options.only or any(o in job[1] for o in options.only)]
+    jobs = [
+        job for job in _jobs(options.suite, libraries) if not options.only or any(o in job[1] for o in options.only)
+    ]
     results: list[Result] = []
     with options.output.with_suffix(".jsonl").open("w") as lines:
         for result in sweep(jobs, options.jobs, options.timeout):
@@ -49,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", default=[], help="run only cases whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
-    parser.add_argument(
-        "--output", type=Path, default=Path("exactness.md"), help="the page; JSON lines go next to it"
-    )
+    parser.add_argument("--output", type=Path, default=Path("exactness.md"), help="the page; JSON lines go next to it")
     return parser
 
 

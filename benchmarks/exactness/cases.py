@@ -80,8 +80,13 @@ def loss(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _wake(model: nn.Module) -> None:
-    """Adds noise to parameters that are constant: zeroed gains and heads would hide whole branches from the checks."""
+    """Adds noise to parameters that are constant: zeroed gains and heads would hide whole branches from the checks.
+
+    The noise is positive, which keeps most rectifiers open.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter).abs(), alpha=0.1)

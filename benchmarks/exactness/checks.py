@@ -123,7 +123,7 @@ class Result:
         return asdict(self)
 
 
-class CheckFailed(Exception):
+class CheckFailedError(Exception):
     """A check whose outcome is wrong; its text says how."""
 
 
@@ -169,7 +169,7 @@ class _Run:
             output = outputs(self.case, adapted.model)
             self._refuse_missing(adapted, covered)
             if relative_error(output, self.base) < TOLERANCE:
-                raise CheckFailed("the adapters have no effect on the output")
+                raise CheckFailedError("the adapters have no effect on the output")
         if self.result.failures:
             return
         self.output = [tensor.detach() for tensor in output]
@@ -182,20 +182,24 @@ class _Run:
             self._same("merged", adapted.model)
         with self._checking("unmerged"):
             adapted.unmerge()
-            self._restored(adapted.unload())
+            self._restored(self.before, adapted.unload())
         del adapted, model
+        again = fresh(self.case)
+        with torch.no_grad():
+            outputs(self.case, again)  # some models add hooks to themselves at their first call
+        before = snapshot(again)  # of its own: each parametrized layer has its own class
         with self._checking("loaded"):
-            loaded = self.library.load(fresh(self.case), self.folder)
+            loaded = self.library.load(again, self.folder)
             self._same("loaded", loaded.model)
         if "loaded" in self.result.failures:
             return
         with self._checking("unloaded"):
             unloaded = loaded.unload()
-            self._restored(unloaded)
+            self._restored(before, unloaded)
         with self._checking("residue"):
-            text = residue(self.before, snapshot(unloaded))
+            text = residue(before, snapshot(unloaded))
             if text:
-                raise CheckFailed(text)
+                raise CheckFailedError(text)
         with self._checking("folded"):
             self._same("folded", self.library.load(fresh(self.case), self.folder).fold())
 
@@ -206,7 +210,7 @@ class _Run:
             yield
         except Exception as error:
             if name not in self.library.skipped:
-                text = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
+                text = str(error) if isinstance(error, CheckFailedError) else f"{type(error).__name__}: {error}"
                 self.result.failures[name] = " ".join(text.split())[:400]
 
     def _saw(self, adapted: Adapted) -> None:
@@ -227,7 +231,7 @@ class _Run:
         identities = {wanted[name][0] for name in found if name in wanted}
         missing = [name for name, (identity, _) in wanted.items() if name not in found and identity not in identities]
         if missing:
-            raise CheckFailed(f"{len(missing)} weights have no adapter: {_some(missing)}")
+            raise CheckFailedError(f"{len(missing)} weights have no adapter: {_some(missing)}")
 
     def _gradients(self, adapted: Adapted, output: list[Tensor]) -> None:
         """Runs the checks of law and gradients, which share the reference model."""
@@ -266,9 +270,9 @@ class _Run:
                     worst, where = error, f"{update.name} ({factor})"
         self.result.errors["gradients"] = worst
         if zero:
-            raise CheckFailed(f"{len(zero)} tensors get no gradient: {_some(zero)}")
+            raise CheckFailedError(f"{len(zero)} tensors get no gradient: {_some(zero)}")
         if not worst <= GRADIENT_TOLERANCE:
-            raise CheckFailed(f"the gradient of {where} is off by {worst:.1e}")
+            raise CheckFailedError(f"the gradient of {where} is off by {worst:.1e}")
 
     def _same(self, name: str, model: nn.Module) -> None:
         with torch.no_grad():
@@ -278,16 +282,16 @@ class _Run:
         error = relative_error(found, expected)
         self.result.errors[name] = error
         if not error <= TOLERANCE:
-            raise CheckFailed(f"the output is off by {error:.1e}")
+            raise CheckFailedError(f"the output is off by {error:.1e}")
 
-    def _restored(self, model: nn.Module) -> None:
-        text = difference(self.before, snapshot(model))
+    def _restored(self, before: Snapshot, model: nn.Module) -> None:
+        text = difference(before, snapshot(model))
         if text:
-            raise CheckFailed(text)
+            raise CheckFailedError(text)
         with torch.no_grad():
             error = relative_error(outputs(self.case, model), self.base)
         if error:
-            raise CheckFailed(f"the state is the same, but the output is off by {error:.1e}")
+            raise CheckFailedError(f"the state is the same, but the output is off by {error:.1e}")
 
 
 def _base_outputs(case: Case, model: nn.Module) -> list[Tensor]:
@@ -310,5 +314,3 @@ def _bare(model: nn.Module) -> list[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-

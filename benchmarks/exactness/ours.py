@@ -43,15 +43,14 @@ class OurAdapted:
     handle: LoraModel
 
     def updates(self) -> Sequence[Update]:
-        """Reads A and B where they stand in the layers; the scaling is `alpha / r`."""
-        found = []
+        """Reads A and B where they stand in the layers, those of tied weights once; the scaling is `alpha / r`."""
+        found: dict[int, Update] = {}
         for name, layer in self.model.named_modules():
-            children = layer._modules
             for suffix in ("", *SUFFIXES.values()):
-                if f"lora_A{suffix}" in children:
-                    A, B = (children[f"lora_{factor}{suffix}"][ADAPTER] for factor in "AB")
-                    found.append(Update(name, _tensor(layer, suffix), A, B, CONFIG.alpha / CONFIG.r))
-        return found
+                if f"lora_A{suffix}" in layer._modules:
+                    A, B = (layer._modules[f"lora_{factor}{suffix}"][ADAPTER] for factor in "AB")
+                    found.setdefault(id(A), Update(name, _tensor(layer, suffix), A, B, CONFIG.alpha / CONFIG.r))
+        return list(found.values())
 
     def merge(self) -> None:
         """Merges, to be undone."""

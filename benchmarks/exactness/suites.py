@@ -7,10 +7,12 @@ from benchmarks.exactness.checks import Library
 from benchmarks.exactness.ours import Ours
 from benchmarks.exactness.timm_cases import timm_cases
 from benchmarks.exactness.torchvision_cases import torchvision_cases
+from benchmarks.exactness.transformers_cases import transformers_cases
 
 SUITES: Mapping[str, Callable[[], list[Case]]] = {
     "timm": timm_cases,
     "torchvision": torchvision_cases,
+    "transformers": transformers_cases,
 }
 
 

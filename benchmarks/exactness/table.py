@@ -21,7 +21,7 @@ def markdown(results: Sequence[Result], peers: Sequence[Library], versions: Mapp
             "",
             f"Made by `{command}` with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
             "",
-            "Every layer of every model gets a random adapter of rank 2 (`init=\"none\"`), in float64 and eval mode. "
+            'Every layer of every model gets a random adapter of rank 2 (`init="none"`), in float64 and eval mode. '
             f"Outputs have to agree to {TOLERANCE:.0e}, relative to the largest element. The checks:",
             "",
             *(f"- **{name}**: {text}." for name, text in CHECKS.items()),

@@ -134,7 +134,9 @@ def _detect(model: nn.Module) -> Any:
     boxes = torch.tensor([[4.0, 6, 40, 50], [20.0, 10, 60, 44], [0.0, 0, 64, 64], [10.0, 10, 22, 22]])
     masks = torch.zeros(4, 72, 80, dtype=torch.uint8)
     masks[:, 10:44, 20:40] = 1
-    keypoints = torch.tensor([[[24, 20, 1]] * 17, [[40, 30, 1]] * 17, [[9, 60, 1]] * 17, [[12, 20, 1]] * 17], dtype=torch.float32)  # the type it asks for
+    keypoints = torch.tensor(
+        [[[24, 20, 1]] * 17, [[40, 30, 1]] * 17, [[9, 60, 1]] * 17, [[12, 20, 1]] * 17], dtype=torch.float32
+    )  # the type it asks for
     targets = [
         {"boxes": boxes, "labels": torch.tensor([1, 2, 3, 1]), "masks": masks[:, : i.shape[1], : i.shape[2]],
          "keypoints": keypoints}
