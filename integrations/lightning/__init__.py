@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
     from lora_plugins.integrations.lightning.cli import LoraCLI
     from lora_plugins.integrations.lightning.loading import LoraCheckpointMixin, load_from_checkpoint
+    from lora_plugins.integrations.lightning.optimizers import parameter_groups
 
-__all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint"]
+__all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
 _MODULES = {
     "LoraCLI": "cli",
     "LoraCallback": "callback",
     "LoraCheckpointMixin": "loading",
     "load_from_checkpoint": "loading",
+    "parameter_groups": "optimizers",
 }
 
 

@@ -21,7 +21,7 @@ from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
-from lora_plugins.integrations.lightning.strategies import refuse_strategy, warn_spawned
+from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
 from lora_plugins.layer import state_of
 from lora_plugins.state import model_state
 
@@ -125,6 +125,7 @@ class LoraCallback(Callback):
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
         self._stop_watching()
+        refuse_foreign(trainer)
         refuse_strategy(trainer)
         CheckpointShims.of(trainer, self)
         if stage != "fit":

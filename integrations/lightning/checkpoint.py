@@ -21,6 +21,7 @@ from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.fingerprint import same
 from lora_plugins.injector import adapter_tensors
+from lora_plugins.integrations.lightning.names import names_in, plain_name, renamed
 from lora_plugins.modules import model_modules, own_tensors
 from lora_plugins.state import ModelState, model_state
 
@@ -52,13 +53,13 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     if not targets:
         return dict(checkpoint)
     frozen = frozen_keys(module)
-    left_out = [key for key in checkpoint.get("state_dict", {}) if key in frozen]
+    left_out = [plain_name(key) for key in checkpoint.get("state_dict", {}) if key in frozen]
     entry = {
         "format": FORMAT,
         "left_out": left_out,
         "adapters": [adapter for path, target in targets.items() for adapter in _described(path, target)],
     }
-    small = _map_state_dicts(checkpoint, lambda state: {k: v for k, v in state.items() if k not in frozen})
+    small = _map_state_dicts(checkpoint, lambda state: {plain_name(k): v for k, v in state.items() if k not in frozen})
     return {**small, KEY: entry}
 
 
@@ -82,9 +83,13 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             added += _put(module, adapter)
         _refuse_surplus(module, entry)
         complete = _filled(module, checkpoint, entry["left_out"])
-    except BaseException:
+    except BaseException as error:
         for target, name in reversed(added):
             LoraModel(target).delete_adapter(name)
+        if isinstance(error, KeyError | TypeError | AttributeError):
+            raise AdapterFileError(
+                f"The entry {KEY!r} of the checkpoint is damaged: {error!r}. Copy the file again."
+            ) from error
         raise
     return complete
 
@@ -180,7 +185,7 @@ def _frozen_tensors(target: nn.Module) -> Iterator[Tensor]:
 def _described(path: str, target: nn.Module) -> Iterator[dict[str, Any]]:
     lora = LoraModel(target)
     for name in lora.adapters:
-        packed = lora.pack(name)
+        packed = renamed(lora.pack(name), plain_name)
         yield {
             "target": path,
             "active": name in lora.active_adapters,
@@ -216,7 +221,7 @@ def _put(module: nn.Module, adapter: Mapping[str, Any]) -> list[tuple[nn.Module,
         raise AdapterFileError(
             f"The checkpoint has an adapter for {path!r}, which {type(module).__name__} does not have."
         ) from error
-    packed = PackedAdapter(adapter["manifest"], adapter["tensors"])
+    packed = renamed(PackedAdapter(adapter["manifest"], adapter["tensors"]), names_in(target))
     name = str(packed.manifest.get("adapter_name"))
     state = model_state(target)
     present = state is not None and name in state.adapters
@@ -301,7 +306,8 @@ def _refuse_surplus(module: nn.Module, entry: Mapping[str, Any]) -> None:
 
 
 def _filled(module: nn.Module, checkpoint: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
-    current = module.state_dict()
+    current, rename = module.state_dict(), names_in(module)
+    left_out = [rename(key) for key in left_out]
     unknown = [key for key in left_out if key not in current]
     if unknown:
         raise AdapterFileError(
@@ -309,7 +315,7 @@ def _filled(module: nn.Module, checkpoint: Mapping[str, Any], left_out: list[str
             f"({len(unknown)} of {len(left_out)} frozen tensors)."
         )
     base = {key: current[key] for key in left_out}
-    return _map_state_dicts(checkpoint, lambda state: {**base, **state})
+    return _map_state_dicts(checkpoint, lambda state: {**base, **{rename(k): v for k, v in state.items()}})
 
 
 def _state(target: nn.Module) -> ModelState:

@@ -10,6 +10,19 @@ from lora_plugins import StateError
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
+def refuse_foreign(trainer: object) -> None:
+    """Refuses a Trainer of the package `pytorch_lightning`, whose classes are others of the same names.
+
+    Raises:
+        StateError: If `trainer` is one.
+    """
+    if not isinstance(trainer, Trainer):
+        raise StateError(
+            f"LoraCallback belongs to lightning.pytorch, and the Trainer is {type(trainer).__module__}."
+            f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
+        )
+
+
 def refuse_strategy(trainer: Trainer) -> None:
     """Refuses strategies that split parameters over processes.
 

@@ -295,6 +295,14 @@ class TestRefused:
     def test_other_model(self, tmp_path):
         self.refused(tmp_path, by_trainer(tmp_path), "another model", Classifier(width=8))
 
+    @pytest.mark.parametrize("missing", ["manifest", "tensors", "target", "active"])
+    def test_damaged_entry(self, tmp_path, missing):
+        path = by_trainer(tmp_path)
+        checkpoint = load(path)
+        del checkpoint[KEY]["adapters"][0][missing]
+        torch.save(checkpoint, path)
+        self.refused(tmp_path, path, "damaged")
+
     def test_newer_format(self, tmp_path):
         path = by_trainer(tmp_path)
         checkpoint = load(path)

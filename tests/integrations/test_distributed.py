@@ -37,6 +37,7 @@ def test_ddp(tmp_path):
     assert not differing(values(again), dump(tmp_path, "merged-state", 0))
 
 
+@pytest.mark.slow
 def test_ddp_names_what_is_unused(tmp_path):
     error = launch("unused", tmp_path, code=1)
     assert "spare" in error
@@ -58,6 +59,9 @@ SHARDED = {"fsdp2": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_p
 def test_strategies_that_shard_are_refused_in_setup(tmp_path, strategy):
     module = NoNorm()
     module.configure_model = lambda: None
-    with pytest.raises(StateError, match="ModelParallelStrategy"):
-        trainer(tmp_path, [LoraCallback(CONFIG)], strategy=strategy()).fit(module, loader())
+    try:
+        with pytest.raises(StateError, match="ModelParallelStrategy"):
+            trainer(tmp_path, [LoraCallback(CONFIG)], strategy=strategy()).fit(module, loader())
+    finally:
+        torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
     assert not differing(values(module), values(NoNorm()))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, StateError
-from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, parameter_groups
 from tests.integrations.toys import CONFIG, Classifier, differing, loader, trainer, values
 
 
@@ -197,3 +197,23 @@ class TestDeadAdapters:
     def test_learning_rate_that_moves_nothing_is_said(self, tmp_path):
         with pytest.warns(UserWarning, match="did not move"):
             fit(tmp_path, Classifier(lr=1e-30))
+
+
+class Rates(Classifier):
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(parameter_groups(self, lr=0.01, b_ratio=16, heads_lr=0.002))
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_learning_rates_of_a_b_and_heads(tmp_path):
+    module = Rates()
+    run = fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"]))
+    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
+    names = {id(p): name for name, p in module.named_parameters()}
+    assert {key: [names[id(p)] for p in group["params"]] for key, group in groups.items()} == {
+        "A": ["net.0.lora_A.default"],
+        "B": ["net.0.lora_B.default"],
+        "heads": ["net.3.weight", "net.3.bias"],
+    }
+    rates = {key: group["lr"] for key, group in groups.items()}
+    assert rates == pytest.approx({"A": 0.01 / 4, "B": 0.16 / 4, "heads": 0.002 / 4})

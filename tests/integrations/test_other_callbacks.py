@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import Precision
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
@@ -291,3 +292,74 @@ class TestRefusedAtOnce:
     def test_unknown_target(self, tmp_path):
         with pytest.raises(ValueError, match=r"target is 'nett'.*'net'"):
             trainer(tmp_path, [lora(target="nett")]).fit(Classifier(), loader())
+
+
+class Quiet(Classifier):
+    """Without self.log, which lightning 2.6.6 cannot trace under torch 2.13."""
+
+    def _step(self, batch, stage):
+        return cross_entropy(self(batch[0]), batch[1])
+
+
+class TestCompile:
+    def test_of_the_module_leaves_no_trace_in_files(self, tmp_path):
+        torch.manual_seed(1)
+        eager = Quiet()
+        trainer(tmp_path, [lora()]).fit(eager, loader())
+        torch.manual_seed(1)
+        module = Quiet()
+        run = trainer(tmp_path, [lora()])
+        run.fit(torch.compile(module, backend="eager"), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        assert not [key for key in load(tmp_path / "it.ckpt")["state_dict"] if "_orig_mod" in key]
+        again = load_from_checkpoint(Quiet, tmp_path / "it.ckpt")
+        assert not differing(values(again), values(module))
+        assert not differing(values(eager), values(module))
+
+    def test_of_a_part_adapts_and_resumes(self, tmp_path):
+        def compiled():
+            module = Classifier()
+            module.net = torch.compile(module.net, backend="eager")
+            return module
+
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        run = trainer(tmp_path, [lora(config)])
+        module = compiled()
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        again = compiled()
+        trainer(tmp_path, [lora(config)], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
+        assert all(p.abs().sum() > 0 for name, p in again.named_parameters() if ".lora_B." in name)
+
+    def test_file_of_a_compiled_part_loads_into_the_eager_module_and_back(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        for first, second in ((True, False), (False, True)):
+            modules = []
+            for compile_it in (first, second):
+                module = Classifier()
+                if compile_it:
+                    module.net = torch.compile(module.net, backend="eager")
+                modules.append(module)
+            run = trainer(tmp_path, [lora(config)])
+            run.fit(modules[0], loader())
+            run.save_checkpoint(tmp_path / "it.ckpt")
+            trainer(tmp_path, [lora(config)]).test(modules[1], loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+            plain = [{key.replace("_orig_mod.", ""): t for key, t in values(m).items()} for m in modules]
+            assert not differing(*plain)
+
+
+def test_trainer_of_the_other_namespace(tmp_path):
+    other = pytest.importorskip("pytorch_lightning")
+    body = {name: value for name, value in vars(Classifier).items() if callable(value) and name != "__init__"}
+    module = type("Other", (other.LightningModule,), body)()
+    module.net = Classifier().net
+    run = other.Trainer(
+        callbacks=[lora()],
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(StateError, match=r"from lightning\.pytorch"):
+        run.fit(module, loader())
