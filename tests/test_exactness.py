@@ -22,7 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TRICKY = {
     "timm": ("beit", "convnext", "efficientnet", "eva", "nfnet", "resnest", "swin_transformer_v2"),
     "torchvision": ("vit_b_16, smaller", "deeplabv3_mobilenet_v3_large"),
-    "transformers": ("DetrForObjectDetection", "Mask2FormerForUniversalSegmentation", "SegformerForSemanticSegmentation"),
+    "transformers": (
+        "DetrForObjectDetection",
+        "Mask2FormerForUniversalSegmentation",
+        "SegformerForSemanticSegmentation",
+    ),
 }
 
 
@@ -104,11 +108,10 @@ class _WrongLibrary(Ours):
 
     def adapt(self, model: nn.Module) -> _Wrong:
         adapted = super().adapt(model)
-        first, _ = adapted.updates()[0].A, None
         if self.fault == "law":  # another output than W + scaling * B * A gives
             model.register_forward_hook(lambda module, args, output: output * (1 + 1e-8))
         if self.fault == "gradients":
-            first.requires_grad_(False)
+            adapted.updates()[0].A.requires_grad_(False)
         return _Wrong(model, adapted.handle, self.fault)
 
     def load(self, model: nn.Module, folder: Path) -> _Wrong:

@@ -27,7 +27,7 @@ def sweep(jobs: Sequence[Job], processes: int, timeout: float) -> Iterator[Resul
     """
     # One server imports the libraries, and each job is a fork of it: isolation without the imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "peft"])
+    context.set_forkserver_preload([__name__, *{name for _, _, name in jobs}])
     with ThreadPoolExecutor(processes) as pool:
         futures = [pool.submit(_isolated, context, job, timeout) for job in jobs]
         for future in as_completed(futures):

@@ -157,7 +157,8 @@ _HGNET: Options = {
 }  # fmt: skip
 _SWIN: Options = {"patch_size": 4, "window_size": 2, "depths": [2, 1, 1, 1]}
 _MASK_FORMER: Options = {
-    "backbone_config": _SWIN | {"out_indices": [1, 2, 3, 4]}, "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32,
+    "backbone_config": _SWIN | {"out_indices": [1, 2, 3, 4]},
+    "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32,
     "encoder_feedforward_dim": 32, "dim_feedforward": 32, "conv_dim": 32, "mask_dim": 32,
 }  # fmt: skip
 _DINO_FOUR: Options = {
@@ -192,15 +193,30 @@ _SAM2: Options = {
     "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 32, "iou_head_hidden_dim": 32},
 }  # fmt: skip
 _OMDET: Options = {
-    "backbone_config": _SWIN | _LAST_THREE | {
-        "model_type": "swin", "embed_dim": 16, "image_size": SIZE, "num_heads": [1, 2, 4, 4],
+    "backbone_config": _SWIN
+    | _LAST_THREE
+    | {
+        "model_type": "swin",
+        "embed_dim": 16,
+        "image_size": SIZE,
+        "num_heads": [1, 2, 4, 4],
     },
     "apply_layernorm_after_vision_backbone": False,
-    "text_config": {"hidden_size": 48}, "text_projection_in_dim": 48, "text_projection_out_dim": 48, "task_encoder_hidden_dim": 32, "class_embed_dim": 48,
-    "d_model": 32, "vision_features_channels": [32, 32, 32], "encoder_in_channels": [32, 64, 128],
-    "encoder_attention_heads": 4, "encoder_dim_feedforward": 32, "decoder_hidden_dim": 32, "decoder_num_heads": 4,
-    "decoder_num_layers": 2, "decoder_dim_feedforward": 32,
-}  # fmt: skip
+    "text_config": {"hidden_size": 48},
+    "text_projection_in_dim": 48,
+    "text_projection_out_dim": 48,
+    "task_encoder_hidden_dim": 32,
+    "class_embed_dim": 48,
+    "d_model": 32,
+    "vision_features_channels": [32, 32, 32],
+    "encoder_in_channels": [32, 64, 128],
+    "encoder_attention_heads": 4,
+    "encoder_dim_feedforward": 32,
+    "decoder_hidden_dim": 32,
+    "decoder_num_heads": 4,
+    "decoder_num_layers": 2,
+    "decoder_dim_feedforward": 32,
+}
 
 MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "AlignVisionModel": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}, image()),
@@ -210,7 +226,11 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "BitForImageClassification": ({"num_groups": 4}, image()),
     "Blip2VisionModel": ({}, image()),
     "BlipVisionModel": ({}, image()),
-    "CHMv2ForDepthEstimation": ({"backbone_config": _FOUR | {"return_class_token": True, "reshape_hidden_states": True}, "patch_size": 8} | _DEPTH, image()),
+    "CHMv2ForDepthEstimation": (
+        {"backbone_config": _FOUR | {"return_class_token": True, "reshape_hidden_states": True}, "patch_size": 8}
+        | _DEPTH,
+        image(),
+    ),
     "CLIPForImageClassification": ({}, image()),
     "CLIPModel": ({}, both),
     "CLIPSegModel": ({"vision_config": _P8}, both),
@@ -220,7 +240,10 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "ConvNextForImageClassification": ({}, image()),
     "ConvNextV2ForImageClassification": ({}, image()),
     "CvtForImageClassification": ({}, image()),
-    "DFineForObjectDetection": ({"backbone_config": _HGNET | _LAST_THREE, "encoder_in_channels": [32, 32, 48]} | _RTDETR, image()),
+    "DFineForObjectDetection": (
+        {"backbone_config": _HGNET | _LAST_THREE, "encoder_in_channels": [32, 32, 48]} | _RTDETR,
+        image(),
+    ),
     "DINOv3ConvNextModel": ({}, image()),
     "DINOv3ViTModel": ({}, image()),
     "DabDetrForObjectDetection": (_DETR, image()),
@@ -228,7 +251,10 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "DeformableDetrForObjectDetection": (_DETR, image()),
     "DeiTForImageClassificationWithTeacher": ({}, image()),
     "DeiTForMaskedImageModeling": ({}, image()),
-    "DepthAnythingForDepthEstimation": ({"backbone_config": _DINO_FOUR, "reassemble_hidden_size": 32} | _DEPTH, image()),
+    "DepthAnythingForDepthEstimation": (
+        {"backbone_config": _DINO_FOUR, "reassemble_hidden_size": 32} | _DEPTH,
+        image(),
+    ),
     "DepthProForDepthEstimation": (_DEPTH_PRO, image(1, 3, 128, 128)),
     "DetrForObjectDetection": (_DETR, image()),
     "DetrForSegmentation": (_DETR | {"encoder_attention_heads": 8, "d_model": 64}, image()),
@@ -237,53 +263,124 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "DonutSwinForImageClassification": (_SWIN, image()),
     "DPTForDepthEstimation": ({"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]} | _DEPTH, image()),
     "DPTForSemanticSegmentation": ({"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]} | _DEPTH, image()),
-    "EfficientLoFTRForKeypointMatching": ({"hidden_size": 32, "out_features": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1], "num_attention_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}, image(1, 2, 3, 64, 64)),
-    "EfficientNetForImageClassification": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}, image()),
+    "EfficientLoFTRForKeypointMatching": (
+        {
+            "hidden_size": 32,
+            "out_features": [16, 16, 24, 32],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "num_attention_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        },
+        image(1, 2, 3, 64, 64),
+    ),
+    "EfficientNetForImageClassification": (
+        {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
+        image(),
+    ),
     "EomtForUniversalSegmentation": ({"num_upscale_blocks": 1, "num_blocks": 1}, image()),
     "EomtDinov3ForUniversalSegmentation": ({"num_upscale_blocks": 1, "num_blocks": 1}, image()),
     "FocalNetForImageClassification": ({}, image()),
     "FocalNetForMaskedImageModeling": ({}, image()),
     "GLPNForDepthEstimation": ({}, image()),
     "GitVisionModel": ({}, image()),
-    "GroundingDinoForObjectDetection": ({"backbone_config": _SWIN | _LAST_THREE, "num_feature_levels": 3, "encoder_layers": 1}, both),
+    "GroundingDinoForObjectDetection": (
+        {"backbone_config": _SWIN | _LAST_THREE, "num_feature_levels": 3, "encoder_layers": 1},
+        both,
+    ),
     "GroupViTVisionModel": ({}, image()),
     "HGNetV2ForImageClassification": (_HGNET, image()),
     "HieraForImageClassification": ({}, image()),
     "IJepaForImageClassification": ({}, image()),
     "Idefics3VisionTransformer": ({}, image()),
-    "ImageGPTForImageClassification": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}, lambda: {"input_ids": torch.arange(16).reshape(1, 16)}),
+    "ImageGPTForImageClassification": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        lambda: {"input_ids": torch.arange(16).reshape(1, 16)},
+    ),
     "InstructBlipVisionModel": ({}, image()),
     "InternVLVisionModel": ({}, image()),
     "JanusVisionModel": ({}, image()),
-    "LevitForImageClassification": ({"hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "patch_size": 16, "image_size": 128}, image(1, 3, 128, 128)),
+    "LevitForImageClassification": (
+        {"hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "patch_size": 16, "image_size": 128},
+        image(1, 3, 128, 128),
+    ),
     "LightGlueForKeypointMatching": ({}, image(1, 2, 3, 64, 64)),
-    "Llama4VisionModel": ({"vision_output_dim": 32, "projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 128}, image()),
-    "LwDetrForObjectDetection": ({"backbone_config": {"num_hidden_layers": 4, "window_block_indices": [0, 2], "out_indices": [2, 4], "pretrain_image_size": 64}, "projector_scale_factors": [1.0], "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4, "group_detr": 1, "projector_out_channels": 32}, image()),
+    "Llama4VisionModel": (
+        {"vision_output_dim": 32, "projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 128},
+        image(),
+    ),
+    "LwDetrForObjectDetection": (
+        {
+            "backbone_config": {
+                "num_hidden_layers": 4,
+                "window_block_indices": [0, 2],
+                "out_indices": [2, 4],
+                "pretrain_image_size": 64,
+            },
+            "projector_scale_factors": [1.0],
+            "decoder_self_attention_heads": 4,
+            "decoder_cross_attention_heads": 4,
+            "group_detr": 1,
+            "projector_out_channels": 32,
+        },
+        image(),
+    ),
     "MLCDVisionModel": ({}, image()),
     "Mask2FormerForUniversalSegmentation": (_MASK_FORMER, image()),
     "MaskFormerForInstanceSegmentation": ({}, image()),
     "MaskFormerSwinBackbone": ({}, image()),
     "MetaClip2VisionModel": ({}, image()),
-    "MllamaVisionModel": ({"num_global_layers": 1, "attention_heads": 4, "vision_output_dim": 96, "intermediate_layers_indices": [0, 1]}, mllama),
+    "MllamaVisionModel": (
+        {"num_global_layers": 1, "attention_heads": 4, "vision_output_dim": 96, "intermediate_layers_indices": [0, 1]},
+        mllama,
+    ),
     "MobileNetV1ForImageClassification": ({"depth_multiplier": 0.25}, image()),
     "MobileNetV2ForSemanticSegmentation": ({"depth_multiplier": 0.35}, image()),
-    "MobileViTForSemanticSegmentation": ({"patch_size": 2, "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32], "hidden_sizes": [16, 16, 16]}, image(1, 3, 128, 128)),
+    "MobileViTForSemanticSegmentation": (
+        {"patch_size": 2, "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32], "hidden_sizes": [16, 16, 16]},
+        image(1, 3, 128, 128),
+    ),
     "MobileViTV2ForSemanticSegmentation": ({"patch_size": 2, "width_multiplier": 0.5}, image(1, 3, 128, 128)),
     "OmDetTurboForObjectDetection": (_OMDET, omdet),
-    "OneFormerForUniversalSegmentation": (_MASK_FORMER | {"text_encoder_width": 32, "text_encoder_vocab_size": 99, "task_seq_len": 8}, lambda: image()() | {"task_inputs": torch.arange(8).reshape(1, 8)}),
-    "OwlViTForObjectDetection": ({"projection_dim": 32, "vision_config": _P8, "text_config": {"hidden_size": 32}}, both),
+    "OneFormerForUniversalSegmentation": (
+        _MASK_FORMER | {"text_encoder_width": 32, "text_encoder_vocab_size": 99, "task_seq_len": 8},
+        lambda: image()() | {"task_inputs": torch.arange(8).reshape(1, 8)},
+    ),
+    "OwlViTForObjectDetection": (
+        {"projection_dim": 32, "vision_config": _P8, "text_config": {"hidden_size": 32}},
+        both,
+    ),
     "Owlv2ForObjectDetection": ({"projection_dim": 32, "vision_config": _P8, "text_config": {"hidden_size": 32}}, both),
     "PPLCNetForImageClassification": ({}, image()),
-    "PerceiverForImageClassificationConvProcessing": ({"d_model": 322, "num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 1}, lambda: {"inputs": torch.randn(1, 3, 224, 224)}),
+    "PerceiverForImageClassificationConvProcessing": (
+        {
+            "d_model": 322,
+            "num_latents": 8,
+            "d_latents": 32,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 1,
+        },
+        lambda: {"inputs": torch.randn(1, 3, 224, 224)},
+    ),
     "Pix2StructVisionModel": ({}, lambda: {"flattened_patches": torch.randn(1, 16, 770).abs()}),
     "PixioModel": ({}, image()),
     "PixtralVisionModel": ({}, image()),
     "PoolFormerForImageClassification": ({}, image()),
-    "PromptDepthAnythingForDepthEstimation": ({"backbone_config": _DINO_FOUR, "reassemble_hidden_size": 32} | _DEPTH, lambda: image()() | {"prompt_depth": torch.rand(1, 1, 16, 16)}),
+    "PromptDepthAnythingForDepthEstimation": (
+        {"backbone_config": _DINO_FOUR, "reassemble_hidden_size": 32} | _DEPTH,
+        lambda: image()() | {"prompt_depth": torch.rand(1, 1, 16, 16)},
+    ),
     "PvtForImageClassification": ({}, image()),
     "PvtV2ForImageClassification": ({}, image()),
-    "RTDetrForObjectDetection": ({"backbone_config": _LAST_THREE, "encoder_in_channels": [32, 64, 64]} | _RTDETR, image()),
-    "RTDetrV2ForObjectDetection": ({"backbone_config": _LAST_THREE, "encoder_in_channels": [32, 64, 64]} | _RTDETR, image()),
+    "RTDetrForObjectDetection": (
+        {"backbone_config": _LAST_THREE, "encoder_in_channels": [32, 64, 64]} | _RTDETR,
+        image(),
+    ),
+    "RTDetrV2ForObjectDetection": (
+        {"backbone_config": _LAST_THREE, "encoder_in_channels": [32, 64, 64]} | _RTDETR,
+        image(),
+    ),
     "RegNetForImageClassification": ({}, image()),
     "ResNetForImageClassification": ({}, image()),
     "RfDetrForInstanceSegmentation": ({}, image()),
@@ -296,10 +393,21 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "SiglipForImageClassification": ({}, image()),
     "SiglipModel": ({}, both),
     "SmolVLMVisionTransformer": ({}, image()),
-    "SuperGlueForKeypointMatching": ({"hidden_size": 32, "keypoint_detector_config": {"descriptor_decoder_dim": 32, "max_keypoints": 16}, "keypoint_encoder_sizes": [8, 16, 32], "gnn_layers_types": ["self", "cross"]}, image(1, 2, 3, 64, 64)),
+    "SuperGlueForKeypointMatching": (
+        {
+            "hidden_size": 32,
+            "keypoint_detector_config": {"descriptor_decoder_dim": 32, "max_keypoints": 16},
+            "keypoint_encoder_sizes": [8, 16, 32],
+            "gnn_layers_types": ["self", "cross"],
+        },
+        image(1, 2, 3, 64, 64),
+    ),
     "SuperPointForKeypointDetection": ({}, image()),
     "SwiftFormerForImageClassification": ({}, image()),
-    "Swin2SRForImageSuperResolution": ({"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 16, "patch_size": 1}, image(1, 3, 16, 16)),
+    "Swin2SRForImageSuperResolution": (
+        {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 16, "patch_size": 1},
+        image(1, 3, 16, 16),
+    ),
     "SwinForImageClassification": (_SWIN, image()),
     "SwinForMaskedImageModeling": (_SWIN, image()),
     "Swinv2ForImageClassification": (_SWIN, image()),
@@ -307,21 +415,54 @@ MODELS: Mapping[str, tuple[Options, Inputs]] = {
     "TextNetForImageClassification": ({"hidden_sizes": [16, 16, 16, 32, 32], "stem_out_channels": 16}, image()),
     "TimesformerForVideoClassification": ({}, image(1, 8, 3, 64, 64)),
     "Tipsv2VisionModel": ({}, image()),
-    "UperNetForSemanticSegmentation": ({"backbone_config": _RESNET, "auxiliary_channels": 16, "auxiliary_in_channels": 32}, image()),
-    "VJEPA2ForVideoClassification": ({"crop_size": 64, "frames_per_clip": 4, "num_pooler_layers": 1, "pred_hidden_size": 32, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 2, "mlp_ratio": 2}, videos(4)),
+    "UperNetForSemanticSegmentation": (
+        {"backbone_config": _RESNET, "auxiliary_channels": 16, "auxiliary_in_channels": 32},
+        image(),
+    ),
+    "VJEPA2ForVideoClassification": (
+        {
+            "crop_size": 64,
+            "frames_per_clip": 4,
+            "num_pooler_layers": 1,
+            "pred_hidden_size": 32,
+            "pred_num_attention_heads": 4,
+            "pred_num_hidden_layers": 2,
+            "mlp_ratio": 2,
+        },
+        videos(4),
+    ),
     "ViTForImageClassification": ({}, image()),
     "ViTForMaskedImageModeling": ({}, image()),
     "ViTMAEForPreTraining": ({}, image()),
     "ViTMSNForImageClassification": ({}, image()),
     "VideoMAEForVideoClassification": ({}, image(1, 16, 3, 64, 64)),
     "VitDetModel": ({}, image()),
-    "VitMatteForImageMatting": ({"backbone_config": {"num_channels": 4, "patch_size": 16, "out_features": ["stage2"]}, "hidden_size": 32, "convstream_hidden_sizes": [8, 16, 16], "fusion_hidden_sizes": [32, 16, 16, 16]}, image(1, 4, 64, 64)),
+    "VitMatteForImageMatting": (
+        {
+            "backbone_config": {"num_channels": 4, "patch_size": 16, "out_features": ["stage2"]},
+            "hidden_size": 32,
+            "convstream_hidden_sizes": [8, 16, 16],
+            "fusion_hidden_sizes": [32, 16, 16, 16],
+        },
+        image(1, 4, 64, 64),
+    ),
     "VitPoseForPoseEstimation": ({}, image()),
     "VivitForVideoClassification": ({}, image(1, 32, 3, 64, 64)),
     "XCLIPVisionModel": ({"num_frames": 2, "mit_hidden_size": 32}, image(2, 3, 64, 64)),
     "YolosForObjectDetection": ({}, image()),
-    "ZoeDepthForDepthEstimation": ({"backbone_config": _FOUR | {"reshape_hidden_states": False}, "bottleneck_features": 32, "bin_embedding_dim": 16, "num_relative_features": 8, "num_attractors": [4, 4, 2, 1]} | _DEPTH | {"fusion_hidden_size": 32}, image()),
-}  # fmt: skip
+    "ZoeDepthForDepthEstimation": (
+        {
+            "backbone_config": _FOUR | {"reshape_hidden_states": False},
+            "bottleneck_features": 32,
+            "bin_embedding_dim": 16,
+            "num_relative_features": 8,
+            "num_attractors": [4, 4, 2, 1],
+        }
+        | _DEPTH
+        | {"fusion_hidden_size": 32},
+        image(),
+    ),
+}
 """Class of transformers: options of its configuration besides `TINY`, and its inputs."""
 
 
@@ -351,7 +492,7 @@ def _strengthen(model: nn.Module) -> None:
                 module.weight.fill_(1.0)
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.any():
-                least = 1.5 / parameter[0].numel() ** 0.5
+                least = 1.0 / parameter[0].numel() ** 0.5
                 parameter.mul_((least / parameter.square().mean().sqrt()).clamp(min=1))
 
 
