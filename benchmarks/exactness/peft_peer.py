@@ -1,5 +1,6 @@
 """PEFT, run the same way: its own LoRA on every layer whose class it adapts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ class Peft:
         """Targets every layer by its full name, but not the projection inside an attention that is adapted whole."""
         names = [name for name, layer in expected_layers(model) if self.adapts(layer)]
         inner = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-        targets = [name for name in names if name not in inner]
+        # An expression, since a list would match the ends of longer names too.
+        targets = "|".join(re.escape(name) for name in names if name not in inner)
         config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
         return PeftAdapted(peft.get_peft_model(model, config))
 

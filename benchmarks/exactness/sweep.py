@@ -42,7 +42,9 @@ def _isolated(context: Any, job: Job, timeout: float) -> Result:
     sender.close()
     try:
         if receiver.poll(timeout):
-            return receiver.recv()
+            result: Result = receiver.recv()
+            process.join(timeout=30)  # let it clean up after itself
+            return result
         reason = f"not done after {timeout:g} s"
     except EOFError:
         process.join()
