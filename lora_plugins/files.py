@@ -147,8 +147,8 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     digest = hashlib.sha256(data).hexdigest()
     name = f"adapter-{digest[:16]}.safetensors"
     manifest = {**packed.manifest, "file": name, "sha256": digest}
-    _replace(folder / name, data)
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    replace_file(folder / name, data)
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != name:
             old.unlink()
@@ -391,8 +391,8 @@ def _difference(what: str, expected: Iterable[str], found: Iterable[str], here: 
         )
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to the disk, and renames it."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that a process killed at any moment leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:

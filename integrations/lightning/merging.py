@@ -1,7 +1,5 @@
 """Merging the adapters of a trained module into plain weights, in a way that can be taken back exactly."""
 
-import os
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from lora_plugins import LoraModel, StateError
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter
-from lora_plugins.modules import holder_of
+from lora_plugins.files import PackedAdapter, replace_file
+from lora_plugins.modules import own_tensor
 from lora_plugins.state import adapted_layers, base_in_place, model_state
 
 
@@ -49,7 +47,7 @@ class Merged:
         target = self.target()
         assert target is not None
         for name, value in self.base.items():
-            tensor = _tensor(target, name)
+            tensor = own_tensor(target, name)
             tensor.data = value.to(tensor.device)
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
@@ -85,7 +83,7 @@ def merge(target: nn.Module) -> Merged:
         for tensor in tensors
     }
     with base_in_place(target, state):
-        base = {name: _tensor(target, name).data for name in sorted(weights | set(state.values.base))}
+        base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _detached(packed) for name, packed in adapters.items()}
     lora.merge_and_unload()
@@ -112,24 +110,8 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     """Writes tensors so that a killed process leaves the old file or the new one; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     return path
-
-
-def _tensor(target: nn.Module, name: str) -> Tensor:
-    module, key = holder_of(target, name)
-    parameter = module._parameters.get(key)
-    tensor = module._buffers[key] if parameter is None else parameter
-    assert tensor is not None
-    return tensor
 
 
 def _detached(packed: PackedAdapter) -> PackedAdapter:
