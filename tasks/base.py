@@ -49,6 +49,8 @@ class VisionTask(LightningModule):
 
     sources: ClassVar[Mapping[str, Source]]
     main_metric: ClassVar[str]
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -113,7 +115,11 @@ class VisionTask(LightningModule):
         return cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum") / count
 
     def setup(self, stage: str) -> None:
-        """Check that data and model agree on the classes, and take over the names of the classes."""
+        """Check that data and model agree on the classes, and take over the names of the classes.
+
+        Raises:
+            ConfigError: Where they do not agree.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, VisionDataModule):
             return
@@ -122,6 +128,11 @@ class VisionTask(LightningModule):
             raise ConfigError(
                 f"The data has {len(names)} classes ({', '.join(names)}), the model num_classes="
                 f"{self.model_config.num_classes}. Set `model.num_classes` to {len(names)}."
+            )
+        if data.ignore_index not in (None, self.ignore_index):
+            raise ConfigError(
+                f"The data has ignore_index={data.ignore_index}, the task {self.ignore_index}: labels that the data "
+                f"does not count would be trained on. Set `ignore_index` of the task to {data.ignore_index}."
             )
         self.class_names = self.class_names or names
 
@@ -139,7 +150,8 @@ class VisionTask(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The predicted label of each image (N,), or of each of its pixels (N, H, W)."""
-        return self(Batch.read(batch).images).argmax(1)
+        logits: Tensor = self(Batch.read(batch).images)
+        return logits.argmax(1)
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics over all batches of the epoch, and start afresh."""

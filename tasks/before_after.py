@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +51,7 @@ class BeforeAfter(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
-        table = Table(title="Before and after training (val split)")
+        table = Table(title="Metrics on val")
         table.add_column("metric")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")

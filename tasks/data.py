@@ -46,8 +46,8 @@ class Batch:
         match batch:
             case Tensor():
                 return cls(batch, None, None)
-            case {"image": Tensor() as images, **rest}:
-                return cls(images, rest.get("target"), rest.get("name"))
+            case {"image": Tensor() as images}:
+                return cls(images, batch.get("target"), batch.get("name"))
             case [Tensor() as images, Tensor() as targets]:
                 return cls(images, targets, None)
         shape = f"with the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
@@ -109,7 +109,12 @@ class VisionDataModule(LightningDataModule):
     Args:
         batch_size: Samples a batch.
         num_workers: Processes that load data; 0 loads in the training process.
+
+    Attributes:
+        ignore_index: The label that stands for no class, for data that have one.
     """
+
+    ignore_index: int | None = None
 
     def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()

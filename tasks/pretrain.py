@@ -1,7 +1,7 @@
 """Trains the backbones that are shipped: `python -m lora_plugins.tasks.pretrain [FOLDER]`.
 
 Both learn the digits 0 to 3, upright, from random weights, and never see what the fine-tuning examples train on (4 to
-9, a quarter turned). It takes about five minutes on two cores, and gives the same files again on the same machine.
+9, a quarter turned). It takes five to ten minutes on two cores, and gives the same files again on the same machine.
 The architectures are those of `seg.yaml` and `cls.yaml`.
 """
 
@@ -15,12 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save_file
 
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.classification.digits import DigitsDataModule
 from lora_plugins.tasks.classification.task import ImageClassificationTask
+from lora_plugins.tasks.data import VisionDataModule
 from lora_plugins.tasks.models import ModelConfig
 from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
@@ -43,7 +44,7 @@ class Recipe:
 
     configuration: str
     task: type[VisionTask]
-    data: Callable[[], LightningDataModule]
+    data: Callable[[], VisionDataModule]
     epochs: int
     lr: float
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -25,7 +25,7 @@ class ImageClassificationTask(VisionTask):
 
     def build_metrics(self) -> MetricCollection:
         """Accuracy over all images, and F1 averaged over classes."""
-        shared = {
+        shared: dict[str, Any] = {
             "num_classes": self.model_config.num_classes,
             "ignore_index": self.ignore_index,
             "validate_args": False,
@@ -43,4 +43,4 @@ class ImageClassificationTask(VisionTask):
 
     def logits_for(self, images: Tensor, targets: Tensor) -> Tensor:
         """Logits (N, classes) for labels (N,)."""
-        return self(images)
+        return self.raw_logits(images)

@@ -91,8 +91,8 @@ def _own_normalisation(config: ModelConfig) -> tuple[Any, Any]:
     if encoder.startswith(TIMM):
         import timm
 
-        own = timm.get_pretrained_cfg(encoder.removeprefix(TIMM))
-        return own.mean, own.std
+        cfg = timm.get_pretrained_cfg(encoder.removeprefix(TIMM))
+        return (cfg.mean, cfg.std) if cfg else (None, None)
     if config.mean is not None or config.weights != PRETRAINED:
         return None, None
     from segmentation_models_pytorch.encoders import get_preprocessing_params

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -77,13 +77,13 @@ class PredictionPicture(Callback):
             )
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: SemanticSegmentationTask) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture of the first val loader's samples."""
         loaders = trainer.val_dataloaders
-        loader = loaders[0] if isinstance(loaders, list) else loaders
+        loader: DataLoader[Any] = cast(Any, loaders[0] if isinstance(loaders, list) else loaders)
         total = len(loader.dataset)
         indices = np.linspace(0, total - 1, min(self.samples, total)).round().astype(int).tolist()
-        path = draw_predictions(pl_module, loader, indices, self.path)
+        path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)
         Console().print(f"Picture of predictions: [bold]{path}[/bold]", soft_wrap=True)
 
 
@@ -92,7 +92,8 @@ def _predict(task: SemanticSegmentationTask, images: Tensor) -> Tensor:
     task.eval()
     try:
         with torch.inference_mode():
-            return task(images.to(task.device)).argmax(1).cpu()
+            logits: Tensor = task(images.to(task.device))
+            return logits.argmax(1).cpu()
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -134,6 +135,6 @@ def _colours(colormap: Any, classes: int) -> np.ndarray:
 def _coloured(mask: Tensor, colours: np.ndarray, ignore_index: int) -> np.ndarray:
     """A mask (H, W) as a picture (H, W, 4), ignored pixels in grey."""
     ignored = (mask == ignore_index).numpy()
-    picture = colours[mask.masked_fill(mask == ignore_index, 0).numpy()]
+    picture: np.ndarray = colours[mask.masked_fill(mask == ignore_index, 0).numpy()]
     picture[ignored] = IGNORED_COLOUR
     return picture

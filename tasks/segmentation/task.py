@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class SemanticSegmentationTask(VisionTask):
     def build_metrics(self) -> MetricCollection:
         """Mean IoU, IoU by class and pixel accuracy."""
         classes, ignored = self.model_config.num_classes, self.ignore_index
-        shared = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
-        metrics: dict[str, Metric] = {
+        shared: dict[str, Any] = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
+        metrics: dict[str, Metric | MetricCollection] = {
             "mean_iou": MulticlassJaccardIndex(average="macro", **shared),
             "iou": ClassIoU(classes, ignored),
             "pixel_accuracy": MulticlassAccuracy(average="micro", **shared),

@@ -133,9 +133,15 @@ class TestSegmentation:
 class TestLabels:
     def test_a_label_out_of_range_names_the_file(self, trainer, mask_folders):
         data = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(32, 32), batch_size=4)
+        data.setup("fit")
         task = SemanticSegmentationTask(tiny_segformer(3))  # whose ignore_index is not that of the data
         with pytest.raises(DataError, match=r"Label 255 in .*masks.train.\d\.png.*labels are 0 to 2, or -100"):
-            trainer().fit(task, datamodule=data)
+            trainer().fit(task, data.train_dataloader(), data.val_dataloader())
+
+    def test_another_ignore_index_than_the_data_is_refused_before_training(self, trainer, mask_folders):
+        data = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(32, 32))
+        with pytest.raises(ConfigError, match="Set `ignore_index` of the task to 255"):
+            trainer().fit(SemanticSegmentationTask(tiny_segformer(3)), datamodule=data)
 
     def test_a_label_out_of_range_of_plain_pairs(self, trainer):
         loader = DataLoader(TensorDataset(torch.rand(3, 3, 16, 16), torch.tensor([0, 3, -1])), batch_size=3)

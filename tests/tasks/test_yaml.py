@@ -74,5 +74,5 @@ def check_outcome(name, printed):
     assert (folder / "adapter").is_dir()
     assert not any("lora" in key for key in load_file(folder / "merged.safetensors"))
     assert ("predictions.png" in printed) == (folder / "predictions.png").is_file() == name.startswith("seg")
-    assert "Before and after training" in printed
+    assert "Metrics on val" in printed
     assert list(folder.parent.iterdir()) == [folder]

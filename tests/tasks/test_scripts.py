@@ -1,0 +1,48 @@
+"""The scripts: pretraining gives the same file again, and the comparison trains what it says."""
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_plugins.tasks import compare, pretrain
+
+# The comparison gives its arguments to LightningCLI, which sees that pytest has arguments too.
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+
+SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_pretraining_is_reproducible(tmp_path):
+    one, two = (pretrain.pretrain("digits_classifier", tmp_path / name, epochs=1) for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_shipped_files_are_of_the_architecture_in_the_yaml(request):
+    """Every tensor, head included, has the shape that pretraining would write."""
+    from lora_plugins.tasks.models import source_of
+
+    for name, recipe in pretrain.RECIPES.items():
+        model = pretrain.architecture(recipe.configuration, num_classes=len(recipe.data().class_names), weights="none")
+        built = source_of(model, recipe.task.sources).build(model).module.state_dict()
+        shipped = load_file(request.config.rootpath / "tasks" / "weights" / f"{name}.safetensors")
+        assert {key: tensor.shape for key, tensor in shipped.items()} == {k: t.shape for k, t in built.items()}
+
+
+@pytest.mark.parametrize("configuration", ["cls", "seg"])
+def test_the_comparison_trains_what_it_says(configuration):
+    outcomes = {name: compare.run(configuration, way, *SHORT) for name, way in compare.WAYS.items()}
+    frozen, lora, full = (outcomes[name] for name in ("frozen backbone", "LoRA", "full fine-tuning"))
+    assert frozen.trained < lora.trained < full.trained == full.total
+    assert frozen.total == lora.total == full.total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("configuration", "gain", "within"), [("cls", 0.3, 0.05), ("seg", 0.3, 0.05)])
+def test_lora_is_far_above_a_frozen_backbone_and_near_full_fine_tuning(configuration, gain, within):
+    outcomes = {name: compare.run(configuration, way).value for name, way in compare.WAYS.items()}
+    assert outcomes["LoRA"] > outcomes["frozen backbone"] + gain
+    assert outcomes["LoRA"] > outcomes["full fine-tuning"] - within
