@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,9 @@ CHECKS: Mapping[str, str] = {
 class Adapted(Protocol):
     """A model that a library has adapted."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The user's own model, to be run."""
 
     def updates(self) -> Sequence[Update]:
         """Returns all updates, with A and B the very parameters that are trained."""
@@ -71,8 +73,8 @@ class Adapted(Protocol):
 class Library(Protocol):
     """A LoRA library."""
 
-    name: str
-    skipped: Mapping[str, str]
+    name: ClassVar[str]
+    skipped: ClassVar[Mapping[str, str]]
     """Checks that the library is not held to, with the reason."""
 
     def adapts(self, layer: nn.Module) -> bool:

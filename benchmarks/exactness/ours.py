@@ -19,7 +19,7 @@ SUFFIXES = {"q_proj_weight": "_q", "k_proj_weight": "_k", "v_proj_weight": "_v"}
 class Ours:
     """The library of this repository; it is held to every check, on every layer."""
 
-    name = "lora_plugins"
+    name: ClassVar[str] = "lora_plugins"
     skipped: ClassVar[Mapping[str, str]] = {}
 
     def adapts(self, layer: nn.Module) -> bool:

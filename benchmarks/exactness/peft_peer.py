@@ -21,7 +21,7 @@ SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Multih
 class Peft:
     """PEFT with `init_lora_weights=False`; transposed convolutions, which it does not know, are left out."""
 
-    name = "peft"
+    name: ClassVar[str] = "peft"
     skipped: ClassVar[Mapping[str, str]] = {
         "unmerged": "it takes the update off again by subtraction, which promises no bits",
         "residue": "it leaves the base frozen and moves keys, and promises nothing else",

@@ -75,7 +75,8 @@ def _details(results: Sequence[Result], names: Sequence[str]) -> list[str]:
         "`layers` counts adapted layers. `unused` counts weights whose gradient is zero in the untouched model too "
         "(heads and branches that its forward does not use); the gradients of all others are checked. `bare` counts "
         "parameters of two or more dimensions that are no layer's weight, such as position embeddings; LoRA leaves "
-        "them alone. `worst` is the largest relative difference of an output.",
+        "them alone. `worst` is the largest relative difference of an output. All names and numbers stand in the file "
+        "of JSON lines beside this page.",
         "",
     ]
     for suite in dict.fromkeys(result.suite for result in results):

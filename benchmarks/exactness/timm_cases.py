@@ -11,10 +11,10 @@ from benchmarks.exactness.cases import Case
 SIZE = 64
 CLASSES = 7
 
-_D2: Mapping[str, Any] = {"depth": 2}
-_D4: Mapping[str, Any] = {"depths": (1, 1, 1, 1)}
-_L4: Mapping[str, Any] = {"layers": (1, 1, 1, 1)}
-_IMG: Mapping[str, Any] = {"img_size": SIZE}
+_D2: dict[str, Any] = {"depth": 2}
+_D4: dict[str, Any] = {"depths": (1, 1, 1, 1)}
+_L4: dict[str, Any] = {"layers": (1, 1, 1, 1)}
+_IMG: dict[str, Any] = {"img_size": SIZE}
 
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "beit": ("beit_base_patch16_224", _D2 | _IMG),

@@ -41,8 +41,8 @@ CLASSIFICATION: Mapping[str, int] = {
 
 SEGMENTATION = ("deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 
-_SIZE: Mapping[str, Any] = {"min_size": 64, "max_size": 96}
-_RCNN: Mapping[str, Any] = _SIZE | {
+_SIZE: dict[str, Any] = {"min_size": 64, "max_size": 96}
+_RCNN: dict[str, Any] = _SIZE | {
     "box_score_thresh": 0.0,
     "box_batch_size_per_image": 16,
     "box_detections_per_img": 5,

@@ -15,7 +15,7 @@ from benchmarks.exactness.cases import Case
 
 SIZE = 64
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 Inputs = Callable[[], dict[str, Any]]
 
 
