@@ -22,9 +22,11 @@ from lora_plugins.tasks.segmentation.folder import MaskFolderDataModule
 from lora_plugins.tasks.segmentation.picture import PredictionPicture, draw_predictions
 from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
+from lora_plugins.tasks.threads import CpuThreads
 
 __all__ = [
     "BeforeAfter",
+    "CpuThreads",
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",

@@ -22,7 +22,7 @@ from lora_plugins.integrations.lightning import LoraCLI
 from lora_plugins.tasks.base import VisionTask
 
 QUIET = (
-    "--trainer.callbacks=[]",
+    "--trainer.callbacks=[{class_path: lora_plugins.tasks.CpuThreads, init_args: {threads: 1}}]",
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",
     "--trainer.enable_progress_bar=false",
@@ -76,9 +76,9 @@ def freeze_backbone(task: VisionTask) -> None:
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
-        "frozen backbone": Way(NO_LORA, freeze_backbone, {"cls": 0.01, "seg": 0.01}),
+        "frozen backbone": Way(NO_LORA, freeze_backbone, {"cls": 0.03, "seg": 0.1}),
         "LoRA": Way(LORA_LEAVING_NOTHING, leave, {"cls": 0.005, "seg": 0.005}),
-        "full fine-tuning": Way(NO_LORA, leave, {"cls": 0.003, "seg": 0.003}),
+        "full fine-tuning": Way(NO_LORA, leave, {"cls": 0.002, "seg": 0.002}),
     }
 )
 

@@ -1,7 +1,7 @@
 """Trains the backbones that are shipped: `python -m lora_plugins.tasks.pretrain [FOLDER]`.
 
 Both learn the digits 0 to 3, upright, from random weights, and never see what the fine-tuning examples train on (4 to
-9, a quarter turned). It takes five to ten minutes on two cores, and gives the same files again on the same machine.
+9, a quarter turned). It takes five to ten minutes on one core, and gives the same files again on the same machine.
 The architectures are those of `seg.yaml` and `cls.yaml`.
 """
 
@@ -25,6 +25,7 @@ from lora_plugins.tasks.data import VisionDataModule
 from lora_plugins.tasks.models import ModelConfig
 from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
+from lora_plugins.tasks.threads import CpuThreads
 
 DIGITS = (0, 1, 2, 3)
 SEED = 0
@@ -91,6 +92,7 @@ def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
     trainer = Trainer(
         max_epochs=epochs or recipe.epochs,
         accelerator="cpu",
+        callbacks=[CpuThreads(1)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     BeforeAfter,
+    CpuThreads,
+    DataError,
     DigitScenesDataModule,
     DigitsDataModule,
     ImageClassificationTask,
@@ -82,3 +85,23 @@ class TestPicture:
     def test_it_shows_at_least_one_sample(self):
         with pytest.raises(ConfigError, match="at least one"):
             PredictionPicture("p.png", samples=0)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("label", [0, 7], ids=["a fit that ends", "a fit that fails"])
+    def test_they_are_set_for_the_fit_alone(self, trainer, label):
+        seen = []
+        task = ImageClassificationTask(tiny_vit())
+        task.network.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        loader = DataLoader(TensorDataset(torch.rand(2, 3, 16, 16), torch.tensor([0, label])), batch_size=1)
+        before = torch.get_num_threads()
+        try:
+            trainer(callbacks=[CpuThreads(before + 1)]).fit(task, loader, loader)
+        except DataError:
+            assert label == 7
+        assert set(seen) == {before + 1}
+        assert torch.get_num_threads() == before
+
+    def test_at_least_one(self):
+        with pytest.raises(ConfigError, match="at least one"):
+            CpuThreads(0)

@@ -1,5 +1,6 @@
 """The shipped YAML files: each is parsed and run for two batches by the command line, on local data and weights."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_it_parses(name, capsys):
 def test_embedded_data(name, capsys):
     assert main(["fit", "--config", str(TASKS / f"{name}.yaml"), *SHORT]) == 0
     check_outcome(name, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "metric"), [("cls", "accuracy"), ("seg", "mean_iou")])
+def test_the_merged_model_is_a_file_of_weights_like_any_other(name, metric, capsys):
+    config = ["--config", str(TASKS / f"{name}.yaml")]
+    main(["fit", *config, *SHORT])
+    fitted = number_in(metric, capsys.readouterr().out)
+    weights = f"--model.init_args.model.weights=runs/{name}/merged.safetensors"
+    main(["validate", *config, weights, "--lora=null", "--trainer.accelerator=cpu"])
+    assert number_in(metric, capsys.readouterr().out) == pytest.approx(fitted, abs=1e-3)
+
+
+def number_in(metric, printed):
+    """The last number in the row of a metric, in a table of ours or of Lightning."""
+    (row,) = [line for line in printed.splitlines() if metric in line]
+    return float(re.findall(r"\d+\.\d+", row)[-1])
 
 
 @pytest.mark.parametrize("name", FOLDERS)
