@@ -1,6 +1,8 @@
 """What all tests share: one thread for torch, so that parallel runs do not fight, and a seed for each test."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,14 @@ import torch
 
 torch.set_num_threads(1)
 
-# For `benchmarks`. Last, so that an installed wheel of lora_plugins comes before the checkout.
-sys.path.append(str(Path(__file__).parent.parent))
+# Tests, in this process and in others, find `tests` and `benchmarks` here, and lora_plugins where it is installed: the
+# checkout itself must not be on the path, since its folder lora_plugins would hide a wheel that is to be tested.
+_BESIDE = tempfile.TemporaryDirectory()
+for _name in ("tests", "benchmarks"):
+    (Path(_BESIDE.name) / _name).symlink_to(Path(__file__).parent.parent / _name)
+sys.path.append(_BESIDE.name)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_BESIDE.name, os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @pytest.fixture(autouse=True)
