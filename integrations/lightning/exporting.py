@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
+from lora_plugins.files import replace_file
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 from lora_plugins.integrations.lightning.loading import load_from_checkpoint, read
 from lora_plugins.integrations.lightning.merging import plain_state_dict, write_safetensors
@@ -81,9 +82,9 @@ def merge_checkpoint(module_class: type[LightningModule], checkpoint: str | Path
         LoraModel(target).merge_and_unload()
     kept: dict[str, Any] = {key: value for key, value in read(checkpoint).items() if key in _KEPT}
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    torch.save({**kept, "state_dict": module.state_dict()}, partial)
-    os.replace(partial, output)
+    data = io.BytesIO()
+    torch.save({**kept, "state_dict": module.state_dict()}, data)
+    replace_file(output, data.getvalue())
     return output
 
 
