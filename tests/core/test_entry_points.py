@@ -35,7 +35,7 @@ class TestExample:
         with_plugins("plugin_example")
         found = info(build_registry(), "example")
         assert (found.distribution, found.version, found.state) == ("lora-plugins-example", "1.2.3", "loaded")
-        assert (found.layers, found.inits) == (("bilinear",), ("orthogonal",))
+        assert (found.layers, found.inits) == (("bilinear",), ("orthonormal",))
 
     def test_without_it_nobody_serves_the_layer(self):
         assert [layer.name for layer in LoraModel.plan(Pair(), LoraConfig()).layers] == ["out"]
@@ -63,7 +63,7 @@ class TestExample:
     def test_its_init_is_asked_for_by_name(self, with_plugins):
         with_plugins("plugin_example")
         model = Pair()
-        config = LoraConfig(r=3, init="orthogonal", init_options={"gain": 2.0})
+        config = LoraConfig(r=3, init="orthonormal", init_options={"gain": 2.0})
         LoraModel(model, config, registry=build_registry())
         A = model.bilinear.lora_A["default"]
         torch.testing.assert_close(A @ A.T, 4 * torch.eye(3))
@@ -72,16 +72,16 @@ class TestExample:
     def test_its_options_are_checked_by_itself(self, with_plugins, untouched):
         with_plugins("plugin_example")
         model, registry = Pair(), build_registry()
-        with untouched(model), pytest.raises(ValueError, match="gain of orthogonal is 0"):
-            LoraModel(model, LoraConfig(init="orthogonal", init_options={"gain": 0}), registry=registry)
+        with untouched(model), pytest.raises(ValueError, match="gain of orthonormal is 0"):
+            LoraModel(model, LoraConfig(init="orthonormal", init_options={"gain": 0}), registry=registry)
         with untouched(model), pytest.raises(ValueError, match=r"'gian'.*Did you mean 'gain'"):
-            LoraModel(model, LoraConfig(init="orthogonal", init_options={"gian": 1}), registry=registry)
+            LoraModel(model, LoraConfig(init="orthonormal", init_options={"gian": 1}), registry=registry)
 
     def test_a_saved_adapter_names_it_and_loads_again(self, with_plugins, tmp_path):
         with_plugins("plugin_example")
         model, registry = Pair(), build_registry()
         base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        config = LoraConfig(r=2, target_modules=["bilinear"], init="orthogonal")
+        config = LoraConfig(r=2, target_modules=["bilinear"], init="orthonormal")
         lora = LoraModel(model, config, registry=registry)
         nn.init.normal_(model.bilinear.lora_B["default"])
         folder = lora.save_adapter(tmp_path / "adapter")
@@ -111,7 +111,7 @@ class TestBroken:
             "failed: ImportError: libquantum.so.7: cannot open shared object file"
         )
         assert info(registry, "example").state == "loaded"
-        LoraModel(Pair(), LoraConfig(r=2, init="orthogonal"), registry=registry)
+        LoraModel(Pair(), LoraConfig(r=2, init="orthonormal"), registry=registry)
 
     def test_asking_for_its_init_fails_with_its_own_error(self, with_plugins, untouched):
         with_plugins("plugin_broken")
@@ -154,8 +154,8 @@ class TestBlocking:
     def test_what_is_missing_without_it_says_that_it_is_blocked(self, with_plugins, monkeypatch):
         with_plugins("plugin_example")
         monkeypatch.setenv(BLOCK_VARIABLE, "example")
-        with pytest.raises(PluginError, match=r"'orthogonal'.*'example' of lora-plugins-example 1\.2\.3 is blocked"):
-            build_registry().init("orthogonal")
+        with pytest.raises(PluginError, match=r"'orthonormal'.*'example' of lora-plugins-example 1\.2\.3 is blocked"):
+            build_registry().init("orthonormal")
 
     def test_our_own_plugins_cannot_be_blocked(self, monkeypatch):
         monkeypatch.setenv(BLOCK_VARIABLE, "layers,inits")
@@ -168,7 +168,7 @@ from torch import nn
 from lora_plugins import LoraConfig, LoraModel
 
 model = nn.ModuleDict({"pair": nn.Bilinear(3, 4, 5)})
-lora = LoraModel(model, LoraConfig(r=2, init="orthogonal"))
+lora = LoraModel(model, LoraConfig(r=2, init="orthonormal"))
 print(lora.plans["default"])
 A = model["pair"].lora_A["default"]
 assert torch.allclose(A @ A.T, torch.eye(2), atol=1e-6)
@@ -242,10 +242,10 @@ class TestFromYaml:
         )
 
     def test_layer_type_and_init_are_used_by_name(self, installed, tmp_path):
-        run = self.fit(tmp_path, installed, "orthogonal")
+        run = self.fit(tmp_path, installed, "orthonormal")
         assert run.returncode == 0, run.stdout + run.stderr
         manifest = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
-        assert manifest["init"] == {"name": "orthogonal", "distribution": "lora-plugins-example", "version": "1.2.3"}
+        assert manifest["init"] == {"name": "orthonormal", "distribution": "lora-plugins-example", "version": "1.2.3"}
         assert manifest["layers"]["pair"]["plugin"] == "bilinear"
 
     def test_asking_for_a_broken_plugin_names_its_distribution_and_error(self, installed, tmp_path):
@@ -256,6 +256,6 @@ class TestFromYaml:
         assert not (tmp_path / "adapter").exists()
 
     def test_plugins_are_listed_with_distribution_version_and_state(self, installed, tmp_path):
-        run = self.fit(tmp_path, installed, "orthogonal", "plugins")
-        for words in ("lora-plugins-example", "1.2.3", "bilinear", "orthogonal", "lora-plugins-broken", "libquantum"):
+        run = self.fit(tmp_path, installed, "orthonormal", "plugins")
+        for words in ("lora-plugins-example", "1.2.3", "bilinear", "orthonormal", "lora-plugins-broken", "libquantum"):
             assert words in run.stdout

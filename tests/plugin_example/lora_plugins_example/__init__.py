@@ -17,13 +17,13 @@ class BilinearPlugin(RowMajorPlugin):
 class OrthogonalInit(InitPlugin):
     """An identity whose random factor has orthogonal rows or columns. Option: `gain`, its singular values."""
 
-    name = "orthogonal"
+    name = "orthonormal"
     options = {"gain": 1.0}  # noqa: RUF012  (read only)
 
     def check_options(self, options):
         """Refuses a gain that would leave both factors zero."""
         if options["gain"] == 0:
-            raise ConfigError("init_options: gain of orthogonal is 0, so nothing would ever be trained.")
+            raise ConfigError("init_options: gain of orthonormal is 0, so nothing would ever be trained.")
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
         """Fills one factor with an orthogonal matrix and the other with zeros."""
