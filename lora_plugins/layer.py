@@ -196,11 +196,19 @@ def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tens
     return None if total is None else spec.plugin.from_matrix(total, shape)
 
 
+def is_shard(weight: Tensor) -> bool:
+    """Whether FSDP2 holds a weight in parts, as it does outside of the layer's forward.
+
+    FSDP2 takes its parts by `getattr(layer, name)` and keeps what it gets: that has to be the parameter.
+    """
+    return hasattr(weight, "placements")  # of a DTensor, whose import is too slow for those who do not use it
+
+
 def updated_weight(layer: nn.Module, name: str) -> Tensor:
-    """Returns `W + ΔW` over the active adapters."""
+    """Returns `W + ΔW` over the active adapters; of a weight that is split over processes, this one's part of `W`."""
     state = layer_state(layer)
     weight = resting_weight(layer, name)
-    if not state.active:
+    if not state.active or is_shard(weight):
         return weight
     device = weight.device.type
     # Autocast would compute the update in half precision, and merging would then differ from adapting.
