@@ -64,6 +64,20 @@ class Term:
         return F.pad(update, (0, 0, start, total - stop))
 
 
+def joined(terms: Sequence[Term]) -> Term | None:
+    """Returns one term that does what several do; None where several have dropout, each with a mask of its own."""
+    if len(terms) == 1 and terms[0].slot.rows is None:
+        return terms[0]
+    if len(terms) > 1 and any(term.dropout for term in terms):
+        return None
+    columns = []
+    for term in terms:
+        start, stop, total = term.slot.rows or (0, len(term.B), len(term.B))
+        columns.append(F.pad(term.B * term.scaling, (0, 0, start, total - stop)))
+    A = torch.cat([term.A for term in terms])
+    return Term(Slot(terms[0].slot.tensor), A, torch.cat(columns, 1), 1.0, terms[0].dropout)
+
+
 def add_update(base: Tensor, delta: Tensor) -> Tensor:
     """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
     wide = torch.promote_types(base.dtype, delta.dtype)
@@ -115,6 +129,20 @@ class LayerPlugin(ABC):
     def biases(self, layer: nn.Module) -> Sequence[str]:
         """Returns the attribute names of the biases that `bias="lora_only"` trains."""
         return ("bias",)
+
+    def inputs(self, layer: nn.Module, slot: Slot, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the vectors that the matrix of a slot is multiplied by, `(n, in)`, for inits that learn from them.
+
+        Optional: without it, such an init refuses the layer. A subclass is taken to feed its weight as its base class
+        does.
+
+        Args:
+            layer: The layer; read its options, not its weight.
+            slot: One of the layer's slots.
+            *args: What the layer's `forward` was called with.
+            **kwargs: Likewise.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its weight is multiplied by.")
 
     def branch(
         self,

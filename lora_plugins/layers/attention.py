@@ -5,8 +5,10 @@ which answers with the updated weight.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_plugins.layer_plugin import RowMajorPlugin, Slot
 from lora_plugins.layers.linear import thirds
@@ -37,3 +39,11 @@ class MultiheadAttentionPlugin(RowMajorPlugin):
     def biases(self, layer: nn.Module) -> Sequence[str]:
         """The bias of the three projections."""
         return ("in_proj_bias",)
+
+    def inputs(
+        self, layer: nn.Module, slot: Slot, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The rows of what the slot projects; of all three for the fused projection, once where they are the same."""
+        given = {"q": query, "k": key, "v": value}
+        seen = [given[slot.part]] if slot.part else list({id(x): x for x in given.values()}.values())
+        return torch.cat([x.flatten(0, -2) for x in seen])

@@ -8,25 +8,64 @@ inputs first, so there the matrix is transposed: A is (r, in) and B is (out/grou
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Term
+from lora_plugins.functions.conv import Geometry, lora_conv
+from lora_plugins.functions.eager import is_eager
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, add_update, joined
 
 
 class _ConvPlugin(RowMajorPlugin):
-    branch_use: ClassVar[BranchUse] = "dropout"
+    branch_use: ClassVar[BranchUse] = "always"
+
+    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+        """The patches that the kernel is laid on, those of all groups together; x is `(n, channels, ...)`."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        dimensions = len(layer.kernel_size)
+        x = x if x.dim() == dimensions + 2 else x[None]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        x = x.reshape(len(x), layer.groups, -1, *x.shape[2:])
+        for axis, (size, stride, dilation) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        ):
+            x = x.unfold(3 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        # (n, groups, channels, positions..., kernel...): the vectors run over channels and kernel.
+        return x.movedim(2, 2 + dimensions).flatten(0, 1 + dimensions).flatten(1)
 
     def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
-        """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
+        """Convolves `x` with the updated kernel, or with the untouched one and the dropped `x` with each update."""
         weight = base["weight"]
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         assert weight is not None
-        y: Tensor = layer._conv_forward(x, weight, layer.bias)
+        geometry = _geometry(layer)
+        term = joined(terms) if geometry is not None and x.ndim == weight.ndim and is_eager(x) else None
+        if term is not None and geometry is not None:
+            return lora_conv(x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, geometry)
+        if not any(term.dropout for term in terms):
+            y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
+            return y
+        y = layer._conv_forward(x, weight, layer.bias)
         for term in terms:
             kernel = self.from_matrix(term.matrix(), weight.shape).to(weight.dtype)
             y = y + layer._conv_forward(term.drop(x), kernel, None)
         return y
+
+    def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
+        # Autocast would compute the update in half precision, and merging would then differ from adapting.
+        with torch.autocast(weight.device.type, enabled=False):
+            for term in terms:
+                weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
+        return weight
+
+
+def _geometry(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry | None:
+    """Returns how the kernel moves; None where the input is padded with other values than zeros."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 class Conv1dPlugin(_ConvPlugin):
@@ -56,6 +95,11 @@ class Conv3dPlugin(_ConvPlugin):
 class _ConvTransposePlugin(ColumnMajorPlugin):
     branch_use: ClassVar[BranchUse] = "dropout"
     dimensions: ClassVar[int]
+
+    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The channels at each position, each of which is laid on the output as a kernel; x is `(n, channels, ...)`."""
+        x = x if x.dim() == self.dimensions + 2 else x[None]
+        return x.movedim(1, -1).flatten(0, -2)
 
     def branch(
         self,

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term
+from lora_plugins.functions.eager import is_eager
+from lora_plugins.functions.linear import lora_linear
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, joined
 
 
 def thirds(tensor: str, rows: int) -> dict[str, Slot]:
@@ -53,11 +55,19 @@ class LinearPlugin(RowMajorPlugin):
         assert isinstance(layer, nn.Linear)
         return thirds("weight", layer.out_features)
 
+    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+        """The rows of `x`, which is `(..., in)`."""
+        return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
     def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
         weight = base["weight"]
+        assert isinstance(layer, nn.Linear)
         assert weight is not None
-        return add_linear(F.linear(x, weight, layer.bias), x, terms)  # type: ignore[arg-type]
+        term = joined(terms) if is_eager(x) else None
+        if term is not None:
+            return lora_linear(x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout)
+        return add_linear(F.linear(x, weight, layer.bias), x, terms)
 
 
 class TransformersConv1DPlugin(ColumnMajorPlugin):
@@ -65,3 +75,7 @@ class TransformersConv1DPlugin(ColumnMajorPlugin):
 
     name = "transformers_conv1d"
     module_type = "transformers.pytorch_utils.Conv1D"
+
+    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+        """The rows of `x`, which is `(..., in)`."""
+        return x.flatten(0, -2)

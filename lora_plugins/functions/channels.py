@@ -1,0 +1,56 @@
+"""Products over the channels of images, in the memory format that the images have.
+
+Convolutions with few channels are slow, and what a low-rank update needs of them are small matrix products. Images are
+`(batch, channels, *positions)`, either contiguous or with their channels last.
+"""
+
+import torch
+from torch import Tensor
+
+
+def channels_last(image: Tensor) -> bool:
+    """Whether channels are innermost in memory, and would not be so in a contiguous image."""
+    return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
+
+
+def rows(image: Tensor) -> Tensor:
+    """Returns `(batch * positions, channels)`; a view of an image with channels last."""
+    return image.movedim(1, -1).reshape(-1, image.shape[1])
+
+
+def mix(matrix: Tensor, image: Tensor) -> Tensor:
+    """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`."""
+    if channels_last(image):
+        kernel = matrix.view(*matrix.shape, *[1] * (image.ndim - 2))
+        return torch.convolution(
+            image,
+            kernel,
+            None,
+            stride=[1] * (image.ndim - 2),
+            padding=[0] * (image.ndim - 2),
+            dilation=[1] * (image.ndim - 2),
+            transposed=False,
+            output_padding=[0] * (image.ndim - 2),
+            groups=1,
+        )
+    return torch.matmul(matrix, image.flatten(2)).view(image.shape[0], matrix.shape[0], *image.shape[2:])
+
+
+def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> Tensor:
+    """Adds `alpha * mix(matrix, image)` to a fresh target, in place where their formats agree."""
+    if target.dtype != image.dtype:
+        return target.add_(mix(matrix, image).mul_(alpha).to(target.dtype))
+    if channels_last(target) and channels_last(image):
+        rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
+        return target
+    if target.is_contiguous():
+        target.flatten(2).baddbmm_(matrix.expand(image.shape[0], *matrix.shape), image.flatten(2), alpha=alpha)
+        return target
+    return target.add_(mix(matrix, image), alpha=alpha)
+
+
+def contract(few: Tensor, many: Tensor) -> Tensor:
+    """Returns the products of two images' channels, summed over batch and positions: `(few, many)` channels."""
+    if channels_last(few) and channels_last(many):
+        return rows(few).T @ rows(many)
+    return torch.matmul(few.flatten(2), many.flatten(2).mT).sum(0)

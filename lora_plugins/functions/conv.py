@@ -1,0 +1,306 @@
+"""A convolution with a low-rank update in one function.
+
+As for linear layers, the update is added to the kernel or to the output, whichever has less arithmetic, and only the
+input is kept for the backward. The gradients of A and B come from small products (`r` channels instead of `out`), or
+from the ordinary gradient of the kernel followed by two products, again by their arithmetic. The choice depends on
+shapes only, never on a clock, so that reruns and all processes of a run compute the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.functions.channels import contract, mix, mix_into
+from lora_plugins.functions.eager import law_gradients
+from lora_plugins.functions.linear import update_is_cheaper
+from lora_plugins.functions.masks import Dropout
+
+SMALL_SHARE = 0.4
+"""Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over the input; zeros are padded.
+
+    Args:
+        stride: Per dimension.
+        padding: Per dimension, on both sides.
+        dilation: Per dimension.
+        groups: Number of groups.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolves `(batch, in, *size)` with `(out, in / groups, *kernel_size)`."""
+        zeros = (0,) * len(self.stride)
+        return torch.convolution(
+            x, kernel, bias, self.stride, self.padding, self.dilation, transposed=False, output_padding=zeros,
+            groups=self.groups,
+        )  # fmt: skip
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, kernel: Tensor, *, of_x: bool, of_kernel: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the gradients of input and kernel."""
+        dx, dkernel, _ = torch.ops.aten.convolution_backward(
+            dy, x, kernel, None, self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups,
+            (of_x, of_kernel, False),
+        )  # fmt: skip
+        return dx, dkernel
+
+    def is_pointwise(self, kernel: Tensor) -> bool:
+        """Whether the kernel sees one position at a time, each once."""
+        ones = (1,) * len(self.stride)
+        return kernel.shape[2:] == ones and self.stride == ones and not any(self.padding) and self.groups == 1
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """What is no tensor.
+
+    Args:
+        geometry: How the kernel moves.
+        scaling: Factor of the update.
+        dropout: The masks of the branch's input; None without dropout.
+        update_first: Whether the update is added to the kernel rather than to the output.
+        small_products: Whether A and B get their gradients without that of the kernel.
+    """
+
+    geometry: Geometry
+    scaling: float
+    dropout: Dropout | None
+    update_first: bool
+    small_products: bool
+
+    @property
+    def scale(self) -> float:
+        """The scaling, and what makes up for dropped elements."""
+        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    geometry: Geometry,
+) -> Tensor:
+    """Convolves `x` with `W` and the dropped `x` with `scaling · B A`.
+
+    Args:
+        x: `(batch, in, *size)`.
+        weight: `(out, in / groups, *kernel_size)`.
+        bias: `(out,)` or None.
+        A: `(r, in / groups * kernel)`.
+        B: `(out, r)`.
+        scaling: Factor of the update.
+        dropout: Probability of dropping an element of the branch's input.
+        geometry: How the kernel moves.
+    """
+    device = x.device.type
+    options = _choose(x, weight, A, scaling, dropout, geometry)
+    if not torch.is_autocast_enabled(device):
+        return _apply(x, weight, bias, A, B, options)
+    dtype = torch.get_autocast_dtype(device)
+    if not options.update_first:
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+
+
+def _choose(x: Tensor, weight: Tensor, A: Tensor, scaling: float, dropout: float, geometry: Geometry) -> ConvOptions:
+    r, inputs = A.shape
+    outputs = weight.shape[0]
+    positions = x.shape[0] * (x[0, 0].numel() // _product(geometry.stride))
+    grouped = geometry.groups > 1
+    wide = weight.dtype in (torch.float32, torch.float64)
+    update_first = not dropout and wide and (grouped or update_is_cheaper(positions, inputs, outputs))
+    share = 2 * r / outputs + 2 * r / inputs
+    return ConvOptions(
+        geometry,
+        scaling,
+        Dropout.draw(dropout) if dropout else None,
+        update_first,
+        small_products=not grouped and (share < SMALL_SHARE or not update_first),
+    )
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
+    y: Tensor = _LoraConv.apply(x, weight, bias, A, B, options)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _LoraConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, A, B)
+        ctx.options = options
+        convolve = options.geometry.convolve
+        if options.update_first:
+            return convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
+        y = convolve(x, weight, bias)
+        dropped = _dropped(x, A.dtype, options.dropout)
+        if options.small_products:
+            return mix_into(y, B, _down(dropped, A, weight, options.geometry), options.scale)
+        return y.add_(convolve(dropped, _kernel(A, B, weight), None), alpha=options.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, A, B = ctx.saved_tensors
+        options: ConvOptions = ctx.options
+        needed = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
+        of_factors = _GRADIENTS[options.update_first, options.small_products]
+        dx, dA, dB = of_factors(gradient, x, weight, A, B, options, needed)
+        dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
+        dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
+        return dx, dweight, dbias, dA, dB, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _through_kernel(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B from that of the updated kernel."""
+    kernel = _updated(weight, A, B, options.scale, dy.dtype)
+    dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[3] or needed[4])
+    return dx, *_project(dkernel, A, B, options.scale)
+
+
+def _through_both(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradient of x from the updated kernel, those of A and B from small products."""
+    dx = None
+    if needed[0]:
+        kernel = _updated(weight, A, B, options.scale, dy.dtype)
+        dx, _ = options.geometry.gradients(dy, x, kernel, of_x=True, of_kernel=False)
+    _, dA, dB = _through_products_of(x, dy, A.to(dy.dtype), B.to(dy.dtype), weight, options, of_x=False)
+    return dx, dA, dB
+
+
+def _through_products(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B where the small products were added to the output."""
+    dropped, mask = _dropped_and_mask(x, A.dtype, options.dropout)
+    branch_dx, dA, dB = _through_products_of(dropped, dy.to(A.dtype), A, B, weight, options, of_x=needed[0])
+    return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
+
+
+def _through_update(
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
+    dropped, mask = _dropped_and_mask(x, A.dtype, options.dropout)
+    branch_dx, dkernel = options.geometry.gradients(
+        dy.to(A.dtype), dropped, _kernel(A, B, weight), of_x=needed[0], of_kernel=True
+    )
+    dA, dB = _project(dkernel, A, B, options.scale)
+    if branch_dx is not None:
+        branch_dx.mul_(options.scale)
+    return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
+
+
+_GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
+    (True, False): _through_kernel,
+    (True, True): _through_both,
+    (False, True): _through_products,
+    (False, False): _through_update,
+}
+
+
+def _through_products_of(
+    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
+) -> Gradients:
+    geometry = options.geometry
+    g = mix(B.T.contiguous(), dy).mul_(options.scale)
+    dB = contract(_down(x, A, weight, geometry), dy).mul_(options.scale).T
+    kernel = A.view(A.shape[0], *weight.shape[1:])
+    if not geometry.is_pointwise(weight):
+        dx, dA = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
+        return dx, None if dA is None else dA.flatten(1), dB
+    return mix(A.T.contiguous(), g) if of_x else None, contract(g, x), dB
+
+
+def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Convolves the input with A: `(batch, r, *size)`."""
+    if geometry.is_pointwise(weight):
+        return mix(A, x)
+    return geometry.convolve(x, A.view(A.shape[0], *weight.shape[1:]))
+
+
+def _project(dkernel: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B from that of the kernel that their product is added to."""
+    if dkernel is None:
+        return None, None
+    matrix = dkernel.flatten(1).to(A.dtype)
+    return (B.T @ matrix).mul_(scale), (matrix @ A.T).mul_(scale)
+
+
+def _kernel(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    return (B @ A).view(weight.shape)
+
+
+def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Returns the kernel with its update, in the memory format of the kernel, rounded to a type once."""
+    wide = torch.promote_types(weight.dtype, A.dtype)
+    updated = torch.addmm(weight.flatten(1).to(wide), B, A, alpha=scale).view(weight.shape)
+    return torch.empty_like(weight, dtype=dtype).copy_(updated) if not weight.is_contiguous() else updated.to(dtype)
+
+
+def _dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
+    return x.to(dtype) if dropout is None else dropout.mask_like(x).mul_(x).to(dtype)
+
+
+def _dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
+    if dropout is None:
+        return x.to(dtype), None
+    mask = dropout.mask_like(x)
+    return (mask * x).to(dtype), mask
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, options: ConvOptions, branch: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """Adds what the branch gave to the gradient through the untouched kernel; None if nobody needs it."""
+    if branch is None:
+        return None
+    if mask is not None:
+        branch.mul_(mask)
+    dx, _ = options.geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
+    assert dx is not None
+    return dx.add_(branch)
+
+
+def _product(values: Sequence[int]) -> int:
+    product = 1
+    for value in values:
+        product *= value
+    return product
+
+
+def _law(options: ConvOptions) -> Callable[..., Tensor]:
+    def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        convolve = options.geometry.convolve
+        dropped = x if options.dropout is None else x * options.dropout.mask_like(x)
+        kernel = options.scale * _kernel(A, B, weight)
+        return convolve(x, weight.to(x.dtype), bias) + convolve(dropped.to(A.dtype), kernel).to(x.dtype)
+
+    return law

@@ -1,0 +1,212 @@
+"""`x Wᵀ + b` with a low-rank update in one function.
+
+Two ways of computing the same law, chosen by their arithmetic (as in RunLoRA, Cherniuk et al., arXiv 2312.03415): add
+the update to the weight first, which costs `out · in · r` whatever the number of rows, or add the small products to the
+output. Only `x` is kept for the backward; updated weight, small products and dropout mask are computed again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_plugins.functions.eager import law_gradients
+from lora_plugins.functions.masks import Dropout
+
+CHUNK = 2**19
+"""Bytes of input that are dropped at a time on a CPU: few enough to stay in its second-level cache."""
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """What is no tensor.
+
+    Args:
+        scaling: Factor of the update.
+        dropout: The masks of the branch's input; None without dropout.
+        update_first: Whether the update is added to the weight rather than to the output.
+    """
+
+    scaling: float
+    dropout: Dropout | None
+    update_first: bool
+
+    @property
+    def scale(self) -> float:
+        """The scaling, and what makes up for dropped elements."""
+        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """Computes `x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        A: `(r, in)`.
+        B: `(out, r)`.
+        scaling: Factor of the update.
+        dropout: Probability of dropping an element of the branch's input.
+    """
+    device = x.device.type
+    wide = weight.dtype in (torch.float32, torch.float64)
+    options = LinearOptions(
+        scaling,
+        Dropout.draw(dropout) if dropout else None,
+        # An update of a half-precision weight would be lost to rounding while it is small.
+        not dropout and wide and update_is_cheaper(x.numel() // x.shape[-1], weight.shape[1], weight.shape[0]),
+    )
+    if not torch.is_autocast_enabled(device):
+        return _apply(x, weight, bias, A, B, options)
+    dtype = torch.get_autocast_dtype(device)
+    if not options.update_first:
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+
+
+def update_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether `B A`, computed once, has less arithmetic than the small products of every row."""
+    return rows * (inputs + outputs) > inputs * outputs
+
+
+def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Returns `W + scaling · B A` as a matrix, rounded to a type once."""
+    return torch.addmm(weight, B, A, alpha=scaling).to(dtype)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions) -> Tensor:
+    y: Tensor = _LoraLinear.apply(x, weight, bias, A, B, options)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, A, B)
+        ctx.options = options
+        rows = x.reshape(-1, x.shape[-1])
+        if options.update_first:
+            y = F.linear(rows, updated(weight, A, B, options.scaling, x.dtype), bias)
+        else:
+            y = F.linear(rows, weight, bias)
+            h = torch.empty(rows.shape[0], A.shape[0], dtype=A.dtype, device=A.device)
+            for chunk in _chunks(rows, A.dtype, options.dropout):
+                torch.mm(chunk.dropped, A.T, out=h[chunk.rows])
+            _add_product(y, h, B.T, options.scale)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, A, B = ctx.saved_tensors
+        options: LinearOptions = ctx.options
+        needed = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
+        rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        of_factors = _through_weight if options.update_first else _through_products
+        dx, dA, dB = of_factors(rows, dy, weight, A, B, options, needed)
+        return (
+            None if dx is None else dx.view(x.shape),
+            dy.T @ rows if needed[1] else None,
+            dy.sum(0) if needed[2] else None,
+            dA,
+            dB,
+            None,
+        )
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _through_weight(
+    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: LinearOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B where the update was added to the weight."""
+    dx = dA = dB = None
+    if needed[0]:
+        dx = dy @ updated(weight, A, B, options.scale, dy.dtype)
+    if needed[3]:
+        dA = (rows.T @ (dy @ B.to(dy.dtype)).mul_(options.scale)).T
+    if needed[4]:
+        dB = ((rows @ A.T.to(rows.dtype)).mul_(options.scale).T @ dy).T
+    return dx, dA, dB
+
+
+def _through_products(
+    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: LinearOptions, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B where the small products were added to the output."""
+    dy_wide = dy.to(B.dtype)
+    g = (dy_wide @ B).mul_(options.scale)
+    h = torch.empty_like(g)
+    dx = torch.empty_like(rows, dtype=A.dtype)
+    dA = A.new_zeros(A.shape[1], A.shape[0])
+    for chunk in _chunks(rows, A.dtype, options.dropout):
+        g_chunk = g[chunk.rows]
+        if needed[4]:
+            torch.mm(chunk.dropped, A.T, out=h[chunk.rows])
+        if needed[3]:
+            dA.addmm_(chunk.dropped.T, g_chunk)
+        if needed[0]:
+            torch.mm(g_chunk, A, out=dx[chunk.rows])
+            chunk.drop_(dx[chunk.rows])
+    dB = (h.mul_(options.scale).T @ dy_wide).T
+    if needed[0]:
+        dx = _add_product(dx.to(dy.dtype), dy, weight, 1.0)
+    return dx if needed[0] else None, dA.T if needed[3] else None, dB if needed[4] else None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of the input, after dropout, in buffers that the next chunk overwrites."""
+
+    rows: slice
+    dropped: Tensor
+    mask: Tensor | None
+
+    def drop_(self, gradient: Tensor) -> None:
+        """Drops what was dropped of the input."""
+        if self.mask is not None:
+            gradient.mul_(self.mask)
+
+
+def _chunks(rows: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Iterator[_Chunk]:
+    if dropout is None:
+        yield _Chunk(slice(None), rows.to(dtype), None)
+        return
+    count, width = rows.shape
+    size = max(8, CHUNK // (width * rows.element_size()) // 8 * 8) if rows.device.type == "cpu" else count
+    masks = dropout.masks(rows.device)
+    mask = torch.empty(min(size, count), width, dtype=dtype, device=rows.device)
+    dropped = torch.empty_like(mask)
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        length = part.stop - start
+        masks.fill(mask[:length])
+        torch.mul(rows[part], mask[:length], out=dropped[:length])
+        yield _Chunk(part, dropped[:length], mask[:length])
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Adds `alpha · left @ right` to a fresh tensor, in place."""
+    if y.dtype == left.dtype:
+        return y.addmm_(left, right, alpha=alpha)
+    return y.add_((left @ right).mul_(alpha).to(y.dtype))
+
+
+def _law(options: LinearOptions) -> Callable[..., Tensor]:
+    def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        dropped = x if options.dropout is None else x * options.dropout.mask_like(x)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        return y + (options.scale * F.linear(F.linear(dropped.to(A.dtype), A), B)).to(y.dtype)
+
+    return law
