@@ -21,9 +21,10 @@ from lora_plugins.errors import (
     TargetError,
 )
 from lora_plugins.hookspecs import hookimpl
-from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.init_plugin import InitContext, InitPlugin, InputMoments, Observed, RankRequest
 from lora_plugins.layer_plugin import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot, Term
 from lora_plugins.model import LoraModel
+from lora_plugins.observe import InitData, Observations, observe
 from lora_plugins.plan import Plan
 
 __all__ = [
@@ -31,18 +32,24 @@ __all__ = [
     "ColumnMajorPlugin",
     "ConfigError",
     "InitContext",
+    "InitData",
     "InitPlugin",
+    "InputMoments",
     "LayerPlugin",
     "LoraConfig",
     "LoraError",
     "LoraModel",
     "MergeError",
+    "Observations",
+    "Observed",
     "Plan",
     "PluginError",
+    "RankRequest",
     "RowMajorPlugin",
     "Slot",
     "StateError",
     "TargetError",
     "Term",
     "hookimpl",
+    "observe",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, near
-from lora_plugins.inits.loftq import low_rank
+from lora_plugins.inits.factors import low_rank
 from lora_plugins.injector import SlotTensors, slots
 from lora_plugins.layer import factors
 from lora_plugins.plan import Plan, PlannedLayer

@@ -37,8 +37,9 @@ class LoraConfig:
         alpha_pattern: Alphas of single layers or blocks; keys as in `rank_pattern`.
         fused_parts: For layers that hold query, key and value in one matrix: which of `q`, `k` and `v` are adapted,
             each with its own A and B, by layer pattern: `{"attn.qkv": ["q", "v"]}`.
-        init: Name of the plugin that sets the first A and B: `kaiming`, `gaussian`, `loftq`, `none` (not an
-            identity, for debugging), or that of an installed plugin.
+        init: Name of the plugin that sets the first A and B: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `olora`,
+            `loftq`, `eva` and `lora_ga` (both learn from data), `none` (not an identity, for debugging), or that of an
+            installed plugin.
         init_options: Options of that plugin.
         use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
         norm: `freeze` keeps frozen normalisation layers in eval mode, so that their running statistics stand still;

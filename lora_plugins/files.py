@@ -97,6 +97,7 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
         "config": plan.config.to_dict(),
         "init": {"name": plan.init.name, **_origin(registry.inits, plan.init.name)},
         "layers": {layer.name: _describe(layer, registry) for layer in plan.layers},
+        **({"ranks": dict(plan.ranks)} if plan.ranks else {}),
         "tensors": {
             key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for key, tensor in tensors.items()
@@ -123,6 +124,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry) -> Unpac
     _compare_tensors(manifest["tensors"], packed.tensors)
     try:
         plan = make_plan(model, LoraConfig.from_dict(manifest["config"]), registry)
+        plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
     except (LoraError, TypeError) as error:
         raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
     _compare_layers(manifest["layers"], plan)
@@ -308,6 +310,10 @@ def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
 
 
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_fingerprint(value: Any) -> bool:
     is_map = isinstance(value, dict) and value.keys() == set(KEYS)
     return is_map and all(isinstance(number, float) for number in value.values())
@@ -317,6 +323,7 @@ _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "adapter_name": _is_name,
     "config": lambda value: isinstance(value, dict),
     "layers": _maps_to(lambda layer: isinstance(layer, dict)),
+    "ranks": lambda value: value is None or _maps_to(_is_rank)(value),
     "tensors": lambda value: isinstance(value, dict),
     "base": _maps_to(_is_fingerprint),
     "changed": lambda value: isinstance(value, dict),

@@ -1,12 +1,63 @@
 """What an init plugin says: how A and B start, and whether the base weight changes with them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+Needs = Literal["inputs", "gradients"]
+"""What an init can ask of the user's data."""
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """What is kept of the vectors that a weight was multiplied by.
+
+    Args:
+        count: How many vectors there were.
+        total: `(in,)`, their sum, float64 on the CPU.
+        gram: `(in, in)`, the sum of their outer products with themselves, likewise.
+    """
+
+    count: int
+    total: Tensor
+    gram: Tensor
+
+    def scatter(self) -> Tensor:
+        """Returns the sum of the outer products after the mean vector was subtracted, `(in, in)`."""
+        return self.gram - torch.outer(self.total, self.total) / self.count
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one pass over the user's data showed of one slot; only what the init `needs` is there.
+
+    Args:
+        inputs: The moments of the vectors that the slot's matrix was multiplied by.
+        gradient: `(out, in)`, the gradient of the loss in the matrix view, averaged over batches, on the CPU, in
+            float32 or better.
+    """
+
+    inputs: InputMoments | None = None
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """One layer that an init may give another rank.
+
+    Args:
+        layer: Full name of the layer.
+        r: The rank that the config gives it.
+        slots: What was observed of each of its slots.
+    """
+
+    layer: str
+    r: int
+    slots: Sequence[Observed]
 
 
 @dataclass(frozen=True)
@@ -21,7 +72,8 @@ class InitContext:
         scaling: The factor of `B @ A` in the update.
         lookup: True where columns of A are looked up by index, so that A is the one to start at zero.
         generator: Seeded from the run's seed and the layer's name; draw from nothing else.
-        options: `init_options` of the config.
+        options: `init_options` of the config, with defaults.
+        observed: What the data showed, for an init that `needs` some.
     """
 
     layer: str
@@ -32,6 +84,7 @@ class InitContext:
     lookup: bool
     generator: torch.Generator
     options: Mapping[str, Any]
+    observed: Observed = Observed()
 
 
 class InitPlugin(ABC):
@@ -40,15 +93,18 @@ class InitPlugin(ABC):
     Attributes:
         name: The name that `LoraConfig.init` asks for.
         options: The keys that `init_options` may have, with their defaults.
-        identity: Whether the adapted layer starts as the untouched one (exactly, or for an init that changes the
-            base, approximately).
+        identity: Whether the adapted layer starts as the untouched one: exactly, or up to rounding where both factors
+            start away from zero; for an init that changes the base, approximately.
         changes_base: Whether the base weight is replaced; `changed_base` then says by what.
+        needs: What the init asks of the user's data: the `inputs` of each layer, the `gradients` of each weight, or
+            None. It finds it in `context.observed`. An adapter that is loaded needs no data again.
     """
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, Any]] = {}
     identity: ClassVar[bool] = True
     changes_base: ClassVar[bool] = False
+    needs: ClassVar[Needs | None] = None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises an error for a value that an option cannot have; unknown keys were refused before.
@@ -59,6 +115,18 @@ class InitPlugin(ABC):
         Raises:
             ConfigError: If a value is wrong, naming the option.
         """
+
+    def allocate(self, requests: Sequence[RankRequest], options: Mapping[str, Any]) -> Mapping[str, int]:
+        """Returns other ranks than the config's, by layer name; a layer of rank 0 is not adapted.
+
+        Called once, before any `fill`, for an init that `needs` data. The scaling of each layer stays what it was. The
+        ranks are stored with the adapter.
+
+        Args:
+            requests: All layers, with what was observed of them.
+            options: `init_options` of the config, with defaults.
+        """
+        return {}
 
     @abstractmethod
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.init_plugin import InitContext
+from lora_plugins.init_plugin import InitContext, Observed
 from lora_plugins.layer import (
     STATE,
     AdapterTensors,
@@ -56,11 +56,18 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def initialise(model: nn.Module, plan: Plan) -> dict[tuple[str, str], SlotTensors]:
+def initialise(
+    model: nn.Module, plan: Plan, observed: Mapping[tuple[str, str], Observed] | None = None
+) -> dict[tuple[str, str], SlotTensors]:
     """Lets the plan's init make A and B of every slot; touches nothing of the model.
 
     Each slot draws from a generator of its own, seeded by the run's seed and the layer's name, so that every process
     of a run and every rerun agree, whatever was drawn before.
+
+    Args:
+        model: The model.
+        plan: What is adapted.
+        observed: What data showed of each slot, for an init that needs it.
     """
     content: dict[tuple[str, str], SlotTensors] = {}
     for layer, slot, (rows, columns) in slots(plan):
@@ -75,8 +82,9 @@ def initialise(model: nn.Module, plan: Plan) -> dict[tuple[str, str], SlotTensor
             B=torch.empty(rows, layer.r, dtype=dtype),
             scaling=layer.scaling,
             lookup=layer.plugin.lookup,
-            generator=torch.Generator().manual_seed(_seed(layer.name + slot.suffix)),
+            generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),
             options=plan.init_options,
+            observed=(observed or {}).get((layer.name, slot.suffix), Observed()),
         )
         with torch.no_grad():
             recipe = plan.init.fill(context)
@@ -221,7 +229,8 @@ def _rows(slot: Slot, matrix: Tensor) -> Tensor:
     return matrix if slot.rows is None else matrix[slot.rows[0] : slot.rows[1]]
 
 
-def _seed(name: str) -> int:
+def run_seed(name: str) -> int:
+    """Returns the seed that a name has in this run, whatever was drawn before."""
     digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

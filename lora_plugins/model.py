@@ -10,10 +10,12 @@ from lora_plugins import files, merge
 from lora_plugins.combine import combine
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
+from lora_plugins.init_plugin import Observed
 from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
 from lora_plugins.layer import layer_state, state_of
 from lora_plugins.manager import default_registry
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
+from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
 from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
@@ -26,6 +28,7 @@ from lora_plugins.state import (
     close_state,
     model_state,
     open_state,
+    without_adapters,
 )
 
 
@@ -40,9 +43,12 @@ class LoraModel:
         config: The first adapter, or None for a handle to a model that is adapted already.
         adapter_name: Name of that adapter.
         registry: The plugins to use; by default all that are installed.
+        init_data: What the init learns from, if it is one that does, such as `eva` and `lora_ga`: data that are read
+            once, or what `lora_plugins.observe` made of them before.
 
     Raises:
         TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
+        ConfigError: If the init learns from data and there are none.
         StateError: If there is no config and the model is not adapted.
 
     Example:
@@ -62,11 +68,12 @@ class LoraModel:
         adapter_name: str = "default",
         *,
         registry: Registry | None = None,
+        init_data: InitData | Observations | None = None,
     ) -> None:
         self.model = model
         self._registry = registry or default_registry()
         if config is not None:
-            self.add_adapter(adapter_name, config)
+            self.add_adapter(adapter_name, config, init_data=init_data)
         elif model_state(model) is None:
             raise StateError("The model has no adapter. Give LoraModel a LoraConfig, or use LoraModel.load_adapter.")
 
@@ -99,17 +106,27 @@ class LoraModel:
         """The names of the adapters whose update is in the weights."""
         return self._state.merged
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+    def add_adapter(
+        self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Observations | None = None
+    ) -> None:
         """Adds an adapter. The first one becomes active and trainable; a later one waits for `set_adapter`.
 
+        Args:
+            adapter_name: Its name.
+            config: What it adapts, and how.
+            init_data: What the init learns from; as in `LoraModel`.
+
         Raises:
-            ConfigError: If the name is taken or is none.
+            ConfigError: If the name is taken or is none, or the init learns from data and there are none.
             TargetError: If the config does not fit the model. The model is untouched.
             StateError: If something is merged.
         """
         with self._adding(adapter_name):
             plan = make_plan(self.model, config, self._registry)
-            content = initialise(self.model, plan)
+        observed = self._observed(plan, init_data)
+        plan = allocated(plan, observed)
+        with self._adding(adapter_name):
+            content = initialise(self.model, plan, observed)
             self._attach(adapter_name, plan, content)
 
     def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -140,16 +157,8 @@ class LoraModel:
         """
         state = self._state
         state.refuse_merged("Disabling adapters")
-        active, state.active = state.active, ()
-        grads = [(p, p.requires_grad) for p in self.model.parameters()]
-        apply_state(self.model, state)
-        try:
+        with without_adapters(self.model, state):
             yield self.model
-        finally:
-            state.active = active
-            apply_state(self.model, state)
-            for parameter, requires_grad in grads:
-                parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; the last one leaves the untouched model.
@@ -363,6 +372,18 @@ class LoraModel:
             raise ConfigError(f"The model has an adapter {adapter_name!r} already. Delete it, or choose another name.")
         with base_in_place(self.model, state):
             yield
+
+    def _observed(self, plan: Plan, data: InitData | Observations | None) -> Mapping[tuple[str, str], Observed]:
+        if plan.init.needs is None:
+            return {}
+        if data is None:
+            raise ConfigError(
+                f"The init {plan.init.name!r} learns the first A and B from data. Give it some: LoraModel(model, "
+                "config, init_data=InitData(loader)). LoraCallback takes them from the training batches by itself, and "
+                "a saved adapter needs none: LoraModel.load_adapter(model, path)."
+            )
+        observations = observe(self.model, plan, data) if isinstance(data, InitData) else data
+        return observations.of(plan)
 
     def _attach(
         self,

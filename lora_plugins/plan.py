@@ -1,7 +1,8 @@
 """What would be adapted, as plain data: which layers, by which plugin, with which rank and scaling."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_plugins.config import LoraConfig
@@ -76,6 +77,7 @@ class Plan:
         frozen_norms: Names of normalisation layers that are kept in eval mode.
         base_parameters: The number of elements of all parameters of the model.
         trained_parameters: The number of elements of `trained`.
+        ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.
     """
 
     config: LoraConfig
@@ -86,6 +88,7 @@ class Plan:
     frozen_norms: tuple[str, ...]
     base_parameters: int
     trained_parameters: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def init_options(self) -> Mapping[str, Any]:
@@ -106,6 +109,21 @@ class Plan:
     def total(self) -> int:
         """The number of elements of the model with the adapter."""
         return self.base_parameters + self.adapter_parameters
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
+        """Returns the plan with other ranks, the scaling of each layer as it was; layers of rank 0 are left out.
+
+        Args:
+            ranks: Ranks by layer name; others keep theirs.
+        """
+        power = 0.5 if self.config.use_rslora else 1.0
+        layers = tuple(
+            replace(layer, r=r, alpha=layer.scaling * math.pow(r, power))
+            if (r := ranks.get(layer.name, layer.r)) != layer.r
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layer for layer in layers if layer.r), ranks=dict(ranks))
 
     def weights(self) -> dict[str, set[str]]:
         """Returns the attribute names of the updated weights by layer name, tied layers included."""

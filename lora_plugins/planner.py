@@ -178,7 +178,8 @@ def _refusals(target: _Target, slots: tuple[Slot, ...], init: InitPlugin, dropou
     """Why a layer, or one that is tied to it, cannot be adapted; empty if all can."""
     layers = {entry.name: entry.module for entry in (target.entry, *(entry for entry, _ in target.ties))}
     found = {name: _layer_refusal(layer, slots) for name, layer in layers.items()}
-    found[target.entry.name] = found[target.entry.name] or _weight_refusal(target.entry.module, slots, init)
+    own = target.entry.name
+    found[own] = found[own] or _weight_refusal(target.entry.module, slots, init) or _input_refusal(target.plugin, init)
     reasons = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
     if dropout and not reasons:
         # A tied layer forms the updated weight, which leaves no branch for dropout to act on.
@@ -202,13 +203,22 @@ def _layer_refusal(layer: nn.Module, slots: tuple[Slot, ...]) -> str | None:
 
 def _weight_refusal(layer: nn.Module, slots: tuple[Slot, ...], init: InitPlugin) -> str | None:
     for slot in slots:
-        if weight_key(layer, slot.tensor) is None and init.changes_base:
+        computed = weight_key(layer, slot.tensor) is None
+        if computed and init.changes_base:
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
+        if computed and init.needs == "gradients":
+            return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
         weight = peek_weight(layer, slot.tensor)
         if not weight.dtype.is_floating_point:
             return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
         if weight.is_meta:
             return f"{slot.tensor!r} is on the meta device; load its values first"
+    return None
+
+
+def _input_refusal(plugin: LayerPlugin, init: InitPlugin) -> str | None:
+    if init.needs == "inputs" and type(plugin).inputs is LayerPlugin.inputs:
+        return f"the layer type {plugin.name!r} does not say what its weight is multiplied by, which the init needs"
     return None
 
 

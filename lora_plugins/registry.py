@@ -4,12 +4,12 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, get_args
 
 from torch import nn
 
 from lora_plugins.errors import PluginError, near
-from lora_plugins.init_plugin import InitPlugin
+from lora_plugins.init_plugin import InitPlugin, Needs
 from lora_plugins.layer_plugin import LayerPlugin
 
 
@@ -53,6 +53,10 @@ Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _is_need(value: object) -> bool:
+    return value is None or value in get_args(Needs)
 
 
 def _is_module_class(value: object) -> bool:
@@ -101,7 +105,7 @@ class InitRegistrar(_Registrar[InitPlugin]):
     """Takes the inits of one plugin: call `add` with instances of `InitPlugin`."""
 
     kind = InitPlugin
-    required: ClassVar = {"name": _is_name}
+    required: ClassVar = {"name": _is_name, "needs": _is_need}
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,21 @@ def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
         state.values.activate(model, state.active)
 
 
+@contextmanager
+def without_adapters(model: nn.Module, state: ModelState) -> Iterator[None]:
+    """Makes the model the base for the time of the block, and then all what it was, `requires_grad` included."""
+    active, state.active = state.active, ()
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    apply_state(model, state)
+    try:
+        yield
+    finally:
+        state.active = active
+        apply_state(model, state)
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+
+
 def _apply_norms(model: nn.Module, state: ModelState) -> None:
     frozen = [set(state.adapters[name].plan.frozen_norms) for name in state.active or state.adapters]
     keep = set.intersection(*frozen) if frozen else set()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_plugins.errors import ConfigError
 from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.inits.factors import low_rank, without_product
 from lora_plugins.inits.quantize import BITS, quantize_dequantize
 
 
@@ -55,29 +56,5 @@ class LoftQInit(InitPlugin):
         self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
     ) -> Tensor:
         """Quantises what the factors of the recipe leave of the original weight."""
-        target = weight
-        if recipe:
-            product = recipe["B"].double() @ recipe["A"].double()
-            target = (weight.double() - scaling * product).to(weight.dtype)
+        target = without_product(weight, recipe, scaling) if recipe else weight
         return quantize_dequantize(target, options["bits"], options["block_size"])
-
-
-def low_rank(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Returns A `(rank, in)` and B `(out, rank)` so that `scaling * B @ A` is the best approximation of a matrix.
-
-    The truncated singular value decomposition (Eckart and Young, 1936), its singular values shared evenly by both
-    factors; ranks beyond those of the matrix are zero.
-
-    Args:
-        matrix: `(out, in)`.
-        rank: The rank of the factors.
-        scaling: The factor that the update will be multiplied by.
-    """
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = min(rank, S.numel())
-    root = (S[:kept] / scaling).sqrt()
-    A = matrix.new_zeros(rank, matrix.shape[1])
-    B = matrix.new_zeros(matrix.shape[0], rank)
-    A[:kept] = root[:, None] * Vh[:kept]
-    B[:, :kept] = U[:, :kept] * root
-    return A, B

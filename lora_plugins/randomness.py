@@ -1,0 +1,63 @@
+"""Random numbers of one's own: what draws inside a block neither sees nor moves those of the run."""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None) -> Iterator[None]:
+    """Seeds every source of random numbers for the time of a block, and gives each its state back.
+
+    Those are torch's on the CPU and on the model's devices, Python's, NumPy's where it is in use, and the generators
+    that a DataLoader and its samplers were given.
+
+    Args:
+        seed: The seed; at least 0.
+        model: What runs in the block; its devices matter.
+        loader: What is read in the block.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if model is not None else set()
+    generators = [torch.cuda.default_generators[device.index] for device in devices]
+    numpy = sys.modules.get("numpy.random")
+    kept = [(generator, generator.get_state()) for generator in (*generators, *_generators(loader))]
+    python, others = random.getstate(), numpy.get_state() if numpy else None
+    cpu = torch.get_rng_state()
+    try:
+        # Not torch.manual_seed, which seeds every device, those too that are not restored.
+        for generator in (torch.default_generator, *generators):
+            generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if numpy:
+            numpy.set_state(others)
+        for generator, state in kept:
+            generator.set_state(state)
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Lets functions of torch that take no generator draw on the CPU as `generator`, freshly seeded, would."""
+    cpu = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+
+
+def _generators(loader: Any) -> Iterable[torch.Generator]:
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+    return {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
