@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
@@ -28,7 +29,7 @@ class FirstSteps:
     def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
         self._trained = trained
         self._without = set(trained)
-        self._start = {name: p.detach().clone() for name, p in trained.items()}
+        self._start = {name: local(p).clone() for name, p in trained.items()}
         self._steps = 0
         self._handles = [
             p.register_post_accumulate_grad_hook(self._seen(name))  # type: ignore[no-untyped-call]
@@ -83,7 +84,7 @@ class FirstSteps:
         still = [
             name
             for name, start in self._start.items()
-            if name not in self._without and torch.equal(self._trained[name].detach(), start)
+            if name not in self._without and start.numel() and torch.equal(local(self._trained[name]), start)
         ]
         if still:
             rank_zero_warn(
@@ -131,9 +132,14 @@ def refuse_moved(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> No
         )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Returns a tensor, detached; of a distributed one, the part that this process holds."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.detach()
+
+
 def _checksum(tensor: Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard of a distributed tensor
-    data = local.detach().contiguous().view(-1)
+    data = local(tensor).contiguous().view(-1)
     if data.numel() == 0:
         return 0
     size = data.element_size()

@@ -14,12 +14,15 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
 from lora_plugins.errors import listing, near
-from lora_plugins.integrations.lightning import optimizers
+from lora_plugins.files import PackedAdapter, write
+from lora_plugins.integrations.lightning import optimizers, sharded
 from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
 from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.names import plain_name, renamed
 from lora_plugins.integrations.lightning.report import print_files, print_plan
+from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
 from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
 from lora_plugins.layer import state_of
@@ -126,17 +129,18 @@ class LoraCallback(Callback):
         """
         self._stop_watching()
         refuse_foreign(trainer)
-        refuse_strategy(trainer)
+        refuse_strategy(trainer, vars(self))
         CheckpointShims.of(trainer, self)
-        if stage != "fit":
-            return
-        if self.merge_source == "best":
+        if stage != "fit" and not is_sharded(trainer):
+            return  # an adapter comes with the checkpoint then, if one is given
+        if stage == "fit" and self.merge_source == "best":
             self._best_checkpoint(trainer)
-        if not self.merge_on_fit_end:
+        if stage == "fit" and not self.merge_on_fit_end:
             warn_spawned(trainer)
         shims = self._shims = ModuleShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
-        shims.after(last, lambda _: self._ensure(trainer, pl_module))
+        before = sharded.Early(lambda: self._ensure(trainer, pl_module)) if is_sharded(trainer) else None
+        shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
         shims.after("configure_optimizers", lambda configured: optimizers.complete(pl_module, configured))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,9 +201,7 @@ class LoraCallback(Callback):
         if self.merge_source == "best":
             checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
-        files = {}
-        if not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
-            files = self._write(pl_module)
+        files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
         if self.merge_on_fit_end:
             self._merged = merge(self._target(pl_module))
         print_files(files)
@@ -226,6 +228,17 @@ class LoraCallback(Callback):
         """Leaves out what belongs to a run."""
         return {**self.__dict__, "_merged": None, "_shims": None, "_first_steps": None, "_frozen": {}}
 
+    def _adapt(self, trainer: Trainer, module: LightningModule, before: "sharded.Early | None") -> None:
+        """Adapts the module after the last place in which it may build layers."""
+        if before is None:
+            self._ensure(trainer, module)
+            return
+        target = self._target(module)
+        if model_state(target) is None:
+            sharded.refuse_sharded(target, before.error)
+            self._ensure(trainer, module)
+        sharded.refuse_missed(LoraModel(target), self.adapter_name)
+
     def _ensure(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""
         self.before_load(module)
@@ -236,9 +249,12 @@ class LoraCallback(Callback):
             self._reuse(target, config)
         else:
             self._refuse_nested(module, target)
+            if is_sharded(trainer):
+                sharded.refuse_unfit(target, config, trainer)
             self._add(target, config)
+            LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
             _copy_again(trainer, module)
-        if self.train_mode:
+        if self.train_mode and trainer.state.fn == "fit":
             _into_training_mode(target)
 
     def _add(self, target: nn.Module, config: LoraConfig) -> None:
@@ -309,16 +325,25 @@ class LoraCallback(Callback):
     def _handle(self, module: LightningModule) -> LoraModel:
         return LoraModel(self._target(module))
 
-    def _write(self, module: LightningModule) -> dict[str, Path]:
+    def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
+        """Writes the files that were asked for; only the first process does, and returns them."""
         target = self._target(module)
         files: dict[str, Path] = {}
         if self.save_adapter_to is not None:
-            files["Adapter"] = LoraModel(target).save_adapter(self.save_adapter_to, self.adapter_name)
-        if self.export_to is not None:
+            packed = renamed(self._packed(trainer, target), plain_name)
+            if trainer.is_global_zero:
+                files["Adapter"] = write(Path(self.save_adapter_to), packed)
+        if self.export_to is not None and trainer.is_global_zero:
             with merged(target):
                 tensors = plain_state_dict(target)
             files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
         return files
+
+    def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:
+        packed = LoraModel(target).pack(self.adapter_name)
+        if not is_sharded(trainer):
+            return packed
+        return sharded.gathered(packed, plain_name(self.target or ""), sharded.full_tensors(trainer))
 
     def _best_checkpoint(self, trainer: Trainer) -> str:
         """The path of the best checkpoint; before training, only checks that there will be one."""

@@ -5,7 +5,7 @@ The file is Lightning's own, with two differences: its state dicts leave out the
 
     {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...]}
 
-The tensors of an adapter are those of the state dict; a file stores the memory that both share once.
+`tensors` holds what the manifest lists and the state dict does not have: heads of inactive adapters, for example.
 """
 
 import pickle
@@ -53,14 +53,14 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     if not targets:
         return dict(checkpoint)
     frozen = frozen_keys(module)
-    left_out = [plain_name(key) for key in checkpoint.get("state_dict", {}) if key in frozen]
-    entry = {
-        "format": FORMAT,
-        "left_out": left_out,
-        "adapters": [adapter for path, target in targets.items() for adapter in _described(path, target)],
-    }
-    small = _map_state_dicts(checkpoint, lambda state: {plain_name(k): v for k, v in state.items() if k not in frozen})
-    return {**small, KEY: entry}
+    named = {plain_name(key) for key in frozen}
+    left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in named]
+    small = _map_state_dicts(
+        checkpoint, lambda state: {name: v for k, v in state.items() if (name := plain_name(k)) not in named}
+    )
+    saved = small.get("state_dict", {})
+    adapters = [adapter for path, target in targets.items() for adapter in _described(path, target, saved)]
+    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters}}
 
 
 def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,19 +79,46 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     entry = checked_entry(checkpoint)
     added: list[tuple[nn.Module, str]] = []
     try:
-        for adapter in entry["adapters"]:
-            added += _put(module, adapter)
-        _refuse_surplus(module, entry)
-        complete = _filled(module, checkpoint, entry["left_out"])
-    except BaseException as error:
+        with _undamaged():
+            for adapter in entry["adapters"]:
+                added += _put(module, adapter, checkpoint.get("state_dict", {}))
+            _refuse_surplus(module, entry)
+            return _filled(module, checkpoint, entry["left_out"])
+    except BaseException:
         for target, name in reversed(added):
             LoraModel(target).delete_adapter(name)
-        if isinstance(error, KeyError | TypeError | AttributeError):
-            raise AdapterFileError(
-                f"The entry {KEY!r} of the checkpoint is damaged: {error!r}. Copy the file again."
-            ) from error
         raise
-    return complete
+
+
+def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Compares the adapters of a checkpoint with those of a module whose tensors are split over processes.
+
+    Raises:
+        AdapterFileError: If the entry is damaged or newer, or the adapters are not the same ones on the same base.
+    """
+    entry = checked_entry(checkpoint)
+    with _undamaged():
+        for adapter in entry["adapters"]:
+            target, packed = _found(module, adapter, {})
+            name, state = str(packed.manifest.get("adapter_name")), model_state(target)
+            if state is None or name not in state.adapters:
+                raise AdapterFileError(
+                    f"The checkpoint has an adapter {name!r} on {adapter['target'] or 'the module'!r}, and the module "
+                    "has none there. Use the adapter_name and target it was trained with."
+                )
+            _compare(name, LoraModel(target).pack(name), packed)
+        _refuse_surplus(module, entry)
+
+
+@contextmanager
+def _undamaged() -> Iterator[None]:
+    """Says of an entry whose parts are not what they should be that it is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError(
+            f"The entry {KEY!r} of the checkpoint is damaged: {error!r}. Copy the file again."
+        ) from error
 
 
 @contextmanager
@@ -182,16 +209,37 @@ def _frozen_tensors(target: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _described(path: str, target: nn.Module) -> Iterator[dict[str, Any]]:
-    lora = LoraModel(target)
+def _described(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    lora, owner = LoraModel(target), _state(target).values.owner
     for name in lora.adapters:
-        packed = renamed(lora.pack(name), plain_name)
-        yield {
-            "target": path,
-            "active": name in lora.active_adapters,
-            "manifest": dict(packed.manifest),
-            "tensors": dict(packed.tensors),
+        packed = lora.pack(name)
+        away = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
+        packed = renamed(packed, plain_name)
+        keys = {key: state_key(path, name, key) for key in packed.tensors if key not in away}
+        shapes = {key: list(saved[own].shape) for key, own in keys.items() if own in saved}
+        tensors = {
+            key: {**about, "shape": shapes.get(key, about["shape"])}  # that of the whole, where this is a shard
+            for key, about in packed.manifest["tensors"].items()
         }
+        yield {
+            "target": plain_name(path),
+            "active": name in lora.active_adapters,
+            "manifest": {**packed.manifest, "tensors": tensors},
+            "tensors": {key: tensor for key, tensor in packed.tensors.items() if key not in shapes},
+        }
+
+
+def state_key(path: str, adapter: str, key: str) -> str:
+    """Returns the key that a tensor of a packed adapter has in the module's state dict; "" if it is not there.
+
+    Args:
+        path: The adapter's target.
+        adapter: The adapter's name.
+        key: `lora/LAYER/lora_A`, `value/NAME`, or any other.
+    """
+    kind, _, rest = key.partition("/")
+    parts = {"lora": [path, *rest.split("/"), adapter], "value": [path, rest]}.get(kind, [])
+    return ".".join(plain_name(part) for part in parts if part)
 
 
 def _map_state_dicts(checkpoint: Mapping[str, Any], change: Callable[[StateDict], StateDict]) -> dict[str, Any]:
@@ -212,16 +260,9 @@ def _mapped_callback(state: Any, change: Callable[[StateDict], StateDict]) -> An
     return {**state, key: change(state[key])}
 
 
-def _put(module: nn.Module, adapter: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:
+def _put(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> list[tuple[nn.Module, str]]:
     """Puts one adapter on its target, or its values into the adapter that is there; returns what was added."""
-    path = adapter["target"]
-    try:
-        target = module.get_submodule(path)
-    except AttributeError as error:
-        raise AdapterFileError(
-            f"The checkpoint has an adapter for {path!r}, which {type(module).__name__} does not have."
-        ) from error
-    packed = renamed(PackedAdapter(adapter["manifest"], adapter["tensors"]), names_in(target))
+    target, packed = _found(module, adapter, saved)
     name = str(packed.manifest.get("adapter_name"))
     state = model_state(target)
     present = state is not None and name in state.adapters
@@ -235,6 +276,21 @@ def _put(module: nn.Module, adapter: Mapping[str, Any]) -> list[tuple[nn.Module,
         LoraModel.load_packed(target, packed, name)
     _activate(target, name, adapter["active"])
     return [] if present else [(target, name)]
+
+
+def _found(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[nn.Module, PackedAdapter]:
+    """Returns the target of an adapter of the file, and the adapter with its tensors from all over the file."""
+    path = names_in(module)(adapter["target"])
+    try:
+        target = module.get_submodule(path)
+    except AttributeError as error:
+        raise AdapterFileError(
+            f"The checkpoint has an adapter for {path!r}, which {type(module).__name__} does not have."
+        ) from error
+    manifest = adapter["manifest"]
+    keys = {key: state_key(path, str(manifest.get("adapter_name")), key) for key in manifest["tensors"]}
+    tensors = {key: saved[own] for key, own in keys.items() if own in saved} | adapter["tensors"]
+    return target, renamed(PackedAdapter(manifest, tensors), names_in(target))
 
 
 def _same_changed_base(target: nn.Module, name: str, packed: PackedAdapter) -> bool:
@@ -259,16 +315,17 @@ def _compare(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:
             f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
             "file, or start without ckpt_path."
         )
-    if set(own.tensors) != set(packed.tensors):
-        odd = sorted(set(own.tensors) ^ set(packed.tensors))
+    here, there = own.manifest["tensors"], packed.manifest["tensors"]
+    if set(here) != set(there):
+        odd = sorted(set(here) ^ set(there))
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} belongs to another model: {listing(odd)} are only in one of them."
         )
-    for key, tensor in own.tensors.items():
-        if tensor.shape != packed.tensors[key].shape:
+    for key, about in here.items():
+        if about["shape"] != there[key]["shape"]:
             raise AdapterFileError(
                 f"The checkpoint's adapter {name!r} belongs to another model: {key!r} is "
-                f"{list(packed.tensors[key].shape)} in the file and {list(tensor.shape)} here."
+                f"{there[key]['shape']} in the file and {about['shape']} here."
             )
     base, found = packed.manifest["base"], own.manifest["base"]
     wrong = [key for key in found if key not in base or not same(found[key], base[key])]

@@ -25,7 +25,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.integrations.lightning import sharded
 from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, reading, restore, shrink
+from lora_plugins.integrations.lightning.sharded import is_sharded
 
 
 class Owner(Protocol):
@@ -96,6 +98,9 @@ class CheckpointShims:
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint without the frozen base, under a temporary name first."""
         small = shrink(checkpoint, self._module)
+        if is_sharded(self._trainer):
+            sharded.save(self._trainer, small, filepath, self._save)
+            return
         if not _is_plain_file(self._trainer.strategy, filepath):
             self._save(small, filepath, storage_options=storage_options)
             return
@@ -113,6 +118,8 @@ class CheckpointShims:
             AdapterFileError: If the file is damaged, has no adapter though training is to go on with one, or belongs
                 to another model.
         """
+        if is_sharded(self._trainer):
+            return sharded.load(self._trainer, checkpoint_path, self._load, *args, **kwargs)
         with reading(checkpoint_path):
             checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
         if KEY not in checkpoint:

@@ -1,13 +1,15 @@
 """Which strategies of Lightning an adapter survives; the others are refused before anything happens."""
 
+from collections.abc import Mapping
+
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins import StateError
-
-_SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.sharded import is_sharded
 
 
 def refuse_foreign(trainer: object) -> None:
@@ -23,20 +25,39 @@ def refuse_foreign(trainer: object) -> None:
         )
 
 
-def refuse_strategy(trainer: Trainer) -> None:
-    """Refuses strategies that split parameters over processes.
+def refuse_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
+    """Refuses strategies, and what they cannot do.
 
-    Their checkpoints do not pass through a state dict of the whole module, so the frozen base could be neither left
-    out nor completed on loading, and shards of a weight cannot be merged.
+    Args:
+        trainer: The trainer.
+        given: The callback's options by name.
 
     Raises:
-        StateError: If the trainer has such a strategy, naming it.
+        StateError: If an adapter would not survive, naming the strategy.
     """
-    if isinstance(trainer.strategy, _SHARDED):
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, DeepSpeedStrategy):
         raise StateError(
-            f"LoraCallback does not support {type(trainer.strategy).__name__}, which splits parameters over processes: "
-            "their checkpoints could not be completed on loading. Use strategy='ddp'; an adapter's gradients and "
-            "optimizer state are small."
+            f"LoraCallback does not support {name}: its engine writes and loads checkpoints past Lightning, and what "
+            "becomes of an adapter there has not been checked yet. Use strategy='ddp' (an adapter's gradients and "
+            "optimizer state are small), or ModelParallelStrategy where the frozen base is too large for one device."
+        )
+    if not is_sharded(trainer):
+        return
+    impossible = {"merge_on_fit_end": False, "export_to": None, "merge_source": "last"}
+    wrong = [f"{key}={value!r}" for key, value in impossible.items() if given[key] != value]
+    if wrong:
+        raise StateError(
+            f"{name} splits weights over processes, so they cannot be merged when fit ends. Set {listing(wrong)}. "
+            "save_adapter_to works, and `lora-plugins merge` and `export` make a merged file of a checkpoint that is "
+            "one file."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise StateError(
+            f"LoraCallback supports {name} for sharded data parallelism (FSDP2) only: an adapter would not follow a "
+            "layer that tensor parallelism splits. Set tensor_parallel_size=1 and data_parallel_size to the number of "
+            "devices."
         )
 
 

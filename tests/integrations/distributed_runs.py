@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
@@ -29,8 +31,13 @@ class DumpTrained(Callback):
         self.folder, self.name = folder, name
 
     def on_train_end(self, trainer, pl_module):
-        trained = {k: p.detach().clone() for k, p in pl_module.named_parameters() if p.requires_grad}
+        trained = {k: whole(p) for k, p in pl_module.named_parameters() if p.requires_grad}
         torch.save(trained, self.folder / f"{self.name}-{trainer.global_rank}.pt")
+
+
+def whole(parameter):
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 class NoNorm(Classifier):
@@ -61,6 +68,47 @@ def ddp(folder: Path) -> None:
     module = NoNorm()
     merged.fit(module, loader())
     torch.save(module.state_dict(), folder / f"merged-state-{merged.global_rank}.pt")
+
+
+class Sharded(NoNorm):
+    """As a user of FSDP2 writes it: layers in __init__, sharding in configure_model."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.head = torch.nn.Linear(3, 3)
+        torch.nn.init.eye_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+    def configure_model(self):
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for module in (self.net[0], self.net, self):  # an adapted layer of its own, and one inside a group
+                fully_shard(module, mesh=mesh)
+
+
+HEADED = LoraConfig(r=2, target_modules=["net.0", "net.3"], modules_to_save=["head"])
+
+
+def fsdp2(folder: Path) -> None:
+    torch.manual_seed(1)
+    for kind in ("full", "distributed"):
+
+        def trainer_of(name, epochs=1, kind=kind):
+            strategy = ModelParallelStrategy(2, 1, kind == "distributed", process_group_backend="gloo")
+            adapter = str(folder / f"{kind}-{name}-adapter")
+            return run(folder, f"{kind}-{name}", strategy, epochs, config=HEADED, save_adapter_to=adapter)
+
+        trainer_of("straight", 2).fit(Sharded(), loader())
+        half = trainer_of("half")
+        half.fit(Sharded(), loader())
+        for _ in range(2):  # the second one replaces the first
+            half.save_checkpoint(folder / f"{kind}.ckpt")
+        trainer_of("resumed", 2).fit(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
+        predictions = trainer_of("test").predict(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
+        torch.save(predictions, folder / f"{kind}-predictions-{half.global_rank}.pt")
 
 
 def spawned(folder: Path) -> None:

@@ -6,10 +6,13 @@ import sys
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.nn.functional import cross_entropy
 
-from lora_plugins import LoraModel, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.distributed_runs import NoNorm
+from lora_plugins.integrations.lightning.exporting import merge_checkpoint
+from tests.integrations.distributed_runs import HEADED, NoNorm, Sharded
 from tests.integrations.toys import CONFIG, differing, load, loader, trainer, values
 
 
@@ -52,16 +55,115 @@ def test_spawned_processes_bring_the_merged_weights_back(tmp_path):
     assert "will have no adapter" in said
 
 
-SHARDED = {"fsdp2": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)}
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    launch("fsdp2", folder)
+    return folder
 
 
-@pytest.mark.parametrize("strategy", SHARDED.values(), ids=SHARDED.keys())
-def test_strategies_that_shard_are_refused_in_setup(tmp_path, strategy):
-    module = NoNorm()
-    module.configure_model = lambda: None
-    try:
-        with pytest.raises(StateError, match="ModelParallelStrategy"):
-            trainer(tmp_path, [LoraCallback(CONFIG)], strategy=strategy()).fit(module, loader())
-    finally:
-        torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
-    assert not differing(values(module), values(NoNorm()))
+@pytest.mark.parametrize("kind", ["full", "distributed"])
+class TestFsdp2:
+    """`ModelParallelStrategy`, with checkpoints of one file and of one file a process."""
+
+    def test_ranks_hold_one_adapter(self, fsdp2, kind):
+        for name in ("straight", "half", "resumed"):
+            assert not differing(dump(fsdp2, f"{kind}-{name}", 0), dump(fsdp2, f"{kind}-{name}", 1)), name
+
+    def test_it_is_that_of_one_process(self, fsdp2, kind):
+        torch.manual_seed(1)
+        module = Sharded()
+        samples = [torch.cat(parts) for parts in zip(*loader(), strict=True)]
+        LoraModel(module, HEADED)
+        optimizer = module.configure_optimizers()[0][0]
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(0))  # of Lightning's DistributedSampler
+        batches = [torch.cat([order[rank::2][start : start + 8] for rank in (0, 1)]) for start in (0, 8)]
+        for batch in batches:
+            cross_entropy(module(samples[0][batch]), samples[1][batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = dump(fsdp2, f"{kind}-half", 0)
+        for name, parameter in module.named_parameters():
+            if name in found:
+                torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-4, atol=1e-6)  # order of sums
+
+    def test_resumed_is_straight(self, fsdp2, kind):
+        assert not differing(dump(fsdp2, f"{kind}-straight", 0), dump(fsdp2, f"{kind}-resumed", 0))
+        assert differing(dump(fsdp2, f"{kind}-half", 0), dump(fsdp2, f"{kind}-resumed", 0))
+
+    def test_checkpoint_holds_what_is_trained(self, fsdp2, kind):
+        trained = set(dump(fsdp2, f"{kind}-half", 0))
+        path = fsdp2 / f"{kind}.ckpt"
+        if kind == "full":
+            assert set(load(path)["state_dict"]) == trained
+        else:
+            keys = FileSystemReader(path).read_metadata().state_dict_metadata
+            assert {k.removeprefix("state_dict.") for k in keys if k.startswith("state_dict.")} == trained
+        assert not list(fsdp2.glob(".*"))
+
+    def test_adapter_folder_is_whole(self, fsdp2, kind):
+        module = Sharded()
+        LoraModel.load_adapter(module, fsdp2 / f"{kind}-half-adapter")
+        trained = dump(fsdp2, f"{kind}-half", 0)
+        assert not differing({key: values(module)[key] for key in trained}, trained)
+
+    def test_predictions_of_a_new_process_are_those_of_one_process(self, fsdp2, kind):
+        module = Sharded()
+        LoraModel.load_adapter(module, fsdp2 / f"{kind}-half-adapter")
+        module.eval()
+        (x,) = [torch.cat([batch[0] for batch in loader()])]
+        parts = [torch.cat(torch.load(fsdp2 / f"{kind}-predictions-{rank}.pt")) for rank in (0, 1)]
+        torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), module(x).detach())
+
+
+def test_file_of_fsdp2_loads_merges_and_exports_in_one_process(fsdp2, tmp_path):
+    module = load_from_checkpoint(Sharded, fsdp2 / "full.ckpt")
+    trained = dump(fsdp2, "full-half", 0)
+    assert not differing({key: values(module)[key] for key in trained}, trained)
+    merged = Sharded.load_from_checkpoint(merge_checkpoint(Sharded, fsdp2 / "full.ckpt", tmp_path / "it.ckpt"))
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(merged(x), module(x))
+
+
+class BuiltLate(Sharded):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.built = self.net
+        del self._modules["net"]
+
+    def configure_model(self):
+        self.net = self._modules.pop("built")
+        super().configure_model()
+
+
+class OnMeta(Sharded):
+    def __init__(self, **options):
+        with torch.device("meta"):
+            super().__init__(**options)
+
+
+REFUSED = {
+    "merge": (Sharded, {"merge_on_fit_end": True}, "ModelParallelStrategy splits.*Set 'merge_on_fit_end=False'"),
+    "export": (Sharded, {"export_to": "x.safetensors"}, "ModelParallelStrategy splits.*export_to"),
+    "best": (Sharded, {"merge_source": "best"}, "ModelParallelStrategy splits.*merge_source"),
+    "sharded before injection": (BuiltLate, {}, "sharded before it was adapted.*'net.0'"),
+    "meta device": (OnMeta, {}, "'net.0.weight'.*meta device"),
+    "init that changes the base": (
+        Sharded,
+        {"config": LoraConfig(r=2, target_modules=["net.0"], init="loftq")},
+        "loftq",
+    ),
+}
+
+
+@pytest.fixture
+def one_process():
+    yield lambda **options: ModelParallelStrategy(1, 1, process_group_backend="gloo", **options)
+    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_sharding_cannot_do_is_refused_by_name(tmp_path, one_process, cls, options, message):
+    lora = LoraCallback(options.pop("config", CONFIG), **{"merge_on_fit_end": False, **options})
+    with pytest.raises(StateError, match=message):
+        trainer(tmp_path, [lora], strategy=one_process()).fit(cls(), loader())
