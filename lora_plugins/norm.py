@@ -25,7 +25,7 @@ class FrozenNorm(nn.Module):
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module's forward changes its buffers in training mode: running statistics, or a power iteration."""
-    if class_path(type(module)) == _POWER_ITERATION:
+    if class_path(module.__dict__.get(_BASE_CLASS, type(module))) == _POWER_ITERATION:
         return True
     return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
 

@@ -18,6 +18,7 @@ from lora_plugins.errors import ConfigError, PluginError, TargetError, listing
 from lora_plugins.init_plugin import InputMoments, Observed, RankRequest
 from lora_plugins.injector import factor_dtype, run_seed, slot_matrix, slots
 from lora_plugins.layer_plugin import Slot
+from lora_plugins.norm import FrozenNorm
 from lora_plugins.plan import Plan, PlannedLayer
 from lora_plugins.randomness import own_randomness
 from lora_plugins.state import model_state, without_adapters
@@ -213,6 +214,9 @@ def _gradients(
     sums = {key: torch.zeros_like(weight, dtype=factor_dtype(weight)) for key, weight in weights.items()}
     used = dict.fromkeys(weights, 0)
     model.train()
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):  # for another adapter, which may hold other layers still than this one will
+            module.training = True
     for name in plan.frozen_norms:
         model.get_submodule(name).eval()
     for parameter in model.parameters():

@@ -80,8 +80,9 @@ def principal(inputs: InputMoments, count: int, niter: int | None, generator: to
         niter: As in `truncated_svd`.
         generator: As in `truncated_svd`.
     """
-    _, values, rows = truncated_svd(inputs.scatter(), count, niter, generator)
-    kept = int((values > 1e-12 * values.amax()).sum())
+    # More than are used, so that the randomised decomposition has those right.
+    _, values, rows = truncated_svd(inputs.scatter(), 2 * count, niter, generator)
+    kept = min(count, int((values > 1e-12 * values.amax()).sum()))
     rows = rows[:kept]
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows * largest.sign(), values[:kept]

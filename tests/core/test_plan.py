@@ -370,3 +370,13 @@ class TestNothingIsTouched:
         LoraModel(swin, config)
         assert (targets, ranks) == (["qkv"], {"qkv": 2})
         assert config == LoraConfig(target_modules=["qkv"], rank_pattern={"qkv": 2})
+
+
+def test_a_model_that_is_adapted_already_has_the_same_norms():
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), spectral)
+    config = LoraConfig(target_modules=["0"])
+    before = LoraModel.plan(model, config).frozen_norms
+    assert before == ("1", "2.parametrizations.weight.0")
+    LoraModel(model, config)
+    assert LoraModel.plan(model, config).frozen_norms == before
