@@ -7,7 +7,7 @@ output. Only `x` is kept for the backward; updated weight, small products and dr
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,8 @@ class _LoraLinear(torch.autograd.Function):
             for chunk in _chunks(rows, A.dtype, options.dropout):
                 torch.mm(chunk.dropped, A.T, out=h[chunk.rows])
             _add_product(y, h, B.T, options.scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view: autograd refuses to let what follows, such as ReLU(inplace=True), write into one.
+        return cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -186,6 +186,14 @@ def test_gradients_against_finite_differences(case: LayerCase):
     assert torch.autograd.gradcheck(run, (A.detach().requires_grad_(), B.detach().requires_grad_()), fast_mode=True)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)], ids=["rows", "tokens"])
+def test_what_follows_may_write_into_the_output(shape):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    model(torch.randn(shape)).sum().backward()
+    assert model[0].lora_B["default"].grad.norm() > 0
+
+
 class TestMultiheadAttention:
     WIDTHS = pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 10}], ids=["fused", "separate"])
 
