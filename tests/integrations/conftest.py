@@ -16,6 +16,7 @@ LIGHTNING_WARNINGS = [
     "ignore:.*\\(ckpt_path=None\\)` was called without a model:UserWarning",  # OnExceptionCheckpoint always warns so
     "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning",  # likewise
     "ignore:GPU available but not used:UserWarning",
+    "ignore:It is recommended to use .self.log.*sync_dist:UserWarning",  # each rank has its own batches, on purpose
 ]
 
 

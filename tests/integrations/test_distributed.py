@@ -9,10 +9,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 
-from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.exporting import merge_checkpoint
-from tests.integrations.distributed_runs import HEADED, NoNorm, Sharded
+from tests.integrations.distributed_runs import HEADED, NoNorm, Sharded, whole
 from tests.integrations.toys import CONFIG, differing, load, loader, trainer, values
 
 
@@ -167,3 +167,40 @@ def test_what_sharding_cannot_do_is_refused_by_name(tmp_path, one_process, cls, 
     lora = LoraCallback(options.pop("config", CONFIG), **{"merge_on_fit_end": False, **options})
     with pytest.raises(StateError, match=message):
         trainer(tmp_path, [lora], strategy=one_process()).fit(cls(), loader())
+
+
+WRONG_FILES = {
+    "no adapter": (lambda: (Sharded(), []), "holds no adapter"),
+    "another rank": (lambda: (Sharded(), [LoraCallback(LoraConfig(r=3, target_modules=["net.0"]))]), "r is 3 in the"),
+    "another base": (lambda: (Sharded(base_seed=1), [LoraCallback(CONFIG)]), "another base"),
+    "another model": (lambda: (Sharded(width=8), [LoraCallback(CONFIG)]), "another model"),
+    "another adapter": (lambda: (Sharded(), [LoraCallback(CONFIG, adapter_name="other")]), "adapter 'other'"),
+}
+
+
+@pytest.mark.parametrize(("made", "message"), WRONG_FILES.values(), ids=WRONG_FILES.keys())
+def test_wrong_file_is_refused_by_a_sharded_module(tmp_path, one_process, made, message):
+    module, callbacks = made()
+    module.configure_model = lambda: None
+    for lora in callbacks:
+        lora.merge_on_fit_end = False
+    writer = trainer(tmp_path, callbacks, max_epochs=1)
+    writer.fit(module, loader())
+    writer.save_checkpoint(tmp_path / "it.ckpt")
+    run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=one_process())
+    with pytest.raises(AdapterFileError, match=message):
+        run.fit(Sharded(), loader(), ckpt_path=tmp_path / "it.ckpt")
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "full"])
+def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, distributed):
+    lora = LoraCallback(CONFIG, merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=one_process(save_distributed_checkpoint=distributed), inference_mode=False)
+    module = Sharded()
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    trained = {name: whole(p) for name, p in module.named_parameters() if p.requires_grad}
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader())
+    run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert not differing({n: whole(p) for n, p in module.named_parameters() if p.requires_grad}, trained)
