@@ -44,6 +44,8 @@ class LoraConfig:
         use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
         norm: `freeze` keeps frozen normalisation layers in eval mode, so that their running statistics stand still;
             `track` lets the statistics move and saves them with the adapter.
+        allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.
+        block_plugins: Names of installed plugins not to load.
 
     Raises:
         ConfigError: If a value is out of range, naming the field.
@@ -65,6 +67,8 @@ class LoraConfig:
     init_options: dict[str, Any] = field(default_factory=dict)
     use_rslora: bool = False
     norm: Literal["freeze", "track"] = "freeze"
+    allow_plugins: list[str] | None = None
+    block_plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -126,6 +130,11 @@ def _check_names(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is a list of names, not {value!r}.")
     for entry in value:
         _check_name(name, entry)
+
+
+def _check_optional_names(name: str, value: Any) -> None:
+    if value is not None:
+        _check_names(name, value)
 
 
 def _check_parts(name: str, value: Any) -> None:
@@ -195,4 +204,6 @@ _CHECKS: Mapping[str, Check] = {
     "init_options": _check_options,
     "use_rslora": _check_flag,
     "norm": _choice_of("freeze", "track"),
+    "allow_plugins": _check_optional_names,
+    "block_plugins": _check_names,
 }
