@@ -1,4 +1,4 @@
-"""Modules with newly initialised parameters, which a LightningModule may declare as `head_modules`."""
+"""What a LightningModule may say about itself: `head_modules`, newly initialised, and `lora_targets`, worth adapting."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,17 +11,21 @@ from lora_plugins.errors import listing
 
 
 def with_heads(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
-    """Returns a config that trains the declared heads below the target as well.
+    """Returns a config that trains the declared heads below the target as well, and adapts what it leaves open.
 
     Args:
         config: The adapter's configuration.
-        module: The module; its optional attribute `head_modules` holds names relative to it.
+        module: The module; its optional attribute `head_modules` holds names relative to it, and `lora_targets` what
+            stands for `target_modules` in a config that names none.
         target: What is adapted.
         path: The target's name in the module; None for the module itself.
 
     Raises:
         ConfigError: If a declared head does not exist, or its name would match other modules as well.
     """
+    suggested = getattr(module, "lora_targets", None)
+    if config.target_modules is None and suggested:
+        config = replace(config, target_modules=list(suggested))
     declared: Iterable[str] = getattr(module, "head_modules", ())
     prefix = f"{path}." if path else ""
     heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]

@@ -9,19 +9,20 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -196,7 +197,7 @@ def load(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict[str, 
         return _load_file(trainer, path, read, **options)
     with reading(path):
         rest: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
-        keys = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        keys = set(FileSystemReader(path).read_metadata().state_dict_metadata)
     name = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
     saved = {key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")}
     _check(trainer, path, rest, saved)
@@ -207,7 +208,7 @@ def load(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict[str, 
 def _load_shards(trainer: Trainer, path: Path, name: str, saved: set[str], entries: set[str]) -> None:
     model = _model(trainer)
     state = {name: {key: tensor for key, tensor in get_model_state_dict(model).items() if plain_name(key) in saved}}
-    dcp.load(state, checkpoint_id=path)
+    load_shards(state, checkpoint_id=path)
     with torch.no_grad():
         nn.Module.load_state_dict(model, state[name], strict=False)  # `saved` was compared with the module
     if trainer.state.fn != "fit":
@@ -216,7 +217,7 @@ def _load_shards(trainer: Trainer, path: Path, name: str, saved: set[str], entri
         key = f"optimizer_{index}"
         if key in entries:  # a file of weights only has none; Lightning says so afterwards
             loaded = {key: get_optimizer_state_dict(model, optimizer)}
-            dcp.load(loaded, checkpoint_id=path)
+            load_shards(loaded, checkpoint_id=path)
             set_optimizer_state_dict(model, optimizer, loaded[key])
 
 
@@ -255,8 +256,8 @@ def _model(trainer: Trainer) -> nn.Module:
     return model
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _full(tensor: Any) -> Tensor:
+    return cast(Tensor, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def _remove(path: Path) -> None:
