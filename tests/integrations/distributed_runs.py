@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -40,6 +41,27 @@ def whole(parameter):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+class CountCommunicated(Callback):
+    """Writes how many numbers DDP sent in each step, and whether it looks for unused parameters."""
+
+    def __init__(self, file):
+        self.file, self.sent = file, []
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.strategy.model.register_comm_hook(None, self.send)
+
+    def send(self, _, bucket):
+        self.sent[-1] += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
+
+    def on_train_batch_start(self, *_):
+        self.sent.append(0)
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save({"sent": self.sent, "unused": trainer.strategy.model.find_unused_parameters}, self.file)
+
+
 class NoNorm(Classifier):
     """Without batch norm, whose statistics each rank has for itself."""
 
@@ -58,6 +80,7 @@ def ddp(folder: Path) -> None:
         return DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
 
     straight = run(folder, "straight", strategy(), 2)
+    straight.callbacks.append(CountCommunicated(folder / "communicated.pt"))
     straight.fit(NoNorm(), loader())
     half = run(folder, "half", strategy(), 1)
     half.fit(NoNorm(), loader())

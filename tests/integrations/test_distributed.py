@@ -29,6 +29,8 @@ def dump(folder, name, rank):
 
 def test_ddp(tmp_path):
     launch("ddp", tmp_path)
+    trained = sum(tensor.numel() for tensor in dump(tmp_path, "straight", 0).values())
+    assert torch.load(tmp_path / "communicated.pt") == {"sent": [trained] * 4, "unused": False}
     for name in ("straight", "half", "resumed", "merged", "merged-state"):
         assert not differing(dump(tmp_path, name, 0), dump(tmp_path, name, 1)), name
     assert not differing(dump(tmp_path, "straight", 0), dump(tmp_path, "resumed", 0))
