@@ -23,7 +23,8 @@ class LoraConfig:
             cannot honour it refuses it.
         target_modules: The layers to adapt. A list matches whole path components from the end (`["attn.qkv"]`), a
             string is a regular expression over the full name, and `all` means every layer that some plugin handles,
-            except those in `modules_to_save`.
+            except those in `modules_to_save`. Left out, it is what the module itself suggests (our tasks do, for
+            the architecture they train), or else `all`.
         exclude_modules: Layers that are not adapted although `target_modules` matches them; same forms.
         bias: Which biases are trained: `none`, `all` of the model, or those of adapted layers (`lora_only`).
         modules_to_save: Modules (or single parameters) that are trained in full and saved with the adapter, such as
@@ -54,7 +55,7 @@ class LoraConfig:
     r: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
-    target_modules: list[str] | str = "all"
+    target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str = field(default_factory=list)
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = field(default_factory=list)
@@ -73,7 +74,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
-        if not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where layers_to_transform counts; set layers_to_transform too.")
@@ -147,7 +148,7 @@ def _check_patterns(name: str, value: Any) -> None:
     (_check_name if isinstance(value, str) else _check_names)(name, value)
 
 
-def _check_containers(name: str, value: Any) -> None:
+def _check_optional_patterns(name: str, value: Any) -> None:
     if value is not None:
         _check_patterns(name, value)
 
@@ -191,12 +192,12 @@ _CHECKS: Mapping[str, Check] = {
     "r": _check_rank,
     "alpha": _check_alpha,
     "dropout": _check_dropout,
-    "target_modules": _check_patterns,
+    "target_modules": _check_optional_patterns,
     "exclude_modules": _check_patterns,
     "bias": _choice_of("none", "all", "lora_only"),
     "modules_to_save": _check_names,
     "layers_to_transform": _check_blocks,
-    "layers_pattern": _check_containers,
+    "layers_pattern": _check_optional_patterns,
     "rank_pattern": _map_of(_check_rank),
     "alpha_pattern": _map_of(_check_alpha),
     "fused_parts": _map_of(_check_parts),

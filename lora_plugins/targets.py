@@ -32,13 +32,13 @@ def target_layers(
     """The modules to adapt, with their plugins."""
     free = [entry for entry in modules if not any(within(name, saved) for name in entry.names)]
     plugins = {entry.name: registry.layer_for(base_class_of(entry.module)) for entry in free}
-    everything = config.target_modules == "all"
+    patterns_given = config.target_modules
     names = [name for entry in free for name in entry.names if name or entry.module._parameters]
     handled = {name for entry in free for name in entry.names if plugins[entry.name]}
-    if everything:
+    if patterns_given is None or patterns_given == "all":
         chosen = set(handled)
     else:
-        found = patterns.select("target_modules", config.target_modules, names)
+        found = patterns.select("target_modules", patterns_given, names)
         for pattern, matches in found.items():
             if not handled & set(matches):
                 raise TargetError(

@@ -1,4 +1,4 @@
-"""What a LightningModule may say about itself: `head_modules`, newly initialised, and `lora_targets`, worth adapting."""
+"""What a LightningModule may say about itself: `head_modules`, which are new, and `lora_targets`, worth adapting."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -11,7 +11,7 @@ BAD = {
     "r": [0, -1, 2.5, True, "8", None],
     "alpha": [0, -1.0, 10**400, float("nan"), float("inf"), "16", True, None],
     "dropout": [-0.1, 1.0, 1.5, float("nan"), "0.1", None, True],
-    "target_modules": [[], "", [""], ["a", 3], 5, None, {"a": 1}],
+    "target_modules": [[], "", [""], ["a", 3], 5, {"a": 1}],
     "exclude_modules": [[""], ["a", 3], 5, None],
     "bias": ["lora-only", "None", None, 1],
     "modules_to_save": ["head", [""], ["head", 3], 5, None],
