@@ -26,6 +26,7 @@ from lora_plugins.layer_plugin import ColumnMajorPlugin, LayerPlugin, RowMajorPl
 from lora_plugins.model import LoraModel
 from lora_plugins.observe import InitData, Observations, observe
 from lora_plugins.plan import Plan
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar
 
 __all__ = [
     "AdapterFileError",
@@ -34,8 +35,10 @@ __all__ = [
     "InitContext",
     "InitData",
     "InitPlugin",
+    "InitRegistrar",
     "InputMoments",
     "LayerPlugin",
+    "LayerRegistrar",
     "LoraConfig",
     "LoraError",
     "LoraModel",

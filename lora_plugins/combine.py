@@ -97,7 +97,7 @@ COMBINATIONS: Mapping[str, tuple[str, ...]] = {
 def combine(
     model: nn.Module,
     state: ModelState,
-    registry: Registry,
+    registry: Registry | None,
     adapters: Sequence[str],
     weights: Sequence[float],
     combination_type: str,
@@ -218,6 +218,8 @@ def _config(
             if any(slot.rows is not None for slot in layer.slots)
         },
         norm="track" if any(config.norm == "track" for config in configs) else "freeze",
+        allow_plugins=configs[0].allow_plugins,
+        block_plugins=configs[0].block_plugins,
     )
 
 

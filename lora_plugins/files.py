@@ -28,6 +28,7 @@ from lora_plugins.fingerprint import KEYS, fingerprint, same
 from lora_plugins.injector import SlotTensors, changed_bases, slots
 from lora_plugins.layer import factors, peek_weight
 from lora_plugins.layer_plugin import Slot
+from lora_plugins.manager import registry_of
 from lora_plugins.modules import own_tensor
 from lora_plugins.plan import Plan, PlannedLayer
 from lora_plugins.planner import make_plan
@@ -75,10 +76,11 @@ class UnpackedAdapter:
     values: Mapping[str, Tensor]
 
 
-def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry) -> PackedAdapter:
+def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None) -> PackedAdapter:
     """Returns an adapter of a model as plain data. The tensors are the model's own, not copies."""
     adapter = state.adapters[adapter_name]
     plan = adapter.plan
+    registry = registry or registry_of(plan.config)
     tensors: dict[str, Tensor] = {}
     for layer, slot, _ in slots(plan):
         A, B = factors(model.get_submodule(layer.name), adapter_name, slot)
@@ -108,13 +110,13 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
     return PackedAdapter(manifest, tensors)
 
 
-def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry) -> UnpackedAdapter:
+def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> UnpackedAdapter:
     """Checks an adapter against a model; touches nothing.
 
     Args:
         model: The model, with the base's own values in place.
         packed: The adapter.
-        registry: The plugins to use.
+        registry: The plugins to use; by default those that the adapter's config lets load.
 
     Raises:
         AdapterFileError: If the manifest is damaged or newer, tensors are missing, surplus or of another shape, or the

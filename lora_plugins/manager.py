@@ -1,90 +1,109 @@
-"""Finds plugins, loads them one by one, and builds the registry."""
+"""Loads plugins one by one, and builds the registry."""
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pluggy
 
 from lora_plugins import hookspecs
+from lora_plugins.config import LoraConfig
+from lora_plugins.conflicts import INIT_CLAIMS, LAYER_CLAIMS, replaced
 from lora_plugins.errors import PluginError, listing
 from lora_plugins.hookspecs import GROUP
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import LayerPlugin
-from lora_plugins.registry import InitRegistrar, LayerRegistrar, Owned, PluginInfo, Registry, class_path
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.sources import sources
 
-BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
-"""Environment variable with the names of plugins that are not loaded, separated by commas."""
-
-DISTRIBUTION = "lora-plugins"
+TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
+"""Environment variable; if it is set, every call of a hook is written to stderr."""
 
 
 @functools.cache
-def default_registry() -> Registry:
-    """Returns the registry of all installed plugins, built at the first call of the process."""
-    return build_registry()
+def default_registry(allow: tuple[str, ...] | None = None, block: tuple[str, ...] = ()) -> Registry:
+    """Returns the registry of all installed plugins, built at the first call of the process.
+
+    Args:
+        allow: As in `build_registry`.
+        block: Likewise.
+    """
+    return build_registry(allow=allow, block=block)
 
 
-def build_registry(extra: Iterable[tuple[str, Any]] = ()) -> Registry:
+def registry_of(config: LoraConfig) -> Registry:
+    """Returns the registry of the installed plugins that a config lets load."""
+    if config.allow_plugins is None and not config.block_plugins:
+        return default_registry()
+    allow = None if config.allow_plugins is None else tuple(config.allow_plugins)
+    return default_registry(allow, tuple(config.block_plugins))
+
+
+def build_registry(
+    extra: Iterable[tuple[str, Any]] = (),
+    *,
+    allow: Sequence[str] | None = None,
+    block: Sequence[str] = (),
+    files: Iterable[Path] = (),
+) -> Registry:
     """Loads the built-in and the installed plugins, and what each of them registers.
 
     A plugin that fails to import or to register is kept in `Registry.plugins` with its error and provides nothing;
-    it stops a run only when the run asks for something that is missing without it.
+    it stops a run only when the run asks for something that is missing without it. A file is asked for by naming it.
 
     Args:
         extra: Further plugins, as pairs of a name and a module or object with hook implementations.
+        allow: Names of the only installed plugins to load, besides the built-in ones; None for all. The environment
+            variables of `lora_plugins.sources` restrict further.
+        block: Names of installed plugins not to load.
+        files: Python files to load as plugins, besides those that the environment variable LORA_PLUGINS_LOAD names.
 
     Raises:
-        PluginError: If two plugins claim one name or one module class, naming both.
+        PluginError: If two plugins claim one name or one module class, naming both; or if a file fails, from its error.
     """
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
+    manager = _manager()
     infos: list[PluginInfo] = []
     layers: list[Owned[LayerPlugin]] = []
     inits: list[Owned[InitPlugin]] = []
-    for info, load in _sources(extra):
-        if info.blocked:
-            infos.append(info)
+    for source in sources(extra, allow, block, files):
+        infos.append(source.info)
+        if source.info.blocked:
             continue
         try:
-            layer_plugins, init_plugins = _register(manager, info, load())
+            layer_registrar, init_registrar = _register(manager, source.info, source.load())
         except Exception as error:  # whatever a third-party module raises, only its own users are concerned
-            infos.append(replace(info, error=error))
+            infos[-1] = replace(source.info, error=error)
+            if source.required:
+                raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
             continue
-        loaded = replace(info, layers=tuple(p.name for p in layer_plugins), inits=tuple(p.name for p in init_plugins))
-        infos.append(loaded)
-        layers += [Owned(plugin, loaded) for plugin in layer_plugins]
-        inits += [Owned(plugin, loaded) for plugin in init_plugins]
-    _unique("module class", [(class_path(owned.plugin.module_type), owned) for owned in layers])
+        layers += [Owned(p, source.info, p.name in layer_registrar.overrides) for p in layer_registrar.plugins]
+        inits += [Owned(p, source.info, p.name in init_registrar.overrides) for p in init_registrar.plugins]
+    replaced_layers, replaced_inits = replaced(layers, LAYER_CLAIMS), replaced(inits, INIT_CLAIMS)
+    layers, inits = _kept(layers, replaced_layers), _kept(inits, replaced_inits)
+    notes = [*_notes("layer type", replaced_layers), *_notes("init", replaced_inits)]
+    told = {info: _completed(info, layers, inits, notes) for info in infos}
     return Registry(
-        plugins=tuple(infos),
-        layers=_unique("layer type", [(owned.plugin.name, owned) for owned in layers]),
-        inits=_unique("init", [(owned.plugin.name, owned) for owned in inits]),
+        plugins=tuple(told.values()),
+        layers={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in layers},
+        inits={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in inits},
     )
 
 
-def _sources(extra: Iterable[tuple[str, Any]]) -> Iterator[tuple[PluginInfo, Any]]:
-    """Yields each plugin's identity and a function that loads it, our own plugins first."""
-    blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
-    points = sorted(metadata.entry_points(group=GROUP), key=lambda p: (_distribution(p)[0] != DISTRIBUTION, p.name))
-    for point in points:
-        name, version = _distribution(point)
-        ours = name == DISTRIBUTION
-        yield PluginInfo(point.name, name, version, blocked=point.name in blocked and not ours), point.load
-    for name, plugin in extra:
-        yield PluginInfo(name, "(given in code)", "-"), functools.partial(lambda plugin: plugin, plugin)
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    if os.environ.get(TRACE_VARIABLE):
+        manager.trace.root.setwriter(sys.stderr.write)
+        manager.enable_tracing()
+    return manager
 
 
-def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("(unknown)", "-")
-
-
-def _register(
-    manager: pluggy.PluginManager, info: PluginInfo, plugin: Any
-) -> tuple[list[LayerPlugin], list[InitPlugin]]:
+def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> tuple[LayerRegistrar, InitRegistrar]:
     """Lets one plugin register; on any error pluggy forgets it again."""
     manager.register(plugin, name=f"{info.distribution}:{info.name}")
     try:
@@ -92,27 +111,56 @@ def _register(
         unknown = [caller.name for caller in callers if not caller.has_spec()]
         if unknown:
             raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}.")
-        layer_registrar = LayerRegistrar(info)
-        init_registrar = InitRegistrar(info)
+        if not callers:
+            raise PluginError(
+                f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
+                "name the module they are in."
+            )
+        registrars = (LayerRegistrar(info), InitRegistrar(info))
         others = [other for other in manager.get_plugins() if other is not plugin]
-        manager.subset_hook_caller("lora_plugins_register_layers", others)(registrar=layer_registrar)
-        manager.subset_hook_caller("lora_plugins_register_inits", others)(registrar=init_registrar)
+        for hook, registrar in zip(_HOOKS, registrars, strict=True):
+            returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
+            if returned:
+                raise PluginError(
+                    f"Plugin {info.owner}: {hook} returned {returned[0]!r}. A hook returns nothing; it calls "
+                    "registrar.add(...)."
+                )
     except BaseException:
         manager.unregister(plugin)
         raise
-    return layer_registrar.plugins, init_registrar.plugins
+    return registrars
 
+
+_HOOKS = ("lora_plugins_register_layers", "lora_plugins_register_inits")
 
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
+Pairs = list[tuple[Owned[Plugin], Owned[Plugin]]]
 
 
-def _unique(kind: str, pairs: list[tuple[str, Owned[Plugin]]]) -> dict[str, Owned[Plugin]]:
-    owners: dict[str, Owned[Plugin]] = {}
-    for key, owned in pairs:
-        first = owners.setdefault(key, owned)
-        if first is not owned:
-            raise PluginError(
-                f"Two plugins own the {kind} {key!r}: {first.info.owner} and {owned.info.owner}. Uninstall one of "
-                f"them, or set {BLOCK_VARIABLE}={owned.info.name}."
-            )
-    return owners
+def _kept(owned: list[Owned[Plugin]], pairs: Pairs[Plugin]) -> list[Owned[Plugin]]:
+    gone = {id(loser) for loser, _ in pairs}
+    return [each for each in owned if id(each) not in gone]
+
+
+def _notes(kind: str, pairs: Pairs[Plugin]) -> list[tuple[PluginInfo, str]]:
+    """What to say of a plugin that replaces something, and of the one it replaces."""
+    notes = []
+    for loser, winner in pairs:
+        what = f"{kind} {loser.plugin.name!r}"
+        notes.append((winner.info, f"replaces {what} of {loser.info.owner}"))
+        notes.append((loser.info, f"its {what} is replaced by {winner.info.owner}"))
+    return list(dict.fromkeys(notes))
+
+
+def _completed(
+    info: PluginInfo,
+    layers: list[Owned[LayerPlugin]],
+    inits: list[Owned[InitPlugin]],
+    notes: list[tuple[PluginInfo, str]],
+) -> PluginInfo:
+    return replace(
+        info,
+        layers=tuple(owned.plugin.name for owned in layers if owned.info is info),
+        inits=tuple(owned.plugin.name for owned in inits if owned.info is info),
+        notes=tuple(note for owner, note in notes if owner is info),
+    )

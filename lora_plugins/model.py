@@ -13,7 +13,6 @@ from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.init_plugin import Observed
 from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
 from lora_plugins.layer import layer_state, state_of
-from lora_plugins.manager import default_registry
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
 from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
@@ -42,7 +41,7 @@ class LoraModel:
         model: Any module.
         config: The first adapter, or None for a handle to a model that is adapted already.
         adapter_name: Name of that adapter.
-        registry: The plugins to use; by default all that are installed.
+        registry: The plugins to use; by default those that are installed and that the config lets load.
         init_data: What the init learns from, if it is one that does, such as `eva` and `lora_ga`: data that are read
             once, or what `lora_plugins.observe` made of them before.
 
@@ -71,7 +70,7 @@ class LoraModel:
         init_data: InitData | Observations | None = None,
     ) -> None:
         self.model = model
-        self._registry = registry or default_registry()
+        self._registry = registry
         if config is not None:
             self.add_adapter(adapter_name, config, init_data=init_data)
         elif model_state(model) is None:
@@ -84,7 +83,7 @@ class LoraModel:
         Raises:
             TargetError: If a pattern matches nothing or a targeted layer cannot be adapted.
         """
-        return make_plan(model, config, registry or default_registry())
+        return make_plan(model, config, registry)
 
     @property
     def adapters(self) -> dict[str, LoraConfig]:
@@ -306,7 +305,7 @@ class LoraModel:
             model: The base model that the adapter was trained on, with untouched weights.
             path: The folder that `save_adapter` wrote.
             adapter_name: Name of the adapter on this model; by default the one it was saved under.
-            registry: The plugins to use; by default all that are installed.
+            registry: The plugins to use; by default those that are installed and that the adapter's config lets load.
 
         Returns:
             A handle. The adapter is active if it is the model's first.
@@ -327,7 +326,7 @@ class LoraModel:
     ) -> "LoraModel":
         """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
         handle = cls.__new__(cls)
-        handle.model, handle._registry = model, registry or default_registry()
+        handle.model, handle._registry = model, registry
         name = files.saved_name(packed) if adapter_name is None else adapter_name
         with handle._adding(name):
             unpacked = files.unpack(model, packed, handle._registry)

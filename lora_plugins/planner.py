@@ -14,6 +14,7 @@ from lora_plugins.errors import ConfigError, TargetError, listing, near
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer import base_class_of, peek_weight, state_of, weight_key
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot
+from lora_plugins.manager import registry_of
 from lora_plugins.modules import NamedModule, model_modules, own_tensors, persistent_buffers
 from lora_plugins.norm import has_statistics
 from lora_plugins.plan import Plan, PlannedLayer, Tie
@@ -21,19 +22,20 @@ from lora_plugins.registry import Registry, class_path
 from lora_plugins.targets import saved_modules, target_layers, within
 
 
-def make_plan(model: nn.Module, config: LoraConfig, registry: Registry) -> Plan:
+def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = None) -> Plan:
     """Decides what an adapter would do to a model; touches nothing.
 
     Args:
         model: Any module, adapted already or not.
         config: The configuration of the adapter.
-        registry: The layer types and inits there are.
+        registry: The layer types and inits there are; by default those of the plugins that the config lets load.
 
     Raises:
         TargetError: If a pattern matches nothing, two of them tie, or a targeted layer cannot be served.
         PluginError: If there is no such init.
         ConfigError: If an option of the init is unknown or wrong.
     """
+    registry = registry or registry_of(config)
     init = _checked_init(config, registry)
     modules = model_modules(model)
     parameters = own_tensors(model, modules, "_parameters")

@@ -2,14 +2,14 @@
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar, get_args
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from lora_plugins.errors import PluginError, near
-from lora_plugins.init_plugin import InitPlugin, Needs
+from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import LayerPlugin
 
 
@@ -24,7 +24,8 @@ class PluginInfo:
         layers: Names of the layer types it registered.
         inits: Names of the inits it registered.
         error: Why it could not be loaded; None if it was.
-        blocked: Whether an environment variable keeps it from loading.
+        blocked: What keeps it from loading, such as the name of an environment variable; empty if nothing does.
+        notes: What it replaces, and what of it is replaced.
     """
 
     name: str
@@ -33,14 +34,17 @@ class PluginInfo:
     layers: tuple[str, ...] = ()
     inits: tuple[str, ...] = ()
     error: BaseException | None = None
-    blocked: bool = False
+    blocked: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def state(self) -> str:
-        """`loaded`, `blocked`, or `failed` with the reason."""
+        """`loaded`, perhaps with notes, `blocked by` something, or `failed` with the reason."""
         if self.blocked:
-            return "blocked"
-        return "loaded" if self.error is None else f"failed: {type(self.error).__name__}: {self.error}"
+            return f"blocked by {self.blocked}"
+        if self.error is not None:
+            return f"failed: {type(self.error).__name__}: {self.error}"
+        return "; ".join(["loaded", *self.notes])
 
     @property
     def owner(self) -> str:
@@ -51,69 +55,19 @@ class PluginInfo:
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_need(value: object) -> bool:
-    return value is None or value in get_args(Needs)
-
-
-def _is_module_class(value: object) -> bool:
-    return issubclass(value, nn.Module) if isinstance(value, type) else _is_name(value)
-
-
-class _Registrar(Generic[Plugin]):
-    """Collects and validates what one plugin registers."""
-
-    kind: ClassVar[type]
-    required: ClassVar[Mapping[str, Callable[[object], bool]]]
-
-    def __init__(self, info: PluginInfo) -> None:
-        self.info = info
-        self.plugins: list[Plugin] = []
-
-    def add(self, plugin: Plugin) -> None:
-        """Adds one plugin object.
-
-        Raises:
-            PluginError: If it is not an instance of the expected class, or has no proper name or module class.
-        """
-        if not isinstance(plugin, self.kind):
-            hint = " Register an instance, not the class." if isinstance(plugin, type) else ""
-            raise PluginError(
-                f"Plugin {self.info.owner} registered {plugin!r}, which is no {self.kind.__name__}.{hint}"
-            )
-        for attribute, is_proper in self.required.items():
-            value = getattr(plugin, attribute, None)
-            if not is_proper(value):
-                raise PluginError(
-                    f"Plugin {self.info.owner}: {type(plugin).__name__} does not set {attribute!r} properly, but to "
-                    f"{value!r}; see {self.kind.__name__}."
-                )
-        self.plugins.append(plugin)
-
-
-class LayerRegistrar(_Registrar[LayerPlugin]):
-    """Takes the layer types of one plugin: call `add` with instances of `LayerPlugin`."""
-
-    kind = LayerPlugin
-    required: ClassVar = {"name": _is_name, "module_type": _is_module_class}
-
-
-class InitRegistrar(_Registrar[InitPlugin]):
-    """Takes the inits of one plugin: call `add` with instances of `InitPlugin`."""
-
-    kind = InitPlugin
-    required: ClassVar = {"name": _is_name, "needs": _is_need}
-
-
 @dataclass(frozen=True)
 class Owned(Generic[Plugin]):
-    """A registered plugin object and who brought it."""
+    """A registered plugin object and who brought it.
+
+    Args:
+        plugin: The object.
+        info: Who brought it.
+        override: Whether it was registered to replace another one.
+    """
 
     plugin: Plugin
     info: PluginInfo
+    override: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,15 +104,26 @@ class Registry:
         owned = self.inits.get(name)
         if owned is not None:
             return owned.plugin
-        failed = [info for info in self.plugins if info.error is not None]
-        failures = "".join(f" Plugin {info.owner} {info.state.rstrip('.')}." for info in failed)
-        blocked = "".join(f" Plugin {info.owner} is blocked." for info in self.plugins if info.blocked)
-        # The plugin of that very name is the likeliest cause; a mere typo has none.
+        # A mere typo has no plugin as its cause.
         typo = bool(difflib.get_close_matches(name, self.inits, cutoff=0.5))
-        cause = next(
-            (i.error for i in sorted(failed, key=lambda i: i.name != name) if i.name == name or not typo), None
+        cause = self.cause(name)
+        named = any(info.name == name for info in self.plugins)
+        raise PluginError(f"There is no init {name!r}. {near(name, self.inits)}{self.absent()}") from (
+            cause if named or not typo else None
         )
-        raise PluginError(f"There is no init {name!r}. {near(name, self.inits)}{failures}{blocked}") from cause
+
+    def absent(self) -> str:
+        """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""
+        return "".join(
+            f" Plugin {info.owner} {'is ' if info.blocked else ''}{info.state.rstrip('.')}."
+            for info in self.plugins
+            if info.blocked or info.error is not None
+        )
+
+    def cause(self, name: str = "") -> BaseException | None:
+        """Returns the error of a plugin that failed, that of the plugin called `name` first; None if none did."""
+        failed = [info for info in self.plugins if info.error is not None]
+        return min(failed, key=lambda info: info.name != name).error if failed else None
 
 
 def class_path(module_type: type | str) -> str:

@@ -10,7 +10,8 @@ from importlib import metadata
 from types import ModuleType
 
 from lora_plugins.errors import LoraError, near
-from lora_plugins.manager import DISTRIBUTION, default_registry
+from lora_plugins.manager import default_registry
+from lora_plugins.sources import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""

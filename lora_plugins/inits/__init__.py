@@ -10,7 +10,7 @@ from lora_plugins.inits.none import NoneInit
 from lora_plugins.inits.olora import OloraInit
 from lora_plugins.inits.orthogonal import OrthogonalInit
 from lora_plugins.inits.pissa import PissaInit
-from lora_plugins.registry import InitRegistrar
+from lora_plugins.registrars import InitRegistrar
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from lora_plugins.layers.conv import (
 )
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
-from lora_plugins.registry import LayerRegistrar
+from lora_plugins.registrars import LayerRegistrar
 
 
 @hookimpl

@@ -24,6 +24,8 @@ BAD = {
     "init_options": [["bits"], None, {3: 4}],
     "use_rslora": ["false", 1, None],
     "norm": ["frozen", None, ["freeze"]],
+    "allow_plugins": ["example", [""], ["example", 3], 5],
+    "block_plugins": ["example", [""], ["example", 3], 5, None],
 }
 
 

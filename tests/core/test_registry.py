@@ -5,7 +5,8 @@ from torch import nn
 
 from lora_plugins import InitPlugin, PluginError, RowMajorPlugin
 from lora_plugins.manager import build_registry, default_registry
-from lora_plugins.registry import InitRegistrar, LayerRegistrar, PluginInfo, class_path
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.registry import PluginInfo, class_path
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
 
@@ -102,7 +103,7 @@ class TestLookup:
 class TestInfo:
     def test_states(self):
         assert INFO.state == "loaded"
-        assert PluginInfo("a", "b", "1", blocked=True).state == "blocked"
+        assert PluginInfo("a", "b", "1", blocked="LORA_PLUGINS_BLOCK").state == "blocked by LORA_PLUGINS_BLOCK"
         assert PluginInfo("a", "b", "1", error=ImportError("no libx")).state == "failed: ImportError: no libx"
 
 
