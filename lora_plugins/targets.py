@@ -43,8 +43,8 @@ def target_layers(
             if not handled & set(matches):
                 raise TargetError(
                     f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
-                    f"{patterns.nearest(pattern, handled)}"
-                )
+                    f"{patterns.nearest(pattern, handled)}{registry.absent()}"
+                ) from registry.cause()
         chosen = {name for matches in found.values() for name in matches}
     everywhere = [name for entry in modules for name in entry.names]
     for pattern, matches in patterns.select("exclude_modules", config.exclude_modules, everywhere).items():
@@ -59,7 +59,7 @@ def target_layers(
         keep = patterns.BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
         chosen = {name for name in chosen if keep(name)}
     entries = [entry for entry in free if chosen & set(entry.names)]
-    _refuse_unhandled([entry for entry in entries if plugins[entry.name] is None])
+    _refuse_unhandled([entry for entry in entries if plugins[entry.name] is None], registry)
     targets = [(entry, plugin) for entry in entries if (plugin := plugins[entry.name]) is not None]
     if not targets:
         raise TargetError(
@@ -69,11 +69,11 @@ def target_layers(
     return targets
 
 
-def _refuse_unhandled(entries: list[NamedModule]) -> None:
+def _refuse_unhandled(entries: list[NamedModule], registry: Registry) -> None:
     """Refuses targets with parameters of their own that no plugin adapts; mere containers are passed over."""
     owners = [f"{entry.name} ({type(entry.module).__name__})" for entry in entries if entry.module._parameters]
     if owners:
         raise TargetError(
             f"target_modules matches layers that no plugin adapts: {listing(owners)}. Make the pattern narrower, "
-            "or add them to exclude_modules."
-        )
+            f"or add them to exclude_modules.{registry.absent()}"
+        ) from registry.cause()
