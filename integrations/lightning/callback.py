@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, Plan, StateError
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.integrations.lightning import optimizers, sharded
+from lora_plugins.integrations.lightning import from_data, optimizers, sharded
 from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
 from lora_plugins.integrations.lightning.heads import with_heads
@@ -55,6 +55,7 @@ class LoraCallback(Callback):
         train_mode: Whether `fit` puts the target into training mode, frozen normalisation layers aside. Models of
             `from_pretrained` arrive in eval mode, and Lightning leaves them there.
         print_plan: Whether a table of what is adapted is printed before training.
+        init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
 
     Raises:
         ConfigError: If an argument has a value that it cannot have.
@@ -72,6 +73,7 @@ class LoraCallback(Callback):
         export_to: str | None = None,
         train_mode: bool = True,
         print_plan: bool = True,
+        init_batches: int = 32,
     ) -> None:
         if not isinstance(config, LoraConfig):
             raise ConfigError(f"LoraCallback takes a LoraConfig, not {type(config).__name__}.")
@@ -88,8 +90,12 @@ class LoraCallback(Callback):
         self.export_to = export_to
         self.train_mode = train_mode
         self.print_plan = print_plan
+        if init_batches < 1:
+            raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
+        self.init_batches = init_batches
         self._merged: Merged | None = None
         self._shims: ModuleShims | None = None
+        self._late: ModuleShims | None = None
         self._first_steps: FirstSteps | None = None
         self._frozen: dict[str, int] = {}
         self._steps_seen = 0
@@ -140,7 +146,12 @@ class LoraCallback(Callback):
         shims = self._shims = ModuleShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         before = sharded.Early(lambda: self._ensure(trainer, pl_module)) if is_sharded(trainer) else None
-        shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
+        if from_data.learns(self.config):
+            self._late = from_data.after_restoring(
+                trainer, lambda: self._ensure(trainer, pl_module), lambda: _copy_again(trainer, pl_module)
+            )
+        else:
+            shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
         shims.after("configure_optimizers", lambda configured: optimizers.complete(pl_module, configured))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,7 +237,7 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to a run."""
-        return {**self.__dict__, "_merged": None, "_shims": None, "_first_steps": None, "_frozen": {}}
+        return {**self.__dict__, "_merged": None, "_shims": None, "_late": None, "_first_steps": None, "_frozen": {}}
 
     def _adapt(self, trainer: Trainer, module: LightningModule, before: "sharded.Early | None") -> None:
         """Adapts the module after the last place in which it may build layers."""
@@ -251,18 +262,20 @@ class LoraCallback(Callback):
             self._refuse_nested(module, target)
             if is_sharded(trainer):
                 sharded.refuse_unfit(target, config, trainer)
-            self._add(target, config)
+            learns = from_data.learns(config)
+            data = from_data.observed(trainer, module, self.target, config, self.init_batches) if learns else None
+            self._add(target, config, data)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
             _copy_again(trainer, module)
         if self.train_mode and trainer.state.fn == "fit":
             _into_training_mode(target)
 
-    def _add(self, target: nn.Module, config: LoraConfig) -> None:
+    def _add(self, target: nn.Module, config: LoraConfig, data: Observations | None) -> None:
         if model_state(target) is None:
-            LoraModel(target, config, self.adapter_name)
+            LoraModel(target, config, self.adapter_name, init_data=data)
             return
         lora = LoraModel(target)
-        lora.add_adapter(self.adapter_name, config)
+        lora.add_adapter(self.adapter_name, config, init_data=data)
         lora.set_adapter((*lora.active_adapters, self.adapter_name))
 
     def _reuse(self, target: nn.Module, config: LoraConfig) -> None:
@@ -356,11 +369,12 @@ class LoraCallback(Callback):
         return str(getattr(monitors[0], "best_model_path", ""))
 
     def _stop_watching(self) -> None:
-        if self._shims is not None:
-            self._shims.remove()
+        for shims in (self._shims, self._late):
+            if shims is not None:
+                shims.remove()
         if self._first_steps is not None:
             self._first_steps.stop()
-        self._shims, self._first_steps = None, None
+        self._shims, self._late, self._first_steps = None, None, None
 
 
 def _copy_again(trainer: Trainer, module: LightningModule) -> None:

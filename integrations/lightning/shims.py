@@ -41,11 +41,14 @@ class Owner(Protocol):
 
 
 class ModuleShims:
-    """Functions that stand in for methods of one module until they are removed."""
+    """Functions that stand in for methods of one object, a module or a strategy, until they are removed.
 
-    def __init__(self, module: LightningModule) -> None:
+    Several may stand in for one method, and be removed in any order.
+    """
+
+    def __init__(self, module: LightningModule | Strategy) -> None:
         self._module = module
-        self._replaced: dict[str, Any] = {}
+        self._stand_ins: list[tuple[str, Any]] = []
 
     def after(self, name: str, then: Callable[[Any], None], before: Callable[[], None] | None = None) -> None:
         """Lets `then` see what the method returned, and `before` run ahead of it.
@@ -54,25 +57,32 @@ class ModuleShims:
         to one that is not.
         """
         original = getattr(self._module, name)
-        self._replaced.setdefault(name, self._module.__dict__.get(name))
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if (name, stand_in) not in self._stand_ins:  # removed, while another one still calls it
+                return original(*args, **kwargs)
             if before is not None:
                 before()
             result = original(*args, **kwargs)
             then(result)
             return result
 
+        stand_in.lora_below = self._module.__dict__.get(name)  # type: ignore[attr-defined]
+        self._stand_ins.append((name, stand_in))
         self._module.__dict__[name] = stand_in
 
     def remove(self) -> None:
-        """Gives the module its own methods again."""
-        for name, own in self._replaced.items():
-            if own is None:
+        """Gives the object its own methods again, once no other stand-in is above these."""
+        removed, self._stand_ins = self._stand_ins, []
+        for name, stand_in in reversed(removed):
+            stand_in.lora_removed = True
+            top: Any = self._module.__dict__.get(name)
+            while getattr(top, "lora_removed", False):
+                top = top.lora_below
+            if top is None:
                 self._module.__dict__.pop(name, None)
             else:
-                self._module.__dict__[name] = own
-        self._replaced = {}
+                self._module.__dict__[name] = top
 
 
 class CheckpointShims:
