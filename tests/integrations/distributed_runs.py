@@ -15,14 +15,21 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.toys import CONFIG, Classifier, loader, trainer
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 warnings.filterwarnings("default", message=".*(got no gradient|will have no adapter)")  # ours
+
+
+LEARNED = {
+    "eva": LoraConfig(r=2, target_modules=["net.0", "net.3"], init="eva", init_options={"rho": 1.5}),
+    "lora_ga": LoraConfig(r=1, target_modules=["net.0", "net.3"], init="lora_ga"),
+}
 
 
 class DumpTrained(Callback):
@@ -132,6 +139,23 @@ def fsdp2(folder: Path) -> None:
         trainer_of("resumed", 2).fit(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
         predictions = trainer_of("test").predict(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
         torch.save(predictions, folder / f"{kind}-predictions-{half.global_rank}.pt")
+
+
+def learned(folder: Path) -> None:
+    """Each rank sees its own half of the data, and has a seed of its own."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    for name, config in LEARNED.items():
+        torch.manual_seed(rank)
+        dataset, module = loader().dataset, NoNorm()
+        halves = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)
+        data = DataLoader(dataset, batch_size=4, sampler=halves)
+        lora = LoraCallback(config, print_plan=False, merge_on_fit_end=False)
+        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+        run = trainer(folder, [lora], strategy=strategy, devices=2, max_epochs=1)
+        run.fit(module, data)
+        torch.save(module.state_dict(), folder / f"{name}-{run.global_rank}.pt")
+        LoraModel(module).save_adapter(folder / f"{name}-{run.global_rank}")
+        torch.distributed.barrier()
 
 
 def spawned(folder: Path) -> None:

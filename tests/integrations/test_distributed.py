@@ -9,10 +9,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
+from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.exporting import merge_checkpoint
-from tests.integrations.distributed_runs import HEADED, NoNorm, Sharded, whole
+from tests.integrations.distributed_runs import HEADED, LEARNED, NoNorm, Sharded, whole
 from tests.integrations.toys import CONFIG, differing, load, loader, trainer, values
 
 
@@ -40,6 +40,22 @@ def test_ddp(tmp_path):
     again = NoNorm()
     LoraModel.load_adapter(again, tmp_path / "adapter").merge_and_unload()
     assert not differing(values(again), dump(tmp_path, "merged-state", 0))
+
+
+def test_inits_that_learn_from_data_agree_on_all_ranks(tmp_path):
+    launch("learned", tmp_path)
+    for name, config in LEARNED.items():
+        first, second = dump(tmp_path, name, 0), dump(tmp_path, name, 1)
+        assert not differing(first, second)
+        # The ranks read half of the data each; the init saw the sum.
+        step = lambda module, batch: cross_entropy(module(batch[0]), batch[1])  # noqa: E731
+        alone = LoraModel(NoNorm(), config, init_data=InitData(loader(), step))
+        loaded = LoraModel.load_adapter(NoNorm(), tmp_path / f"{name}-0")
+        assert loaded.plans["default"].layers == alone.plans["default"].layers
+        assert not differing(values(loaded.model), first)
+        for key, value in values(alone.model).items():
+            if ".lora_" not in key:
+                torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
