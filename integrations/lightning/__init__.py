@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
     from lora_plugins.integrations.lightning.cli import LoraCLI
     from lora_plugins.integrations.lightning.loading import LoraCheckpointMixin, load_from_checkpoint
-    from lora_plugins.integrations.lightning.optimizers import parameter_groups
+    from lora_plugins.integrations.lightning.rates import parameter_groups
 
 __all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
@@ -22,7 +22,7 @@ _MODULES = {
     "LoraCallback": "callback",
     "LoraCheckpointMixin": "loading",
     "load_from_checkpoint": "loading",
-    "parameter_groups": "optimizers",
+    "parameter_groups": "rates",
 }
 
 

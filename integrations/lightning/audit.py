@@ -46,7 +46,7 @@ class FirstSteps:
         """Looks at what a batch has done; returns whether there is more to watch.
 
         Args:
-            learning_rates: Of all parameter groups.
+            learning_rates: Of all parameter groups, as the batch found them.
             steps: How many optimizer steps the batch made, of all optimizers.
 
         Raises:

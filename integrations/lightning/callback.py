@@ -21,6 +21,7 @@ from lora_plugins.integrations.lightning.checkpoint import adapted_targets, froz
 from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.names import plain_name, renamed
+from lora_plugins.integrations.lightning.rates import Rates
 from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
@@ -55,6 +56,9 @@ class LoraCallback(Callback):
         train_mode: Whether `fit` puts the target into training mode, frozen normalisation layers aside. Models of
             `from_pretrained` arrive in eval mode, and Lightning leaves them there.
         print_plan: Whether a table of what is adapted is printed before training.
+        loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A, which the optimizer has (LoRA+). Its
+            parameter groups are split for that, and schedulers of torch drive all parts.
+        heads_lr_ratio: Learning rate of what is trained in full, heads and biases, likewise.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
 
     Raises:
@@ -73,6 +77,8 @@ class LoraCallback(Callback):
         export_to: str | None = None,
         train_mode: bool = True,
         print_plan: bool = True,
+        loraplus_lr_ratio: float = 1.0,
+        heads_lr_ratio: float = 1.0,
         init_batches: int = 32,
     ) -> None:
         if not isinstance(config, LoraConfig):
@@ -90,6 +96,7 @@ class LoraCallback(Callback):
         self.export_to = export_to
         self.train_mode = train_mode
         self.print_plan = print_plan
+        self.rates = Rates(loraplus_lr_ratio, heads_lr_ratio)
         if init_batches < 1:
             raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
@@ -99,6 +106,7 @@ class LoraCallback(Callback):
         self._first_steps: FirstSteps | None = None
         self._frozen: dict[str, int] = {}
         self._steps_seen = 0
+        self._rates: list[float] = []
         self._random: dict[str, Any] | None = None
 
     @property
@@ -152,7 +160,7 @@ class LoraCallback(Callback):
             )
         else:
             shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
-        shims.after("configure_optimizers", lambda configured: optimizers.complete(pl_module, configured))
+        shims.after("configure_optimizers", lambda configured: self._optimize(pl_module, configured))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what is adapted.
@@ -176,11 +184,13 @@ class LoraCallback(Callback):
         self._frozen = checksums(frozen_tensors(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Checks once an epoch that the base is still frozen.
+        """Checks once an epoch that the base is still frozen, and notes the learning rates of the first batches.
 
         Raises:
             StateError: If another callback made it trainable.
         """
+        if self._first_steps is not None:  # before a scheduler changes them at the batch's end
+            self._rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups]
         if batch_idx == 0:
             refuse_unfrozen({k: p for k, p in frozen_tensors(pl_module).items() if isinstance(p, nn.Parameter)})
 
@@ -194,9 +204,8 @@ class LoraCallback(Callback):
         """
         if self._first_steps is None:
             return
-        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         steps, self._steps_seen = trainer.global_step - self._steps_seen, trainer.global_step
-        if not self._first_steps.after_batch([float(rate) for rate in rates], steps):
+        if not self._first_steps.after_batch(self._rates, steps):
             self._first_steps = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,6 +247,11 @@ class LoraCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to a run."""
         return {**self.__dict__, "_merged": None, "_shims": None, "_late": None, "_first_steps": None, "_frozen": {}}
+
+    def _optimize(self, module: LightningModule, configured: Any) -> None:
+        """Completes optimizers with what is to be trained, each part at its rate."""
+        optimizers.complete(module, configured)
+        self.rates.spread(module, configured)
 
     def _adapt(self, trainer: Trainer, module: LightningModule, before: "sharded.Early | None") -> None:
         """Adapts the module after the last place in which it may build layers."""
