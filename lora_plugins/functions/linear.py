@@ -98,10 +98,8 @@ class _LoraLinear(torch.autograd.Function):
             y = F.linear(rows, updated(weight, A, B, options.scaling, x.dtype), bias)
         else:
             y = F.linear(rows, weight, bias)
-            h = torch.empty(rows.shape[0], A.shape[0], dtype=A.dtype, device=A.device)
             for chunk in _chunks(rows, A.dtype, options.dropout):
-                torch.mm(chunk.dropped, A.T, out=h[chunk.rows])
-            _add_product(y, h, B.T, options.scale)
+                _add_product(y[chunk.rows], (A @ chunk.dropped.T).T, B.T, options.scale)
         # Not a view: autograd refuses to let what follows, such as ReLU(inplace=True), write into one.
         return cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
 
@@ -136,9 +134,9 @@ def _through_weight(
     if needed[0]:
         dx = dy @ updated(weight, A, B, options.scale, dy.dtype)
     if needed[3]:
-        dA = (rows.T @ (dy @ B.to(dy.dtype)).mul_(options.scale)).T
+        dA = (B.T.to(dy.dtype) @ dy.T).mul_(options.scale) @ rows
     if needed[4]:
-        dB = ((rows @ A.T.to(rows.dtype)).mul_(options.scale).T @ dy).T
+        dB = ((A.to(rows.dtype) @ rows.T).mul_(options.scale) @ dy).T
     return dx, dA, dB
 
 
@@ -146,24 +144,21 @@ def _through_products(
     rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: LinearOptions, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
-    dy_wide = dy.to(B.dtype)
-    g = (dy_wide @ B).mul_(options.scale)
-    h = torch.empty_like(g)
-    dx = torch.empty_like(rows, dtype=A.dtype)
-    dA = A.new_zeros(A.shape[1], A.shape[0])
+    dx = torch.empty_like(rows, dtype=A.dtype) if needed[0] else None
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B.T)
     for chunk in _chunks(rows, A.dtype, options.dropout):
-        g_chunk = g[chunk.rows]
-        if needed[4]:
-            torch.mm(chunk.dropped, A.T, out=h[chunk.rows])
+        dy_chunk = dy[chunk.rows].to(B.dtype)
+        g = (B.T @ dy_chunk.T).mul_(options.scale)
         if needed[3]:
-            dA.addmm_(chunk.dropped.T, g_chunk)
-        if needed[0]:
-            torch.mm(g_chunk, A, out=dx[chunk.rows])
+            dA.addmm_(g, chunk.dropped)
+        if needed[4]:
+            dB.addmm_(A @ chunk.dropped.T, dy_chunk, alpha=options.scale)
+        if dx is not None:
+            torch.mm(g.T, A, out=dx[chunk.rows])
             chunk.drop_(dx[chunk.rows])
-    dB = (h.mul_(options.scale).T @ dy_wide).T
-    if needed[0]:
+    if dx is not None:
         dx = _add_product(dx.to(dy.dtype), dy, weight, 1.0)
-    return dx if needed[0] else None, dA.T if needed[3] else None, dB if needed[4] else None
+    return dx, dA if needed[3] else None, dB.T if needed[4] else None
 
 
 @dataclass(frozen=True)
