@@ -22,7 +22,7 @@ from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, Observati
 from lora_plugins.injector import run_seed
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import ModuleShims
-from lora_plugins.manager import default_registry
+from lora_plugins.manager import registry_of
 from lora_plugins.randomness import own_randomness
 
 
@@ -32,7 +32,7 @@ def learns(config: LoraConfig) -> bool:
     Raises:
         PluginError: If there is no such init.
     """
-    return default_registry().init(config.init).needs is not None
+    return registry_of(config).init(config.init).needs is not None
 
 
 def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> ModuleShims:
