@@ -16,7 +16,8 @@ class FrozenNorm(nn.Module):
     """What generated classes of frozen normalisation layers have in common."""
 
     def train(self, mode: bool = True) -> "FrozenNorm":
-        """Stays in eval mode, whatever the model around it does."""
+        """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for."""
+        self.__dict__[_TRAINING] = mode
         return super().train(False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -35,9 +36,8 @@ def freeze(module: nn.Module) -> None:
     if _BASE_CLASS in module.__dict__:
         return
     module.__dict__[_BASE_CLASS] = type(module)
-    module.__dict__[_TRAINING] = module.training
     module.__class__ = _frozen_class(module.__dict__[_BASE_CLASS])
-    module.eval()
+    module.train(module.training)
 
 
 def thaw(module: nn.Module) -> None:

@@ -185,6 +185,14 @@ class TestNorm:
         assert type(model.norm) is nn.BatchNorm2d
         assert model.train().norm.training
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_unloaded_layers_are_in_the_mode_that_was_asked_for_last(self, training):
+        model = Net().train(not training)
+        lora = LoraModel(model, config())
+        model.train(training)
+        assert not model.norm.training
+        assert lora.unload().norm.training == training
+
     def test_a_head_keeps_its_own_statistics(self):
         model = Net()
         LoraModel(model, config(modules_to_save=["head"]))
