@@ -19,7 +19,14 @@ from lora_plugins.integrations.lightning import from_data, optimizers, sharded
 from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
 from lora_plugins.integrations.lightning.heads import with_heads
-from lora_plugins.integrations.lightning.merging import Merged, merge, merged, plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.merging import (
+    Merged,
+    merge,
+    merged,
+    plain_state_dict,
+    refuse_computed,
+    write_safetensors,
+)
 from lora_plugins.integrations.lightning.names import plain_name, renamed
 from lora_plugins.integrations.lightning.rates import Rates
 from lora_plugins.integrations.lightning.report import print_files, print_plan
@@ -166,9 +173,11 @@ class LoraCallback(Callback):
         """Prints what is adapted.
 
         Raises:
-            StateError: If something replaced adapted layers after they were adapted.
+            StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
         self._refuse_replaced(pl_module)
+        if self.merge_on_fit_end or self.export_to is not None:
+            refuse_computed(self._target(pl_module))
         if self.print_plan and trainer.is_global_zero:
             print_plan(self._handle(pl_module).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
         random, self._random = self._random, None

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lora_plugins import LoraModel, StateError
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, replace_file
+from lora_plugins.layer import layer_state, weight_names
 from lora_plugins.modules import own_tensor
 from lora_plugins.state import adapted_layers, base_in_place, model_state
 
@@ -67,13 +67,8 @@ def merge(target: nn.Module) -> Merged:
     lora = LoraModel(target)
     state = model_state(target)
     assert state is not None
+    refuse_computed(target)
     layers = adapted_layers(target)
-    computed = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
-    if computed:
-        raise StateError(
-            f"The weights of {listing(computed)} are computed by a parametrization. Merging replaces it for good, "
-            "which fit cannot take back: set merge_on_fit_end=False and call merge_and_unload() when all is done."
-        )
     adapters = {name: lora.pack(name) for name in lora.adapters}
     active = lora.active_adapters
     weights = {
@@ -90,6 +85,25 @@ def merge(target: nn.Module) -> Merged:
     return Merged(
         weakref.ref(target), {name: weakref.ref(layer) for name, layer in layers.items()}, base, adapters, active
     )
+
+
+def refuse_computed(target: nn.Module) -> None:
+    """Refuses to merge into weights that are no parameters of their layer, but computed from others.
+
+    Raises:
+        StateError: If there are any, naming their layers.
+    """
+    computed = [
+        name
+        for name, layer in adapted_layers(target).items()
+        if any(weight not in layer._parameters for weight in weight_names(layer_state(layer)))
+    ]
+    if computed:
+        raise StateError(
+            f"The weights of {listing(computed)} are computed from other tensors, by weight norm, a parametrization or "
+            "pruning. Merging replaces that for good, which fit cannot take back: set merge_on_fit_end=False and "
+            "export_to=None, and call LoraModel(module).merge_and_unload() when all is done."
+        )
 
 
 @contextmanager

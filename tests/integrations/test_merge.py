@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.toys import CONFIG, Classifier, differing, load, loader, trainer, values
@@ -225,3 +226,37 @@ def test_module_that_is_built_again_for_every_fit(tmp_path, late):
     run.fit_loop.max_epochs = 2
     run.fit(module, loader())
     assert values(module).keys() == values(Classifier()).keys()
+
+
+def by_hook(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, by_hook])
+class TestWeightNorm:
+    """Its weights are computed, so a merge cannot be taken back: said before training, and possible by hand after."""
+
+    def make(self, normalise):
+        module = Classifier()
+        normalise(module.net[0])
+        return module
+
+    @pytest.mark.parametrize("options", [{}, {"merge_on_fit_end": False, "export_to": "x.safetensors"}])
+    def test_merge_is_refused_before_training(self, tmp_path, normalise, options):
+        steps = []
+        module = self.make(normalise)
+        module.on_train_batch_start = lambda *_: steps.append(1)
+        with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
+            trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
+        assert not steps
+
+    def test_trains_saves_and_merges_by_hand(self, tmp_path, normalise):
+        module = self.make(normalise)
+        trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)]).fit(module, loader())
+        module.eval()
+        x = torch.randn(4, 4)
+        expected = module(x).detach()
+        torch.testing.assert_close(LoraModel(module).merge_and_unload()(x).detach(), expected)
+        assert type(module.net[0]) is nn.Linear
