@@ -142,8 +142,15 @@ def _checksum(tensor: Tensor) -> int:
     data = local(tensor).contiguous().view(-1)
     if data.numel() == 0:
         return 0
-    size = data.element_size()
-    words = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.uint8))
+    words = _words(data)
     half = words.numel() // 2
     # Two sums, so that exchanged values are noticed too; both wrap around, which is harmless.
     return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))
+
+
+def _words(data: Tensor) -> Tensor:
+    """Views a vector's memory as whole numbers, of eight bytes where it can be divided so: one fast pass."""
+    size = data.element_size()
+    if data.numel() * size % 8 == 0 and data.storage_offset() * size % 8 == 0:
+        return data.view(torch.int64)
+    return data.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
