@@ -21,7 +21,7 @@ def rows(image: Tensor) -> Tensor:
 def mix(matrix: Tensor, image: Tensor) -> Tensor:
     """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`."""
     if channels_last(image):
-        kernel = matrix.view(*matrix.shape, *[1] * (image.ndim - 2))
+        kernel = matrix.reshape(*matrix.shape, *[1] * (image.ndim - 2))
         return torch.convolution(
             image,
             kernel,
@@ -33,7 +33,8 @@ def mix(matrix: Tensor, image: Tensor) -> Tensor:
             output_padding=[0] * (image.ndim - 2),
             groups=1,
         )
-    return torch.matmul(matrix, image.flatten(2)).view(image.shape[0], matrix.shape[0], *image.shape[2:])
+    mixed = torch.bmm(_for_each(image, matrix), image.flatten(2))  # matmul would copy the image
+    return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
 
 
 def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> Tensor:
@@ -44,7 +45,7 @@ def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> Ten
         rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
         return target
     if target.is_contiguous():
-        target.flatten(2).baddbmm_(matrix.expand(image.shape[0], *matrix.shape), image.flatten(2), alpha=alpha)
+        target.flatten(2).baddbmm_(_for_each(image, matrix), image.flatten(2), alpha=alpha)
         return target
     return target.add_(mix(matrix, image), alpha=alpha)
 
@@ -53,4 +54,8 @@ def contract(few: Tensor, many: Tensor) -> Tensor:
     """Returns the products of two images' channels, summed over batch and positions: `(few, many)` channels."""
     if channels_last(few) and channels_last(many):
         return rows(few).T @ rows(many)
-    return torch.matmul(few.flatten(2), many.flatten(2).mT).sum(0)
+    return torch.bmm(few.flatten(2), many.flatten(2).mT).sum(0)
+
+
+def _for_each(image: Tensor, matrix: Tensor) -> Tensor:
+    return matrix.expand(image.shape[0], *matrix.shape)

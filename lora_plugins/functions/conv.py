@@ -57,9 +57,12 @@ class Geometry:
         return dx, dkernel
 
     def is_pointwise(self, kernel: Tensor) -> bool:
-        """Whether the kernel sees one position at a time, each once."""
-        ones = (1,) * len(self.stride)
-        return kernel.shape[2:] == ones and self.stride == ones and not any(self.padding) and self.groups == 1
+        """Whether the kernel sees one position at a time."""
+        return kernel.shape[2:].numel() == 1 and not any(self.padding) and self.groups == 1
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Returns the positions that a pointwise kernel sees; a view."""
+        return x[(..., *(slice(None, None, stride) for stride in self.stride))]
 
 
 @dataclass(frozen=True)
@@ -230,19 +233,25 @@ def _through_products_of(
     x: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
 ) -> Gradients:
     geometry = options.geometry
-    g = mix(B.T.contiguous(), dy).mul_(options.scale)
+    g = mix(B.T, dy).mul_(options.scale)
     dB = contract(_down(x, A, weight, geometry), dy).mul_(options.scale).T
     kernel = A.view(A.shape[0], *weight.shape[1:])
     if not geometry.is_pointwise(weight):
         dx, dA = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
         return dx, None if dA is None else dA.flatten(1), dB
-    return mix(A.T.contiguous(), g) if of_x else None, contract(g, x), dB
+    dx = None
+    if of_x and max(geometry.stride) == 1:
+        dx = mix(A.T, g)
+    elif of_x:
+        dx = torch.zeros_like(x)
+        geometry.seen(dx).copy_(mix(A.T, g))
+    return dx, contract(g, geometry.seen(x)), dB
 
 
 def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Convolves the input with A: `(batch, r, *size)`."""
     if geometry.is_pointwise(weight):
-        return mix(A, x)
+        return mix(A, geometry.seen(x))
     return geometry.convolve(x, A.view(A.shape[0], *weight.shape[1:]))
 
 
