@@ -1,9 +1,14 @@
 """Vision tasks of lora_plugins; imported as `lora_plugins.tasks`.
 
-Two tasks, image classification and semantic segmentation, over models of timm, transformers and
-segmentation-models-pytorch; data modules for folders on disk and for data that needs no download; and
-callbacks that show what a fit has done. The YAML files beside this module put them together.
+Two tasks, image classification and semantic segmentation, over models of timm, transformers, torchvision and
+segmentation-models-pytorch; data modules for files on disk, for data sets of Hugging Face and for data that needs no
+download; and callbacks that show what a fit has done. The YAML files beside this module put them together.
+
+Names are imported when they are first used: the libraries behind them take seconds.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "lora_plugins.tasks":
     raise ImportError(
@@ -11,18 +16,23 @@ if __name__ != "lora_plugins.tasks":
         "under two names becomes two modules, with two sets of classes."
     )
 
-from lora_plugins.tasks.before_after import BeforeAfter
-from lora_plugins.tasks.classification.digits import DigitsDataModule
-from lora_plugins.tasks.classification.folder import ImageFolderDataModule
-from lora_plugins.tasks.classification.task import ImageClassificationTask
-from lora_plugins.tasks.data import VisionDataModule
-from lora_plugins.tasks.errors import DataError, WeightsError
-from lora_plugins.tasks.models import ModelConfig
-from lora_plugins.tasks.segmentation.folder import MaskFolderDataModule
-from lora_plugins.tasks.segmentation.picture import PredictionPicture, draw_predictions
-from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
-from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
-from lora_plugins.tasks.threads import CpuThreads
+if TYPE_CHECKING:
+    from lora_plugins.tasks.before_after import BeforeAfter
+    from lora_plugins.tasks.classification.digits import DigitsDataModule
+    from lora_plugins.tasks.classification.folder import ImageFolderDataModule
+    from lora_plugins.tasks.classification.hub import HubImageDataModule
+    from lora_plugins.tasks.classification.listed import ImageListDataModule
+    from lora_plugins.tasks.classification.task import ImageClassificationTask
+    from lora_plugins.tasks.data import VisionDataModule
+    from lora_plugins.tasks.errors import DataError, WeightsError
+    from lora_plugins.tasks.models import ModelConfig
+    from lora_plugins.tasks.segmentation.folder import MaskFolderDataModule
+    from lora_plugins.tasks.segmentation.hub import HubMaskDataModule
+    from lora_plugins.tasks.segmentation.listed import MaskListDataModule
+    from lora_plugins.tasks.segmentation.picture import PredictionPicture, draw_predictions
+    from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
+    from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
+    from lora_plugins.tasks.threads import CpuThreads
 
 __all__ = [
     "BeforeAfter",
@@ -30,9 +40,13 @@ __all__ = [
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",
+    "HubImageDataModule",
+    "HubMaskDataModule",
     "ImageClassificationTask",
     "ImageFolderDataModule",
+    "ImageListDataModule",
     "MaskFolderDataModule",
+    "MaskListDataModule",
     "ModelConfig",
     "PredictionPicture",
     "SemanticSegmentationTask",
@@ -40,3 +54,30 @@ __all__ = [
     "WeightsError",
     "draw_predictions",
 ]
+
+_MODULES = {
+    "BeforeAfter": "before_after",
+    "CpuThreads": "threads",
+    "DataError": "errors",
+    "DigitScenesDataModule": "segmentation.scenes",
+    "DigitsDataModule": "classification.digits",
+    "HubImageDataModule": "classification.hub",
+    "HubMaskDataModule": "segmentation.hub",
+    "ImageClassificationTask": "classification.task",
+    "ImageFolderDataModule": "classification.folder",
+    "ImageListDataModule": "classification.listed",
+    "MaskFolderDataModule": "segmentation.folder",
+    "MaskListDataModule": "segmentation.listed",
+    "ModelConfig": "models",
+    "PredictionPicture": "segmentation.picture",
+    "SemanticSegmentationTask": "segmentation.task",
+    "VisionDataModule": "data",
+    "WeightsError": "errors",
+    "draw_predictions": "segmentation.picture",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

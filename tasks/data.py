@@ -8,18 +8,21 @@ them; `name`, the file or the scene it comes from, so that an error can say wher
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
-from lora_plugins.tasks.errors import DataError
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import DataError, unknown
 
 TRAIN, VAL, TEST = "train", "val", "test"
+SHUFFLE, BALANCED = "shuffle", "balanced"
+SAMPLERS = (SHUFFLE, BALANCED)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class VisionDataModule(LightningDataModule):
     Args:
         batch_size: Samples a batch.
         num_workers: Processes that load data; 0 loads in the training process.
+        sampler: `shuffle`, or `balanced` to draw each class equally often, where samples have one class each.
 
     Attributes:
         ignore_index: The label that stands for no class, for data that have one.
@@ -116,9 +120,11 @@ class VisionDataModule(LightningDataModule):
 
     ignore_index: int | None = None
 
-    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0, sampler: str = SHUFFLE) -> None:
         super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
+        if sampler not in SAMPLERS:
+            raise unknown("sampler", sampler, SAMPLERS)
+        self.batch_size, self.num_workers, self.sampler = batch_size, num_workers, sampler
         self.splits: dict[str, Dataset[Any]] = {}
 
     @property
@@ -135,8 +141,11 @@ class VisionDataModule(LightningDataModule):
         self.splits = self.splits or self.load()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled samples of the train split."""
-        return self._loader(TRAIN, shuffle=True)
+        """Samples of the train split, drawn at random.
+
+        A last batch of a single sample is left out: batch statistics of one value are not defined.
+        """
+        return self._loader(TRAIN)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Samples of the val split, in order."""
@@ -150,14 +159,39 @@ class VisionDataModule(LightningDataModule):
         """Samples of the test split, or of the val split where there is no test split."""
         return self._loader(TEST if TEST in self.splits else VAL)
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+    def class_counts(self) -> Tensor:
+        """How often each class occurs in the train split, (classes,): in samples, or in pixels of their masks."""
+        counts = torch.zeros(len(self.class_names), dtype=torch.long)
+        for target in self.targets(TRAIN):
+            counted = target if self.ignore_index is None else target[target != self.ignore_index]
+            counts += torch.bincount(counted, minlength=len(counts))
+        return counts
+
+    def targets(self, split: str) -> Iterator[Tensor]:
+        """The targets of a split, one sample after the other, flattened."""
+        for sample in cast(Any, self.splits[split]):
+            yield torch.as_tensor(sample["target"]).reshape(-1)
+
+    def _loader(self, split: str) -> DataLoader[Any]:
         if split not in self.splits:
             raise DataError(f"{type(self).__name__} has no {split} split, only {', '.join(self.splits)}.")
         return DataLoader(
             self.splits[split],
             batch_size=self.batch_size,
-            shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            **(self._drawn() if split == TRAIN else {}),
         )
+
+    def _drawn(self) -> dict[str, Any]:
+        size = len(cast(Any, self.splits[TRAIN]))
+        drop = {"drop_last": size > self.batch_size and size % self.batch_size == 1}
+        if self.sampler == SHUFFLE:
+            return {"shuffle": True, **drop}
+        labels = list(self.targets(TRAIN))
+        if any(len(label) != 1 for label in labels):
+            raise ConfigError("sampler is 'balanced', which needs one class a sample; masks have many.")
+        every = torch.cat(labels)
+        weights = 1 / torch.bincount(every).clamp(min=1)
+        return {"sampler": WeightedRandomSampler(weights[every].tolist(), size), **drop}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lora_plugins.tasks.errors import DataError, unknown
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
-INDEX_MODES = frozenset({"L", "P"})
 
 
 def existing_folder(folder: Path) -> Path:
@@ -59,37 +57,15 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DataError: Where it cannot be read, naming the file.
     """
-    return _open(path).convert("RGB")
+    return open_picture(path).convert("RGB")
 
 
-def read_index_mask(path: Path) -> np.ndarray:
-    """Read a mask of one class index a pixel, as (H, W) 8-bit integers; of a palette picture, its indices.
-
-    Raises:
-        DataError: Where it cannot be read, or holds something else than one 8-bit value a pixel.
-    """
-    mask = _open(path)
-    if mask.mode not in INDEX_MODES:
-        raise DataError(
-            f"{path} has the mode {mask.mode}; a mask is an 8-bit PNG with one class index a pixel (mode L or P)."
-        )
-    return np.asarray(mask)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, from its head.
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture as it is stored.
 
     Raises:
         DataError: Where it cannot be read.
     """
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()

@@ -24,7 +24,19 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType({"constant": constant, "cosine": cosine})
+def linear(progress: float) -> float:
+    """A straight line, from the base rate to nothing."""
+    return 1 - progress
+
+
+def polynomial(progress: float) -> float:
+    """The usual decay of segmentation, with the power 0.9 of DeepLab (arXiv 1606.00915)."""
+    return (1 - progress) ** 0.9
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"constant": constant, "cosine": cosine, "linear": linear, "polynomial": polynomial}
+)
 
 
 def factor(step: int, *, schedule: str, total: int, warmup: float) -> float:

@@ -58,7 +58,9 @@ def load_from_checkpoint(
         )
     checked_entry(checkpoint)
     real = _named_class(checkpoint, module_class)
-    loading: Any = type(real.__name__, (LoraCheckpointMixin, real), {"__module__": real.__module__})
+    loading: Any = real
+    if not issubclass(real, LoraCheckpointMixin):
+        loading = type(real.__name__, (LoraCheckpointMixin, real), {"__module__": real.__module__})
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)

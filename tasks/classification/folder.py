@@ -1,89 +1,65 @@
-"""Images in one folder a class: `{train,val}/CLASS/NAME.jpg`."""
+"""Images in one folder a class: `{train,val}/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` to be split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from PIL import Image
 
-from lora_plugins.tasks.data import TEST, TRAIN, VAL, VisionDataModule
-from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.data import TEST, TRAIN, VAL
 from lora_plugins.tasks.files import image_files, read_image, subfolders
-from lora_plugins.tasks.transforms import Size, image_transform
+from lora_plugins.tasks.pictures import Item, PictureDataModule
 
 
-class LabelledFiles(Dataset[dict[str, Any]]):
-    """Image files with a class index each.
-
-    Args:
-        samples: The path and the class index of each image.
-        transform: From a PIL image to a tensor (channels, H, W) in [0, 1].
-    """
-
-    def __init__(self, samples: Sequence[tuple[Path, int]], transform: Any) -> None:
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path, label = self.samples[index]
-        return {"image": self.transform(read_image(path)), "target": label, "name": str(path)}
-
-
-class ImageFolderDataModule(VisionDataModule):
+class ImageFolderDataModule(PictureDataModule):
     """Images on disk, sorted into folders by class: `root/train/CLASS/...`, `root/val/CLASS/...`, perhaps `root/test`.
 
-    The classes are the folders of `train`, in alphabetical order.
+    Where there is no `root/train`, the folders of `root` are the classes, and `val_share` says how many images are kept
+    for validation. The classes are the folders in alphabetical order.
 
     Args:
-        root: The folder that holds `train` and `val`.
-        image_size: Height and width to which all images are brought.
-        augmentation: What is done to training images: `none`, `flip` or `crop_flip`.
-        batch_size: Images a batch.
-        num_workers: Processes that load images; 0 loads in the training process.
+        root: The folder that holds `train` and `val`, or the classes.
+        **options: Those of `PictureDataModule`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        image_size: Size = (224, 224),
-        augmentation: str = "flip",
-        batch_size: int = 32,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers)
+    def __init__(self, root: str, **options: Any) -> None:
+        super().__init__(**options)
         self.root = Path(root)
-        self.transforms = {TRAIN: image_transform(image_size, augmentation)}
-        self.plain = image_transform(image_size)
         self._classes: list[str] = []
 
     @property
     def class_names(self) -> list[str]:
         """The folders of the train split."""
-        self._classes = self._classes or subfolders(self.root / TRAIN)
+        self._classes = self._classes or subfolders(self._folder(TRAIN))
         return self._classes
 
-    def load(self) -> dict[str, Dataset[Any]]:
-        """Find the images of all splits.
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The images of all splits, and every folder that is empty or unknown to the train split."""
+        splits = [TRAIN]
+        if self._folder(TRAIN) != self.root:
+            splits += [VAL] if self.shares[VAL] == 0 or (self.root / VAL).is_dir() else []
+            splits += [TEST] if (self.root / TEST).is_dir() else []
+        problems: list[str] = []
+        return {split: self._items(split, problems) for split in splits}, problems
 
-        Raises:
-            DataError: With every folder that is missing, empty or unknown to the train split.
-        """
-        splits = [TRAIN, VAL, *([TEST] if (self.root / TEST).is_dir() else [])]
-        return {split: LabelledFiles(self._samples(split), self.transforms.get(split, self.plain)) for split in splits}
+    def read(self, item: Item) -> tuple[Image.Image, int]:
+        """Read an image; its class is known."""
+        return read_image(item.image), item.target
 
-    def _samples(self, split: str) -> list[tuple[Path, int]]:
-        folder = self.root / split
-        found = {name: image_files(folder / name) for name in subfolders(folder)}
-        problems = [
-            *(f"{folder / name} holds no image" for name, paths in found.items() if not paths),
-            *(f"{folder / name} is no class of {self.root / TRAIN}" for name in found if name not in self.class_names),
-            *(f"{folder / name} is missing" for name in self.class_names if split == TRAIN and name not in found),
-        ]
-        if problems:
-            raise DataError(f"The image folders under {folder} cannot be used:\n{listed(problems)}")
-        return [(path, self.class_names.index(name)) for name, paths in found.items() for path in paths]
+    def _folder(self, split: str) -> Path:
+        alone = self.shares[VAL] > 0 and not (self.root / TRAIN).is_dir()
+        return self.root if alone else self.root / split
+
+    def _items(self, split: str, problems: list[str]) -> list[Item]:
+        folder = self._folder(split)
+        items: list[Item] = []
+        for name in subfolders(folder):
+            paths = image_files(folder / name)
+            if not paths:
+                problems.append(f"{folder / name} holds no image")
+            if name not in self.class_names:
+                problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
+                continue
+            items += [Item(path, self.class_names.index(name), str(path)) for path in paths]
+        return items

@@ -9,11 +9,12 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models import from_smp, from_timm, from_transformers
+from lora_plugins.tasks.models import from_smp, from_timm, from_torchvision, from_transformers
 from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.heads import with_head
 from lora_plugins.tasks.models.network import Network
 
-__all__ = ["CLASSIFIERS", "SEGMENTERS", "ModelConfig", "Network", "Source", "source_of"]
+__all__ = ["CLASSIFIERS", "SEGMENTERS", "ModelConfig", "Network", "Source", "build_network", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,20 @@ CLASSIFIERS: Mapping[str, Source] = MappingProxyType(
 SEGMENTERS: Mapping[str, Source] = MappingProxyType(
     {
         "smp": Source(from_smp.build_segmenter, from_smp.logits),
+        "torchvision": Source(from_torchvision.build_segmenter, from_torchvision.logits),
         "transformers": Source(from_transformers.build_segmenter, from_transformers.logits),
     }
 )
+
+
+def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network:
+    """Build the network that a configuration describes, with its head as the configuration says.
+
+    Raises:
+        ConfigError: For names that are not known, or options that do not fit.
+        WeightsError: Where weights do not fit.
+    """
+    return with_head(source_of(config, sources).build, config)
 
 
 def source_of(config: ModelConfig, sources: Mapping[str, Source]) -> Source:

@@ -24,8 +24,7 @@ def build_classifier(config: ModelConfig) -> Network:
         module, new = _pretrained(config)
     else:
         module, new = _from_file(config)
-    own = module.pretrained_cfg
-    return Network(module.train(), new, own.get("mean"), own.get("std"))
+    return Network(module.train(), new, **_preprocessing(module, config))
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -77,6 +76,16 @@ def _from_file(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
     return module, load_exactly(
         module, read_weights(config.weights), heads=heads, base=None, where=repr(config.weights)
     )
+
+
+def _preprocessing(module: Any, config: ModelConfig) -> dict[str, Any]:
+    """What timm says of the images that the network wants; an `img_size` among the options has the last word."""
+    from timm.data import resolve_model_data_config
+
+    own = resolve_model_data_config(module)
+    size = config.options.get("img_size", own["input_size"][-2:])
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return {"mean": own["mean"], "std": own["std"], "size": size, "interpolation": own["interpolation"]}
 
 
 def _classifier_names(module: Any) -> tuple[str, ...]:

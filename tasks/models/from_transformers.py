@@ -26,6 +26,11 @@ from lora_plugins.tasks.models.weights import (
     read_weights,
 )
 
+AUXILIARY_OPTION, AUXILIARY = "use_auxiliary_head", "auxiliary_head."
+PROCESSOR = "preprocessor_config.json"
+RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Names of PIL's numbers for the ways of interpolation that tensors know."""
+
 
 def build_classifier(config: ModelConfig) -> Network:
     """Build what `AutoModelForImageClassification` gives, with `config.num_classes` labels.
@@ -60,11 +65,23 @@ def _build(config: ModelConfig, auto: Any) -> Network:
     architecture = _architecture(config, auto)
     with _quiet():
         module, new = _load(config, auto, architecture)
-    return Network(module.train(), new, *_own_normalisation(config))
+    return Network(module.train(), new, **_preprocessing(config, architecture))
 
 
 def _architecture(config: ModelConfig, auto: Any) -> Any:
-    """The transformers configuration that `name` and `options` describe."""
+    """The transformers configuration that `name` and `options` describe, without an auxiliary head.
+
+    The library feeds an auxiliary head only to a loss of its own, which leaves out the options of ours.
+    """
+    if config.options.get(AUXILIARY_OPTION):
+        raise ConfigError(f"{config.name}: {AUXILIARY_OPTION} is true; tasks train on the main head's logits alone.")
+    architecture = _named_architecture(config, auto)
+    if hasattr(architecture, AUXILIARY_OPTION):
+        setattr(architecture, AUXILIARY_OPTION, False)
+    return architecture
+
+
+def _named_architecture(config: ModelConfig, auto: Any) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -96,7 +113,7 @@ def _fetched_architecture(config: ModelConfig) -> Any:
 def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:
     if config.weights == NONE:
         module = auto.from_config(architecture)
-        return module, children_besides(module, module.base_model_prefix)
+        return module, children_besides(module, _base(module))
     report_it = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if config.weights == PRETRAINED:
         module, info = _pretrained(config.name, auto, config=architecture, **report_it)
@@ -106,10 +123,10 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
         module, info = cls.from_pretrained(None, config=architecture, state_dict=state, **report_it)
     difference = Difference(
         missing=frozenset(info["missing_keys"]),
-        surplus=frozenset(info["unexpected_keys"]),
+        surplus=frozenset(key for key in info["unexpected_keys"] if not key.startswith(AUXILIARY)),
         reshaped=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
     )
-    base = module.base_model_prefix
+    base = _base(module)
     where = repr(config.name if config.weights == PRETRAINED else config.weights)
     heads = children_besides(module, base)
     return module, new_modules(difference, module.state_dict(), heads=heads, base=base, where=where)
@@ -129,17 +146,46 @@ def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
         raise ConfigError(f"The pretrained weights {name!r} of transformers could not be read: {error}") from error
 
 
-def _own_normalisation(config: ModelConfig) -> tuple[Any, Any]:
-    """Mean and std of the image processor that lies beside the configuration, if there is one."""
+def _base(module: nn.Module) -> str:
+    """Name of the child that is no head; UperNet, over any backbone, says none."""
+    for name in (module.base_model_prefix, "backbone"):
+        if name and hasattr(module, str(name)):
+            return str(name)
+    raise ConfigError(f"{type(module).__name__} of transformers does not say which part of it is no head.")
+
+
+def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:
+    """What the image processor beside the configuration says, if there is one; else the configuration's image size."""
     from transformers import AutoImageProcessor
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     local = Path(config.name)
-    alone = config.name in CONFIG_MAPPING or (local.is_dir() and not (local / "preprocessor_config.json").is_file())
-    if config.mean is not None or alone:
-        return None, None
-    processor = AutoImageProcessor.from_pretrained(config.name)
-    return tuple(processor.image_mean), tuple(processor.image_std)
+    if config.name in CONFIG_MAPPING or (local.is_dir() and not (local / PROCESSOR).is_file()):
+        return {"mean": None, "std": None, "size": _pair(getattr(architecture, "image_size", None))}
+    own = AutoImageProcessor.from_pretrained(config.name).to_dict()
+    channels = int(getattr(architecture, "num_channels", 3))
+    normalised = own.get("do_normalize", own.get("image_mean") is not None)
+    return {
+        "mean": tuple(own["image_mean"]) if normalised else (0.0,) * channels,
+        "std": tuple(own["image_std"]) if normalised else (1.0,) * channels,
+        "size": _processed_size(own),
+        "interpolation": RESAMPLE.get(own.get("resample"), "bilinear"),
+        "bgr": bool(own.get("do_flip_channel_order", False)),
+    }
+
+
+def _processed_size(own: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width that a processor brings images to: of its crop, if there is one, or of its resizing."""
+    size = own.get("crop_size") if own.get("do_center_crop") and own.get("crop_size") else own.get("size") or {}
+    if "height" in size:
+        return int(size["height"]), int(size["width"])
+    return _pair(size.get("shortest_edge"))
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    return (int(size), int(size)) if isinstance(size, int | float) else (int(size[0]), int(size[1]))
 
 
 @contextmanager

@@ -17,12 +17,18 @@ class Network:
         new_modules: Names, relative to `module`, of the modules whose parameters are newly initialised.
         mean: Mean of each channel that the network expects of images in [0, 1], or None where its source says none.
         std: Standard deviation of each channel, likewise.
+        size: Height and width of the images that the network was made for, or None where any will do.
+        interpolation: How its images were brought to that size: `bilinear`, `bicubic` or `nearest`.
+        bgr: Whether it wants blue, green and red in this order.
     """
 
     module: nn.Module
     new_modules: tuple[str, ...]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    size: tuple[int, int] | None = None
+    interpolation: str = "bilinear"
+    bgr: bool = False
 
 
 def children_besides(module: nn.Module, base: str) -> tuple[str, ...]:

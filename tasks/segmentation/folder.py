@@ -7,141 +7,65 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
+from PIL import Image
 
-from lora_plugins.tasks.data import TEST, TRAIN, VAL, VisionDataModule
-from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import (
-    MASK_SUFFIXES,
-    existing_folder,
-    image_files,
-    picture_size,
-    read_image,
-    read_index_mask,
-)
-from lora_plugins.tasks.transforms import Size, image_transform
-
-IMAGES, MASKS = "images", "masks"
+from lora_plugins.tasks.data import TEST, TRAIN, VAL
+from lora_plugins.tasks.files import MASK_SUFFIXES, existing_folder, image_files, open_picture
+from lora_plugins.tasks.pictures import Item
+from lora_plugins.tasks.segmentation.masked import MaskDataModule
 
 
-class MaskedFiles(Dataset[dict[str, Any]]):
-    """Image files with a mask file each.
-
-    Args:
-        pairs: The path of each image and of its mask.
-        transform: Moves an image and its mask together; the image becomes (channels, H, W) in [0, 1].
-    """
-
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], transform: Any) -> None:
-        self.pairs, self.transform = pairs, transform
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image_path, mask_path = self.pairs[index]
-        mask = tv_tensors.Mask(torch.from_numpy(read_index_mask(mask_path).copy()).long())
-        image, mask = self.transform(read_image(image_path), mask)
-        return {"image": image, "target": mask, "name": str(mask_path)}
-
-
-class MaskFolderDataModule(VisionDataModule):
+class MaskFolderDataModule(MaskDataModule):
     """Images and masks on disk, paired by name: `root/images/train/a.jpg` with `root/masks/train/a.png`.
 
-    Splits are `train` and `val`, and `test` where there is such a folder. A mask is an 8-bit PNG that holds one class
-    index a pixel.
+    Splits are `train` and `val`, and `test` where there is such a folder. Where there is no `root/images/train`, the
+    pictures lie in `root/images` and `root/masks`, and `val_share` says how many are kept for validation.
 
     Args:
         root: The folder that holds `images` and `masks`.
-        classes: Names of the classes, in the order of their indices in the masks.
-        image_size: Height and width to which images and masks are brought; metrics are computed at this size.
-        ignore_index: A value of the masks that stands for no class; the task must be given the same.
-        augmentation: What is done to training images: `none`, `flip` or `crop_flip`.
-        check_masks: Read every mask once before training, to list all that hold something else than a class.
-        batch_size: Images a batch.
-        num_workers: Processes that load images; 0 loads in the training process.
+        images: Name of the folder of images.
+        masks: Name of the folder of masks.
+        **options: Those of `MaskDataModule`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        classes: Sequence[str],
-        image_size: Size = (512, 512),
-        ignore_index: int = 255,
-        augmentation: str = "flip",
-        check_masks: bool = True,
-        batch_size: int = 8,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root, self.classes, self.ignore_index = Path(root), list(classes), ignore_index
-        self.check_masks = check_masks
-        self.transforms = {TRAIN: image_transform(image_size, augmentation)}
-        self.plain = image_transform(image_size)
+    def __init__(self, root: str, *, images: str = "images", masks: str = "masks", **options: Any) -> None:
+        super().__init__(**options)
+        self.root, self.images, self.masks = Path(root), images, masks
 
-    @property
-    def class_names(self) -> list[str]:
-        """The names that were given."""
-        return self.classes
-
-    def load(self) -> dict[str, Dataset[Any]]:
-        """Pair the images and masks of all splits, and check them.
-
-        Raises:
-            DataError: With every image without a mask, mask without an image, pair of two sizes, and mask that holds
-                something else than a class.
-        """
-        splits = [TRAIN, VAL, *([TEST] if (self.root / IMAGES / TEST).is_dir() else [])]
-        return {split: MaskedFiles(self._pairs(split), self.transforms.get(split, self.plain)) for split in splits}
-
-    def _pairs(self, split: str) -> list[tuple[Path, Path]]:
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The pairs of all splits, and every file without a partner."""
         existing_folder(self.root)
-        folder = self.root / IMAGES / split
-        images = _by_stem(image_files(folder))
-        masks = _by_stem(image_files(self.root / MASKS / split, MASK_SUFFIXES))
-        pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
-        problems = [
-            *([f"{folder} holds no image"] if not images else []),
-            *(
-                f"{path} has no mask {self.root / MASKS / split / stem}.png"
-                for stem, path in images.items()
-                if stem not in masks
-            ),
-            *(f"{path} has no image in {folder}" for stem, path in masks.items() if stem not in images),
-            *(problem for pair in pairs for problem in self._wrong_with(*pair)),
-        ]
-        if problems:
-            raise DataError(
-                f"The {split} split of {self.root} cannot be used ({len(problems)} problems):\n{listed(problems)}"
-            )
-        return pairs
+        folder = self.root / self.images
+        splits: Sequence[str] = [TRAIN]
+        if not self._flat():
+            splits = [TRAIN, *([VAL] if self.shares[VAL] == 0 or (folder / VAL).is_dir() else [])]
+            splits += [TEST] if (folder / TEST).is_dir() else []
+        problems: list[str] = []
+        return {split: self._pairs(split, problems) for split in splits}, problems
 
-    def _wrong_with(self, image: Path, mask: Path) -> list[str]:
-        try:
-            sizes = picture_size(image), picture_size(mask)
-            if sizes[0] != sizes[1]:
-                return [f"{mask} is {_by(sizes[1])}, its image {image.name} is {_by(sizes[0])} (height x width)"]
-            values = np.unique(read_index_mask(mask)) if self.check_masks else np.empty(0, dtype=np.uint8)
-        except DataError as error:
-            return [str(error)]
-        wrong = [int(v) for v in values if v >= len(self.classes) and v != self.ignore_index]
-        if not wrong:
-            return []
-        allowed = f"0 to {len(self.classes) - 1}, and {self.ignore_index} for what is ignored"
-        return [f"{mask} holds {', '.join(map(str, wrong))}; allowed are {allowed}"]
+    def pictures(self, item: Item) -> tuple[Image.Image, Image.Image]:
+        """Open the two files."""
+        return open_picture(item.image), open_picture(item.target)
+
+    def _flat(self) -> bool:
+        return self.shares[VAL] > 0 and not (self.root / self.images / TRAIN).is_dir()
+
+    def _pairs(self, split: str, problems: list[str]) -> list[Item]:
+        folders = [self.root / kind / ("" if self._flat() else split) for kind in (self.images, self.masks)]
+        images = _by_stem(image_files(folders[0]), problems)
+        masks = _by_stem(image_files(folders[1], MASK_SUFFIXES), problems)
+        if not images:
+            problems.append(f"{folders[0]} holds no image")
+        problems += [f"{p} has no mask {folders[1] / stem}.png" for stem, p in images.items() if stem not in masks]
+        problems += [f"{p} has no image in {folders[0]}" for stem, p in masks.items() if stem not in images]
+        return [Item(images[stem], masks[stem], str(masks[stem])) for stem in images if stem in masks]
 
 
-def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
+def _by_stem(paths: Sequence[Path], problems: list[str]) -> dict[str, Path]:
     count = Counter(path.stem for path in paths)
-    twice = [path for path in paths if count[path.stem] > 1]
-    if twice:
-        raise DataError(f"Files of one name, so that their masks cannot be told:\n{listed([str(p) for p in twice])}")
-    return {path.stem: path for path in paths}
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+    problems += [
+        f"{path} is one of several files of one name, so that masks cannot be told"
+        for path in paths
+        if count[path.stem] > 1
+    ]
+    return {path.stem: path for path in paths if count[path.stem] == 1}

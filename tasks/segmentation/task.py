@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassJaccardIndex,
+)
 
-from lora_plugins.tasks.base import VisionTask
+from lora_plugins.tasks.base import CONFUSION, VisionTask
+from lora_plugins.tasks.losses import CROSS_ENTROPY, FROM_SMP
 from lora_plugins.tasks.models import SEGMENTERS, Source
 
 
@@ -28,25 +34,29 @@ class ClassIoU(MulticlassJaccardIndex):
 
 
 class SemanticSegmentationTask(VisionTask):
-    """One label a pixel, by any semantic segmenter of transformers or decoder of segmentation-models-pytorch.
+    """One label a pixel, by any segmenter of transformers or torchvision, or decoder of segmentation-models-pytorch.
 
     Metrics, all from the counts over the whole split: `mean_iou` (intersection over union, mean over the classes that
-    occur), `iou/NAME` for each class, and `pixel_accuracy`. Logits of a network that answers at a lower resolution, as
-    SegFormer does, are enlarged to the size of the mask.
-    Arguments and attributes are those of `VisionTask`.
+    occur), `iou/NAME` for each class, `dice` (mean over the classes that occur) and `pixel_accuracy`. Logits of a
+    network that answers at another resolution, as SegFormer does, are brought to the size of the mask.
+    Arguments and attributes are those of `VisionTask`; losses are `cross_entropy`, `focal`, `dice`, `lovasz` and sums.
     """
 
     sources: ClassVar[Mapping[str, Source]] = SEGMENTERS
+    losses: ClassVar[Sequence[str]] = (CROSS_ENTROPY, *FROM_SMP)
     main_metric: ClassVar[str] = "mean_iou"
 
     def build_metrics(self) -> MetricCollection:
-        """Mean IoU, IoU by class and pixel accuracy."""
+        """All of them, from the predicted labels."""
         classes, ignored = self.model_config.num_classes, self.ignore_index
         shared: dict[str, Any] = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
         metrics: dict[str, Metric | MetricCollection] = {
             "mean_iou": MulticlassJaccardIndex(average="macro", **shared),
             "iou": ClassIoU(classes, ignored),
+            # F1 over all pixels of a split is their Dice coefficient.
+            "dice": MulticlassF1Score(average="macro", **shared),
             "pixel_accuracy": MulticlassAccuracy(average="micro", **shared),
+            CONFUSION: MulticlassConfusionMatrix(**shared),
         }
         return MetricCollection(metrics)
 
@@ -59,7 +69,7 @@ class SemanticSegmentationTask(VisionTask):
         return self.logits_at(images, targets.shape[-2:])
 
     def logits_at(self, images: Tensor, size: torch.Size) -> Tensor:
-        """Logits (N, classes, *size), enlarged where the network answers at another resolution."""
+        """Logits (N, classes, *size), resized where the network answers at another resolution."""
         logits = self.raw_logits(images)
         if logits.shape[-2:] == size:
             return logits

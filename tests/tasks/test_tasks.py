@@ -71,7 +71,7 @@ class TestClassification:
 
     def test_the_test_split(self, trainer):
         (result,) = trainer().test(ImageClassificationTask(tiny_vit()), datamodule=digits(), verbose=False)
-        assert set(result) == {"test/loss", "test/accuracy", "test/f1"}
+        assert set(result) == {f"test/{name}" for name in ("loss", "accuracy", "f1", "auroc", "calibration_error")}
 
 
 def digits_of(split):

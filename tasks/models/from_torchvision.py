@@ -1,0 +1,75 @@
+"""Semantic segmenters of torchvision: DeepLabV3, FCN and LR-ASPP (https://docs.pytorch.org/vision/stable/models.html).
+
+Their auxiliary classifier, which only serves a second loss, is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+from urllib.error import URLError
+
+from torch import Tensor, nn
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.network import Network
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+
+HEAD, BACKBONE, AUXILIARY = "classifier", "backbone", "aux_classifier"
+
+
+def build_segmenter(config: ModelConfig) -> Network:
+    """Build a segmenter of torchvision with `config.num_classes` output channels.
+
+    Raises:
+        ConfigError: For an unknown name, options that the architecture does not take, or weights out of reach.
+        WeightsError: Where a file's weights do not fit.
+    """
+    module, new = _create(config), (HEAD,)
+    if config.weights != NONE:
+        state = _published(config.name) if config.weights == PRETRAINED else read_weights(config.weights)
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{AUXILIARY}.")}
+        new = load_exactly(module, state, heads=new, base=BACKBONE, where=repr(config.weights))
+    own = _default_weights(config.name).transforms()
+    side = int(own.resize_size[0])
+    return Network(module.train(), new, tuple(own.mean), tuple(own.std), (side, side), own.interpolation.value)
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Call the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
+    return cast(Tensor, network(images)["out"])
+
+
+def _create(config: ModelConfig) -> nn.Module:
+    from torchvision.models import get_model, list_models, segmentation
+
+    names = list_models(module=segmentation)
+    if config.name not in names:
+        raise unknown("segmenter of torchvision:", config.name, names)
+    keywords = {"weights": None, "weights_backbone": None, "num_classes": config.num_classes, **config.options}
+    try:
+        module = get_model(config.name, **keywords)
+    except TypeError as error:
+        raise ConfigError(
+            f"torchvision's {config.name} cannot be built with the options {config.options}: {error}"
+        ) from error
+    if hasattr(module, AUXILIARY):
+        module.aux_classifier = None
+    return cast(nn.Module, module)
+
+
+def _default_weights(name: str) -> Any:
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(name).DEFAULT
+
+
+def _published(name: str) -> dict[str, Tensor]:
+    try:
+        return dict(_default_weights(name).get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError) as error:
+        raise ConfigError(
+            f"The pretrained weights of torchvision's {name} could not be fetched ({error}). Without a network, give "
+            "the path of a safetensors file in `weights`."
+        ) from error

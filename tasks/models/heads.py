@@ -1,0 +1,49 @@
+"""The layers whose shape depends on the number of classes, found by building the network for one class more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.models.config import AUTO, NEW, ModelConfig
+from lora_plugins.tasks.models.network import Network, is_inside
+from lora_plugins.tasks.models.weights import NONE
+
+Build = Callable[[ModelConfig], Network]
+
+
+def with_head(build: Build, config: ModelConfig) -> Network:
+    """Build a network and treat its head as `config.head` says.
+
+    Raises:
+        ConfigError: Where a head is asked for and nothing in the network depends on the number of classes.
+    """
+    network = build(config)
+    if config.head == AUTO or network.new_modules:
+        return network
+    names = class_dependent(build, config)
+    if config.head == NEW:
+        fresh = build(replace(config, weights=NONE)).module.state_dict()
+        own = network.module.state_dict()
+        network.module.load_state_dict(own | {k: fresh[k] for k in own if is_inside(k, names)})
+    return replace(network, new_modules=names)
+
+
+def class_dependent(build: Build, config: ModelConfig) -> tuple[str, ...]:
+    """Names of the modules with a parameter whose shape depends on the number of classes.
+
+    Raises:
+        ConfigError: Where there is none.
+    """
+    with torch.device("meta"):
+        here, there = (
+            dict(build(replace(config, weights=NONE, num_classes=config.num_classes + more)).module.named_parameters())
+            for more in (0, 1)
+        )
+    names = {name.rpartition(".")[0] for name, p in here.items() if p.shape != there[name].shape}
+    if not names:
+        raise ConfigError(f"Nothing in {config.name!r} depends on the number of classes, so it has no head to train.")
+    return tuple(sorted(names))
