@@ -240,8 +240,9 @@ class LoraCallback(Callback):
         self._stop_watching()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the module its own methods back."""
+        """Gives the module its own methods back, and the strategy once nothing is left to save for it."""
         self._stop_watching()
+        CheckpointShims.release(trainer, pl_module)
 
     def before_load(self, module: nn.Module) -> None:
         """Takes the merge back, if `module` is the merged one, since an adapter is about to be loaded."""

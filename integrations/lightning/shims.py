@@ -10,8 +10,10 @@ No class is patched and no attribute of the Trainer is set. All of it was checke
 - `strategy.load_checkpoint`: callbacks see a checkpoint only after its weights were loaded. An error that is raised
   here leaves the Trainer without a checkpoint; after one that is raised later, the next run loads the file again.
 
-Those of the module are removed when the run ends. Those of the strategy live as long as their Trainer, so that
-`trainer.test(ckpt_path=...)` and `trainer.save_checkpoint` go on working after `fit`.
+Those of the module are removed when the run ends, and those of the strategy with them once the module carries no
+adapter, as after a merge; the next run's `setup`, which comes before any loading, puts them back. While the module does
+carry one, they stay with their Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, and no
+hook of Lightning's is called before it.
 """
 
 import os
@@ -28,6 +30,8 @@ from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.integrations.lightning import sharded
 from lora_plugins.integrations.lightning.checkpoint import KEY, adapted_targets, reading, restore, shrink
 from lora_plugins.integrations.lightning.sharded import is_sharded
+
+_STRATEGY_METHODS = ("save_checkpoint", "load_checkpoint")
 
 
 class Owner(Protocol):
@@ -92,6 +96,7 @@ class CheckpointShims:
         self._trainer = trainer
         self._owners: list[Owner] = []
         strategy = trainer.strategy
+        self._before = {name: vars(strategy).get(name) for name in _STRATEGY_METHODS}
         self._save, self._load = strategy.save_checkpoint, strategy.load_checkpoint
         strategy.save_checkpoint = self._shim(self.save)  # type: ignore[method-assign]
         strategy.load_checkpoint = self._shim(self.load)  # type: ignore[method-assign]
@@ -104,6 +109,19 @@ class CheckpointShims:
         if owner not in shims._owners:
             shims._owners.append(owner)
         return shims
+
+    @classmethod
+    def release(cls, trainer: Trainer, module: nn.Module) -> None:
+        """Gives the strategy its own methods back, unless the module carries adapters, or others stand in for ours."""
+        present = vars(trainer.strategy)
+        shims = getattr(present.get("save_checkpoint"), "lora_shims", None)
+        ours = all(getattr(present.get(name), "lora_shims", None) is shims for name in _STRATEGY_METHODS)
+        if shims is None or not ours or adapted_targets(module):
+            return
+        for name, own in shims._before.items():
+            del present[name]
+            if own is not None:
+                present[name] = own
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint without the frozen base, under a temporary name first."""

@@ -110,7 +110,7 @@ class TestConfig:
             main(["fit", "--lora.help"])
         out = " ".join(capsys.readouterr().out.split())
         for field in fields(LoraConfig):
-            assert re.search(rf"--lora\.{field.name}\+? [^ ]+ [A-Z`]\w+[ -]", out), field.name
+            assert re.search(rf"--lora\.{field.name}\+? [^ ]+ [A-Z`]\w+[` -]", out), field.name
 
     def test_printed_config_runs_and_prints_the_same(self, config, capsys, tmp_path):
         printed = []

@@ -124,21 +124,24 @@ def test_order_of_fit_and_of_a_test_after_it(tmp_path):
     assert events == TEST
 
 
-@pytest.mark.parametrize("stage", ["fit", "test"])
-def test_nothing_of_lightning_is_patched_and_nothing_stays_on_the_module(tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "merge"), [("fit", True), ("fit", False), ("test", True)], ids=["merged", "adapted", "test"]
+)
+def test_nothing_of_lightning_is_patched_and_nothing_stays_but_what_an_adapter_needs(tmp_path, stage, merge):
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
     classes = [pl.Trainer, pl.LightningModule, pl.Callback, Strategy, SingleDeviceStrategy, Classifier]
     before = [dict(vars(cls)) for cls in classes]
     module = Classifier()
-    run = trainer(tmp_path, [LoraCallback(CONFIG)])
+    run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=merge)])
     attributes = set(vars(run))
     getattr(run, stage)(module, loader())
     assert [dict(vars(cls)) for cls in classes] == before
     assert set(vars(run)) - attributes <= {"_last_val_time"}  # Lightning's own
     assert not [name for name, value in vars(module).items() if inspect.isfunction(value)]
-    assert {n for n, v in vars(run.strategy).items() if inspect.isfunction(v)} == {"save_checkpoint", "load_checkpoint"}
+    left = {name for name, value in vars(run.strategy).items() if inspect.isfunction(value)}
+    assert left == (set() if merge else {"save_checkpoint", "load_checkpoint"})
 
 
 def test_module_that_overrides_nothing_keeps_its_own_methods_after_fit(tmp_path):
