@@ -7,7 +7,7 @@ PACKAGE ?= -e .
 CONFIG ?= tasks/seg.yaml
 BIN = $(VENV)/bin
 
-.PHONY: run compare test test-slow lint clean
+.PHONY: run compare test test-slow lint docs clean
 
 run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
 	$(BIN)/lightning fit --config $(CONFIG)
@@ -21,10 +21,13 @@ test: $(VENV)/dev ## The fast tests.
 test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
 
-lint: $(VENV)/dev ## The linters.
+lint: $(VENV)/dev docs ## The linters, and the strict build of the docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+docs: $(VENV)/dev ## The site, in build/site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # One file for each set of extras that is installed; made again when the project file changes.
 $(VENV)/%: pyproject.toml

@@ -1,28 +1,135 @@
-"""Every Python example of the README and the docs runs, in the order of its page."""
+"""The README and the docs: every example runs, every link leads somewhere, every public name and hook is there."""
 
+import importlib
+import inspect
+import os
 import re
+import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
 
+import pluggy
 import pytest
+import yaml
+
+import lora_plugins
+from lora_plugins import hookspecs
+from lora_plugins.integrations.lightning.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PUBLIC = ("lora_plugins", "lora_plugins.integrations.lightning", "lora_plugins.tasks")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The fenced blocks of a language, each with the number of the line before it."""
+    text = page.read_text()
+    found = [match for match in FENCE.finditer(text) if match.group(1) == language]
+    return [(text[: match.start(2)].count("\n"), match.group(2)) for match in found]
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning")
 @pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning")
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # norm="freeze" holds them there
 @pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pages
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the order of their page, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"example_of_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    text = page.read_text()
-    for match in BLOCK.finditer(text):
-        line = text[: match.start(1)].count("\n")
-        code = compile("\n" * line + match.group(1), str(page), "exec")
-        exec(code, vars(module))
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pages
+def test_configurations_are_planned_and_fitted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _, text in blocks(page, "yaml"):
+        Path("file.yaml").write_text(text)
+        assert isinstance(yaml.safe_load(text), dict)
+        assert main(["plan", "--config", "file.yaml"]) == 0, capsys.readouterr().err
+        assert main(["fit", "--config", "file.yaml", "--trainer.fast_dev_run", "1"]) == 0, capsys.readouterr().err
+
+
+PROGRAMS = {"lightning": 1, "lora-plugins": 1, "python -m lora_plugins": 3}
+"""Our programs, and how many words their names have."""
+
+
+@pages
+def test_commands_exist(page: Path):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = [
+        line for language in ("", "sh", "bash") for _, text in blocks(page, language) for line in text.splitlines()
+    ]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets, line
+        for program, length in PROGRAMS.items():
+            if words[:length] == program.split():
+                assert words[length] in COMMANDS, line
+                config = words[words.index("--config") + 1] if "--config" in words else ""
+                assert not config.startswith("tasks/") or (ROOT / config).is_file(), line
+
+
+@pages
+def test_links_lead_somewhere(page: Path):
+    """The build checks the pages of the site; the README is not one of them."""
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_hooks_are_those_of_the_live_manager():
+    manager = pluggy.PluginManager(hookspecs.GROUP)
+    manager.add_hookspecs(hookspecs)
+    signatures = {
+        f"{name}({', '.join(inspect.signature(getattr(hookspecs, name)).parameters)})"
+        for name in vars(manager.hook)
+        if not name.startswith("_")
+    }
+    text = (DOCS / "hooks.md").read_text()
+    assert signatures == set(re.findall(r"^## (.*)$", text, re.MULTILINE))
+    included = set(re.findall(r"^::: lora_plugins\.hookspecs\.(\w+)$", text, re.MULTILINE))
+    assert included == {signature.partition("(")[0] for signature in signatures}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_documented(module: str):
+    reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    assert f"<!-- every public name of {module} -->" in reference
+    package = importlib.import_module(module)
+    bare = [name for name in package.__all__ if not (inspect.getdoc(getattr(package, name)) or "").strip()]
+    assert not bare
+
+
+def test_public_methods_are_documented():
+    bare = [
+        f"{name}.{attribute}"
+        for name in lora_plugins.__all__
+        if isinstance(getattr(lora_plugins, name), type)
+        for attribute, value in vars(getattr(lora_plugins, name)).items()
+        if not attribute.startswith("_") and inspect.isroutine(value) and not inspect.getdoc(value)
+    ]
+    assert not bare
+
+
+def test_the_site_is_built_strictly(tmp_path: Path):
+    """A broken link, a page that the navigation lacks or a name that cannot be found fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    silent = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=silent, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    core = (tmp_path / "api" / "core" / "index.html").read_text()
+    assert all(f'id="lora_plugins.{name}"' in core for name in lora_plugins.__all__)
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert not fetched, f"{page.name} fetches {fetched}"

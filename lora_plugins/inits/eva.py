@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_plugins.errors import ConfigError
 from lora_plugins.init_plugin import InitContext, InitPlugin, InputMoments, RankRequest
-from lora_plugins.inits.factors import fill_rest, truncated_svd
+from lora_plugins.inits.factors import fill_rest
 from lora_plugins.inits.pissa import check_niter
 
 
@@ -77,15 +77,31 @@ def principal(inputs: InputMoments, count: int, niter: int | None, generator: to
     Args:
         inputs: The moments of the inputs.
         count: How many directions, at most.
-        niter: As in `truncated_svd`.
-        generator: As in `truncated_svd`.
+        niter: None for the exact decomposition; else the subspace iterations of a faster one.
+        generator: What the faster one draws from.
     """
-    # More than are used, so that the randomised decomposition has those right.
-    _, values, rows = truncated_svd(inputs.scatter(), 2 * count, niter, generator)
-    kept = min(count, int((values > 1e-12 * values.amax()).sum()))
+    scatter = inputs.scatter()
+    # More than are used, so that the faster decomposition has those right.
+    values, columns = torch.linalg.eigh(scatter) if niter is None else _leading(scatter, 2 * count, niter, generator)
+    values, rows = values.flip(0)[:count], columns.T.flip(0)[:count]
+    kept = int((values > 1e-12 * values.amax()).sum())
     rows = rows[:kept]
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows * largest.sign(), values[:kept]
+
+
+def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns the largest eigenvalues, ascending, and their eigenvectors as columns, by subspace iteration.
+
+    As `torch.svd_lowrank`, which multiplies by the matrix twice in each iteration, but for symmetric matrices: its
+    products with the transposed matrix take twenty times as long on a CPU (measured at 4608 columns in float64).
+    """
+    start = torch.randn(len(scatter), min(count, len(scatter)), dtype=scatter.dtype, generator=generator)
+    basis = torch.linalg.qr(scatter @ start).Q
+    for _ in range(2 * niter):
+        basis = torch.linalg.qr(scatter @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ (scatter @ basis))
+    return values, basis @ vectors
 
 
 def _shares(request: RankRequest, count: int, niter: int | None, generator: torch.Generator) -> list[float]:
@@ -95,5 +111,6 @@ def _shares(request: RankRequest, count: int, niter: int | None, generator: torc
         inputs = observed.inputs
         assert inputs is not None
         _, values = principal(inputs, count, niter, generator)
-        shares[: len(values)] += values / inputs.scatter().trace() / len(request.slots)
+        spread = inputs.gram.trace() - inputs.total.square().sum() / inputs.count
+        shares[: len(values)] += values / spread / len(request.slots)
     return [share for share in shares.tolist() if share > 0]

@@ -1,0 +1,55 @@
+"""What mkdocs needs to know of this repository: where the package is, and what its public names are."""
+
+import ast
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mkdocs.plugins import event_priority
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"lora_plugins": ".", "integrations": "integrations", "tasks": "tasks"}
+MARK = re.compile(r"^<!-- every public name of (\S+) -->$", re.MULTILINE)
+
+
+@event_priority(100)  # before mkdocstrings reads its configuration
+def on_config(config: Any) -> Any:
+    """Called by mkdocs; copies the sources as they are installed, `integrations/` and `tasks/` inside the package."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-plugins-docs-"))
+    for source, inside in FOLDERS.items():
+        shutil.copytree(
+            ROOT / source,
+            folder / "lora_plugins" / inside,
+            dirs_exist_ok=True,
+            ignore=lambda _, names: [name for name in names if Path(name).suffix not in ("", ".py")],
+        )
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(folder)]
+    config.extra["sources"] = str(folder)
+    return config
+
+
+def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
+    """Called by mkdocs for each page; puts an entry for each name of a module's `__all__` where a page asks for it."""
+    sources = Path(config.extra["sources"])
+
+    def entries(match: re.Match[str]) -> str:
+        module = match.group(1)
+        return "\n\n".join(f"::: {module}.{name}" for name in public_names(sources, module))
+
+    return MARK.sub(entries, markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Called by mkdocs; removes the copy."""
+    shutil.rmtree(config.extra["sources"])
+
+
+def public_names(sources: Path, module: str) -> list[str]:
+    """Returns the `__all__` of a package, without importing it."""
+    tree = ast.parse((sources.joinpath(*module.split(".")) / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise ValueError(f"{module} has no __all__")
