@@ -1,5 +1,6 @@
 """The commands, as a user types them; most run in this process, the promised spellings in one of their own."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_plugins import LoraConfig, LoraModel
-from lora_plugins.integrations.lightning import LoraCLI, load_from_checkpoint
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
 from lora_plugins.integrations.lightning.main import COMMANDS, main
 from tests.integrations.toys import Classifier, differing, load, loader, values
 
@@ -111,6 +112,20 @@ class TestConfig:
         out = " ".join(capsys.readouterr().out.split())
         for field in fields(LoraConfig):
             assert re.search(rf"--lora\.{field.name}\+? [^ ]+ [A-Z`]\w+[` -]", out), field.name
+
+    def test_print_config_with_comments_documents_every_field_and_is_a_config(self, config, capsys, tmp_path):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", config(), "--print_config=comments"])
+        printed = capsys.readouterr().out
+        sections = dict(re.findall(r"^(lora|lora_callback):\n(.*?)(?=^\w|\Z)", printed, flags=re.M | re.S))
+        names = [field.name for field in fields(LoraConfig)]
+        options = [name for name in inspect.signature(LoraCallback).parameters if name != "config"]
+        for section, keys in (("lora", names), ("lora_callback", options)):
+            for key in keys:
+                assert re.search(rf"^  # [^\n]+\n  {key}:", sections[section], flags=re.M), key
+        path = tmp_path / "printed.yaml"
+        path.write_text(printed)
+        assert main(["fit", "--config", str(path)]) == 0
 
     def test_printed_config_runs_and_prints_the_same(self, config, capsys, tmp_path):
         printed = []
