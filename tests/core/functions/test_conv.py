@@ -1,0 +1,144 @@
+"""The convolution computes the law, whichever way it chooses, with exact gradients of every order."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_plugins.functions.conv import Geometry, _choose, lora_conv
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution, and whether its update goes first and its factors get their gradients from small products."""
+
+    id: str
+    update_first: bool
+    small_products: bool
+    outputs: int = 6
+    inputs: int = 4
+    size: tuple[int, ...] = (6, 5)
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    groups: int = 1
+    r: int = 2
+    dropout: float = 0.0
+
+    @property
+    def geometry(self) -> Geometry:
+        n = len(self.size)
+        return Geometry((self.stride,) * n, (self.padding,) * n, (self.dilation,) * n, self.groups)
+
+    def tensors(self, dtype: torch.dtype = torch.float64, *, channels_last: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        n = len(self.size)
+        columns = self.inputs // self.groups * self.kernel**n
+        shapes = [
+            (2, self.inputs, *self.size),
+            (self.outputs, self.inputs // self.groups, *(self.kernel,) * n),
+            (self.outputs,),
+            (self.r, columns),
+            (self.outputs, self.r),
+        ]
+        tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+        if channels_last:
+            tensors[:2] = [t.contiguous(memory_format=torch.channels_last) for t in tensors[:2]]
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return lora_conv(*inputs, 1.7, self.dropout, self.geometry)
+
+    def law(self, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self.geometry.convolve(x, weight + 1.7 * (B @ A).view(weight.shape), bias)
+
+
+CASES = [
+    Case("kernel", True, False),
+    Case("kernel-strided-dilated", True, False, stride=2, padding=2, dilation=2),
+    Case("kernel-grouped", True, False, groups=2),
+    Case("kernel-depthwise", True, False, groups=4, outputs=4),
+    Case("kernel-1d", True, False, size=(9,)),
+    Case("kernel-3d", True, False, size=(3, 4, 3)),
+    Case("both", True, True, outputs=12, r=1),
+    Case("both-strided", True, True, outputs=12, r=1, stride=2),
+    Case("both-pointwise", True, True, outputs=12, inputs=16, r=1, kernel=1, padding=0),
+    Case("both-pointwise-strided", True, True, outputs=12, inputs=16, r=1, kernel=1, padding=0, stride=2),
+    Case("products", False, True, outputs=12, r=1, size=(2, 2)),
+    Case("products-pointwise", False, True, outputs=12, inputs=16, r=1, kernel=1, padding=0, size=(1, 2)),
+    Case("products-dropout", False, True, dropout=0.3),
+    Case("products-dropout-pointwise", False, True, kernel=1, padding=0, dropout=0.3),
+    Case("products-dropout-pointwise-strided", False, True, kernel=1, padding=0, stride=2, dropout=0.3),
+    Case("update-dropout-grouped", False, False, groups=2, dropout=0.3),
+]
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+formats = pytest.mark.parametrize(
+    ("case", "last"),
+    [(case, last) for case in CASES for last in (False, True) if not last or len(case.size) == 2],
+    ids=lambda value: value.id if isinstance(value, Case) else ("channels_last" if value else "contiguous"),
+)
+
+
+@cases
+def test_a_case_goes_the_way_it_says(case: Case):
+    x, weight, _, A, _ = case.tensors()
+    options = _choose(x, weight, A, 1.7, case.dropout, case.geometry)
+    assert (options.update_first, options.small_products) == (case.update_first, case.small_products)
+
+
+@formats
+def test_gradients(case: Case, last: bool):
+    assert torch.autograd.gradcheck(case.compute, case.tensors(channels_last=last), fast_mode=True)
+
+
+@cases
+def test_gradients_of_second_order(case: Case):
+    assert torch.autograd.gradgradcheck(case.compute, case.tensors(), fast_mode=True)
+
+
+@formats
+def test_it_is_the_law_in_the_format_of_its_input(case: Case, last: bool):
+    inputs = case.tensors(channels_last=last)
+    output = case.compute(*inputs)
+    if not case.dropout:
+        torch.testing.assert_close(output, case.law(*inputs), rtol=1e-12, atol=1e-12)
+    if last:
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        (gradient,) = torch.autograd.grad(output.sum(), inputs[:1])
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@cases
+def test_one_gradient_alone_is_the_same(case: Case):
+    inputs = case.tensors()
+    expected = torch.autograd.grad(case.compute(*inputs).sin().sum(), inputs)
+    for needed, wanted in enumerate(expected):
+        alone = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
+        (gradient,) = torch.autograd.grad(case.compute(*alone).sin().sum(), [alone[needed]])
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+@cases
+def test_autocast_agrees_with_float32(case: Case):
+    inputs = case.tensors(torch.float32)
+    expected = torch.autograd.grad(case.compute(*inputs).square().sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = case.compute(*inputs)
+    assert output.dtype == torch.bfloat16
+    for got, wanted in zip(torch.autograd.grad(output.float().square().sum(), inputs), expected, strict=True):
+        # bfloat16 has 8 bits; sums of some dozen products keep about 5 of them
+        assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
+@cases
+def test_only_the_input_is_kept(case: Case):
+    inputs = case.tensors(torch.float32)
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.compute(*inputs)
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known

@@ -1,0 +1,114 @@
+"""The linear function computes the law, whichever way it chooses, with exact gradients of every order."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_plugins.functions import linear
+from lora_plugins.functions.linear import lora_linear
+
+MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
+
+rows = pytest.mark.parametrize("lead", [MANY, FEW], ids=["update_first", "small_products"])
+drops = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
+
+
+def tensors(lead: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = [(*lead, 6), (5, 6), (5,), (2, 6), (5, 2)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def seeded(dropout: float):
+    def compute(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return lora_linear(*inputs, 1.7, dropout)
+
+    return compute
+
+
+def law(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return F.linear(x, weight + 1.7 * B @ A, bias)
+
+
+def test_the_shapes_of_this_file_take_both_ways():
+    assert linear.update_is_cheaper(48, 6, 5)
+    assert not linear.update_is_cheaper(2, 6, 5)
+
+
+@rows
+@drops
+def test_gradients_of_first_and_second_order(lead, dropout, monkeypatch):
+    monkeypatch.setattr(linear, "CHUNK", 8 * 6 * 8)  # several chunks of masks
+    inputs = tensors(lead)
+    assert torch.autograd.gradcheck(seeded(dropout), inputs)
+    assert torch.autograd.gradgradcheck(seeded(dropout), inputs)
+
+
+@rows
+def test_it_is_the_law(lead):
+    inputs = tensors(lead)
+    torch.testing.assert_close(lora_linear(*inputs, 1.7, 0.0), law(*inputs), rtol=1e-13, atol=1e-13)
+
+
+@rows
+@drops
+@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+def test_one_gradient_alone_is_the_same(lead, dropout, needed):
+    inputs = tensors(lead)
+    expected = torch.autograd.grad(seeded(dropout)(*inputs).sin().sum(), inputs)
+    alone = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
+    (gradient,) = torch.autograd.grad(seeded(dropout)(*alone).sin().sum(), [alone[needed]])
+    torch.testing.assert_close(gradient, expected[needed], rtol=1e-13, atol=1e-13)
+
+
+UNUSUAL = {
+    "one_row": lambda: torch.randn(6),
+    "no_row": lambda: torch.randn(0, 6),
+    "transposed": lambda: torch.randn(6, 30).T,
+    "permuted": lambda: torch.randn(4, 6, 7).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_inputs(make):
+    _, *others = tensors(MANY, torch.float32)
+    x = make()
+    torch.testing.assert_close(lora_linear(x, *others, 1.7, 0.0), law(x, *others))
+
+
+@rows
+@drops
+def test_autocast_agrees_with_float32(lead, dropout):
+    inputs = tensors(lead, torch.float32)
+    expected = torch.autograd.grad(seeded(dropout)(*inputs).square().sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = seeded(dropout)(*inputs)
+    assert output.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert got.dtype == torch.float32
+        # bfloat16 has 8 bits; sums of some dozen products keep about 5 of them
+        assert (got - wanted).norm() < 0.03 * wanted.norm()
+
+
+@rows
+def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead):
+    x, weight, _, A, B = tensors(lead, torch.float32)
+    small = B.detach() * 1e-3
+    x = x.detach().bfloat16() * 0 + 1
+    output = lora_linear(x, torch.full_like(weight, 256).bfloat16(), None, A, small, 1.0, 0.0)
+    base = F.linear(x, torch.full_like(weight, 256).bfloat16())
+    expected = base + F.linear(F.linear(x.float(), A), small).bfloat16()
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@drops
+def test_only_the_input_is_kept(dropout):
+    inputs = tensors(MANY, torch.float32)
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(*inputs, 1.7, dropout)
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known

@@ -1,0 +1,50 @@
+"""Masks are drawn again from their seed, element by element, in the memory format of their input."""
+
+import pytest
+import torch
+
+from lora_plugins.functions.masks import Dropout
+
+
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+def test_the_share_that_is_dropped(p: float):
+    torch.manual_seed(0)
+    dropout = Dropout.draw(p)
+    assert 1 - 1 / dropout.scale == pytest.approx(p, rel=0.021)  # what one byte or two can express
+    count = 400_000
+    dropped = 1 - dropout.mask_like(torch.empty(count)).mean().item()
+    exact = 1 - 1 / dropout.scale
+    assert abs(dropped - exact) < 5 * (exact * (1 - exact) / count) ** 0.5  # five standard deviations
+
+
+def test_elements_are_independent():
+    torch.manual_seed(1)
+    mask = Dropout.draw(0.3).mask_like(torch.empty(80_000, dtype=torch.float64))
+    centred = mask - mask.mean()
+    for distance in range(1, 17):  # within a draw of 64 bits and across draws
+        correlation = (centred[:-distance] * centred[distance:]).mean() / centred.square().mean()
+        assert abs(correlation) < 5 / 80_000**0.5
+
+
+def test_a_stream_in_pieces_is_the_whole_mask():
+    dropout = Dropout.draw(0.2)
+    whole = dropout.mask_like(torch.empty(8 * 5 + 3))
+    stream, pieces = dropout.masks(whole.device), [torch.empty(16), torch.empty(24), torch.empty(3)]
+    for piece in pieces:
+        stream.fill(piece)
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_mask_has_the_format_of_its_input():
+    image = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    mask = Dropout.draw(0.5).mask_like(image)
+    assert mask.stride() == image.stride()
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_global_generator_decides():
+    torch.manual_seed(3)
+    first = Dropout.draw(0.5)
+    second = Dropout.draw(0.5)
+    torch.manual_seed(3)
+    assert Dropout.draw(0.5) == first != second
