@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
@@ -12,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from lora_plugins.integrations.lightning.main import main
 from tests.integrations.toys import Classifier, differing, load, loader, trainer, values
 
 CONFIGS = {
@@ -234,3 +236,35 @@ class TestRefusals:
     def test_no_batches_of_a_kind(self):
         with pytest.raises(ConfigError, match="init_batches"):
             LoraCallback(CONFIGS["eva"], init_batches=0)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*will be overridden by `LoraCLI.configure_optimizers`:UserWarning")
+def test_from_the_command_line(init, tmp_path, capsys):
+    """The optimizer of a YAML file is built before the module is adapted, and trains the adapter all the same."""
+    config = {
+        "seed_everything": 0,
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path),
+        },
+        "model": {"class_path": "tests.integrations.toys.Classifier"},
+        "data": {"class_path": "tests.integrations.toys.Data"},
+        "lora": {"r": 1, "target_modules": ["net.0", "net.3"], "init": init},
+        "lora_callback": {"init_batches": 2, "save_adapter_to": str(tmp_path / "adapter")},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(path)]) == 0, capsys.readouterr().err
+    torch.manual_seed(0)
+    start = values(direct(CONFIGS["lora_ga"] if init == "lora_ga" else LoraConfig(**config["lora"]), 2).model)
+    module = Classifier()
+    LoraModel.load_adapter(module, tmp_path / "adapter")
+    assert differing(values(module), start) >= {"net.0.lora_B.default", "net.3.lora_B.default"}
+    assert torch.equal(values(module)["net.0.weight"], start["net.0.weight"])
