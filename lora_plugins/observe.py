@@ -44,7 +44,8 @@ class InitData:
     Args:
         batches: A DataLoader, or anything else that yields batches. It is read once.
         step: What is done with one batch: called with the model and the batch, it runs the model. For an init that
-            needs gradients it returns the loss, or something with a `loss`. By default, `call`.
+            needs gradients it returns the loss, or something with a `loss`. By default the model is called with the
+            items of the batch by name, with the first of several, or with the batch itself.
         limit: The number of batches to read; all of them by default.
     """
 

@@ -48,8 +48,13 @@ def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Calla
             "that needs no data."
         )
     shims = ModuleShims(trainer.strategy)
+
+    def once() -> None:
+        shims.remove()  # what loads a checkpoint later, such as a tuner, finds the module adapted
+        adapt()
+
     shims.after("load_checkpoint", lambda _: restored())
-    shims.after("setup", lambda _: None, before=adapt)
+    shims.after("setup", lambda _: None, before=once)
     return shims
 
 

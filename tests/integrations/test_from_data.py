@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -140,6 +146,25 @@ class TestStart:
         assert LoraModel(module).active_adapters == ("plain", "learned")
         assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
         assert "setup" not in vars(run.strategy)
+
+    def test_layers_that_configure_model_builds(self, tmp_path):
+        class Late(Classifier):
+            def configure_model(self):
+                if self.net is None:
+                    self.net = Classifier().net
+
+        module = Late()
+        module.net = None
+        trainer(tmp_path, [callback(CONFIGS["eva"])], max_epochs=1).fit(module, loader())
+        assert module.net[0].lora_B["default"].any()
+
+    @pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")  # the frozen batch norm
+    def test_a_tuner_that_restores_weights(self, tmp_path):
+        module = Classifier()
+        finder = LearningRateFinder(num_training_steps=5)
+        trainer(tmp_path, [callback(CONFIGS["lora_ga"]), finder], max_epochs=1).fit(module, loader())
+        start = values(direct(CONFIGS["lora_ga"]).model)
+        assert torch.equal(values(module)["net.0.weight"], start["net.0.weight"])
 
     @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.01)], ids=["wa", "swa"])
     def test_with_averaging(self, averaging, tmp_path):
