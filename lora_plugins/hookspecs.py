@@ -6,6 +6,7 @@ each registry that is built, which is before any model is touched: a process bui
 allowed and blocked plugins, most processes a single one.
 
 What holds for every hook:
+
 - It registers by the registrar it is handed, and returns nothing.
 - It sees no other plugin, and cannot count on an order; to replace what another plugin owns, it says so with
   `registrar.add(..., override=True)`.
