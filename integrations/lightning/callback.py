@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +29,7 @@ from lora_plugins.integrations.lightning.merging import (
     write_safetensors,
 )
 from lora_plugins.integrations.lightning.names import plain_name, renamed
+from lora_plugins.integrations.lightning.quiet import expecting_eval
 from lora_plugins.integrations.lightning.rates import Rates
 from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.sharded import is_sharded
@@ -115,6 +117,7 @@ class LoraCallback(Callback):
         self._steps_seen = 0
         self._rates: list[float] = []
         self._random: dict[str, Any] | None = None
+        self._quiet = ExitStack()
 
     @property
     def state_key(self) -> str:
@@ -180,6 +183,9 @@ class LoraCallback(Callback):
             refuse_computed(self._target(pl_module))
         if self.print_plan and trainer.is_global_zero:
             print_plan(self._handle(pl_module).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
+        lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
+        if lora[0] is self:
+            self._quiet.enter_context(expecting_eval(pl_module))
         random, self._random = self._random, None
         if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
             torch.set_rng_state(random["random"].cpu())
@@ -188,6 +194,7 @@ class LoraCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to watch what moves."""
+        self._quiet.close()
         self._first_steps = FirstSteps(trained_parameters(pl_module))
         self._steps_seen = trainer.global_step
         self._frozen = checksums(frozen_tensors(pl_module))
@@ -256,7 +263,8 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to a run."""
-        return {**self.__dict__, "_merged": None, "_shims": None, "_late": None, "_first_steps": None, "_frozen": {}}
+        none = dict.fromkeys(("_merged", "_shims", "_late", "_first_steps"))
+        return {**self.__dict__, **none, "_frozen": {}, "_quiet": ExitStack()}
 
     def _optimize(self, module: LightningModule, configured: Any) -> None:
         """Completes optimizers with what is to be trained, each part at its rate."""
@@ -393,6 +401,7 @@ class LoraCallback(Callback):
         return str(getattr(monitors[0], "best_model_path", ""))
 
     def _stop_watching(self) -> None:
+        self._quiet.close()
         for shims in (self._shims, self._late):
             if shims is not None:
                 shims.remove()

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.quiet import expecting_override
 from lora_plugins.integrations.lightning.report import print_plan
 
 
@@ -48,6 +49,10 @@ class LoraCLI(LightningCLI):
             others = section.get("callbacks") or []
             section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
         return super().instantiate_trainer(**kwargs)
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        with expecting_override(self.model):
+            super()._add_configure_optimizers_method_to_model(subcommand)
 
     @staticmethod
     def configure_optimizers(

@@ -10,7 +10,6 @@ LIGHTNING_WARNINGS = [
     "ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning",
     "ignore:.*`training_step` returned `None`:UserWarning",
     "ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning",  # about the default logger
-    "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # norm="freeze" holds them there
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
     "ignore:Be aware that when using `ckpt_path`:UserWarning",  # other callbacks than when the file was written
     "ignore:.*\\(ckpt_path=None\\)` was called without a model:UserWarning",  # OnExceptionCheckpoint always warns so

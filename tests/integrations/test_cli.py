@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -100,6 +101,23 @@ class TestFit:
         trainer = {**yaml.safe_load(Path(config()).read_text())["trainer"], "callbacks": [callback]}
         assert main(["fit", "--config", config(lora=None, lora_callback=None, trainer=trainer)]) == 0
         assert (tmp_path / "other" / "adapter.json").exists()
+
+
+def test_override_of_a_users_own_optimizer_is_said_and_that_of_our_tasks_is_not(config, tmp_path):
+    trainer_section = {"logger": False, "max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in ({"class_path": f"{TOYS}.Classifier"}, {"class_path": f"{__name__}.OfOurs"}):
+            LoraCLI(run=False, args=["--config", config(model=model, trainer=trainer_section)])
+    said = [str(w.message) for w in caught if "will be overridden" in str(w.message)]
+    assert [message.split(".")[0] for message in said] == ["`Classifier"]
+
+
+class OfOurs(Classifier):
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+    configure_optimizers.__module__ = "lora_plugins.tasks.base"
 
 
 class TestConfig:

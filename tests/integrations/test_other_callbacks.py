@@ -38,6 +38,11 @@ class TestTuners:
         def on_train_start(self, trainer, pl_module):
             self.start = values(pl_module)
 
+    # The tuner's own short runs come before any hook of ours.
+    pytestmark = pytest.mark.filterwarnings(
+        "ignore:Found 1 module.s. in eval mode:UserWarning"
+    )
+
     @pytest.mark.parametrize("norm", ["freeze", "track"])
     def test_learning_rate_finder_leaves_adapter_and_statistics_as_they_were(self, tmp_path, norm):
         finder = LearningRateFinder(num_training_steps=8, max_lr=0.5)
@@ -215,11 +220,20 @@ class ArrivesInEvalMode(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("wanted", "dropout"), [(True, True), (False, False)])
-def test_models_that_arrive_in_eval_mode(tmp_path, wanted, dropout):
+def test_models_that_arrive_in_eval_mode_are_put_into_training_mode_without_a_warning(tmp_path):
     module = ArrivesInEvalMode()
-    trainer(tmp_path, [lora(train_mode=wanted)]).fit(module, loader())
-    assert set(module.modes) == {(dropout, False)}
+    trainer(tmp_path, [lora(), LoraCallback(OTHER, adapter_name="other", merge_on_fit_end=False)]).fit(module, loader())
+    assert set(module.modes) == {(True, False)}
+
+
+def test_models_that_are_to_stay_in_eval_mode_stay_and_lightning_warns(tmp_path):
+    module = ArrivesInEvalMode()
+    with pytest.warns(UserWarning, match="6 module.s. in eval mode"):
+        trainer(tmp_path, [lora(train_mode=False)]).fit(module, loader())
+    assert set(module.modes) == {(False, False)}
+
+
+OTHER = LoraConfig(r=1, target_modules=["net.3"])
 
 
 class Deep(Classifier):
