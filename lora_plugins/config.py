@@ -43,6 +43,8 @@ class LoraConfig:
             installed plugin.
         init_options: Options of that plugin.
         use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
+        memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the output
+            of a normalisation or an activation. `normal` keeps the input of each adapted layer, once.
         norm: `freeze` keeps frozen normalisation layers in eval mode, so that their running statistics stand still;
             `track` lets the statistics move and saves them with the adapter.
         allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.
@@ -67,6 +69,7 @@ class LoraConfig:
     init: str = "kaiming"
     init_options: dict[str, Any] = field(default_factory=dict)
     use_rslora: bool = False
+    memory: Literal["normal", "low"] = "normal"
     norm: Literal["freeze", "track"] = "freeze"
     allow_plugins: list[str] | None = None
     block_plugins: list[str] = field(default_factory=list)
@@ -204,6 +207,7 @@ _CHECKS: Mapping[str, Check] = {
     "init": _check_name,
     "init_options": _check_options,
     "use_rslora": _check_flag,
+    "memory": _choice_of("normal", "low"),
     "norm": _choice_of("freeze", "track"),
     "allow_plugins": _check_optional_names,
     "block_plugins": _check_names,

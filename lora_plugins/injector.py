@@ -216,6 +216,7 @@ def _add(module: nn.Module, layer: PlannedLayer, adapter: str, slots: tuple[Slot
         alpha=layer.alpha,
         scaling=layer.scaling,
         dropout=layer.dropout,
+        low_memory=layer.low_memory,
     )
 
 

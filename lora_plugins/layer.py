@@ -56,6 +56,7 @@ class LayerAdapter:
         alpha: Numerator of the scaling.
         scaling: Factor of `B @ A`.
         dropout: Probability of dropping an element of the branch's input during training.
+        low_memory: Whether the branch computes its input again in the backward where it can.
     """
 
     plugin: LayerPlugin
@@ -65,6 +66,7 @@ class LayerAdapter:
     alpha: float
     scaling: float
     dropout: float
+    low_memory: bool
 
 
 @dataclass
@@ -305,7 +307,9 @@ def _branches(adapters: list[LayerAdapter], training: bool) -> bool:
 def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
     training = layer.training
     return [
-        Term(slot, *factors(layer, name, slot), adapter.scaling, adapter.dropout if training else 0.0)
+        Term(
+            slot, *factors(layer, name, slot), adapter.scaling, adapter.dropout if training else 0.0, adapter.low_memory
+        )
         for name, adapter, slot in state.active_slots()
     ]
 

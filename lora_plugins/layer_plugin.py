@@ -43,6 +43,7 @@ class Term:
         B: `(out, r)`, where out counts the rows of the slot.
         scaling: The factor of the update.
         dropout: Probability of dropping an element of the branch's input, 0 outside of training.
+        low_memory: Whether the input is computed again in the backward where it can be.
     """
 
     slot: Slot
@@ -50,6 +51,7 @@ class Term:
     B: Tensor
     scaling: float
     dropout: float
+    low_memory: bool = False
 
     def drop(self, x: Tensor) -> Tensor:
         """Drops elements of the branch's input, any shape, as `torch.nn.functional.dropout` does."""
@@ -75,7 +77,14 @@ def joined(terms: Sequence[Term]) -> Term | None:
         start, stop, total = term.slot.rows or (0, len(term.B), len(term.B))
         columns.append(F.pad(term.B * term.scaling, (0, 0, start, total - stop)))
     A = torch.cat([term.A for term in terms])
-    return Term(Slot(terms[0].slot.tensor), A, torch.cat(columns, 1), 1.0, terms[0].dropout)
+    return Term(
+        Slot(terms[0].slot.tensor),
+        A,
+        torch.cat(columns, 1),
+        1.0,
+        terms[0].dropout,
+        all(term.low_memory for term in terms),
+    )
 
 
 def add_update(base: Tensor, delta: Tensor) -> Tensor:

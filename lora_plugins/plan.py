@@ -42,6 +42,7 @@ class PlannedLayer:
         alpha: Numerator of the scaling.
         scaling: Factor of `B @ A`.
         dropout: Dropout of the branch's input.
+        low_memory: Whether the branch computes its input again in the backward where it can.
         ties: Weights of other targeted layers that are the same tensor.
     """
 
@@ -56,6 +57,7 @@ class PlannedLayer:
     alpha: float
     scaling: float
     dropout: float
+    low_memory: bool
     ties: tuple[Tie, ...] = ()
 
     @property

@@ -146,6 +146,7 @@ def _layers(
             alpha=alpha,
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
             dropout=config.dropout,
+            low_memory=config.memory == "low",
             ties=tuple(tie for _, tie in target.ties),
         )
         planned.append((entry, layer))

@@ -6,6 +6,7 @@ from the ordinary gradient of the kernel followed by two products, again by thei
 shapes only, never on a clock, so that reruns and all processes of a run compute the same bits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from lora_plugins.functions.channels import contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.linear import update_is_cheaper
 from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.options import Options, apply, keep, kept
+from lora_plugins.functions.recompute import Recompute, recomputation
 
 SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
@@ -62,31 +65,26 @@ class Geometry:
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the positions that a pointwise kernel sees; a view."""
-        return x[(..., *(slice(None, None, stride) for stride in self.stride))]
+        for axis, stride in enumerate(self.stride, start=2):
+            x = x[(slice(None),) * axis + (slice(None, None, stride),)]
+        return x
 
 
-@dataclass(frozen=True)
-class ConvOptions:
+@dataclass(frozen=True, kw_only=True)
+class ConvOptions(Options):
     """What is no tensor.
 
     Args:
-        geometry: How the kernel moves.
         scaling: Factor of the update.
         dropout: The masks of the branch's input; None without dropout.
         update_first: Whether the update is added to the kernel rather than to the output.
+        again: Computes the input again, which is then not kept.
+        geometry: How the kernel moves.
         small_products: Whether A and B get their gradients without that of the kernel.
     """
 
     geometry: Geometry
-    scaling: float
-    dropout: Dropout | None
-    update_first: bool
     small_products: bool
-
-    @property
-    def scale(self) -> float:
-        """The scaling, and what makes up for dropped elements."""
-        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
 
 
 def lora_conv(
@@ -98,6 +96,8 @@ def lora_conv(
     scaling: float,
     dropout: float,
     geometry: Geometry,
+    *,
+    low_memory: bool = False,
 ) -> Tensor:
     """Convolves `x` with `W` and the dropped `x` with `scaling · B A`.
 
@@ -110,38 +110,36 @@ def lora_conv(
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the branch's input.
         geometry: How the kernel moves.
+        low_memory: Whether `x` is computed again in the backward where it can be.
     """
-    device = x.device.type
-    options = _choose(x, weight, A, scaling, dropout, geometry)
-    if not torch.is_autocast_enabled(device):
-        return _apply(x, weight, bias, A, B, options)
-    dtype = torch.get_autocast_dtype(device)
-    if not options.update_first:
-        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    with torch.autocast(device, enabled=False):
-        return _apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+    again = recomputation(x) if low_memory else None
+    return apply(_LoraConv, x, weight, bias, A, B, _choose(x, weight, A, scaling, dropout, geometry, again))
 
 
-def _choose(x: Tensor, weight: Tensor, A: Tensor, scaling: float, dropout: float, geometry: Geometry) -> ConvOptions:
+def _choose(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    scaling: float,
+    dropout: float,
+    geometry: Geometry,
+    again: Recompute | None = None,
+) -> ConvOptions:
     r, inputs = A.shape
     outputs = weight.shape[0]
-    positions = x.shape[0] * (x[0, 0].numel() // _product(geometry.stride))
+    positions = x.shape[0] * (x[0, 0].numel() // math.prod(geometry.stride)) if len(x) else 0
     grouped = geometry.groups > 1
     wide = weight.dtype in (torch.float32, torch.float64)
     update_first = not dropout and wide and (grouped or update_is_cheaper(positions, inputs, outputs))
     share = 2 * r / outputs + 2 * r / inputs
     return ConvOptions(
-        geometry,
-        scaling,
-        Dropout.draw(dropout) if dropout else None,
-        update_first,
+        scaling=scaling,
+        dropout=Dropout.draw(dropout) if dropout else None,
+        update_first=update_first,
+        again=again,
+        geometry=geometry,
         small_products=not grouped and (share < SMALL_SHARE or not update_first),
     )
-
-
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
-    y: Tensor = _LoraConv.apply(x, weight, bias, A, B, options)  # type: ignore[no-untyped-call]
-    return y
 
 
 class _LoraConv(torch.autograd.Function):
@@ -149,8 +147,7 @@ class _LoraConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, A, B)
-        ctx.options = options
+        keep(ctx, options, x, weight, bias, A, B)
         convolve = options.geometry.convolve
         if options.update_first:
             return convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
@@ -162,7 +159,7 @@ class _LoraConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B = ctx.saved_tensors
+        x, weight, bias, A, B = kept(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
@@ -296,13 +293,6 @@ def _input_gradient(
     dx, _ = options.geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
     assert dx is not None
     return dx.add_(branch)
-
-
-def _product(values: Sequence[int]) -> int:
-    product = 1
-    for value in values:
-        product *= value
-    return product
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

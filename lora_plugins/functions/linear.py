@@ -15,33 +15,23 @@ from torch.nn import functional as F
 
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.options import Options, apply, keep, kept
+from lora_plugins.functions.recompute import recomputation
 
 CHUNK = 2**19
 """Bytes of input that are dropped at a time on a CPU: few enough to stay in its second-level cache."""
 
 
-@dataclass(frozen=True)
-class LinearOptions:
-    """What is no tensor.
-
-    Args:
-        scaling: Factor of the update.
-        dropout: The masks of the branch's input; None without dropout.
-        update_first: Whether the update is added to the weight rather than to the output.
-    """
-
-    scaling: float
-    dropout: Dropout | None
-    update_first: bool
-
-    @property
-    def scale(self) -> float:
-        """The scaling, and what makes up for dropped elements."""
-        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
-
-
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    *,
+    low_memory: bool = False,
 ) -> Tensor:
     """Computes `x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`.
 
@@ -53,22 +43,17 @@ def lora_linear(
         B: `(out, r)`.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the branch's input.
+        low_memory: Whether `x` is computed again in the backward where it can be.
     """
-    device = x.device.type
     wide = weight.dtype in (torch.float32, torch.float64)
-    options = LinearOptions(
-        scaling,
-        Dropout.draw(dropout) if dropout else None,
+    options = Options(
+        scaling=scaling,
+        dropout=Dropout.draw(dropout) if dropout else None,
         # An update of a half-precision weight would be lost to rounding while it is small.
-        not dropout and wide and update_is_cheaper(x.numel() // x.shape[-1], weight.shape[1], weight.shape[0]),
+        update_first=not dropout and wide and update_is_cheaper(x.numel() // x.shape[-1], *weight.shape),
+        again=recomputation(x) if low_memory else None,
     )
-    if not torch.is_autocast_enabled(device):
-        return _apply(x, weight, bias, A, B, options)
-    dtype = torch.get_autocast_dtype(device)
-    if not options.update_first:
-        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    with torch.autocast(device, enabled=False):
-        return _apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+    return apply(_LoraLinear, x, weight, bias, A, B, options)
 
 
 def update_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
@@ -81,18 +66,12 @@ def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.d
     return torch.addmm(weight, B, A, alpha=scaling).to(dtype)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions) -> Tensor:
-    y: Tensor = _LoraLinear.apply(x, weight, bias, A, B, options)  # type: ignore[no-untyped-call]
-    return y
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, A, B)
-        ctx.options = options
+        keep(ctx, options, x, weight, bias, A, B)
         rows = x.reshape(-1, x.shape[-1])
         if options.update_first:
             y = F.linear(rows, updated(weight, A, B, options.scaling, x.dtype), bias)
@@ -105,8 +84,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B = ctx.saved_tensors
-        options: LinearOptions = ctx.options
+        x, weight, bias, A, B = kept(ctx)
+        options: Options = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
@@ -127,7 +106,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _through_weight(
-    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: LinearOptions, needed: Sequence[bool]
+    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the update was added to the weight."""
     dx = dA = dB = None
@@ -141,7 +120,7 @@ def _through_weight(
 
 
 def _through_products(
-    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: LinearOptions, needed: Sequence[bool]
+    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
     dx = torch.empty_like(rows, dtype=A.dtype) if needed[0] else None
@@ -199,7 +178,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor
     return y.add_((left @ right).mul_(alpha).to(y.dtype))
 
 
-def _law(options: LinearOptions) -> Callable[..., Tensor]:
+def _law(options: Options) -> Callable[..., Tensor]:
     def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         dropped = x if options.dropout is None else x * options.dropout.mask_like(x)
         y = F.linear(x, weight.to(x.dtype), bias)

@@ -43,7 +43,9 @@ class _ConvPlugin(RowMajorPlugin):
         geometry = _geometry(layer)
         term = joined(terms) if geometry is not None and x.ndim == weight.ndim and is_eager(x) else None
         if term is not None and geometry is not None:
-            return lora_conv(x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, geometry)
+            return lora_conv(
+                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, geometry, low_memory=term.low_memory
+            )
         if not any(term.dropout for term in terms):
             y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
             return y

@@ -66,7 +66,9 @@ class LinearPlugin(RowMajorPlugin):
         assert weight is not None
         term = joined(terms) if is_eager(x) else None
         if term is not None:
-            return lora_linear(x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout)
+            return lora_linear(
+                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, low_memory=term.low_memory
+            )
         return add_linear(F.linear(x, weight, layer.bias), x, terms)
 
 

@@ -23,6 +23,7 @@ BAD = {
     "init": ["", None, 3, ["kaiming"]],
     "init_options": [["bits"], None, {3: 4}],
     "use_rslora": ["false", 1, None],
+    "memory": ["lo", None, ["low"]],
     "norm": ["frozen", None, ["freeze"]],
     "allow_plugins": ["example", [""], ["example", 3], 5],
     "block_plugins": ["example", [""], ["example", 3], 5, None],

@@ -1,0 +1,68 @@
+"""What the functions know besides their tensors, and how they are called."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import StateError
+from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.recompute import Recompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is no tensor.
+
+    Args:
+        scaling: Factor of the update.
+        dropout: The masks of the branch's input; None without dropout.
+        update_first: Whether the update is added to the weight rather than to the output.
+        again: Computes the input again, which is then not kept.
+    """
+
+    scaling: float
+    dropout: Dropout | None
+    update_first: bool
+    again: Recompute | None
+
+    @property
+    def scale(self) -> float:
+        """The scaling, and what makes up for dropped elements."""
+        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
+
+
+def keep(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
+    """Keeps what the backward needs, but not an input that can be computed again."""
+    ctx.options, ctx.dtype = options, x.dtype
+    ctx.save_for_backward(None if options.again else x, *others)
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """Returns what `keep` was given.
+
+    Raises:
+        StateError: In a second derivative, if the input was not kept: it would be cut off from what it came from.
+    """
+    x, *others = ctx.saved_tensors
+    if ctx.options.again is not None:
+        if torch.is_grad_enabled():
+            raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
+        x = ctx.options.again().to(ctx.dtype)
+    return x, *others
+
+
+def apply(
+    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options
+) -> Tensor:
+    """Calls a function; under autocast in its type, except that an update is added to a wide weight in full."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return function.apply(x, weight, bias, A, B, options)  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(device)
+    if not options.update_first:
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    with torch.autocast(device, enabled=False):
+        y: Tensor = function.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+    return y

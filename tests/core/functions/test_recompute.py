@@ -1,0 +1,114 @@
+"""`memory="low"`: the same gradients, with less kept."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+
+SOURCES: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "relu6": nn.ReLU6,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "layer_norm": lambda: nn.LayerNorm(6),
+    "layer_norm-no_bias": lambda: nn.LayerNorm(6, bias=False),
+    "layer_norm-plain": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "view": lambda: nn.Sequential(nn.GELU(), nn.Unflatten(0, (2, 4)), nn.Unflatten(0, (1, 2)), nn.Flatten(0, 1)),
+}
+
+sources = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+
+
+def network(source: Callable[[], nn.Module], memory: str, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), source(), nn.Linear(6, 5)).double()
+    config = LoraConfig(r=2, target_modules=["2"], init="none", memory=memory, dropout=dropout)
+    LoraModel(model, config)
+    return model
+
+
+def run(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return list(torch.autograd.grad(model(x).sin().sum(), wanted))
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+    kept = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(kept.values())
+
+
+@sources
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
+def test_the_gradients_are_the_same(source, dropout):
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    normal, low = network(source, "normal", dropout), network(source, "low", dropout)
+    for got, wanted in zip(run(low, x), run(normal, x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@sources
+def test_nothing_but_what_the_frozen_model_keeps(source):
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    model = network(source, "low")
+    floor = network(source, "low")
+    LoraModel(floor).unload()
+    floor.requires_grad_(False)
+    assert kept_bytes(model, x) == kept_bytes(floor, x) < kept_bytes(network(source, "normal"), x)
+
+
+def test_an_input_of_another_origin_is_kept():
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    normal, low = network(nn.Tanh, "normal"), network(nn.Tanh, "low")
+    for got, wanted in zip(run(low, x), run(normal, x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_convolution_too():
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for memory in ("normal", "low"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(inplace=True), nn.Conv2d(4, 5, 3)).double()
+        LoraModel(model, LoraConfig(r=2, target_modules=["2"], init="none", memory=memory, dropout=0.3))
+        gradients.append(run(model, x))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_under_gradient_checkpointing():
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    model = network(nn.GELU, "low")
+    plain = run(model, x)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    again = torch.autograd.grad(checkpointed(x).sin().sum(), wanted)
+    for got, expected in zip(again, plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(StateError, match="memory='low' has no second derivative"):
+        torch.autograd.grad(network(nn.GELU, "low")(x).sum(), x, create_graph=True)
