@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -92,6 +93,12 @@ class FirstSteps:
                 f"have gradients: {listing(still)}. Likely causes: a learning rate too small for their type, or "
                 "gradients that are exactly zero."
             )
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Returns the factor of the loss in `16-mixed`, which falls when a step is skipped; 1 elsewhere."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if isinstance(scaler, torch.amp.GradScaler) else 1.0
 
 
 def refuse_unfrozen(parameters: Mapping[str, nn.Parameter]) -> None:

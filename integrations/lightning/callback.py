@@ -17,7 +17,13 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, Plan,
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning import from_data, optimizers, sharded
-from lora_plugins.integrations.lightning.audit import FirstSteps, checksums, refuse_moved, refuse_unfrozen
+from lora_plugins.integrations.lightning.audit import (
+    FirstSteps,
+    checksums,
+    loss_scale,
+    refuse_moved,
+    refuse_unfrozen,
+)
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
 from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import (
@@ -116,6 +122,7 @@ class LoraCallback(Callback):
         self._frozen: dict[str, int] = {}
         self._steps_seen = 0
         self._rates: list[float] = []
+        self._scale = 1.0
         self._random: dict[str, Any] | None = None
         self._quiet = ExitStack()
 
@@ -207,6 +214,7 @@ class LoraCallback(Callback):
         """
         if self._first_steps is not None:  # before a scheduler changes them at the batch's end
             self._rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups]
+            self._scale = loss_scale(trainer)
         if batch_idx == 0:
             refuse_unfrozen({k: p for k, p in frozen_tensors(pl_module).items() if isinstance(p, nn.Parameter)})
 
@@ -221,7 +229,8 @@ class LoraCallback(Callback):
         if self._first_steps is None:
             return
         steps, self._steps_seen = trainer.global_step - self._steps_seen, trainer.global_step
-        if not self._first_steps.after_batch(self._rates, steps):
+        skipped = loss_scale(trainer) < self._scale  # after an overflow in float16
+        if not skipped and not self._first_steps.after_batch(self._rates, steps):
             self._first_steps = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -39,9 +39,7 @@ class TestTuners:
             self.start = values(pl_module)
 
     # The tuner's own short runs come before any hook of ours.
-    pytestmark = pytest.mark.filterwarnings(
-        "ignore:Found 1 module.s. in eval mode:UserWarning"
-    )
+    pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
 
     @pytest.mark.parametrize("norm", ["freeze", "track"])
     def test_learning_rate_finder_leaves_adapter_and_statistics_as_they_were(self, tmp_path, norm):
@@ -269,6 +267,20 @@ def test_precisions_train_merge_and_load(tmp_path, precision):
     run.fit(module, loader())
     assert values(module).keys() == BASE
     run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("start", [2.0**10, 2.0**40], ids=["fits", "overflows"])
+def test_float16_with_a_scaled_loss(tmp_path, start):
+    """Steps that are skipped after an overflow are no sign of tensors that do not move."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=start, backoff_factor=2.0**-10)
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    module = Classifier(lr=0.3)
+    run = trainer(tmp_path, [lora(), saver], plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=4)
+    run.fit(module, loader())
+    assert (scaler.get_scale() < start) == (start > 2.0**20)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+    assert not differing(values(again), values(module))
 
 
 class TestDeclaredHeads:
