@@ -171,6 +171,11 @@ REFUSED = {
         {"config": LoraConfig(r=2, target_modules=["net.0"], init="loftq")},
         "loftq",
     ),
+    "init that learns from data": (
+        Sharded,
+        {"config": LoraConfig(r=2, target_modules=["net.0"], init="eva")},
+        "ModelParallelStrategy splits .* before an init can learn from data",
+    ),
 }
 
 
