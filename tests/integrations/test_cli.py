@@ -19,6 +19,7 @@ from lora_plugins.integrations.lightning.main import COMMANDS, main
 from tests.integrations.toys import Classifier, differing, load, loader, values
 
 TOYS = "tests.integrations.toys"
+MODULE = "lora_plugins.integrations.lightning"
 
 pytestmark = [
     # The point of the section `optimizer:`.
@@ -325,14 +326,39 @@ def script(name: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [script("lightning"), script("lora-plugins"), [sys.executable, "-m", "lora_plugins"]],
-    ids=["lightning", "lora-plugins", "python-m"],
+    [
+        script("lightning"),
+        script("lora-plugins"),
+        [sys.executable, "-m", "lora_plugins"],
+        [sys.executable, "-m", MODULE],
+    ],
+    ids=["lightning", "lora-plugins", "python-m", "python-m-integration"],
 )
 def test_promised_spellings(command):
     """What needs Lightning is covered above; each spelling has to reach the same main."""
     done = subprocess.run([*command, "plugins"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora-plugins" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [script("lora-plugins"), [sys.executable, "-m", "lora_plugins"], [sys.executable, "-m", MODULE]],
+    ids=["lora-plugins", "python-m", "python-m-integration"],
+)
+def test_two_processes_from_the_command_line(command, config, tmp_path):
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"process_group_backend": "gloo", "find_unused_parameters": False},
+    }
+    section = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": strategy, "logger": False}
+    path = config(trainer={**section, "enable_progress_bar": False, "default_root_dir": str(tmp_path)})
+    done = subprocess.run([*command, "fit", "--config", path], capture_output=True, text=True, timeout=250, check=False)
+    assert "Starting with 2 processes" in done.stderr, done.stderr[-2000:]
+    assert "`Trainer.fit` stopped: `max_epochs=1` reached." in done.stderr, done.stderr[-2000:]
+    assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
+    assert load_from_checkpoint(Classifier, checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
