@@ -8,12 +8,13 @@ random number. Checked against Lightning 2.6.6.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -86,12 +87,14 @@ def observed(
     adapted = twin.get_submodule(target or "")
     plan = LoraModel.plan(adapted, config)
     twin.train(plan.init.needs == "gradients")
-    device, index = trainer.strategy.root_device, count()
+    device, precision, index = trainer.strategy.root_device, trainer.precision_plugin, count()
     numbered = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
 
     def step(_: nn.Module, batch: Any) -> Any:
-        batch = trainer.strategy.batch_to_device(batch, device)
-        return twin.training_step(batch, next(index)) if numbered else twin.training_step(batch)
+        batch = precision.convert_input(trainer.strategy.batch_to_device(batch, device))
+        # Not under autocast, in which small gradients vanish without the scaler of the training loop.
+        with nullcontext() if isinstance(precision, MixedPrecision) else precision.forward_context():
+            return twin.training_step(batch, next(index)) if numbered else twin.training_step(batch)
 
     with _quiet(trainer), _train_batches(trainer) as loader:
         return observe(adapted, plan, InitData(loader, step, limit))
@@ -109,7 +112,7 @@ def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
     for part in twin.modules():
         if isinstance(part, LightningModule):
             part.__dict__.update(log=_ignore, log_dict=_ignore)
-    return twin.to(trainer.strategy.root_device)
+    return cast(LightningModule, trainer.precision_plugin.convert_module(twin.to(trainer.strategy.root_device)))
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -127,6 +127,17 @@ class TestStart:
         trainer(tmp_path, [callback(CONFIGS["eva"])], max_steps=0).fit(module, {"a": loader(), "b": loader(16)})
         assert module.net[0].lora_A["default"].any()
 
+    @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+    @pytest.mark.parametrize("config", [CONFIGS["eva"], CONFIGS["lora_ga"]], ids=["eva", "lora_ga"])
+    def test_every_precision(self, config, precision, tmp_path):
+        module, expected = Classifier(), direct(config).model
+        run = trainer(tmp_path, [callback(config)], max_steps=0, precision=precision)
+        run.fit(module, loader())
+        for key, value in values(expected).items():
+            # A singular vector has either sign; bfloat16 has two to three digits.
+            tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bf16-true" else {"rtol": 1e-3, "atol": 1e-4}
+            torch.testing.assert_close(module.state_dict()[key].abs().to(value), value.abs(), **tolerance)
+
     def test_a_target_inside_the_module(self, tmp_path):
         module, expected = Classifier(), direct(CONFIGS["lora_ga"])
         config = LoraConfig(r=1, target_modules=["0", "3"], init="lora_ga")
