@@ -187,15 +187,18 @@ def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tens
         adapter: Name of the adapter.
         shape: Shape of the weight.
     """
-    state = layer_state(layer)
-    total: Tensor | None = None
-    spec = state.adapters[adapter]
-    for slot in spec.slots:
-        if slot.tensor != name:
-            continue
-        matrix = Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0).matrix()
-        total = matrix if total is None else total + matrix
-    return None if total is None else spec.plugin.from_matrix(total, shape)
+    terms = terms_of(layer, name, adapter)
+    if not terms:
+        return None
+    total = sum((term.matrix() for term in terms[1:]), terms[0].matrix())
+    return layer_state(layer).adapters[adapter].plugin.from_matrix(total, shape)
+
+
+def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
+    """Returns the updates of one adapter to the weight called `name`, without dropout; none if it has none there."""
+    spec = layer_state(layer).adapters.get(adapter)
+    slots = [slot for slot in spec.slots if slot.tensor == name] if spec else []
+    return [Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0) for slot in slots if spec]
 
 
 def is_shard(weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,16 +15,19 @@ from lora_plugins.layer import (
     layer_state,
     peek_weight,
     state_of,
-    update,
+    terms_of,
     weight_key,
     weight_names,
 )
-from lora_plugins.layer_plugin import add_update
+from lora_plugins.layer_plugin import LayerPlugin, Term, joined
 from lora_plugins.modules import holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
 
 DEFAULT_MAX_ERROR = 0.1
 """Share of an update's norm that a merge may lose to rounding without being told to."""
+
+_SURELY_SMALL = 1e-3
+"""Below this bound the loss is not measured, which would take four more passes over the weight."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class MergedWeight:
     Args:
         name: Full name of the weight.
         relative_error: Norm of what rounding changed of the update, over the norm of the update; 0 for no update.
+            Where half a unit in the last place of every element is too little to matter, that bound is given.
     """
 
     name: str
@@ -63,12 +68,41 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Merge:
+class _Update:
+    """What is about to be added to one weight."""
+
     name: str
     layer: nn.Module
     tensor: str
-    merged: Tensor
-    relative_error: float
+    plugin: LayerPlugin
+    weight: Tensor
+    term: Term
+
+    def merged(self) -> Tensor:
+        """Returns the weight with its update: computed in float32 or better, rounded once, in its memory format."""
+        term, merged = self.term, self.weight.clone()
+        wide = torch.promote_types(merged.dtype, term.A.dtype)
+        matrix = self.plugin.to_matrix(merged)
+        if wide == merged.dtype and matrix.data_ptr() == merged.data_ptr():
+            matrix.addmm_(term.B, term.A, alpha=term.scaling)
+            return merged
+        updated = torch.addmm(matrix.to(wide), term.B, term.A, alpha=term.scaling)
+        return merged.copy_(self.plugin.from_matrix(updated, merged.shape))
+
+    def relative_error(self) -> float:
+        """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
+        term, weight = self.term, self.weight
+        wide = torch.promote_types(weight.dtype, term.A.dtype)
+        norm = _norm_of_product(term)
+        if norm == 0:
+            return 0.0
+        largest = float(torch.linalg.vector_norm(weight, dtype=wide)) + norm
+        bound = torch.finfo(weight.dtype).eps / 2 * largest / norm
+        if bound <= _SURELY_SMALL:
+            return bound
+        delta = self.plugin.from_matrix(term.matrix(), weight.shape).to(wide)
+        lost = (self.merged().to(wide) - weight.to(wide)).sub_(delta)
+        return float(torch.linalg.vector_norm(lost)) / norm
 
 
 def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_error: float) -> MergeReport:
@@ -78,19 +112,46 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         StateError: If one of the adapters is not active, or merged already.
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
-    _check(model, state, adapters)
-    merges = list(_merges(model, adapters))
-    _refuse_loss(merges, max_error)
-    for item in merges:
-        parameter = item.layer._parameters.get(item.tensor)
-        if parameter is None:
-            layer_state(item.layer).merged[item.tensor] = item.merged
-        else:
-            state.kept.setdefault(item.name, parameter.data)
-            parameter.data = item.merged
+    report = _write(model, state, adapters, max_error, kept=state.kept)
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
-    return _report(adapters, merges)
+    return report
+
+
+def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> MergeReport:
+    """Writes the updates of all active adapters into the weights without keeping the untouched ones.
+
+    Raises:
+        MergeError: As `merge` does.
+    """
+    report = _write(model, state, tuple(name for name in state.active if name not in state.merged), max_error)
+    state.kept = {}
+    return report
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module,
+    state: ModelState,
+    adapters: tuple[str, ...],
+    max_error: float,
+    kept: dict[str, Tensor] | None = None,
+) -> MergeReport:
+    """Checks every update, then writes them all; notes the untouched weights in `kept`."""
+    _check(model, state, adapters)
+    updates = list(_updates(model, adapters))
+    errors = [update.relative_error() for update in updates]
+    _refuse_loss(updates, errors, max_error)
+    for update in updates:
+        parameter = update.layer._parameters.get(update.tensor)
+        if parameter is None:
+            layer_state(update.layer).merged[update.tensor] = update.merged()
+            continue
+        if kept is not None:
+            kept.setdefault(update.name, parameter.data)
+        parameter.data = update.merged()
+    pairs = zip(updates, errors, strict=True)
+    return MergeReport(adapters, tuple(MergedWeight(update.name, error) for update, error in pairs))
 
 
 def unmerge(model: nn.Module, state: ModelState) -> None:
@@ -105,30 +166,6 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
     state.kept = {}
     state.merged = ()
     apply_state(model, state)
-
-
-def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> MergeReport:
-    """Writes the updates of all active adapters into the weights without keeping the untouched ones.
-
-    The updates are computed twice, to check all of them before the first weight changes.
-
-    Raises:
-        MergeError: As `merge` does.
-    """
-    adapters = tuple(name for name in state.active if name not in state.merged)
-    _check(model, state, adapters)
-    checked = [
-        _Merge(m.name, m.layer, m.tensor, m.merged.new_empty(0), m.relative_error) for m in _merges(model, adapters)
-    ]
-    _refuse_loss(checked, max_error)
-    for item in _merges(model, adapters):
-        parameter = item.layer._parameters.get(item.tensor)
-        if parameter is None:
-            layer_state(item.layer).merged[item.tensor] = item.merged
-        else:
-            parameter.data = item.merged
-    state.kept = {}
-    return _report(adapters, checked)
 
 
 def make_plain(layer: nn.Module, merged: dict[str, Tensor]) -> None:
@@ -178,39 +215,30 @@ def _remove_hook(layer: nn.Module, name: str) -> None:
     raise MergeError(f"{name!r} of {type(layer).__name__} is computed in a way that cannot be merged for good.")
 
 
-def _merges(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Merge]:
-    """Computes the merged value of each weight that one of the adapters updates, a tied weight once."""
+def _updates(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Update]:
+    """Yields what the adapters add to each weight, a tied weight once."""
     seen: set[int] = set()
     for name, layer in adapted_layers(model).items():
         state = layer_state(layer)
         for tensor in weight_names(state):
             key = weight_key(layer, tensor)
-            if key in seen:
+            terms = [term for adapter in adapters for term in terms_of(layer, tensor, adapter)]
+            if key in seen or not terms:
                 continue
-            with torch.no_grad():
-                weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
-                deltas = [
-                    delta
-                    for adapter in adapters
-                    if adapter in state.adapters and (delta := update(layer, tensor, adapter, weight.shape)) is not None
-                ]
-                if not deltas:
-                    continue
-                delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
-                merged = add_update(weight, delta)
-                if merged.stride() != weight.stride():  # keeps the memory format
-                    merged = torch.empty_like(weight).copy_(merged)
-                yield _Merge(f"{name}.{tensor}".removeprefix("."), layer, tensor, merged, _error(weight, merged, delta))
+            plugin = next(state.adapters[a].plugin for a in adapters if a in state.adapters)
+            weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
+            term = joined(terms)
+            assert term is not None  # only dropout keeps terms apart
+            yield _Update(f"{name}.{tensor}".removeprefix("."), layer, tensor, plugin, weight, term)
             if key is not None:
                 seen.add(key)
 
 
-def _error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
-    norm = torch.linalg.vector_norm(delta)
-    if norm == 0:
-        return 0.0
-    lost = (merged.to(delta.dtype) - weight.to(delta.dtype)).sub_(delta)
-    return float(torch.linalg.vector_norm(lost) / norm)
+def _norm_of_product(term: Term) -> float:
+    """Frobenius norm of `scaling * B @ A` from the small products, without forming the matrix."""
+    A, B = term.A.double(), term.B.double()
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return term.scaling * math.sqrt(max(square, 0.0))
 
 
 def _check(model: nn.Module, state: ModelState, adapters: tuple[str, ...]) -> None:
@@ -259,17 +287,12 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
                 )
 
 
-def _refuse_loss(merges: list[_Merge], max_error: float) -> None:
-    lossy = [item for item in merges if not item.relative_error <= max_error]
+def _refuse_loss(updates: list[_Update], errors: list[float], max_error: float) -> None:
+    lossy = [(error, update) for update, error in zip(updates, errors, strict=True) if not error <= max_error]
     if lossy:
-        worst = max(lossy, key=lambda item: item.relative_error)
+        error, worst = max(lossy, key=lambda pair: pair[0])
         raise MergeError(
-            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} "
-            f"({peek_weight(worst.layer, worst.tensor).dtype}) to rounding, and more than {max_error:.0%} in "
-            f"{len(lossy)} of {len(merges)} weights. Convert the model to a wider type first (model.float()), or "
-            "allow it with max_error."
+            f"Merging would lose {error:.0%} of the update of {worst.name!r} ({worst.weight.dtype}) to rounding, and "
+            f"more than {max_error:.0%} in {len(lossy)} of {len(updates)} weights. Convert the model to a wider type "
+            "first (model.float()), or allow it with max_error."
         )
-
-
-def _report(adapters: tuple[str, ...], merges: list[_Merge]) -> MergeReport:
-    return MergeReport(adapters, tuple(MergedWeight(item.name, item.relative_error) for item in merges))
