@@ -25,13 +25,18 @@ if TYPE_CHECKING:
     from lora_plugins.tasks.classification.task import ImageClassificationTask
     from lora_plugins.tasks.data import VisionDataModule
     from lora_plugins.tasks.errors import DataError, WeightsError
+    from lora_plugins.tasks.export import export_task
+    from lora_plugins.tasks.loading import load_task, merged_task
     from lora_plugins.tasks.models import ModelConfig
+    from lora_plugins.tasks.predict import predict_folder
+    from lora_plugins.tasks.report import HtmlReport
     from lora_plugins.tasks.segmentation.folder import MaskFolderDataModule
     from lora_plugins.tasks.segmentation.hub import HubMaskDataModule
     from lora_plugins.tasks.segmentation.listed import MaskListDataModule
     from lora_plugins.tasks.segmentation.picture import PredictionPicture, draw_predictions
     from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
     from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
+    from lora_plugins.tasks.tensorboard import TensorBoardImages
     from lora_plugins.tasks.threads import CpuThreads
 
 __all__ = [
@@ -40,6 +45,7 @@ __all__ = [
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",
+    "HtmlReport",
     "HubImageDataModule",
     "HubMaskDataModule",
     "ImageClassificationTask",
@@ -50,9 +56,14 @@ __all__ = [
     "ModelConfig",
     "PredictionPicture",
     "SemanticSegmentationTask",
+    "TensorBoardImages",
     "VisionDataModule",
     "WeightsError",
     "draw_predictions",
+    "export_task",
+    "load_task",
+    "merged_task",
+    "predict_folder",
 ]
 
 _MODULES = {
@@ -61,6 +72,7 @@ _MODULES = {
     "DataError": "errors",
     "DigitScenesDataModule": "segmentation.scenes",
     "DigitsDataModule": "classification.digits",
+    "HtmlReport": "report",
     "HubImageDataModule": "classification.hub",
     "HubMaskDataModule": "segmentation.hub",
     "ImageClassificationTask": "classification.task",
@@ -71,9 +83,14 @@ _MODULES = {
     "ModelConfig": "models",
     "PredictionPicture": "segmentation.picture",
     "SemanticSegmentationTask": "segmentation.task",
+    "TensorBoardImages": "tensorboard",
     "VisionDataModule": "data",
     "WeightsError": "errors",
     "draw_predictions": "segmentation.picture",
+    "export_task": "export",
+    "load_task": "loading",
+    "merged_task": "loading",
+    "predict_folder": "predict",
 }
 
 

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
-from lora_plugins.tasks.describe import describe_files
+from lora_plugins.tasks.describe import KEY, describe_files, description
 from lora_plugins.tasks.losses import CROSS_ENTROPY, Objective, balanced_weights
 from lora_plugins.tasks.models import ModelConfig, Source, build_network, source_of
 from lora_plugins.tasks.models.targets import default_targets
@@ -243,6 +243,10 @@ class VisionTask(LoraCheckpointMixin):
     def on_test_epoch_end(self) -> None:
         """Log the metrics over the whole test split, and start afresh."""
         self._log(self.test_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what the checkpoint is of: the task, the model and the classes."""
+        checkpoint[KEY] = description(self)
 
     def on_fit_end(self) -> None:
         """Write into the files of a `LoraCallback` what they are of: the task, the model and the classes."""

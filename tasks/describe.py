@@ -41,16 +41,16 @@ def describe_files(task: VisionTask) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, LoraCallback):
             if callback.save_adapter_to is not None:
-                describe_adapter(Path(callback.save_adapter_to), task)
+                describe_adapter(Path(callback.save_adapter_to), task, callback.target)
             if callback.export_to is not None:
                 describe_weights(Path(callback.export_to), task)
 
 
-def describe_adapter(folder: Path, task: VisionTask) -> None:
-    """Write the description into the manifest of an adapter folder."""
+def describe_adapter(folder: Path, task: VisionTask, target: str | None) -> None:
+    """Write the description into the manifest of an adapter folder, with the name of the submodule it adapts."""
     path = folder / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    replace_file(path, json.dumps({**manifest, KEY: description(task)}, indent=1).encode())
+    replace_file(path, json.dumps({**manifest, KEY: {**description(task), "target": target}}, indent=1).encode())
 
 
 def describe_weights(path: Path, task: VisionTask) -> None:

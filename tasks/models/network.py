@@ -33,9 +33,19 @@ class Network:
 
 def children_besides(module: nn.Module, base: str) -> tuple[str, ...]:
     """Names of the children with parameters of their own, leaving out `base`: the parts that may be a new head."""
-    return tuple(
-        name for name, child in module.named_children() if name != base and any(True for _ in child.parameters())
-    )
+    names = [name for name, child in module.named_children() if name != base]
+    return tuple(own for name in names for own in _unmistakable(module, name))
+
+
+def _unmistakable(module: nn.Module, name: str) -> list[str]:
+    """A module with parameters by a name that no other's ends in (DPT has `head` and `head.head`): it, or its parts."""
+    part = module.get_submodule(name)
+    if not any(True for _ in part.parameters()):
+        return []
+    parts = [f"{name}.{child}" for child, _ in part.named_children()]
+    if parts and any(other.endswith(f".{name}") for other, _ in module.named_modules()):
+        return [own for inner in parts for own in _unmistakable(module, inner)]
+    return [name]
 
 
 def is_inside(key: str, modules: Sequence[str]) -> bool:

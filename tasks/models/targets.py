@@ -16,7 +16,7 @@ from lora_plugins.tasks.models.network import is_inside
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 # Inside attention, but no projection of it: what turns relative positions into a bias.
-POSITIONS = re.compile("position|pos_|rel_|cpb|sequence_reduction|distance", re.IGNORECASE)
+POSITIONS = re.compile("position|pos_|rel_|cpb|sequence_reduction|distance|meta_mlp", re.IGNORECASE)
 
 
 def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:

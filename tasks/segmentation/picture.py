@@ -1,4 +1,4 @@
-"""A picture of what a segmenter sees: image, true mask and predicted mask, a row a sample."""
+"""A picture of predictions: each image beside its true mask, the predicted one, and that over the image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -17,11 +15,13 @@ from torch.utils.data import DataLoader
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.figures import blank, first_loader, predicted_logits, spread
+from lora_plugins.tasks.segmentation.colours import class_colours, coloured, overlay
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 
-TITLES = ("image", "true mask", "predicted mask")
-IGNORED_COLOUR = (0.5, 0.5, 0.5, 1.0)
+TITLES = ("image", "true mask", "predicted mask", "overlay")
 INCHES = 2.0
+COLUMNS = 7
 
 
 def draw_predictions(
@@ -45,11 +45,33 @@ def draw_predictions(
     batch = Batch.read(collate([loader.dataset[i] for i in indices]))
     if batch.targets is None:
         raise DataError("A picture of predictions needs samples with masks.")
-    predicted = _predict(task, batch.images)
+    predicted = predicted_logits(task, batch.images).argmax(1)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _draw(task, batch.images, batch.targets, predicted, path)
+    masks_figure(task, batch.images, batch.targets, predicted).savefig(path, dpi=100)
     return path
+
+
+def masks_figure(task: SemanticSegmentationTask, images: Tensor, masks: Tensor, predicted: Tensor) -> Any:
+    """A figure with a row for each image (N, channels, H, W): itself, its true mask, the predicted one, the overlay."""
+    from matplotlib.patches import Patch
+
+    classes, ignored = task.model_config.num_classes, task.ignore_index
+    names = task.class_names or [str(i) for i in range(classes)]
+    colours = class_colours(classes)
+    figure = blank(INCHES * len(TITLES), INCHES * len(images) + 0.6)
+    axes = figure.subplots(len(images), len(TITLES), squeeze=False)
+    for row, image, true, guess in zip(axes, images, masks.numpy(), predicted.numpy(), strict=True):
+        pixels = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        drawn = (coloured(true, colours, ignored), coloured(guess, colours, ignored))
+        for axis, picture in zip(row, (pixels, *drawn, overlay(pixels, guess, colours, ignored)), strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], TITLES, strict=True):
+        axis.set_title(title)
+    patches = [Patch(color=colour / 255, label=name) for colour, name in zip(colours, names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(classes, COLUMNS), fontsize="small")
+    return figure
 
 
 class PredictionPicture(Callback):
@@ -79,62 +101,7 @@ class PredictionPicture(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture of the first val loader's samples."""
-        loaders = trainer.val_dataloaders
-        loader: DataLoader[Any] = cast(Any, loaders[0] if isinstance(loaders, list) else loaders)
-        total = len(loader.dataset)
-        indices = np.linspace(0, total - 1, min(self.samples, total)).round().astype(int).tolist()
+        loader = first_loader(trainer)
+        indices = spread(len(cast(Any, loader.dataset)), self.samples)
         path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)
         Console().print(f"Picture of predictions: [bold]{path}[/bold]", soft_wrap=True)
-
-
-def _predict(task: SemanticSegmentationTask, images: Tensor) -> Tensor:
-    training = {module: module.training for module in task.modules()}
-    task.eval()
-    try:
-        with torch.inference_mode():
-            logits: Tensor = task(images.to(task.device))
-            return logits.argmax(1).cpu()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _draw(task: SemanticSegmentationTask, images: Tensor, masks: Tensor, predicted: Tensor, path: Path) -> None:
-    # Figure and canvas are made by hand: pyplot would keep a global list of figures and choose a window system.
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    classes = task.model_config.num_classes
-    names = task.class_names or [str(i) for i in range(classes)]
-    colours = _colours(colormaps["gist_rainbow"], classes)
-    rows = len(images)
-    figure = Figure(figsize=(INCHES * len(TITLES), INCHES * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, len(TITLES), squeeze=False)
-    for row, sample in zip(axes, zip(images, masks, predicted, strict=True), strict=True):
-        image, true, guess = sample
-        row[0].imshow(image.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy())
-        row[1].imshow(_coloured(true, colours, task.ignore_index))
-        row[2].imshow(_coloured(guess, colours, task.ignore_index))
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, title in zip(axes[0], TITLES, strict=True):
-        axis.set_title(title)
-    patches = [Patch(color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(classes, 7), fontsize="small")
-    figure.savefig(path, dpi=100)
-
-
-def _colours(colormap: Any, classes: int) -> np.ndarray:
-    """A colour (r, g, b, a) for each class: dark for class 0, which mostly is the ground, a rainbow for the others."""
-    return np.concatenate([[[0.08, 0.08, 0.08, 1.0]], colormap(np.linspace(0, 1, max(1, classes - 1)))])[:classes]
-
-
-def _coloured(mask: Tensor, colours: np.ndarray, ignore_index: int) -> np.ndarray:
-    """A mask (H, W) as a picture (H, W, 4), ignored pixels in grey."""
-    ignored = (mask == ignore_index).numpy()
-    picture: np.ndarray = colours[mask.masked_fill(mask == ignore_index, 0).numpy()]
-    picture[ignored] = IGNORED_COLOUR
-    return picture

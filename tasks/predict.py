@@ -1,0 +1,133 @@
+"""Labels or masks for a folder of images: `python -m lora_plugins.tasks.predict MODEL IMAGES OUT`.
+
+MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifier writes `OUT/labels.csv`; a segmenter
+`OUT/masks/NAME.png`, 8-bit indices with a palette, and `OUT/overlays/NAME.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from lora_plugins.errors import LoraError
+from lora_plugins.tasks.base import VisionTask
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import image_files, read_image
+from lora_plugins.tasks.loading import load_task
+from lora_plugins.tasks.segmentation.colours import class_colours, overlay, palette_picture
+from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
+from lora_plugins.tasks.sliding import label_probabilities, mask_probabilities
+from lora_plugins.tasks.transforms import Size
+
+LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
+MOST_INDICES = 256
+
+
+def predict_folder(
+    task: VisionTask,
+    images: str | Path,
+    out: str | Path,
+    *,
+    window: Size | None = None,
+    overlap: float = 0.25,
+    flips: bool = False,
+) -> list[Path]:
+    """Predict for every image in a folder, and write what was found.
+
+    Args:
+        task: The task, in evaluation mode.
+        images: The folder of images, of any size.
+        out: The folder to write into; it is made.
+        window: For segmentation, see `mask_probabilities`.
+        overlap: Likewise.
+        flips: Whether the mean over each image and its mirror image is taken.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        DataError: Where there are no images, one cannot be read, or the task has too many classes for a palette.
+    """
+    paths = image_files(Path(images))
+    if not paths:
+        raise DataError(f"{Path(images).absolute()} holds no image.")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(task, SemanticSegmentationTask):
+        return _write_masks(task, paths, out, window, overlap, flips)
+    return [_write_labels(task, paths, out / LABELS, flips)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks.predict")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("images", help="a folder of images, of any size")
+    parser.add_argument("out", help="the folder to write into")
+    parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next covers again")
+    parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
+    given = parser.parse_args(arguments)
+    window = None if given.window is None else (given.window[0], given.window[1])
+    try:
+        task = load_task(given.model)
+        files = predict_folder(task, given.images, given.out, window=window, overlap=given.overlap, flips=given.flips)
+    except LoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {given.out}")
+    return 0
+
+
+def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:
+    names = task.class_names or [str(i) for i in range(task.model_config.num_classes)]
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["image", "label", "probability", *names])
+        for path in paths:
+            found = label_probabilities(task, _tensor(path), flips=flips)
+            best = int(found.argmax())
+            rows.writerow([path.name, names[best], *(f"{float(p):.6f}" for p in (found[best], *found))])
+    return file
+
+
+def _write_masks(
+    task: SemanticSegmentationTask, paths: Sequence[Path], out: Path, window: Size | None, overlap: float, flips: bool
+) -> list[Path]:
+    classes = task.model_config.num_classes
+    if classes > MOST_INDICES:
+        raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MOST_INDICES}.")
+    colours, written = class_colours(classes), []
+    for folder in (MASKS, OVERLAYS):
+        (out / folder).mkdir(exist_ok=True)
+    stems = Counter(path.stem for path in paths)
+    for path in paths:
+        image = _tensor(path)
+        mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"
+        pictures = {
+            MASKS: palette_picture(mask, colours),
+            OVERLAYS: Image.fromarray(overlay(pixels, mask, colours, task.ignore_index)),
+        }
+        for folder, picture in pictures.items():
+            picture.save(out / folder / name)
+            written.append(out / folder / name)
+    return written
+
+
+def _tensor(path: Path) -> Tensor:
+    """An image (3, H, W) in [0, 1]."""
+    return functional.pil_to_tensor(read_image(path)).float() / 255
+
+
+if __name__ == "__main__":
+    sys.exit(main())
