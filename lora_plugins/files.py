@@ -213,7 +213,7 @@ def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAda
             f"adapter: {type(error).__name__}: {error}. Copy the adapter again."
         ) from error
     sums = packed.manifest["changed"]
-    wrong = [name for name, tensor in changed.items() if _sum(tensor) != sums.get(name)]
+    wrong = [name for name, tensor in changed.items() if not _has_sum(tensor, str(sums.get(name)))]
     if wrong:
         raise AdapterFileError(
             f"The changed base of {listing(wrong)} could not be rebuilt bit for bit: the model's weights or their type "
@@ -273,7 +273,13 @@ def _changed(model: nn.Module, state: ModelState, adapter_name: str) -> dict[str
 
 def _sum(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+    return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+
+
+def _has_sum(tensor: Tensor, expected: str) -> bool:
+    """Whether a tensor is the one of that sum, once it is cast as the model may have been since (`bf16-true`)."""
+    dtype = getattr(torch, expected.partition(":")[0], None)
+    return isinstance(dtype, torch.dtype) and _sum(tensor.to(dtype)) == expected
 
 
 def _manifest(path: Path) -> Mapping[str, Any]:

@@ -405,3 +405,25 @@ def test_two_adapters_on_one_module(tmp_path):
 def test_two_callbacks_with_one_adapter_name_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="LoraCallback"):
         Trainer(callbacks=[callback(), callback()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_base_changed_by_an_init_and_cast_by_the_precision_is_rebuilt(tmp_path, init, precision):
+    """The module is adapted in its own type, cast, and restored in its own type before it is cast again."""
+    config = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init)
+
+    def run(epochs):
+        lora = LoraCallback(config, merge_on_fit_end=False, print_plan=False)
+        return trainer(tmp_path, [lora], max_epochs=epochs, precision=precision)
+
+    half = run(1)
+    module = Classifier()
+    half.fit(module, loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Classifier()
+    run(1).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert not {name for name in differing(values(resumed), values(module)) if "lora_" not in name}
+    LoraModel(resumed).unload()
+    expected = {key: value.to(resumed.state_dict()[key]) for key, value in values(Classifier()).items()}
+    assert not {name for name in differing(values(resumed), expected) if "net.1." not in name}
