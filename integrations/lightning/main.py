@@ -3,14 +3,14 @@
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 
-from lora_plugins.errors import LoraError, near
-from lora_plugins.manager import default_registry
+from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.sources import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
@@ -41,8 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = _ours(error)
         if ours is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
+        _print_plugin_failure(ours)
         print(f"error: {ours}", file=sys.stderr)
         return 1
+
+
+def _print_plugin_failure(error: LoraError) -> None:
+    """Prints the traceback of a plugin that failed, where its absence is what the error is about."""
+    if isinstance(error, PluginError | TargetError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+        print(file=sys.stderr)
 
 
 def _ours(error: BaseException) -> LoraError | None:
@@ -59,8 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_usage())
         return 0
     if command in COMMANDS:
-        COMMANDS[command][0](arguments)
-        return 0
+        return COMMANDS[command][0](arguments) or 0
     if command.startswith("-"):  # `--config FILE fit` and the like
         _trainer(arguments)
         return 0
@@ -82,8 +89,14 @@ def _file(arguments: list[str]) -> None:
         _module("exporting").run(arguments)
 
 
-def _plugins(_: list[str]) -> None:
-    _module("report").print_plugins(default_registry())
+def _core(name: str) -> Callable[[list[str]], int]:
+    """A command that needs the core only."""
+
+    def run(arguments: list[str]) -> int:
+        code: int = importlib.import_module(f"lora_plugins.commands.{name}").run(arguments[1:])
+        return code
+
+    return run
 
 
 def _module(name: str) -> ModuleType:
@@ -91,7 +104,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"lora_plugins.integrations.lightning.{name}")
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "fit": (_trainer, "train, as a YAML file says"),
     "validate": (_trainer, "measure on the validation split"),
     "test": (_trainer, "measure on the test split"),
@@ -99,7 +112,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "plan": (_plan, "print what fit would adapt, and train nothing"),
     "export": (_file, "write a checkpoint's merged network as a plain .safetensors file"),
     "merge": (_file, "write a checkpoint with its adapter merged, for load_from_checkpoint"),
-    "plugins": (_plugins, "list the installed plugins"),
+    "plugins": (_core("plugins"), "list the installed plugins"),
+    "doctor": (_core("doctor"), "check the installation, and say what to do"),
+    "new-plugin": (_core("new_plugin"), "write a package with a plugin of your own to start from"),
 }
 """Our commands: what runs them, given all arguments, and what they do."""
 
@@ -133,7 +148,7 @@ def _given_arguments() -> Iterator[None]:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:11}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)",

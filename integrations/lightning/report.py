@@ -1,4 +1,4 @@
-"""What is printed: the plan, the plugins, and where files were left."""
+"""What is printed: the plan, and where files were left."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ from rich.table import Table
 
 from lora_plugins import Plan
 from lora_plugins.errors import listing
-from lora_plugins.registry import Registry
 
 
 def print_plan(plan: Plan, title: str = "LoRA") -> None:
@@ -26,18 +25,6 @@ def print_plan(plan: Plan, title: str = "LoRA") -> None:
     if plan.trained:
         console.print(f"Trained in place: {listing(plan.trained)}", markup=False, highlight=False)
     console.print(plan.summary(), markup=False, highlight=False)
-
-
-def print_plugins(registry: Registry) -> None:
-    """Prints each plugin with its distribution, version, what it provides, and its state."""
-    table = Table(title="Plugins of lora_plugins")
-    for column in ("plugin", "distribution", "version", "layer types", "inits", "state"):
-        table.add_column(column, overflow="fold")
-    for info in registry.plugins:
-        table.add_row(
-            info.name, info.distribution, info.version, ", ".join(info.layers), ", ".join(info.inits), info.state
-        )
-    Console().print(table)
 
 
 def print_files(files: dict[str, Path]) -> None:

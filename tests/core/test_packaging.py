@@ -13,11 +13,14 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDERS = {"lora_plugins": "lora_plugins", "integrations": "lora_plugins/integrations", "tasks": "lora_plugins/tasks"}
 """Folders of the repository, and where an installation has them."""
 
+PYTEST_PLUGIN = ("lora_plugins/integrations/pytest/", "pytest_lora_plugins/")
+"""Where the pytest plugin would be by its folder, and where it is: pytest must not import torch to load it."""
+
 
 def sources():
     """The files of the three folders by the path that the wheel should have them under."""
     return {
-        f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
+        f"{target}/{path.relative_to(ROOT / folder).as_posix()}".replace(*PYTEST_PLUGIN)
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
@@ -49,12 +52,16 @@ def test_every_source_file_is_in_the_wheel(wheel):
 def test_nothing_else_is_installed(wheel):
     extra = {name for name in set(wheel) - sources() if ".dist-info/" not in name}
     assert extra == set()
-    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"lora_plugins"}
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {
+        "lora_plugins",
+        "pytest_lora_plugins",
+    }
 
 
 def test_entry_points_and_marker_are_in_the_wheel(wheel):
     (points,) = [data.decode() for name, data in wheel.items() if name.endswith("entry_points.txt")]
-    for line in ("[lora_plugins]", "layers = lora_plugins.layers", "inits = lora_plugins.inits", "[console_scripts]"):
+    own = ("[lora_plugins]", "layers = lora_plugins.layers", "inits = lora_plugins.inits")
+    for line in (*own, "[console_scripts]", "[pytest11]", "lora_plugins = pytest_lora_plugins"):
         assert line in points
     assert "lora_plugins/py.typed" in wheel
 

@@ -1,0 +1,15 @@
+"""The conformance kit: proves that a layer type or an init does what the framework relies on.
+
+    from lora_plugins.testing import check_init_plugin, check_layer_plugin
+
+    check_layer_plugin(MyLayerPlugin(), MyLayer, lambda layer: torch.randn(2, 8), options=[{}, {"bias": False}])
+    check_init_plugin(MyInit(), options=[{}, {"gain": 2.0}])
+
+In pytest, the fixtures `layer_check` and `init_check` run each check as a test of its own, with the same arguments.
+"""
+
+from lora_plugins.testing.checks import CheckError
+from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
+from lora_plugins.testing.layers import LAYER_CHECKS, check_layer_plugin
+
+__all__ = ["INIT_CHECKS", "LAYER_CHECKS", "CheckError", "check_init_plugin", "check_layer_plugin"]

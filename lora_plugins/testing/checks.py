@@ -1,0 +1,149 @@
+"""What a check is, how it fails, and how checks are run."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import ConfigError, near
+from lora_plugins.randomness import own_randomness
+
+Case = TypeVar("Case")
+
+TIGHT = 1e-10
+"""What sums in another order may differ by in float64, as a share of the largest value."""
+
+
+class CheckError(AssertionError):
+    """A plugin does not do what the framework relies on.
+
+    Args:
+        check: Name of the check.
+        subject: The plugin and the options it was checked with.
+        expected: What a plugin has to do.
+        got: What this one did.
+        usual_cause: What authors usually got wrong when it fails.
+    """
+
+    def __init__(self, check: str, subject: str, expected: str, got: str, usual_cause: str) -> None:
+        self.check, self.expected, self.got, self.usual_cause = check, expected, got, usual_cause
+        super().__init__(
+            f"{subject} fails the check {check!r}.\n"
+            f"  expected:    {expected}\n"
+            f"  came:        {got}\n"
+            f"  usual cause: {usual_cause}"
+        )
+
+
+class MismatchError(Exception):
+    """Raised inside a check, with what came instead of what was expected."""
+
+
+@dataclass(frozen=True)
+class Check(Generic[Case]):
+    """One thing that a plugin has to do.
+
+    Args:
+        name: Its name.
+        run: Raises `MismatchError`, or whatever the plugin raises, if the plugin does not do it.
+        expected: What a plugin has to do.
+        usual_cause: What authors usually got wrong when it fails.
+    """
+
+    name: str
+    run: Callable[[Case], None]
+    expected: str
+    usual_cause: str
+
+
+def by_name(*groups: Iterable[Check[Case]]) -> dict[str, Check[Case]]:
+    """Returns the checks of several groups by name, in order."""
+    return {check.name: check for group in groups for check in group}
+
+
+def chosen(checks: Mapping[str, Check[Case]], only: Collection[str] | None, skip: Collection[str]) -> list[Check[Case]]:
+    """Returns the checks to run.
+
+    Raises:
+        ConfigError: If there is no check of a name, offering the near ones.
+    """
+    for name in (*(only or ()), *skip):
+        if name not in checks:
+            raise ConfigError(f"There is no check {name!r}. {near(name, checks)}")
+    return [check for name, check in checks.items() if (only is None or name in only) and name not in skip]
+
+
+def run(check: Check[Case], case: Case, subject: str) -> None:
+    """Runs one check, without moving the random numbers of the process.
+
+    Raises:
+        CheckError: If the plugin fails it.
+    """
+    try:
+        with own_randomness(0):
+            check.run(case)
+    except MismatchError as mismatch:
+        raise CheckError(check.name, subject, check.expected, str(mismatch), check.usual_cause) from None
+    except Exception as error:  # whatever the plugin raises
+        got = f"{type(error).__name__}: {error}"
+        raise CheckError(check.name, subject, check.expected, got, check.usual_cause) from error
+
+
+def require(condition: bool, got: str) -> None:
+    """Raises a `MismatchError` that says what came, unless the condition holds."""
+    if not condition:
+        refuse(got)
+
+
+def refuse(got: str) -> NoReturn:
+    """Raises a `MismatchError` that says what came."""
+    raise MismatchError(got)
+
+
+def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = TIGHT) -> None:
+    """Raises a `MismatchError` unless two tensors agree in shape, type and, up to a tolerance, values.
+
+    Args:
+        what: What they are, for the message.
+        got: What came.
+        expected: What should have come.
+        tolerance: Largest difference, as a share of the largest expected value; 0 for the same bits.
+    """
+    got, expected = got.detach(), expected.detach()
+    found, wanted = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (got, expected))
+    require(found == wanted, f"{what} is {found} instead of {wanted}")
+    if torch.equal(got, expected) or not expected.numel():
+        return
+    difference = float((got.double() - expected.double()).abs().max())
+    largest = float(expected.abs().max())
+    # Written so that NaN fails.
+    require(
+        difference <= tolerance * max(largest, 1.0),
+        f"{what} differs by up to {difference:.2g}, where values are up to {largest:.2g}"
+        + ("" if tolerance else " and every bit should agree"),
+    )
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Returns the tensors of a layer's output: the output itself, or those of a tuple, list or mapping."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIGHT) -> None:
+    """Raises a `MismatchError` unless two outputs hold the same tensors."""
+    found, wanted = tensors_of(got), tensors_of(expected)
+    require(len(found) == len(wanted), f"{what} has {len(found)} tensors instead of {len(wanted)}")
+    for first, second in zip(found, wanted, strict=True):
+        require_close(what, first, second, tolerance)
+
+
+def require_same_state(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises a `MismatchError` unless two state dicts have the same keys and bits."""
+    require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")
+    for key, value in expected.items():
+        require_close(f"{key!r} of {what}", got[key], value, 0)

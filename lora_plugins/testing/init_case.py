@@ -1,0 +1,142 @@
+"""An init plugin with one choice of its options: the small model that the checks start, and its data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.init_plugin import InitContext, InitPlugin, Observed
+from lora_plugins.injector import factor_dtype, slot_matrix, slots
+from lora_plugins.layer import peek_weight
+from lora_plugins.layers import lora_plugins_register_layers
+from lora_plugins.model import LoraModel
+from lora_plugins.observe import InitData, observe
+from lora_plugins.randomness import own_randomness
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.registry import Owned, Registry
+from lora_plugins.testing.layer_case import UNDER_TEST
+
+LAYERS: Mapping[str, int] = {"embedding": 24, "linear": 32, "conv2d": 16}
+"""The layers of the model by name, with the number of rows of each matrix."""
+
+
+class Small(nn.Module):
+    """A word from an embedding is added to an image; linear layer and convolution of unlike shapes follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 24)
+        self.linear = nn.Linear(24, 32)
+        self.conv2d = nn.Conv2d(2, 16, 3)
+
+    def forward(self, word: Tensor) -> Tensor:
+        """Returns `(n, 16, 2, 2)` for words `(n,)`."""
+        x: Tensor = self.linear(self.embedding(word))
+        return torch.as_tensor(self.conv2d(F.silu(x).view(-1, 2, 4, 4)))
+
+
+@dataclass(frozen=True)
+class InitCase:
+    """What is checked.
+
+    Args:
+        init: The plugin.
+        options: Its options.
+        r: The rank.
+        layers: Which layers of the model are adapted.
+    """
+
+    init: InitPlugin
+    options: Mapping[str, Any]
+    r: int
+    layers: tuple[str, ...]
+
+    def registry(self) -> Registry:
+        """Returns a registry of this init and the built-in layer types.
+
+        Raises:
+            PluginError: If the plugin could not be registered.
+        """
+        layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
+        lora_plugins_register_layers(layers)
+        inits.add(self.init)
+        return Registry(
+            plugins=(UNDER_TEST,),
+            layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
+            inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},
+        )
+
+    def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Small:
+        """Builds the model, with the same values for the same seed."""
+        with own_randomness(seed):
+            return Small().to(dtype).eval()
+
+    def config(self, **fields: Any) -> LoraConfig:
+        """Returns the configuration that starts the model with the init."""
+        return LoraConfig(
+            **{
+                "r": self.r,
+                "alpha": 2.0 * self.r,
+                "target_modules": list(self.layers),
+                "init": self.init.name,
+                "init_options": dict(self.options),
+                **fields,
+            }
+        )
+
+    def data(self) -> InitData | None:
+        """Returns what an init learns from; None for one that needs no data."""
+        if self.init.needs is None:
+            return None
+        return InitData([words() for _ in range(2)], step=lambda model, batch: loss(model(batch)))
+
+    def adapt(self, model: nn.Module, **fields: Any) -> LoraModel:
+        """Starts an adapter on the model."""
+        return LoraModel(model, self.config(**fields), registry=self.registry(), init_data=self.data())
+
+    def contexts(self, model: nn.Module, seed: int = 0) -> list[InitContext]:
+        """Returns what the init is handed for each layer, with A and B full of NaN."""
+        plan = LoraModel.plan(model, self.config(), registry=self.registry())
+        data = self.data()
+        observed = observe(model, plan, data).of(plan) if data else {}
+        return [
+            InitContext(
+                layer=layer.name,
+                weight=slot_matrix(layer, slot, weight).to(dtype),
+                A=torch.full((layer.r, columns), torch.nan, dtype=dtype),
+                B=torch.full((rows, layer.r), torch.nan, dtype=dtype),
+                scaling=layer.scaling,
+                lookup=layer.plugin.lookup,
+                generator=torch.Generator().manual_seed(seed),
+                options=plan.init_options,
+                observed=observed.get((layer.name, slot.suffix), Observed()),
+            )
+            for layer, slot, (rows, columns) in slots(plan)
+            for weight in [peek_weight(model.get_submodule(layer.name), slot.tensor)]
+            for dtype in [factor_dtype(weight)]
+        ]
+
+
+def words() -> Tensor:
+    """Returns a batch of words, all that there are."""
+    return torch.arange(20)
+
+
+def loss(output: Tensor) -> Tensor:
+    """Returns a loss that depends on every weight."""
+    return output.square().mean() + output.mean()
+
+
+def run(model: nn.Module) -> Tensor:
+    """Returns the output of a model for all words."""
+    with torch.no_grad():
+        return torch.as_tensor(model(words()))
+
+
+def layer_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the weights of layers as they are read, with their updates."""
+    return {name: model.get_submodule(name).weight.detach().clone() for name in layers}  # type: ignore[operator]

@@ -1,0 +1,295 @@
+"""The conformance kit for inits: one call that checks a plugin over its options."""
+
+import copy
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins import injector
+from lora_plugins.errors import ConfigError, LoraError, near
+from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.model import LoraModel
+from lora_plugins.testing import checks
+from lora_plugins.testing.checks import Check, by_name, chosen, refuse, require, require_close, require_same_state
+from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
+
+
+def _registration(case: InitCase) -> None:
+    case.registry()
+    merged = {**case.init.options, **case.options}
+    require(merged.keys() == set(case.init.options), f"the options are {list(merged)}")
+    case.init.check_options(merged)
+
+
+def _filled(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        with torch.no_grad():
+            case.init.fill(context)
+        for name, factor in (("A", context.A), ("B", context.B)):
+            bad = int((~factor.isfinite()).sum())
+            require(
+                not bad, f"{bad} of {factor.numel()} values of {name} of {context.layer!r} are not finite, or unset"
+            )
+
+
+def _trainable(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        with torch.no_grad():
+            case.init.fill(context)
+        dead = ~(context.A.bool().any(1) | context.B.bool().any(0))
+        require(not dead.any(), f"{int(dead.sum())} of {len(dead)} ranks of {context.layer!r} are zero in both A and B")
+
+
+def _identity(case: InitCase, **fields: Any) -> None:
+    model = case.model(torch.float64)
+    before, weights = run(model), layer_weights(model, case.layers)
+    lora = case.adapt(model, **fields)
+    after = run(model)
+    if not case.init.identity:
+        require(not torch.allclose(after, before), "identity=False, and the output is that of the untouched model")
+    elif not case.init.changes_base:
+        require_close("the output", after, before)
+    else:
+        _near_start(lora, weights, layer_weights(model, case.layers))
+
+
+def _near_start(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor]) -> None:
+    """Requires that the factors make up for the changed base, at least in part."""
+    for name, weight in untouched.items():
+        base = lora.model.state_dict()[f"{name}.weight"]
+        lost, left = float((base - weight).norm()), float((effective[name] - weight).norm())
+        require(
+            left <= lost + checks.TIGHT,
+            f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
+        )
+
+
+def _scaling(case: InitCase) -> None:
+    if case.init.identity:
+        for fields in ({"alpha": 0.25}, {"alpha": 64.0}, {"alpha": 3.0, "use_rslora": True}):
+            _identity(case, **fields)
+
+
+def _reproducible(case: InitCase) -> None:
+    first, second = case.model(), case.model()
+    case.adapt(first)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    case.adapt(second)
+    require(torch.equal(torch.get_rng_state(), state), "the random numbers of the process were moved")
+    require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
+
+
+def _seed(case: InitCase) -> None:
+    one, two = (_started(case, seed) for seed in (0, 1))
+    for first, second in zip(one, two, strict=True):
+        same = torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+        require(not same, f"{first.layer!r} starts the same with another seed and another weight")
+
+
+def _started(case: InitCase, seed: int) -> Sequence[InitContext]:
+    contexts = case.contexts(case.model(seed=seed), seed)
+    with torch.no_grad():
+        for context in contexts:
+            case.init.fill(context)
+    return contexts
+
+
+def _base(case: InitCase) -> None:
+    model = case.model()
+    before, output = copy.deepcopy(model.state_dict()), run(model)
+    lora = case.adapt(model)
+    changed = [key for key, value in before.items() if not torch.equal(model.state_dict()[key], value)]
+    if not case.init.changes_base:
+        require(not changed, f"changes_base=False, and {changed} changed")
+    require(bool(changed) == case.init.changes_base, "changes_base=True, and no weight changed")
+    require(set(changed) <= {f"{name}.weight" for name in case.layers}, f"{changed} changed")
+    with lora.disable_adapter():
+        require_close("the output without the adapter", run(model), output, 0)
+    lora.unload()
+    require_same_state("the unloaded model", model.state_dict(), before)
+
+
+def _recipe(case: InitCase) -> None:
+    model = case.model()
+    lora = case.adapt(model)
+    plan = lora.plans["default"]
+    if not case.init.changes_base:
+        return
+    for context in case.contexts(case.model()):
+        original = context.weight.clone()
+        with torch.no_grad():
+            recipe = case.init.fill(context)
+        require_close(f"the weight of {context.layer!r} after fill", context.weight, original, 0)
+        shared = {context.A.data_ptr(), context.B.data_ptr()} & {tensor.data_ptr() for tensor in recipe.values()}
+        require(not shared, "the recipe is A or B itself, which training will move, and not a copy")
+        bases = [case.init.changed_base(original, recipe, context.scaling, plan.init_options) for _ in range(2)]
+        require_close(f"the base of {context.layer!r}, computed again,", bases[1], bases[0], 0)
+
+
+def _files(case: InitCase) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, fresh = case.model(dtype), case.model(dtype)
+        lora = case.adapt(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.5).add_(0.01)
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_adapter(Path(folder))
+            LoraModel.load_adapter(fresh, Path(folder), registry=case.registry())
+        require_same_state(f"the loaded model of {dtype}", fresh.state_dict(), model.state_dict())
+
+
+def _dtype(case: InitCase) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        model = case.model(dtype)
+        case.adapt(model)
+        wanted = injector.factor_dtype(torch.empty(0, dtype=dtype))
+        for name, tensor in model.state_dict().items():
+            expected = wanted if "lora_" in name else dtype
+            require(tensor.dtype == expected, f"{name!r} is of {tensor.dtype} on a base of {dtype}")
+            require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, on a base of {dtype}")
+
+
+def _ranks(case: InitCase) -> None:
+    for r in (1, 2, 40):
+        model: Small = case.model()
+        before = copy.deepcopy(model.state_dict())
+        try:
+            case.adapt(model, r=r, alpha=float(r))
+        except LoraError:
+            require_same_state(f"the model after r={r} was refused", model.state_dict(), before)
+            continue
+        except Exception as error:  # whatever a library raises that cannot do it
+            refuse(f"r={r} ended in {type(error).__name__}: {error}")
+        for name, tensor in model.state_dict().items():
+            require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, at r={r}")
+
+
+_CHECKS: tuple[Check[InitCase], ...] = (
+    Check(
+        "registration",
+        _registration,
+        "the registrar takes the plugin, and check_options takes its options",
+        "an attribute such as name is missing, or an option has no default.",
+    ),
+    Check(
+        "filled",
+        _filled,
+        "fill gives every value of A and B, in place",
+        "a new tensor is made instead of context.A.copy_(...), or ranks beyond those of the weight are left out.",
+    ),
+    Check(
+        "trainable",
+        _trainable,
+        "of each rank, the row of A or the column of B is not zero: else neither ever gets a gradient",
+        "both factors start at zero; or the ranks that a decomposition does not have do.",
+    ),
+    Check(
+        "identity",
+        _identity,
+        "the adapted model starts as the untouched one, or, where the base changes, nearer to it than that base alone; "
+        "with identity=False it does not",
+        "no factor is zero and nothing makes up for it, or identity is declared wrongly.",
+    ),
+    Check(
+        "scaling",
+        _scaling,
+        "the start does not depend on alpha and use_rslora",
+        "the update is scaling * B @ A, and fill or changed_base leaves context.scaling out.",
+    ),
+    Check(
+        "reproducible",
+        _reproducible,
+        "the same model starts with the same bits whatever was drawn before, and the process's random numbers stay",
+        "a function is called without generator=context.generator.",
+    ),
+    Check(
+        "seed",
+        _seed,
+        "another seed (which comes from the run's seed and the layer's name) and another weight give another start",
+        "fill makes a generator of its own with a fixed seed, so that all layers start the same.",
+    ),
+    Check(
+        "base",
+        _base,
+        "the base weights change if changes_base says so and not else, and unloading gives them back bit for bit",
+        "context.weight is changed in place: it is the model's own, to be read only.",
+    ),
+    Check(
+        "recipe",
+        _recipe,
+        "fill leaves the weight alone, its recipe is a copy, and changed_base gives the same bits each time",
+        "the recipe holds context.A instead of context.A.clone(), or changed_base draws random numbers.",
+    ),
+    Check(
+        "files",
+        _files,
+        "an adapter that is saved and loaded onto the original base gives the same bits, without data",
+        "changed_base uses something that is neither the weight nor in the recipe, such as an attribute of the plugin.",
+    ),
+    Check(
+        "dtype",
+        _dtype,
+        "A and B are float32 on a base in half precision and float64 on float64, with finite values",
+        "a constant of a fixed type, as torch.eye(r) where torch.eye(r, dtype=context.A.dtype) is meant.",
+    ),
+    Check(
+        "ranks",
+        _ranks,
+        "r=1, and an r larger than the weight has, start with finite values, or are refused by a TargetError",
+        "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
+    ),
+)
+
+INIT_CHECKS: dict[str, Check[InitCase]] = by_name(_CHECKS)
+"""All checks of an init by name, in the order they are run."""
+
+
+def check_init_plugin(
+    init: InitPlugin,
+    options: Iterable[Mapping[str, Any]] = ({},),
+    *,
+    r: int = 4,
+    layers: Sequence[str] | None = None,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Checks an init over its options; it need not be registered or installed.
+
+    It starts a small model of an embedding, a linear layer and a convolution. An init that `needs` data gets some.
+
+    Args:
+        init: The plugin.
+        options: The `init_options` to check, one after another.
+        r: The rank.
+        layers: Which of `embedding`, `linear` and `conv2d` to start; by default all, and for an init that needs inputs
+            all but the embedding, whose indices are no vectors.
+        only: Names of the checks to run; all of `INIT_CHECKS` by default.
+        skip: Names of checks not to run.
+
+    Raises:
+        CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
+            authors usually got wrong.
+        ConfigError: If there is no check or layer of a name.
+
+    Example:
+        >>> from lora_plugins.inits.gaussian import GaussianInit
+        >>> check_init_plugin(GaussianInit())
+    """
+    default = [name for name in LAYERS if name != "embedding" or init.needs != "inputs"]
+    started = tuple(default if layers is None else layers)
+    for name in started:
+        if name not in LAYERS:
+            raise ConfigError(f"The kit has no layer {name!r}. {near(name, LAYERS)}")
+    selected = chosen(INIT_CHECKS, only, skip)
+    for each in options:
+        case = InitCase(init, dict(each), r, started)
+        subject = f"{type(init).__name__}{f' with {dict(each)}' if each else ''}"
+        for check in selected:
+            checks.run(check, case, subject)

@@ -1,0 +1,148 @@
+"""A layer plugin with one choice of its layer's options: what the checks build, adapt and run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.inits import lora_plugins_register_inits
+from lora_plugins.layer import factors, layer_state, peek_weight
+from lora_plugins.layer_plugin import LayerPlugin, Slot
+from lora_plugins.model import LoraModel
+from lora_plugins.randomness import own_randomness
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.registry import Owned, PluginInfo, Registry
+
+UNDER_TEST = PluginInfo("under test", "(given to the check)", "-")
+
+
+class Holder(nn.Module):
+    """A model of one layer, whose name there is `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Any) -> Any:
+        """Calls the layer."""
+        return self.layer(*inputs)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """What is checked.
+
+    Args:
+        plugin: The plugin.
+        build: Makes a layer, called with `options` as keywords.
+        inputs: Makes what the layer is called with, given the layer.
+        options: The layer's options.
+        backend: The backend of torch.compile; None leaves compiling out.
+    """
+
+    plugin: LayerPlugin
+    build: Callable[..., nn.Module]
+    inputs: Callable[[Any], Any]
+    options: Mapping[str, Any]
+    backend: str | None = "eager"
+
+    def registry(self) -> Registry:
+        """Returns a registry of this plugin and the built-in inits; the plugin may be installed as well.
+
+        Raises:
+            PluginError: If the plugin could not be registered.
+        """
+        layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
+        layers.add(self.plugin)
+        lora_plugins_register_inits(inits)
+        return Registry(
+            plugins=(UNDER_TEST,),
+            layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
+            inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},
+        )
+
+    def model(self, dtype: torch.dtype = torch.float64) -> Holder:
+        """Builds a model of one layer, with the same values each time."""
+        with own_randomness(0):
+            return Holder(self.build(**self.options)).to(dtype)
+
+    def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
+        """Makes inputs in the type of a layer, the same for the same seed."""
+        with own_randomness(seed):
+            made = self.inputs(layer)
+        dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
+        inputs = made if isinstance(made, list | tuple) else (made,)
+        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+    def adapt(self, model: nn.Module, target: str = "layer", **fields: Any) -> LoraModel:
+        """Adapts a layer of a model, so that it starts different from the untouched one."""
+        config = LoraConfig(**{"r": 3, "alpha": 5.0, "init": "none", "target_modules": target, **fields})
+        return LoraModel(model, config, registry=self.registry())
+
+    def adapted(self, dtype: torch.dtype = torch.float64, **fields: Any) -> Holder:
+        """Builds a model and adapts it."""
+        model = self.model(dtype)
+        self.adapt(model, **fields)
+        return model
+
+    def slots(self) -> Sequence[Slot]:
+        """Returns the slots of a whole-layer adapter."""
+        return self.plugin.slots(self.model().layer)
+
+    def selections(self) -> list[dict[str, list[str]]]:
+        """Returns the values of `fused_parts` to check: the whole layer, and each of its parts alone."""
+        return [{}, *({"layer": [part]} for part in self.plugin.parts(self.model().layer))]
+
+
+def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1) -> Any:
+    """Calls a module, with the same random numbers each time, for layers that draw some themselves."""
+    with own_randomness(seed):
+        return module(*inputs)
+
+
+def updated(plugin: LayerPlugin, layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Returns what the law says of the weights of an adapted layer, `W + ΔW` by attribute name, from A and B.
+
+    Args:
+        plugin: The plugin.
+        layer: The adapted layer.
+        weights: Which adapters act, by name, and what their update is multiplied by.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        adapter = layer_state(layer).adapters[name]
+        for slot in adapter.slots:
+            base = found.get(slot.tensor, peek_weight(layer, slot.tensor))
+            A, B = factors(layer, name, slot)
+            matrix = weight * adapter.scaling * (B @ A)
+            if slot.rows is not None:
+                start, stop, total = slot.rows
+                matrix = torch.cat([matrix.new_zeros(start, matrix.shape[1]), matrix])
+                matrix = torch.cat([matrix, matrix.new_zeros(total - stop, matrix.shape[1])])
+            found[slot.tensor] = base + plugin.from_matrix(matrix, base.shape).to(base.dtype)
+    return found
+
+
+def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None = None) -> Holder:
+    """Builds the untouched model again with the updated weights of an adapted one, in its mode and type."""
+    layer = model.layer
+    dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
+    reference = case.model(dtype).train(model.training)
+    for name, value in updated(case.plugin, layer, weights or {"default": 1.0}).items():
+        delattr(reference.layer, name)
+        setattr(reference.layer, name, value)
+    return reference
+
+
+def adapter_leaves(layer: nn.Module) -> list[nn.Parameter]:
+    """Returns A and B of every slot of every adapter of a layer."""
+    state = layer_state(layer)
+    return [
+        factor
+        for name, adapter in state.adapters.items()
+        for slot in adapter.slots
+        for factor in factors(layer, name, slot)
+    ]

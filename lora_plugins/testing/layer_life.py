@@ -1,0 +1,302 @@
+"""Checks of what an adapted layer goes through: merging, unloading, copies, files, other types, compiling."""
+
+import copy
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.layer import base_class_of
+from lora_plugins.layer_plugin import Slot
+from lora_plugins.model import LoraModel
+from lora_plugins.testing.checks import (
+    Check,
+    require,
+    require_all_close,
+    require_close,
+    require_same_state,
+    tensors_of,
+)
+from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
+
+HALF = 0.05
+"""What an output in half precision may be off by, as a share of the largest value: a few times its rounding."""
+
+
+def _merge(case: LayerCase) -> None:
+    model = case.model().eval()
+    original = copy.deepcopy(model.state_dict())
+    lora = case.adapt(model)
+    inputs = case.arguments(model.layer)
+    adapted = call(model, inputs)
+    again = call(model, inputs)
+    lora.merge_adapter()
+    require_all_close("the merged output", call(model, inputs), adapted)
+    lora.unmerge_adapter()
+    for key, value in original.items():
+        require_close(f"{key!r} after unmerging", model.state_dict()[key], value, 0)
+    require_all_close("the output after unmerging", call(model, inputs), again, 0)
+    plain = lora.merge_and_unload()
+    require(type(plain.layer) is type(case.model().layer), f"merged for good, the layer is a {type(plain.layer)}")
+    require(list(plain.state_dict()) == list(original), f"merged for good, its keys are {list(plain.state_dict())}")
+    require_all_close("the output, merged for good,", call(plain, inputs), adapted)
+
+
+def _unload(case: LayerCase) -> None:
+    model = case.model().train()
+    original, attributes = copy.deepcopy(model.state_dict()), set(vars(model.layer))
+    base = type(model.layer)
+    inputs = case.arguments(model.layer)
+    lora = case.adapt(model)
+    _backward(call(model, inputs))
+    lora.unload()
+    require(type(model.layer) is base, f"the layer is a {type(model.layer)}")
+    left = sorted(set(vars(model.layer)) ^ attributes)
+    require(not left, f"the layer's attributes differ in {left}")
+    require_same_state("the unloaded model", model.state_dict(), original)
+
+
+def _backward(output: Any) -> None:
+    torch.stack([tensor.sum() for tensor in tensors_of(output) if tensor.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+
+
+class _Twice(nn.Module):
+    """A model that calls one layer under two names, with inputs of their own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.again = layer
+
+    def forward(self, first: Any, second: Any) -> Any:
+        return [tensors_of(self.layer(*first)), tensors_of(self.again(*second))]
+
+
+def _aliases(case: LayerCase) -> None:
+    model = _Twice(case.model().layer).eval()
+    before = copy.deepcopy(model.state_dict())
+    lora = case.adapt(model, target="again")
+    require(model.layer is model.again, "the two names have two layers")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    require(len(trained) == 2 * len(case.slots()), f"what is trained is {trained}")
+    both = (case.arguments(model.layer), case.arguments(model.layer, seed=2))
+    holder = Holder(model.layer).eval()
+    expected = [tensors_of(call(lawful(case, holder), inputs)) for inputs in both]
+    require_all_close("the output of a layer with two names", call(model, both), expected)
+    lora.merge_adapter()
+    require_all_close("its merged output", call(model, both), expected)
+    lora.unload()
+    require_same_state("the unloaded model", model.state_dict(), before)
+
+
+def _keys(case: LayerCase) -> None:
+    model = case.model()
+    base, expected = copy.deepcopy(model.state_dict()), set(model.state_dict())
+    names = [f"layer.lora_{factor}{slot.suffix}.default" for slot in case.slots() for factor in "AB"]
+    require(len(names) == len(set(names)), f"the slots would have the keys {names}")
+    case.adapt(model)
+    require(set(model.state_dict()) == expected | set(names), f"the keys are {sorted(model.state_dict())}")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require(trained == set(names), f"what is trained is {sorted(trained)}")
+    for name in names:
+        model.get_parameter(name)
+    model.load_state_dict(base)
+    require_same_state("the model after its base was loaded", {k: model.state_dict()[k] for k in base}, base)
+
+
+def _dtype(case: LayerCase) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = case.adapted(dtype).eval()
+        kinds = {parameter.dtype for parameter in adapter_leaves(model.layer)}
+        require(kinds == {torch.float32}, f"A and B on a base of {dtype} are of {kinds}")
+        inputs = case.arguments(model.layer)
+        if _runs(case.model(dtype).eval(), inputs):
+            _near(f"the output of a base of {dtype}", call(model, inputs), call(lawful(case, model), inputs))
+    model = case.adapted(torch.float32).double().eval()
+    inputs = case.arguments(model.layer)
+    require_all_close("the output after model.double()", call(model, inputs), call(lawful(case, model), inputs))
+    model, untouched = case.adapted(torch.float32).eval(), case.model(torch.float32).eval()
+    inputs = case.arguments(model.layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        if _runs(untouched, inputs):
+            _near("the output under autocast", call(model, inputs), call(lawful(case, model), inputs))
+
+
+def _near(what: str, got: Any, expected: Any) -> None:
+    require_all_close(what, got, expected, HALF)
+
+
+def _runs(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether the untouched layer can run at all in this type or on this device."""
+    try:
+        call(module, inputs)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _device(case: LayerCase) -> None:
+    model = case.adapted().train()
+    inputs = case.arguments(model.layer)
+    expected = call(lawful(case, model), inputs)
+    # A tensor that is made without saying where lands on the default device, which is none here.
+    with torch.device("meta"):
+        if _runs(case.model().train(), inputs):
+            got = tensors_of(call(model, inputs))
+            require(
+                not any(tensor.is_meta for tensor in got), "the output is on the default device, not on the layer's"
+            )
+            require_all_close("the output with another default device", got, expected)
+    if torch.cuda.is_available():
+        moved = model.to("cuda")
+        got = tensors_of(call(moved, tuple(x.cuda() if isinstance(x, Tensor) else x for x in inputs)))
+        require_all_close("the output on cuda", [tensor.cpu() for tensor in got], expected, 1e-6)
+    model.to("meta")
+    left = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    require(not left, f"{left} did not move with model.to(device)")
+
+
+def _deepcopy(case: LayerCase) -> None:
+    model = case.adapted().eval()
+    _compare_copy(case, model, copy.deepcopy(model), "copy")
+
+
+def _pickle(case: LayerCase) -> None:
+    model = case.adapted().eval()
+    _compare_copy(case, model, pickle.loads(pickle.dumps(model)), "pickled copy")
+
+
+def _compare_copy(case: LayerCase, model: Holder, other: Holder, what: str) -> None:
+    inputs = case.arguments(model.layer)
+    expected = call(model, inputs)
+    require_all_close(f"the output of the {what}", call(other, inputs), expected, 0)
+    with torch.no_grad():
+        for parameter in adapter_leaves(other.layer):
+            parameter.mul_(2)
+    require_all_close("the output of the original, after the copy was changed,", call(model, inputs), expected, 0)
+    require_all_close(
+        f"the output of the {what}, after it was changed,", call(other, inputs), call(lawful(case, other), inputs)
+    )
+    require(base_class_of(other.layer) is type(case.model().layer), f"the {what} is a {base_class_of(other.layer)}")
+    LoraModel(other).unload()
+
+
+def _compile(case: LayerCase) -> None:
+    if case.backend is None:
+        return
+    model = case.adapted().train()
+    inputs = case.arguments(model.layer)
+    try:
+        if _compiles(case.model().train(), inputs, case.backend):
+            compiled = torch.compile(model, fullgraph=True, backend=case.backend)
+            require_all_close("the compiled output", compiled(*inputs), call(lawful(case, model), inputs))
+    finally:
+        torch.compiler.reset()
+
+
+def _compiles(module: nn.Module, inputs: tuple[Any, ...], backend: str) -> bool:
+    """Whether the untouched layer compiles in one graph, and to what it computes: one that draws numbers does not."""
+    expected = tensors_of(call(module, inputs))
+    try:
+        got = tensors_of(torch.compile(module, fullgraph=True, backend=backend)(*inputs))
+    except Exception:  # torch has no class for all that can go wrong here
+        return False
+    return all(torch.allclose(first, second) for first, second in zip(got, expected, strict=True))
+
+
+def _files(case: LayerCase) -> None:
+    model = case.adapted().eval()
+    inputs = case.arguments(model.layer)
+    fresh = case.model().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        LoraModel(model, registry=case.registry()).save_adapter(Path(folder))
+        LoraModel.load_adapter(fresh, Path(folder), registry=case.registry())
+    require_same_state("the loaded model", fresh.state_dict(), model.state_dict())
+    require_all_close("the output of the loaded model", call(fresh, inputs), call(model, inputs), 0)
+
+
+def _stateless(case: LayerCase) -> None:
+    before = repr(vars(case.plugin))
+    model = case.model().train()
+    slots: list[list[Slot]] = [list(case.plugin.slots(model.layer)) for _ in range(2)]
+    require(slots[0] == slots[1], f"slots() of one layer gives {slots[0]}, and then {slots[1]}")
+    lora = case.adapt(model)
+    _backward(call(model, case.arguments(model.layer)))
+    lora.merge_adapter()
+    after = repr(vars(case.plugin))
+    require(before == after, f"the plugin's attributes were {before} and are {after}")
+    require(bool(updated(case.plugin, model.layer, {"default": 1.0})), "the plugin has no update any more")
+
+
+LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
+    Check(
+        "merge",
+        _merge,
+        "merging computes the same output, unmerging restores every bit, and merging for good leaves the plain layer",
+        "from_matrix or branch does something else without gradients than with them.",
+    ),
+    Check(
+        "unload",
+        _unload,
+        "unloading gives the layer back: its class, its attributes, its state dict, bit for bit",
+        "branch or slots keeps something on the layer. A plugin may read a layer and change nothing of it.",
+    ),
+    Check(
+        "aliases",
+        _aliases,
+        "a layer that stands in the model under two names has one adapter, which acts under both",
+        "something is remembered by layer, such as its last output.",
+    ),
+    Check(
+        "keys",
+        _keys,
+        "the state dict keeps every key of the base and gains lora_A and lora_B of each slot, which alone are trained",
+        "two slots have the same part, or a part is no identifier.",
+    ),
+    Check(
+        "dtype",
+        _dtype,
+        "A and B are float32 on a base in half precision, the output keeps the base's type, also under autocast, and "
+        "A and B follow model.double()",
+        "branch returns the type of A instead of that of the untouched output: end with y + update.to(y.dtype).",
+    ),
+    Check(
+        "device",
+        _device,
+        "A and B follow model.to(device), and the layer runs where the untouched layer runs",
+        "branch makes a tensor without device=x.device.",
+    ),
+    Check(
+        "deepcopy",
+        _deepcopy,
+        "copy.deepcopy gives an adapted model that computes the same and shares nothing with the original",
+        "the plugin object holds something that cannot be copied. A plugin is stateless: keep it free of attributes.",
+    ),
+    Check(
+        "pickle",
+        _pickle,
+        "an adapted model can be pickled, and comes back as it was",
+        "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
+    ),
+    Check(
+        "compile",
+        _compile,
+        "torch.compile(fullgraph=True) compiles the adapted layer wherever it compiles the untouched one",
+        "branch decides by the value of a tensor (.item(), if x.sum() > 0), prints, or calls what torch cannot trace.",
+    ),
+    Check(
+        "files",
+        _files,
+        "an adapter that is saved and loaded onto a fresh base gives the same bits",
+        "slots depend on something other than the layer's class and options, such as its identity.",
+    ),
+    Check(
+        "stateless",
+        _stateless,
+        "the plugin object is the same before and after, and slots() gives the same each time",
+        "the plugin keeps something of a layer in an attribute; one plugin object serves all layers of all models.",
+    ),
+)

@@ -1,0 +1,60 @@
+"""The conformance kit for layer types: one call that checks a plugin over the options of its layer."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.layer_plugin import LayerPlugin
+from lora_plugins.testing.checks import Check, by_name, chosen, run
+from lora_plugins.testing.layer_case import LayerCase
+from lora_plugins.testing.layer_law import LAW_CHECKS
+from lora_plugins.testing.layer_life import LIFE_CHECKS
+
+LAYER_CHECKS: dict[str, Check[LayerCase]] = by_name(LAW_CHECKS, LIFE_CHECKS)
+"""All checks of a layer plugin by name, in the order they are run."""
+
+
+def check_layer_plugin(
+    plugin: LayerPlugin,
+    build: Callable[..., nn.Module],
+    inputs: Callable[[Any], Any],
+    options: Iterable[Mapping[str, Any]] = ({},),
+    *,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+    compile_backend: str | None = "eager",
+) -> None:
+    """Checks a layer plugin over the options of its layer; it need not be registered or installed.
+
+    Args:
+        plugin: The plugin.
+        build: Makes an untouched layer, small, called with each of the options as keywords; often its class.
+        inputs: Makes what the layer is called with: a tensor or a tuple of arguments, given the layer. Floating tensors
+            are cast to the layer's type.
+        options: The options of the layer to check, one after another.
+        only: Names of the checks to run; all of `LAYER_CHECKS` by default.
+        skip: Names of checks not to run.
+        compile_backend: The backend of torch.compile to check with; None leaves compiling out.
+
+    Raises:
+        CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
+            authors usually got wrong.
+        ConfigError: If there is no check of a name.
+
+    Example:
+        >>> from torch import nn
+        >>> from lora_plugins.layers.linear import LinearPlugin
+        >>> check_layer_plugin(
+        ...     LinearPlugin(),
+        ...     lambda **options: nn.Linear(4, 3, **options),
+        ...     lambda layer: torch.randn(2, 4),
+        ...     options=[{}, {"bias": False}],
+        ... )
+    """
+    checks = chosen(LAYER_CHECKS, only, skip)
+    for each in options:
+        case = LayerCase(plugin, build, inputs, dict(each), compile_backend)
+        subject = f"{type(plugin).__name__}{f' with {dict(each)}' if each else ''}"
+        for check in checks:
+            run(check, case, subject)
