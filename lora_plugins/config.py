@@ -43,8 +43,8 @@ class LoraConfig:
             installed plugin.
         init_options: Options of that plugin.
         use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
-        memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the output
-            of a normalisation or an activation. `normal` keeps the input of each adapted layer, once.
+        memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the
+            output of a normalisation or an activation. `normal` keeps the input of each adapted layer, once.
         norm: `freeze` keeps frozen normalisation layers in eval mode, so that their running statistics stand still;
             `track` lets the statistics move and saves them with the adapter.
         allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.

@@ -79,6 +79,7 @@ class LayerState:
         adapters: All adapters on the layer, active or not.
         active: Names of those whose update is added at each forward.
         merged: Weights with merged updates that cannot be written into a parameter, since something computes them.
+        rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
     """
 
     name: str
@@ -86,6 +87,7 @@ class LayerState:
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: dict[str, Tensor] = field(default_factory=dict)
+    rows: tuple[str | None, ...] | None = None
 
     @property
     def has_branch(self) -> bool:
@@ -260,8 +262,13 @@ def adapted_class(base: Any, weights: tuple[str, ...], has_branch: bool) -> type
 
 def _weight_property(name: str) -> property:
     def get(layer: nn.Module) -> Tensor:
-        weight = updated_weight(layer, name)
         state = layer_state(layer)
+        if state.rows is not None:
+            raise StateError(
+                f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
+                "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter."
+            )
+        weight = updated_weight(layer, name)
         if layer.training and weight.requires_grad and any(adapter.dropout for _, adapter, _ in state.active_slots()):
             weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
         return weight
@@ -294,9 +301,24 @@ def _forward(base: type[nn.Module]) -> Any:
             return base.forward(layer, *args, **kwargs)
         terms = _terms(layer, state)
         weights: Mapping[str, Tensor] = {term.slot.tensor: resting_weight(layer, term.slot.tensor) for term in terms}
+        if state.rows is not None:
+            gates = _gates(state, args[0], terms[0].A)
+            return adapters[0].plugin.mixed(layer, weights, terms, gates, *args, **kwargs)
         return adapters[0].plugin.branch(layer, weights, terms, *args, **kwargs)
 
     return forward
+
+
+def _gates(state: LayerState, x: Tensor, like: Tensor) -> Tensor:
+    """Returns which row of a batch has which active update: `(batch, updates)`."""
+    assert state.rows is not None
+    if len(x) != len(state.rows):
+        raise StateError(
+            f"{state.name!r} gets {len(x)} rows for a batch of {len(state.rows)} adapter names. Its first dimension "
+            "is no batch, so its rows cannot have adapters of their own. Run one batch for each adapter."
+        )
+    gates = [[float(row == name) for name, _, _ in state.active_slots()] for row in state.rows]
+    return torch.tensor(gates, dtype=like.dtype, device=like.device)
 
 
 def _branches(adapters: list[LayerAdapter], training: bool) -> bool:

@@ -87,6 +87,12 @@ def joined(terms: Sequence[Term]) -> Term | None:
     )
 
 
+def gate_columns(terms: Sequence[Term], gates: Tensor) -> Tensor:
+    """Returns the gates of the columns of joined terms: `(batch, sum of ranks)` from `(batch, len(terms))`."""
+    ranks = torch.tensor([len(term.A) for term in terms], device=gates.device)
+    return gates.repeat_interleave(ranks, 1)
+
+
 def add_update(base: Tensor, delta: Tensor) -> Tensor:
     """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
     wide = torch.promote_types(base.dtype, delta.dtype)
@@ -171,6 +177,29 @@ class LayerPlugin(ABC):
             **kwargs: Likewise.
         """
         raise NotImplementedError(f"{type(self).__name__} says branch_use={self.branch_use!r} but has no branch.")
+
+    def mixed(
+        self,
+        layer: nn.Module,
+        base: Mapping[str, Tensor | None],
+        terms: Sequence[Term],
+        gates: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes the layer's output where each row of the batch has updates of its own; inference only.
+
+        Optional: without it, `LoraModel.mixed_batch` refuses the layer.
+
+        Args:
+            layer: The layer; read its options, not its weight.
+            base: The untouched weights by slot tensor name.
+            terms: The updates of all adapters of the batch, at least one.
+            gates: `(batch, len(terms))`, 1 where a row has an update and 0 elsewhere.
+            *args: What the layer's `forward` was called with; the batch is the first dimension of the first one.
+            **kwargs: Likewise.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot mix adapters in one batch.")
 
 
 class RowMajorPlugin(LayerPlugin):

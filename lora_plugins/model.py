@@ -14,6 +14,7 @@ from lora_plugins.init_plugin import Observed
 from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
 from lora_plugins.layer import layer_state, state_of
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
+from lora_plugins.mixing import mixed
 from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
 from lora_plugins.planner import make_plan
@@ -157,6 +158,30 @@ class LoraModel:
         state = self._state
         state.refuse_merged("Disabling adapters")
         with without_adapters(self.model, state):
+            yield self.model
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str | None]) -> Iterator[nn.Module]:
+        """Lets each row of a batch have an adapter of its own for the time of a `with` block; for inference.
+
+        All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.
+
+        Args:
+            adapter_names: The adapter of each row of the batch; None for the base model.
+
+        Raises:
+            StateError: If the model is in training mode, something is merged, an adapter is unknown or has its own
+                values of the model's parameters (such as a head), or a layer is of a type that cannot mix.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 2)).eval()
+            >>> lora = LoraModel(model, LoraConfig(r=2), "a")
+            >>> lora.add_adapter("b", LoraConfig(r=1))
+            >>> with lora.mixed_batch(["a", None, "b"]):
+            ...     model(torch.ones(3, 4)).shape
+            torch.Size([3, 2])
+        """
+        with mixed(self.model, self._state, tuple(adapter_names)):
             yield self.model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.functions.linear import lora_linear
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, joined
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, gate_columns, joined
 
 
 def thirds(tensor: str, rows: int) -> dict[str, Slot]:
@@ -70,6 +70,19 @@ class LinearPlugin(RowMajorPlugin):
                 x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, low_memory=term.low_memory
             )
         return add_linear(F.linear(x, weight, layer.bias), x, terms)
+
+    def mixed(
+        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], gates: Tensor, x: Tensor
+    ) -> Tensor:
+        """Adds the small products of all terms at once, each row's own ones let through."""
+        weight, term = base["weight"], joined(terms)
+        assert isinstance(layer, nn.Linear)
+        assert weight is not None
+        assert term is not None
+        y = F.linear(x, weight, layer.bias)
+        h = F.linear(x.to(term.A.dtype), term.A)
+        h = h * gate_columns(terms, gates * term.scaling).view(len(x), *[1] * (x.ndim - 2), -1).to(h.dtype)
+        return y + F.linear(h, term.B).to(y.dtype)
 
 
 class TransformersConv1DPlugin(ColumnMajorPlugin):

@@ -1,0 +1,131 @@
+"""One batch whose rows have different adapters computes what each row would compute with its adapter alone."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+class Words(nn.Module):
+    """An embedding and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6, padding_idx=0)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x))
+
+
+def images() -> Tensor:
+    return torch.randn(5, 3, 16, 16, dtype=torch.float64)
+
+
+MODELS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), lambda: torch.randn(5, 3, 6)),
+    "conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+        ),
+        images,
+    ),
+    "conv-circular": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), images),
+    "embedding": (Words, lambda: torch.randint(9, (5, 7))),
+    "vit": (
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
+        ),
+        images,
+    ),
+}
+
+
+def adapted(make, **fields) -> LoraModel:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    lora = LoraModel(model, LoraConfig(r=2, init="none", **fields), "a")
+    lora.add_adapter("b", LoraConfig(r=3, alpha=2, init="none"))
+    lora.add_adapter("c", LoraConfig(r=1, init="none"))
+    return lora
+
+
+@pytest.mark.parametrize(("make", "batch"), MODELS.values(), ids=MODELS)
+def test_each_row_is_what_its_adapter_alone_gives(make, batch):
+    lora, x = adapted(make), batch()
+    x = x.double() if x.is_floating_point() else x
+    rows = ["a", "c", None, "b", "a"]
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
+        mixed = model(x)
+    for i, name in enumerate(rows):
+        with torch.no_grad():
+            if name is None:
+                with lora.disable_adapter() as model:
+                    alone = model(x[i : i + 1])
+            else:
+                lora.set_adapter(name)
+                alone = lora.model(x[i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone, **TIGHT)
+
+
+def test_the_model_is_as_before_afterwards():
+    lora = adapted(MODELS["linear"][0])
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    before, classes = lora.model(x), [type(module) for module in lora.model.modules()]
+    with lora.mixed_batch(["a", "b", None, "b", "a"]):
+        pass
+    assert lora.active_adapters == ("a",)
+    assert [type(module) for module in lora.model.modules()] == classes
+    assert torch.equal(lora.model(x), before)
+    assert lora.model[0].lora_A["a"].requires_grad
+
+
+def refused(lora: LoraModel, match: str, rows=("a", "b")) -> None:
+    with pytest.raises(StateError, match=match), lora.mixed_batch(list(rows)) as model:
+        model(torch.randn(2, 6, dtype=torch.float64))
+
+
+def test_training_is_refused():
+    lora = adapted(MODELS["linear"][0])
+    lora.model.train()
+    refused(lora, r"for inference. Call model.eval\(\) first")
+
+
+def test_an_unknown_adapter_is_refused():
+    refused(adapted(MODELS["linear"][0]), "no adapter 'bb'", rows=("a", "bb"))
+
+
+def test_a_merged_adapter_is_refused():
+    lora = adapted(MODELS["linear"][0])
+    lora.merge_adapter()
+    refused(lora, "not possible while 'a' is merged")
+
+
+def test_an_adapter_with_a_head_of_its_own_is_refused():
+    lora = adapted(MODELS["linear"][0], modules_to_save=["2"], target_modules=["0"])
+    refused(lora, r"'a' has its own values of '2.bias', '2.weight'|'a' has its own values of '2.weight', '2.bias'")
+
+
+def test_another_number_of_rows_is_refused():
+    refused(adapted(MODELS["linear"][0]), "'0' gets 2 rows for a batch of 3 adapter names", rows=("a", "b", None))
+
+
+def test_a_layer_without_a_branch_is_refused():
+    lora = adapted(lambda: nn.Sequential(nn.Linear(6, 6), nn.ConvTranspose1d(6, 4, 1)))
+    refused(lora, "The layers '1' are of a type that cannot mix")
+
+
+def test_a_weight_read_past_its_layer_is_refused():
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.layer.weight.T
+
+    refused(adapted(Reader), "The weight of 'layer' is used by another module")
