@@ -1,6 +1,6 @@
 """What training must show: every trainable tensor gets a gradient and moves, nothing else does."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from lightning.pytorch import Trainer
@@ -32,16 +32,18 @@ class FirstSteps:
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
         self._steps = 0
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._seen(name))  # type: ignore[no-untyped-call]
-            for name, p in trained.items()
-        ]
+        self._checked = False
 
-    def _seen(self, name: str) -> Callable[[Tensor], None]:
-        def note(_: Tensor) -> None:
-            self._without.discard(name)
+    def before_step(self) -> None:
+        """Notes which parameters have a gradient, ahead of a step of an optimizer.
 
-        return note
+        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
+        """
+        self._without -= {
+            name
+            for name in self._without
+            if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
+        }
 
     def after_batch(self, learning_rates: Iterable[float], steps: int) -> bool:
         """Looks at what a batch has done; returns whether there is more to watch.
@@ -59,19 +61,12 @@ class FirstSteps:
         if self._steps < STEPS:
             return True
         self._check_moved()
-        self.stop()
         return False
 
-    def stop(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def _check_gradients(self) -> None:
-        if not self._handles:
+        if self._checked:
             return
-        self.stop()
+        self._checked = True
         if self._without and len(self._without) == len(self._start):
             raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
         if self._without:

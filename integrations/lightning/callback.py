@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, Plan, StateError
 from lora_plugins.errors import listing, near
@@ -218,6 +219,11 @@ class LoraCallback(Callback):
         if batch_idx == 0:
             refuse_unfrozen({k: p for k, p in frozen_tensors(pl_module).items() if isinstance(p, nn.Parameter)})
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Notes in the first steps what has a gradient."""
+        if self._first_steps is not None:
+            self._first_steps.before_step()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -414,8 +420,6 @@ class LoraCallback(Callback):
         for shims in (self._shims, self._late):
             if shims is not None:
                 shims.remove()
-        if self._first_steps is not None:
-            self._first_steps.stop()
         self._shims, self._late, self._first_steps = None, None, None
 
 
