@@ -24,7 +24,7 @@ IGNORED = 255
 
 def maps():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, 3, 4, 5, generator=generator)  # smp's Lovász knows single precision only
     masks = torch.randint(0, 3, (2, 4, 5), generator=generator)
     masks[:, 0] = IGNORED
     return logits, masks
@@ -38,15 +38,15 @@ def objective(text, **options):
 def test_what_is_ignored_has_no_part_in_any_loss(name):
     logits, masks = maps()
     changed = logits.clone()
-    changed[:, :, 0] += torch.randn(2, 3, 5, dtype=torch.float64)
-    assert objective(name)(logits, masks) == pytest.approx(float(objective(name)(changed, masks)), abs=1e-12)
+    changed[:, :, 0] += torch.randn(2, 3, 5)
+    assert objective(name)(logits, masks) == pytest.approx(float(objective(name)(changed, masks)), abs=1e-6)
     assert float(objective(name)(logits, torch.full_like(masks, IGNORED))) == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_loss_falls_to_nothing_when_all_is_right(name):
     _, masks = maps()
-    right = 100 * torch.nn.functional.one_hot(masks.clamp(max=2), 3).permute(0, 3, 1, 2).double()
+    right = 200 * (torch.nn.functional.one_hot(masks.clamp(max=2), 3) - 0.5).permute(0, 3, 1, 2).float()
     assert objective(name)(right, masks) < 1e-3 < objective(name)(-right, masks)
 
 
@@ -58,7 +58,7 @@ def test_a_sum_adds_up_with_its_factors():
 
 def test_weights_and_smoothing_are_those_of_torch():
     logits, masks = maps()
-    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    weights = torch.tensor([0.5, 2.0, 1.0])
     found = objective("cross_entropy", label_smoothing=0.1)(logits, masks, weights)
     assert found == cross_entropy(logits, masks, weights, ignore_index=IGNORED, label_smoothing=0.1)
 
@@ -121,7 +121,7 @@ class TestWeights:
         task = ImageClassificationTask(tiny_vit(), class_weights="balanced")
         loader = DataLoader(TensorDataset(torch.rand(2, 3, 16, 16), torch.tensor([0, 1])))
         with pytest.raises(ConfigError, match="takes a data module"):
-            trainer().fit(task, loader)
+            trainer().fit(task, loader, loader)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -165,12 +165,15 @@ def test_schedules_start_at_the_rate(name):
 
 
 def test_the_average_is_what_is_validated_and_kept(trainer):
-    """With a decay so near to 1, the average has hardly left the start, wherever training has gone."""
-    torch.manual_seed(0)
-    task = ImageClassificationTask(tiny_vit(), lr=0.1, ema=0.9999999)
-    before = task.network.head.weight.detach().clone()
-    trainer(max_epochs=2).fit(task, datamodule=DigitsDataModule([0, 1, 2]))
-    torch.testing.assert_close(task.network.head.weight, before, atol=1e-4, rtol=0)
+    """An average over many steps lags behind: it has moved less than the last weights of the same run."""
+    moved = {}
+    for ema in (0.0, 0.99):
+        torch.manual_seed(0)
+        task = ImageClassificationTask(tiny_vit(), lr=0.01, ema=ema)
+        before = task.network.head.weight.detach().clone()
+        trainer(max_epochs=2).fit(task, datamodule=DigitsDataModule([0, 1, 2]))
+        moved[ema] = float((task.network.head.weight - before).norm().detach())
+    assert 0 < moved[0.99] < 0.9 * moved[0.0]
 
 
 def test_an_average_is_a_share():
