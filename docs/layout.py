@@ -16,8 +16,16 @@ MARK = re.compile(r"^<!-- every public name of (\S+) -->$", re.MULTILINE)
 
 @event_priority(100)  # before mkdocstrings reads its configuration
 def on_config(config: Any) -> Any:
-    """Called by mkdocs; copies the sources as they are installed, `integrations/` and `tasks/` inside the package."""
+    """Called by mkdocs; shows mkdocstrings the package."""
     folder = Path(tempfile.mkdtemp(prefix="lora-plugins-docs-"))
+    copy_package(folder)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(folder)]
+    config.extra["sources"] = str(folder)
+    return config
+
+
+def copy_package(folder: Path) -> None:
+    """Copies the sources into a folder as they are installed, `integrations/` and `tasks/` inside the package."""
     for source, inside in FOLDERS.items():
         shutil.copytree(
             ROOT / source,
@@ -25,9 +33,6 @@ def on_config(config: Any) -> Any:
             dirs_exist_ok=True,
             ignore=lambda _, names: [name for name in names if Path(name).suffix not in ("", ".py")],
         )
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(folder)]
-    config.extra["sources"] = str(folder)
-    return config
 
 
 def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:

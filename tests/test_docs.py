@@ -1,6 +1,8 @@
 """The README and the docs: every example runs, every link leads somewhere, every public name and hook is there."""
 
+import doctest
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -10,8 +12,10 @@ import sys
 import types
 from pathlib import Path
 
+import griffe
 import pluggy
 import pytest
+import torch
 import yaml
 
 import lora_plugins
@@ -21,7 +25,7 @@ from lora_plugins.integrations.lightning.main import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-PUBLIC = ("lora_plugins", "lora_plugins.integrations.lightning", "lora_plugins.tasks")
+PUBLIC = ("lora_plugins", "lora_plugins.integrations.lightning", "lora_plugins.tasks", "lora_plugins.testing")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -103,21 +107,43 @@ def test_hooks_are_those_of_the_live_manager():
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_public_names_are_documented(module: str):
+def test_examples_of_docstrings_run(module: str):
+    package = importlib.import_module(module)
+    objects = [getattr(package, name) for name in package.__all__]
+    sources = {obj.__module__ for obj in objects if hasattr(obj, "__module__")}
+    known = {"torch": torch, "nn": torch.nn, **{name: getattr(lora_plugins, name) for name in lora_plugins.__all__}}
+    for source in sorted(sources & sys.modules.keys()):
+        if source.startswith("lora_plugins"):
+            result = doctest.testmod(sys.modules[source], extraglobs=known)
+            assert not result.failed, source
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The package as the reference sees it: read, not imported."""
+    spec = importlib.util.spec_from_file_location("lora_plugins_docs_layout", DOCS / "layout.py")
+    layout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    folder = tmp_path_factory.mktemp("sources")
+    layout.copy_package(folder)
+    loader = griffe.GriffeLoader(search_paths=[str(folder)])
+    found = loader.load("lora_plugins", try_relative_path=False)
+    loader.resolve_aliases()
+    return found
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_documented(module: str, package):
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     assert f"<!-- every public name of {module} -->" in reference
-    package = importlib.import_module(module)
-    bare = [name for name in package.__all__ if not (inspect.getdoc(getattr(package, name)) or "").strip()]
-    assert not bare
-
-
-def test_public_methods_are_documented():
-    bare = [
-        f"{name}.{attribute}"
-        for name in lora_plugins.__all__
-        if isinstance(getattr(lora_plugins, name), type)
-        for attribute, value in vars(getattr(lora_plugins, name)).items()
-        if not attribute.startswith("_") and inspect.isroutine(value) and not inspect.getdoc(value)
+    found = package[module.removeprefix("lora_plugins.")] if module != "lora_plugins" else package
+    names = importlib.import_module(module).__all__
+    bare = [name for name in names if not found[name].has_docstring and name != "hookimpl"]
+    bare += [
+        f"{name}.{member.name}"
+        for name in names
+        for member in found[name].members.values()
+        if found[name].is_class and member.is_function and member.name[0] != "_" and not member.has_docstring
     ]
     assert not bare
 
