@@ -96,8 +96,16 @@ def observed(
         with nullcontext() if isinstance(precision, MixedPrecision) else precision.forward_context():
             return twin.training_step(batch, next(index)) if numbered else twin.training_step(batch)
 
-    with _quiet(trainer), _train_batches(trainer) as loader:
-        return observe(adapted, plan, InitData(loader, step, limit))
+    try:
+        with _quiet(trainer), _train_batches(trainer) as loader:
+            return observe(adapted, plan, InitData(loader, step, limit))
+    except Exception as error:
+        error.add_note(
+            f"This happened while the init {config.init!r} was shown training batches, on a copy of the module and "
+            "before there are optimizers. A training_step that cannot run then needs LoraModel(module, config, "
+            "init_data=InitData(loader, step)) before fit, or another init."
+        )
+        raise
 
 
 def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:

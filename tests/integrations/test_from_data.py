@@ -269,6 +269,16 @@ class TestRefusals:
 
         self.refused(Silent(), CONFIGS["lora_ga"], ConfigError, "a NoneType instead of the loss", tmp_path)
 
+    def test_a_training_step_that_needs_its_optimizer_says_when_it_failed(self, tmp_path):
+        class Peeking(Classifier):
+            def training_step(self, batch, batch_idx):
+                self.optimizers().param_groups[0]["lr"]
+                return super().training_step(batch, batch_idx)
+
+        with pytest.raises(AttributeError) as raised:
+            trainer(tmp_path, [callback(CONFIGS["eva"])]).fit(Peeking(), loader())
+        assert "init 'eva' was shown training batches" in raised.value.__notes__[0]
+
     def test_no_batches_of_a_kind(self):
         with pytest.raises(ConfigError, match="init_batches"):
             LoraCallback(CONFIGS["eva"], init_batches=0)
