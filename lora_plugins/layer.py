@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, add_update
+from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined
 
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
@@ -302,23 +302,24 @@ def _forward(base: type[nn.Module]) -> Any:
         terms = _terms(layer, state)
         weights: Mapping[str, Tensor] = {term.slot.tensor: resting_weight(layer, term.slot.tensor) for term in terms}
         if state.rows is not None:
-            gates = _gates(state, args[0], terms[0].A)
-            return adapters[0].plugin.mixed(layer, weights, terms, gates, *args, **kwargs)
+            return adapters[0].plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)
         return adapters[0].plugin.branch(layer, weights, terms, *args, **kwargs)
 
     return forward
 
 
-def _gates(state: LayerState, x: Tensor, like: Tensor) -> Tensor:
-    """Returns which row of a batch has which active update: `(batch, updates)`."""
+def _updates(layer: nn.Module, state: LayerState, x: Tensor) -> Updates:
+    """Returns the update of each row of a batch whose rows have adapters of their own."""
     assert state.rows is not None
     if len(x) != len(state.rows):
         raise StateError(
             f"{state.name!r} gets {len(x)} rows for a batch of {len(state.rows)} adapter names. Its first dimension "
             "is no batch, so its rows cannot have adapters of their own. Run one batch for each adapter."
         )
-    gates = [[float(row == name) for name, _, _ in state.active_slots()] for row in state.rows]
-    return torch.tensor(gates, dtype=like.dtype, device=like.device)
+    tensor = state.adapters[state.active[0]].slots[0].tensor
+    terms = [cast(Term, joined(terms_of(layer, tensor, name))) for name in state.active]
+    index = [state.active.index(row) if row in state.active else len(state.active) for row in state.rows]
+    return Updates.stack(terms, torch.tensor(index, device=x.device))
 
 
 def _branches(adapters: list[LayerAdapter], training: bool) -> bool:

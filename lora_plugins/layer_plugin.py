@@ -87,10 +87,31 @@ def joined(terms: Sequence[Term]) -> Term | None:
     )
 
 
-def gate_columns(terms: Sequence[Term], gates: Tensor) -> Tensor:
-    """Returns the gates of the columns of joined terms: `(batch, sum of ranks)` from `(batch, len(terms))`."""
-    ranks = torch.tensor([len(term.A) for term in terms], device=gates.device)
-    return gates.repeat_interleave(ranks, 1)
+@dataclass(frozen=True)
+class Updates:
+    """The updates of a batch whose rows have different adapters.
+
+    Args:
+        A: `(updates, r, in)`, smaller ranks filled up with zeros.
+        B: `(updates, out, r)`, scaled; the last update is zero.
+        index: `(batch,)`, the update of each row.
+    """
+
+    A: Tensor
+    B: Tensor
+    index: Tensor
+
+    @classmethod
+    def stack(cls, terms: Sequence[Term], index: Tensor) -> "Updates":
+        """Stacks one term for each update, and a zero behind them."""
+        r = max(len(term.A) for term in terms)
+        A = [F.pad(term.A, (0, 0, 0, r - len(term.A))) for term in terms]
+        B = [F.pad(term.B * term.scaling, (0, r - len(term.A))) for term in terms]
+        return cls(
+            torch.stack([*A, torch.zeros_like(A[0])]),
+            torch.stack([*B, torch.zeros_like(B[0])]),
+            index,
+        )
 
 
 def add_update(base: Tensor, delta: Tensor) -> Tensor:
@@ -182,20 +203,18 @@ class LayerPlugin(ABC):
         self,
         layer: nn.Module,
         base: Mapping[str, Tensor | None],
-        terms: Sequence[Term],
-        gates: Tensor,
+        updates: Updates,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Computes the layer's output where each row of the batch has updates of its own; inference only.
+        """Computes the layer's output where each row of the batch has an update of its own; inference only.
 
         Optional: without it, `LoraModel.mixed_batch` refuses the layer.
 
         Args:
             layer: The layer; read its options, not its weight.
             base: The untouched weights by slot tensor name.
-            terms: The updates of all adapters of the batch, at least one.
-            gates: `(batch, len(terms))`, 1 where a row has an update and 0 elsewhere.
+            updates: The updates of the rows.
             *args: What the layer's `forward` was called with; the batch is the first dimension of the first one.
             **kwargs: Likewise.
         """

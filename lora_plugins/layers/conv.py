@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.functions.channels import mix
 from lora_plugins.functions.conv import Geometry, lora_conv
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.layer_plugin import (
@@ -21,8 +20,8 @@ from lora_plugins.layer_plugin import (
     RowMajorPlugin,
     Slot,
     Term,
+    Updates,
     add_update,
-    gate_columns,
     joined,
 )
 
@@ -65,26 +64,30 @@ class _ConvPlugin(RowMajorPlugin):
             y = y + layer._conv_forward(term.drop(x), kernel, None)
         return y
 
-    def mixed(
-        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], gates: Tensor, x: Tensor
-    ) -> Tensor:
-        """Adds the small products of all terms at once, each image's own ones let through."""
+    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, x: Tensor) -> Tensor:
+        """Convolves each image with its own update, all at once as groups of one image with many channels."""
         weight = base["weight"]
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         assert weight is not None
         y: Tensor = layer._conv_forward(x, weight, layer.bias)
-        ones = [1] * (x.ndim - 2)
-        if layer.groups > 1:  # A does not fit the input of all groups, so each term is a kernel of its own
-            for term, gate in zip(terms, gates.T, strict=True):
-                kernel = self.from_matrix(term.matrix(), weight.shape).to(weight.dtype)
-                y = y + gate.view(-1, 1, *ones).to(y.dtype) * layer._conv_forward(x, kernel, None)
-            return y
-        all_terms = joined(terms)
-        assert all_terms is not None
-        A, B, scaling = all_terms.A, all_terms.B, all_terms.scaling
-        h = layer._conv_forward(x.to(A.dtype), A.view(-1, *weight.shape[1:]), None)
-        h = h * gate_columns(terms, gates * scaling).view(*h.shape[:2], *ones).to(h.dtype)
-        return y + mix(B, h).to(y.dtype)
+        A, B = updates.A[updates.index], updates.B[updates.index]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode).to(A.dtype)
+        kernels = B @ A if layer.groups > 1 else A  # A does not fit the input of all groups
+        update = torch.convolution(
+            padded.flatten(0, 1)[None],
+            kernels.reshape(-1, *weight.shape[1:]),
+            None,
+            layer.stride,
+            [0] * len(layer.stride),
+            layer.dilation,
+            transposed=False,
+            output_padding=[0] * len(layer.stride),
+            groups=layer.groups * len(x),
+        ).view(len(x), -1, *y.shape[2:])
+        if layer.groups == 1:
+            update = torch.bmm(B, update.flatten(2)).view(y.shape)
+        return y + update.to(y.dtype)
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
         # Autocast would compute the update in half precision, and merging would then differ from adapting.

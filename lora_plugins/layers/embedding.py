@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term, add_update, gate_columns, joined
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term, Updates, add_update
 
 
 class EmbeddingPlugin(ColumnMajorPlugin):
@@ -46,20 +46,17 @@ class EmbeddingPlugin(ColumnMajorPlugin):
             y = y + update.to(y.dtype)
         return y
 
-    def mixed(
-        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], gates: Tensor, input: Tensor
-    ) -> Tensor:
-        """Looks `input` up in the columns of all terms at once, each row's own ones let through."""
-        weight, term = base["weight"], joined(terms)
+    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, input: Tensor) -> Tensor:
+        """Looks `input` up in the columns of each row's own A."""
+        weight = base["weight"]
         assert isinstance(layer, nn.Embedding)
         assert weight is not None
-        assert term is not None
         if layer.max_norm is not None:
             raise NotImplementedError("Embedding with max_norm renormalises one table; it cannot mix adapters.")
         y = F.embedding(input, weight, layer.padding_idx)
-        columns = gate_columns(terms, gates * term.scaling).view(len(input), *[1] * (input.ndim - 1), -1)
-        rows = F.embedding(input, term.A.T) * columns.to(term.A.dtype)
-        return y + F.linear(rows, term.B).to(y.dtype)
+        indices = input.flatten(1)
+        rows = updates.A.mT[updates.index[:, None], indices]
+        return y + torch.bmm(rows, updates.B[updates.index].mT).view(y.shape).to(y.dtype)
 
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
         for term in terms:

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.functions.linear import lora_linear
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, gate_columns, joined
+from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
 
 
 def thirds(tensor: str, rows: int) -> dict[str, Slot]:
@@ -71,18 +71,16 @@ class LinearPlugin(RowMajorPlugin):
             )
         return add_linear(F.linear(x, weight, layer.bias), x, terms)
 
-    def mixed(
-        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], gates: Tensor, x: Tensor
-    ) -> Tensor:
-        """Adds the small products of all terms at once, each row's own ones let through."""
-        weight, term = base["weight"], joined(terms)
+    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, x: Tensor) -> Tensor:
+        """Multiplies each row with its own small matrices, all rows at once."""
+        weight = base["weight"]
         assert isinstance(layer, nn.Linear)
         assert weight is not None
-        assert term is not None
+        A, B = updates.A[updates.index], updates.B[updates.index]
+        rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
         y = F.linear(x, weight, layer.bias)
-        h = F.linear(x.to(term.A.dtype), term.A)
-        h = h * gate_columns(terms, gates * term.scaling).view(len(x), *[1] * (x.ndim - 2), -1).to(h.dtype)
-        return y + F.linear(h, term.B).to(y.dtype)
+        update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)
+        return y.add_(update.view(y.shape))
 
 
 class TransformersConv1DPlugin(ColumnMajorPlugin):

@@ -1,0 +1,85 @@
+"""Time and memory of steps."""
+
+import time
+from collections.abc import Mapping
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+
+def step(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
+    """Forward, loss and backward."""
+    for tensor in (*model.parameters(), *batch):
+        tensor.grad = None
+    loss = model(*batch).square().mean()
+    if loss.requires_grad:  # the floor of an embedding has nothing to differentiate
+        loss.backward()
+
+
+def seconds(models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: int) -> dict[str, list[float]]:
+    """Times one step of each model in turn, after two rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for round_ in range(rounds + 2):
+        for name, model in models.items():
+            _wait(batch)
+            start = time.perf_counter()
+            step(model, batch)
+            _wait(batch)
+            if round_ > 1:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], name: str, base: str = "floor") -> float:
+    """The median over rounds of one variant's time over another's."""
+    return median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def kept_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
+    """Counts what the forward keeps for the backward: each storage once, parameters and the batch left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch)}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*batch).square().mean()
+    del loss
+    return sum(kept.values())
+
+
+def input_bytes(model: nn.Module, names: list[str], batch: tuple[Tensor, ...]) -> int:
+    """Counts the inputs of some layers, each storage once, those left out that the frozen model keeps anyway."""
+    seen: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        storage = inputs[0].untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        alive.append(inputs[0])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note) for name in names]
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return sum(size for address, size in seen.items() if address not in kept)
+
+
+def _wait(batch: tuple[Tensor, ...]) -> None:
+    if batch[0].is_cuda:
+        torch.cuda.synchronize()

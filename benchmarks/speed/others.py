@@ -1,0 +1,125 @@
+"""What is not a training step: injection, loading, merging, inference, a mixed batch."""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks.speed.cases import Case, vit
+from benchmarks.speed.variants import installed, ours, peft
+from lora_plugins import LoraConfig, LoraModel
+
+Row = tuple[str, str, str]
+
+
+def rows(rounds: int, device: torch.device) -> list[Row]:
+    """Returns name, ours and PEFT's of each cost; a ratio says what it is a ratio of."""
+    return [*_thousand_layers(), *_merging(rounds), *_inference(rounds, device), *_mixed_batch(rounds, device)]
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _thousand_layers() -> list[Row]:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(1000)))
+    config = LoraConfig(r=4)
+    inject = _seconds(lambda: LoraModel(model, config))
+    other = copy.deepcopy(LoraModel(model).unload())
+    LoraModel(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        LoraModel(model).save_adapter(Path(folder) / "adapter")
+        load = _seconds(lambda: LoraModel.load_adapter(other, Path(folder) / "adapter"))
+    theirs = ["", ""]
+    if "peft" in installed():
+        theirs = _thousand_layers_of_peft()
+    return [("inject into 1,000 layers (s)", f"{inject:.2f}", theirs[0]), ("load 1,000 (s)", f"{load:.2f}", theirs[1])]
+
+
+def _thousand_layers_of_peft() -> list[str]:
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(1000)))
+    other = copy.deepcopy(base)
+    config = PeftConfig(r=4, target_modules=[name for name, _ in base.named_children()])
+    inject = _seconds(lambda: get_peft_model(base, config))
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(copy.deepcopy(other), config).save_pretrained(folder)
+        load = _seconds(lambda: PeftModel.from_pretrained(other, folder))
+    return [f"{inject:.2f}", f"{load:.2f}"]
+
+
+def _merging(rounds: int) -> list[Row]:
+    case = vit()
+    ratios: dict[str, list[float]] = {"ours": [], "peft": []}
+    for _ in range(rounds):
+        model = ours(case, 0.0)
+        weights = [model.get_submodule(name)._parameters["weight"] for name in case.target_names(case.model())]
+        copied = _seconds(lambda weights=weights: [w.detach().clone() for w in weights if w is not None])
+        ratios["ours"].append(_seconds(LoraModel(model).merge_and_unload) / copied)
+        if "peft" in installed():
+            ratios["peft"].append(_seconds(peft(case, 0.0).merge_and_unload) / copied)
+    theirs = f"{median(ratios['peft']):.1f}" if ratios["peft"] else ""
+    return [("merge for good, ViT-S (ratio to a plain copy)", f"{median(ratios['ours']):.1f}", theirs)]
+
+
+def _inference(rounds: int, device: torch.device) -> list[Row]:
+    case = vit()
+    models = {"floor": case.model().requires_grad_(False), "ours": ours(case, 0.0)}
+    if "peft" in installed():
+        models["peft"] = peft(case, 0.0)
+    return [("inference, unmerged (ratio to the base)", *_compare(case, models, rounds, device))]
+
+
+def _mixed_batch(rounds: int, device: torch.device) -> list[Row]:
+    case = vit()
+    names = ["first", "b", "c", "d"] * 2
+    base = case.model().requires_grad_(False)
+    mixed = LoraModel(case.model(), LoraConfig(r=16, target_modules=case.target_names(base), init="none"), "first")
+    for name in "bcd":
+        mixed.add_adapter(name, LoraConfig(r=16, target_modules=case.target_names(base), init="none"))
+    models: dict[str, nn.Module] = {"floor": base, "ours": mixed.model}
+    keywords: dict[str, object] = {}
+    if "peft" in installed():
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+
+        config = PeftConfig(r=16, target_modules=case.target_names(base), init_lora_weights=False)
+        models["peft"] = get_peft_model(case.model(), config, adapter_name="first")
+        for name in "bcd":
+            models["peft"].add_adapter(name, config)
+        keywords["adapter_names"] = names
+    mixed.model.eval()
+    with mixed.mixed_batch(names):
+        return [("mixed batch of 4 adapters (ratio to the base)", *_compare(case, models, rounds, device, keywords))]
+
+
+def _compare(
+    case: Case,
+    models: dict[str, nn.Module],
+    rounds: int,
+    device: torch.device,
+    of_peft: dict[str, object] | None = None,
+) -> tuple[str, str]:
+    batch = [x.detach().to(device) for x in case.batch()]
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.to(device).eval()
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, model in models.items():
+                options = of_peft or {} if name == "peft" else {}
+                times[name].append(_seconds(lambda m=model, o=options: m(*batch, **o)))
+    ratios = {
+        name: median(a / b for a, b in zip(values[1:], times["floor"][1:], strict=True))
+        for name, values in times.items()
+    }
+    return f"{ratios['ours']:.2f}", f"{ratios['peft']:.2f}" if "peft" in ratios else ""

@@ -1,0 +1,38 @@
+"""`torch.compile` of an adapted model: one graph for each set of active adapters, and none again."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, LoraModel
+
+
+def test_switching_among_adapters_that_were_seen_compiles_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 4, 1))
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    lora.add_adapter("b", LoraConfig(r=2, init="none"))
+    lora.add_adapter("c", LoraConfig(r=4, init="none"))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(4, 6)
+
+    def outputs() -> list[Tensor]:
+        results = []
+        for name in ("a", "b", "c"):
+            lora.set_adapter(name)
+            results.append(compiled(x))
+            torch.testing.assert_close(results[-1], model(x))
+        with lora.disable_adapter():
+            results.append(compiled(x))
+        return results
+
+    first = outputs()
+    assert len(graphs) == 4
+    for got, wanted in zip(outputs(), first, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert len(graphs) == 4
