@@ -77,9 +77,9 @@ def export_task(task: VisionTask, path: str | Path) -> float:
         expected = network(images)
         batch = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=batch)
-    again = FORMATS[path.suffix](program, path)
-    parts = ((images, expected), (images[:1], expected[:1]))
-    difference = max(float((again(part) - there).abs().max() / expected.abs().max()) for part, there in parts)
+        again = FORMATS[path.suffix](program, path)
+        parts = ((images, expected), (images[:1], expected[:1]))
+        difference = max(float((again(part) - there).abs().max() / expected.abs().max()) for part, there in parts)
     if not difference <= TOLERANCE:
         path.unlink()
         raise WeightsError(f"{path} answers differently: by {difference:.2e} of the largest logit. It was removed.")

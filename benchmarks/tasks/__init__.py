@@ -1,0 +1,1 @@
+"""Frozen backbone, LoRA at three ranks and full fine-tuning on real pictures with real weights."""

@@ -1,0 +1,227 @@
+"""What a fit leaves is read again: checkpoints, adapters, merged files; predictions, exports, pictures, a report."""
+
+import csv
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from safetensors.torch import save_file
+
+from lora_plugins import LoraConfig
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks import (
+    DigitScenesDataModule,
+    DigitsDataModule,
+    HtmlReport,
+    ImageClassificationTask,
+    SemanticSegmentationTask,
+    TensorBoardImages,
+    WeightsError,
+    export_task,
+    load_task,
+    merged_task,
+)
+from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
+from lora_plugins.tasks.predict import main as predict
+from lora_plugins.tasks.sliding import mask_probabilities
+
+from .conftest import noise, tiny_segformer, tiny_vit, write_image
+
+KINDS = ["checkpoint", "adapter", "merged"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The three files of a fit, and the fitted task, by kind of task."""
+    from lightning.pytorch import Trainer
+
+    found = {}
+    for kind, make, sources, tiny, data in (
+        ("labels", ImageClassificationTask, CLASSIFIERS, tiny_vit, DigitsDataModule([0, 1, 2])),
+        ("masks", SemanticSegmentationTask, SEGMENTERS, tiny_segformer, scenes()),
+    ):
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        save_file(build_network(tiny(), sources).module.state_dict(), folder / "base.safetensors")
+        task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2)
+        lora = LoraCallback(
+            LoraConfig(r=2, modules_to_save=["head" if kind == "labels" else "decode_head.classifier"]),
+            target="network",
+            save_adapter_to=str(folder / "adapter"),
+            export_to=str(folder / "merged.safetensors"),
+            print_plan=False,
+        )
+        Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=[lora, ModelCheckpoint(folder / "run", filename="it")],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(task, datamodule=data)
+        files = {"checkpoint": "run/it.ckpt", "adapter": "adapter", "merged": "merged.safetensors"}
+        found[kind] = (task.eval(), {name: folder / file for name, file in files.items()})
+    return found
+
+
+def scenes():
+    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=3, batch_size=2)
+
+
+@pytest.mark.parametrize("file", KINDS)
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+def test_the_task_comes_back_with_its_classes(fitted, kind, file):
+    task, files = fitted[kind]
+    again = load_task(files[file])
+    assert type(again) is type(task)
+    assert again.class_names == task.class_names
+    images = torch.rand(2, 3, 16, 16) if kind == "labels" else torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+def test_load_from_checkpoint_takes_an_adapter_alone(fitted):
+    task, files = fitted["labels"]
+    stored = torch.load(files["checkpoint"], weights_only=True)
+    assert not any(key.endswith("qkv.weight") for key in stored["state_dict"])
+    again = ImageClassificationTask.load_from_checkpoint(files["checkpoint"], weights_only=True).eval()
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_that_does_not_say_what_it_is_of(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="does not say which task"):
+        load_task(tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="There is no"):
+        load_task(tmp_path / "nothing.ckpt")
+
+
+class TestPrediction:
+    @pytest.mark.parametrize("file", KINDS)
+    def test_labels(self, fitted, tmp_path, file, capsys):
+        task, files = fitted["labels"]
+        for i, size in enumerate(((20, 24), (90, 33))):
+            write_image(tmp_path / "images" / f"{i}.png", noise(*size, seed=i))
+        task.image_size = (16, 16)
+        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), "--flips"]) == 0
+        rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
+        assert [row["image"] for row in rows] == ["0.png", "1.png"]
+        for row in rows:
+            shares = [float(row[name]) for name in task.class_names]
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert task.class_names[int(np.argmax(shares))] == row["label"]
+
+    @pytest.mark.parametrize("options", [[], ["--window", "64", "64", "--overlap", "0.5"]], ids=["whole", "window"])
+    def test_masks(self, fitted, tmp_path, options):
+        _, files = fitted["masks"]
+        write_image(tmp_path / "images" / "a.jpg", noise(150, 100))
+        write_image(tmp_path / "images" / "b.jpg", noise(30, 70))
+        assert predict([str(files["merged"]), str(tmp_path / "images"), str(tmp_path / "out"), *options]) == 0
+        for name, size in (("a", (100, 150)), ("b", (70, 30))):
+            with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as mask:
+                assert (mask.mode, mask.size) == ("P", size)
+                assert np.asarray(mask).max() < 4
+            with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
+                assert (picture.mode, picture.size) == ("RGB", size)
+
+    def test_one_window_over_all_is_the_network_itself(self, fitted):
+        task, _ = fitted["masks"]
+        image = torch.rand(3, 64, 64)
+        found = mask_probabilities(task, image, window=(64, 64))
+        torch.testing.assert_close(found, task(image[None]).softmax(1)[0].detach())
+
+    def test_flips_make_the_answer_a_mirror_of_that_of_the_mirror_image(self, fitted):
+        task, _ = fitted["masks"]
+        image = torch.rand(3, 64, 96)
+        one, two = (mask_probabilities(task, i, window=(64, 64), flips=True) for i in (image, image.flip(-1)))
+        torch.testing.assert_close(one, two.flip(-1), atol=1e-5, rtol=1e-4)
+
+    def test_an_error_is_one_line(self, tmp_path, capsys):
+        assert predict([str(tmp_path / "nothing"), str(tmp_path), str(tmp_path)]) == 1
+        assert capsys.readouterr().err.startswith("error: There is no")
+
+
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+class TestExport:
+    def test_torch_export(self, fitted, tmp_path, kind):
+        task = merged_task(fitted[kind][1]["adapter"])
+        task.image_size = (16, 16) if kind == "labels" else (64, 64)
+        assert export_task(task, tmp_path / "m.pt2") < 1e-5
+        images = torch.rand(3, 3, *task.image_size)
+        found = torch.export.load(tmp_path / "m.pt2").module()(images)
+        torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of onnxscript
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_onnx(self, fitted, tmp_path, kind):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        task = merged_task(fitted[kind][1]["adapter"])
+        task.image_size = (16, 16) if kind == "labels" else (64, 64)
+        assert export_task(task, tmp_path / "m.onnx") < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports
+def test_tensorboard_has_curves_and_pictures(trainer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(logger=logger, callbacks=[TensorBoardImages(samples=2)], max_epochs=2, log_every_n_steps=1)
+    run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+    logger.experiment.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert {"val/mean_iou", "val/iou/ground", "train/loss"} <= set(events.Tags()["scalars"])
+    for name in ("val/examples", "val/confusion"):
+        assert len(events.Images(name)) == 2
+
+
+@pytest.fixture
+def report(trainer, tmp_path):
+    """The report of a fit of masks, with LoRA."""
+    lora = LoraCallback(LoraConfig(r=2), target="network", save_adapter_to=str(tmp_path / "a"), print_plan=False)
+    path = tmp_path / "report.html"
+    run = trainer(callbacks=[lora, HtmlReport(str(path), samples=2)], num_sanity_val_steps=-1, max_epochs=2)
+    run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+    return path
+
+
+class TestReport:
+    def test_it_holds_all_and_needs_nothing_beside_it(self, report):
+        text = report.read_text()
+        wanted = ("mean_iou", "before (frozen base, new head)", "parameters trained", "size of the adapter", "q_proj")
+        for part in (*wanted, "Curve of loss", "Confusion matrix", "Best examples", "Worst examples", "peak memory"):
+            assert part in text
+        assert "http" not in text.replace("http-equiv", "")
+        assert text.count("data:image/png;base64,") == 5
+
+    @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+    def test_a_browser_shows_it(self, report, tmp_path):
+        picture = tmp_path / "seen.png"
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        shown = subprocess.run(
+            [*browser, "--window-size=1000,2000", f"--screenshot={picture}", report.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert picture.is_file(), shown.stderr
+        pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(pixels, axis=0)) > 200  # text, curves and pictures, not a blank page
+
+
+def test_a_report_of_labels(trainer, tmp_path):
+    path = Path(tmp_path / "r.html")
+    trainer(callbacks=[HtmlReport(str(path))]).fit(
+        ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2])
+    )
+    assert "Worst examples" in path.read_text()
