@@ -21,7 +21,9 @@ from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 
 TITLES = ("image", "true mask", "predicted mask", "overlay")
 INCHES = 2.0
-COLUMNS = 7
+COLUMNS = 5
+MOST_NAMES = 25
+"""The key names the classes that occur, up to as many as fit under a picture."""
 
 
 def draw_predictions(
@@ -69,8 +71,9 @@ def masks_figure(task: SemanticSegmentationTask, images: Tensor, masks: Tensor, 
             axis.set_axis_off()
     for axis, title in zip(axes[0], TITLES, strict=True):
         axis.set_title(title)
-    patches = [Patch(color=colour / 255, label=name) for colour, name in zip(colours, names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(classes, COLUMNS), fontsize="small")
+    shown = [i for i in range(classes) if bool(((masks == i) | (predicted == i)).any())][:MOST_NAMES]
+    patches = [Patch(color=colours[i] / 255, label=names[i]) for i in shown]
+    figure.legend(handles=patches, loc="outside lower center", ncols=COLUMNS, fontsize="small")
     return figure
 
 

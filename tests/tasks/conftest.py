@@ -93,3 +93,44 @@ def mask_folders(tmp_path):
             write_image(tmp_path / "data" / "images" / split / f"{i}.jpg", noise(seed=i))
             write_image(tmp_path / "data" / "masks" / split / f"{i}.png", mask)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def flat_folders(tmp_path):
+    """An image data set of two classes with five images each, to be split."""
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(5):
+            write_image(tmp_path / "data" / name / f"{i}.jpg", noise(seed=100 * label + i))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def labelled_rows(tmp_path):
+    """A local data set of Hugging Face: six images of two named classes to train on, and two to validate on."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import Image as Picture
+
+    features = Features({"image": Picture(), "label": ClassLabel(names=["cat", "dog"])})
+    splits = {}
+    for split, count in (("train", 6), ("validation", 2)):
+        images = [Image.fromarray(noise(seed=i)) for i in range(count)]
+        splits[split] = Dataset.from_dict({"image": images, "label": [i % 2 for i in range(count)]}, features=features)
+    DatasetDict(splits).save_to_disk(tmp_path / "rows")
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def masked_rows(tmp_path):
+    """Likewise, with masks that write "no class" as 0 and class i as i + 1."""
+    from datasets import Dataset, DatasetDict, Features
+    from datasets import Image as Picture
+
+    features = Features({"image": Picture(), "annotation": Picture()})
+    splits = {}
+    for split, count in (("train", 4), ("validation", 2)):
+        images = [Image.fromarray(noise(seed=i)) for i in range(count)]
+        masks = [np.random.default_rng(i).integers(0, 4, (20, 24), dtype=np.uint8) for i in range(count)]
+        rows = {"image": images, "annotation": [Image.fromarray(mask) for mask in masks]}
+        splits[split] = Dataset.from_dict(rows, features=features)
+    DatasetDict(splits).save_to_disk(tmp_path / "rows")
+    return tmp_path / "rows"

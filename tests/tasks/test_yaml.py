@@ -26,6 +26,24 @@ FOLDERS = {  # the file, the data it runs on, and what replaces the hub
             "--data.init_args.image_size=[64,64]",
         ],
     ),
+    "cls_convnext": (
+        "flat_folders",
+        [
+            "--model.init_args.model.name=convnext_atto",
+            "--model.init_args.model.weights=none",
+            "--data.init_args.image_size=[32,32]",
+        ],
+    ),
+    "seg_deeplab": (
+        "mask_folders",
+        [
+            "--model.init_args.model.weights=none",
+            "--model.init_args.model.num_classes=3",
+            "--data.init_args.classes=[a,b,c]",
+            "--data.init_args.image_size=[64,64]",
+            "--lora_callback.merge_on_fit_end=false",
+        ],
+    ),
     "seg_smp": (
         "mask_folders",
         [
@@ -36,6 +54,29 @@ FOLDERS = {  # the file, the data it runs on, and what replaces the hub
         ],
     ),
 }
+HUB = {  # the file, the local data set in the hub's format, and what replaces the hub's model
+    "food101_vit": (
+        "labelled_rows",
+        [
+            "--model.init_args.model.name=vit",
+            "--model.init_args.model.options={image_size: 16, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, "
+            "num_attention_heads: 2, intermediate_size: 16}",
+            "--model.init_args.model.num_classes=2",
+            "--trainer.precision=32-true",
+        ],
+    ),
+    "scene_parse_segformer": (
+        "masked_rows",
+        [
+            "--model.init_args.model.name=segformer",
+            "--model.init_args.model.options={hidden_sizes: [8, 8, 16, 16], depths: [1, 1, 1, 1], "
+            "num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 16, mlp_ratios: [2, 2, 2, 2]}",
+            "--data.init_args.image_size=[64,64]",
+        ],
+    ),
+}
+EMBEDDED = ("cls", "seg")
+EVERY = sorted({*FOLDERS, *HUB, *EMBEDDED})
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +86,15 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_every_file_is_run_here():
-    assert {path.stem for path in TASKS.glob("*.yaml")} == {*FOLDERS, "cls", "seg"}
+    assert {path.stem for path in TASKS.glob("*.yaml")} == set(EVERY)
 
 
-@pytest.mark.parametrize("name", sorted({*FOLDERS, "cls", "seg"}))
+@pytest.mark.parametrize("name", EVERY)
 def test_it_parses(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", str(TASKS / f"{name}.yaml"), "--print_config"])
     assert ended.value.code == 0
-    assert "target_modules" in capsys.readouterr().out
+    assert "lora:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cls", "seg"])
@@ -86,10 +127,23 @@ def test_data_on_disk(name, request, capsys):
     check_outcome(name, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_data_of_the_hub(name, request, capsys):
+    pytest.importorskip("datasets")
+    data, changes = HUB[name]
+    half = [f"--model.init_args.model.{key}=[0.5,0.5,0.5]" for key in ("mean", "std")]
+    local = [f"--data.init_args.name={request.getfixturevalue(data)}", "--data.init_args.num_workers=0"]
+    local += ["--model.init_args.model.weights=none", *half]
+    assert main(["fit", "--config", str(TASKS / f"{name}.yaml"), *SHORT, *local, *changes]) == 0
+    check_outcome(name, capsys.readouterr().out)
+
+
 def check_outcome(name, printed):
     folder = Path("runs") / name
     assert (folder / "adapter").is_dir()
     assert not any("lora" in key for key in load_file(folder / "merged.safetensors"))
-    assert ("predictions.png" in printed) == (folder / "predictions.png").is_file() == name.startswith("seg")
-    assert "Metrics on val" in printed
+    assert ("predictions.png" in printed) == (folder / "predictions.png").is_file()
+    assert ("report.html" in printed) == (folder / "report.html").is_file()
+    assert ("Metrics on val" in printed) or (folder / "report.html").is_file()
+    assert list(folder.glob("logs/*/events.out.*"))
     assert list(folder.parent.iterdir()) == [folder]
