@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def _recipe(case: InitCase) -> None:
 
 def _files(case: InitCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
+        # Another process has another plugin object.
+        elsewhere = replace(case, init=copy.deepcopy(case.init))
         model, fresh = case.model(dtype), case.model(dtype)
         lora = case.adapt(model)
         with torch.no_grad():
@@ -141,7 +144,7 @@ def _files(case: InitCase) -> None:
                     parameter.mul_(1.5).add_(0.01)
         with tempfile.TemporaryDirectory() as folder:
             lora.save_adapter(Path(folder))
-            LoraModel.load_adapter(fresh, Path(folder), registry=case.registry())
+            LoraModel.load_adapter(fresh, Path(folder), registry=elsewhere.registry())
         require_same_state(f"the loaded model of {dtype}", fresh.state_dict(), model.state_dict())
 
 

@@ -95,7 +95,8 @@ def _aliases(case: LayerCase) -> None:
 def _keys(case: LayerCase) -> None:
     model = case.model()
     base, expected = copy.deepcopy(model.state_dict()), set(model.state_dict())
-    names = [f"layer.lora_{factor}{slot.suffix}.default" for slot in case.slots() for factor in "AB"]
+    slots = case.plugin.slots(model.layer)
+    names = [f"layer.lora_{factor}{slot.suffix}.default" for slot in slots for factor in "AB"]
     require(len(names) == len(set(names)), f"the slots would have the keys {names}")
     case.adapt(model)
     require(set(model.state_dict()) == expected | set(names), f"the keys are {sorted(model.state_dict())}")
@@ -139,12 +140,12 @@ def _runs(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
 
 
 def _device(case: LayerCase) -> None:
-    model = case.adapted().train()
+    model, untouched = case.adapted().train(), case.model().train()
     inputs = case.arguments(model.layer)
     expected = call(lawful(case, model), inputs)
     # A tensor that is made without saying where lands on the default device, which is none here.
     with torch.device("meta"):
-        if _runs(case.model().train(), inputs):
+        if _runs(untouched, inputs):
             got = tensors_of(call(model, inputs))
             require(
                 not any(tensor.is_meta for tensor in got), "the output is on the default device, not on the layer's"

@@ -1,0 +1,212 @@
+"""Each check of the init kit fails on a plugin that breaks exactly it, and passes on one that breaks nothing."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import ConfigError, InitPlugin
+from lora_plugins.testing import INIT_CHECKS, CheckError, check_init_plugin
+
+
+class Good(InitPlugin):
+    """Takes a rank-one piece out of the base and gives it to the adapter."""
+
+    name = "good"
+    options: ClassVar = {"share": 0.5}
+    changes_base = True
+
+    def fill(self, context):
+        nn.init.normal_(context.A, std=0.1, generator=context.generator)
+        nn.init.normal_(context.B, std=self.size(context), generator=context.generator)
+        return {"A": context.A.clone(), "B": context.B.clone()}
+
+    def size(self, context):
+        return context.options["share"]
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return (weight.double() - scaling * recipe["B"].double() @ recipe["A"].double()).to(weight.dtype)
+
+
+class Plain(InitPlugin):
+    """A normal A and a zero B."""
+
+    name = "plain"
+
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=context.generator)
+        context.B.zero_()
+        return {}
+
+
+class NoName(Plain):
+    name = ""
+
+
+class LeavesARow(Plain):
+    """Fills A but for its last row, whatever that holds."""
+
+    def fill(self, context):
+        nn.init.normal_(context.A[:-1], generator=context.generator)
+        context.B.zero_()
+        return {}
+
+
+class Dead(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A[0] = 0
+        return {}
+
+
+class NoIdentity(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.B.fill_(0.1)
+        return {}
+
+
+class ForgetsScaling(Good):
+    """Right for the scaling of 2 that most checks have, and for no other."""
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return super().changed_base(weight, recipe, 2.0, options)
+
+
+class DrawsFromTheProcess(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.add_(torch.randn(context.A.shape))
+        return {}
+
+
+class SeedsItself(Plain):
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=torch.Generator().manual_seed(0))
+        context.B.zero_()
+        return {}
+
+
+class WritesTheWeight(Plain):
+    def fill(self, context):
+        context.weight[0, 0] += 1e-3
+        return super().fill(context)
+
+
+class SharesItsRecipe(Good):
+    def fill(self, context):
+        super().fill(context)
+        return {"A": context.A, "B": context.B}
+
+
+class Remembers(Good):
+    """Keeps B in an attribute, as long as the process lives."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def fill(self, context):
+        recipe = super().fill(context)
+        self.kept[context.weight.shape] = recipe["B"]
+        return {"A": recipe["A"]}
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return super().changed_base(weight, {**recipe, "B": self.kept[weight.shape]}, scaling, options)
+
+
+class FixedType(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.copy_(context.A @ torch.eye(context.A.shape[1], dtype=torch.float32))
+        return {}
+
+
+class NeedsRank(Plain):
+    def fill(self, context):
+        U, _, _ = torch.linalg.svd(context.weight.float(), full_matrices=False)
+        super().fill(context)
+        context.A[:, 0] += U[0][torch.arange(len(context.A))]
+        return {}
+
+
+VIOLATIONS = {
+    "registration": (NoName, "'name'"),
+    "filled": (LeavesARow, "values of A of 'embedding' are not finite, or unset"),
+    "trainable": (Dead, "1 of 4 ranks of 'embedding' are zero in both A and B"),
+    "identity": (NoIdentity, "the output differs by up to"),
+    "scaling": (ForgetsScaling, "and the changed base alone by"),
+    "reproducible": (DrawsFromTheProcess, "the random numbers of the process were moved"),
+    "seed": (SeedsItself, "'embedding' starts the same with another seed and another weight"),
+    "base": (WritesTheWeight, "changes_base=False, and"),
+    "recipe": (SharesItsRecipe, "the recipe is A or B itself"),
+    "files": (Remembers, "could not compute the changed base"),
+    "dtype": (FixedType, "expected m1 and m2 to have the same dtype"),
+    "ranks": (NeedsRank, "r=40 ended in IndexError"),
+}
+"""By check: a plugin that breaks it, and what the message says came."""
+
+
+ALSO = {
+    # What everything else stands on.
+    "registration": set(INIT_CHECKS) - {"ranks"},
+    # Garbage in a factor is neither reproducible nor finite.
+    "filled": {"reproducible", "dtype", "ranks", "files"},
+    # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
+    "identity": {"scaling"},
+    "base": {"identity", "scaling", "files"},
+    "recipe": {"files"},
+    # The start is compared in float64.
+    "dtype": {"identity", "scaling"},
+}
+"""The other checks that a violation cannot but break."""
+
+
+def failing(plugin):
+    found = set()
+    for name in INIT_CHECKS:
+        try:
+            check_init_plugin(plugin, only=[name])
+        except CheckError:
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("cls", [Good, Plain])
+def test_a_good_plugin_passes_all(cls):
+    check_init_plugin(cls())
+
+
+def test_every_check_has_a_violation():
+    assert set(VIOLATIONS) == set(INIT_CHECKS)
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_found_by_its_check_and_by_no_other(name):
+    assert failing(VIOLATIONS[name][0]()) - (ALSO.get(name, set()) - {name}) == {name}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_the_error_says_what_was_expected_what_came_and_what_is_usual(name):
+    cls, came = VIOLATIONS[name]
+    with pytest.raises(CheckError) as caught:
+        check_init_plugin(cls(), only=[name])
+    error = caught.value
+    assert came in error.got
+    assert (error.check, error.expected) == (name, INIT_CHECKS[name].expected)
+    for part in (cls.__name__, repr(name), error.expected, error.got, error.usual_cause):
+        assert part in str(error)
+
+
+def test_an_init_that_is_none_says_so():
+    class Declared(NoIdentity):
+        identity = False
+
+    check_init_plugin(Declared(), only=["identity"])
+    with pytest.raises(CheckError, match="identity=False, and the output is that of the untouched model"):
+        check_init_plugin(type("Wrong", (Plain,), {"identity": False})(), only=["identity"])
+
+
+def test_an_unknown_layer_is_refused_with_a_near_one():
+    with pytest.raises(ConfigError, match=r"no layer 'linaer'. Did you mean 'linear'"):
+        check_init_plugin(Plain(), layers=["linaer"])

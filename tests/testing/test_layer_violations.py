@@ -1,0 +1,253 @@
+"""Each check of the layer kit fails on a plugin that breaks exactly it, and passes on one that breaks nothing."""
+
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_plugins import ConfigError, RowMajorPlugin, Slot
+from lora_plugins.testing import LAYER_CHECKS, CheckError, check_layer_plugin
+
+
+class Good(RowMajorPlugin):
+    """A plugin for nn.Linear with a branch."""
+
+    name = "good"
+    module_type = nn.Linear
+    branch_types = (nn.Linear,)
+    branch_use = "always"
+
+    def inputs(self, layer, slot, x):
+        return x.flatten(0, -2)
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        for term in terms:
+            y = y + self.update(term, x).to(y.dtype)
+        return y
+
+    def update(self, term, x):
+        return F.linear(F.linear(term.drop(x).to(term.A.dtype), term.A), term.B) * term.scaling
+
+
+class OtherClass(Good):
+    module_type = nn.Conv2d
+
+
+class Transposed(Good):
+    """Views a square matrix the wrong way round, which inits would see."""
+
+    inputs = RowMajorPlugin.inputs
+
+    def to_matrix(self, weight):
+        return weight.flatten(1).T
+
+
+class NoScaling(Good):
+    def update(self, term, x):
+        return super().update(term, x) / term.scaling
+
+
+class Detached(Good):
+    """Right values, and a gradient for B alone."""
+
+    def update(self, term, x):
+        return F.linear(F.linear(term.drop(x).to(term.A.dtype), term.A.detach()), term.B) * term.scaling
+
+
+class FirstOnly(Good):
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, terms[:1], x)
+
+
+class DropsAll(Good):
+    """Drops the input of the base too, whose mean over many draws is right."""
+
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, [type(t)(t.slot, t.A, t.B, t.scaling, 0.0) for t in terms], terms[0].drop(x))
+
+
+class NeverDrops(Good):
+    def update(self, term, x):
+        return F.linear(F.linear(x.to(term.A.dtype), term.A), term.B) * term.scaling
+
+
+class SwappedInputs(Good):
+    def inputs(self, layer, slot, x):
+        return x.flatten(0, -2).flip(1)
+
+
+class LossyMerge(Good):
+    def from_matrix(self, matrix, shape):
+        return matrix.reshape(shape) * (1 if torch.is_grad_enabled() else 1.001)
+
+    def to_matrix(self, weight):
+        return weight.flatten(1) / (1 if torch.is_grad_enabled() else 1.001)
+
+
+class Leaves(Good):
+    def branch(self, layer, base, terms, x):
+        layer.seen = True
+        return super().branch(layer, base, terms, x)
+
+
+LAST = {}
+
+
+class RemembersByLayer(Good):
+    """Computes again only where the factors changed, whatever the input."""
+
+    def update(self, term, x):
+        if term.dropout or x.requires_grad or torch.compiler.is_compiling():
+            return super().update(term, x)
+        owner, found = LAST.get(id(term.A), (None, {}))
+        if owner is None or owner() is not term.A:
+            owner, found = LAST[id(term.A)] = (weakref.ref(term.A), {})
+        key = (term.A._version, term.B._version, term.A.dtype, x.dtype)
+        if key not in found:
+            found[key] = super().update(term, x)
+        return found[key]
+
+
+class DottedPart(Good):
+    def slots(self, layer):
+        return (Slot("weight", "first.half"),)
+
+
+class WideOutput(Good):
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        return y + sum(self.update(term, x) for term in terms)
+
+
+class OnDefaultDevice(Good):
+    def update(self, term, x):
+        return super().update(term, x) * torch.ones(len(term.B))
+
+
+class CopiesWrongly(Good):
+    def __deepcopy__(self, memo):
+        return NoScaling()
+
+
+class HoldsALock(Good):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class AsksForAValue(Good):
+    def update(self, term, x):
+        return super().update(term, x) if float(x.detach().sum()) > -1e9 else None
+
+
+class NamedByIdentity(Good):
+    def slots(self, layer):
+        return (Slot("weight", f"part{id(layer)}"),)
+
+
+class Counts(Good):
+    def __init__(self):
+        self.calls = 0
+
+    def branch(self, layer, base, terms, x):
+        self.calls += 1
+        return super().branch(layer, base, terms, x)
+
+
+VIOLATIONS = {
+    "registration": (OtherClass, "a torch.nn.modules.linear.Linear was built"),
+    "layout": (Transposed, "from_matrix(to_matrix(W))"),
+    "law": (NoScaling, "the output in eval mode differs by up to"),
+    "gradients": (Detached, "the gradient of lora_A differs"),
+    "several": (FirstOnly, "the output with two adapters differs"),
+    "dropout": (DropsAll, "dropout=0.5 and an update of zero differs"),
+    "inputs": (SwappedInputs, "no combination of the vectors that inputs() gave"),
+    "merge": (LossyMerge, "the merged output differs"),
+    "unload": (Leaves, "attributes differ in ['seen']"),
+    "aliases": (RemembersByLayer, "the output of a layer with two names differs"),
+    "keys": (DottedPart, "lora_A_first"),
+    "dtype": (WideOutput, "float32 instead of"),
+    "device": (OnDefaultDevice, "meta"),
+    "deepcopy": (CopiesWrongly, "the output of the copy differs"),
+    "pickle": (HoldsALock, "cannot pickle '_thread.lock' object"),
+    "compile": (AsksForAValue, "data-dependent"),
+    "files": (NamedByIdentity, "has slots"),
+    "stateless": (Counts, "'calls': 0"),
+}
+"""By check: a plugin that breaks it, and what the message says came."""
+
+ALSO = {
+    # What everything else stands on.
+    "registration": set(LAYER_CHECKS) - {"layout", "inputs"},
+    "law": {"gradients", "several", "dropout", "merge", "aliases", "dtype", "deepcopy", "pickle", "compile", "device"},
+    # Merging views the weight as a matrix.
+    "layout": {"merge", "aliases"},
+    # Two adapters have gradients too, and a layer under two names is merged.
+    "gradients": {"several"},
+    "merge": {"aliases"},
+}
+"""The other checks that a violation cannot but break."""
+
+
+def check(plugin, *names):
+    check_layer_plugin(plugin, lambda: nn.Linear(6, 6), lambda layer: torch.randn(2, 2, 6), only=names)
+
+
+def failing(plugin):
+    found = set()
+    for name in LAYER_CHECKS:
+        try:
+            check(plugin, name)
+        except CheckError:
+            found.add(name)
+    return found
+
+
+def test_a_good_plugin_passes_all():
+    check_layer_plugin(
+        Good(), lambda **options: nn.Linear(6, 5, **options), lambda layer: torch.randn(2, 6), [{}, {"bias": False}]
+    )
+
+
+def test_every_check_has_a_violation():
+    assert set(VIOLATIONS) == set(LAYER_CHECKS)
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_found_by_its_check_and_by_no_other(name):
+    cls, _ = VIOLATIONS[name]
+    assert failing(cls()) - (ALSO.get(name, set()) - {name}) == {name}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_the_error_says_what_was_expected_what_came_and_what_is_usual(name):
+    cls, came = VIOLATIONS[name]
+    with pytest.raises(CheckError) as caught:
+        check(cls(), name)
+    error = caught.value
+    assert came in error.got
+    assert (error.check, error.expected) == (name, LAYER_CHECKS[name].expected)
+    for part in (cls.__name__, repr(name), error.expected, error.got, error.usual_cause):
+        assert part in str(error)
+
+
+@pytest.mark.parametrize("argument", ["only", "skip"])
+def test_an_unknown_check_is_refused_with_a_near_one(argument):
+    with pytest.raises(ConfigError, match=r"no check 'gradient'. Did you mean 'gradients'"):
+        check_layer_plugin(Good(), nn.Linear, torch.randn, **{argument: ["gradient"]})
+
+
+def test_a_check_can_be_left_out():
+    check_layer_plugin(Leaves(), lambda: nn.Linear(3, 2), lambda layer: torch.randn(2, 3), skip=["unload"])
+
+
+def test_random_numbers_of_the_process_stay():
+    state = torch.get_rng_state()
+    check(Good(), "law", "dropout")
+    assert torch.equal(torch.get_rng_state(), state)

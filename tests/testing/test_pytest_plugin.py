@@ -1,0 +1,82 @@
+"""The pytest plugin, in pytest processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+TESTS = """
+import torch
+from torch import nn
+from lora_plugins import InitPlugin, RowMajorPlugin
+
+class Plain(RowMajorPlugin):
+    name = "plain"
+    module_type = nn.Bilinear
+
+class Dead(InitPlugin):
+    name = "dead"
+    def fill(self, context):
+        context.A.zero_()
+        context.B.zero_()
+        return {}
+
+def test_layer(layer_check):
+    inputs = lambda layer: (torch.randn(5, 2), torch.randn(5, 3))
+    layer_check(Plain(), lambda: nn.Bilinear(2, 3, 4), inputs, skip=["compile"])
+
+def test_init(init_check):
+    init_check(Dead())
+"""
+
+UNRELATED = """
+import sys
+
+def test_nothing_heavy_is_imported():
+    assert [name for name in ("torch", "lora_plugins") if name in sys.modules] == []
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs pytest, with every warning an error, on a file of its own."""
+
+    def run_pytest(text, *options):
+        (tmp_path / "test_it.py").write_text(text)
+        command = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+        return subprocess.run(
+            [*command, *options, "test_it.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTEST_ADDOPTS": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run_pytest
+
+
+def test_each_check_is_a_test_of_its_own(run):
+    from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
+
+    done = run(TESTS, "-v")
+    for name in set(LAYER_CHECKS) - {"compile"}:
+        assert f"test_it.py::test_layer[{name}] PASSED" in done.stdout
+    assert "test_it.py::test_layer[compile] SKIPPED" in done.stdout
+    assert "test_it.py::test_init[trainable] FAILED" in done.stdout
+    assert "usual cause: both factors start at zero" in done.stdout
+    failed = done.stdout.count(" FAILED ")
+    assert done.stdout.count(" PASSED ") == len(LAYER_CHECKS) - 1 + len(INIT_CHECKS) - failed
+    assert done.returncode == 1
+
+
+def test_a_project_that_does_not_use_it_imports_nothing(run):
+    done = run(UNRELATED)
+    assert done.returncode == 0, done.stdout
+
+
+def test_it_can_be_switched_off(run):
+    done = run(TESTS, "-p", "no:lora_plugins")
+    assert "fixture 'layer_check' not found" in done.stdout
