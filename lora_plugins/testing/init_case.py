@@ -1,7 +1,7 @@
 """An init plugin with one choice of its options: the small model that the checks start, and its data."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lora_plugins.init_plugin import InitContext, InitPlugin, Observed
 from lora_plugins.injector import factor_dtype, slot_matrix, slots
 from lora_plugins.layer import peek_weight
 from lora_plugins.layers import lora_plugins_register_layers
+from lora_plugins.manager import default_registry
 from lora_plugins.model import LoraModel
 from lora_plugins.observe import InitData, observe
 from lora_plugins.randomness import own_randomness
@@ -64,7 +65,8 @@ class InitCase:
         layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
         lora_plugins_register_layers(layers)
         inits.add(self.init)
-        return Registry(
+        return replace(
+            default_registry(),
             plugins=(UNDER_TEST,),
             layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
             inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},

@@ -1,7 +1,7 @@
 """A layer plugin with one choice of its layer's options: what the checks build, adapt and run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inits import lora_plugins_register_inits
 from lora_plugins.layer import factors, layer_state, peek_weight
 from lora_plugins.layer_plugin import LayerPlugin, Slot
+from lora_plugins.manager import default_registry
 from lora_plugins.model import LoraModel
 from lora_plugins.randomness import own_randomness
 from lora_plugins.registrars import InitRegistrar, LayerRegistrar
@@ -58,7 +59,8 @@ class LayerCase:
         layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
         layers.add(self.plugin)
         lora_plugins_register_inits(inits)
-        return Registry(
+        return replace(
+            default_registry(),
             plugins=(UNDER_TEST,),
             layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
             inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},
