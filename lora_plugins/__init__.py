@@ -27,6 +27,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.observe import InitData, Observations, observe
 from lora_plugins.plan import Plan
 from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.variant_plugin import VariantPlugin
 
 __all__ = [
     "AdapterFileError",
@@ -53,6 +54,7 @@ __all__ = [
     "StateError",
     "TargetError",
     "Term",
+    "VariantPlugin",
     "hookimpl",
     "observe",
 ]

@@ -30,6 +30,7 @@ from lora_plugins.plan import Plan, PlannedLayer
 from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
 from lora_plugins.state import ModelState
+from lora_plugins.variant_plugin import PLAIN
 
 Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 """Computes one update `(out, in)` from updates `(n, out, in)`, weights `(n, 1, 1)`, a density and a generator."""
@@ -110,6 +111,11 @@ def combine(
         if source.init.changes_base:
             raise StateError(
                 f"The adapter {name!r} has a base of its own ({source.config.init}); it cannot be combined."
+            )
+        if source.config.variant != PLAIN:
+            raise StateError(
+                f"The adapter {name!r} is of the variant {source.config.variant!r}, whose updates do not add up; it "
+                "cannot be combined."
             )
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     error = 0.0

@@ -42,6 +42,7 @@ class LoraConfig:
             `loftq`, `eva` and `lora_ga` (both learn from data), `none` (not an identity, for debugging), or that of an
             installed plugin.
         init_options: Options of that plugin.
+        variant: `lora`, or the name of a plugin that lets A and B change the weight in another way: `dora`.
         use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
         memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the
             output of a normalisation or an activation. `normal` keeps the input of each adapted layer, once.
@@ -68,6 +69,7 @@ class LoraConfig:
     fused_parts: dict[str, list[str]] = field(default_factory=dict)
     init: str = "kaiming"
     init_options: dict[str, Any] = field(default_factory=dict)
+    variant: str = "lora"
     use_rslora: bool = False
     memory: Literal["normal", "low"] = "normal"
     norm: Literal["freeze", "track"] = "freeze"
@@ -206,6 +208,7 @@ _CHECKS: Mapping[str, Check] = {
     "fused_parts": _map_of(_check_parts),
     "init": _check_name,
     "init_options": _check_options,
+    "variant": _check_name,
     "use_rslora": _check_flag,
     "memory": _choice_of("normal", "low"),
     "norm": _choice_of("freeze", "track"),

@@ -8,14 +8,16 @@ from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import LayerPlugin
 from lora_plugins.registry import Owned, class_path
 from lora_plugins.sources import BLOCK_VARIABLE
+from lora_plugins.variant_plugin import VariantPlugin
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
+Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
 
 LAYER_CLAIMS: dict[str, Callable[[LayerPlugin], str]] = {
     "module class": lambda plugin: class_path(plugin.module_type),
     "layer type": lambda plugin: plugin.name,
 }
 INIT_CLAIMS: dict[str, Callable[[InitPlugin], str]] = {"init": lambda plugin: plugin.name}
+VARIANT_CLAIMS: dict[str, Callable[[VariantPlugin], str]] = {"variant": lambda plugin: plugin.name}
 
 
 def replaced(

@@ -26,7 +26,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.fingerprint import KEYS, fingerprint, same
 from lora_plugins.injector import SlotTensors, changed_bases, slots
-from lora_plugins.layer import factors, peek_weight
+from lora_plugins.layer import factors, own_tensors_of, peek_weight
 from lora_plugins.layer_plugin import Slot
 from lora_plugins.manager import registry_of
 from lora_plugins.modules import own_tensor
@@ -84,7 +84,9 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
     tensors: dict[str, Tensor] = {}
     for layer, slot, _ in slots(plan):
         A, B = factors(model.get_submodule(layer.name), adapter_name, slot)
-        tensors[_key(layer, slot, "A")], tensors[_key(layer, slot, "B")] = A.detach(), B.detach()
+        own = own_tensors_of(model.get_submodule(layer.name), adapter_name, slot)
+        for name, parameter in {"A": A, "B": B, **own}.items():
+            tensors[_key(layer, slot, name)] = parameter.detach()
         for name, tensor in adapter.recipes[layer.name, slot.suffix].items():
             tensors[_recipe_prefix(layer, slot) + name] = tensor
     for name in (*plan.trained, *plan.saved_buffers):
@@ -137,6 +139,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
             A=packed.tensors[_key(layer, slot, "A")],
             B=packed.tensors[_key(layer, slot, "B")],
             recipe=_recipe(plan, layer, slot, packed.tensors),
+            own={name: packed.tensors[_key(layer, slot, name)] for name in _own_shapes(layer, slot)},
         )
         for layer, slot, _ in slots(plan)
     }
@@ -224,6 +227,10 @@ def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAda
 
 def _key(layer: PlannedLayer, slot: Slot, factor: str) -> str:
     return f"lora/{layer.name}/lora_{factor}{slot.suffix}"
+
+
+def _own_shapes(layer: PlannedLayer, slot: Slot) -> Mapping[str, tuple[int, ...]]:
+    return layer.own_shapes(layer.slots.index(slot))
 
 
 def _recipe_prefix(layer: PlannedLayer, slot: Slot) -> str:
@@ -369,6 +376,8 @@ def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     for layer, slot, (rows, columns) in slots(plan):
         needed[_key(layer, slot, "A")] = [layer.r, columns], True
         needed[_key(layer, slot, "B")] = [rows, layer.r], True
+        for name, shape in _own_shapes(layer, slot).items():
+            needed[_key(layer, slot, name)] = list(shape), True
     for name in (*plan.trained, *plan.saved_buffers):
         tensor = own_tensor(model, name)
         needed[f"value/{name}"] = list(tensor.shape), tensor.is_floating_point()
@@ -378,10 +387,10 @@ def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
         for key in _recipe(plan, layer, slot, tensors)
     }
     _difference("tensor", {*needed, *recipes}, tensors, "this model", "the adapter")
-    for key, (shape, floating) in needed.items():
+    for key, (expected, floating) in needed.items():
         tensor = tensors[key]
-        if list(tensor.shape) != shape:
-            raise AdapterFileError(f"The tensor {key!r} is {list(tensor.shape)}; this model needs {shape}.")
+        if list(tensor.shape) != expected:
+            raise AdapterFileError(f"The tensor {key!r} is {list(tensor.shape)}; this model needs {expected}.")
         if tensor.is_floating_point() != floating:
             kind = "a floating" if floating else "an integer"
             raise AdapterFileError(f"The tensor {key!r} has the type {tensor.dtype}; this model needs {kind} one.")

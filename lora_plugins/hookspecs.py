@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+    from lora_plugins.registrars import InitRegistrar, LayerRegistrar, VariantRegistrar
 
 GROUP = "lora_plugins"
 """Name of the entry-point group, and of the pluggy project."""
@@ -51,4 +51,16 @@ def lora_plugins_register_inits(registrar: "InitRegistrar") -> None:
 
     Args:
         registrar: Call `registrar.add(plugin)` with each instance of an `InitPlugin`.
+    """
+
+
+@hookspec
+def lora_plugins_register_variants(registrar: "VariantRegistrar") -> None:
+    """Called once for each registry, after the inits of the same plugin, to add variants of LoRA.
+
+    A plugin may not register a name that another variant has, unless it overrides that. It may not keep the registrar,
+    nor add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of a `VariantPlugin`.
     """

@@ -16,6 +16,7 @@ from lora_plugins.layer import (
     base_class_of,
     factors,
     layer_state,
+    own_tensors_of,
     peek_weight,
     refresh_class,
     state_of,
@@ -33,11 +34,13 @@ class SlotTensors:
         A: `(r, in)`.
         B: `(out, r)`.
         recipe: What the init needs to compute the changed base again; empty for most inits.
+        own: The tensors that are the variant's own, by name; empty for plain LoRA.
     """
 
     A: Tensor
     B: Tensor
     recipe: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 AdapterContent = Mapping[tuple[str, str], SlotTensors]
@@ -110,15 +113,38 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
                 layer.scaling,
                 plan.init_options,
             )
-        _rows(slot, matrix).copy_(new)
+        slot.cut(matrix).copy_(new)
         laid_out = torch.empty_like(original)  # keeps the memory format
         changed[name] = laid_out.copy_(layer.plugin.from_matrix(matrix, original.shape))
     return changed
 
 
+def with_own_tensors(
+    model: nn.Module, plan: Plan, content: AdapterContent, changed: Mapping[str, Tensor]
+) -> AdapterContent:
+    """Returns the content of a new adapter with the first values of its variant's own tensors.
+
+    Args:
+        model: The model.
+        plan: What is adapted.
+        content: Its factors.
+        changed: The base weights that the init replaces, by full name.
+    """
+    completed = dict(content)
+    for layer, slot, _ in slots(plan):
+        if layer.variant is not None:
+            tensors = content[layer.name, slot.suffix]
+            name = f"{layer.name}.{slot.tensor}".removeprefix(".")
+            weight = changed.get(name, peek_weight(model.get_submodule(layer.name), slot.tensor))
+            A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
+            own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
+            completed[layer.name, slot.suffix] = replace(tensors, own=own)
+    return completed
+
+
 def slot_matrix(layer: PlannedLayer, slot: Slot, weight: Tensor) -> Tensor:
     """Returns the matrix view `(out, in)` of the part of a weight that a slot covers."""
-    return _rows(slot, layer.plugin.to_matrix(weight))
+    return slot.cut(layer.plugin.to_matrix(weight))
 
 
 def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) -> None:
@@ -129,7 +155,7 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
         for slot in layer.slots:
             tensors = content[layer.name, slot.suffix]
             weight = peek_weight(module, slot.tensor)
-            for factor, value in (("A", tensors.A), ("B", tensors.B)):
+            for factor, value in {"A": tensors.A, "B": tensors.B, **tensors.own}.items():
                 _container(module, factor, slot)[adapter] = nn.Parameter(
                     value.to(weight.device, factor_dtype(weight)), requires_grad=False
                 )
@@ -138,16 +164,17 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
             shared = tuple(replace(slot, tensor=tie.tensor) for slot in layer.slots if slot.tensor == tie.source)
             _add(other, replace(layer, name=tie.layer), adapter, shared, tie=True)
             for slot in shared:
-                A, B = factors(module, adapter, slot)
-                _container(other, "A", slot)[adapter] = A
-                _container(other, "B", slot)[adapter] = B
+                for factor, parameter in _tensors(module, adapter, slot).items():
+                    _container(other, factor, slot)[adapter] = parameter
 
 
 def detach(layer: nn.Module, adapter: str) -> None:
     """Takes an adapter off a layer; without any other the layer is what it was."""
     state = layer_state(layer)
-    for slot in state.adapters.pop(adapter).slots:
-        for factor in "AB":
+    tensors = {slot: _tensors(layer, adapter, slot) for slot in state.adapters[adapter].slots}
+    del state.adapters[adapter]
+    for slot, names in tensors.items():
+        for factor in names:
             container = _container(layer, factor, slot)
             del container[adapter]
             if not len(container):
@@ -166,11 +193,11 @@ def activate(layer: nn.Module, adapters: tuple[str, ...]) -> None:
 
 
 def adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """Yields A and B of each slot of an adapter on a layer; nothing if the layer does not have it."""
+    """Yields the tensors of each slot of an adapter on a layer; nothing if the layer does not have it."""
     state = state_of(layer)
     if state is not None and adapter in state.adapters:
         for slot in state.adapters[adapter].slots:
-            yield from factors(layer, adapter, slot)
+            yield from _tensors(layer, adapter, slot).values()
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -217,17 +244,19 @@ def _add(module: nn.Module, layer: PlannedLayer, adapter: str, slots: tuple[Slot
         scaling=layer.scaling,
         dropout=layer.dropout,
         low_memory=layer.low_memory,
+        variant=layer.variant,
     )
+
+
+def _tensors(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Parameter]:
+    A, B = factors(layer, adapter, slot)
+    return {"A": A, "B": B, **own_tensors_of(layer, adapter, slot)}
 
 
 def _container(module: nn.Module, factor: str, slot: Slot) -> AdapterTensors:
     container = module._modules.setdefault(f"lora_{factor}{slot.suffix}", AdapterTensors())
     assert isinstance(container, AdapterTensors)
     return container
-
-
-def _rows(slot: Slot, matrix: Tensor) -> Tensor:
-    return matrix if slot.rows is None else matrix[slot.rows[0] : slot.rows[1]]
 
 
 def run_seed(name: str) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined
+from lora_plugins.variant_plugin import VariantPlugin
 
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
@@ -24,7 +25,9 @@ class AdapterTensors(nn.Module):
     """The tensors of one factor of a layer, by adapter name; any name that a parameter can have is allowed."""
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        return cast(nn.Parameter, self._parameters[adapter])
+        # Where FSDP has put a whole tensor in a parameter's place, for the time of a forward, it is an attribute.
+        parameter = self._parameters.get(adapter)
+        return cast(nn.Parameter, self.__dict__[adapter] if parameter is None else parameter)
 
     def __setitem__(self, adapter: str, value: nn.Parameter) -> None:
         # Not register_parameter, which refuses names of methods such as "half".
@@ -57,6 +60,7 @@ class LayerAdapter:
         scaling: Factor of `B @ A`.
         dropout: Probability of dropping an element of the branch's input during training.
         low_memory: Whether the branch computes its input again in the backward where it can.
+        variant: How A and B change the weight; None for plain LoRA.
     """
 
     plugin: LayerPlugin
@@ -67,6 +71,7 @@ class LayerAdapter:
     scaling: float
     dropout: float
     low_memory: bool
+    variant: VariantPlugin | None
 
 
 @dataclass
@@ -200,22 +205,46 @@ def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
     """Returns the updates of one adapter to the weight called `name`, without dropout; none if it has none there."""
     spec = layer_state(layer).adapters.get(adapter)
     slots = [slot for slot in spec.slots if slot.tensor == name] if spec else []
-    return [Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0) for slot in slots if spec]
+    return [_term(layer, adapter, spec, slot, 0.0) for slot in slots if spec]
 
 
-def is_shard(weight: Tensor) -> bool:
-    """Whether FSDP2 holds a weight in parts, as it does outside of the layer's forward.
+def own_tensors_of(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Parameter]:
+    """Returns the tensors of one slot of one adapter that are its variant's own, by name."""
+    variant = layer_state(layer).adapters[adapter].variant
+    if variant is None:
+        return {}
+    A, B = factors(layer, adapter, slot)
+    names = variant.shapes(len(B), A.shape[1], len(A))
+    return {name: cast(AdapterTensors, layer._modules[f"lora_{name}{slot.suffix}"])[adapter] for name in names}
 
-    FSDP2 takes its parts by `getattr(layer, name)` and keeps what it gets: that has to be the parameter.
+
+def _term(layer: nn.Module, adapter: str, spec: LayerAdapter, slot: Slot, dropout: float) -> Term:
+    A, B = factors(layer, adapter, slot)
+    delta = None
+    if spec.variant is not None:
+        own = own_tensors_of(layer, adapter, slot)
+        weight = slot.cut(spec.plugin.to_matrix(base_weight(layer, slot.tensor))).to(A.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = spec.variant.update(weight, A, B, spec.scaling, own)
+    return Term(slot, A, B, spec.scaling, dropout, spec.low_memory, delta)
+
+
+def is_shard(layer: nn.Module, name: str) -> bool:
+    """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the layer's forward.
+
+    They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter.
     """
-    return hasattr(weight, "placements")  # of a DTensor, whose import is too slow for those who do not use it
+    parameter = layer._parameters.get(name)
+    if "_is_fsdp_managed_module" in layer.__dict__:  # what FSDP says of all modules below it
+        return parameter is not None or layer.__dict__[name].untyped_storage().size() == 0
+    return hasattr(parameter, "placements")  # of a DTensor, whose import is too slow for those who do not use it
 
 
 def updated_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns `W + ΔW` over the active adapters; of a weight that is split over processes, this one's part of `W`."""
     state = layer_state(layer)
     weight = resting_weight(layer, name)
-    if not state.active or is_shard(weight):
+    if not state.active or is_shard(layer, name):
         return weight
     device = weight.device.type
     # Autocast would compute the update in half precision, and merging would then differ from adapting.
@@ -277,7 +306,10 @@ def _weight_property(name: str) -> property:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
         layer.__dict__[name] = value
 
-    return property(get, set)
+    def delete(layer: nn.Module) -> None:
+        del layer.__dict__[name]
+
+    return property(get, set, delete)
 
 
 @dataclass(frozen=True)
@@ -331,11 +363,8 @@ def _branches(adapters: list[LayerAdapter], training: bool) -> bool:
 
 
 def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
-    training = layer.training
     return [
-        Term(
-            slot, *factors(layer, name, slot), adapter.scaling, adapter.dropout if training else 0.0, adapter.low_memory
-        )
+        _term(layer, name, adapter, slot, adapter.dropout if layer.training else 0.0)
         for name, adapter, slot in state.active_slots()
     ]
 

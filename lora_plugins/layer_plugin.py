@@ -32,6 +32,10 @@ class Slot:
         """What follows `lora_A` and `lora_B` in the names of this slot's tensors."""
         return f"_{self.part}" if self.part else ""
 
+    def cut(self, matrix: Tensor) -> Tensor:
+        """Returns the rows that the update covers of the weight's matrix view; a view."""
+        return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
 
 @dataclass(frozen=True)
 class Term:
@@ -44,6 +48,7 @@ class Term:
         scaling: The factor of the update.
         dropout: Probability of dropping an element of the branch's input, 0 outside of training.
         low_memory: Whether the input is computed again in the backward where it can be.
+        delta: `(out, in)`, what a variant adds to the slot's rows in place of `scaling * B @ A`; None for plain LoRA.
     """
 
     slot: Slot
@@ -52,6 +57,7 @@ class Term:
     scaling: float
     dropout: float
     low_memory: bool = False
+    delta: Tensor | None = None
 
     def drop(self, x: Tensor) -> Tensor:
         """Drops elements of the branch's input, any shape, as `torch.nn.functional.dropout` does."""
@@ -59,7 +65,7 @@ class Term:
 
     def matrix(self) -> Tensor:
         """Returns the scaled update as a matrix `(out, in)` of the whole weight, zero outside of the slot's rows."""
-        update = (self.B * self.scaling) @ self.A
+        update = (self.B * self.scaling) @ self.A if self.delta is None else self.delta
         if self.slot.rows is None:
             return update
         start, stop, total = self.slot.rows
@@ -67,7 +73,9 @@ class Term:
 
 
 def joined(terms: Sequence[Term]) -> Term | None:
-    """Returns one term that does what several do; None where several have dropout, each with a mask of its own."""
+    """Returns one term that does what several do; None if a variant says what one does, or several have dropout."""
+    if any(term.delta is not None for term in terms):
+        return None
     if len(terms) == 1 and terms[0].slot.rows is None:
         return terms[0]
     if len(terms) > 1 and any(term.dropout for term in terms):

@@ -12,17 +12,21 @@ import pluggy
 
 from lora_plugins import hookspecs
 from lora_plugins.config import LoraConfig
-from lora_plugins.conflicts import INIT_CLAIMS, LAYER_CLAIMS, replaced
+from lora_plugins.conflicts import INIT_CLAIMS, LAYER_CLAIMS, VARIANT_CLAIMS, replaced
 from lora_plugins.errors import PluginError, listing
 from lora_plugins.hookspecs import GROUP
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import LayerPlugin
-from lora_plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar, VariantRegistrar
 from lora_plugins.registry import Owned, PluginInfo, Registry
 from lora_plugins.sources import sources
+from lora_plugins.variant_plugin import VariantPlugin
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 """Environment variable; if it is set, every call of a hook is written to stderr."""
+
+
+Registrars = tuple[LayerRegistrar, InitRegistrar, VariantRegistrar]
 
 
 @functools.cache
@@ -70,27 +74,31 @@ def build_registry(
     infos: list[PluginInfo] = []
     layers: list[Owned[LayerPlugin]] = []
     inits: list[Owned[InitPlugin]] = []
+    variants: list[Owned[VariantPlugin]] = []
     for source in sources(extra, allow, block, files):
         infos.append(source.info)
         if source.info.blocked:
             continue
         try:
-            layer_registrar, init_registrar = _register(manager, source.info, source.load())
+            of_layers, of_inits, of_variants = _register(manager, source.info, source.load())
         except Exception as error:  # whatever a third-party module raises, only its own users are concerned
             infos[-1] = replace(source.info, error=error)
             if source.required:
                 raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
             continue
-        layers += [Owned(p, source.info, p.name in layer_registrar.overrides) for p in layer_registrar.plugins]
-        inits += [Owned(p, source.info, p.name in init_registrar.overrides) for p in init_registrar.plugins]
-    replaced_layers, replaced_inits = replaced(layers, LAYER_CLAIMS), replaced(inits, INIT_CLAIMS)
-    layers, inits = _kept(layers, replaced_layers), _kept(inits, replaced_inits)
-    notes = [*_notes("layer type", replaced_layers), *_notes("init", replaced_inits)]
-    told = {info: _completed(info, layers, inits, notes) for info in infos}
+        layers += [Owned(p, source.info, p.name in of_layers.overrides) for p in of_layers.plugins]
+        inits += [Owned(p, source.info, p.name in of_inits.overrides) for p in of_inits.plugins]
+        variants += [Owned(p, source.info, p.name in of_variants.overrides) for p in of_variants.plugins]
+    layers, notes_on_layers = _settled("layer type", layers, replaced(layers, LAYER_CLAIMS))
+    inits, notes_on_inits = _settled("init", inits, replaced(inits, INIT_CLAIMS))
+    variants, notes_on_variants = _settled("variant", variants, replaced(variants, VARIANT_CLAIMS))
+    notes = [*notes_on_layers, *notes_on_inits, *notes_on_variants]
+    told = {info: _completed(info, layers, inits, variants, notes) for info in infos}
     return Registry(
         plugins=tuple(told.values()),
         layers={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in layers},
         inits={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in inits},
+        variants={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in variants},
     )
 
 
@@ -103,7 +111,7 @@ def _manager() -> pluggy.PluginManager:
     return manager
 
 
-def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> tuple[LayerRegistrar, InitRegistrar]:
+def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> Registrars:
     """Lets one plugin register; on any error pluggy forgets it again."""
     manager.register(plugin, name=f"{info.distribution}:{info.name}")
     try:
@@ -116,7 +124,7 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> t
                 f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
                 "name the module they are in."
             )
-        registrars = (LayerRegistrar(info), InitRegistrar(info))
+        registrars = (LayerRegistrar(info), InitRegistrar(info), VariantRegistrar(info))
         others = [other for other in manager.get_plugins() if other is not plugin]
         for hook, registrar in zip(_HOOKS, registrars, strict=True):
             returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
@@ -131,36 +139,35 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> t
     return registrars
 
 
-_HOOKS = ("lora_plugins_register_layers", "lora_plugins_register_inits")
+_HOOKS = ("lora_plugins_register_layers", "lora_plugins_register_inits", "lora_plugins_register_variants")
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
+Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
 Pairs = list[tuple[Owned[Plugin], Owned[Plugin]]]
+Notes = list[tuple[PluginInfo, str]]
 
 
-def _kept(owned: list[Owned[Plugin]], pairs: Pairs[Plugin]) -> list[Owned[Plugin]]:
+def _settled(kind: str, owned: list[Owned[Plugin]], pairs: Pairs[Plugin]) -> tuple[list[Owned[Plugin]], Notes]:
+    """Returns what is left, and what to say of a plugin that replaces something and of the one it replaces."""
     gone = {id(loser) for loser, _ in pairs}
-    return [each for each in owned if id(each) not in gone]
-
-
-def _notes(kind: str, pairs: Pairs[Plugin]) -> list[tuple[PluginInfo, str]]:
-    """What to say of a plugin that replaces something, and of the one it replaces."""
     notes = []
     for loser, winner in pairs:
         what = f"{kind} {loser.plugin.name!r}"
         notes.append((winner.info, f"replaces {what} of {loser.info.owner}"))
         notes.append((loser.info, f"its {what} is replaced by {winner.info.owner}"))
-    return list(dict.fromkeys(notes))
+    return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes))
 
 
 def _completed(
     info: PluginInfo,
     layers: list[Owned[LayerPlugin]],
     inits: list[Owned[InitPlugin]],
-    notes: list[tuple[PluginInfo, str]],
+    variants: list[Owned[VariantPlugin]],
+    notes: Notes,
 ) -> PluginInfo:
     return replace(
         info,
         layers=tuple(owned.plugin.name for owned in layers if owned.info is info),
         inits=tuple(owned.plugin.name for owned in inits if owned.info is info),
+        variants=tuple(owned.plugin.name for owned in variants if owned.info is info),
         notes=tuple(note for owner, note in notes if owner is info),
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from lora_plugins.layer import (
     weight_key,
     weight_names,
 )
-from lora_plugins.layer_plugin import LayerPlugin, Term, joined
+from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, joined
 from lora_plugins.modules import holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
+from lora_plugins.variant_plugin import PLAIN
 
 DEFAULT_MAX_ERROR = 0.1
 """Share of an update's norm that a merge may lose to rounding without being told to."""
@@ -83,6 +84,8 @@ class _Update:
         term, merged = self.term, self.weight.clone()
         wide = torch.promote_types(merged.dtype, term.A.dtype)
         matrix = self.plugin.to_matrix(merged)
+        if term.delta is not None:
+            return merged.copy_(self.plugin.from_matrix(matrix.to(wide) + term.delta, merged.shape))
         if wide == merged.dtype and matrix.data_ptr() == merged.data_ptr():
             matrix.addmm_(term.B, term.A, alpha=term.scaling)
             return merged
@@ -93,7 +96,7 @@ class _Update:
         """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
         term, weight = self.term, self.weight
         wide = torch.promote_types(weight.dtype, term.A.dtype)
-        norm = _norm_of_product(term)
+        norm = _norm(term)
         if norm == 0:
             return 0.0
         largest = float(torch.linalg.vector_norm(weight, dtype=wide)) + norm
@@ -227,15 +230,22 @@ def _updates(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Update]:
                 continue
             plugin = next(state.adapters[a].plugin for a in adapters if a in state.adapters)
             weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
-            term = joined(terms)
-            assert term is not None  # only dropout keeps terms apart
+            term = joined(terms) or _dense(terms)
             yield _Update(f"{name}.{tensor}".removeprefix("."), layer, tensor, plugin, weight, term)
             if key is not None:
                 seen.add(key)
 
 
-def _norm_of_product(term: Term) -> float:
-    """Frobenius norm of `scaling * B @ A` from the small products, without forming the matrix."""
+def _dense(terms: list[Term]) -> Term:
+    """Returns one term with the sum of all updates as a matrix."""
+    total = sum((term.matrix() for term in terms[1:]), terms[0].matrix())
+    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=total)
+
+
+def _norm(term: Term) -> float:
+    """Frobenius norm of an update; that of `scaling * B @ A` from the small products, without forming the matrix."""
+    if term.delta is not None:
+        return float(torch.linalg.vector_norm(term.delta))
     A, B = term.A.double(), term.B.double()
     square = float(((B.T @ B) * (A @ A.T)).sum())
     return term.scaling * math.sqrt(max(square, 0.0))
@@ -248,6 +258,12 @@ def _check(model: nn.Module, state: ModelState, adapters: tuple[str, ...]) -> No
             raise StateError(f"The adapter {name!r} is merged already.")
         if name not in state.active:
             raise StateError(f"The adapter {name!r} is not active. Call set_adapter({name!r}) first.")
+    variants = [name for name in state.active if state.adapters[name].plan.config.variant != PLAIN]
+    if variants and set(adapters) != set(state.active):
+        raise StateError(
+            f"The update of a variant ({listing(variants)}) depends on the untouched weight, so all active adapters "
+            f"have to be merged at once: {listing(state.active)}."
+        )
     for name in adapters:
         refuse_shared(model, _updated(model, name))
 

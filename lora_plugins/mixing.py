@@ -54,10 +54,10 @@ def _check(model: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
         for name, layer in adapted_layers(model).items()
         for adapter in names
         if (spec := layer_state(layer).adapters.get(adapter)) is not None
-        and (spec.branch_use != "always" or type(spec.plugin).mixed is LayerPlugin.mixed)
+        and (spec.variant or spec.branch_use != "always" or type(spec.plugin).mixed is LayerPlugin.mixed)
     ]
     if unable:
         raise StateError(
-            f"The layers {listing(dict.fromkeys(unable))} are of a type that cannot mix adapters in one batch. "
-            "Run one batch for each adapter, with set_adapter."
+            f"The layers {listing(dict.fromkeys(unable))} are of a type or variant that cannot mix adapters in one "
+            "batch. Run one batch for each adapter, with set_adapter."
         )

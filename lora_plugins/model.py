@@ -11,7 +11,15 @@ from lora_plugins.combine import combine
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.init_plugin import Observed
-from lora_plugins.injector import AdapterContent, attach, changed_bases, detach, initialise, trained_values
+from lora_plugins.injector import (
+    AdapterContent,
+    attach,
+    changed_bases,
+    detach,
+    initialise,
+    trained_values,
+    with_own_tensors,
+)
 from lora_plugins.layer import layer_state, state_of
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
 from lora_plugins.mixing import mixed
@@ -420,7 +428,9 @@ class LoraModel:
         """Puts a finished adapter on the model; everything that can fail happens before the first change."""
         if plan.init.changes_base:
             merge.refuse_shared(self.model, plan.weights())
-        changed = changed_bases(self.model, plan, content) if changed is None else changed
+        if changed is None:
+            changed = changed_bases(self.model, plan, content)
+            content = with_own_tensors(self.model, plan, content, changed)
         own = trained_values(self.model, plan)
         # A saved value takes the type that training has on this model, which may be another than where it was saved.
         own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)

@@ -9,6 +9,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot
+from lora_plugins.variant_plugin import VariantPlugin
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PlannedLayer:
         scaling: Factor of `B @ A`.
         dropout: Dropout of the branch's input.
         low_memory: Whether the branch computes its input again in the backward where it can.
+        variant: How A and B change the weight; None for plain LoRA.
         ties: Weights of other targeted layers that are the same tensor.
     """
 
@@ -58,12 +60,18 @@ class PlannedLayer:
     scaling: float
     dropout: float
     low_memory: bool
+    variant: VariantPlugin | None = None
     ties: tuple[Tie, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """The number of elements of all A and B of the layer."""
-        return sum(self.r * (rows + columns) for rows, columns in self.shapes)
+        """The number of elements of all tensors of the adapter on the layer."""
+        own = [math.prod(shape) for at in range(len(self.slots)) for shape in self.own_shapes(at).values()]
+        return sum(self.r * (rows + columns) for rows, columns in self.shapes) + sum(own)
+
+    def own_shapes(self, slot: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the variant's own tensors of one slot, by name."""
+        return self.variant.shapes(*self.shapes[slot], self.r) if self.variant else {}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, TargetError, listing, near
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer import base_class_of, peek_weight, state_of, weight_key
-from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot
+from lora_plugins.layer_plugin import BranchUse, LayerPlugin, RowMajorPlugin, Slot
 from lora_plugins.manager import registry_of
 from lora_plugins.modules import NamedModule, model_modules, own_tensors, persistent_buffers
 from lora_plugins.norm import has_statistics
 from lora_plugins.plan import Plan, PlannedLayer, Tie
 from lora_plugins.registry import Registry, class_path
 from lora_plugins.targets import saved_modules, target_layers, within
+from lora_plugins.variant_plugin import VariantPlugin
 
 
 def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = None) -> Plan:
@@ -41,7 +42,7 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = 
     parameters = own_tensors(model, modules, "_parameters")
     _refuse_shapeless(parameters)
     saved = saved_modules(config, modules, parameters)
-    layers = _layers(config, target_layers(config, modules, registry, saved), init)
+    layers = _layers(config, target_layers(config, modules, registry, saved), init, registry.variant(config.variant))
     adapted = {weight_key(entry.module, slot.tensor) for entry, layer in layers for slot in layer.slots}
     trained = _trained(config, parameters, saved, layers)
     for name in trained:
@@ -118,7 +119,7 @@ def _grouped(targets: list[tuple[NamedModule, LayerPlugin]]) -> list[_Target]:
 
 
 def _layers(
-    config: LoraConfig, targets: list[tuple[NamedModule, LayerPlugin]], init: InitPlugin
+    config: LoraConfig, targets: list[tuple[NamedModule, LayerPlugin]], init: InitPlugin, variant: VariantPlugin | None
 ) -> list[tuple[NamedModule, PlannedLayer]]:
     names = [name for entry, _ in targets for name in entry.names]
     ranks = patterns.PatternMap("rank_pattern", config.rank_pattern, names)
@@ -130,6 +131,7 @@ def _layers(
         entry, plugin = target.entry, target.plugin
         slots = _slots(entry, plugin, fused.get(target.names, []))
         reasons = _refusals(target, slots, init, config.dropout)
+        reasons += [f"{entry.name!r}: {reason}" for reason in _variant_refusals(target, variant)]
         refused += reasons
         if reasons:
             continue
@@ -139,7 +141,7 @@ def _layers(
             aliases=entry.aliases,
             module_class=base_class_of(entry.module).__name__,
             plugin=plugin,
-            branch_use=_branch_use(entry.module, plugin),
+            branch_use=_branch_use(entry.module, plugin, variant),
             slots=slots,
             shapes=tuple(_shape(entry.module, plugin, slot) for slot in slots),
             r=r,
@@ -147,6 +149,7 @@ def _layers(
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
             dropout=config.dropout,
             low_memory=config.memory == "low",
+            variant=variant,
             ties=tuple(tie for _, tie in target.ties),
         )
         planned.append((entry, layer))
@@ -171,10 +174,20 @@ def _shape(layer: nn.Module, plugin: LayerPlugin, slot: Slot) -> tuple[int, int]
     return (slot.rows[1] - slot.rows[0] if slot.rows else rows), columns
 
 
-def _branch_use(layer: nn.Module, plugin: LayerPlugin) -> BranchUse:
+def _branch_use(layer: nn.Module, plugin: LayerPlugin, variant: VariantPlugin | None = None) -> BranchUse:
     if class_path(base_class_of(layer)) not in {class_path(cls) for cls in plugin.branch_types}:
         return "never"
-    return plugin.branch_use
+    # A variant forms its update in full; adding it to the weight is then one convolution or product instead of two.
+    return "dropout" if variant and plugin.branch_use == "always" else plugin.branch_use
+
+
+def _variant_refusals(target: _Target, variant: VariantPlugin | None) -> list[str]:
+    if variant is None:
+        return []
+    if not isinstance(target.plugin, RowMajorPlugin):
+        return [f"the variant {variant.name!r} needs a weight that has its outputs first; exclude the layer"]
+    reason = variant.refusal(target.plugin)
+    return [reason] if reason else []
 
 
 def _refusals(target: _Target, slots: tuple[Slot, ...], init: InitPlugin, dropout: float) -> list[str]:

@@ -10,8 +10,9 @@ from lora_plugins.errors import PluginError
 from lora_plugins.init_plugin import InitPlugin, Needs
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin
 from lora_plugins.registry import PluginInfo
+from lora_plugins.variant_plugin import PLAIN, VariantPlugin
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
+Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
 
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
@@ -133,3 +134,14 @@ class InitRegistrar(_Registrar[InitPlugin]):
             self._refuse(plugin, "says changes_base=True and has no changed_base")
         if says_how and not plugin.changes_base:
             self._refuse(plugin, "has a changed_base and says changes_base=False, so it is never used")
+
+
+class VariantRegistrar(_Registrar[VariantPlugin]):
+    """Takes the variants of one plugin: call `add` with instances of `VariantPlugin`."""
+
+    kind = VariantPlugin
+    rules: ClassVar = {"name": _A_NAME}
+
+    def _check(self, plugin: VariantPlugin) -> None:
+        if plugin.name == PLAIN:
+            self._refuse(plugin, f"has the name {PLAIN!r}, which stands for no variant")

@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from lora_plugins.errors import PluginError, near
 from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer_plugin import LayerPlugin
+from lora_plugins.variant_plugin import PLAIN, VariantPlugin
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PluginInfo:
         version: Version of that distribution.
         layers: Names of the layer types it registered.
         inits: Names of the inits it registered.
+        variants: Names of the variants it registered.
         error: Why it could not be loaded; None if it was.
         blocked: What keeps it from loading, such as the name of an environment variable; empty if nothing does.
         notes: What it replaces, and what of it is replaced.
@@ -33,6 +35,7 @@ class PluginInfo:
     version: str
     layers: tuple[str, ...] = ()
     inits: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     error: BaseException | None = None
     blocked: str = ""
     notes: tuple[str, ...] = ()
@@ -52,7 +55,7 @@ class PluginInfo:
         return f"{self.name!r} of {self.distribution} {self.version}"
 
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin)
+Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ class Registry:
         plugins: Every plugin that was found, loaded or not.
         layers: Layer types by name.
         inits: Inits by name.
+        variants: Variants by name.
     """
 
     plugins: tuple[PluginInfo, ...]
     layers: Mapping[str, Owned[LayerPlugin]]
     inits: Mapping[str, Owned[InitPlugin]]
+    variants: Mapping[str, Owned[VariantPlugin]] = field(default_factory=dict)
 
     def layer_for(self, module_class: type[nn.Module]) -> LayerPlugin | None:
         """Returns the plugin of the most specific class in the MRO of a module class; None if there is none."""
@@ -101,14 +106,25 @@ class Registry:
         Raises:
             PluginError: If there is none of that name, from the error of a plugin that failed to load if one did.
         """
-        owned = self.inits.get(name)
-        if owned is not None:
-            return owned.plugin
+        return self._named("init", name, self.inits)
+
+    def variant(self, name: str) -> VariantPlugin | None:
+        """Returns a variant by name; None for plain LoRA.
+
+        Raises:
+            PluginError: If there is none of that name, from the error of a plugin that failed to load if one did.
+        """
+        return None if name == PLAIN else self._named("variant", name, self.variants)
+
+    def _named(self, kind: str, name: str, owners: Mapping[str, Owned[Plugin]]) -> Plugin:
+        if name in owners:
+            return owners[name].plugin
         # A mere typo has no plugin as its cause.
-        typo = bool(difflib.get_close_matches(name, self.inits, cutoff=0.5))
+        typo = bool(difflib.get_close_matches(name, owners, cutoff=0.5))
         cause = self.cause(name)
         named = any(info.name == name for info in self.plugins)
-        raise PluginError(f"There is no init {name!r}. {near(name, self.inits)}{self.absent()}") from (
+        known = [*owners, PLAIN] if kind == "variant" else [*owners]
+        raise PluginError(f"There is no {kind} {name!r}. {near(name, known)}{self.absent()}") from (
             cause if named or not typo else None
         )
 

@@ -115,7 +115,7 @@ def _plugin(info: PluginInfo) -> Finding:
             f"plugin {info.owner} {' '.join(info.state.split())} ({frame.filename}, line {frame.lineno})",
             f"Repair or uninstall {info.distribution}, or leave it out: {BLOCK_VARIABLE}={info.name}",
         )
-    provides = ", ".join((*info.layers, *info.inits)) or "nothing"
+    provides = ", ".join((*info.layers, *info.inits, *info.variants)) or "nothing"
     if info.blocked or info.notes:
         return Finding("note", f"plugin {info.owner}: {info.state}")
     return Finding("ok", f"plugin {info.owner}: provides {provides}")

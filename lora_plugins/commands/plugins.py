@@ -28,7 +28,8 @@ def listed(registry: Registry) -> str:
 
 def _lines(info: PluginInfo) -> list[tuple[str, str, str, str, str]]:
     """The lines of one plugin, one for each thing that it provides."""
-    provided = [*(f"layer type {name}" for name in info.layers), *(f"init {name}" for name in info.inits)] or ["-"]
+    kinds = {"layer type": info.layers, "init": info.inits, "variant": info.variants}
+    provided = [f"{kind} {name}" for kind, names in kinds.items() for name in names] or ["-"]
     state = " ".join(info.state.split())  # an error's message may have several lines
     first = (info.name, info.distribution, info.version, provided[0], state)
     return [first, *(("", "", "", what, "") for what in provided[1:])]

@@ -34,7 +34,10 @@ def add_linear(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
         x_term = term.drop(x)
         # A half-precision base keeps its adapter in float32; autocast, where active, chooses the type itself.
         x_term = x_term if autocast else x_term.to(term.A.dtype)
-        update = F.linear(F.linear(x_term, term.A), term.B) * term.scaling
+        if term.delta is not None:
+            update = F.linear(x_term, term.delta)
+        else:
+            update = F.linear(F.linear(x_term, term.A), term.B) * term.scaling
         if term.slot.rows is not None:
             start, stop, total = term.slot.rows
             update = F.pad(update, (start, total - stop))

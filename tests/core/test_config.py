@@ -22,6 +22,7 @@ BAD = {
     "fused_parts": [{"qkv": []}, {"qkv": None}, {"qkv": [1]}, {3: ["q"]}, {"": ["q"]}, ["qkv"], None],
     "init": ["", None, 3, ["kaiming"]],
     "init_options": [["bits"], None, {3: 4}],
+    "variant": ["", None, 3],
     "use_rslora": ["false", 1, None],
     "memory": ["lo", None, ["low"]],
     "norm": ["frozen", None, ["freeze"]],

@@ -12,6 +12,10 @@ from torch import nn
 from lora_plugins import LoraConfig, LoraModel, PluginError
 from lora_plugins.manager import build_registry
 from lora_plugins.sources import BLOCK_VARIABLE
+from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
+
+
+PATH = os.environ.get("PYTHONPATH", "")
 
 
 def info(registry, name):
@@ -40,6 +44,18 @@ class TestExample:
 
     def test_without_it_nobody_serves_the_layer(self):
         assert [layer.name for layer in LoraModel.plan(Pair(), LoraConfig()).layers] == ["out"]
+
+    def test_its_own_tests_pass_where_it_is_installed(self, installed):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
+            cwd=installed("plugin_example").parent / "source",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed("plugin_example")), PATH])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 1} passed" in done.stdout
 
     def test_its_layer_keeps_the_law(self, with_plugins):
         with_plugins("plugin_example")

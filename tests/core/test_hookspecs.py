@@ -12,15 +12,15 @@ from lora_plugins.layers import lora_plugins_register_layers
 SPECS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.GROUP}_spec")}
 
 
-def test_there_are_two_hooks():
-    assert set(SPECS) == {"lora_plugins_register_layers", "lora_plugins_register_inits"}
+def test_the_hooks():
+    assert set(SPECS) == {f"lora_plugins_register_{kind}" for kind in ("layers", "inits", "variants")}
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_hook_hands_in_a_typed_registrar_and_takes_nothing_back(name):
     signature = inspect.signature(SPECS[name])
     assert list(signature.parameters) == ["registrar"]
-    assert signature.parameters["registrar"].annotation in ("LayerRegistrar", "InitRegistrar")
+    assert signature.parameters["registrar"].annotation in ("LayerRegistrar", "InitRegistrar", "VariantRegistrar")
     assert signature.return_annotation is None
 
 
@@ -37,4 +37,4 @@ def test_the_built_in_plugins_implement_the_hooks_by_the_public_marker(function)
 
 def test_the_entry_points_of_this_distribution():
     points = {p.name: p.value for p in metadata.distribution("lora-plugins").entry_points if p.group == "lora_plugins"}
-    assert points == {"layers": "lora_plugins.layers", "inits": "lora_plugins.inits"}
+    assert points == {kind: f"lora_plugins.{kind}" for kind in ("layers", "inits", "variants")}

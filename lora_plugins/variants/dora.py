@@ -1,0 +1,40 @@
+"""DoRA (Liu et al., arXiv 2402.09353): direction and magnitude of a weight are trained apart.
+
+    W' = m · V / ‖V‖,   V = W + scaling · B·A
+
+with one magnitude and one norm for each output, m starting at ‖V‖. As section 4.3 of the paper proposes, the norm is
+held constant in the gradient.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_plugins.variant_plugin import VariantPlugin
+
+
+class DoraVariant(VariantPlugin):
+    """DoRA."""
+
+    name = "dora"
+
+    def shapes(self, rows: int, columns: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """One magnitude for each output."""
+        return {"magnitude": (rows,)}
+
+    def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
+        """The norms of the rows, so that the weight is what it was."""
+        return {"magnitude": _norms(torch.addmm(weight, B, A, alpha=scaling))}
+
+    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+        """Returns `m · V / ‖V‖ - W`."""
+        direction = torch.addmm(weight, B, A, alpha=scaling)
+        factor = own["magnitude"] / _norms(direction.detach())
+        return factor[:, None] * direction - weight
+
+
+def _norms(matrix: Tensor) -> Tensor:
+    """Norms of the rows; a row of zeros has no direction and counts as one of norm 1."""
+    norms = torch.linalg.vector_norm(matrix, dim=1)
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
