@@ -39,7 +39,9 @@ class TensorBoardImages(Callback):
             return
         if not isinstance(pl_module, VisionTask):
             raise ConfigError(f"TensorBoardImages draws our tasks; {type(pl_module).__name__} is none.")
-        if not trainer.fast_dev_run and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        # Without any logger (`logger: false`) nothing is to be logged; with others only, the pictures would be lost.
+        others = trainer.loggers and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        if others and not trainer.fast_dev_run:
             raise ConfigError("TensorBoardImages needs a TensorBoardLogger among the trainer's loggers.")
         self._seen = 0
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from safetensors.torch import save_file
 
-from lora_plugins import LoraConfig
+from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
     DigitScenesDataModule,
@@ -182,6 +182,12 @@ def test_tensorboard_has_curves_and_pictures(trainer, tmp_path):
     assert {"val/mean_iou", "val/iou/ground", "train/loss"} <= set(events.Tags()["scalars"])
     for name in ("val/examples", "val/confusion"):
         assert len(events.Images(name)) == 2
+
+
+def test_pictures_are_not_lost_in_another_logger(trainer, tmp_path):
+    run = trainer(logger=CSVLogger(tmp_path), callbacks=[TensorBoardImages()])
+    with pytest.raises(ConfigError, match="needs a TensorBoardLogger"):
+        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
 
 
 @pytest.fixture
