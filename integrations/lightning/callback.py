@@ -186,6 +186,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
+        sharded.refuse_wrapped(self._target(pl_module))
         self._refuse_replaced(pl_module)
         if self.merge_on_fit_end or self.export_to is not None:
             refuse_computed(self._target(pl_module))

@@ -90,8 +90,13 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def check(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Compares the adapters of a checkpoint with those of a module whose tensors are split over processes.
+
+    Args:
+        module: The module.
+        checkpoint: The checkpoint.
+        whole: The module's state dict as its strategy has it, which knows the whole shapes.
 
     Raises:
         AdapterFileError: If the entry is damaged or newer, or the adapters are not the same ones on the same base.
@@ -106,7 +111,9 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                     f"The checkpoint has an adapter {name!r} on {adapter['target'] or 'the module'!r}, and the module "
                     "has none there. Use the adapter_name and target it was trained with."
                 )
-            _compare(name, LoraModel(target).pack(name), packed)
+            own = LoraModel(target).pack(name)
+            shapes = _whole_shapes({key: state_key(adapter["target"], name, key) for key in own.tensors}, whole)
+            _compare(name, PackedAdapter(_with_shapes(own.manifest, shapes), own.tensors), packed)
         _refuse_surplus(module, entry)
 
 
@@ -216,17 +223,24 @@ def _described(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterat
         away = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
         packed = renamed(packed, plain_name)
         keys = {key: state_key(path, name, key) for key in packed.tensors if key not in away}
-        shapes = {key: list(saved[own].shape) for key, own in keys.items() if own in saved}
-        tensors = {
-            key: {**about, "shape": shapes.get(key, about["shape"])}  # that of the whole, where this is a shard
-            for key, about in packed.manifest["tensors"].items()
-        }
+        shapes = _whole_shapes(keys, saved)
         yield {
             "target": plain_name(path),
             "active": name in lora.active_adapters,
-            "manifest": {**packed.manifest, "tensors": tensors},
+            "manifest": _with_shapes(packed.manifest, shapes),
             "tensors": {key: tensor for key, tensor in packed.tensors.items() if key not in shapes},
         }
+
+
+def _whole_shapes(keys: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Returns the shapes of tensors by their key in a packed adapter, as far as a state dict has them."""
+    return {key: list(state[own].size()) for key, own in keys.items() if own in state}
+
+
+def _with_shapes(manifest: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Returns a manifest with the shapes of whole tensors, where it was made of parts."""
+    about = {key: {**entry, "shape": shapes.get(key, entry["shape"])} for key, entry in manifest["tensors"].items()}
+    return {**manifest, "tensors": about}
 
 
 def state_key(path: str, adapter: str, key: str) -> str:

@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -85,6 +87,20 @@ def refuse_sharded(target: nn.Module, why: object) -> None:
         )
 
 
+def refuse_wrapped(target: nn.Module) -> None:
+    """Refuses a module of which FSDP wrapped parts on their own.
+
+    Raises:
+        StateError: If there are such parts, naming them.
+    """
+    parts = [name for name, module in target.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if parts:
+        raise StateError(
+            f"FSDP wrapped {listing(parts, 3)} on their own, by an auto_wrap_policy or by hand, and layers inside have "
+            "other names then. Leave the policy out, or use ModelParallelStrategy (FSDP2), which shards any part."
+        )
+
+
 def refuse_missed(lora: LoraModel, adapter: str) -> None:
     """Refuses layers that should have been adapted and were built after everything was sharded.
 
@@ -132,7 +148,7 @@ def full_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Gathers what is trained, by its key in the state dict; all processes have to call this together."""
     options = StateDictOptions(ignore_frozen_params=True)
     state = get_model_state_dict(_model(trainer), options=options)
-    return {plain_name(key): _full(tensor) for key, tensor in state.items()}
+    return {plain_name(key): _full(tensor, trainer.strategy.root_device) for key, tensor in state.items()}
 
 
 def gathered(packed: PackedAdapter, path: str, tensors: Mapping[str, Tensor]) -> PackedAdapter:
@@ -207,10 +223,10 @@ def load(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict[str, 
 
 def _load_shards(trainer: Trainer, path: Path, name: str, saved: set[str], entries: set[str]) -> None:
     model = _model(trainer)
-    state = {name: {key: tensor for key, tensor in get_model_state_dict(model).items() if plain_name(key) in saved}}
+    whole = get_model_state_dict(model)
+    state = {name: {key: tensor for key, tensor in whole.items() if plain_name(key) in saved}}
     load_shards(state, checkpoint_id=path)
-    with torch.no_grad():
-        nn.Module.load_state_dict(model, state[name], strict=False)  # `saved` was compared with the module
+    set_model_state_dict(model, {**whole, **state[name]})
     if trainer.state.fn != "fit":
         return
     for index, optimizer in enumerate(trainer.strategy.optimizers):
@@ -241,9 +257,9 @@ def _check(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any], saved: s
             f"{path} holds no adapter of lora_plugins, and the module was adapted before it was sharded, which cannot "
             "be taken back. Remove the LoraCallback to load it."
         )
-    check(module, checkpoint)
-    frozen = {plain_name(key) for key in frozen_keys(module)}
-    needed = {name for key in get_model_state_dict(_model(trainer)) if (name := plain_name(key)) not in frozen}
+    state = {plain_name(key): tensor for key, tensor in get_model_state_dict(_model(trainer)).items()}
+    check(module, checkpoint, state)
+    needed = state.keys() - {plain_name(key) for key in frozen_keys(module)}
     if needed != saved:
         raise AdapterFileError(
             f"{path} does not fit the module: {listing(sorted(needed ^ saved))} are only in one of them."
@@ -256,7 +272,12 @@ def _model(trainer: Trainer) -> nn.Module:
     return model
 
 
-def _full(tensor: Any) -> Tensor:
+def _full(tensor: Any, device: torch.device) -> Tensor:
+    """Gathers a tensor; what FSDP holds, on the first process only."""
+    if isinstance(tensor, ShardedTensor):
+        whole = torch.empty(tensor.size(), dtype=tensor.dtype, device=device)
+        tensor.gather(0, whole if torch.distributed.get_rank() == 0 else None)
+        return whole
     return cast(Tensor, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 

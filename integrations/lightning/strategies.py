@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -45,6 +45,11 @@ def refuse_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
         )
     if not is_sharded(trainer):
         return
+    if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type != "sharded":
+        raise StateError(
+            f"LoraCallback supports {name} with state_dict_type='sharded' only: full state dicts of FSDP could not be "
+            "checked. save_adapter_to writes a whole adapter, and ModelParallelStrategy (FSDP2) whole checkpoints."
+        )
     impossible = {"merge_on_fit_end": False, "export_to": None, "merge_source": "last"}
     wrong = [f"{key}={value!r}" for key, value in impossible.items() if given[key] != value]
     if wrong:

@@ -6,14 +6,15 @@ python -m tests.integrations.distributed_runs NAME FOLDER
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -39,8 +40,15 @@ class DumpTrained(Callback):
         self.folder, self.name = folder, name
 
     def on_train_end(self, trainer, pl_module):
-        trained = {k: whole(p) for k, p in pl_module.named_parameters() if p.requires_grad}
+        with whole_parameters(trainer.strategy.model):
+            trained = {k: whole(p) for k, p in pl_module.named_parameters() if p.requires_grad}
         torch.save(trained, self.folder / f"{self.name}-{trainer.global_rank}.pt")
+
+
+def whole_parameters(model):
+    if isinstance(model, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    return nullcontext()
 
 
 def whole(parameter):
@@ -100,8 +108,8 @@ def ddp(folder: Path) -> None:
     torch.save(module.state_dict(), folder / f"merged-state-{merged.global_rank}.pt")
 
 
-class Sharded(NoNorm):
-    """As a user of FSDP2 writes it: layers in __init__, sharding in configure_model."""
+class Headed(NoNorm):
+    """With a head."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -111,6 +119,10 @@ class Sharded(NoNorm):
 
     def forward(self, x):
         return self.head(self.net(x))
+
+
+class Sharded(Headed):
+    """As a user of FSDP2 writes it: layers in __init__, sharding in configure_model."""
 
     def configure_model(self):
         if self.device_mesh is not None and not isinstance(self, FSDPModule):
@@ -122,23 +134,45 @@ class Sharded(NoNorm):
 HEADED = LoraConfig(r=2, target_modules=["net.0", "net.3"], modules_to_save=["head"])
 
 
+class FsdpOnCpu(FSDPStrategy):
+    """Lightning refuses the class itself on the CPU, and torch needs to be told of the device."""
+
+    def _setup_model(self, model):
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, device_id=cpu, sharding_strategy=self.sharding_strategy, **self.kwargs)
+
+
+STRATEGIES = {
+    "full": lambda: ModelParallelStrategy(2, 1, False, process_group_backend="gloo"),
+    "distributed": lambda: ModelParallelStrategy(2, 1, True, process_group_backend="gloo"),
+    "fsdp": lambda: FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded"),
+}
+
+
 def fsdp2(folder: Path) -> None:
-    torch.manual_seed(1)
     for kind in ("full", "distributed"):
+        sharded(folder, kind, Sharded)
 
-        def trainer_of(name, epochs=1, kind=kind):
-            strategy = ModelParallelStrategy(2, 1, kind == "distributed", process_group_backend="gloo")
-            adapter = str(folder / f"{kind}-{name}-adapter")
-            return run(folder, f"{kind}-{name}", strategy, epochs, config=HEADED, save_adapter_to=adapter)
 
-        trainer_of("straight", 2).fit(Sharded(), loader())
-        half = trainer_of("half")
-        half.fit(Sharded(), loader())
-        for _ in range(2):  # the second one replaces the first
-            half.save_checkpoint(folder / f"{kind}.ckpt")
-        trainer_of("resumed", 2).fit(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
-        predictions = trainer_of("test").predict(Sharded(), loader(), ckpt_path=folder / f"{kind}.ckpt")
-        torch.save(predictions, folder / f"{kind}-predictions-{half.global_rank}.pt")
+def fsdp(folder: Path) -> None:
+    sharded(folder, "fsdp", Headed)
+
+
+def sharded(folder: Path, kind: str, cls: type) -> None:
+    torch.manual_seed(1)
+
+    def trainer_of(name, epochs=1):
+        adapter = str(folder / f"{kind}-{name}-adapter")
+        return run(folder, f"{kind}-{name}", STRATEGIES[kind](), epochs, config=HEADED, save_adapter_to=adapter)
+
+    trainer_of("straight", 2).fit(cls(), loader())
+    half = trainer_of("half")
+    half.fit(cls(), loader())
+    for _ in range(2):  # the second one replaces the first
+        half.save_checkpoint(folder / f"{kind}.ckpt")
+    trainer_of("resumed", 2).fit(cls(), loader(), ckpt_path=folder / f"{kind}.ckpt")
+    predictions = trainer_of("test").predict(cls(), loader(), ckpt_path=folder / f"{kind}.ckpt")
+    torch.save(predictions, folder / f"{kind}-predictions-{half.global_rank}.pt")
 
 
 def learned(folder: Path) -> None:

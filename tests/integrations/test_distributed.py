@@ -2,17 +2,20 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.exporting import merge_checkpoint
-from tests.integrations.distributed_runs import HEADED, LEARNED, NoNorm, Sharded, whole
+from lora_plugins.integrations.lightning.strategies import refuse_strategy
+from tests.integrations.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
 from tests.integrations.toys import CONFIG, differing, load, loader, trainer, values
 
 
@@ -80,15 +83,33 @@ def fsdp2(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["full", "distributed"])
-class TestFsdp2:
-    """`ModelParallelStrategy`, with checkpoints of one file and of one file a process."""
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """The folder of the runs of one kind, which are done once."""
 
-    def test_ranks_hold_one_adapter(self, fsdp2, kind):
+    def folder(kind):
+        if kind != "fsdp":
+            return request.getfixturevalue("fsdp2")
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            launch(kind, made[kind])
+        return made[kind]
+
+    made = {}
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["full", "distributed", pytest.param("fsdp", marks=pytest.mark.slow)])
+class TestSharded:
+    """`ModelParallelStrategy` (FSDP2), with checkpoints of one file and of one file a process; `FSDPStrategy`."""
+
+    def test_ranks_hold_one_adapter(self, runs, kind):
+        folder = runs(kind)
         for name in ("straight", "half", "resumed"):
-            assert not differing(dump(fsdp2, f"{kind}-{name}", 0), dump(fsdp2, f"{kind}-{name}", 1)), name
+            assert not differing(dump(folder, f"{kind}-{name}", 0), dump(folder, f"{kind}-{name}", 1)), name
 
-    def test_it_is_that_of_one_process(self, fsdp2, kind):
+    def test_it_is_that_of_one_process(self, runs, kind):
+        folder = runs(kind)
         torch.manual_seed(1)
         module = Sharded()
         samples = [torch.cat(parts) for parts in zip(*loader(), strict=True)]
@@ -100,37 +121,42 @@ class TestFsdp2:
             cross_entropy(module(samples[0][batch]), samples[1][batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        found = dump(fsdp2, f"{kind}-half", 0)
+        found = dump(folder, f"{kind}-half", 0)
         for name, parameter in module.named_parameters():
             if name in found:
                 torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-4, atol=1e-6)  # order of sums
 
-    def test_resumed_is_straight(self, fsdp2, kind):
-        assert not differing(dump(fsdp2, f"{kind}-straight", 0), dump(fsdp2, f"{kind}-resumed", 0))
-        assert differing(dump(fsdp2, f"{kind}-half", 0), dump(fsdp2, f"{kind}-resumed", 0))
+    def test_resumed_is_straight(self, runs, kind):
+        folder = runs(kind)
+        assert not differing(dump(folder, f"{kind}-straight", 0), dump(folder, f"{kind}-resumed", 0))
+        assert differing(dump(folder, f"{kind}-half", 0), dump(folder, f"{kind}-resumed", 0))
 
-    def test_checkpoint_holds_what_is_trained(self, fsdp2, kind):
-        trained = set(dump(fsdp2, f"{kind}-half", 0))
-        path = fsdp2 / f"{kind}.ckpt"
+    def test_checkpoint_holds_what_is_trained(self, runs, kind):
+        folder = runs(kind)
+        trained = set(dump(folder, f"{kind}-half", 0))
+        path = folder / f"{kind}.ckpt"
         if kind == "full":
             assert set(load(path)["state_dict"]) == trained
         else:
             keys = FileSystemReader(path).read_metadata().state_dict_metadata
-            assert {k.removeprefix("state_dict.") for k in keys if k.startswith("state_dict.")} == trained
-        assert not list(fsdp2.glob(".*"))
+            prefix = "model." if kind == "fsdp" else "state_dict."
+            assert {k.removeprefix(prefix) for k in keys if k.startswith(prefix)} == trained
+        assert not list(folder.glob(".*"))
 
-    def test_adapter_folder_is_whole(self, fsdp2, kind):
+    def test_adapter_folder_is_whole(self, runs, kind):
+        folder = runs(kind)
         module = Sharded()
-        LoraModel.load_adapter(module, fsdp2 / f"{kind}-half-adapter")
-        trained = dump(fsdp2, f"{kind}-half", 0)
+        LoraModel.load_adapter(module, folder / f"{kind}-half-adapter")
+        trained = dump(folder, f"{kind}-half", 0)
         assert not differing({key: values(module)[key] for key in trained}, trained)
 
-    def test_predictions_of_a_new_process_are_those_of_one_process(self, fsdp2, kind):
+    def test_predictions_of_a_new_process_are_those_of_one_process(self, runs, kind):
+        folder = runs(kind)
         module = Sharded()
-        LoraModel.load_adapter(module, fsdp2 / f"{kind}-half-adapter")
+        LoraModel.load_adapter(module, folder / f"{kind}-half-adapter")
         module.eval()
         (x,) = [torch.cat([batch[0] for batch in loader()])]
-        parts = [torch.cat(torch.load(fsdp2 / f"{kind}-predictions-{rank}.pt")) for rank in (0, 1)]
+        parts = [torch.cat(torch.load(folder / f"{kind}-predictions-{rank}.pt")) for rank in (0, 1)]
         torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), module(x).detach())
 
 
@@ -227,3 +253,23 @@ def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, di
     run.fit(module, loader())
     run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
     assert not differing({n: whole(p) for n, p in module.named_parameters() if p.requires_grad}, trained)
+
+
+@pytest.mark.filterwarnings("ignore:net has both parameters with requires_grad:UserWarning")  # on memory
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "FsdpOnCpu with state_dict_type='sharded' only"), ({"state_dict_type": "sharded"}, "wrapped 'net'.*policy")],
+    ids=["full state dict", "auto_wrap_policy"],
+)
+def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, message):
+    policy = {} if not options else {"auto_wrap_policy": {nn.Sequential}}
+    strategy = FsdpOnCpu(process_group_backend="gloo", **options, **policy)
+    with pytest.raises(StateError, match=message):
+        trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=strategy).fit(NoNorm(), loader())
+
+
+def test_deepspeed_is_refused_by_name():
+    engine = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # it cannot be made without a GPU and the package
+    with pytest.raises(StateError, match="does not support DeepSpeedStrategy"):
+        refuse_strategy(SimpleNamespace(strategy=engine), {})
