@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined
+from lora_plugins.variant_plugin import VariantPlugin
 
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
@@ -59,6 +60,7 @@ class LayerAdapter:
         scaling: Factor of `B @ A`.
         dropout: Probability of dropping an element of the branch's input during training.
         low_memory: Whether the branch computes its input again in the backward where it can.
+        variant: How A and B change the weight; None for plain LoRA.
     """
 
     plugin: LayerPlugin
@@ -69,6 +71,7 @@ class LayerAdapter:
     scaling: float
     dropout: float
     low_memory: bool
+    variant: VariantPlugin | None
 
 
 @dataclass
@@ -202,7 +205,28 @@ def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
     """Returns the updates of one adapter to the weight called `name`, without dropout; none if it has none there."""
     spec = layer_state(layer).adapters.get(adapter)
     slots = [slot for slot in spec.slots if slot.tensor == name] if spec else []
-    return [Term(slot, *factors(layer, adapter, slot), spec.scaling, 0.0) for slot in slots if spec]
+    return [_term(layer, adapter, spec, slot, 0.0) for slot in slots if spec]
+
+
+def own_tensors_of(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Parameter]:
+    """Returns the tensors of one slot of one adapter that are its variant's own, by name."""
+    variant = layer_state(layer).adapters[adapter].variant
+    if variant is None:
+        return {}
+    A, B = factors(layer, adapter, slot)
+    names = variant.shapes(len(B), A.shape[1], len(A))
+    return {name: cast(AdapterTensors, layer._modules[f"lora_{name}{slot.suffix}"])[adapter] for name in names}
+
+
+def _term(layer: nn.Module, adapter: str, spec: LayerAdapter, slot: Slot, dropout: float) -> Term:
+    A, B = factors(layer, adapter, slot)
+    delta = None
+    if spec.variant is not None:
+        own = own_tensors_of(layer, adapter, slot)
+        weight = slot.cut(spec.plugin.to_matrix(base_weight(layer, slot.tensor))).to(A.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = spec.variant.update(weight, A, B, spec.scaling, own)
+    return Term(slot, A, B, spec.scaling, dropout, spec.low_memory, delta)
 
 
 def is_shard(layer: nn.Module, name: str) -> bool:
@@ -339,11 +363,8 @@ def _branches(adapters: list[LayerAdapter], training: bool) -> bool:
 
 
 def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
-    training = layer.training
     return [
-        Term(
-            slot, *factors(layer, name, slot), adapter.scaling, adapter.dropout if training else 0.0, adapter.low_memory
-        )
+        _term(layer, name, adapter, slot, adapter.dropout if layer.training else 0.0)
         for name, adapter, slot in state.active_slots()
     ]
 
