@@ -220,3 +220,18 @@ def test_a_local_folder_of_timm(tmp_path):
     assert (same.new_modules, other.new_modules) == ((), ("head",))
     for key, tensor in model.state_dict().items():
         assert torch.equal(same.module.state_dict()[key], tensor)
+
+
+def test_preprocessing_is_that_of_the_folder(tmp_path):
+    """MobileViT wants blue first, and no normalisation; its processor says so, and which size."""
+    from transformers import MobileViTConfig, MobileViTForSemanticSegmentation, MobileViTImageProcessor
+
+    MobileViTForSemanticSegmentation(MobileViTConfig(**MOBILEVIT, num_labels=4)).save_pretrained(tmp_path)
+    MobileViTImageProcessor(
+        size={"shortest_edge": 70}, crop_size={"height": 64, "width": 64}, do_flip_channel_order=True, resample=3
+    ).save_pretrained(tmp_path)
+    task = SemanticSegmentationTask(ModelConfig("transformers", str(tmp_path), 4, "pretrained")).eval()
+    assert (task.image_size, task.interpolation) == ((64, 64), "bicubic")
+    image = torch.rand(1, 3, 64, 64)
+    expected = task.network(pixel_values=image.flip(1)).logits
+    assert torch.equal(task.raw_logits(image), expected)

@@ -58,6 +58,23 @@ class TestClassification:
         assert result["val/accuracy"] == pytest.approx(accuracy_score(true, predicted))
         assert result["val/f1"] == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
 
+    def test_probabilities_are_judged_over_the_whole_split(self, trainer):
+        """AUROC against scikit-learn's, on labels with a class that never occurs; top 5; and the confusion matrix."""
+        from sklearn.metrics import confusion_matrix, roc_auc_score
+
+        torch.manual_seed(1)
+        images, labels = torch.rand(30, 3, 16, 16), torch.arange(30) % 6
+        task = ImageClassificationTask(tiny_vit(7)).eval()
+        (result,) = trainer().validate(task, DataLoader(TensorDataset(images, labels), batch_size=7), verbose=False)
+        with torch.no_grad():
+            shares = task(images).softmax(1)
+        each = [roc_auc_score(labels == i, shares[:, i]) for i in range(6)]
+        assert result["val/auroc"] == pytest.approx(sum(each) / 6)
+        best = shares.topk(5, dim=1).indices
+        assert result["val/top5"] == pytest.approx(float((best == labels[:, None]).any(1).float().mean()))
+        expected = confusion_matrix(labels, shares.argmax(1), labels=range(7))
+        assert task.confusion["val"].tolist() == expected.tolist()
+
     def test_folders_on_disk(self, trainer, class_folders):
         task = ImageClassificationTask(tiny_vit(2))
         run = trainer()
@@ -102,6 +119,7 @@ class TestSegmentation:
             assert result[f"val/iou/{name}"] == pytest.approx(ious[-1])
         assert torch.isnan(torch.tensor(result["val/iou/d"]))
         assert result["val/mean_iou"] == pytest.approx(sum(ious) / 3)
+        assert result["val/dice"] == pytest.approx(sum(2 * iou / (1 + iou) for iou in ious) / 3)
         assert result["val/pixel_accuracy"] == pytest.approx(float((true == predicted)[counts].float().mean()))
 
     def test_ignored_pixels_are_no_part_of_the_loss(self):
