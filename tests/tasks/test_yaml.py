@@ -138,6 +138,18 @@ def test_data_of_the_hub(name, request, capsys):
     check_outcome(name, capsys.readouterr().out)
 
 
+def test_plan_shows_what_the_task_chooses(flat_folders, capsys):
+    """cls_convnext names no target_modules."""
+    _, changes = FOLDERS["cls_convnext"]
+    config = ["--config", str(TASKS / "cls_convnext.yaml"), f"--data.init_args.root={flat_folders}", *changes]
+    assert main(["plan", *config]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("fc1", "fc2", "stem.0"))
+    assert "conv_dw" not in printed
+    assert main(["plan", *config, "--lora.target_modules=[fc1]"]) == 0
+    assert "fc2" not in capsys.readouterr().out
+
+
 def check_outcome(name, printed):
     folder = Path("runs") / name
     assert (folder / "adapter").is_dir()
