@@ -11,9 +11,8 @@ from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, PluginError
 from lora_plugins.manager import build_registry
-from lora_plugins.sources import BLOCK_VARIABLE
+from lora_plugins.sources import ALLOW_VARIABLE, BLOCK_VARIABLE
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
-
 
 PATH = os.environ.get("PYTHONPATH", "")
 
@@ -177,6 +176,27 @@ class TestBlocking:
             PluginError, match=r"'orthonormal'.*'example' of lora-plugins-example 1\.2\.3 is blocked by LORA"
         ):
             build_registry().init("orthonormal")
+
+    def test_only_allowed_plugins_load(self, with_plugins, monkeypatch):
+        with_plugins("plugin_example", "plugin_broken")
+        monkeypatch.setenv(ALLOW_VARIABLE, "example")
+        registry = build_registry()
+        assert info(registry, "broken_init").state == f"blocked by {ALLOW_VARIABLE}"
+        assert info(registry, "example").state == info(registry, "layers").state == "loaded"
+
+    def test_a_config_allows_and_blocks(self, with_plugins):
+        with_plugins("plugin_example", "plugin_clash")
+        model = Pair()
+        config = LoraConfig(r=2, init="orthonormal", allow_plugins=["example"])
+        lora = LoraModel(model, config)
+        assert [layer.name for layer in lora.plans["default"].layers] == ["bilinear", "out"]
+        fresh = Pair()
+        fresh.load_state_dict({key: value for key, value in model.state_dict().items() if "lora_" not in key})
+        LoraModel.load_packed(fresh, lora.pack("default"))  # the same plugins, without saying so again
+        with pytest.raises(PluginError, match=r"'example' of lora-plugins-example 1\.2\.3 is blocked by block_plugins"):
+            LoraModel(
+                Pair(), LoraConfig(init="orthonormal", block_plugins=["example", "other_kaiming", "other_linear"])
+            )
 
     def test_our_own_plugins_cannot_be_blocked(self, monkeypatch):
         monkeypatch.setenv(BLOCK_VARIABLE, "layers,inits")
