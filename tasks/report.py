@@ -82,12 +82,17 @@ class HtmlReport(Callback):
         self._trained = sum(p.numel() for p in parameters if p.requires_grad)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to time an epoch."""
-        self._epoch_start = time.perf_counter()
+        """Keep the metrics of the epoch before, which a task logs after its callbacks' turn, and start to time this."""
+        if self._seconds:
+            self._keep(trainer, "train/")
+        self._epoch, self._epoch_start = trainer.current_epoch, time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the time of the epoch, its validation included, and its metrics."""
+        """Keep the time of the epoch, its validation included."""
         self._seconds.append(time.perf_counter() - self._epoch_start)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of the last epoch."""
         self._keep(trainer, "train/")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,12 +124,12 @@ class HtmlReport(Callback):
         self._plan: list[Row] = []
         self._summary: list[str] = []
         self._seconds: list[float] = []
-        self._trained = self._total = 0
+        self._trained = self._total = self._epoch = 0
         self._start = self._epoch_start = 0.0
 
     def _keep(self, trainer: Trainer, prefix: str) -> None:
         for name, value in _numbers(trainer, prefix).items():
-            self._history[name].append((trainer.current_epoch, value))
+            self._history[name].append((self._epoch, value))
 
     def _last(self, name: str) -> str:
         points = self._history.get(name)

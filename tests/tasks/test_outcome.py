@@ -225,6 +225,16 @@ class TestReport:
         assert len(np.unique(pixels, axis=0)) > 200  # text, curves and pictures, not a blank page
 
 
+def test_curves_have_a_point_an_epoch(trainer, tmp_path):
+    """A task logs its metrics of the train split after the callbacks' turn."""
+    report = HtmlReport(str(tmp_path / "r.html"))
+    trainer(callbacks=[report], max_epochs=3).fit(
+        ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2])
+    )
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        assert [epoch for epoch, _ in report._history[name]] == [0, 1, 2]
+
+
 def test_a_report_of_labels(trainer, tmp_path):
     path = Path(tmp_path / "r.html")
     trainer(callbacks=[HtmlReport(str(path))]).fit(
