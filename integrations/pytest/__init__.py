@@ -28,8 +28,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture in {"layer_check", "init_check"} & set(metafunc.fixturenames):
         from lora_plugins import testing  # noqa: PLC0415
 
-        checks = {"layer_check": testing.LAYER_CHECKS, "init_check": testing.INIT_CHECKS}[fixture]
-        metafunc.parametrize(fixture, list(checks), indirect=True)
+        checks = {"layer_check": list(testing.LAYER_CHECKS), "init_check": list(testing.INIT_CHECKS)}
+        metafunc.parametrize(fixture, checks[fixture], indirect=True)
 
 
 @pytest.fixture

@@ -13,14 +13,17 @@ from typing import Literal
 import torch
 
 import lora_plugins
+from lora_plugins import hookspecs
 from lora_plugins.commands.requirements import Requirement, requirements
-from lora_plugins.errors import PluginError, near
+from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.hookspecs import GROUP
 from lora_plugins.manager import default_registry
 from lora_plugins.registry import PluginInfo
 from lora_plugins.sources import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, names_in
 
 OUR_MAIN = "lora_plugins.integrations.lightning.main"
+
+_HOOK = "lora_plugins_register_"
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,12 @@ def _extra(extra: str, wrong: list[Requirement]) -> Finding:
 
 
 def _plugins() -> Iterator[Finding]:
-    own = metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)
-    if {point.name for point in own} != {"layers", "inits"}:
+    own = {point.name for point in metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)}
+    missing = sorted({name.removeprefix(_HOOK) for name in vars(hookspecs) if name.startswith(_HOOK)} - own)
+    if missing:
         yield Finding(
             "problem",
-            f"lora-plugins itself has the entry points {sorted(point.name for point in own)} instead of layers, inits",
+            f"lora-plugins itself lacks the entry points {listing(missing)}",
             "Its metadata are stale. Install it again: pip install --force-reinstall --no-deps lora-plugins",
         )
     try:

@@ -64,6 +64,9 @@ class TestDoctor:
         ):
             assert words in out
 
+    def test_this_installation_has_no_problem_of_its_own(self, capsys):
+        assert "lora-plugins itself" not in doctor(capsys)[1]
+
     def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
         distribution("good", WORKING.format(name="mine", override=False))
         _, out = doctor(capsys)
