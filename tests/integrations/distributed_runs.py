@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -150,8 +151,25 @@ STRATEGIES = {
 
 
 def fsdp2(folder: Path) -> None:
+    count_scattered(folder)
     for kind in ("full", "distributed"):
         sharded(folder, kind, Sharded)
+
+
+def count_scattered(folder: Path) -> None:
+    """Writes how many numbers FSDP2 sends of gradients in an epoch."""
+    sent, send = [], dist.reduce_scatter_single
+
+    def counting(*args, **options):
+        sent.append(options["input"].numel())
+        return send(*args, **options)
+
+    dist.reduce_scatter_single = counting
+    trainer = run(folder, "scattered", STRATEGIES["full"](), 1, config=HEADED)
+    trainer.fit(Sharded(), loader())
+    dist.reduce_scatter_single = send
+    if trainer.is_global_zero:
+        torch.save({"sent": sum(sent), "steps": trainer.global_step}, folder / "scattered.pt")
 
 
 def fsdp(folder: Path) -> None:

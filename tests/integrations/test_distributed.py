@@ -99,6 +99,13 @@ def runs(request, tmp_path_factory):
     return folder
 
 
+def test_fsdp2_sends_the_gradients_of_the_adapter_only(fsdp2):
+    counted = torch.load(fsdp2 / "scattered.pt")
+    shapes = [tensor.shape for tensor in dump(fsdp2, "scattered", 0).values()]
+    padded = sum(-(-shape[0] // 2) * 2 * shape[1:].numel() for shape in shapes)  # rows are split among two ranks
+    assert counted["sent"] == padded * counted["steps"] > 0
+
+
 @pytest.mark.parametrize("kind", ["full", "distributed", pytest.param("fsdp", marks=pytest.mark.slow)])
 class TestSharded:
     """`ModelParallelStrategy` (FSDP2), with checkpoints of one file and of one file a process; `FSDPStrategy`."""
