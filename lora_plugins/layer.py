@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.autocast import in_full
 from lora_plugins.errors import StateError
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined
 from lora_plugins.variant_plugin import VariantPlugin
@@ -224,7 +225,7 @@ def _term(layer: nn.Module, adapter: str, spec: LayerAdapter, slot: Slot, dropou
     if spec.variant is not None:
         own = own_tensors_of(layer, adapter, slot)
         weight = slot.cut(spec.plugin.to_matrix(base_weight(layer, slot.tensor))).to(A.dtype)
-        with torch.autocast(weight.device.type, enabled=False):
+        with in_full(weight):
             delta = spec.variant.update(weight, A, B, spec.scaling, own)
     return Term(slot, A, B, spec.scaling, dropout, spec.low_memory, delta)
 
@@ -246,12 +247,8 @@ def updated_weight(layer: nn.Module, name: str) -> Tensor:
     weight = resting_weight(layer, name)
     if not state.active or is_shard(layer, name):
         return weight
-    device = weight.device.type
-    # Autocast would compute the update in half precision, and merging would then differ from adapting.
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _add_all(layer, name, weight)
-    return _add_all(layer, name, weight)
+    with in_full(weight):
+        return _add_all(layer, name, weight)
 
 
 def _add_all(layer: nn.Module, name: str, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_plugins.autocast import autocast_dtype, in_full
 from lora_plugins.errors import StateError
 from lora_plugins.functions.masks import Dropout
 from lora_plugins.functions.recompute import Recompute
@@ -57,12 +58,11 @@ def apply(
     function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options
 ) -> Tensor:
     """Calls a function; under autocast in its type, except that an update is added to a wide weight in full."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return function.apply(x, weight, bias, A, B, options)  # type: ignore[no-any-return]
-    dtype = torch.get_autocast_dtype(device)
     if not options.update_first:
         weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with in_full(x):
         y: Tensor = function.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
     return y

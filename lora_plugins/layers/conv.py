@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_plugins.autocast import in_full
 from lora_plugins.functions.conv import Geometry, lora_conv
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.layer_plugin import (
@@ -90,8 +91,7 @@ class _ConvPlugin(RowMajorPlugin):
         return y + update.to(y.dtype)
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-        # Autocast would compute the update in half precision, and merging would then differ from adapting.
-        with torch.autocast(weight.device.type, enabled=False):
+        with in_full(weight):
             for term in terms:
                 weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
         return weight

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_plugins.autocast import autocast_dtype
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.functions.linear import lora_linear
 from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
@@ -29,7 +30,7 @@ def add_linear(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
         x: `(..., in)`, its input.
         terms: The updates.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x) is not None
     for term in terms:
         x_term = term.drop(x)
         # A half-precision base keeps its adapter in float32; autocast, where active, chooses the type itself.

@@ -63,6 +63,15 @@ def test_forward_and_gradients_follow_the_law(case: LayerCase):
 
 
 @all_layers
+def test_the_meta_device_computes_shapes(case: LayerCase):
+    model = make(case)
+    adapt(model)
+    inputs = case.inputs()
+    expected = model(*inputs).shape
+    assert model.to("meta")(*(x.to("meta") for x in inputs)).shape == expected
+
+
+@all_layers
 def test_merge_unmerge_and_unload(case: LayerCase):
     model = make(case)
     original = copy.deepcopy(model.state_dict())
