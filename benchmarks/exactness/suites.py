@@ -32,6 +32,6 @@ def library(name: str) -> Library:
     """Returns a library by name; PEFT is imported only when it is asked for."""
     if name == Ours.name:
         return Ours()
-    from benchmarks.exactness.peft_peer import Peft  # noqa: PLC0415 -- optional
+    from benchmarks.exactness.peft_peer import Peft
 
     return Peft()

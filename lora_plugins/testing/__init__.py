@@ -1,15 +1,26 @@
-"""The conformance kit: proves that a layer type or an init does what the framework relies on.
+"""The conformance kit: proves that a layer type, an init or a variant does what the framework relies on.
 
-    from lora_plugins.testing import check_init_plugin, check_layer_plugin
+    from lora_plugins.testing import check_init_plugin, check_layer_plugin, check_variant_plugin
 
     check_layer_plugin(MyLayerPlugin(), MyLayer, lambda layer: torch.randn(2, 8), options=[{}, {"bias": False}])
     check_init_plugin(MyInit(), options=[{}, {"gain": 2.0}])
+    check_variant_plugin(MyVariant())
 
-In pytest, the fixtures `layer_check` and `init_check` run each check as a test of its own, with the same arguments.
+In pytest, the fixtures `layer_check`, `init_check` and `variant_check` run each check as a test of its own, with the
+same arguments.
 """
 
 from lora_plugins.testing.checks import CheckError
 from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
 from lora_plugins.testing.layers import LAYER_CHECKS, check_layer_plugin
+from lora_plugins.testing.variants import VARIANT_CHECKS, check_variant_plugin
 
-__all__ = ["INIT_CHECKS", "LAYER_CHECKS", "CheckError", "check_init_plugin", "check_layer_plugin"]
+__all__ = [
+    "INIT_CHECKS",
+    "LAYER_CHECKS",
+    "VARIANT_CHECKS",
+    "CheckError",
+    "check_init_plugin",
+    "check_layer_plugin",
+    "check_variant_plugin",
+]

@@ -1,0 +1,109 @@
+"""The built-in variant passes the kit, and each check fails on a variant that violates it."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_plugins import ConfigError
+from lora_plugins.testing import VARIANT_CHECKS, CheckError, check_variant_plugin
+from lora_plugins.variants.dora import DoraVariant
+
+
+def test_dora(variant_check):
+    variant_check(DoraVariant())
+
+
+class Unnamed(DoraVariant):
+    name = ""
+
+
+class WrongShape(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return {"magnitude": super().first_values(weight, A, B, scaling)["magnitude"][None]}
+
+
+class NotAtTheStart(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return {"magnitude": torch.ones(len(weight), dtype=weight.dtype)}
+
+
+class Detached(DoraVariant):
+    def update(self, weight, A, B, scaling, own):
+        return super().update(weight, A, B, scaling, {"magnitude": own["magnitude"].detach()})
+
+
+class InPlace(DoraVariant):
+    def update(self, weight, A, B, scaling, own):
+        update = super().update(weight, A, B, scaling, own)
+        with torch.no_grad():
+            weight.mul_(1.001)
+        return update
+
+
+class Remembers(DoraVariant):
+    """Its update depends on how often it was computed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return super().update(weight, A, B, scaling, own) * (1 + 1e-3 * self.calls)
+
+
+class ForgetsWhenCopied(DoraVariant):
+    """What it does depends on an attribute that a copy does not have."""
+
+    def __init__(self) -> None:
+        self.original = True
+
+    def __deepcopy__(self, memo):
+        copy = type(self)()
+        copy.original = False
+        return copy
+
+    def update(self, weight, A, B, scaling, own):
+        update = super().update(weight, A, B, scaling, own)
+        return update if self.original else 2 * update
+
+
+class Double(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return {"magnitude": super().first_values(weight, A, B, scaling)["magnitude"].double()}
+
+    def update(self, weight, A, B, scaling, own):
+        if own["magnitude"].dtype == torch.float32:
+            raise TypeError("the magnitude was double")
+        return super().update(weight, A, B, scaling, own)
+
+
+VIOLATIONS = {
+    "registration": Unnamed,
+    "shapes": WrongShape,
+    "identity": NotAtTheStart,
+    "gradients": Detached,
+    "base": InPlace,
+    "merging": Remembers,
+    "copies": ForgetsWhenCopied,
+    "files": ForgetsWhenCopied,
+    "dtype": Double,
+}
+
+
+def test_every_check_has_a_violation():
+    assert list(VIOLATIONS) == list(VARIANT_CHECKS)
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_fails_its_check(name):
+    with pytest.raises(CheckError, match=f"fails the check '{name}'") as caught:
+        check_variant_plugin(VIOLATIONS[name](), only=[name])
+    for part in ("expected:", "came:", "usual cause:"):
+        assert part in str(caught.value)
+
+
+def test_an_unknown_check_is_refused():
+    with pytest.raises(ConfigError, match=r"no check 'merge'.*merging"):
+        check_variant_plugin(DoraVariant(), only=["merge"])
