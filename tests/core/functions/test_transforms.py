@@ -1,0 +1,139 @@
+"""Whatever looks through a layer sees the law: compilers, transforms, tracers, dual numbers, checkpointing."""
+
+import copy
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lora_plugins import LoraConfig, LoraModel
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+MODELS = {
+    "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(4, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: torch.randn(3, 4, 5, 5)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1), lambda: torch.randn(3, 4, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(3, 4, 5, 5)),
+    "embedding": (lambda: nn.Embedding(7, 5), lambda: torch.randint(7, (3, 4))),
+}
+
+models = pytest.mark.parametrize("name", MODELS)
+floating = pytest.mark.parametrize("name", [name for name in MODELS if name != "embedding"])
+
+
+@pytest.fixture(autouse=True)
+def compiler_as_new():
+    """The models of all tests share one class, of which the compiler keeps a few graphs only."""
+    torch._dynamo.reset()
+
+
+def adapted(name: str, **fields) -> tuple[nn.Module, Tensor]:
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).double()
+    LoraModel(model, LoraConfig(r=2, alpha=3, init="none", **fields))
+    x = inputs()
+    return model, x.double() if x.is_floating_point() else x
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(output: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(output.sin().sum(), [*trained(model).values()]))
+
+
+def same(got: list[Tensor], wanted: list[Tensor]) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+@models
+def test_compile_of_one_graph(name):
+    model, x = adapted(name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), **TIGHT)
+    same(gradients(compiled(x), model), gradients(model(x), model))
+
+
+@floating
+def test_compile_with_dropout(name):
+    model, x = adapted(name, dropout=0.5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with LoraModel(model).disable_adapter():
+        base = model(x)
+    model.eval()
+    branch = model(x) - base
+    model.train()
+    torch.manual_seed(0)
+    mean = torch.stack([compiled(x) - base for _ in range(200)]).mean(0)
+    assert (mean - branch).abs().mean() < 0.3 * branch.abs().mean()
+
+
+@models
+def test_export(name):
+    model, x = adapted(name)
+    program = torch.export.export(model.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), model(x), **TIGHT)
+
+
+@models
+def test_functional_gradients(name):
+    model, x = adapted(name)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).sin().sum()
+
+    found = torch.func.grad(loss)({key: value.detach() for key, value in trained(model).items()})
+    same([*found.values()], gradients(model(x), model))
+
+
+@floating
+def test_vmap_over_a_batch(name):
+    model, x = adapted(name)
+    torch.testing.assert_close(torch.func.vmap(lambda row: model(row[None])[0])(x), model(x), **TIGHT)
+
+
+@floating
+def test_dual_numbers(name):
+    model, x = adapted(name)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    _, wanted = torch.autograd.functional.jvp(model, x, tangent)
+    torch.testing.assert_close(found, wanted, **TIGHT)
+
+
+@models
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_jit_trace(name):
+    model, x = adapted(name)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x), **TIGHT)
+
+
+@floating
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["no_dropout", "dropout"])
+def test_gradient_checkpointing(name, reentrant, dropout):
+    model, x = adapted(name, dropout=dropout)
+    x.requires_grad_()
+    torch.manual_seed(3)
+    wanted = gradients(model(x), model)
+    torch.manual_seed(3)
+    output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+    output.sin().sum().backward()
+    same([p.grad for p in trained(model).values()], wanted)
+
+
+@models
+def test_a_copy_trains_apart(name):
+    model, x = adapted(name)
+    twin = copy.deepcopy(model)
+    twin(x).sum().backward()
+    assert all(p.grad is None for p in trained(model).values())
+    assert all(p.grad is not None for p in trained(twin).values())
