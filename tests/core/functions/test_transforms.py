@@ -99,6 +99,7 @@ def test_vmap_over_a_batch(name):
 
 
 @floating
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch uses it itself
 def test_dual_numbers(name):
     model, x = adapted(name)
     tangent = torch.randn_like(x)
