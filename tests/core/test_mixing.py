@@ -116,7 +116,7 @@ def test_another_number_of_rows_is_refused():
 
 def test_a_layer_without_a_branch_is_refused():
     lora = adapted(lambda: nn.Sequential(nn.Linear(6, 6), nn.ConvTranspose1d(6, 4, 1)))
-    refused(lora, "The layers '1' are of a type that cannot mix")
+    refused(lora, "The layers '1' are of a type or variant that cannot mix")
 
 
 def test_a_weight_read_past_its_layer_is_refused():
