@@ -12,18 +12,19 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from benchmarks.tasks.runs import CASES, Outcome, Way, run
+from benchmarks.tasks.runs import CASES, Outcome, Tuning, Way, run
 from benchmarks.tasks.weights import write_weights
 
 WAYS = {
-    "frozen backbone": Way(0, {"classification": 3e-2, "segmentation": 1e-2}),
-    "LoRA, r=2": Way(2, {"classification": 3e-4, "segmentation": 2e-3}),
-    "LoRA, r=8": Way(8, {"classification": 3e-4, "segmentation": 2e-3}),
-    "LoRA, r=32": Way(32, {"classification": 3e-4, "segmentation": 2e-3}),
-    "full fine-tuning": Way(None, {"classification": 3e-3, "segmentation": 2e-3}),
+    "frozen backbone": Way(0, {"classification": Tuning(3e-2), "segmentation": Tuning(1e-2)}),
+    **{
+        f"LoRA, r={rank}": Way(rank, {"classification": Tuning(1e-2, 1e-3), "segmentation": Tuning(1e-2, 1e-3)})
+        for rank in (2, 8, 32)
+    },
+    "full fine-tuning": Way(None, {"classification": Tuning(1e-2, 3e-4), "segmentation": Tuning(1e-2, 3e-4)}),
 }
 SEEDS = (0, 1, 2)
 FACTORS = (1 / 3, 1, 3)
@@ -33,25 +34,24 @@ def main() -> None:
     """Make all runs, print each, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks")
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
-    parser.add_argument("--out", type=Path, help="a .md file for the table; every run is kept beside it, as .jsonl")
+    parser.add_argument("--out", type=Path, help="a .md file for the table; runs are added to the .jsonl beside it")
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
     parser.add_argument("--rates", action="store_true", help="try other rates, with one seed, instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    outcomes: dict[tuple[str, str], list[Outcome]] = {}
     with tempfile.TemporaryDirectory() as folder:
         weights = write_weights(Path(folder))
         for case, name, seed, way in planned(given.case or list(CASES), given.rates):
             outcome = run(given.data, weights, case, way, seed, given.epochs)
-            line = {"case": case, "way": name, "seed": seed, "lr": way.rates[case], **asdict(outcome)}
+            line = {"case": case, "way": name, "seed": seed, **asdict(way.tuning[case]), **asdict(outcome)}
             print(json.dumps(line), flush=True)
             if given.out and not given.rates:
-                outcomes.setdefault((case, name), []).append(outcome)
-                with given.out.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
+                runs = given.out.with_suffix(".jsonl")
+                with runs.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-                given.out.write_text("\n".join(table(outcomes)) + "\n", encoding="utf-8")
+                given.out.write_text("\n".join(table(kept(runs))) + "\n", encoding="utf-8")
 
 
 def planned(cases: list[str], rates: bool) -> Iterator[tuple[str, str, int, Way]]:
@@ -60,7 +60,21 @@ def planned(cases: list[str], rates: bool) -> Iterator[tuple[str, str, int, Way]
         for case in cases:
             for name, way in WAYS.items():
                 for factor in FACTORS if rates else (1,):
-                    yield case, name, seed, replace(way, rates={case: way.rates[case] * factor})
+                    yield case, name, seed, replace(way, tuning={case: _scaled(way.tuning[case], factor)})
+
+
+def _scaled(tuning: Tuning, factor: float) -> Tuning:
+    """Another rate for the pretrained weights or their adapters, or for the head where it is all there is."""
+    return replace(tuning, lr=tuning.lr * factor) if tuning.lr else replace(tuning, head_lr=tuning.head_lr * factor)
+
+
+def kept(runs: Path) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes in a file of runs, by task and way."""
+    outcomes: dict[tuple[str, str], list[Outcome]] = {}
+    for line in map(json.loads, runs.read_text(encoding="utf-8").splitlines()):
+        outcome = Outcome(**{field.name: line[field.name] for field in fields(Outcome)})
+        outcomes.setdefault((line["case"], line["way"]), []).append(outcome)
+    return outcomes
 
 
 def table(outcomes: dict[tuple[str, str], list[Outcome]]) -> Iterator[str]:

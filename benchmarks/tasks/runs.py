@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.norm import freeze, has_statistics
 from lora_plugins.tasks import (
     ImageClassificationTask,
     ImageFolderDataModule,
@@ -22,26 +23,37 @@ from lora_plugins.tasks import (
     ModelConfig,
     SemanticSegmentationTask,
 )
+from lora_plugins.tasks.schedules import scheduler
 
 HALF = (0.5, 0.5, 0.5)
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 VOID = 11
+SCHEDULE: Mapping[str, Any] = MappingProxyType({"schedule": "cosine", "warmup": 0.1})
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tuned for a way of fine-tuning on a task.
+
+    Attributes:
+        head_lr: Learning rate of the new head.
+        lr: Learning rate of the adapters, or of the pretrained weights where they are trained.
+        norm: Whether the statistics of the pretrained normalisation layers stay or move.
+        alpha: The numerator of the adapters' scaling; by default their rank.
+    """
+
+    head_lr: float
+    lr: float = 0.0
+    norm: Literal["freeze", "track"] = "freeze"
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of fine-tuning: the rank of LoRA, 0 for the head alone, None for everything; and a rate for each task."""
+    """A way of fine-tuning: the rank of LoRA, 0 for the head alone, None for everything; and its tuning by task."""
 
     rank: int | None
-    rates: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Adapting:
-    """How LoRA is applied to a task: what normalisation does, and the head's rate as a multiple of the adapters'."""
-
-    norm: Literal["freeze", "track"]
-    heads_lr_ratio: float
+    tuning: Mapping[str, Tuning]
 
 
 @dataclass(frozen=True)
@@ -65,43 +77,42 @@ class Outcome:
     adapter: int
 
 
-def _classification(root: Path, weights: Path, lr: float) -> tuple[Any, Any]:
+def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
     data = ImageFolderDataModule(
-        str(root / "cifar-mini"), image_size=(96, 96), augmentation="flip", batch_size=32, check_files=False
+        str(root / "cifar-mini"), image_size=(96, 96), augmentation="crop_flip", batch_size=16, check_files=False
     )
-    model = ModelConfig("timm", "efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
-    return ImageClassificationTask(model, lr=lr, schedule="cosine", warmup=0.1), data
+    model = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
+    return ImageClassificationTask(model, **SCHEDULE), data
 
 
-def _segmentation(root: Path, weights: Path, lr: float) -> tuple[Any, Any]:
+def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
     data = MaskFolderDataModule(
         str(root / "camvid-mini"),
         classes=CAMVID,
         ignore_index=VOID,
         image_size=(96, 128),
         augmentation="flip",
-        batch_size=8,
+        batch_size=4,
         check_files=False,
     )
-    options = {"encoder_name": "tu-efficientnet_lite0", "decoder_channels": [64, 48, 32, 24, 16]}
+    options = {"encoder_name": "tu-tf_efficientnet_lite0", "decoder_channels": [64, 48, 32, 24, 16]}
     model = ModelConfig("smp", "Unet", len(CAMVID), str(weights), options, HALF, HALF)
-    return SemanticSegmentationTask(model, lr=lr, schedule="cosine", warmup=0.1, ignore_index=VOID), data
+    return SemanticSegmentationTask(model, **SCHEDULE, ignore_index=VOID), data
 
 
 @dataclass(frozen=True)
 class Case:
     """A task on a data set, with the weights it starts from and how long it trains."""
 
-    make: Callable[[Path, Path, float], tuple[Any, Any]]
+    make: Callable[[Path, Path], tuple[Any, Any]]
     weights: str
     epochs: int
-    adapting: Adapting
 
 
 CASES: Mapping[str, Case] = MappingProxyType(
     {
-        "classification": Case(_classification, "classifier", 6, Adapting("freeze", 100)),
-        "segmentation": Case(_segmentation, "encoder", 10, Adapting("track", 5)),
+        "classification": Case(_classification, "classifier", 8),
+        "segmentation": Case(_segmentation, "encoder", 12),
     }
 )
 
@@ -141,33 +152,23 @@ def run(root: Path, weights: Mapping[str, Path], case: str, way: Way, seed: int,
     """
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
-        return pool.apply(_run, (root, weights, case, way.rank, way.rates[case], seed, epochs))
+        return pool.apply(_run, (root, weights, case, way.rank, way.tuning[case], seed, epochs))
 
 
-def _run(root: Path, weights: Any, case: str, rank: int | None, lr: float, seed: int, epochs: int | None) -> Outcome:
+def _run(
+    root: Path, weights: Any, case: str, rank: int | None, tuning: Tuning, seed: int, epochs: int | None
+) -> Outcome:
     torch.set_num_threads(1)
     seed_everything(seed, verbose=False)
-    task, data = CASES[case].make(root, weights[CASES[case].weights], lr)
-    watch = Watch()
-    before = _peak()
+    task, data = CASES[case].make(root, weights[CASES[case].weights])
+    epochs, watch, before = epochs or CASES[case].epochs, Watch(), _peak()
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
-        callbacks: list[Callback] = [watch]
-        if rank:
-            how = CASES[case].adapting
-            config = LoraConfig(r=rank, alpha=rank, norm=how.norm)  # the task says what to adapt
-            lora = LoraCallback(
-                config,
-                target="network",
-                save_adapter_to=str(adapter),
-                print_plan=False,
-                heads_lr_ratio=how.heads_lr_ratio,
-            )
-            callbacks.append(lora)
-        elif rank == 0:
-            _freeze(task)
+        callbacks = [watch, _lora(task, rank, tuning, adapter)] if rank else [watch]
+        if not rank:
+            _prepare(task, rank, tuning)
         trainer = Trainer(
-            max_epochs=epochs or CASES[case].epochs,
+            max_epochs=epochs,
             accelerator="cpu",
             gradient_clip_val=1.0,
             callbacks=callbacks,
@@ -176,7 +177,7 @@ def _run(root: Path, weights: Any, case: str, rank: int | None, lr: float, seed:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            check_val_every_n_epoch=epochs or CASES[case].epochs,
+            check_val_every_n_epoch=epochs,
         )
         trainer.fit(task, datamodule=data)
         size = sum(path.stat().st_size for path in adapter.rglob("*")) if rank else 4 * watch.trained
@@ -185,13 +186,38 @@ def _run(root: Path, weights: Any, case: str, rank: int | None, lr: float, seed:
     return Outcome(value, watch.trained, watch.total, seconds, _peak() - before, size)
 
 
-def _freeze(task: Any) -> None:
-    """Train the new head alone; frozen normalisation keeps its statistics, as with LoRA."""
+def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
+    """Adapters where the task says, in every other respect as a user would have them."""
+    task.lr = tuning.lr
+    return LoraCallback(
+        LoraConfig(r=rank, alpha=tuning.alpha or rank, norm=tuning.norm),
+        target="network",
+        save_adapter_to=str(folder),
+        print_plan=False,
+        heads_lr_ratio=tuning.head_lr / tuning.lr,
+    )
+
+
+def _prepare(task: Any, rank: int | None, tuning: Tuning) -> None:
+    """The two ways without adapters: the new head alone, or everything, with a rate of its own for the new head."""
     heads = tuple(f"{head}." for head in task.head_modules)
-    for name, parameter in task.named_parameters():
-        parameter.requires_grad_(name.startswith(heads))
-    for name, module in task.network.named_modules():
-        module.train(f"network.{name}.".startswith(heads))
+    named = dict(task.named_parameters())
+    head = [p for name, p in named.items() if name.startswith(heads)]
+    rest = [p for name, p in named.items() if not name.startswith(heads)]
+    for parameter in rest:
+        parameter.requires_grad_(rank is None)
+    for name, module in task.named_modules():
+        if tuning.norm == "freeze" and has_statistics(module) and not name.startswith(heads):
+            freeze(module)
+
+    def configure_optimizers() -> Any:
+        groups = [{"params": head, "lr": tuning.head_lr}, {"params": rest, "lr": tuning.lr}]
+        optimizer = torch.optim.AdamW(groups if rank is None else groups[:1], weight_decay=task.weight_decay)
+        steps = int(task.trainer.estimated_stepping_batches)
+        rates = scheduler(optimizer, task.schedule, steps, task.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    task.configure_optimizers = configure_optimizers
 
 
 def _peak() -> float:

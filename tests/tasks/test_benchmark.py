@@ -27,8 +27,8 @@ def test_the_table_has_means_over_seeds():
 
 def test_the_weights_fit_classifier_and_encoder(tmp_path):
     files = write_weights(tmp_path)
-    classifier = ModelConfig("timm", "efficientnet_lite0", 10, str(files["classifier"]), {}, HALF, HALF)
-    options = {"encoder_name": "tu-efficientnet_lite0"}
+    classifier = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(files["classifier"]), {}, HALF, HALF)
+    options = {"encoder_name": "tu-tf_efficientnet_lite0"}
     unet = ModelConfig("smp", "Unet", 11, str(files["encoder"]), options, HALF, HALF)
     networks = (build_network(classifier, CLASSIFIERS), build_network(unet, SEGMENTERS))
     assert [network.new_modules for network in networks] == [("classifier",), ("decoder", "segmentation_head")]
