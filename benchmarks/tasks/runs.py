@@ -39,13 +39,14 @@ class Tuning:
         head_lr: Learning rate of the new head.
         lr: Learning rate of the adapters, or of the pretrained weights where they are trained.
         norm: Whether the statistics of the pretrained normalisation layers stay or move.
-        alpha: The numerator of the adapters' scaling; by default their rank.
+        alpha: The numerator of the adapters' scaling, alike at every rank: with alpha = r, and so a scaling of 1, the
+            steps of Adam grow with the rank, and a rate that suits r=8 is too high for r=32.
     """
 
     head_lr: float
     lr: float = 0.0
     norm: Literal["freeze", "track"] = "freeze"
-    alpha: float | None = None
+    alpha: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Case:
 CASES: Mapping[str, Case] = MappingProxyType(
     {
         "classification": Case(_classification, "classifier", 8),
-        "segmentation": Case(_segmentation, "encoder", 12),
+        "segmentation": Case(_segmentation, "encoder", 8),
     }
 )
 
@@ -190,7 +191,7 @@ def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
     """Adapters where the task says, in every other respect as a user would have them."""
     task.lr = tuning.lr
     return LoraCallback(
-        LoraConfig(r=rank, alpha=tuning.alpha or rank, norm=tuning.norm),
+        LoraConfig(r=rank, alpha=tuning.alpha, norm=tuning.norm),
         target="network",
         save_adapter_to=str(folder),
         print_plan=False,
