@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.tasks.runs import CASES, Outcome, Tuning, Way, run
 from benchmarks.tasks.weights import write_weights
 
-LORA = {"classification": Tuning(1e-2, 1e-3), "segmentation": Tuning(1e-2, 2e-3, "track")}
+LORA = {"classification": Tuning(1e-2, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
 WAYS = {
     "frozen backbone": Way(0, {"classification": Tuning(3e-2), "segmentation": Tuning(1e-2, norm="track")}),
     "LoRA, r=2": Way(2, LORA),
