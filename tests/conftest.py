@@ -27,3 +27,5 @@ os.environ["PYTHONSAFEPATH"] = "1"
 def seeded():
     """Starts every test from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)  # Lightning leaves it there, and shuffles by it in later runs
