@@ -18,8 +18,8 @@ from lora_plugins.functions.masks import Dropout
 from lora_plugins.functions.options import Options, apply, keep, kept
 from lora_plugins.functions.recompute import recomputation
 
-CHUNK = 2**19
-"""Bytes of input that are dropped at a time on a CPU: few enough to stay in its second-level cache."""
+CHUNK = 2**21
+"""Bytes of input that are dropped at a time on a CPU: few enough to stay in its caches."""
 
 
 def lora_linear(
