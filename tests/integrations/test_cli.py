@@ -382,6 +382,7 @@ def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):
         subclass_mode_model=False,
         run=False,
         args=[
+            *("--seed_everything", "1"),
             *("--lora.r", "2"),
             *("--trainer.max_epochs", "1"),
             *("--trainer.accelerator", "cpu"),
