@@ -7,8 +7,9 @@ download; and callbacks that show what a fit has done. The YAML files beside thi
 Names are imported when they are first used: the libraries behind them take seconds.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_plugins.lazy import lazily
 
 if __name__ != "lora_plugins.tasks":
     raise ImportError(
@@ -93,8 +94,4 @@ _MODULES = {
     "predict_folder": "predict",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazily(__name__, _MODULES)

@@ -6,8 +6,9 @@ Names are imported when they are first used, so that the command line can say wh
 missing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
@@ -25,8 +26,4 @@ _MODULES = {
     "parameter_groups": "rates",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazily(__name__, _MODULES)
