@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_plugins.autocast import in_full
 from lora_plugins.errors import StateError
-from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined
+from lora_plugins.layer_plugin import BranchUse, LayerPlugin, Slot, Term, Updates, add_update, joined, total
 from lora_plugins.variant_plugin import VariantPlugin
 
 STATE = "_lora"
@@ -198,8 +198,7 @@ def update(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tens
     terms = terms_of(layer, name, adapter)
     if not terms:
         return None
-    total = sum((term.matrix() for term in terms[1:]), terms[0].matrix())
-    return layer_state(layer).adapters[adapter].plugin.from_matrix(total, shape)
+    return layer_state(layer).adapters[adapter].plugin.from_matrix(total(terms), shape)
 
 
 def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:

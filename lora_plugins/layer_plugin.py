@@ -72,6 +72,11 @@ class Term:
         return F.pad(update, (0, 0, start, total - stop))
 
 
+def total(terms: Sequence[Term]) -> Tensor:
+    """Returns the sum of the matrices of some terms, at least one."""
+    return sum((term.matrix() for term in terms[1:]), terms[0].matrix())
+
+
 def joined(terms: Sequence[Term]) -> Term | None:
     """Returns one term that does what several do; None if a variant says what one does, or several have dropout."""
     if any(term.delta is not None for term in terms):

@@ -19,7 +19,7 @@ from lora_plugins.layer import (
     weight_key,
     weight_names,
 )
-from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, joined
+from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, joined, total
 from lora_plugins.modules import holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
 from lora_plugins.variant_plugin import PLAIN
@@ -238,8 +238,7 @@ def _updates(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Update]:
 
 def _dense(terms: list[Term]) -> Term:
     """Returns one term with the sum of all updates as a matrix."""
-    total = sum((term.matrix() for term in terms[1:]), terms[0].matrix())
-    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=total)
+    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=total(terms))
 
 
 def _norm(term: Term) -> float:

@@ -35,9 +35,8 @@ class Case:
         """The model in training mode, its norms in eval mode."""
         torch.manual_seed(0)
         model = self.make().train()
+        norms_stand_still(model)
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
@@ -56,6 +55,13 @@ class Case:
         if isinstance(self.targets[0], str):
             return any(f".{name}".endswith(f".{end}") for end in self.targets)
         return isinstance(module, tuple(self.targets))
+
+
+def norms_stand_still(model: nn.Module) -> None:
+    """Puts batch norms into eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class Segmenter(nn.Module):

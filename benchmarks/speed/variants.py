@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.speed.cases import Case
+from benchmarks.speed.cases import Case, norms_stand_still
 from lora_plugins import LoraConfig, LoraModel
 
 
@@ -68,9 +68,7 @@ def shaken(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter.numel()))
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    norms_stand_still(model)
     return model
 
 

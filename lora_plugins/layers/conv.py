@@ -35,8 +35,7 @@ class _ConvPlugin(RowMajorPlugin):
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         dimensions = len(layer.kernel_size)
         x = x if x.dim() == dimensions + 2 else x[None]
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        x = _padded(layer, x)
         x = x.reshape(len(x), layer.groups, -1, *x.shape[2:])
         for axis, (size, stride, dilation) in enumerate(
             zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
@@ -72,20 +71,11 @@ class _ConvPlugin(RowMajorPlugin):
         assert weight is not None
         y: Tensor = layer._conv_forward(x, weight, layer.bias)
         A, B = updates.A[updates.index], updates.B[updates.index]
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode).to(A.dtype)
+        padded = _padded(layer, x).to(A.dtype)
         kernels = B @ A if layer.groups > 1 else A  # A does not fit the input of all groups
-        update = torch.convolution(
-            padded.flatten(0, 1)[None],
-            kernels.reshape(-1, *weight.shape[1:]),
-            None,
-            layer.stride,
-            [0] * len(layer.stride),
-            layer.dilation,
-            transposed=False,
-            output_padding=[0] * len(layer.stride),
-            groups=layer.groups * len(x),
-        ).view(len(x), -1, *y.shape[2:])
+        each = Geometry(layer.stride, (0,) * len(layer.stride), layer.dilation, layer.groups * len(x))
+        update = each.convolve(padded.flatten(0, 1)[None], kernels.reshape(-1, *weight.shape[1:]))
+        update = update.view(len(x), -1, *y.shape[2:])
         if layer.groups == 1:
             update = torch.bmm(B, update.flatten(2)).view(y.shape)
         return y + update.to(y.dtype)
@@ -95,6 +85,11 @@ class _ConvPlugin(RowMajorPlugin):
             for term in terms:
                 weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
         return weight
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
 def _geometry(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry | None:

@@ -7,6 +7,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, StateError
 
 SOURCES: dict[str, Callable[[], nn.Module]] = {
@@ -39,23 +40,6 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(model(x).sin().sum(), wanted))
 
 
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
-    kept = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
-
-
 @sources
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
 def test_the_gradients_are_the_same(source, dropout):
@@ -72,7 +56,7 @@ def test_nothing_but_what_the_frozen_model_keeps(source):
     floor = network(source, "low")
     LoraModel(floor).unload()
     floor.requires_grad_(False)
-    assert kept_bytes(model, x) == kept_bytes(floor, x) < kept_bytes(network(source, "normal"), x)
+    assert kept_bytes(model, (x,)) == kept_bytes(floor, (x,)) < kept_bytes(network(source, "normal"), (x,))
 
 
 def test_an_input_of_another_origin_is_kept():
