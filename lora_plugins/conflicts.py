@@ -1,6 +1,6 @@
 """Who owns a name or a module class that several plugins claim: one that overrides, or nobody."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from lora_plugins.errors import PluginError
@@ -12,17 +12,18 @@ from lora_plugins.variant_plugin import VariantPlugin
 
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
 
-LAYER_CLAIMS: dict[str, Callable[[LayerPlugin], str]] = {
+Claims = Mapping[str, Callable[[Plugin], str]]
+"""What an object of a kind owns, by what that is called in messages."""
+
+LAYER_CLAIMS: Claims[LayerPlugin] = {
     "module class": lambda plugin: class_path(plugin.module_type),
     "layer type": lambda plugin: plugin.name,
 }
-INIT_CLAIMS: dict[str, Callable[[InitPlugin], str]] = {"init": lambda plugin: plugin.name}
-VARIANT_CLAIMS: dict[str, Callable[[VariantPlugin], str]] = {"variant": lambda plugin: plugin.name}
+INIT_CLAIMS: Claims[InitPlugin] = {"init": lambda plugin: plugin.name}
+VARIANT_CLAIMS: Claims[VariantPlugin] = {"variant": lambda plugin: plugin.name}
 
 
-def replaced(
-    owned: Iterable[Owned[Plugin]], claims: dict[str, Callable[[Plugin], str]]
-) -> list[tuple[Owned[Plugin], Owned[Plugin]]]:
+def replaced(owned: Iterable[Owned[Plugin]], claims: Claims[Plugin]) -> list[tuple[Owned[Plugin], Owned[Plugin]]]:
     """Returns pairs of an object that is replaced and the one that overrides it.
 
     Args:

@@ -3,30 +3,24 @@
 import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
 from lora_plugins import hookspecs
 from lora_plugins.config import LoraConfig
-from lora_plugins.conflicts import INIT_CLAIMS, LAYER_CLAIMS, VARIANT_CLAIMS, replaced
+from lora_plugins.conflicts import INIT_CLAIMS, LAYER_CLAIMS, VARIANT_CLAIMS, Claims, replaced
 from lora_plugins.errors import PluginError, listing
 from lora_plugins.hookspecs import GROUP
-from lora_plugins.init_plugin import InitPlugin
-from lora_plugins.layer_plugin import LayerPlugin
-from lora_plugins.registrars import InitRegistrar, LayerRegistrar, VariantRegistrar
+from lora_plugins.registrars import InitRegistrar, LayerRegistrar, Registrar, VariantRegistrar
 from lora_plugins.registry import Owned, PluginInfo, Registry
 from lora_plugins.sources import sources
-from lora_plugins.variant_plugin import VariantPlugin
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 """Environment variable; if it is set, every call of a hook is written to stderr."""
-
-
-Registrars = tuple[LayerRegistrar, InitRegistrar, VariantRegistrar]
 
 
 @functools.cache
@@ -72,34 +66,30 @@ def build_registry(
     """
     manager = _manager()
     infos: list[PluginInfo] = []
-    layers: list[Owned[LayerPlugin]] = []
-    inits: list[Owned[InitPlugin]] = []
-    variants: list[Owned[VariantPlugin]] = []
+    owned: dict[str, list[Owned[Any]]] = {kind: [] for kind in _KINDS}
     for source in sources(extra, allow, block, files):
         infos.append(source.info)
         if source.info.blocked:
             continue
         try:
-            of_layers, of_inits, of_variants = _register(manager, source.info, source.load())
+            registered = _register(manager, source.info, source.load())
         except Exception as error:  # whatever a third-party module raises, only its own users are concerned
             infos[-1] = replace(source.info, error=error)
             if source.required:
                 raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
             continue
-        layers += [Owned(p, source.info, p.name in of_layers.overrides) for p in of_layers.plugins]
-        inits += [Owned(p, source.info, p.name in of_inits.overrides) for p in of_inits.plugins]
-        variants += [Owned(p, source.info, p.name in of_variants.overrides) for p in of_variants.plugins]
-    layers, notes_on_layers = _settled("layer type", layers, replaced(layers, LAYER_CLAIMS))
-    inits, notes_on_inits = _settled("init", inits, replaced(inits, INIT_CLAIMS))
-    variants, notes_on_variants = _settled("variant", variants, replaced(variants, VARIANT_CLAIMS))
-    notes = [*notes_on_layers, *notes_on_inits, *notes_on_variants]
-    told = {info: _completed(info, layers, inits, variants, notes) for info in infos}
-    return Registry(
-        plugins=tuple(told.values()),
-        layers={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in layers},
-        inits={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in inits},
-        variants={owned.plugin.name: replace(owned, info=told[owned.info]) for owned in variants},
-    )
+        for kind, registrar in registered.items():
+            owned[kind] += registrar.owned
+    notes: Notes = []
+    for kind, (called, _, claims) in _KINDS.items():
+        owned[kind], more = _settled(called, owned[kind], replaced(owned[kind], claims))
+        notes += more
+    told = {info: _completed(info, owned, notes) for info in infos}
+    named = {
+        kind: {each.plugin.name: replace(each, info=told[each.info]) for each in all_of_kind}
+        for kind, all_of_kind in owned.items()
+    }
+    return Registry(tuple(told.values()), **named)
 
 
 def _manager() -> pluggy.PluginManager:
@@ -111,7 +101,7 @@ def _manager() -> pluggy.PluginManager:
     return manager
 
 
-def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> Registrars:
+def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> dict[str, Registrar[Any]]:
     """Lets one plugin register; on any error pluggy forgets it again."""
     manager.register(plugin, name=f"{info.distribution}:{info.name}")
     try:
@@ -124,9 +114,10 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> R
                 f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
                 "name the module they are in."
             )
-        registrars = (LayerRegistrar(info), InitRegistrar(info), VariantRegistrar(info))
+        registrars = {kind: registrar(info) for kind, (_, registrar, _) in _KINDS.items()}
         others = [other for other in manager.get_plugins() if other is not plugin]
-        for hook, registrar in zip(_HOOKS, registrars, strict=True):
+        for kind, registrar in registrars.items():
+            hook = f"lora_plugins_register_{kind}"
             returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
             if returned:
                 raise PluginError(
@@ -139,14 +130,20 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> R
     return registrars
 
 
-_HOOKS = ("lora_plugins_register_layers", "lora_plugins_register_inits", "lora_plugins_register_variants")
+_KINDS: dict[str, tuple[str, type[Registrar[Any]], Claims[Any]]] = {
+    "layers": ("layer type", LayerRegistrar, LAYER_CLAIMS),
+    "inits": ("init", InitRegistrar, INIT_CLAIMS),
+    "variants": ("variant", VariantRegistrar, VARIANT_CLAIMS),
+}
+"""What plugins register, by the name in hooks, `PluginInfo` and `Registry`: what messages call it, who takes it, and
+what it lays claim to."""
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
-Pairs = list[tuple[Owned[Plugin], Owned[Plugin]]]
 Notes = list[tuple[PluginInfo, str]]
 
 
-def _settled(kind: str, owned: list[Owned[Plugin]], pairs: Pairs[Plugin]) -> tuple[list[Owned[Plugin]], Notes]:
+def _settled(
+    kind: str, owned: list[Owned[Any]], pairs: list[tuple[Owned[Any], Owned[Any]]]
+) -> tuple[list[Owned[Any]], Notes]:
     """Returns what is left, and what to say of a plugin that replaces something and of the one it replaces."""
     gone = {id(loser) for loser, _ in pairs}
     notes = []
@@ -157,17 +154,9 @@ def _settled(kind: str, owned: list[Owned[Plugin]], pairs: Pairs[Plugin]) -> tup
     return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes))
 
 
-def _completed(
-    info: PluginInfo,
-    layers: list[Owned[LayerPlugin]],
-    inits: list[Owned[InitPlugin]],
-    variants: list[Owned[VariantPlugin]],
-    notes: Notes,
-) -> PluginInfo:
-    return replace(
-        info,
-        layers=tuple(owned.plugin.name for owned in layers if owned.info is info),
-        inits=tuple(owned.plugin.name for owned in inits if owned.info is info),
-        variants=tuple(owned.plugin.name for owned in variants if owned.info is info),
-        notes=tuple(note for owner, note in notes if owner is info),
+def _completed(info: PluginInfo, owned: Mapping[str, list[Owned[Any]]], notes: Notes) -> PluginInfo:
+    layers, inits, variants = (
+        tuple(each.plugin.name for each in all_of_kind if each.info is info) for all_of_kind in owned.values()
     )
+    own = tuple(note for owner, note in notes if owner is info)
+    return replace(info, layers=layers, inits=inits, variants=variants, notes=own)

@@ -9,7 +9,7 @@ from torch import nn
 from lora_plugins.errors import PluginError
 from lora_plugins.init_plugin import InitPlugin, Needs
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin
-from lora_plugins.registry import PluginInfo
+from lora_plugins.registry import Owned, PluginInfo
 from lora_plugins.variant_plugin import PLAIN, VariantPlugin
 
 Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
@@ -44,7 +44,7 @@ _A_NAME = (_is_name, "a name of letters, digits, '_', '-' and '.'")
 _A_FLAG = (_is_flag, "True or False")
 
 
-class _Registrar(Generic[Plugin]):
+class Registrar(Generic[Plugin]):
     """Collects and validates what one plugin registers."""
 
     kind: ClassVar[type]
@@ -86,6 +86,11 @@ class _Registrar(Generic[Plugin]):
         if override:
             self.overrides.add(plugin.name)
 
+    @property
+    def owned(self) -> list[Owned[Plugin]]:
+        """What was added, with who brought it."""
+        return [Owned(plugin, self.info, plugin.name in self.overrides) for plugin in self.plugins]
+
     def _check(self, plugin: Plugin) -> None:
         """Refuses what says one thing in one place and another in a second."""
 
@@ -93,7 +98,7 @@ class _Registrar(Generic[Plugin]):
         raise PluginError(f"Plugin {self.info.owner}: {type(plugin).__name__} {what}; see {self.kind.__name__}.")
 
 
-class LayerRegistrar(_Registrar[LayerPlugin]):
+class LayerRegistrar(Registrar[LayerPlugin]):
     """Takes the layer types of one plugin: call `add` with instances of `LayerPlugin`."""
 
     kind = LayerPlugin
@@ -116,7 +121,7 @@ class LayerRegistrar(_Registrar[LayerPlugin]):
             )
 
 
-class InitRegistrar(_Registrar[InitPlugin]):
+class InitRegistrar(Registrar[InitPlugin]):
     """Takes the inits of one plugin: call `add` with instances of `InitPlugin`."""
 
     kind = InitPlugin
@@ -136,7 +141,7 @@ class InitRegistrar(_Registrar[InitPlugin]):
             self._refuse(plugin, "has a changed_base and says changes_base=False, so it is never used")
 
 
-class VariantRegistrar(_Registrar[VariantPlugin]):
+class VariantRegistrar(Registrar[VariantPlugin]):
     """Takes the variants of one plugin: call `add` with instances of `VariantPlugin`."""
 
     kind = VariantPlugin
