@@ -327,11 +327,12 @@ def _forward(base: type[nn.Module]) -> Any:
         adapters = [state.adapters[name] for name in state.active]
         if not _branches(adapters, layer.training):
             return base.forward(layer, *args, **kwargs)
-        terms = _terms(layer, state)
-        weights: Mapping[str, Tensor] = {term.slot.tensor: resting_weight(layer, term.slot.tensor) for term in terms}
+        plugin = adapters[0].plugin
+        tensors = {slot.tensor: None for _, _, slot in state.active_slots()}
+        weights: Mapping[str, Tensor] = {tensor: resting_weight(layer, tensor) for tensor in tensors}
         if state.rows is not None:
-            return adapters[0].plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)
-        return adapters[0].plugin.branch(layer, weights, terms, *args, **kwargs)
+            return plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)
+        return plugin.branch(layer, weights, _terms(layer, state), *args, **kwargs)
 
     return forward
 

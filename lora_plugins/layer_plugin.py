@@ -36,6 +36,13 @@ class Slot:
         """Returns the rows that the update covers of the weight's matrix view; a view."""
         return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
 
+    def place(self, rows: Tensor) -> Tensor:
+        """Returns a matrix of all rows of the weight with these at the slot's, zero elsewhere; the inverse of `cut`."""
+        if self.rows is None:
+            return rows
+        start, stop, total = self.rows
+        return F.pad(rows, (0, 0, start, total - stop))
+
 
 @dataclass(frozen=True)
 class Term:
@@ -65,11 +72,7 @@ class Term:
 
     def matrix(self) -> Tensor:
         """Returns the scaled update as a matrix `(out, in)` of the whole weight, zero outside of the slot's rows."""
-        update = (self.B * self.scaling) @ self.A if self.delta is None else self.delta
-        if self.slot.rows is None:
-            return update
-        start, stop, total = self.slot.rows
-        return F.pad(update, (0, 0, start, total - stop))
+        return self.slot.place((self.B * self.scaling) @ self.A if self.delta is None else self.delta)
 
 
 def total(terms: Sequence[Term]) -> Tensor:
@@ -85,19 +88,10 @@ def joined(terms: Sequence[Term]) -> Term | None:
         return terms[0]
     if len(terms) > 1 and any(term.dropout for term in terms):
         return None
-    columns = []
-    for term in terms:
-        start, stop, total = term.slot.rows or (0, len(term.B), len(term.B))
-        columns.append(F.pad(term.B * term.scaling, (0, 0, start, total - stop)))
     A = torch.cat([term.A for term in terms])
-    return Term(
-        Slot(terms[0].slot.tensor),
-        A,
-        torch.cat(columns, 1),
-        1.0,
-        terms[0].dropout,
-        all(term.low_memory for term in terms),
-    )
+    B = torch.cat([term.slot.place(term.B * term.scaling) for term in terms], 1)
+    low_memory = all(term.low_memory for term in terms)
+    return Term(Slot(terms[0].slot.tensor), A, B, 1.0, terms[0].dropout, low_memory)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lora_plugins.functions.channels import contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
-from lora_plugins.functions.linear import update_is_cheaper
+from lora_plugins.functions.linear import may_go_first, update_is_cheaper
 from lora_plugins.functions.masks import Dropout
-from lora_plugins.functions.options import Options, apply, keep, kept
+from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
 from lora_plugins.functions.recompute import Recompute, recomputation
 
 SMALL_SHARE = 0.4
@@ -129,8 +129,8 @@ def _choose(
     outputs = weight.shape[0]
     positions = x.shape[0] * (x[0, 0].numel() // math.prod(geometry.stride)) if len(x) else 0
     grouped = geometry.groups > 1
-    wide = weight.dtype in (torch.float32, torch.float64)
-    update_first = not dropout and wide and (grouped or update_is_cheaper(positions, inputs, outputs))
+    cheaper = grouped or update_is_cheaper(positions, inputs, outputs)
+    update_first = cheaper and may_go_first(weight, dropout)
     share = 2 * r / outputs + 2 * r / inputs
     return ConvOptions(
         scaling=scaling,
@@ -169,9 +169,6 @@ class _LoraConv(torch.autograd.Function):
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _through_kernel(

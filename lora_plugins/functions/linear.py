@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.masks import Dropout
-from lora_plugins.functions.options import Options, apply, keep, kept
+from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
 from lora_plugins.functions.recompute import recomputation
 
 CHUNK = 2**21
@@ -45,15 +45,19 @@ def lora_linear(
         dropout: Probability of dropping an element of the branch's input.
         low_memory: Whether `x` is computed again in the backward where it can be.
     """
-    wide = weight.dtype in (torch.float32, torch.float64)
+    cheaper = update_is_cheaper(x.numel() // x.shape[-1], *weight.shape)
     options = Options(
         scaling=scaling,
         dropout=Dropout.draw(dropout) if dropout else None,
-        # An update of a half-precision weight would be lost to rounding while it is small.
-        update_first=not dropout and wide and update_is_cheaper(x.numel() // x.shape[-1], *weight.shape),
+        update_first=cheaper and may_go_first(weight, dropout),
         again=recomputation(x) if low_memory else None,
     )
     return apply(_LoraLinear, x, weight, bias, A, B, options)
+
+
+def may_go_first(weight: Tensor, dropout: float) -> bool:
+    """Whether the update may be added to the weight: not in half precision, where a small one is rounded away."""
+    return not dropout and weight.dtype in (torch.float32, torch.float64)
 
 
 def update_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
@@ -74,7 +78,7 @@ class _LoraLinear(torch.autograd.Function):
         keep(ctx, options, x, weight, bias, A, B)
         rows = x.reshape(-1, x.shape[-1])
         if options.update_first:
-            y = F.linear(rows, updated(weight, A, B, options.scaling, x.dtype), bias)
+            y = F.linear(rows, updated(weight, A, B, options.scale, x.dtype), bias)
         else:
             y = F.linear(rows, weight, bias)
             for chunk in _chunks(rows, A.dtype, options.dropout):
@@ -100,9 +104,6 @@ class _LoraLinear(torch.autograd.Function):
             dB,
             None,
         )
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _through_weight(

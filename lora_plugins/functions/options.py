@@ -11,6 +11,9 @@ from lora_plugins.errors import StateError
 from lora_plugins.functions.masks import Dropout
 from lora_plugins.functions.recompute import Recompute
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of x, A and B, where they are needed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
