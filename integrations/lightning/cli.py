@@ -1,7 +1,9 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
@@ -49,6 +51,17 @@ class LoraCLI(LightningCLI):
             others = section.get("callbacks") or []
             section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
         return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning 2.6.6 takes a checkpoint's hyperparameters for the arguments of the model. A module that saves them
+        # itself does not say its class with them, and then they are none: the configuration names class and arguments.
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if self.subclass_mode_model and path and Path(path).is_file():
+            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            if "_class_path" not in saved:
+                return
+        super()._parse_ckpt_path()
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         with expecting_override(self.model):

@@ -79,6 +79,14 @@ class TestFit:
         more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
         assert main(["fit", "--config", path, *more]) == 0
 
+    def test_checkpoint_of_a_module_that_saves_its_own_hyperparameters_goes_on(self, config, tmp_path):
+        path = config(model={"class_path": f"{TOYS}.SavesItself", "init_args": {"width": 8}})
+        assert main(["fit", "--config", path]) == 0
+        assert load(checkpoint(tmp_path))["hyper_parameters"] == {"of_its_own": 8}
+        more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
+        for command in (["validate", *more[2:]], ["test", *more[2:]], ["fit", *more]):
+            assert main([*command, "--config", path]) == 0
+
     def test_checkpoint_of_the_command_line_loads_without_it(self, config, tmp_path):
         assert main(["fit", "--config", config()]) == 0
         module = load_from_checkpoint(Classifier, checkpoint(tmp_path))

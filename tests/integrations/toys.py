@@ -50,6 +50,13 @@ class Classifier(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)]
 
 
+class SavesItself(Classifier):
+    """Says what its hyperparameters are, and not of which class."""
+
+    def save_hyperparameters(self, *_):
+        super().save_hyperparameters({"of_its_own": 8})
+
+
 def loader(samples: int = 32, shuffle: bool = False) -> DataLoader:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(samples, 4, generator=generator)

@@ -113,6 +113,19 @@ def test_the_merged_model_is_a_file_of_weights_like_any_other(name, metric, caps
     assert number_in(metric, capsys.readouterr().out) == pytest.approx(fitted, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # each fit has a log folder of its own
+@pytest.mark.parametrize(("name", "metric"), [("cls", "accuracy"), ("seg", "mean_iou")])
+def test_a_checkpoint_goes_on_in_every_command(name, metric, capsys):
+    config = ["--config", str(TASKS / f"{name}.yaml"), "--trainer.accelerator=cpu"]
+    main(["fit", *config, *SHORT])
+    fitted = number_in(metric, capsys.readouterr().out)
+    (path,) = Path("runs", name).glob("logs/*/checkpoints/*.ckpt")
+    checkpoint = f"--ckpt_path={path}"
+    assert main(["validate", *config, checkpoint]) == 0
+    assert number_in(metric, capsys.readouterr().out) == pytest.approx(fitted, abs=1e-3)
+    assert main(["fit", *config, *SHORT, "--trainer.max_epochs=2", checkpoint]) == 0
+
+
 def number_in(metric, printed):
     """The last number in the row of a metric, in a table of ours or of Lightning."""
     (row,) = [line for line in printed.splitlines() if metric in line]
