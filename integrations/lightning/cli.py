@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.checkpoint import reading
 from lora_plugins.integrations.lightning.quiet import expecting_override
 from lora_plugins.integrations.lightning.report import print_plan
 
@@ -58,8 +59,9 @@ class LoraCLI(LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if self.subclass_mode_model and path and Path(path).is_file():
-            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-            if "_class_path" not in saved:
+            with reading(path):
+                checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+            if "_class_path" not in checkpoint.get("hyper_parameters", {}):
                 return
         super()._parse_ckpt_path()
 

@@ -87,6 +87,17 @@ class TestFit:
         for command in (["validate", *more[2:]], ["test", *more[2:]], ["fit", *more]):
             assert main([*command, "--config", path]) == 0
 
+    def test_truncated_checkpoint_stops_with_what_to_do(self, config, tmp_path, capsys):
+        path = config()
+        assert main(["fit", "--config", path]) == 0
+        whole = Path(checkpoint(tmp_path))
+        whole.write_bytes(whole.read_bytes()[:2000])
+        capsys.readouterr()
+        assert main(["test", "--config", path, "--ckpt_path", str(whole)]) != 0
+        said = capsys.readouterr().err
+        assert "cannot be read as a checkpoint" in said
+        assert "Traceback" not in said
+
     def test_checkpoint_of_the_command_line_loads_without_it(self, config, tmp_path):
         assert main(["fit", "--config", config()]) == 0
         module = load_from_checkpoint(Classifier, checkpoint(tmp_path))
