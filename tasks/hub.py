@@ -66,6 +66,8 @@ class HubTable:
         """
         split, row = item.image
         stored = self.tables[split][row][column]
+        if stored is None:
+            raise DataError(f"{item.name} has no {column}. Splits without it can be left out: see `splits`.")
         try:
             source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
             with Image.open(source) as picture:
@@ -102,5 +104,6 @@ def _load(name: str, subset: str | None) -> Any:
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             return {TRAIN: datasets.load_from_disk(name)}
         return datasets.load_dataset(name, subset)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # A data set that is a script, which `datasets` no longer runs, is a RuntimeError.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"The data set {name!r} could not be loaded: {error}") from error

@@ -16,7 +16,7 @@ class HubMaskDataModule(MaskDataModule):
     """Images and masks of a data set of the Hugging Face hub, or of a local one in its format.
 
     Args:
-        name: A hub name such as `zhoubolei/scene_parse_150`, or a folder.
+        name: A hub name such as `merve/scene_parse_150`, or a folder.
         subset: The configuration of the data set, for those that have several.
         splits: The data set's own name for each of our splits: `{train: train, val: validation}`.
         image_column: The column with the images.

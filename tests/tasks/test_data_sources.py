@@ -259,3 +259,21 @@ class TestHub:
     def test_an_unknown_split(self, labelled_rows):
         with pytest.raises(ConfigError, match="Did you mean 'validation'"):
             loaded(HubImageDataModule(str(labelled_rows), splits={"train": "train", "val": "validatio"}, **SIZE))
+
+    def test_a_split_without_masks(self, masked_rows):
+        from datasets import Dataset, load_from_disk
+
+        splits, folder = load_from_disk(str(masked_rows)), masked_rows.parent / "all"
+        rows = {"image": [Image.fromarray(noise())], "annotation": [None]}
+        splits["test"] = Dataset.from_dict(rows, features=splits["train"].features)
+        splits.save_to_disk(folder)
+        data = loaded(HubMaskDataModule(str(folder), classes=["a", "b", "c", "d"], **SIZE))
+        with pytest.raises(DataError, match=r"row 0 of .*, test has no annotation"):
+            data.splits["test"][0]
+
+    def test_a_script(self, tmp_path):
+        """As scene_parse_150 of PEFT's guide is one: `datasets` says so, and no release from 4 on runs it."""
+        (tmp_path / "scenes").mkdir()
+        (tmp_path / "scenes" / "scenes.py").write_text("raise AssertionError('nobody asked for this')")
+        with pytest.raises(DataError, match=r"could not be loaded: .*script"):
+            loaded(HubImageDataModule(str(tmp_path / "scenes"), **SIZE))

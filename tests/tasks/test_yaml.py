@@ -151,6 +151,19 @@ def test_data_of_the_hub(name, request, capsys):
     check_outcome(name, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "trained"),
+    [("food101_vit", "vit", "667,493 of"), ("scene_parse_segformer", "segformer", "566,422 of")],
+    ids=["food101_vit", "scene_parse_segformer"],
+)
+def test_as_many_parameters_are_trained_as_in_the_guide(name, model, trained, capsys):
+    """In the networks of full size, whose shape the names of the types stand for; the guides print these numbers."""
+    half = [f"--model.init_args.model.{key}=[0.5,0.5,0.5]" for key in ("mean", "std")]
+    random = [f"--model.init_args.model.name={model}", "--model.init_args.model.weights=none", *half]
+    assert main(["plan", "--config", str(TASKS / f"{name}.yaml"), *random, "--trainer.precision=32-true"]) == 0
+    assert trained in capsys.readouterr().out
+
+
 def test_plan_shows_what_the_task_chooses(flat_folders, capsys):
     """cls_convnext names no target_modules."""
     _, changes = FOLDERS["cls_convnext"]
