@@ -79,20 +79,33 @@ def pairs(side, count=4):
     return DataLoader(TensorDataset(torch.rand(count, 3, side, side), torch.randint(0, 4, (count, side, side))), 2)
 
 
-# The library counts BEiT's and Data2Vec's outputs such that the last layers of so shallow a network lead nowhere; in
-# MobileViT's random one the signal fades until steps round to nothing.
-@pytest.mark.filterwarnings("ignore:.*trainable tensors (got no gradient|did not move):UserWarning")
-@pytest.mark.parametrize("name", [*TRANSFORMERS, *TORCHVISION[:2]])
+NO_GRADIENT = "trainable tensors got no gradient"
+STILL = "trainable tensors did not move"
+WARNED_OF = {  # rightly, by the audit of the callback
+    "beit": NO_GRADIENT,  # outputs are counted such that the last layers of so shallow a network lead nowhere
+    "data2vec-vision": NO_GRADIENT,  # likewise
+    "dpt": NO_GRADIENT,  # the first stage of the neck has a part for an input that it never gets
+    "mobilevit": STILL,  # in a random one the signal fades until steps round to nothing
+}
+
+
+def with_its_warning(name):
+    marks = [pytest.mark.filterwarnings(f"ignore:.*{WARNED_OF[name]}:UserWarning")] if name in WARNED_OF else []
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [with_its_warning(name) for name in (*TRANSFORMERS, *TORCHVISION)])
 def test_it_trains_with_the_default_targets(name, trainer):
     """The audit of the callback refuses a run in which a head, an auxiliary one say, gets no gradient."""
     side = TRANSFORMERS[name][1] if name in TRANSFORMERS else 64
     task = SemanticSegmentationTask(config(name))
     assert task.head_modules
-    # For the same reason a merge into single precision may be refused.
+    # For the same reasons a merge into single precision may be refused.
     lora = LoraCallback(LoraConfig(r=2), target="network", print_plan=False, merge_on_fit_end=False)
     trainer(callbacks=[lora]).fit(task, pairs(side), pairs(side))
     for head in task.head_modules:
         assert all(p.requires_grad for p in task.get_submodule(head).parameters())
+    assert any(parameter.any() for key, parameter in task.named_parameters() if ".lora_B." in key)
     assert task.eval()(torch.rand(1, 3, side, side)).shape == (1, 4, side, side)
 
 
