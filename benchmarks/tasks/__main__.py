@@ -1,7 +1,8 @@
 """Makes the table of docs/tasks.md: `python -m benchmarks.tasks DATA [--out FILE]`.
 
 DATA is a folder with `cifar-mini` (`{train,val}/CLASS/*.jpg`) and `camvid-mini` (`{images,masks}/{train,val}/*`). One
-thread, three seeds. `--rates` tries a third and three times each rate, with one seed, instead.
+thread, three seeds. `--rates` tries a third and three times each rate instead, on the train split alone: one half is
+validated by the other, with a seed that the table does not have.
 """
 
 import argparse
@@ -15,18 +16,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import CASES, Outcome, Tuning, Way, run
 from benchmarks.tasks.weights import write_weights
 
+FROZEN, FULL = "frozen backbone", "full fine-tuning"
 LORA = {"classification": Tuning(1e-2, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
 WAYS = {
-    "frozen backbone": Way(0, {"classification": Tuning(3e-2), "segmentation": Tuning(1e-2, norm="track")}),
+    FROZEN: Way(0, {"classification": Tuning(3e-2), "segmentation": Tuning(1e-2, norm="track")}),
     "LoRA, r=2": Way(2, LORA),
     "LoRA, r=8": Way(8, LORA),
     "LoRA, r=32": Way(32, LORA),
-    "full fine-tuning": Way(None, {"classification": Tuning(1e-2, 3e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
+    FULL: Way(None, {"classification": Tuning(1e-2, 3e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
 }
 SEEDS = (0, 1, 2)
+RATES_SEED = 100
 FACTORS = (1 / 3, 1, 3)
 
 
@@ -36,33 +40,56 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
     parser.add_argument("--out", type=Path, help="a .md file for the table; runs are kept in the .jsonl beside it")
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
-    parser.add_argument("--rates", action="store_true", help="try other rates, with one seed, instead")
+    parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         weights = write_weights(Path(folder))
-        for case, name, seed, way in planned(given.case or list(CASES), given.rates):
-            if given.out and not given.rates and (case, name, seed) in made(given.out.with_suffix(".jsonl")):
-                continue
-            outcome = run(given.data, weights, case, way, seed, given.epochs)
-            line = {"case": case, "way": name, "seed": seed, **asdict(way.tuning[case]), **asdict(outcome)}
-            print(json.dumps(line), flush=True)
-            if given.out and not given.rates:
-                runs = given.out.with_suffix(".jsonl")
-                with runs.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                given.out.write_text("\n".join(table(kept(runs))) + "\n", encoding="utf-8")
+        if given.rates:
+            halves = write_halves(given.data, Path(folder) / "halves")
+            _try_rates(halves, weights, given.case or list(CASES), given.epochs)
+        else:
+            _fill_table(given, weights)
 
 
-def planned(cases: list[str], rates: bool) -> Iterator[tuple[str, str, int, Way]]:
+def _try_rates(halves: list[Path], weights: dict[str, Path], cases: list[str], epochs: int | None) -> None:
+    for case, name, way in tried(cases):
+        metrics = [run(half, weights, case, way, RATES_SEED, epochs).metric for half in halves]
+        line = {"case": case, "way": name, **asdict(way.tuning[case]), "metric": statistics.mean(metrics)}
+        print(json.dumps(line), flush=True)
+
+
+def _fill_table(given: argparse.Namespace, weights: dict[str, Path]) -> None:
+    runs = given.out and given.out.with_suffix(".jsonl")
+    for case, name, seed, way in planned(given.case or list(CASES)):
+        if runs and (case, name, seed) in made(runs):
+            continue
+        outcome = run(given.data, weights, case, way, seed, given.epochs)
+        line = {"case": case, "way": name, "seed": seed, **asdict(way.tuning[case]), **asdict(outcome)}
+        print(json.dumps(line), flush=True)
+        if runs:
+            with runs.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            found = kept(runs)
+            given.out.write_text("\n".join([*table(found), "", *differences(found)]) + "\n", encoding="utf-8")
+
+
+def planned(cases: list[str]) -> Iterator[tuple[str, str, int, Way]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
-    for seed in SEEDS[:1] if rates else SEEDS:
+    for seed in SEEDS:
         for case in cases:
             for name, way in WAYS.items():
-                for factor in FACTORS if rates else (1,):
-                    yield case, name, seed, replace(way, tuning={case: _scaled(way.tuning[case], factor)})
+                yield case, name, seed, way
+
+
+def tried(cases: list[str]) -> Iterator[tuple[str, str, Way]]:
+    """The settings that are tried, as many for each way."""
+    for case in cases:
+        for name, way in WAYS.items():
+            for factor in FACTORS:
+                yield case, name, replace(way, tuning={case: _scaled(way.tuning[case], factor)})
 
 
 def _scaled(tuning: Tuning, factor: float) -> Tuning:
@@ -98,6 +125,24 @@ def table(outcomes: dict[tuple[str, str], list[Outcome]]) -> Iterator[str]:
             f"| {first.trained / first.total:.1%} | {statistics.median(o.seconds for o in found):.1f} "
             f"| {max(o.mebibytes for o in found):.0f} | {first.adapter / 2**20:.2f} |"
         )
+
+
+def differences(outcomes: dict[tuple[str, str], list[Outcome]]) -> Iterator[str]:
+    """The lines of a table of paired differences: means over the seeds, with the standard error of the mean."""
+    yield "| task | trained | above the frozen backbone | above full fine-tuning |"
+    yield "| --- | --- | --- | --- |"
+    for (case, name), found in outcomes.items():
+        against = [outcomes.get((case, other), []) for other in (FROZEN, FULL)]
+        cells = [_paired(found, others) for others in against]
+        yield f"| {case} | {name} | {' | '.join(cells)} |"
+
+
+def _paired(ones: list[Outcome], others: list[Outcome]) -> str:
+    """The mean difference over the seeds that both have, which stand in the same order."""
+    gaps = [100 * (one.metric - other.metric) for one, other in zip(ones, others, strict=False)]
+    if ones is others or len(gaps) < 2:
+        return ""
+    return f"{statistics.mean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}"
 
 
 if __name__ == "__main__":

