@@ -162,12 +162,14 @@ def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:
     local = Path(config.name)
     if config.name in CONFIG_MAPPING or (local.is_dir() and not (local / PROCESSOR).is_file()):
         return {"mean": None, "std": None, "size": _pair(getattr(architecture, "image_size", None))}
-    own = AutoImageProcessor.from_pretrained(config.name).to_dict()
-    channels = int(getattr(architecture, "num_channels", 3))
-    normalised = own.get("do_normalize", own.get("image_mean") is not None)
+    processor = AutoImageProcessor.from_pretrained(config.name)
+    own, channels = processor.to_dict(), int(getattr(architecture, "num_channels", 3))
+    # MobileViT's has a mean that it does not use: it leaves `do_normalize` open, and an open one is left out of files.
+    normalised = bool(getattr(processor, "do_normalize", False))
+    divided = 2 if own.get("include_top") else 1  # EfficientNet's divides twice, as in its training
     return {
         "mean": tuple(own["image_mean"]) if normalised else (0.0,) * channels,
-        "std": tuple(own["image_std"]) if normalised else (1.0,) * channels,
+        "std": tuple(s**divided for s in own["image_std"]) if normalised else (1.0,) * channels,
         "size": _processed_size(own),
         "interpolation": RESAMPLE.get(own.get("resample"), "bilinear"),
         "bgr": bool(own.get("do_flip_channel_order", False)),
