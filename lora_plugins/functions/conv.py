@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_plugins.functions.channels import contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.linear import may_go_first, update_is_cheaper
-from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
 from lora_plugins.functions.recompute import Recompute, recomputation
 
@@ -152,10 +152,10 @@ class _LoraConv(torch.autograd.Function):
         if options.update_first:
             return convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
         y = convolve(x, weight, bias)
-        dropped = _dropped(x, A.dtype, options.dropout)
+        kept_x = dropped(x, A.dtype, options.dropout)
         if options.small_products:
-            return mix_into(y, B, _down(dropped, A, weight, options.geometry), options.scale)
-        return y.add_(convolve(dropped, _kernel(A, B, weight), None), alpha=options.scale)
+            return mix_into(y, B, _down(kept_x, A, weight, options.geometry), options.scale)
+        return y.add_(convolve(kept_x, _kernel(A, B, weight), None), alpha=options.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,8 +196,8 @@ def _through_products(
     dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
-    dropped, mask = _dropped_and_mask(x, A.dtype, options.dropout)
-    branch_dx, dA, dB = _through_products_of(dropped, dy.to(A.dtype), A, B, weight, options, of_x=needed[0])
+    kept_x, mask = dropped_and_mask(x, A.dtype, options.dropout)
+    branch_dx, dA, dB = _through_products_of(kept_x, dy.to(A.dtype), A, B, weight, options, of_x=needed[0])
     return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
 
 
@@ -205,9 +205,9 @@ def _through_update(
     dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
-    dropped, mask = _dropped_and_mask(x, A.dtype, options.dropout)
+    kept_x, mask = dropped_and_mask(x, A.dtype, options.dropout)
     branch_dx, dkernel = options.geometry.gradients(
-        dy.to(A.dtype), dropped, _kernel(A, B, weight), of_x=needed[0], of_kernel=True
+        dy.to(A.dtype), kept_x, _kernel(A, B, weight), of_x=needed[0], of_kernel=True
     )
     dA, dB = _project(dkernel, A, B, options.scale)
     if branch_dx is not None:
@@ -266,17 +266,6 @@ def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dt
     wide = torch.promote_types(weight.dtype, A.dtype)
     updated = torch.addmm(weight.flatten(1).to(wide), B, A, alpha=scale).view(weight.shape)
     return torch.empty_like(weight, dtype=dtype).copy_(updated) if not weight.is_contiguous() else updated.to(dtype)
-
-
-def _dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
-    return x.to(dtype) if dropout is None else dropout.mask_like(x).mul_(x).to(dtype)
-
-
-def _dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
-    if dropout is None:
-        return x.to(dtype), None
-    mask = dropout.mask_like(x)
-    return (mask * x).to(dtype), mask
 
 
 def _input_gradient(

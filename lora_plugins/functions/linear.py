@@ -5,8 +5,7 @@ the update to the weight first, which costs `out · in · r` whatever the number
 output. Only `x` is kept for the backward; updated weight, small products and dropout mask are computed again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,12 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.functions.eager import law_gradients
-from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
+from lora_plugins.functions.products import contract
 from lora_plugins.functions.recompute import recomputation
-
-CHUNK = 2**21
-"""Bytes of input that are dropped at a time on a CPU: few enough to stay in its caches."""
 
 
 def lora_linear(
@@ -65,9 +62,15 @@ def update_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
     return rows * (inputs + outputs) > inputs * outputs
 
 
-def updated(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Returns `W + scaling · B A` as a matrix, rounded to a type once."""
-    return torch.addmm(weight, B, A, alpha=scaling).to(dtype)
+def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *, beside: bool = False) -> Tensor:
+    """Returns `W + scale · B A` as a matrix, with `scale · B` beside it if asked for, rounded to a type once."""
+    outputs, inputs = weight.shape
+    wide = torch.promote_types(weight.dtype, A.dtype)
+    matrix = torch.empty(outputs, inputs + beside * B.shape[1], dtype=wide, device=weight.device)
+    matrix[:, :inputs].copy_(weight).addmm_(B, A, alpha=scale)
+    if beside:
+        torch.mul(B, scale, out=matrix[:, inputs:])
+    return matrix.to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,9 +83,7 @@ class _LoraLinear(torch.autograd.Function):
         if options.update_first:
             y = F.linear(rows, updated(weight, A, B, options.scale, x.dtype), bias)
         else:
-            y = F.linear(rows, weight, bias)
-            for chunk in _chunks(rows, A.dtype, options.dropout):
-                _add_product(y[chunk.rows], (A @ chunk.dropped.T).T, B.T, options.scale)
+            y = _with_products(rows, weight, bias, A, B, options)
         # Not a view: autograd refuses to let what follows, such as ReLU(inplace=True), write into one.
         return cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
 
@@ -106,17 +107,32 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options) -> Tensor:
+    """The output where the small products are added to it."""
+    h = dropped(rows, A.dtype, options.dropout) @ A.T.contiguous()
+    if _fits_beside(rows, weight, A):
+        return F.linear(torch.cat([rows, h], 1), torch.cat([weight, B * options.scale], 1), bias)
+    y = F.linear(rows, weight, bias)
+    if y.dtype == h.dtype:
+        return y.addmm_(h, B.T, alpha=options.scale)
+    return y.add_((h @ B.T).mul_(options.scale).to(y.dtype))
+
+
 def _through_weight(
     rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the update was added to the weight."""
     dx = dA = dB = None
-    if needed[0]:
-        dx = dy @ updated(weight, A, B, options.scale, dy.dtype)
-    if needed[3]:
-        dA = (B.T.to(dy.dtype) @ dy.T).mul_(options.scale) @ rows
     if needed[4]:
-        dB = ((A.to(rows.dtype) @ rows.T).mul_(options.scale) @ dy).T
+        dB = contract(rows @ (A * options.scale).T.to(rows.dtype), dy).T
+    if needed[0] and needed[3] and _fits_beside(dy, weight, A):
+        both = dy @ updated(weight, A, B, options.scale, dy.dtype, beside=True)
+        dx, g = both[:, : rows.shape[1]].contiguous(), both[:, rows.shape[1] :]
+        return dx, contract(g, rows), dB
+    if needed[3]:
+        dA = contract(dy @ (B * options.scale).to(dy.dtype), rows)
+    if needed[0]:  # last, so that it is still in the caches when the layer before wants it
+        dx = dy @ updated(weight, A, B, options.scale, dy.dtype)
     return dx, dA, dB
 
 
@@ -124,59 +140,31 @@ def _through_products(
     rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
-    dx = torch.empty_like(rows, dtype=A.dtype) if needed[0] else None
-    dA, dB = torch.zeros_like(A), torch.zeros_like(B.T)
-    for chunk in _chunks(rows, A.dtype, options.dropout):
-        dy_chunk = dy[chunk.rows].to(B.dtype)
-        g = (B.T @ dy_chunk.T).mul_(options.scale)
-        if needed[3]:
-            dA.addmm_(g, chunk.dropped)
-        if needed[4]:
-            dB.addmm_(A @ chunk.dropped.T, dy_chunk, alpha=options.scale)
-        if dx is not None:
-            torch.mm(g.T, A, out=dx[chunk.rows])
-            chunk.drop_(dx[chunk.rows])
-    if dx is not None:
-        dx = _add_product(dx.to(dy.dtype), dy, weight, 1.0)
-    return dx, dA if needed[3] else None, dB.T if needed[4] else None
+    x, mask = dropped_and_mask(rows, A.dtype, options.dropout)
+    dB = contract(x @ (A.T * options.scale).contiguous(), dy.to(B.dtype)).T
+    dx = None
+    if needed[0] and _fits_beside(dy, weight, A):
+        both = dy @ torch.cat([weight, B * options.scale], 1)
+        dx, g = both[:, : A.shape[1]], both[:, A.shape[1] :]
+    else:
+        dx = dy @ weight if needed[0] else None
+        g = dy.to(B.dtype) @ (B * options.scale)
+    dA = contract(g, x)
+    if dx is not None and mask is not None:
+        dx.addcmul_(torch.mm(g, A, out=x), mask)
+    elif dx is not None:
+        dx.add_(g @ A)
+    return None if dx is None else dx.contiguous(), dA if needed[3] else None, dB if needed[4] else None
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some rows of the input, after dropout, in buffers that the next chunk overwrites."""
+def _fits_beside(rows: Tensor, weight: Tensor, A: Tensor) -> bool:
+    """Whether a small product is cheaper as further columns of the large one than on its own.
 
-    rows: slice
-    dropped: Tensor
-    mask: Tensor | None
-
-    def drop_(self, gradient: Tensor) -> None:
-        """Drops what was dropped of the input."""
-        if self.mask is not None:
-            gradient.mul_(self.mask)
-
-
-def _chunks(rows: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Iterator[_Chunk]:
-    if dropout is None:
-        yield _Chunk(slice(None), rows.to(dtype), None)
-        return
-    count, width = rows.shape
-    size = max(8, CHUNK // (width * rows.element_size()) // 8 * 8) if rows.device.type == "cpu" else count
-    masks = dropout.masks(rows.device)
-    mask = torch.empty(min(size, count), width, dtype=dtype, device=rows.device)
-    dropped = torch.empty_like(mask)
-    for start in range(0, count, size):
-        part = slice(start, min(start + size, count))
-        length = part.stop - start
-        masks.fill(mask[:length])
-        torch.mul(rows[part], mask[:length], out=dropped[:length])
-        yield _Chunk(part, dropped[:length], mask[:length])
-
-
-def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """Adds `alpha · left @ right` to a fresh tensor, in place."""
-    if y.dtype == left.dtype:
-        return y.addmm_(left, right, alpha=alpha)
-    return y.add_((left @ right).mul_(alpha).to(y.dtype))
+    It saves a pass over the output and copies the weight and the input, so the output has to be the wider one.
+    """
+    outputs, inputs = weight.shape
+    same_type = rows.dtype == weight.dtype == A.dtype
+    return same_type and outputs > inputs and update_is_cheaper(len(rows), inputs, outputs)
 
 
 def _law(options: Options) -> Callable[..., Tensor]:

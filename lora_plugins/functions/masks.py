@@ -1,9 +1,14 @@
 """Dropout masks that are drawn again from a seed instead of being stored.
 
-Drawing is most of the cost of dropout on a CPU, so one draw of 64 bits serves eight elements: each takes a byte, and is
-dropped if the byte is below `256 p`, rounded. The share that is dropped is therefore a multiple of 1/256; where that is
-more than two per cent off (a small p), each element takes two bytes and the share is a multiple of 1/65536. Outputs are
-scaled by the share that is really kept, so their mean is exact.
+Drawing is most of the cost of dropout on a CPU, so it is spared twice. One number of 64 bits serves eight elements:
+each takes a byte, and is dropped if the byte is below `256 p`, rounded. The share that is dropped is therefore a
+multiple of 1/256; where that is more than two per cent off (a small p), each element takes two bytes and the share is a
+multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
+
+And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others are sums of two
+earlier ones, `n[i] = n[i - 19937] + n[i - 9842]` modulo 2^64, which are made thousands at a time: an additive lagged
+Fibonacci generator (Knuth, The Art of Computer Programming, vol. 2, section 3.2.2; `x^19937 + x^9842 + 1` is primitive
+modulo 2). Any two elements of a mask are independent; three are not where they are just these distances apart.
 """
 
 from dataclasses import dataclass
@@ -13,6 +18,7 @@ from torch import Tensor
 
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
+_LONG_LAG, _SHORT_LAG = 19937, 9842
 
 
 @dataclass(frozen=True)
@@ -46,40 +52,46 @@ class Dropout:
         kept = 1 - self.threshold / float(2**self.bits)
         return 1 / kept
 
-    def masks(self, device: torch.device) -> "MaskStream":
-        """Returns the masks from their beginning."""
-        return MaskStream(self, torch.Generator(device).manual_seed(self.seed))
-
-    def mask_like(self, x: Tensor) -> Tensor:
-        """Returns the mask of a whole tensor, 0 or 1, in its type and memory format."""
-        mask = torch.empty_like(x, requires_grad=False)
-        self.masks(x.device).fill(mask.as_strided((mask.numel(),), (1,)))
-        return mask
-
-
-@dataclass(frozen=True)
-class MaskStream:
-    """Masks in the order of drawing.
-
-    Args:
-        dropout: What is drawn.
-        generator: Where the numbers come from.
-    """
-
-    dropout: Dropout
-    generator: torch.Generator
-
-    def fill(self, mask: Tensor) -> None:
-        """Writes the next elements.
+    def mask_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the mask of a tensor, 1 where an element is kept and 0 where not, in its memory format.
 
         Args:
-            mask: Contiguous. Unless these are the last elements, their number is a multiple of 8.
+            x: The tensor.
+            dtype: Of the mask, if not that of the tensor.
         """
-        bits = self.dropout.bits
-        draws = torch.empty(-(-mask.numel() * bits // 64), dtype=torch.int64, device=mask.device)
-        draws.random_(_FULL_RANGE, None, generator=self.generator)
-        if bits == 8:
-            numbers, threshold = draws.view(torch.uint8), self.dropout.threshold
+        mask = torch.empty_like(x, dtype=dtype, requires_grad=False)
+        self._fill(mask.as_strided((mask.numel(),), (1,)))
+        return mask
+
+    def _fill(self, mask: Tensor) -> None:
+        words = _words(-(-len(mask) * self.bits // 64), torch.Generator(mask.device).manual_seed(self.seed))
+        if self.bits == 8:
+            numbers, threshold = words.view(torch.uint8), self.threshold
         else:
-            numbers, threshold = draws.view(torch.int16), self.dropout.threshold - 2**15
-        torch.ge(numbers[: mask.numel()], threshold, out=mask.view(-1))
+            numbers, threshold = words.view(torch.int16), self.threshold - 2**15
+        torch.ge(numbers[: len(mask)], threshold, out=mask)
+
+
+def dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
+    """Returns a tensor in a type, without what is dropped."""
+    return x.to(dtype) if dropout is None else dropout.mask_like(x, dtype).mul_(x)
+
+
+def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
+    """Returns a tensor in a type, without what is dropped, and the mask if there is one."""
+    if dropout is None:
+        return x.to(dtype), None
+    mask = dropout.mask_like(x, dtype)
+    return (mask * x).to(dtype), mask
+
+
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    words = torch.empty(count, dtype=torch.int64, device=generator.device)
+    done = min(count, _LONG_LAG) if generator.device.type == "cpu" else count
+    words[:done].random_(_FULL_RANGE, None, generator=generator)
+    while done < count:
+        size = min(count - done, _SHORT_LAG)
+        long, short, new = (words[done - lag : done - lag + size] for lag in (_LONG_LAG, _SHORT_LAG, 0))
+        torch.add(long, short, out=new)
+        done += size
+    return words

@@ -7,16 +7,23 @@ from torch.nn import functional as F
 
 from lora_plugins.functions import linear
 from lora_plugins.functions.linear import lora_linear
+from lora_plugins.functions.products import contract
 
 MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
+SHAPES = {
+    "update_first": (MANY, 5),
+    "update_first_and_beside": (MANY, 9),  # more outputs than inputs: small products ride in the large ones
+    "small_products": (FEW, 5),
+    "small_products_wide": (FEW, 9),
+}
 
-rows = pytest.mark.parametrize("lead", [MANY, FEW], ids=["update_first", "small_products"])
+shapes = pytest.mark.parametrize(("lead", "outputs"), SHAPES.values(), ids=SHAPES)
 drops = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
 
 
-def tensors(lead: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def tensors(lead: tuple[int, ...], outputs: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = [(*lead, 6), (5, 6), (5,), (2, 6), (5, 2)]
+    shapes = [(*lead, 6), (outputs, 6), (outputs,), (2, 6), (outputs, 2)]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -33,30 +40,30 @@ def law(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor
 
 
 def test_the_shapes_of_this_file_take_both_ways():
-    assert linear.update_is_cheaper(48, 6, 5)
-    assert not linear.update_is_cheaper(2, 6, 5)
+    for outputs in (5, 9):
+        assert linear.update_is_cheaper(48, 6, outputs)
+        assert not linear.update_is_cheaper(2, 6, outputs)
 
 
-@rows
+@shapes
 @drops
-def test_gradients_of_first_and_second_order(lead, dropout, monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK", 8 * 6 * 8)  # several chunks of masks
-    inputs = tensors(lead)
+def test_gradients_of_first_and_second_order(lead, outputs, dropout):
+    inputs = tensors(lead, outputs)
     assert torch.autograd.gradcheck(seeded(dropout), inputs)
     assert torch.autograd.gradgradcheck(seeded(dropout), inputs)
 
 
-@rows
-def test_it_is_the_law(lead):
-    inputs = tensors(lead)
+@shapes
+def test_it_is_the_law(lead, outputs):
+    inputs = tensors(lead, outputs)
     torch.testing.assert_close(lora_linear(*inputs, 1.7, 0.0), law(*inputs), rtol=1e-13, atol=1e-13)
 
 
-@rows
+@shapes
 @drops
 @pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
-def test_one_gradient_alone_is_the_same(lead, dropout, needed):
-    inputs = tensors(lead)
+def test_one_gradient_alone_is_the_same(lead, outputs, dropout, needed):
+    inputs = tensors(lead, outputs)
     expected = torch.autograd.grad(seeded(dropout)(*inputs).sin().sum(), inputs)
     alone = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
     (gradient,) = torch.autograd.grad(seeded(dropout)(*alone).sin().sum(), [alone[needed]])
@@ -73,15 +80,15 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_inputs(make):
-    _, *others = tensors(MANY, torch.float32)
+    _, *others = tensors(MANY, 9, torch.float32)
     x = make()
     torch.testing.assert_close(lora_linear(x, *others, 1.7, 0.0), law(x, *others))
 
 
-@rows
+@shapes
 @drops
-def test_autocast_agrees_with_float32(lead, dropout):
-    inputs = tensors(lead, torch.float32)
+def test_autocast_agrees_with_float32(lead, outputs, dropout):
+    inputs = tensors(lead, outputs, torch.float32)
     expected = torch.autograd.grad(seeded(dropout)(*inputs).square().sum(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         output = seeded(dropout)(*inputs)
@@ -93,9 +100,9 @@ def test_autocast_agrees_with_float32(lead, dropout):
         assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
-@rows
-def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead):
-    x, weight, _, A, B = tensors(lead, torch.float32)
+@shapes
+def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, outputs):
+    x, weight, _, A, B = tensors(lead, outputs, torch.float32)
     small = B.detach() * 1e-3
     x = x.detach().bfloat16() * 0 + 1
     output = lora_linear(x, torch.full_like(weight, 256).bfloat16(), None, A, small, 1.0, 0.0)
@@ -106,9 +113,17 @@ def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead):
 
 @drops
 def test_only_the_input_is_kept(dropout):
-    inputs = tensors(MANY, torch.float32)
+    inputs = tensors(MANY, 9, torch.float32)
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear(*inputs, 1.7, dropout)
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
+
+
+@pytest.mark.parametrize("width", [1024, 1028], ids=["in_blocks", "at_once"])
+def test_contracting_tall_matrices(width):
+    few, many = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, width, dtype=torch.float64)
+    wide = torch.randn(50, width + 7, dtype=torch.float64)[:, :width]  # rows that are not one after the other
+    for matrix in (many, wide, torch.randn(width, 50, dtype=torch.float64).T):
+        torch.testing.assert_close(contract(few, matrix), few.T @ matrix, rtol=1e-13, atol=1e-13)

@@ -26,13 +26,23 @@ def test_elements_are_independent():
         assert abs(correlation) < 5 / 80_000**0.5
 
 
-def test_a_stream_in_pieces_is_the_whole_mask():
-    dropout = Dropout.draw(0.2)
-    whole = dropout.mask_like(torch.empty(8 * 5 + 3))
-    stream, pieces = dropout.masks(whole.device), [torch.empty(16), torch.empty(24), torch.empty(3)]
-    for piece in pieces:
-        stream.fill(piece)
-    assert torch.equal(torch.cat(pieces), whole)
+@pytest.mark.parametrize("lag", [9842, 10095, 19937])  # the lags of the generator, and their difference
+@pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
+def test_numbers_that_are_sums_are_independent_in_pairs(lag: int, p: float):
+    torch.manual_seed(2)
+    dropout = Dropout.draw(p)
+    mask = dropout.mask_like(torch.empty(1_000_000, dtype=torch.float64))
+    centred, distance = mask - mask.mean(), lag * 64 // dropout.bits
+    correlation = (centred[:-distance] * centred[distance:]).mean() / centred.square().mean()
+    assert abs(correlation) < 5 / (1_000_000 - distance) ** 0.5
+
+
+def test_every_part_of_a_large_mask_has_its_share():
+    torch.manual_seed(4)
+    dropout, size = Dropout.draw(0.1), 8 * 9842
+    parts = dropout.mask_like(torch.empty(40 * size)).view(40, size)
+    share = 1 / dropout.scale
+    assert (parts.mean(1) - share).abs().max() < 5 * (share * (1 - share) / size) ** 0.5
 
 
 def test_a_mask_has_the_format_of_its_input():
