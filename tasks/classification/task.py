@@ -28,7 +28,8 @@ class ImageClassificationTask(VisionTask):
     """One label an image, by any classifier of timm or transformers.
 
     Metrics: `accuracy` (share of images that are right), `top5` (for more than five classes), `f1` and `auroc` (each
-    class against the others, mean over the classes that occur), and `calibration_error` (expected, 15 bins).
+    class against the others, mean over the classes that occur; for `f1`, being predicted is enough), and
+    `calibration_error` (expected, 15 bins).
 
     Args:
         model: Which network, with which weights.

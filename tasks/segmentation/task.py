@@ -37,8 +37,8 @@ class SemanticSegmentationTask(VisionTask):
     """One label a pixel, by any segmenter of transformers or torchvision, or decoder of segmentation-models-pytorch.
 
     Metrics, all from the counts over the whole split: `mean_iou` (intersection over union, mean over the classes that
-    occur), `iou/NAME` for each class, `dice` (mean over the classes that occur) and `pixel_accuracy`. Logits of a
-    network that answers at another resolution, as SegFormer does, are brought to the size of the mask.
+    occur in masks or predictions), `iou/NAME` for each class, `dice` (mean over the same classes) and `pixel_accuracy`.
+    Logits of a network that answers at another resolution, as SegFormer does, are brought to the size of the mask.
     Arguments and attributes are those of `VisionTask`; losses are `cross_entropy`, `focal`, `dice`, `lovasz` and sums.
     """
 

@@ -41,6 +41,23 @@ class Recorder(Callback):
         self.true.append(targets)
 
 
+class FirstChannel(torch.nn.Module):
+    """Takes the first channel of images that are as tall as there are classes for the logits, times four."""
+
+    def forward(self, images):
+        return 4 * images[:, 0, :, 0]
+
+
+def expected_calibration_error(shares, true, bins):
+    """Guo et al., arXiv 1706.04599, equation 3: by how much sureness and accuracy differ, mean over samples in bins."""
+    sure, right = shares.max(1).values, (shares.argmax(1) == true).float()
+    total = 0.0
+    for i in range(bins):
+        inside = (sure > i / bins) & (sure <= (i + 1) / bins)
+        total += float((right[inside].sum() - sure[inside].sum()).abs())
+    return total / len(true)
+
+
 class TestClassification:
     def test_a_fit_learns_real_digits(self, trainer):
         task = ImageClassificationTask(tiny_vit(), lr=5e-3, schedule="cosine", warmup=0.1)
@@ -59,20 +76,28 @@ class TestClassification:
         assert result["val/f1"] == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
 
     def test_probabilities_are_judged_over_the_whole_split(self, trainer):
-        """AUROC against scikit-learn's, on labels with a class that never occurs; top 5; and the confusion matrix."""
-        from sklearn.metrics import confusion_matrix, roc_auc_score
+        """Against scikit-learn and counts made here: unequal batches, a class that never occurs, and ignored labels."""
+        from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 
         torch.manual_seed(1)
-        images, labels = torch.rand(30, 3, 16, 16), torch.arange(30) % 6
-        task = ImageClassificationTask(tiny_vit(7)).eval()
+        images, labels = torch.rand(61, 3, 7, 1), torch.arange(61) % 6
+        task = ImageClassificationTask(tiny_vit(7))
+        task.network = FirstChannel()
+        images[torch.arange(61), 0, labels] += 0.4  # right more often than not, and more sure of some than of others
+        labels[::9] = task.ignore_index
         (result,) = trainer().validate(task, DataLoader(TensorDataset(images, labels), batch_size=7), verbose=False)
-        with torch.no_grad():
-            shares = task(images).softmax(1)
-        each = [roc_auc_score(labels == i, shares[:, i]) for i in range(6)]
+        counted = labels != task.ignore_index
+        shares, true = task(images).softmax(1)[counted], labels[counted]
+        predicted = shares.argmax(1)
+        assert 0.3 < result["val/accuracy"] < 0.9
+        assert result["val/accuracy"] == pytest.approx(float((predicted == true).float().mean()))
+        assert result["val/f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
+        each = [roc_auc_score(true == i, shares[:, i]) for i in range(6)]
         assert result["val/auroc"] == pytest.approx(sum(each) / 6)
         best = shares.topk(5, dim=1).indices
-        assert result["val/top5"] == pytest.approx(float((best == labels[:, None]).any(1).float().mean()))
-        expected = confusion_matrix(labels, shares.argmax(1), labels=range(7))
+        assert result["val/top5"] == pytest.approx(float((best == true[:, None]).any(1).float().mean()))
+        assert result["val/calibration_error"] == pytest.approx(expected_calibration_error(shares, true, bins=15))
+        expected = confusion_matrix(true, predicted, labels=range(7))
         assert task.confusion["val"].tolist() == expected.tolist()
 
     def test_folders_on_disk(self, trainer, class_folders):
