@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.transforms import Size
 
 TRAIN, VAL, TEST = "train", "val", "test"
 SHUFFLE, BALANCED = "shuffle", "balanced"
@@ -135,6 +136,10 @@ class VisionDataModule(LightningDataModule):
     @abstractmethod
     def load(self) -> dict[str, Dataset[Any]]:
         """Read, or make, the data sets by split, after checking all there is to check about them."""
+
+    def size(self) -> Size | None:
+        """Height and width of the images, where all have the same."""
+        return None
 
     def setup(self, stage: str) -> None:
         """Load the splits, once."""

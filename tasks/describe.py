@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 
 from lora_plugins.files import MANIFEST, replace_file
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks.data import VisionDataModule
 
 if TYPE_CHECKING:
     from lora_plugins.tasks.base import VisionTask
@@ -63,5 +64,5 @@ def describe_weights(path: Path, task: VisionTask) -> None:
 def _image_size(task: VisionTask) -> list[int] | None:
     """The size that the task was trained with, or else the one that its network was made for."""
     data = getattr(task.trainer, "datamodule", None) if task._trainer is not None else None
-    size = data.size() if hasattr(data, "size") else task.image_size
+    size = (data.size() if isinstance(data, VisionDataModule) else None) or task.image_size
     return None if size is None else list(size)

@@ -1,7 +1,8 @@
 """A merged network for other runtimes: `python -m lora_plugins.tasks.export MODEL OUT.pt2` (or `OUT.onnx`).
 
-What is written takes images (N, channels, H, W) in [0, 1] of the size that the task was trained with, normalises them,
-and gives logits; any N. Before anything is kept, it is read again and has to answer as the task does.
+What is written takes images (N, channels, H, W) in [0, 1] of one size, by default the one that the task was trained
+with, normalises them, and gives logits; any N. Before anything is kept, it is read again and has to answer as the task
+does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lora_plugins.errors import LoraError
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.loading import merged_task
+from lora_plugins.tasks.transforms import Size
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
@@ -50,12 +52,13 @@ class Deployed(nn.Module):
         return logits
 
 
-def export_task(task: VisionTask, path: str | Path) -> float:
+def export_task(task: VisionTask, path: str | Path, size: Size | None = None) -> float:
     """Write a task with plain layers for another runtime, by the ending of the file's name.
 
     Args:
         task: The task, see `merged_task`.
         path: A `.pt2` file for `torch.export.load`, or an `.onnx` file.
+        size: Height and width of the images; by default those that the task was trained with.
 
     Returns:
         The largest difference between the file's logits and the task's, relative to the largest logit.
@@ -67,10 +70,10 @@ def export_task(task: VisionTask, path: str | Path) -> float:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join(FORMATS)}.")
-    if task.image_size is None:
-        raise ConfigError("The task does not say which size its images have, which an exported network has to know.")
-    channels = len(task.mean)
-    images = torch.rand(2, channels, *task.image_size, generator=torch.Generator().manual_seed(0))
+    size = size or task.image_size
+    if size is None:
+        raise ConfigError("The task does not say which size its images have. Give `size` (in a shell, --size HEIGHT WIDTH).")
+    images = _trial_images(len(task.mean), size)
     network = Deployed(task).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -91,14 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks.export")
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
     parser.add_argument("out", help="the file to write: .pt2 or .onnx")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
+    )
     given = parser.parse_args(arguments)
     try:
-        difference = export_task(merged_task(given.model), given.out)
+        difference = export_task(merged_task(given.model), given.out, None if given.size is None else tuple(given.size))
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{given.out}: logits as the task's, within {difference:.1e} of the largest")
     return 0
+
+
+def _trial_images(channels: int, size: Size) -> Tensor:
+    """Two images, one of noise and one that is smooth: in noise alone, a network may see nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = nn.functional.interpolate(torch.rand(1, channels, 4, 4, generator=generator), size=size, mode="bilinear")
+    return torch.cat([torch.rand(1, channels, *size, generator=generator), smooth])
 
 
 def _to_pt2(program: Any, path: Path) -> Callable[[Tensor], Tensor]:

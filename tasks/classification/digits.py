@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from lora_plugins.tasks.data import TensorSamples, VisionDataModule
 from lora_plugins.tasks.handwriting import Digits, handwriting
+from lora_plugins.tasks.transforms import Size
 
 
 class DigitsDataModule(VisionDataModule):
@@ -42,6 +43,10 @@ class DigitsDataModule(VisionDataModule):
     def class_names(self) -> list[str]:
         """The digits."""
         return [str(digit) for digit in self.digits]
+
+    def size(self) -> Size:
+        """Height and width of the images."""
+        return self.image_size, self.image_size
 
     def load(self) -> dict[str, Dataset[dict[str, object]]]:
         """Draw the digits of the three splits."""

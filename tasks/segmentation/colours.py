@@ -34,8 +34,6 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: np.ndarray, ignore_ind
 
 def palette_picture(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
     """A mask (H, W) as an 8-bit picture of indices with the colours as its palette."""
-    picture = Image.fromarray(mask.astype(np.uint8)).convert("L")
-    picture = picture.convert("P")
-    picture.putdata(mask.astype(np.uint8).ravel().tolist())
+    picture = Image.frombytes("P", mask.shape[::-1], mask.astype(np.uint8).tobytes())
     picture.putpalette(colours.ravel().tolist())
     return picture

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import TEST, TRAIN, VAL, TensorSamples, VisionDataModule
 from lora_plugins.tasks.handwriting import Digits, handwriting
+from lora_plugins.tasks.transforms import Size
 
 BACKGROUND = 0
 INK_THRESHOLD = 0.35
@@ -71,6 +72,10 @@ class DigitScenesDataModule(VisionDataModule):
     def class_names(self) -> list[str]:
         """`ground` and the digits."""
         return ["ground", *(str(digit) for digit in self.digits)]
+
+    def size(self) -> Size:
+        """Height and width of the scenes."""
+        return self.canvas, self.canvas
 
     def load(self) -> dict[str, Dataset[dict[str, object]]]:
         """Compose the scenes of the three splits."""

@@ -27,8 +27,10 @@ from lora_plugins.tasks import (
     load_task,
     merged_task,
 )
+from lora_plugins.tasks.export import main as export
 from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 from lora_plugins.tasks.predict import main as predict
+from lora_plugins.tasks.segmentation.colours import class_colours
 from lora_plugins.tasks.sliding import mask_probabilities
 
 from .conftest import noise, tiny_segformer, tiny_vit, write_image
@@ -49,7 +51,8 @@ def fitted(tmp_path_factory):
         folder = tmp_path_factory.mktemp(kind)
         torch.manual_seed(0)
         save_file(build_network(tiny(), sources).module.state_dict(), folder / "base.safetensors")
-        task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2)
+        # Balanced, so that not all of a mask is the ground.
+        task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2, class_weights="balanced")
         lora = LoraCallback(
             LoraConfig(r=2, modules_to_save=["head" if kind == "labels" else "decode_head.classifier"]),
             target="network",
@@ -117,18 +120,35 @@ class TestPrediction:
             assert sum(shares) == pytest.approx(1, abs=1e-5)
             assert task.class_names[int(np.argmax(shares))] == row["label"]
 
-    @pytest.mark.parametrize("options", [[], ["--window", "64", "64", "--overlap", "0.5"]], ids=["whole", "window"])
-    def test_masks(self, fitted, tmp_path, options):
-        _, files = fitted["masks"]
-        write_image(tmp_path / "images" / "a.jpg", noise(150, 100))
-        write_image(tmp_path / "images" / "b.jpg", noise(30, 70))
-        assert predict([str(files["merged"]), str(tmp_path / "images"), str(tmp_path / "out"), *options]) == 0
-        for name, size in (("a", (100, 150)), ("b", (70, 30))):
+    @pytest.mark.parametrize("file", KINDS)
+    @pytest.mark.parametrize(
+        ("options", "meant"),
+        [
+            ([], {}),
+            (
+                ["--window", "64", "64", "--overlap", "0.5", "--flips"],
+                {"window": (64, 64), "overlap": 0.5, "flips": True},
+            ),
+        ],
+        ids=["whole", "windows and flips"],
+    )
+    def test_masks(self, fitted, tmp_path, file, options, meant):
+        task, files = fitted["masks"]
+        sizes = {"a": (150, 100), "b": (30, 70)}
+        for name, size in sizes.items():
+            write_image(tmp_path / "images" / f"{name}.png", noise(*size))
+        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), *options]) == 0
+        task.image_size = (64, 64)
+        for name, (height, width) in sizes.items():
+            image = torch.from_numpy(noise(height, width)).permute(2, 0, 1).float() / 255
+            expected = mask_probabilities(task, image, **meant).argmax(0).numpy()
             with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as mask:
-                assert (mask.mode, mask.size) == ("P", size)
-                assert np.asarray(mask).max() < 4
+                assert (mask.mode, mask.size) == ("P", (width, height))
+                assert len(np.unique(expected)) > 1
+                assert (np.asarray(mask) == expected).mean() > 0.999  # but for ties that a merge decides otherwise
+                assert mask.getpalette()[: 3 * len(task.class_names)] == class_colours(4).ravel().tolist()
             with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
-                assert (picture.mode, picture.size) == ("RGB", size)
+                assert (picture.mode, picture.size) == ("RGB", (width, height))
 
     def test_one_window_over_all_is_the_network_itself(self, fitted):
         task, _ = fitted["masks"]
@@ -147,26 +167,38 @@ class TestPrediction:
         assert capsys.readouterr().err.startswith("error: There is no")
 
 
-@pytest.mark.parametrize("kind", ["labels", "masks"])
 class TestExport:
-    def test_torch_export(self, fitted, tmp_path, kind):
+    @pytest.mark.parametrize(("kind", "size"), [("labels", (16, 16)), ("masks", (64, 64))])
+    def test_torch_export(self, fitted, tmp_path, kind, size):
+        """At the size of the data, embedded or not, which the files know."""
         task = merged_task(fitted[kind][1]["adapter"])
-        task.image_size = (16, 16) if kind == "labels" else (64, 64)
         assert export_task(task, tmp_path / "m.pt2") < 1e-5
-        images = torch.rand(3, 3, *task.image_size)
+        images = torch.rand(3, 3, *size)
         found = torch.export.load(tmp_path / "m.pt2").module()(images)
         torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
+
+    def test_another_size(self, fitted, tmp_path, capsys):
+        files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "m.pt2")]
+        assert export([*files, "--size", "32", "96"]) == 0
+        assert "logits as the task's, within" in capsys.readouterr().out
+        found = torch.export.load(files[1]).module()(torch.rand(1, 3, 32, 96))
+        assert found.shape == (1, 4, 32, 96)
+
+    def test_a_size_is_needed(self, fitted, tmp_path):
+        task = load_task(fitted["masks"][1]["merged"])
+        task.image_size = None
+        with pytest.raises(ConfigError, match="--size HEIGHT WIDTH"):
+            export_task(task, tmp_path / "m.pt2")
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of onnxscript
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_onnx(self, fitted, tmp_path, kind):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-        task = merged_task(fitted[kind][1]["adapter"])
-        task.image_size = (16, 16) if kind == "labels" else (64, 64)
-        assert export_task(task, tmp_path / "m.onnx") < 1e-4
+        assert export_task(merged_task(fitted[kind][1]["adapter"]), tmp_path / "m.onnx") < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports
