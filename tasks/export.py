@@ -72,7 +72,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join(FORMATS)}.")
     size = size or task.image_size
     if size is None:
-        raise ConfigError("The task does not say which size its images have. Give `size` (in a shell, --size HEIGHT WIDTH).")
+        raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
     images = _trial_images(len(task.mean), size)
     network = Deployed(task).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
