@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_plugins.tasks.errors import DataError, unknown
 
@@ -61,14 +62,24 @@ def read_image(path: Path) -> Image.Image:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Read a picture as it is stored.
+    """Read a picture in the mode in which it is stored.
 
     Raises:
         DataError: Where it cannot be read.
     """
+    return decoded(path, str(path))
+
+
+def decoded(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """Decode a picture, turned upright as its EXIF data say: cameras store what the sensor saw, and how it was held.
+
+    Raises:
+        DataError: Where it cannot be decoded, naming it.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{name} cannot be read: {error}") from error

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import TEST, TRAIN, VAL
 from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.files import decoded
 from lora_plugins.tasks.pictures import Item
 
 NAMES: Mapping[str, tuple[str, ...]] = {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}
@@ -68,13 +69,8 @@ class HubTable:
         stored = self.tables[split][row][column]
         if stored is None:
             raise DataError(f"{item.name} has no {column}. Splits without it can be left out: see `splits`.")
-        try:
-            source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
-            with Image.open(source) as picture:
-                picture.load()
-                return picture
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{column} in {item.name} cannot be read: {error}") from error
+        source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+        return decoded(source, f"{column} in {item.name}")
 
     def _splits(self, found: Any, given: Mapping[str, str] | None) -> dict[str, str]:
         if given is None:
