@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_plugins.functions import depthwise
 from lora_plugins.functions.channels import contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.linear import may_go_first, update_is_cheaper
@@ -53,6 +54,10 @@ class Geometry:
         self, dy: Tensor, x: Tensor, kernel: Tensor, *, of_x: bool, of_kernel: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns the gradients of input and kernel."""
+        if of_kernel and depthwise.is_worth_it(x, kernel, self.groups):
+            dkernel = depthwise.kernel_gradient(dy, x, kernel.shape, self.stride, self.padding, self.dilation)
+            dx = self.gradients(dy, x, kernel, of_x=True, of_kernel=False)[0] if of_x else None
+            return dx, dkernel
         dx, dkernel, _ = torch.ops.aten.convolution_backward(
             dy, x, kernel, None, self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups,
             (of_x, of_kernel, False),
@@ -127,7 +132,7 @@ def _choose(
 ) -> ConvOptions:
     r, inputs = A.shape
     outputs = weight.shape[0]
-    positions = x.shape[0] * (x[0, 0].numel() // math.prod(geometry.stride)) if len(x) else 0
+    positions = len(x) * (x.shape[2:].numel() // math.prod(geometry.stride))
     grouped = geometry.groups > 1
     cheaper = grouped or update_is_cheaper(positions, inputs, outputs)
     update_first = cheaper and may_go_first(weight, dropout)
@@ -254,7 +259,8 @@ def _project(dkernel: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tupl
     if dkernel is None:
         return None, None
     matrix = dkernel.flatten(1).to(A.dtype)
-    return (B.T @ matrix).mul_(scale), (matrix @ A.T).mul_(scale)
+    # beta=0 leaves the first argument out: a product and its factor in one operation.
+    return torch.addmm(A, B.T, matrix, beta=0, alpha=scale), torch.addmm(B, matrix, A.T, beta=0, alpha=scale)
 
 
 def _kernel(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:

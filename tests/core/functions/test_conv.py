@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_plugins.functions import depthwise
 from lora_plugins.functions.conv import Geometry, _choose, lora_conv
 
 
@@ -61,6 +62,20 @@ CASES = [
     Case("kernel-strided-dilated", True, False, stride=2, padding=2, dilation=2),
     Case("kernel-grouped", True, False, groups=2),
     Case("kernel-depthwise", True, False, groups=4, outputs=4),
+    Case("kernel-depthwise-large", True, False, groups=4, outputs=4, kernel=5, padding=2),
+    Case(
+        "kernel-depthwise-large-strided-dilated",
+        True,
+        False,
+        groups=4,
+        outputs=4,
+        size=(11, 9),
+        kernel=4,
+        stride=2,
+        padding=1,
+        dilation=2,
+    ),
+    Case("update-dropout-depthwise-large", False, False, groups=4, outputs=4, kernel=5, padding=2, dropout=0.3),
     Case("kernel-1d", True, False, size=(9,)),
     Case("kernel-3d", True, False, size=(3, 4, 3)),
     Case("both", True, True, outputs=12, r=1),
@@ -142,3 +157,17 @@ def test_only_the_input_is_kept(case: Case):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         case.compute(*inputs)
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
+
+
+@pytest.mark.parametrize("at_once", [1, 2**18], ids=["image_by_image", "whole_batch"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_gradient_of_a_large_depthwise_kernel(at_once, last, monkeypatch):
+    monkeypatch.setattr(depthwise, "_AT_ONCE", at_once)
+    x, kernel = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.randn(4, 1, 5, 4, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    moves = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+    y = torch.nn.functional.conv2d(x, kernel.requires_grad_(), groups=4, **moves)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, kernel, dy)
+    torch.testing.assert_close(depthwise.kernel_gradient(dy, x, kernel.shape, **moves), expected)
+    assert depthwise.is_worth_it(x, kernel, 4)
