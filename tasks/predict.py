@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from lora_plugins.commands.pipes import ending_quietly
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import DataError
@@ -66,6 +67,7 @@ def predict_folder(
     return [_write_labels(task, paths, out / LABELS, flips)]
 
 
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks.predict")

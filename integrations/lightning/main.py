@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 
+from lora_plugins.commands.pipes import ending_quietly
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.sources import DISTRIBUTION
 
@@ -19,6 +20,7 @@ TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 _NEEDED = {"lightning": "lightning", "jsonargparse": "jsonargparse", "rich": "rich", "yaml": "jsonargparse"}
 
 
+@ending_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
