@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.checkpoint import frozen_tensors, trained_parameters
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
@@ -18,6 +19,62 @@ _NO_GRADIENT = (
     "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
     "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
 )
+
+
+class Audit:
+    """Watches a run from the start of its training: its first steps, and its frozen base throughout.
+
+    Args:
+        trainer: The trainer.
+        module: Its module, adapted.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        self._first: FirstSteps | None = FirstSteps(trained_parameters(module))
+        self._frozen = checksums(frozen_tensors(module))
+        self._steps = trainer.global_step
+        self._rates: list[float] = []
+        self._scale = 1.0
+
+    def before_batch(self, *, first_of_epoch: bool) -> None:
+        """Checks once an epoch that the base is still frozen, and notes the rates at which the first batches train.
+
+        Raises:
+            StateError: If something made it trainable.
+        """
+        if self._first is not None:  # before a scheduler changes them at the batch's end
+            self._rates = [float(g["lr"]) for optimizer in self._trainer.optimizers for g in optimizer.param_groups]
+            self._scale = loss_scale(self._trainer)
+        if first_of_epoch:
+            frozen = frozen_tensors(self._module)
+            refuse_unfrozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
+
+    def before_step(self) -> None:
+        """Notes in the first steps what has a gradient."""
+        if self._first is not None:
+            self._first.before_step()
+
+    def after_batch(self) -> None:
+        """Checks in the first steps that everything trainable gets a gradient and moves.
+
+        Raises:
+            StateError: If nothing does.
+        """
+        if self._first is None:
+            return
+        steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
+        skipped = loss_scale(self._trainer) < self._scale  # after an overflow in float16
+        if not skipped and not self._first.after_batch(self._rates, steps):
+            self._first = None
+
+    def finish(self) -> None:
+        """Checks that the frozen base is what it was.
+
+        Raises:
+            StateError: If it is not.
+        """
+        refuse_moved(self._frozen, frozen_tensors(self._module))
 
 
 class FirstSteps:

@@ -1,31 +1,20 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
-import dataclasses
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, Plan, StateError
-from lora_plugins.errors import listing, near
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins.errors import near
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.integrations.lightning import from_data, optimizers, sharded
-from lora_plugins.integrations.lightning.audit import (
-    FirstSteps,
-    checksums,
-    loss_scale,
-    refuse_moved,
-    refuse_unfrozen,
-)
-from lora_plugins.integrations.lightning.checkpoint import adapted_targets, frozen_tensors, trained_parameters
+from lora_plugins.integrations.lightning import adapting, from_data, optimizers, sharded
+from lora_plugins.integrations.lightning.audit import Audit
 from lora_plugins.integrations.lightning.heads import with_heads
 from lora_plugins.integrations.lightning.merging import (
     Merged,
@@ -42,7 +31,6 @@ from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
 from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
-from lora_plugins.layer import state_of
 from lora_plugins.state import model_state
 
 
@@ -119,11 +107,7 @@ class LoraCallback(Callback):
         self._merged: Merged | None = None
         self._shims: ModuleShims | None = None
         self._late: ModuleShims | None = None
-        self._first_steps: FirstSteps | None = None
-        self._frozen: dict[str, int] = {}
-        self._steps_seen = 0
-        self._rates: list[float] = []
-        self._scale = 1.0
+        self._audit: Audit | None = None
         self._random: dict[str, Any] | None = None
         self._quiet = ExitStack()
 
@@ -174,7 +158,7 @@ class LoraCallback(Callback):
         before = sharded.Early(lambda: self._ensure(trainer, pl_module)) if is_sharded(trainer) else None
         if from_data.learns(self.config):
             self._late = from_data.after_restoring(
-                trainer, lambda: self._ensure(trainer, pl_module), lambda: _copy_again(trainer, pl_module)
+                trainer, lambda: self._ensure(trainer, pl_module), lambda: adapting.copy_again(trainer, pl_module)
             )
         else:
             shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
@@ -186,12 +170,13 @@ class LoraCallback(Callback):
         Raises:
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
-        sharded.refuse_wrapped(self._target(pl_module))
-        self._refuse_replaced(pl_module)
+        target = self._target(pl_module)
+        sharded.refuse_wrapped(target)
+        adapting.refuse_replaced(target, self.adapter_name)
         if self.merge_on_fit_end or self.export_to is not None:
-            refuse_computed(self._target(pl_module))
+            refuse_computed(target)
         if self.print_plan and trainer.is_global_zero:
-            print_plan(self._handle(pl_module).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
+            print_plan(LoraModel(target).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
             self._quiet.enter_context(expecting_eval(pl_module))
@@ -204,26 +189,21 @@ class LoraCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to watch what moves."""
         self._quiet.close()
-        self._first_steps = FirstSteps(trained_parameters(pl_module))
-        self._steps_seen = trainer.global_step
-        self._frozen = checksums(frozen_tensors(pl_module))
+        self._audit = Audit(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Checks once an epoch that the base is still frozen, and notes the learning rates of the first batches.
+        """Checks once an epoch that the base is still frozen.
 
         Raises:
             StateError: If another callback made it trainable.
         """
-        if self._first_steps is not None:  # before a scheduler changes them at the batch's end
-            self._rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups]
-            self._scale = loss_scale(trainer)
-        if batch_idx == 0:
-            refuse_unfrozen({k: p for k, p in frozen_tensors(pl_module).items() if isinstance(p, nn.Parameter)})
+        if self._audit is not None:
+            self._audit.before_batch(first_of_epoch=batch_idx == 0)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient."""
-        if self._first_steps is not None:
-            self._first_steps.before_step()
+        if self._audit is not None:
+            self._audit.before_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,12 +213,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If nothing does.
         """
-        if self._first_steps is None:
-            return
-        steps, self._steps_seen = trainer.global_step - self._steps_seen, trainer.global_step
-        skipped = loss_scale(trainer) < self._scale  # after an overflow in float16
-        if not skipped and not self._first_steps.after_batch(self._rates, steps):
-            self._first_steps = None
+        if self._audit is not None:
+            self._audit.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the frozen base is what it was.
@@ -246,7 +222,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If it is not.
         """
-        refuse_moved(self._frozen, frozen_tensors(pl_module))
+        if self._audit is not None:
+            self._audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, merges and exports, as asked for."""
@@ -279,8 +256,8 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to a run."""
-        none = dict.fromkeys(("_merged", "_shims", "_late", "_first_steps"))
-        return {**self.__dict__, **none, "_frozen": {}, "_quiet": ExitStack()}
+        none = dict.fromkeys(("_merged", "_shims", "_late", "_audit"))
+        return {**self.__dict__, **none, "_quiet": ExitStack()}
 
     def _optimize(self, module: LightningModule, configured: Any) -> None:
         """Completes optimizers with what is to be trained, each part at its rate."""
@@ -305,86 +282,21 @@ class LoraCallback(Callback):
         state = model_state(target)
         config = with_heads(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
-            self._reuse(target, config)
+            adapting.reuse(target, self.adapter_name, config)
         else:
-            self._refuse_nested(module, target)
+            adapting.refuse_nested(module, self.target)
             if is_sharded(trainer):
                 sharded.refuse_unfit(target, config, trainer)
             learns = from_data.learns(config)
             data = from_data.observed(trainer, module, self.target, config, self.init_batches) if learns else None
-            self._add(target, config, data)
+            adapting.add(target, self.adapter_name, config, data)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
-            _copy_again(trainer, module)
+            adapting.copy_again(trainer, module)
         if self.train_mode and trainer.state.fn == "fit":
-            _into_training_mode(target)
-
-    def _add(self, target: nn.Module, config: LoraConfig, data: Observations | None) -> None:
-        if model_state(target) is None:
-            LoraModel(target, config, self.adapter_name, init_data=data)
-            return
-        lora = LoraModel(target)
-        lora.add_adapter(self.adapter_name, config, init_data=data)
-        lora.set_adapter((*lora.active_adapters, self.adapter_name))
-
-    def _reuse(self, target: nn.Module, config: LoraConfig) -> None:
-        lora = LoraModel(target)
-        present = lora.adapters[self.adapter_name]
-        different = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(present, f.name)]
-        if different:
-            raise StateError(
-                f"The module has an adapter {self.adapter_name!r} already, with another configuration: "
-                f"{listing(different)} differ. Choose another adapter_name, or take the old one off first: "
-                "LoraModel(module).unload()."
-            )
-        if lora.merged_adapters:
-            lora.unmerge_adapter()
-        if self.adapter_name not in lora.active_adapters:
-            lora.set_adapter((*lora.active_adapters, self.adapter_name))
-        self._refuse_replaced_in(target)
-
-    def _refuse_replaced(self, module: LightningModule) -> None:
-        self._refuse_replaced_in(self._target(module))
-
-    def _refuse_replaced_in(self, target: nn.Module) -> None:
-        plan = LoraModel(target).plans[self.adapter_name]
-        found = dict(target.named_modules())
-        lost = [
-            layer.name
-            for layer in plan.layers
-            if layer.name not in found
-            or (state := state_of(found[layer.name])) is None
-            or self.adapter_name not in state.adapters
-        ]
-        if lost:
-            raise StateError(
-                f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
-                "precision plugin that swaps layers, or a setup() that builds the model again, does that. Build the "
-                "layers once, and convert them before fit."
-            )
-
-    def _refuse_nested(self, module: nn.Module, target: nn.Module) -> None:
-        """Refuses targets that lie inside one another: a layer would have two sets of adapters."""
-        for path, other in adapted_targets(module).items():
-            if other is target:
-                continue
-            if any(child is target for child in other.modules()) or any(child is other for child in target.modules()):
-                raise StateError(
-                    f"The targets {self.target or 'the module'!r} and {path or 'the module'!r} lie inside one another. "
-                    "Give all LoraCallbacks the same target, and different adapter_names, or targets side by side."
-                )
+            adapting.into_training_mode(target)
 
     def _target(self, module: nn.Module) -> nn.Module:
-        if self.target is None:
-            return module
-        found = dict(module.named_modules())
-        if self.target not in found:
-            raise ConfigError(
-                f"target is {self.target!r}, which {type(module).__name__} does not have. {near(self.target, found)}"
-            )
-        return cast(nn.Module, found[self.target])
-
-    def _handle(self, module: LightningModule) -> LoraModel:
-        return LoraModel(self._target(module))
+        return adapting.target_of(module, self.target)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
         """Writes the files that were asked for; only the first process does, and returns them."""
@@ -421,26 +333,4 @@ class LoraCallback(Callback):
         for shims in (self._shims, self._late):
             if shims is not None:
                 shims.remove()
-        self._shims, self._late, self._first_steps = None, None, None
-
-
-def _copy_again(trainer: Trainer, module: LightningModule) -> None:
-    """Lets averaging callbacks copy the adapted module: they copied it in their setup, before it was adapted."""
-    averaging: Sequence[Callback] = [
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-    ]
-    for callback in averaging:
-        callback.setup(trainer, module, "fit")
-
-
-def _into_training_mode(target: nn.Module) -> None:
-    modes = {name: child.training for name, child in target.named_modules()}
-    target.train()
-    woken = [name for name, child in target.named_modules() if child.training and not modes[name]]
-    if woken:
-        rank_zero_info(
-            f"{len(woken)} modules arrived in eval mode and were put into training mode: {listing(woken, 3)}. Use "
-            "LoraCallback(train_mode=False) to leave them."
-        )
+        self._shims, self._late, self._audit = None, None, None
