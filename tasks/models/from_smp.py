@@ -55,7 +55,7 @@ def _create(config: ModelConfig) -> nn.Module:
             nn.Module,
             decoders[config.name](encoder_weights=weights, classes=config.num_classes, **config.options),
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"smp's {config.name} cannot be built with the options {config.options}: {error}") from error
     except OSError as error:
         raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.heads import class_dependent
 from lora_plugins.tasks.models.network import Network, children_besides
 from lora_plugins.tasks.models.weights import (
     NONE,
@@ -78,6 +80,8 @@ def _architecture(config: ModelConfig, auto: Any) -> Any:
     architecture = _named_architecture(config, auto)
     if hasattr(architecture, AUXILIARY_OPTION):
         setattr(architecture, AUXILIARY_OPTION, False)
+    # Where a model type has several classes of models, the library asks this list for one, and it may not be None.
+    architecture.architectures = architecture.architectures or []
     return architecture
 
 
@@ -112,13 +116,13 @@ def _fetched_architecture(config: ModelConfig) -> Any:
 
 def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:
     if config.weights == NONE:
-        module = auto.from_config(architecture)
-        return module, children_besides(module, _base(module))
+        module = _random(config, auto, architecture)
+        return module, _heads(module, config, auto)
     report_it = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if config.weights == PRETRAINED:
         module, info = _pretrained(config.name, auto, config=architecture, **report_it)
     else:
-        cls = type(auto.from_config(architecture))
+        cls = type(_random(config, auto, architecture))
         state = read_weights(config.weights)
         module, info = cls.from_pretrained(None, config=architecture, state_dict=state, **report_it)
     difference = Difference(
@@ -126,10 +130,28 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
         surplus=frozenset(key for key in info["unexpected_keys"] if not key.startswith(AUXILIARY)),
         reshaped=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
     )
-    base = _base(module)
     where = repr(config.name if config.weights == PRETRAINED else config.weights)
-    heads = children_besides(module, base)
-    return module, new_modules(difference, module.state_dict(), heads=heads, base=base, where=where)
+    heads, keys = _heads(module, config, auto), module.state_dict()
+    return module, new_modules(difference, keys, heads=heads, base=_base(module), where=where)
+
+
+def _random(config: ModelConfig, auto: Any, architecture: Any) -> Any:
+    try:
+        return auto.from_config(architecture)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{config.name} of transformers cannot be built with the options {config.options}: {error}"
+        ) from error
+
+
+def _heads(module: nn.Module, config: ModelConfig, auto: Any) -> tuple[str, ...]:
+    """The parts that may be a new head: those beside the base, or else what depends on the number of classes."""
+    base = _base(module)
+    beside = () if base is None else children_besides(module, base)
+    return beside or class_dependent(
+        lambda classes: auto.from_config(_architecture(replace(config, num_classes=classes), auto)),
+        config.num_classes,
+    )
 
 
 def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
@@ -146,12 +168,12 @@ def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
         raise ConfigError(f"The pretrained weights {name!r} of transformers could not be read: {error}") from error
 
 
-def _base(module: nn.Module) -> str:
-    """Name of the child that is no head; UperNet, over any backbone, says none."""
-    for name in (module.base_model_prefix, "backbone"):
+def _base(module: nn.Module) -> str | None:
+    """Name of the child that is no head; UperNet, over any backbone, says none, and CLIP's says that of its parent."""
+    for name in (module.base_model_prefix, "backbone", "vision_model"):
         if name and hasattr(module, str(name)):
             return str(name)
-    raise ConfigError(f"{type(module).__name__} of transformers does not say which part of it is no head.")
+    return None
 
 
 def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.models.config import AUTO, NEW, ModelConfig
@@ -24,7 +25,11 @@ def with_head(build: Build, config: ModelConfig) -> Network:
     network = build(config)
     if config.head == AUTO or network.new_modules:
         return network
-    names = class_dependent(build, config)
+    names = class_dependent(
+        lambda classes: build(replace(config, weights=NONE, num_classes=classes)).module, config.num_classes
+    )
+    if not names:
+        raise ConfigError(f"Nothing in {config.name!r} depends on the number of classes, so it has no head to train.")
     if config.head == NEW:
         fresh = build(replace(config, weights=NONE)).module.state_dict()
         own = network.module.state_dict()
@@ -32,18 +37,13 @@ def with_head(build: Build, config: ModelConfig) -> Network:
     return replace(network, new_modules=names)
 
 
-def class_dependent(build: Build, config: ModelConfig) -> tuple[str, ...]:
+def class_dependent(build: Callable[[int], nn.Module], classes: int) -> tuple[str, ...]:
     """Names of the modules with a parameter whose shape depends on the number of classes.
 
-    Raises:
-        ConfigError: Where there is none.
+    Args:
+        build: Builds the network for so many classes, without weights.
+        classes: The number of classes.
     """
     with torch.device("meta"):
-        here, there = (
-            dict(build(replace(config, weights=NONE, num_classes=config.num_classes + more)).module.named_parameters())
-            for more in (0, 1)
-        )
-    names = {name.rpartition(".")[0] for name, p in here.items() if p.shape != there[name].shape}
-    if not names:
-        raise ConfigError(f"Nothing in {config.name!r} depends on the number of classes, so it has no head to train.")
-    return tuple(sorted(names))
+        here, there = (dict(build(number).named_parameters()) for number in (classes, classes + 1))
+    return tuple(sorted({name.rpartition(".")[0] for name, p in here.items() if p.shape != there[name].shape}))

@@ -80,9 +80,10 @@ def pairs(side, count=4):
     return DataLoader(TensorDataset(torch.rand(count, 3, side, side), torch.randint(0, 4, (count, side, side))), 2)
 
 
-WITHOUT_GRADIENT = {"beit", "data2vec-vision", "dpt"}
+WITHOUT_GRADIENT = {"beit", "data2vec-vision", "dpt", "siglip"}
 """The callback's audit warns, rightly: outputs of the first two are counted such that the last layers of so shallow a
-network lead nowhere, and the first stage of DPT's neck has a part for an input that it never gets."""
+network lead nowhere, the first stage of DPT's neck has a part for an input that it never gets, and SigLIP's pooling
+serves no classifier."""
 
 
 def warned_of(name):
@@ -109,6 +110,71 @@ def test_it_trains_with_the_default_targets(name, trainer):
 def test_default_targets_are_attention_or_else_dense_layers(name):
     network = build_network(config(name), SEGMENTERS)
     assert default_targets(network.module, network.new_modules) == TRANSFORMERS[name][2]
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+SMALL |= {"image_size": 32, "patch_size": 8}
+TRANSFORMERS_CLASSIFIERS = {  # model type: options, the head
+    "vit": (SMALL, ["classifier"]),
+    "deit": (SMALL, ["classifier"]),  # two classes of models share the type
+    "clip": ({"vision_config": SMALL, "text_config": {**SMALL, "vocab_size": 8}}, ["classifier"]),
+    "siglip": ({"vision_config": SMALL, "text_config": {**SMALL, "vocab_size": 8}}, ["classifier"]),
+    "convnext": ({k: v for k, v in CONVNEXT.items() if k in ("depths", "hidden_sizes")}, ["classifier"]),
+    "timm_wrapper": ({"architecture": "test_vit"}, ["timm_model.head"]),  # nothing beside the base
+    "hgnet_v2": (  # no part is the base
+        {
+            "depths": [1, 1],
+            "hidden_sizes": [8, 16],
+            "embedding_size": 8,
+            "stem_channels": [3, 8, 8],
+            "stage_in_channels": [8, 8],
+            "stage_mid_channels": [8, 8],
+            "stage_out_channels": [8, 16],
+            "stage_num_blocks": [1, 1],
+            "stage_numb_of_layers": [1, 1],
+            "stage_downsample": [False, True],
+            "stage_light_block": [False, False],
+            "stage_kernel_size": [3, 3],
+        },
+        ["fc"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [warned_of(name) for name in TRANSFORMERS_CLASSIFIERS])
+def test_classifiers_of_transformers_train(name, trainer):
+    options, heads = TRANSFORMERS_CLASSIFIERS[name]
+    task = ImageClassificationTask(ModelConfig("transformers", name, 3, "none", options, HALF, HALF))
+    assert task.head_modules == tuple(f"network.{head}" for head in heads)
+    lora = LoraCallback(LoraConfig(r=2), target="network", print_plan=False, merge_on_fit_end=False)
+    side = 160 if name == "timm_wrapper" else 32
+    loader = DataLoader(TensorDataset(torch.rand(4, 3, side, side), torch.tensor([0, 1, 2, 0])), 2)
+    trainer(callbacks=[lora]).fit(task, loader, loader)
+    assert any(parameter.any() for key, parameter in task.named_parameters() if ".lora_B." in key)
+
+
+def test_the_pictures_side_of_clip(tmp_path):
+    """The file of a whole CLIP: what is of texts is left aside, the classifier is new."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    options, _ = TRANSFORMERS_CLASSIFIERS["clip"]
+    whole = CLIPModel(CLIPConfig(**options))
+    whole.save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    task = ImageClassificationTask(ModelConfig("transformers", str(tmp_path), 3, "pretrained"))
+    assert task.head_modules == ("network.classifier",)
+    for key, tensor in task.network.vision_model.state_dict().items():
+        assert torch.equal(tensor, whole.vision_model.state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "options"),
+    [("transformers", "beit", {"out_indices": [1]}), ("smp", "UnetPlusPlus", {"encoder_name": "mit_b0"})],
+    ids=["transformers", "smp"],
+)
+def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
+    with pytest.raises(ConfigError, match=f"{name}.* cannot be built with the options"):
+        SemanticSegmentationTask(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
 CLASSIFIERS = {
@@ -203,10 +269,9 @@ class TestHeads:
 
     @pytest.mark.parametrize("name", [*TRANSFORMERS, TORCHVISION[1]])
     def test_the_layers_that_depend_on_the_classes_are_found(self, name):
-        from lora_plugins.tasks.models import source_of
         from lora_plugins.tasks.models.heads import class_dependent
 
-        found = class_dependent(source_of(config(name), SEGMENTERS).build, config(name))
+        found = class_dependent(lambda classes: build_network(config(name, classes), SEGMENTERS).module, 4)
         expected = TRANSFORMERS[name][3:] if name in TRANSFORMERS else None
         assert found == (expected or ("classifier.high_classifier", "classifier.low_classifier"))
 
