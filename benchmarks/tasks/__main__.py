@@ -21,13 +21,13 @@ from benchmarks.tasks.runs import CASES, Outcome, Tuning, Way, run
 from benchmarks.tasks.weights import write_weights
 
 FROZEN, FULL = "frozen backbone", "full fine-tuning"
-LORA = {"classification": Tuning(1e-2, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
+LORA = {"classification": Tuning(3e-3, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
 WAYS = {
-    FROZEN: Way(0, {"classification": Tuning(3e-2), "segmentation": Tuning(1e-2, norm="track")}),
+    FROZEN: Way(0, {"classification": Tuning(3e-3), "segmentation": Tuning(1e-2, norm="track")}),
     "LoRA, r=2": Way(2, LORA),
     "LoRA, r=8": Way(8, LORA),
     "LoRA, r=32": Way(32, LORA),
-    FULL: Way(None, {"classification": Tuning(1e-2, 3e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
+    FULL: Way(None, {"classification": Tuning(3e-3, 1e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
 }
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
