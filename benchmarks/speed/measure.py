@@ -18,13 +18,15 @@ def step(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
 
 
 def seconds(models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: int) -> dict[str, list[float]]:
-    """Times one step of each model in turn, after two rounds of warming up."""
+    """Times one step of each model in turn, after two rounds of warming up; each round begins with another one."""
     times: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
     for round_ in range(rounds + 2):
-        for name, model in models.items():
+        first = round_ % len(names)  # a step finds the memory as the step before it left it
+        for name in names[first:] + names[:first]:
             _wait(batch)
             start = time.perf_counter()
-            step(model, batch)
+            step(models[name], batch)
             _wait(batch)
             if round_ > 1:
                 times[name].append(time.perf_counter() - start)
