@@ -24,6 +24,7 @@ from lora_plugins.tasks.splitting import check_shares, split_off
 from lora_plugins.tasks.transforms import Size, image_transform
 
 ERROR, SKIP = "error", "skip"
+PROBLEMS = (ERROR, SKIP)
 READERS = 4
 
 
@@ -105,8 +106,8 @@ class PictureDataModule(VisionDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, sampler)
         check_shares(val_share, test_share)
-        if on_problem not in (ERROR, SKIP):
-            raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, (ERROR, SKIP))}")
+        if on_problem not in PROBLEMS:
+            raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEMS)}")
         self.image_size, self.interpolation, self.augmentation = image_size, interpolation, augmentation
         self.shares, self.split_seed = {VAL: val_share, TEST: test_share}, split_seed
         self.check_files, self.on_problem = check_files, on_problem

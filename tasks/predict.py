@@ -13,16 +13,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.commands.pipes import ending_quietly
-from lora_plugins.errors import LoraError
+from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.base import VisionTask
-from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import image_files, read_image
 from lora_plugins.tasks.loading import load_task
+from lora_plugins.tasks.pictures import ERROR, PROBLEMS, SKIP
 from lora_plugins.tasks.segmentation.colours import class_colours, overlay, palette_picture
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 from lora_plugins.tasks.sliding import label_probabilities, mask_probabilities
@@ -40,6 +43,7 @@ def predict_folder(
     window: Size | None = None,
     overlap: float = 0.25,
     flips: bool = False,
+    on_problem: str = ERROR,
 ) -> list[Path]:
     """Predict for every image in a folder, and write what was found.
 
@@ -50,19 +54,26 @@ def predict_folder(
         window: For segmentation, see `mask_probabilities`.
         overlap: Likewise.
         flips: Whether the mean over each image and its mirror image is taken.
+        on_problem: What happens to images that cannot be read: `error` stops, before anything is written, with a list
+            of them, `skip` leaves them out with a warning that lists them.
 
     Returns:
         The files that were written.
 
     Raises:
-        DataError: Where there are no images, one cannot be read, or the task has too many classes for a palette.
+        DataError: Where there are no images, some cannot be read, or the task has too many classes for a palette.
+        ConfigError: For a window where no mask is predicted, or another wrong option.
     """
+    segments = isinstance(task, SemanticSegmentationTask)
+    if window is not None and not segments:
+        raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
     paths = image_files(Path(images))
     if not paths:
         raise DataError(f"{Path(images).absolute()} holds no image.")
+    paths = _readable(paths, on_problem)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if isinstance(task, SemanticSegmentationTask):
+    if segments:
         return _write_masks(task, paths, out, window, overlap, flips)
     return [_write_labels(task, paths, out / LABELS, flips)]
 
@@ -77,16 +88,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next covers again")
     parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
+    parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     given = parser.parse_args(arguments)
-    window = None if given.window is None else (given.window[0], given.window[1])
+    options = {
+        "window": None if given.window is None else (given.window[0], given.window[1]),
+        "overlap": given.overlap,
+        "flips": given.flips,
+        "on_problem": SKIP if given.skip else ERROR,
+    }
     try:
-        task = load_task(given.model)
-        files = predict_folder(task, given.images, given.out, window=window, overlap=given.overlap, flips=given.flips)
+        files = predict_folder(load_task(given.model).to(given.device), given.images, given.out, **options)
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {given.out}")
     return 0
+
+
+def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
+    if on_problem not in PROBLEMS:
+        raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEMS)}")
+    problems: dict[Path, str] = {}
+    for path in paths:
+        try:
+            read_image(path)
+        except DataError as error:
+            problems[path] = str(error)
+    said = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(list(problems.values()))}"
+    if problems and (on_problem == ERROR or len(problems) == len(paths)):
+        raise DataError(f"{said}\nWith --skip (on_problem='skip'), such images are left out.")
+    if problems:
+        rank_zero_warn(said)
+    return [path for path in paths if path not in problems]
 
 
 def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:

@@ -48,8 +48,10 @@ def mask_probabilities(
         flips: Whether the mean over the image and its mirror image is taken.
 
     Raises:
-        ConfigError: For an overlap that is no share.
+        ConfigError: For an overlap that is no share, or a window of nothing.
     """
+    if window is not None and min(window) < 1:
+        raise ConfigError(f"window is {window[0]}x{window[1]}; both are at least 1.")
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap is {overlap}; it is a share of the window, from 0 to below 1.")
     height, width = image.shape[-2:]

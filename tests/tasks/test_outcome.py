@@ -162,6 +162,36 @@ class TestPrediction:
         one, two = (mask_probabilities(task, i, window=(64, 64), flips=True) for i in (image, image.flip(-1)))
         torch.testing.assert_close(one, two.flip(-1), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize(
+        ("kind", "options", "message"),
+        [
+            ("labels", ["--window", "8", "8"], "A window is for masks"),
+            ("masks", ["--window", "0", "8"], "window is 0x8"),
+            ("masks", ["--overlap", "1"], "share of the window"),
+        ],
+        ids=["window of labels", "window of nothing", "overlap"],
+    )
+    def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
+        write_image(tmp_path / "images" / "a.png", noise())
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        assert predict([*files, *options]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_images_that_cannot_be_read(self, fitted, tmp_path, capsys):
+        write_image(tmp_path / "images" / "b.png", noise())
+        for name in ("a", "c"):
+            (tmp_path / "images" / f"{name}.png").write_bytes(b"no picture")
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        assert predict(files) == 1
+        said = capsys.readouterr().err
+        assert "2 of 3 images cannot be read" in said
+        assert "a.png" in said
+        assert "c.png" in said
+        assert not (tmp_path / "out").exists()
+        with pytest.warns(UserWarning, match="2 of 3 images"):
+            assert predict([*files, "--skip"]) == 0
+        assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
+
     def test_an_error_is_one_line(self, tmp_path, capsys):
         assert predict([str(tmp_path / "nothing"), str(tmp_path), str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: There is no")
