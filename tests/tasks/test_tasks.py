@@ -13,10 +13,11 @@ from lora_plugins.tasks import (
     ImageClassificationTask,
     ImageFolderDataModule,
     MaskFolderDataModule,
+    ModelConfig,
     SemanticSegmentationTask,
 )
 
-from .conftest import tiny_segformer, tiny_vit
+from .conftest import HALF, tiny_segformer, tiny_vit
 
 IGNORED = 255
 
@@ -146,6 +147,27 @@ class TestSegmentation:
         assert result["val/mean_iou"] == pytest.approx(sum(ious) / 3)
         assert result["val/dice"] == pytest.approx(sum(2 * iou / (1 + iou) for iou in ious) / 3)
         assert result["val/pixel_accuracy"] == pytest.approx(float((true == predicted)[counts].float().mean()))
+
+    def test_a_class_that_is_only_predicted_counts_as_missed(self, trainer):
+        """Against scikit-learn, on known predictions: the strongest channel of each pixel."""
+        from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score
+
+        torch.manual_seed(0)
+        images, masks = torch.rand(5, 3, 8, 8), torch.randint(0, 2, (5, 8, 8))  # class 2 never occurs
+        masks[:3, :5] = IGNORED
+        small = ModelConfig("smp", "Unet", 3, "none", {"encoder_name": "tu-mobilenetv3_small_050"}, HALF, HALF)
+        task = SemanticSegmentationTask(small, ignore_index=IGNORED, class_names=["a", "b", "c"])
+        task.network = torch.nn.Identity()
+        (result,) = trainer().validate(task, DataLoader(TensorDataset(images, masks), batch_size=2), verbose=False)
+        counted = masks != IGNORED
+        true, predicted = masks[counted], images.argmax(1)[counted]
+        each = jaccard_score(true, predicted, average=None)
+        assert [result[f"val/iou/{name}"] for name in "abc"] == pytest.approx(each.tolist())
+        assert result["val/iou/c"] == 0
+        assert result["val/mean_iou"] == pytest.approx(each.mean())
+        assert result["val/dice"] == pytest.approx(f1_score(true, predicted, average="macro"))
+        assert result["val/pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted))
+        assert task.confusion["val"].tolist() == confusion_matrix(true, predicted).tolist()
 
     def test_ignored_pixels_are_no_part_of_the_loss(self):
         task = SemanticSegmentationTask(tiny_segformer(), ignore_index=IGNORED)
