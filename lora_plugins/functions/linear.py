@@ -98,13 +98,22 @@ class _LoraLinear(torch.autograd.Function):
         of_factors = _through_weight if options.update_first else _through_products
         dx, dA, dB = of_factors(rows, dy, weight, A, B, options, needed)
         return (
-            None if dx is None else dx.view(x.shape),
+            None if dx is None else _laid_out_like(x, dx.view(x.shape)),
             dy.T @ rows if needed[1] else None,
             dy.sum(0) if needed[2] else None,
             dA,
             dB,
             None,
         )
+
+
+def _laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
+    """Returns a gradient in the memory format of its tensor.
+
+    Operations take it from each other, and torch's batch normalisation (2.13, on a CPU) is wrong without a word where
+    input and gradient are of two formats and a dimension is 1.
+    """
+    return gradient if x.is_contiguous() else torch.empty_like(x).copy_(gradient)
 
 
 def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options) -> Tensor:

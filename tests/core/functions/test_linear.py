@@ -85,6 +85,15 @@ def test_unusual_inputs(make):
     torch.testing.assert_close(lora_linear(x, *others, 1.7, 0.0), law(x, *others))
 
 
+@pytest.mark.parametrize("make", [UNUSUAL["transposed"], UNUSUAL["permuted"]], ids=["transposed", "permuted"])
+@drops
+def test_the_gradient_of_the_input_has_its_memory_format(make, dropout):
+    _, *others = tensors(MANY, 5, torch.float32)
+    x = make().requires_grad_()
+    (gradient,) = torch.autograd.grad(lora_linear(x, *others, 1.7, dropout).sum(), x)
+    assert gradient.stride() == x.stride()
+
+
 @shapes
 @drops
 def test_autocast_agrees_with_float32(lead, outputs, dropout):
