@@ -83,10 +83,7 @@ def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
         str(root / "cifar-mini"), image_size=(96, 96), augmentation="crop_flip", batch_size=16, check_files=False
     )
     model = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
-    task = ImageClassificationTask(model, **SCHEDULE)
-    for parameter in task.network.classifier.parameters():  # the network's random start has a loss of 16, see the docs
-        torch.nn.init.zeros_(parameter)
-    return task, data
+    return ImageClassificationTask(model, **SCHEDULE), data
 
 
 def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:

@@ -1,5 +1,7 @@
 """Networks: every source builds, weights load with an exact account, new heads are declared."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -61,6 +63,18 @@ def test_segmenters_answer_at_the_size_of_the_image(config, heads):
 def test_head_modules_are_modules_of_the_task(task_class):
     task = task_class(hf_vit() if task_class is ImageClassificationTask else tiny_segformer())
     assert set(task.head_modules) <= {name for name, _ in task.named_modules()}
+
+
+@pytest.mark.parametrize("classes", [10, 7], ids=["asked_for", "of_another_number"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet10t"])
+def test_a_new_classifier_over_weights_starts_with_the_loss_of_a_guess(name, classes, tmp_path):
+    torch.manual_seed(0)
+    build = CLASSIFIERS["timm"].build
+    save_file(build(ModelConfig("timm", name, 10, "none")).module.state_dict(), tmp_path / "w.safetensors")
+    model = ModelConfig("timm", name, classes, str(tmp_path / "w.safetensors"), head="new")
+    task = ImageClassificationTask(model).train()  # batch statistics: those of these weights were never learned
+    loss = torch.nn.functional.cross_entropy(task(torch.rand(8, 3, 96, 96)), torch.arange(8) % classes)
+    assert loss.item() == pytest.approx(math.log(classes), abs=0.3)
 
 
 @pytest.mark.parametrize(
