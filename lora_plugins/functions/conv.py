@@ -20,6 +20,7 @@ from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.linear import may_go_first, update_is_cheaper
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
+from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import Recompute, recomputation
 
 SMALL_SHARE = 0.4
@@ -182,7 +183,9 @@ def _through_kernel(
     """Gradients of x, A and B from that of the updated kernel."""
     kernel = _updated(weight, A, B, options.scale, dy.dtype)
     dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[3] or needed[4])
-    return dx, *_project(dkernel, A, B, options.scale)
+    if dkernel is None:
+        return dx, None, None
+    return dx, *project(dkernel.flatten(1), A, B, options.scale)
 
 
 def _through_both(
@@ -214,7 +217,8 @@ def _through_update(
     branch_dx, dkernel = options.geometry.gradients(
         dy.to(A.dtype), kept_x, _kernel(A, B, weight), of_x=needed[0], of_kernel=True
     )
-    dA, dB = _project(dkernel, A, B, options.scale)
+    assert dkernel is not None
+    dA, dB = project(dkernel.flatten(1), A, B, options.scale)
     if branch_dx is not None:
         branch_dx.mul_(options.scale)
     return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
@@ -252,15 +256,6 @@ def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if geometry.is_pointwise(weight):
         return mix(A, geometry.seen(x))
     return geometry.convolve(x, A.view(A.shape[0], *weight.shape[1:]))
-
-
-def _project(dkernel: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B from that of the kernel that their product is added to."""
-    if dkernel is None:
-        return None, None
-    matrix = dkernel.flatten(1).to(A.dtype)
-    # beta=0 leaves the first argument out: a product and its factor in one operation.
-    return torch.addmm(A, B.T, matrix, beta=0, alpha=scale), torch.addmm(B, matrix, A.T, beta=0, alpha=scale)
 
 
 def _kernel(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
-from lora_plugins.functions.products import contract
+from lora_plugins.functions.products import contract, project
 from lora_plugins.functions.recompute import recomputation
 
 
@@ -132,6 +132,9 @@ def _through_weight(
 ) -> Gradients:
     """Gradients of x, A and B where the update was added to the weight."""
     dx = dA = dB = None
+    if needed[3] and needed[4] and _rank_is_high(len(rows), A, B):
+        dA, dB = project(dy.T @ rows, A, B, options.scale)
+        return dy @ updated(weight, A, B, options.scale, dy.dtype) if needed[0] else None, dA, dB
     if needed[4]:
         dB = contract(rows @ (A * options.scale).T.to(rows.dtype), dy).T
     if needed[0] and needed[3] and _fits_beside(dy, weight, A):
@@ -164,6 +167,12 @@ def _through_products(
     elif dx is not None:
         dx.add_(g @ A)
     return None if dx is None else dx.contiguous(), dA if needed[3] else None, dB if needed[4] else None
+
+
+def _rank_is_high(rows: int, A: Tensor, B: Tensor) -> bool:
+    """Whether the gradient of the whole weight, from which A and B get theirs, costs less than small products."""
+    (r, inputs), outputs = A.shape, len(B)
+    return rows * inputs * outputs + 2 * r * inputs * outputs < 2 * rows * r * (inputs + outputs)
 
 
 def _fits_beside(rows: Tensor, weight: Tensor, A: Tensor) -> bool:

@@ -11,19 +11,20 @@ from lora_plugins.functions.products import contract
 
 MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
 SHAPES = {
-    "update_first": (MANY, 5),
-    "update_first_and_beside": (MANY, 9),  # more outputs than inputs: small products ride in the large ones
-    "small_products": (FEW, 5),
-    "small_products_wide": (FEW, 9),
+    "update_first": (MANY, 5, 1),
+    "update_first_and_beside": (MANY, 9, 1),  # more outputs than inputs: small products ride in the large ones
+    "update_first_and_high_rank": (MANY, 9, 4),  # the gradient of the whole weight is cheaper
+    "small_products": (FEW, 5, 2),
+    "small_products_wide": (FEW, 9, 2),
 }
 
-shapes = pytest.mark.parametrize(("lead", "outputs"), SHAPES.values(), ids=SHAPES)
+shapes = pytest.mark.parametrize(("lead", "outputs", "r"), SHAPES.values(), ids=SHAPES)
 drops = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
 
 
-def tensors(lead: tuple[int, ...], outputs: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def tensors(lead: tuple[int, ...], outputs: int, r: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = [(*lead, 6), (outputs, 6), (outputs,), (2, 6), (outputs, 2)]
+    shapes = [(*lead, 6), (outputs, 6), (outputs,), (r, 6), (outputs, r)]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -43,27 +44,29 @@ def test_the_shapes_of_this_file_take_both_ways():
     for outputs in (5, 9):
         assert linear.update_is_cheaper(48, 6, outputs)
         assert not linear.update_is_cheaper(2, 6, outputs)
+    high = {name: linear._rank_is_high(48, torch.empty(r, 6), torch.empty(n, r)) for name, (_, n, r) in SHAPES.items()}
+    assert [name for name in SHAPES if high[name] and "first" in name] == ["update_first_and_high_rank"]
 
 
 @shapes
 @drops
-def test_gradients_of_first_and_second_order(lead, outputs, dropout):
-    inputs = tensors(lead, outputs)
+def test_gradients_of_first_and_second_order(lead, outputs, r, dropout):
+    inputs = tensors(lead, outputs, r)
     assert torch.autograd.gradcheck(seeded(dropout), inputs)
     assert torch.autograd.gradgradcheck(seeded(dropout), inputs)
 
 
 @shapes
-def test_it_is_the_law(lead, outputs):
-    inputs = tensors(lead, outputs)
+def test_it_is_the_law(lead, outputs, r):
+    inputs = tensors(lead, outputs, r)
     torch.testing.assert_close(lora_linear(*inputs, 1.7, 0.0), law(*inputs), rtol=1e-13, atol=1e-13)
 
 
 @shapes
 @drops
 @pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
-def test_one_gradient_alone_is_the_same(lead, outputs, dropout, needed):
-    inputs = tensors(lead, outputs)
+def test_one_gradient_alone_is_the_same(lead, outputs, r, dropout, needed):
+    inputs = tensors(lead, outputs, r)
     expected = torch.autograd.grad(seeded(dropout)(*inputs).sin().sum(), inputs)
     alone = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
     (gradient,) = torch.autograd.grad(seeded(dropout)(*alone).sin().sum(), [alone[needed]])
@@ -80,7 +83,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_inputs(make):
-    _, *others = tensors(MANY, 9, torch.float32)
+    _, *others = tensors(MANY, 9, 1, torch.float32)
     x = make()
     torch.testing.assert_close(lora_linear(x, *others, 1.7, 0.0), law(x, *others))
 
@@ -88,7 +91,7 @@ def test_unusual_inputs(make):
 @pytest.mark.parametrize("make", [UNUSUAL["transposed"], UNUSUAL["permuted"]], ids=["transposed", "permuted"])
 @drops
 def test_the_gradient_of_the_input_has_its_memory_format(make, dropout):
-    _, *others = tensors(MANY, 5, torch.float32)
+    _, *others = tensors(MANY, 5, 1, torch.float32)
     x = make().requires_grad_()
     (gradient,) = torch.autograd.grad(lora_linear(x, *others, 1.7, dropout).sum(), x)
     assert gradient.stride() == x.stride()
@@ -96,8 +99,8 @@ def test_the_gradient_of_the_input_has_its_memory_format(make, dropout):
 
 @shapes
 @drops
-def test_autocast_agrees_with_float32(lead, outputs, dropout):
-    inputs = tensors(lead, outputs, torch.float32)
+def test_autocast_agrees_with_float32(lead, outputs, r, dropout):
+    inputs = tensors(lead, outputs, r, torch.float32)
     expected = torch.autograd.grad(seeded(dropout)(*inputs).square().sum(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         output = seeded(dropout)(*inputs)
@@ -110,8 +113,8 @@ def test_autocast_agrees_with_float32(lead, outputs, dropout):
 
 
 @shapes
-def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, outputs):
-    x, weight, _, A, B = tensors(lead, outputs, torch.float32)
+def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, outputs, r):
+    x, weight, _, A, B = tensors(lead, outputs, r, torch.float32)
     small = B.detach() * 1e-3
     x = x.detach().bfloat16() * 0 + 1
     output = lora_linear(x, torch.full_like(weight, 256).bfloat16(), None, A, small, 1.0, 0.0)
@@ -122,7 +125,7 @@ def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, out
 
 @drops
 def test_only_the_input_is_kept(dropout):
-    inputs = tensors(MANY, 9, torch.float32)
+    inputs = tensors(MANY, 9, 1, torch.float32)
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
