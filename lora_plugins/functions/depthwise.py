@@ -37,12 +37,12 @@ def kernel_gradient(
         dilation: Per dimension.
     """
     images = max(1, _AT_ONCE // x[0].numel())
-    total = x.new_zeros(size)
+    total = x.new_zeros(size, dtype=torch.promote_types(x.dtype, torch.float32))
     for some_x, some_dy in zip(x.split(images), dy.to(x.dtype).split(images), strict=True):  # type: ignore[no-untyped-call]
         channels = some_x.shape[0] * some_x.shape[1]
         each = torch.convolution(
             some_x.reshape(1, channels, *x.shape[2:]), some_dy.reshape(channels, 1, *dy.shape[2:]), None,
             dilation, padding, stride, transposed=False, output_padding=(0, 0), groups=channels,
         )  # fmt: skip
-        total += each[..., : size[2], : size[3]].reshape(-1, *size).sum(0)
-    return total
+        total += each[..., : size[2], : size[3]].reshape(-1, *size).sum(0, dtype=total.dtype)
+    return total.to(x.dtype)
