@@ -76,9 +76,9 @@ def freeze_backbone(task: VisionTask) -> None:
 
 WAYS: Mapping[str, Way] = MappingProxyType(
     {
-        "frozen backbone": Way(NO_LORA, freeze_backbone, {"cls": 0.1, "seg": 0.1}),
+        "frozen backbone": Way(NO_LORA, freeze_backbone, {"cls": 0.3, "seg": 0.1}),
         "LoRA": Way(LORA_LEAVING_NOTHING, leave, {"cls": 0.005, "seg": 0.005}),
-        "full fine-tuning": Way(NO_LORA, leave, {"cls": 0.002, "seg": 0.002}),
+        "full fine-tuning": Way(NO_LORA, leave, {"cls": 0.0005, "seg": 0.002}),
     }
 )
 
