@@ -7,6 +7,9 @@ Convolutions with few channels are slow, and what a low-rank update needs of the
 import torch
 from torch import Tensor
 
+from lora_plugins.functions import products
+from lora_plugins.functions.geometry import pointwise
+
 
 def channels_last(image: Tensor) -> bool:
     """Whether channels are innermost in memory, and would not be so in a contiguous image."""
@@ -21,18 +24,8 @@ def rows(image: Tensor) -> Tensor:
 def mix(matrix: Tensor, image: Tensor) -> Tensor:
     """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`."""
     if channels_last(image):
-        kernel = matrix.reshape(*matrix.shape, *[1] * (image.ndim - 2))
-        return torch.convolution(
-            image,
-            kernel,
-            None,
-            stride=[1] * (image.ndim - 2),
-            padding=[0] * (image.ndim - 2),
-            dilation=[1] * (image.ndim - 2),
-            transposed=False,
-            output_padding=[0] * (image.ndim - 2),
-            groups=1,
-        )
+        dimensions = image.ndim - 2
+        return pointwise(dimensions).convolve(image, matrix.reshape(*matrix.shape, *[1] * dimensions))
     mixed = torch.bmm(_for_each(image, matrix), image.flatten(2))  # matmul would copy the image
     return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
 
@@ -53,7 +46,7 @@ def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> Ten
 def contract(few: Tensor, many: Tensor) -> Tensor:
     """Returns the products of two images' channels, summed over batch and positions: `(few, many)` channels."""
     if channels_last(few) and channels_last(many):
-        return rows(few).T @ rows(many)
+        return products.contract(rows(few), rows(many))
     return torch.bmm(few.flatten(2), many.flatten(2).mT).sum(0)
 
 

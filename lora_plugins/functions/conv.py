@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.functions import depthwise
 from lora_plugins.functions.channels import contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
+from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import may_go_first, update_is_cheaper
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
@@ -27,55 +27,6 @@ SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel moves over the input; zeros are padded.
-
-    Args:
-        stride: Per dimension.
-        padding: Per dimension, on both sides.
-        dilation: Per dimension.
-        groups: Number of groups.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolves `(batch, in, *size)` with `(out, in / groups, *kernel_size)`."""
-        zeros = (0,) * len(self.stride)
-        return torch.convolution(
-            x, kernel, bias, self.stride, self.padding, self.dilation, transposed=False, output_padding=zeros,
-            groups=self.groups,
-        )  # fmt: skip
-
-    def gradients(
-        self, dy: Tensor, x: Tensor, kernel: Tensor, *, of_x: bool, of_kernel: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the gradients of input and kernel."""
-        if of_kernel and depthwise.is_worth_it(x, kernel, self.groups):
-            dkernel = depthwise.kernel_gradient(dy, x, kernel.shape, self.stride, self.padding, self.dilation)
-            dx = self.gradients(dy, x, kernel, of_x=True, of_kernel=False)[0] if of_x else None
-            return dx, dkernel
-        dx, dkernel, _ = torch.ops.aten.convolution_backward(
-            dy, x, kernel, None, self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups,
-            (of_x, of_kernel, False),
-        )  # fmt: skip
-        return dx, dkernel
-
-    def is_pointwise(self, kernel: Tensor) -> bool:
-        """Whether the kernel sees one position at a time."""
-        return kernel.shape[2:].numel() == 1 and not any(self.padding) and self.groups == 1
-
-    def seen(self, x: Tensor) -> Tensor:
-        """Returns the positions that a pointwise kernel sees; a view."""
-        for axis, stride in enumerate(self.stride, start=2):
-            x = x[(slice(None),) * axis + (slice(None, None, stride),)]
-        return x
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConvOptions(Options):
     """What is no tensor.
@@ -84,13 +35,12 @@ class ConvOptions(Options):
         scaling: Factor of the update.
         dropout: The masks of the branch's input; None without dropout.
         update_first: Whether the update is added to the kernel rather than to the output.
+        small_products: Whether A and B get their gradients without that of the kernel.
         again: Computes the input again, which is then not kept.
         geometry: How the kernel moves.
-        small_products: Whether A and B get their gradients without that of the kernel.
     """
 
     geometry: Geometry
-    small_products: bool
 
 
 def lora_conv(

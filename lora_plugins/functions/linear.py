@@ -42,11 +42,13 @@ def lora_linear(
         dropout: Probability of dropping an element of the branch's input.
         low_memory: Whether `x` is computed again in the backward where it can be.
     """
-    cheaper = update_is_cheaper(x.numel() // x.shape[-1], *weight.shape)
+    rows = x.numel() // x.shape[-1]
+    update_first = update_is_cheaper(rows, *weight.shape) and may_go_first(weight, dropout)
     options = Options(
         scaling=scaling,
         dropout=Dropout.draw(dropout) if dropout else None,
-        update_first=cheaper and may_go_first(weight, dropout),
+        update_first=update_first,
+        small_products=not update_first or not _rank_is_high(rows, A, B),
         again=recomputation(x) if low_memory else None,
     )
     return apply(_LoraLinear, x, weight, bias, A, B, options)
@@ -95,7 +97,7 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
         rows, dy = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        of_factors = _through_weight if options.update_first else _through_products
+        of_factors = _GRADIENTS[options.update_first, options.small_products]
         dx, dA, dB = of_factors(rows, dy, weight, A, B, options, needed)
         return (
             None if dx is None else _laid_out_like(x, dx.view(x.shape)),
@@ -108,12 +110,12 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
-    """Returns a gradient in the memory format of its tensor.
+    """Returns a gradient in the memory format of its tensor; it may come as a part of a wider matrix.
 
     Operations take it from each other, and torch's batch normalisation (2.13, on a CPU) is wrong without a word where
     input and gradient are of two formats and a dimension is 1.
     """
-    return gradient if x.is_contiguous() else torch.empty_like(x).copy_(gradient)
+    return gradient.contiguous() if x.is_contiguous() else torch.empty_like(x).copy_(gradient)
 
 
 def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options) -> Tensor:
@@ -127,19 +129,25 @@ def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     return y.add_((h @ B.T).mul_(options.scale).to(y.dtype))
 
 
-def _through_weight(
+def _through_gradient(
     rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
-    """Gradients of x, A and B where the update was added to the weight."""
-    dx = dA = dB = None
-    if needed[3] and needed[4] and _rank_is_high(len(rows), A, B):
+    """Gradients of x, A and B from that of the updated weight."""
+    dA = dB = None
+    if needed[3] or needed[4]:
         dA, dB = project(dy.T @ rows, A, B, options.scale)
-        return dy @ updated(weight, A, B, options.scale, dy.dtype) if needed[0] else None, dA, dB
+    return dy @ updated(weight, A, B, options.scale, dy.dtype) if needed[0] else None, dA, dB
+
+
+def _through_both(
+    rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
+) -> Gradients:
+    """Gradient of x from the updated weight, those of A and B from small products."""
+    dx = dA = dB = None
     if needed[4]:
         dB = contract(rows @ (A * options.scale).T.to(rows.dtype), dy).T
     if needed[0] and needed[3] and _fits_beside(dy, weight, A):
-        both = dy @ updated(weight, A, B, options.scale, dy.dtype, beside=True)
-        dx, g = both[:, : rows.shape[1]].contiguous(), both[:, rows.shape[1] :]
+        dx, g = _parted(dy @ updated(weight, A, B, options.scale, dy.dtype, beside=True), A)
         return dx, contract(g, rows), dB
     if needed[3]:
         dA = contract(dy @ (B * options.scale).to(dy.dtype), rows)
@@ -156,8 +164,7 @@ def _through_products(
     dB = contract(x @ (A.T * options.scale).contiguous(), dy.to(B.dtype)).T
     dx = None
     if needed[0] and _fits_beside(dy, weight, A):
-        both = dy @ torch.cat([weight, B * options.scale], 1)
-        dx, g = both[:, : A.shape[1]], both[:, A.shape[1] :]
+        dx, g = _parted(dy @ torch.cat([weight, B * options.scale], 1), A)
     else:
         dx = dy @ weight if needed[0] else None
         g = dy.to(B.dtype) @ (B * options.scale)
@@ -166,7 +173,19 @@ def _through_products(
         dx.addcmul_(torch.mm(g, A, out=x), mask)
     elif dx is not None:
         dx.add_(g @ A)
-    return None if dx is None else dx.contiguous(), dA if needed[3] else None, dB if needed[4] else None
+    return dx, dA if needed[3] else None, dB if needed[4] else None
+
+
+_GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
+    (True, False): _through_gradient,
+    (True, True): _through_both,
+    (False, True): _through_products,
+}
+
+
+def _parted(both: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the columns of the large product and those of the small one beside it; views."""
+    return both[:, : A.shape[1]], both[:, A.shape[1] :]
 
 
 def _rank_is_high(rows: int, A: Tensor, B: Tensor) -> bool:

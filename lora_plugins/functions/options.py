@@ -23,12 +23,14 @@ class Options:
         scaling: Factor of the update.
         dropout: The masks of the branch's input; None without dropout.
         update_first: Whether the update is added to the weight rather than to the output.
+        small_products: Whether A and B get their gradients without that of the weight.
         again: Computes the input again, which is then not kept.
     """
 
     scaling: float
     dropout: Dropout | None
     update_first: bool
+    small_products: bool
     again: Recompute | None
 
     @property

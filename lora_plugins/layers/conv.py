@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_plugins.autocast import in_full
-from lora_plugins.functions.conv import Geometry, lora_conv
+from lora_plugins.functions.conv import lora_conv
 from lora_plugins.functions.eager import is_eager
+from lora_plugins.functions.geometry import Geometry
 from lora_plugins.layer_plugin import (
     BranchUse,
     ColumnMajorPlugin,

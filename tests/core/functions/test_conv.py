@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_plugins.functions import depthwise
-from lora_plugins.functions.conv import Geometry, _choose, lora_conv
+from lora_plugins.functions import geometry
+from lora_plugins.functions.conv import _choose, lora_conv
+from lora_plugins.functions.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,13 @@ def test_only_the_input_is_kept(case: Case):
 @pytest.mark.parametrize("at_once", [1, 2**18], ids=["image_by_image", "whole_batch"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_the_gradient_of_a_large_depthwise_kernel(at_once, last, monkeypatch):
-    monkeypatch.setattr(depthwise, "_AT_ONCE", at_once)
+    monkeypatch.setattr(geometry, "_AT_ONCE", at_once)
     x, kernel = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.randn(4, 1, 5, 4, dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     moves = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
     y = torch.nn.functional.conv2d(x, kernel.requires_grad_(), groups=4, **moves)
     dy = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, kernel, dy)
-    torch.testing.assert_close(depthwise.kernel_gradient(dy, x, kernel.shape, **moves), expected)
-    assert depthwise.is_worth_it(x, kernel, 4)
+    move = Geometry(**moves, groups=4)
+    torch.testing.assert_close(move.gradients(dy, x, kernel, of_x=False, of_kernel=True)[1], expected)
+    assert move.is_large_depthwise(x, kernel)
