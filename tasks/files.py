@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -11,6 +13,9 @@ from lora_plugins.tasks.errors import DataError, unknown
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
+READERS = 4
+
+Thing = TypeVar("Thing")
 
 
 def existing_folder(folder: Path) -> Path:
@@ -83,3 +88,17 @@ def decoded(source: str | Path | IO[bytes], name: str) -> Image.Image:
             return picture
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def why_unreadable(things: Sequence[Thing], read: Callable[[Thing], object]) -> list[str | None]:
+    """Read all things, several at a time, and say of each why it cannot be read; None where it can."""
+
+    def problem(thing: Thing) -> str | None:
+        try:
+            read(thing)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(problem, things))

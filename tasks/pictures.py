@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,12 +19,12 @@ from lora_plugins import ConfigError
 from lora_plugins.errors import near
 from lora_plugins.tasks.data import TEST, TRAIN, VAL, VisionDataModule
 from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import why_unreadable
 from lora_plugins.tasks.splitting import check_shares, split_off
 from lora_plugins.tasks.transforms import Size, image_transform
 
 ERROR, SKIP = "error", "skip"
 PROBLEMS = (ERROR, SKIP)
-READERS = 4
 
 
 @dataclass(frozen=True)
@@ -181,19 +180,9 @@ class PictureDataModule(VisionDataModule):
 
     def _checked(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str]]:
         every = [item for found in items.values() for item in found]
-        with ThreadPoolExecutor(READERS) as readers:
-            problems = {
-                id(item): why for item, why in zip(every, readers.map(self._problem, every), strict=True) if why
-            }
-        good = {split: [item for item in found if id(item) not in problems] for split, found in items.items()}
-        return good, list(problems.values())
-
-    def _problem(self, item: Item) -> str | None:
-        try:
-            self.read(item)
-        except DataError as error:
-            return str(error)
-        return None
+        wrong = {id(item): why for item, why in zip(every, why_unreadable(every, self.read), strict=True) if why}
+        good = {split: [item for item in found if id(item) not in wrong] for split, found in items.items()}
+        return good, list(wrong.values())
 
     def _report(self, problems: Sequence[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

@@ -23,7 +23,7 @@ from lora_plugins.commands.pipes import ending_quietly
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import image_files, read_image
+from lora_plugins.tasks.files import image_files, read_image, why_unreadable
 from lora_plugins.tasks.loading import load_task
 from lora_plugins.tasks.pictures import ERROR, PROBLEMS, SKIP
 from lora_plugins.tasks.segmentation.colours import class_colours, overlay, palette_picture
@@ -109,18 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
     if on_problem not in PROBLEMS:
         raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEMS)}")
-    problems: dict[Path, str] = {}
-    for path in paths:
-        try:
-            read_image(path)
-        except DataError as error:
-            problems[path] = str(error)
-    said = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(list(problems.values()))}"
-    if problems and (on_problem == ERROR or len(problems) == len(paths)):
+    found = why_unreadable(paths, read_image)
+    wrong = [problem for problem in found if problem]
+    said = f"{len(wrong)} of {len(paths)} images cannot be read:\n{listed(wrong)}"
+    if wrong and (on_problem == ERROR or len(wrong) == len(paths)):
         raise DataError(f"{said}\nWith --skip (on_problem='skip'), such images are left out.")
-    if problems:
+    if wrong:
         rank_zero_warn(said)
-    return [path for path in paths if path not in problems]
+    return [path for path, problem in zip(paths, found, strict=True) if not problem]
 
 
 def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:
