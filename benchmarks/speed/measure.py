@@ -41,45 +41,41 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str = "floor") -> f
 def kept_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
     """Counts what the forward keeps for the backward: each storage once, parameters and the batch left out."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch)}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            kept[storage.data_ptr()] = storage
+        return tensor.detach()  # an output that is kept by its own node would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(*batch).square().mean()
     del loss
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def input_bytes(model: nn.Module, names: list[str], batch: tuple[Tensor, ...]) -> int:
     """Counts the inputs of some layers, each storage once, those left out that the frozen model keeps anyway."""
-    seen: dict[int, int] = {}
-    alive: list[Tensor] = []
+    seen: dict[int, torch.UntypedStorage] = {}
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         storage = inputs[0].untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        alive.append(inputs[0])
+        seen[storage.data_ptr()] = storage
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(note) for name in names]
-    kept: set[int] = set()
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage().data_ptr())
-        alive.append(tensor)
-        return tensor
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(*batch)
     for hook in hooks:
         hook.remove()
-    return sum(size for address, size in seen.items() if address not in kept)
+    return sum(storage.nbytes() for address, storage in seen.items() if address not in kept)
 
 
 def _wait(batch: tuple[Tensor, ...]) -> None:
