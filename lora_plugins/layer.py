@@ -328,7 +328,7 @@ def _forward(base: type[nn.Module]) -> Any:
         if not _branches(adapters, layer.training):
             return base.forward(layer, *args, **kwargs)
         plugin = adapters[0].plugin
-        tensors = {slot.tensor: None for _, _, slot in state.active_slots()}
+        tensors = {slot.tensor: None for adapter in adapters for slot in adapter.slots}
         weights: Mapping[str, Tensor] = {tensor: resting_weight(layer, tensor) for tensor in tensors}
         if state.rows is not None:
             return plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the table and draws the figure."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.backends.mkldnn.enabled = not options.without_onednn
     device = torch.device(options.device)
     table = Table("model", "dropout", "variant", "time / floor", "step (ms)", "kept (MiB)", "kept / full")
     for name in options.case:
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--without-onednn", action="store_true", help="products and convolutions by MKL alone")
     parser.add_argument("--others", action="store_true", help="also injection, merging, inference and mixed batches")
     parser.add_argument("--growth", type=Path, help="also draw how the cost grows with rank, batch and depth")
     return parser

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.functions.channels import contract, mix, mix_into
+from lora_plugins.functions.channels import channels_last, contract, mix, mix_into
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.geometry import Geometry
-from lora_plugins.functions.linear import may_go_first, update_is_cheaper
+from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
 from lora_plugins.functions.products import project
-from lora_plugins.functions.recompute import Recompute, recomputation
+from lora_plugins.functions.recompute import recomputation
 
 SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
@@ -68,34 +68,29 @@ def lora_conv(
         geometry: How the kernel moves.
         low_memory: Whether `x` is computed again in the backward where it can be.
     """
-    again = recomputation(x) if low_memory else None
-    return apply(_LoraConv, x, weight, bias, A, B, _choose(x, weight, A, scaling, dropout, geometry, again))
-
-
-def _choose(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    scaling: float,
-    dropout: float,
-    geometry: Geometry,
-    again: Recompute | None = None,
-) -> ConvOptions:
-    r, inputs = A.shape
-    outputs = weight.shape[0]
-    positions = len(x) * (x.shape[2:].numel() // math.prod(geometry.stride))
-    grouped = geometry.groups > 1
-    cheaper = grouped or update_is_cheaper(positions, inputs, outputs)
-    update_first = cheaper and may_go_first(weight, dropout)
-    share = 2 * r / outputs + 2 * r / inputs
-    return ConvOptions(
+    update_first, small_products = ways(x, weight, A, dropout, geometry)
+    if small_products and channels_last(x) and geometry.is_pointwise(weight) and max(geometry.stride) == 1:
+        matrix = weight.flatten(1)
+        return lora_linear(x, matrix, bias, A, B, scaling, dropout, axis=1, low_memory=low_memory)
+    options = ConvOptions(
         scaling=scaling,
         dropout=Dropout.draw(dropout) if dropout else None,
         update_first=update_first,
-        again=again,
+        small_products=small_products,
+        again=recomputation(x) if low_memory else None,
         geometry=geometry,
-        small_products=not grouped and (share < SMALL_SHARE or not update_first),
     )
+    return apply(_LoraConv, x, weight, bias, A, B, options)
+
+
+def ways(x: Tensor, weight: Tensor, A: Tensor, dropout: float, geometry: Geometry) -> tuple[bool, bool]:
+    """Returns whether the update goes first, and whether A and B get their gradients from small products."""
+    (r, inputs), outputs = A.shape, weight.shape[0]
+    positions = x.numel() // x.shape[1] // math.prod(geometry.stride)
+    grouped = geometry.groups > 1
+    update_first = (grouped or update_is_cheaper(positions, inputs, outputs)) and may_go_first(weight, dropout)
+    share = 2 * r / outputs + 2 * r / inputs
+    return update_first, not grouped and (share < SMALL_SHARE or not update_first)
 
 
 class _LoraConv(torch.autograd.Function):
@@ -156,6 +151,7 @@ def _through_products(
     """Gradients of x, A and B where the small products were added to the output."""
     kept_x, mask = dropped_and_mask(x, A.dtype, options.dropout)
     branch_dx, dA, dB = _through_products_of(kept_x, dy.to(A.dtype), A, B, weight, options, of_x=needed[0])
+    del kept_x  # its memory is used again for the gradient
     return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
 
 
@@ -185,6 +181,7 @@ _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
 def _through_products_of(
     x: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
 ) -> Gradients:
+    """Gradients of x, where the kernel sees it, of A and of B."""
     geometry = options.geometry
     g = mix(B.T, dy).mul_(options.scale)
     dB = contract(_down(x, A, weight, geometry), dy).mul_(options.scale).T
@@ -192,13 +189,7 @@ def _through_products_of(
     if not geometry.is_pointwise(weight):
         dx, dA = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
         return dx, None if dA is None else dA.flatten(1), dB
-    dx = None
-    if of_x and max(geometry.stride) == 1:
-        dx = mix(A.T, g)
-    elif of_x:
-        dx = torch.zeros_like(x)
-        geometry.seen(dx).copy_(mix(A.T, g))
-    return dx, contract(g, geometry.seen(x)), dB
+    return mix(A.T, g) if of_x else None, contract(g, geometry.seen(x)), dB
 
 
 def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -214,9 +205,8 @@ def _kernel(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
 
 def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Returns the kernel with its update, in the memory format of the kernel, rounded to a type once."""
-    wide = torch.promote_types(weight.dtype, A.dtype)
-    updated = torch.addmm(weight.flatten(1).to(wide), B, A, alpha=scale).view(weight.shape)
-    return torch.empty_like(weight, dtype=dtype).copy_(updated) if not weight.is_contiguous() else updated.to(dtype)
+    matrix = updated(weight.flatten(1), A, B, scale, dtype).view(weight.shape)
+    return matrix if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(matrix)
 
 
 def _input_gradient(
@@ -225,11 +215,19 @@ def _input_gradient(
     """Adds what the branch gave to the gradient through the untouched kernel; None if nobody needs it."""
     if branch is None:
         return None
-    if mask is not None:
-        branch.mul_(mask)
-    dx, _ = options.geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
+    geometry = options.geometry
+    dx, _ = geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
     assert dx is not None
-    return dx.add_(branch)
+    seen = geometry.seen if geometry.is_pointwise(weight) else _all
+    if mask is None:
+        seen(dx).add_(branch)
+    else:
+        seen(dx).addcmul_(branch, seen(mask))
+    return dx
+
+
+def _all(image: Tensor) -> Tensor:
+    return image
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

@@ -1,26 +1,73 @@
-"""Products of matrices with few columns or rows, from which A and B get their gradients."""
+"""Products of matrices, by the faster of the two libraries that torch has on a CPU.
+
+torch gives products in float32 to MKL, which on processors of other makers than Intel uses half the width of their
+registers; oneDNN, which has torch's convolutions, uses all of it.
+"""
+
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_WIDE, _BLOCKS = 256, 8
+_LEAST = 2**20
+"""Multiplications that are worth the start of oneDNN, some ten microseconds (measured)."""
 
 
-def contract(few: Tensor, many: Tensor) -> Tensor:
-    """Returns `fewᵀ many`: `(r, width)` from `(rows, r)` and `(rows, width)`.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns `x Wᵀ + b` of matrices: `(rows, out)` from `(rows, in)` and `(out, in)`."""
+    if not _suits_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
 
-    On a CPU, a product that reduces many rows to so few leaves threads idle; blocks of columns, one a thread, do not.
-    """
-    rows, width = many.shape
-    idle = many.device.type == "cpu" and torch.get_num_threads() > 1
-    if not idle or width < _WIDE or width % _BLOCKS:
-        return few.T @ many
-    blocks = many.view(rows, _BLOCKS, -1).transpose(0, 1)
-    return torch.bmm(few.T.expand(_BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(-1, width)
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Returns `left right`."""
+    return linear(left, right.T)
+
+
+def contract(left: Tensor, right: Tensor) -> Tensor:
+    """Returns `leftᵀ right`, of matrices with equally many rows."""
+    # One of them has to be transposed in memory: the narrower one.
+    return matmul(left.T, right) if left.shape[1] <= right.shape[1] else matmul(right.T, left).T
+
+
+def add_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
+    """Returns `W + scale · B A`, of matrices of one type."""
+    if _suits_onednn(B, A):
+        return matmul(B, A * scale).add_(weight)
+    return torch.addmm(weight, B, A, alpha=scale)
 
 
 def project(gradient: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Returns the gradients of A and B from that of the matrix to which `scale · B A` is added."""
     gradient = gradient.to(A.dtype)
-    # beta=0 leaves the first argument out: a product and its factor in one operation.
-    return torch.addmm(A, B.T, gradient, beta=0, alpha=scale), torch.addmm(B, gradient, A.T, beta=0, alpha=scale)
+    return _scaled(A, B.T, gradient, scale), _scaled(B, gradient, A.T, scale)
+
+
+def _scaled(shaped: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns `scale · left right`, shaped as the first argument is."""
+    if _suits_onednn(left, right):
+        return matmul(left, right).mul_(scale)
+    return torch.addmm(shaped, left, right, beta=0, alpha=scale)  # beta=0 leaves the first argument out
+
+
+def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN is faster: its function takes what it gets, but is wrong without a word for a strided bias.
+
+    Args:
+        left: One matrix.
+        right: The other one, either way round; a part of a larger one would take thousands of times as long.
+        bias: What is added.
+    """
+    return (
+        left.shape[0] * right.numel() >= _LEAST
+        and left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and (right.is_contiguous() or right.T.is_contiguous())
+        and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
+        and not torch.overrides.has_torch_function((left, right))
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and bool(torch.backends.mkldnn.enabled)
+    )

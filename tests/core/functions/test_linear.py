@@ -7,12 +7,11 @@ from torch.nn import functional as F
 
 from lora_plugins.functions import linear
 from lora_plugins.functions.linear import lora_linear
-from lora_plugins.functions.products import contract
 
 MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
 SHAPES = {
     "update_first": (MANY, 5, 1),
-    "update_first_and_beside": (MANY, 9, 1),  # more outputs than inputs: small products ride in the large ones
+    "update_first_wide": (MANY, 9, 1),
     "update_first_and_high_rank": (MANY, 9, 4),  # the gradient of the whole weight is cheaper
     "small_products": (FEW, 5, 2),
     "small_products_wide": (FEW, 9, 2),
@@ -60,6 +59,26 @@ def test_gradients_of_first_and_second_order(lead, outputs, r, dropout):
 def test_it_is_the_law(lead, outputs, r):
     inputs = tensors(lead, outputs, r)
     torch.testing.assert_close(lora_linear(*inputs, 1.7, 0.0), law(*inputs), rtol=1e-13, atol=1e-13)
+
+
+@shapes
+@drops
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_inputs_may_be_at_another_axis(lead, outputs, r, dropout, last):
+    _, *others = tensors(lead, outputs, r)
+    image = torch.randn(lead[0], 6, lead[1], 1, dtype=torch.float64)
+    image = image.contiguous(memory_format=torch.channels_last) if last else image
+
+    def compute(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return lora_linear(*inputs, 1.7, dropout, axis=1)
+
+    inputs = [image.requires_grad_(), *others]
+    assert torch.autograd.gradcheck(compute, inputs)
+    assert torch.autograd.gradgradcheck(compute, inputs, fast_mode=True)
+    if not dropout:
+        expected = law(image.movedim(1, -1), *others).movedim(-1, 1)
+        torch.testing.assert_close(compute(*inputs), expected, rtol=1e-13, atol=1e-13)
 
 
 @shapes
@@ -131,11 +150,3 @@ def test_only_the_input_is_kept(dropout):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear(*inputs, 1.7, dropout)
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
-
-
-@pytest.mark.parametrize("width", [1024, 1028], ids=["in_blocks", "at_once"])
-def test_contracting_tall_matrices(width):
-    few, many = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, width, dtype=torch.float64)
-    wide = torch.randn(50, width + 7, dtype=torch.float64)[:, :width]  # rows that are not one after the other
-    for matrix in (many, wide, torch.randn(width, 50, dtype=torch.float64).T):
-        torch.testing.assert_close(contract(few, matrix), few.T @ matrix, rtol=1e-13, atol=1e-13)
