@@ -1,7 +1,7 @@
 """A convolution with a low-rank update in one function.
 
 As for linear layers, the update is added to the kernel or to the output, whichever has less arithmetic, and only the
-input is kept for the backward. The gradients of A and B come from small products (`r` channels instead of `out`), or
+input is kept for the backward, and an updated kernel that is a hundredth of it. The gradients of A and B come from small products (`r` channels instead of `out`), or
 from the ordinary gradient of the kernel followed by two products, again by their arithmetic. The choice depends on
 shapes only, never on a clock, so that reruns and all processes of a run compute the same bits.
 """
@@ -25,6 +25,10 @@ from lora_plugins.functions.recompute import recomputation
 
 SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
+
+
+_MANY = 100
+"""Times a kernel that an input has to be for the updated kernel to be kept as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +102,12 @@ class _LoraConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
     ) -> Tensor:
-        keep(ctx, options, x, weight, bias, A, B)
         convolve = options.geometry.convolve
         if options.update_first:
-            return convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
+            kernel = _updated(weight, A, B, options.scale, x.dtype)
+            keep(ctx, options, x, weight, bias, A, B, kernel if _MANY * kernel.numel() <= x.numel() else None)
+            return convolve(x, kernel, bias)
+        keep(ctx, options, x, weight, bias, A, B, None)
         y = convolve(x, weight, bias)
         kept_x = dropped(x, A.dtype, options.dropout)
         if options.small_products:
@@ -110,23 +116,24 @@ class _LoraConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B = kept(ctx)
+        x, weight, bias, A, B, kernel = kept(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
+        if options.update_first and kernel is None:
+            kernel = _updated(weight, A, B, options.scale, gradient.dtype)
         of_factors = _GRADIENTS[options.update_first, options.small_products]
-        dx, dA, dB = of_factors(gradient, x, weight, A, B, options, needed)
+        dx, dA, dB = of_factors(gradient, x, weight if kernel is None else kernel, A, B, options, needed)
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
 
 
 def _through_kernel(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+    dy: Tensor, x: Tensor, kernel: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B from that of the updated kernel."""
-    kernel = _updated(weight, A, B, options.scale, dy.dtype)
     dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[3] or needed[4])
     if dkernel is None:
         return dx, None, None
@@ -134,14 +141,13 @@ def _through_kernel(
 
 
 def _through_both(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
+    dy: Tensor, x: Tensor, kernel: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
 ) -> Gradients:
     """Gradient of x from the updated kernel, those of A and B from small products."""
     dx = None
     if needed[0]:
-        kernel = _updated(weight, A, B, options.scale, dy.dtype)
         dx, _ = options.geometry.gradients(dy, x, kernel, of_x=True, of_kernel=False)
-    _, dA, dB = _through_products_of(x, dy, A.to(dy.dtype), B.to(dy.dtype), weight, options, of_x=False)
+    _, dA, dB = _through_products_of(x, dy, A.to(dy.dtype), B.to(dy.dtype), kernel, options, of_x=False)
     return dx, dA, dB
 
 
