@@ -1,15 +1,17 @@
 """A convolution with a low-rank update in one function.
 
 As for linear layers, the update is added to the kernel or to the output, whichever has less arithmetic, and only the
-input is kept for the backward, and an updated kernel that is a hundredth of it. The gradients of A and B come from small products (`r` channels instead of `out`), or
-from the ordinary gradient of the kernel followed by two products, again by their arithmetic. The choice depends on
-shapes only, never on a clock, so that reruns and all processes of a run compute the same bits.
+input is kept for the backward, and what is small beside it. The gradients of A and B come from small products (`r`
+channels instead of `out`), or from the ordinary gradient of the kernel followed by two products, again by their
+arithmetic. The choice depends on shapes only, never on a clock, so that reruns and all processes of a run compute the
+same bits.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from lora_plugins.functions.channels import channels_last, contract, mix, mix_in
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
-from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
+from lora_plugins.functions.masks import Dropout, dropped_parts
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
 from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import recomputation
@@ -27,8 +29,11 @@ SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
 
 
-_MANY = 100
-"""Times a kernel that an input has to be for the updated kernel to be kept as well."""
+_AT_ONCE = 2**20
+"""Elements of the input that are dropped at a time."""
+
+_MANY = 8
+"""How much larger than the small product or the updated kernel an input has to be for them to be kept as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,36 +109,34 @@ class _LoraConv(torch.autograd.Function):
     ) -> Tensor:
         convolve = options.geometry.convolve
         if options.update_first:
-            kernel = _updated(weight, A, B, options.scale, x.dtype)
-            keep(ctx, options, x, weight, bias, A, B, kernel if _MANY * kernel.numel() <= x.numel() else None)
-            return convolve(x, kernel, bias)
-        keep(ctx, options, x, weight, bias, A, B, None)
-        y = convolve(x, weight, bias)
-        kept_x = dropped(x, A.dtype, options.dropout)
-        if options.small_products:
-            return mix_into(y, B, _down(kept_x, A, weight, options.geometry), options.scale)
-        return y.add_(convolve(kept_x, _kernel(A, B, weight), None), alpha=options.scale)
+            extra = _updated(weight, A, B, options.scale, x.dtype)
+            y = convolve(x, extra, bias)
+        else:
+            y = convolve(x, weight, bias)
+            extra = (_add_products if options.small_products else _add_update)(y, x, weight, A, B, options)
+        keep(ctx, options, x, weight, bias, A, B, extra if extra.numel() * _MANY <= x.numel() else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, kernel = kept(ctx)
+        x, weight, bias, A, B, extra = kept(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
-        if options.update_first and kernel is None:
-            kernel = _updated(weight, A, B, options.scale, gradient.dtype)
         of_factors = _GRADIENTS[options.update_first, options.small_products]
-        dx, dA, dB = of_factors(gradient, x, weight if kernel is None else kernel, A, B, options, needed)
+        dx, dA, dB = of_factors(gradient, x, weight, A, B, extra, options, needed)
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
 
 
 def _through_kernel(
-    dy: Tensor, x: Tensor, kernel: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
-) -> Gradients:
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
+    needed: Sequence[bool],
+) -> Gradients:  # fmt: skip
     """Gradients of x, A and B from that of the updated kernel."""
+    kernel = _updated(weight, A, B, options.scale, dy.dtype) if kernel is None else kernel
     dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[3] or needed[4])
     if dkernel is None:
         return dx, None, None
@@ -141,39 +144,51 @@ def _through_kernel(
 
 
 def _through_both(
-    dy: Tensor, x: Tensor, kernel: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
-) -> Gradients:
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
+    needed: Sequence[bool],
+) -> Gradients:  # fmt: skip
     """Gradient of x from the updated kernel, those of A and B from small products."""
     dx = None
     if needed[0]:
+        kernel = _updated(weight, A, B, options.scale, dy.dtype) if kernel is None else kernel
         dx, _ = options.geometry.gradients(dy, x, kernel, of_x=True, of_kernel=False)
-    _, dA, dB = _through_products_of(x, dy, A.to(dy.dtype), B.to(dy.dtype), kernel, options, of_x=False)
+    A, B = A.to(dy.dtype), B.to(dy.dtype)
+    h = _down(x, A, weight, options.geometry)
+    _, dA, dB = _through_products_of(x, h, dy, A, B, weight, options, of_x=False)
     return dx, dA, dB
 
 
 def _through_products(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
-) -> Gradients:
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor | None, options: ConvOptions,
+    needed: Sequence[bool],
+) -> Gradients:  # fmt: skip
     """Gradients of x, A and B where the small products were added to the output."""
-    kept_x, mask = dropped_and_mask(x, A.dtype, options.dropout)
-    branch_dx, dA, dB = _through_products_of(kept_x, dy.to(A.dtype), A, B, weight, options, of_x=needed[0])
-    del kept_x  # its memory is used again for the gradient
-    return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
+    geometry = options.geometry
+    dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
+    of_factors = []
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+        some_h = _down(some, A, weight, geometry) if h is None else h[part]
+        branch, dA, dB = _through_products_of(some, some_h, dy[part].to(A.dtype), A, B, weight, options, of_x=needed[0])
+        _add_branch(dx, part, branch, mask, weight, geometry)
+        of_factors.append((dA, dB))
+    dA, dB = (_sum(gradients) for gradients in zip(*of_factors, strict=True))
+    return dx, dA, dB
 
 
 def _through_update(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions, needed: Sequence[bool]
-) -> Gradients:
+    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
+    needed: Sequence[bool],
+) -> Gradients:  # fmt: skip
     """Gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
-    kept_x, mask = dropped_and_mask(x, A.dtype, options.dropout)
-    branch_dx, dkernel = options.geometry.gradients(
-        dy.to(A.dtype), kept_x, _kernel(A, B, weight), of_x=needed[0], of_kernel=True
-    )
-    assert dkernel is not None
-    dA, dB = project(dkernel.flatten(1), A, B, options.scale)
-    if branch_dx is not None:
-        branch_dx.mul_(options.scale)
-    return _input_gradient(dy, x, weight, options, branch_dx, mask), dA, dB
+    geometry = options.geometry
+    kernel = _kernel(A, B, weight) * options.scale if kernel is None else kernel
+    dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
+    of_kernel = []
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+        branch, dkernel = geometry.gradients(dy[part].to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
+        _add_branch(dx, part, branch, mask, weight, geometry)
+        of_kernel.append(dkernel)
+    return dx, *project(_sum(of_kernel).flatten(1), A, B, options.scale)
 
 
 _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
@@ -185,12 +200,12 @@ _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
 
 
 def _through_products_of(
-    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
+    x: Tensor, h: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
 ) -> Gradients:
     """Gradients of x, where the kernel sees it, of A and of B."""
     geometry = options.geometry
     g = mix(B.T, dy).mul_(options.scale)
-    dB = contract(_down(x, A, weight, geometry), dy).mul_(options.scale).T
+    dB = contract(h, dy).mul_(options.scale).T
     kernel = A.view(A.shape[0], *weight.shape[1:])
     if not geometry.is_pointwise(weight):
         dx, dA = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
@@ -215,25 +230,42 @@ def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dt
     return matrix if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(matrix)
 
 
-def _input_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, options: ConvOptions, branch: Tensor | None, mask: Tensor | None
-) -> Tensor | None:
-    """Adds what the branch gave to the gradient through the untouched kernel; None if nobody needs it."""
-    if branch is None:
-        return None
-    geometry = options.geometry
-    dx, _ = geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
-    assert dx is not None
+def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
+    """Adds the small products to the output; returns those of x and A."""
+    down = []
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+        down.append(_down(some, A, weight, options.geometry))
+        mix_into(y[part], B, down[-1], options.scale)
+    return down[0] if len(down) == 1 else torch.cat(down)
+
+
+def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
+    """Adds the input's convolution with the update to the output; returns the update."""
+    kernel = _kernel(A, B, weight) * options.scale
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+        y[part].add_(options.geometry.convolve(some, kernel))
+    return kernel
+
+
+def _add_branch(
+    dx: Tensor | None, part: slice, branch: Tensor | None, mask: Tensor | None, weight: Tensor, geometry: Geometry
+) -> None:
+    """Adds what the branch gave to the gradient of some images, where the kernel sees them."""
+    if dx is None or branch is None:
+        return
     seen = geometry.seen if geometry.is_pointwise(weight) else _all
     if mask is None:
-        seen(dx).add_(branch)
+        seen(dx[part]).add_(branch)
     else:
-        seen(dx).addcmul_(branch, seen(mask))
-    return dx
+        seen(dx[part]).addcmul_(branch, seen(mask))
 
 
 def _all(image: Tensor) -> Tensor:
     return image
+
+
+def _sum(gradients: Sequence[Tensor | None]) -> Tensor:
+    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ Fibonacci generator (Knuth, The Art of Computer Programming, vol. 2, section 3.2
 modulo 2). Any two elements of a mask are independent; three are not where they are just these distances apart.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,22 +60,51 @@ class Dropout:
             x: The tensor.
             dtype: Of the mask, if not that of the tensor.
         """
-        mask = torch.empty_like(x, dtype=dtype, requires_grad=False)
-        self._fill(mask.as_strided((mask.numel(),), (1,)))
-        return mask
+        return self._mask(x, dtype or x.dtype, self._numbers(x))
 
-    def _fill(self, mask: Tensor) -> None:
-        words = _words(-(-len(mask) * self.bits // 64), torch.Generator(mask.device).manual_seed(self.seed))
-        if self.bits == 8:
-            numbers, threshold = words.view(torch.uint8), self.threshold
-        else:
-            numbers, threshold = words.view(torch.int16), self.threshold - 2**15
-        torch.ge(numbers[: len(mask)], threshold, out=mask)
+    def parts(self, x: Tensor, dtype: torch.dtype, at_once: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yields which images, and their mask: parts of the whole mask, of which only one need be in memory at a time.
+
+        Args:
+            x: The tensor, `(images, ...)`.
+            dtype: Of the masks.
+            at_once: Elements of a part, at least one image, and all of them where images do not follow each other in
+                memory.
+        """
+        numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
+        size = max(at_once // max(each, 1), 1) if x.stride(0) == each else max(len(x), 1)
+        for start in range(0, max(len(x), 1), size):
+            part = slice(start, start + size)
+            yield part, self._mask(x[part], dtype, numbers[start * each :])
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        words = _words(-(-x.numel() * self.bits // 64), torch.Generator(x.device).manual_seed(self.seed))
+        return words.view(torch.uint8 if self.bits == 8 else torch.int16)
+
+    def _mask(self, x: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
+        mask = torch.empty_like(x, dtype=dtype, requires_grad=False)
+        threshold = self.threshold + torch.iinfo(numbers.dtype).min  # numbers of 16 bits have a sign, bytes have none
+        torch.ge(numbers[: mask.numel()], threshold, out=mask.as_strided((mask.numel(),), (1,)))
+        return mask
 
 
 def dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
     """Returns a tensor in a type, without what is dropped."""
     return x.to(dtype) if dropout is None else dropout.mask_like(x, dtype).mul_(x)
+
+
+def dropped_parts(
+    x: Tensor, dtype: torch.dtype, dropout: Dropout | None, at_once: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yields which images, these in a type without what is dropped, and the mask if there is one.
+
+    In parts, temporary tensors stay in the caches, and the C library does not give their memory back to the system.
+    """
+    if dropout is None:
+        yield slice(None), x.to(dtype), None
+        return
+    for part, mask in dropout.parts(x, dtype, at_once):
+        yield part, (mask * x[part]).to(dtype), mask
 
 
 def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:

@@ -45,6 +45,19 @@ def test_every_part_of_a_large_mask_has_its_share():
     assert (parts.mean(1) - share).abs().max() < 5 * (share * (1 - share) / size) ** 0.5
 
 
+@pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
+@pytest.mark.parametrize("at_once", [1, 250, 10**6], ids=["image_by_image", "two_images", "all"])
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 0, 1, 2)], ids=["contiguous", "last", "mixed"])
+def test_parts_make_up_the_whole_mask(p: float, at_once: int, axes: tuple[int, ...]):
+    images = torch.empty(5, 4, 6, 5).permute(axes)
+    dropout = Dropout.draw(p)
+    whole, done = dropout.mask_like(images), torch.full_like(images, 2)
+    for part, mask in dropout.parts(images, torch.float32, at_once):
+        done[part] = mask
+    assert torch.equal(done, whole)
+    assert [len(mask) for _, mask in dropout.parts(images[:0], torch.float32, at_once)] == [0]
+
+
 def test_a_mask_has_the_format_of_its_input():
     image = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     mask = Dropout.draw(0.5).mask_like(image)
