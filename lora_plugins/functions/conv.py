@@ -7,11 +7,10 @@ arithmetic. The choice depends on shapes only, never on a clock, so that reruns 
 same bits.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +21,11 @@ from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
 from lora_plugins.functions.masks import Dropout, dropped_parts
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
-from lora_plugins.functions.products import project
+from lora_plugins.functions.products import project, total
 from lora_plugins.functions.recompute import recomputation
 
 SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
-
-
-_AT_ONCE = 2**20
-"""Elements of the input that are dropped at a time."""
 
 _MANY = 8
 """How much larger than the small product or the updated kernel an input has to be for them to be kept as well."""
@@ -166,12 +161,12 @@ def _through_products(
     geometry = options.geometry
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_factors = []
-    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout):
         some_h = _down(some, A, weight, geometry) if h is None else h[part]
         branch, dA, dB = _through_products_of(some, some_h, dy[part].to(A.dtype), A, B, weight, options, of_x=needed[0])
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_factors.append((dA, dB))
-    dA, dB = (_sum(gradients) for gradients in zip(*of_factors, strict=True))
+    dA, dB = (total(gradients) for gradients in zip(*of_factors, strict=True))
     return dx, dA, dB
 
 
@@ -184,11 +179,11 @@ def _through_update(
     kernel = _kernel(A, B, weight) * options.scale if kernel is None else kernel
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_kernel = []
-    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout):
         branch, dkernel = geometry.gradients(dy[part].to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_kernel.append(dkernel)
-    return dx, *project(_sum(of_kernel).flatten(1), A, B, options.scale)
+    return dx, *project(total(of_kernel).flatten(1), A, B, options.scale)
 
 
 _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
@@ -233,7 +228,7 @@ def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dt
 def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
     """Adds the small products to the output; returns those of x and A."""
     down = []
-    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
         down.append(_down(some, A, weight, options.geometry))
         mix_into(y[part], B, down[-1], options.scale)
     return down[0] if len(down) == 1 else torch.cat(down)
@@ -242,7 +237,7 @@ def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, op
 def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
     """Adds the input's convolution with the update to the output; returns the update."""
     kernel = _kernel(A, B, weight) * options.scale
-    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, _AT_ONCE):
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
         y[part].add_(options.geometry.convolve(some, kernel))
     return kernel
 
@@ -262,10 +257,6 @@ def _add_branch(
 
 def _all(image: Tensor) -> Tensor:
     return image
-
-
-def _sum(gradients: Sequence[Tensor | None]) -> Tensor:
-    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

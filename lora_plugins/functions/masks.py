@@ -20,6 +20,8 @@ from torch import Tensor
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
 _LONG_LAG, _SHORT_LAG = 19937, 9842
+_AT_ONCE = 2**20
+"""Elements of a mask in memory at a time, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,17 @@ class Dropout:
         """
         return self._mask(x, dtype or x.dtype, self._numbers(x))
 
-    def parts(self, x: Tensor, dtype: torch.dtype, at_once: int) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yields which images, and their mask: parts of the whole mask, of which only one need be in memory at a time.
 
         Args:
-            x: The tensor, `(images, ...)`.
+            x: The tensor, `(images, ...)`. On a GPU, or where images do not follow each other in memory, all are one
+                part.
             dtype: Of the masks.
-            at_once: Elements of a part, at least one image, and all of them where images do not follow each other in
-                memory.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        size = max(at_once // max(each, 1), 1) if x.stride(0) == each else max(len(x), 1)
+        apart = x.device.type == "cpu" and x.stride(0) == each
+        size = max(_AT_ONCE // max(each, 1), 1) if apart else max(len(x), 1)
         for start in range(0, max(len(x), 1), size):
             part = slice(start, start + size)
             yield part, self._mask(x[part], dtype, numbers[start * each :])
@@ -93,8 +95,16 @@ def dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
     return x.to(dtype) if dropout is None else dropout.mask_like(x, dtype).mul_(x)
 
 
+def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
+    """Returns a tensor in a type, without what is dropped, and the mask if there is one."""
+    if dropout is None:
+        return x.to(dtype), None
+    mask = dropout.mask_like(x, dtype)
+    return (mask * x).to(dtype), mask
+
+
 def dropped_parts(
-    x: Tensor, dtype: torch.dtype, dropout: Dropout | None, at_once: int
+    x: Tensor, dtype: torch.dtype, dropout: Dropout | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yields which images, these in a type without what is dropped, and the mask if there is one.
 
@@ -103,16 +113,8 @@ def dropped_parts(
     if dropout is None:
         yield slice(None), x.to(dtype), None
         return
-    for part, mask in dropout.parts(x, dtype, at_once):
+    for part, mask in dropout.parts(x, dtype):
         yield part, (mask * x[part]).to(dtype), mask
-
-
-def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
-    """Returns a tensor in a type, without what is dropped, and the mask if there is one."""
-    if dropout is None:
-        return x.to(dtype), None
-    mask = dropout.mask_like(x, dtype)
-    return (mask * x).to(dtype), mask
 
 
 def _words(count: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,8 @@ torch gives products in float32 to MKL, which on processors of other makers than
 registers; oneDNN, which has torch's convolutions, uses all of it.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -30,6 +32,11 @@ def contract(left: Tensor, right: Tensor) -> Tensor:
     """Returns `leftᵀ right`, of matrices with equally many rows."""
     # One of them has to be transposed in memory: the narrower one.
     return matmul(left.T, right) if left.shape[1] <= right.shape[1] else matmul(right.T, left).T
+
+
+def total(parts: Sequence[Tensor | None]) -> Tensor:
+    """Returns the sum of the gradients that came from parts of a batch."""
+    return functools.reduce(torch.add, cast(Sequence[Tensor], parts))
 
 
 def add_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:

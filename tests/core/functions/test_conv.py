@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_plugins.functions import conv, geometry
+from lora_plugins.functions import geometry, masks
 from lora_plugins.functions.conv import lora_conv, ways
 from lora_plugins.functions.geometry import Geometry
 
@@ -113,7 +113,7 @@ def test_images_may_be_dropped_one_by_one(case: Case, last: bool, monkeypatch):
     inputs = case.tensors(channels_last=last)
     found = []
     for at_once in (1, 2**20):
-        monkeypatch.setattr(conv, "_AT_ONCE", at_once)
+        monkeypatch.setattr(masks, "_AT_ONCE", at_once)
         output = case.compute(*inputs)
         found.append([output, *torch.autograd.grad(output.sin().sum(), inputs)])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

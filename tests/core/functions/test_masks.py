@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_plugins.functions import masks
 from lora_plugins.functions.masks import Dropout
 
 
@@ -48,14 +49,15 @@ def test_every_part_of_a_large_mask_has_its_share():
 @pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
 @pytest.mark.parametrize("at_once", [1, 250, 10**6], ids=["image_by_image", "two_images", "all"])
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 0, 1, 2)], ids=["contiguous", "last", "mixed"])
-def test_parts_make_up_the_whole_mask(p: float, at_once: int, axes: tuple[int, ...]):
+def test_parts_make_up_the_whole_mask(p: float, at_once: int, axes: tuple[int, ...], monkeypatch):
+    monkeypatch.setattr(masks, "_AT_ONCE", at_once)
     images = torch.empty(5, 4, 6, 5).permute(axes)
     dropout = Dropout.draw(p)
     whole, done = dropout.mask_like(images), torch.full_like(images, 2)
-    for part, mask in dropout.parts(images, torch.float32, at_once):
+    for part, mask in dropout.parts(images, torch.float32):
         done[part] = mask
     assert torch.equal(done, whole)
-    assert [len(mask) for _, mask in dropout.parts(images[:0], torch.float32, at_once)] == [0]
+    assert [len(mask) for _, mask in dropout.parts(images[:0], torch.float32)] == [0]
 
 
 def test_a_mask_has_the_format_of_its_input():
