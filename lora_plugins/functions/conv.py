@@ -109,7 +109,8 @@ class _LoraConv(torch.autograd.Function):
         else:
             y = convolve(x, weight, bias)
             extra = (_add_products if options.small_products else _add_update)(y, x, weight, A, B, options)
-        keep(ctx, options, x, weight, bias, A, B, extra if extra.numel() * _MANY <= x.numel() else None)
+        is_small = options.again is None and extra.numel() * _MANY <= x.numel()
+        keep(ctx, options, x, weight, bias, A, B, extra if is_small else None)
         return y
 
     @staticmethod
