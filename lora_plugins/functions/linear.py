@@ -210,10 +210,10 @@ def _rank_is_high(rows: int, A: Tensor, B: Tensor) -> bool:
 
 def _law(options: LinearOptions) -> Callable[..., Tensor]:
     def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        dropped = x if options.dropout is None else x * options.dropout.mask_like(x)
-        x, dropped = x.movedim(options.axis, -1), dropped.movedim(options.axis, -1)
-        y = F.linear(x, weight.to(x.dtype), bias)
-        y = y + (options.scale * F.linear(F.linear(dropped.to(A.dtype), A), B)).to(y.dtype)
-        return y.movedim(-1, options.axis)
+        rows = _rows(x, options.axis)
+        some = rows if options.dropout is None else rows * options.dropout.mask_like(rows)
+        y = F.linear(rows, weight.to(x.dtype), bias)
+        y = y + (options.scale * F.linear(F.linear(some.to(A.dtype), A), B)).to(y.dtype)
+        return y.view(*x.movedim(options.axis, -1).shape[:-1], len(weight)).movedim(-1, options.axis)
 
     return law

@@ -41,7 +41,7 @@ class Options:
 
 def keep(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
     """Keeps what the backward needs, but not an input that can be computed again."""
-    ctx.options, ctx.dtype = options, x.dtype
+    ctx.options, ctx.dtype, ctx.stride = options, x.dtype, x.stride()
     ctx.save_for_backward(None if options.again else x, *others)
 
 
@@ -56,6 +56,8 @@ def kept(ctx: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
             raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
         x = ctx.options.again().to(ctx.dtype)
+        if x.stride() != ctx.stride:  # the order of a mask is that of the memory of its input
+            x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)
     return x, *others
 
 

@@ -163,6 +163,15 @@ def test_autocast_agrees_with_float32(case: Case):
         assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
+@formats
+def test_a_graph_of_the_gradients_has_the_same_gradients(case: Case, last: bool):
+    inputs = case.tensors(channels_last=last)
+    found = [
+        torch.autograd.grad(case.compute(*inputs).sin().sum(), inputs, create_graph=graph) for graph in (False, True)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
 @cases
 def test_only_the_input_is_kept_and_what_is_an_eighth_of_it(case: Case):
     inputs = case.tensors(torch.float32)

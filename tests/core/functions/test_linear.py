@@ -118,6 +118,18 @@ def test_the_gradient_of_the_input_has_its_memory_format(make, dropout):
 
 @shapes
 @drops
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+def test_a_graph_of_the_gradients_has_the_same_gradients(lead, outputs, r, dropout, make):
+    _, *others = tensors(lead, outputs, r)
+    inputs = [make().double().requires_grad_(), *others]
+    found = [
+        torch.autograd.grad(seeded(dropout)(*inputs).sin().sum(), inputs, create_graph=graph) for graph in (False, True)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@shapes
+@drops
 def test_autocast_agrees_with_float32(lead, outputs, r, dropout):
     inputs = tensors(lead, outputs, r, torch.float32)
     expected = torch.autograd.grad(seeded(dropout)(*inputs).square().sum(), inputs)

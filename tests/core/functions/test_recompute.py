@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, StateError
 
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+
 SOURCES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU("tanh"),
@@ -20,6 +26,8 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm": lambda: nn.LayerNorm(6),
     "layer_norm-no_bias": lambda: nn.LayerNorm(6, bias=False),
     "layer_norm-plain": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "layer_norm-transposed": lambda: nn.Sequential(Transposed(), nn.LayerNorm(6)),
+    "gelu-transposed": lambda: nn.Sequential(Transposed(), nn.GELU()),
     "view": lambda: nn.Sequential(nn.GELU(), nn.Unflatten(0, (2, 4)), nn.Unflatten(0, (1, 2)), nn.Flatten(0, 1)),
 }
 
