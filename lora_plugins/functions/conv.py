@@ -3,14 +3,14 @@
 As for linear layers, the update is added to the kernel or to the output, whichever has less arithmetic, and only the
 input is kept for the backward, and what is small beside it. The gradients of A and B come from small products (`r`
 channels instead of `out`), or from the ordinary gradient of the kernel followed by two products, again by their
-arithmetic. The choice depends on shapes only, never on a clock, so that reruns and all processes of a run compute the
-same bits.
+arithmetic. The choice never depends on a clock, so that reruns and all processes of a run compute the same bits.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
 from lora_plugins.functions.masks import Dropout, dropped_parts
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
-from lora_plugins.functions.products import project, total
+from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import recomputation
 
 SMALL_SHARE = 0.4
@@ -70,10 +70,11 @@ def lora_conv(
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the branch's input.
         geometry: How the kernel moves.
-        low_memory: Whether `x` is computed again in the backward where it can be.
+        low_memory: Whether `x` is computed again in the backward where it can be, and nothing small is kept then.
     """
     update_first, small_products = ways(x, weight, A, dropout, geometry)
-    if small_products and channels_last(x) and geometry.is_pointwise(weight) and max(geometry.stride) == 1:
+    # With few channels, the gradient of the kernel is faster as that of a convolution.
+    if small_products and _is_linear(x, weight, geometry):
         matrix = weight.flatten(1)
         return lora_linear(x, matrix, bias, A, B, scaling, dropout, axis=1, low_memory=low_memory)
     options = ConvOptions(
@@ -85,6 +86,14 @@ def lora_conv(
         geometry=geometry,
     )
     return apply(_LoraConv, x, weight, bias, A, B, options)
+
+
+def _is_linear(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether it is a linear layer on the rows that images with channels last are in memory.
+
+    Only of images: torch returns other convolutions contiguous, whatever the format of their input.
+    """
+    return x.ndim == 4 and channels_last(x) and geometry.is_pointwise(weight) and max(geometry.stride) == 1
 
 
 def ways(x: Tensor, weight: Tensor, A: Tensor, dropout: float, geometry: Geometry) -> tuple[bool, bool]:
@@ -103,25 +112,25 @@ class _LoraConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
     ) -> Tensor:
         convolve = options.geometry.convolve
+        small: Tensor | None
         if options.update_first:
-            extra = _updated(weight, A, B, options.scale, x.dtype)
-            y = convolve(x, extra, bias)
+            kernel = _updated(weight, A, B, options.scale, x.dtype)
+            y, small = convolve(x, kernel, bias), kernel if _is_small(kernel.numel(), x, options) else None
         else:
             y = convolve(x, weight, bias)
-            extra = (_add_products if options.small_products else _add_update)(y, x, weight, A, B, options)
-        is_small = options.again is None and extra.numel() * _MANY <= x.numel()
-        keep(ctx, options, x, weight, bias, A, B, extra if is_small else None)
+            small = (_add_products if options.small_products else _add_update)(y, x, weight, A, B, options)
+        keep(ctx, options, x, weight, bias, A, B, small)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, extra = kept(ctx)
+        x, weight, bias, A, B, small = kept(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
         of_factors = _GRADIENTS[options.update_first, options.small_products]
-        dx, dA, dB = of_factors(gradient, x, weight, A, B, extra, options, needed)
+        dx, dA, dB = of_factors(gradient, x, weight, A, B, small, options, needed)
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
@@ -161,14 +170,14 @@ def _through_products(
     """Gradients of x, A and B where the small products were added to the output."""
     geometry = options.geometry
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
-    of_factors = []
+    of_A, of_B = [], []
     for part, some, mask in dropped_parts(x, A.dtype, options.dropout):
         some_h = _down(some, A, weight, geometry) if h is None else h[part]
         branch, dA, dB = _through_products_of(some, some_h, dy[part].to(A.dtype), A, B, weight, options, of_x=needed[0])
         _add_branch(dx, part, branch, mask, weight, geometry)
-        of_factors.append((dA, dB))
-    dA, dB = (total(gradients) for gradients in zip(*of_factors, strict=True))
-    return dx, dA, dB
+        of_A.append(dA)
+        of_B.append(dB)
+    return dx, _total(of_A), _total(of_B)
 
 
 def _through_update(
@@ -184,7 +193,7 @@ def _through_update(
         branch, dkernel = geometry.gradients(dy[part].to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_kernel.append(dkernel)
-    return dx, *project(total(of_kernel).flatten(1), A, B, options.scale)
+    return dx, *project(_total(of_kernel).flatten(1), A, B, options.scale)
 
 
 _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
@@ -204,8 +213,8 @@ def _through_products_of(
     dB = contract(h, dy).mul_(options.scale).T
     kernel = A.view(A.shape[0], *weight.shape[1:])
     if not geometry.is_pointwise(weight):
-        dx, dA = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
-        return dx, None if dA is None else dA.flatten(1), dB
+        dx, dkernel = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
+        return dx, None if dkernel is None else dkernel.flatten(1), dB
     return mix(A.T, g) if of_x else None, contract(g, geometry.seen(x)), dB
 
 
@@ -226,21 +235,28 @@ def _updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dt
     return matrix if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(matrix)
 
 
-def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
-    """Adds the small products to the output; returns those of x and A."""
+def _is_small(size: int, x: Tensor, options: ConvOptions) -> bool:
+    """Whether something is kept because it is small beside the input, which itself is not computed again."""
+    return options.again is None and size * _MANY <= x.numel()
+
+
+def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor | None:
+    """Adds the small products to the output; returns those of x and A if they are to be kept."""
+    is_small = _is_small(y.numel() // len(B) * len(A), x, options)
     down = []
     for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
-        down.append(_down(some, A, weight, options.geometry))
-        mix_into(y[part], B, down[-1], options.scale)
-    return down[0] if len(down) == 1 else torch.cat(down)
+        h = _down(some, A, weight, options.geometry)
+        mix_into(y[part], B, h, options.scale)
+        down += [h] * is_small
+    return torch.cat(down) if is_small else None
 
 
-def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
-    """Adds the input's convolution with the update to the output; returns the update."""
+def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor | None:
+    """Adds the input's convolution with the update to the output; returns the update if it is to be kept."""
     kernel = _kernel(A, B, weight) * options.scale
     for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
         y[part].add_(options.geometry.convolve(some, kernel))
-    return kernel
+    return kernel if _is_small(kernel.numel(), x, options) else None
 
 
 def _add_branch(
@@ -249,15 +265,17 @@ def _add_branch(
     """Adds what the branch gave to the gradient of some images, where the kernel sees them."""
     if dx is None or branch is None:
         return
-    seen = geometry.seen if geometry.is_pointwise(weight) else _all
+    pointwise = geometry.is_pointwise(weight)
+    target = geometry.seen(dx[part]) if pointwise else dx[part]
     if mask is None:
-        seen(dx[part]).add_(branch)
+        target.add_(branch)
     else:
-        seen(dx[part]).addcmul_(branch, seen(mask))
+        target.addcmul_(branch, geometry.seen(mask) if pointwise else mask)
 
 
-def _all(image: Tensor) -> Tensor:
-    return image
+def _total(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Returns the sum of what came from parts of a batch."""
+    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

@@ -58,7 +58,7 @@ def lora_linear(
         B: `(out, r)`.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the branch's input.
-        axis: Of the inputs in `x`, and of the outputs in what is returned, which are innermost in its memory.
+        axis: Of the inputs in `x`, and of the outputs in the result, in whose memory they are innermost.
         low_memory: Whether `x` is computed again in the backward where it can be.
     """
     rows = x.numel() // x.shape[axis]
@@ -89,7 +89,7 @@ def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dty
     if weight.dtype == A.dtype == dtype:
         return add_product(weight, B, A, scale)
     wide = torch.promote_types(weight.dtype, A.dtype)
-    return add_product(weight.to(wide), B, A, scale).to(dtype)
+    return add_product(weight.to(wide), B.to(wide), A.to(wide), scale).to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -68,13 +68,13 @@ class Dropout:
         """Yields which images, and their mask: parts of the whole mask, of which only one need be in memory at a time.
 
         Args:
-            x: The tensor, `(images, ...)`. On a GPU, or where images do not follow each other in memory, all are one
-                part.
+            x: The tensor, `(images, channels, ...)`. On a GPU, or where images do not follow each other in memory, all
+                are one part.
             dtype: Of the masks.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        apart = x.device.type == "cpu" and x.stride(0) == each
-        size = max(_AT_ONCE // max(each, 1), 1) if apart else max(len(x), 1)
+        follow = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+        size = max(_AT_ONCE // max(each, 1), 1) if follow and x.device.type == "cpu" else max(len(x), 1)
         for start in range(0, max(len(x), 1), size):
             part = slice(start, start + size)
             yield part, self._mask(x[part], dtype, numbers[start * each :])

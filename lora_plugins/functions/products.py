@@ -1,19 +1,20 @@
 """Products of matrices, by the faster of the two libraries that torch has on a CPU.
 
 torch gives products in float32 to MKL, which on processors of other makers than Intel uses half the width of their
-registers; oneDNN, which has torch's convolutions, uses all of it.
+registers; oneDNN, which has torch's convolutions, uses all of it. Its function has no gradient, so these are for use
+inside of autograd functions only.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LEAST = 2**20
-"""Multiplications that are worth the start of oneDNN, some ten microseconds (measured)."""
+"""Multiplications that are worth the start of oneDNN: ten microseconds, and 200 for a shape's first time (measured)."""
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,11 +33,6 @@ def contract(left: Tensor, right: Tensor) -> Tensor:
     """Returns `leftᵀ right`, of matrices with equally many rows."""
     # One of them has to be transposed in memory: the narrower one.
     return matmul(left.T, right) if left.shape[1] <= right.shape[1] else matmul(right.T, left).T
-
-
-def total(parts: Sequence[Tensor | None]) -> Tensor:
-    """Returns the sum of the gradients that came from parts of a batch."""
-    return functools.reduce(torch.add, cast(Sequence[Tensor], parts))
 
 
 def add_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
@@ -60,12 +56,12 @@ def _scaled(shaped: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
 
 
 def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN is faster: its function takes what it gets, but is wrong without a word for a strided bias.
+    """Whether oneDNN is faster and right.
 
     Args:
         left: One matrix.
         right: The other one, either way round; a part of a larger one would take thousands of times as long.
-        bias: What is added.
+        bias: What is added; one that is strided would be read wrongly without a word.
     """
     return (
         left.shape[0] * right.numel() >= _LEAST
@@ -73,7 +69,7 @@ def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bo
         and left.device.type == "cpu"
         and (right.is_contiguous() or right.T.is_contiguous())
         and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
-        and not torch.overrides.has_torch_function((left, right))
+        and all(type(tensor) in _PLAIN for tensor in (left, right, bias) if tensor is not None)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_plugins.functions import geometry, masks
 from lora_plugins.functions.conv import lora_conv, ways
-from lora_plugins.functions.geometry import Geometry
+from lora_plugins.functions.geometry import Geometry, pointwise
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,32 @@ def test_only_the_input_is_kept_and_what_is_an_eighth_of_it(case: Case):
     extra = [size for address, size in others.items() if address not in known]
     assert sum(extra) <= inputs[0].numel() / 8
     assert len(extra) == (case.id in WITH_SOMETHING_SMALL)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3], ids=["1d", "2d", "3d"])
+def test_a_pointwise_convolution_has_the_format_of_torch(dimensions: int, last: bool, dropout: float):
+    x = torch.randn(2, *[5] * dimensions, 16).movedim(-1, 1)
+    x = (x if last else x.contiguous()).requires_grad_()
+    weight, A, B = torch.randn(24, 16, *[1] * dimensions), torch.randn(1, 16), torch.randn(24, 1)
+    expected = CONVOLUTIONS[dimensions](x, weight)
+    output = lora_conv(x, weight, None, A, B, 1.0, dropout, pointwise(dimensions))
+    assert output.stride() == expected.stride()
+    assert (output.grad_fn.name() == "_LoraLinearBackward") == (last and dimensions == 2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
+def test_nothing_small_is_kept_where_the_input_is_computed_again(dropout: float):
+    x = F.silu(torch.randn(2, 16, 31, 30, requires_grad=True))
+    weight, A, B = torch.randn(12, 16, 3, 3), torch.randn(1, 144, requires_grad=True), torch.randn(12, 1)
+    counts = []
+    for low in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            lora_conv(x, weight, None, A, B, 1.0, dropout, Geometry((1, 1), (1, 1), (1, 1), 1), low_memory=low)
+        counts.append(len({tensor.untyped_storage().data_ptr() for tensor in kept}))
+    assert counts == [5, 3]  # input, weight, A, B and something small; weight, A, B
 
 
 @pytest.mark.parametrize("at_once", [1, 2**18], ids=["image_by_image", "whole_batch"])

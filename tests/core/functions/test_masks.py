@@ -1,10 +1,20 @@
 """Masks are drawn again from their seed, element by element, in the memory format of their input."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from lora_plugins.functions import masks
 from lora_plugins.functions.masks import Dropout
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.empty(5, 4, 6, 5),
+    "channels_last": lambda: torch.empty(5, 6, 5, 4).permute(0, 3, 1, 2),
+    "images_innermost": lambda: torch.empty(4, 6, 5, 5).permute(3, 0, 1, 2),
+    "images_interleaved": lambda: torch.empty(2, 3, 4, 8)[..., :4].transpose(0, 1),  # with the stride of dense ones
+}
 
 
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
@@ -48,10 +58,10 @@ def test_every_part_of_a_large_mask_has_its_share():
 
 @pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
 @pytest.mark.parametrize("at_once", [1, 250, 10**6], ids=["image_by_image", "two_images", "all"])
-@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 0, 1, 2)], ids=["contiguous", "last", "mixed"])
-def test_parts_make_up_the_whole_mask(p: float, at_once: int, axes: tuple[int, ...], monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_parts_make_up_the_whole_mask(p: float, at_once: int, layout: Callable[[], Tensor], monkeypatch):
     monkeypatch.setattr(masks, "_AT_ONCE", at_once)
-    images = torch.empty(5, 4, 6, 5).permute(axes)
+    images = layout()
     dropout = Dropout.draw(p)
     whole, done = dropout.mask_like(images), torch.full_like(images, 2)
     for part, mask in dropout.parts(images, torch.float32):
