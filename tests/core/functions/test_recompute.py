@@ -1,5 +1,7 @@
 """`memory="low"`: the same gradients, with less kept."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -55,6 +57,15 @@ def test_the_gradients_are_the_same(source, dropout):
     normal, low = network(source, "normal", dropout), network(source, "low", dropout)
     for got, wanted in zip(run(low, x), run(normal, x), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_what_was_counted_is_freed():
+    x = torch.randn(8, 6, requires_grad=True)
+    alive = weakref.ref(x)
+    kept_bytes(nn.Sequential(nn.Linear(6, 6), nn.Sigmoid()), (x,))  # a sigmoid keeps its own output
+    del x
+    gc.collect()
+    assert alive() is None
 
 
 @sources
