@@ -41,18 +41,7 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str = "floor") -> f
 def kept_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
     """Counts what the forward keeps for the backward: each storage once, parameters and the batch left out."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch)}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor.detach()  # an output that is kept by its own node would never be freed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(*batch).square().mean()
-    del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for address, storage in _kept(model, batch).items() if address not in known)
 
 
 def input_bytes(model: nn.Module, names: list[str], batch: tuple[Tensor, ...]) -> int:
@@ -64,18 +53,24 @@ def input_bytes(model: nn.Module, names: list[str], batch: tuple[Tensor, ...]) -
         seen[storage.data_ptr()] = storage
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(note) for name in names]
+    kept = _kept(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return sum(storage.nbytes() for address, storage in seen.items() if address not in kept)
+
+
+def _kept(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[int, torch.UntypedStorage]:
+    """Returns what the forward keeps for the backward, by address; alive, so that no address is used twice."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
-        return tensor.detach()
+        return tensor.detach()  # an output that is kept by its own node would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(*batch)
-    for hook in hooks:
-        hook.remove()
-    return sum(storage.nbytes() for address, storage in seen.items() if address not in kept)
+        model(*batch).square().mean()
+    return kept
 
 
 def _wait(batch: tuple[Tensor, ...]) -> None:

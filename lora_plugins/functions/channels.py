@@ -16,9 +16,9 @@ def channels_last(image: Tensor) -> bool:
     return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
 
 
-def rows(image: Tensor) -> Tensor:
-    """Returns `(batch * positions, channels)`; a view of an image with channels last."""
-    return image.movedim(1, -1).reshape(-1, image.shape[1])
+def rows(tensor: Tensor, axis: int = 1) -> Tensor:
+    """Returns `(batch * positions, channels)`; a view where the channels, at an axis, are innermost in memory."""
+    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])
 
 
 def mix(matrix: Tensor, image: Tensor) -> Tensor:
@@ -30,17 +30,16 @@ def mix(matrix: Tensor, image: Tensor) -> Tensor:
     return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
 
 
-def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> Tensor:
-    """Adds `alpha * mix(matrix, image)` to a fresh target, in place where their formats agree."""
+def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> None:
+    """Adds `alpha * mix(matrix, image)` to a target, in one operation where their formats agree."""
     if target.dtype != image.dtype:
-        return target.add_(mix(matrix, image).mul_(alpha).to(target.dtype))
-    if channels_last(target) and channels_last(image):
+        target.add_(mix(matrix, image).mul_(alpha).to(target.dtype))
+    elif channels_last(target) and channels_last(image):
         rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
-        return target
-    if target.is_contiguous():
+    elif target.is_contiguous():
         target.flatten(2).baddbmm_(_for_each(image, matrix), image.flatten(2), alpha=alpha)
-        return target
-    return target.add_(mix(matrix, image), alpha=alpha)
+    else:
+        target.add_(mix(matrix, image), alpha=alpha)
 
 
 def contract(few: Tensor, many: Tensor) -> Tensor:

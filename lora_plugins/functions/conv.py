@@ -3,7 +3,8 @@
 As for linear layers, the update is added to the kernel or to the output, whichever has less arithmetic, and only the
 input is kept for the backward, and what is small beside it. The gradients of A and B come from small products (`r`
 channels instead of `out`), or from the ordinary gradient of the kernel followed by two products, again by their
-arithmetic. The choice never depends on a clock, so that reruns and all processes of a run compute the same bits.
+arithmetic. The choice never depends on a clock, so that reruns, and all processes of a run on equal processors, compute
+the same bits.
 """
 
 import functools
@@ -33,14 +34,9 @@ _MANY = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ConvOptions(Options):
-    """What is no tensor.
+    """What the function of a convolution knows beside what all do.
 
     Args:
-        scaling: Factor of the update.
-        dropout: The masks of the branch's input; None without dropout.
-        update_first: Whether the update is added to the kernel rather than to the output.
-        small_products: Whether A and B get their gradients without that of the kernel.
-        again: Computes the input again, which is then not kept.
         geometry: How the kernel moves.
     """
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_plugins.functions import channels
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
 from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
@@ -22,14 +23,9 @@ from lora_plugins.functions.recompute import recomputation
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions(Options):
-    """What is no tensor.
+    """What the function of a linear layer knows beside what all do.
 
     Args:
-        scaling: Factor of the update.
-        dropout: The masks of the branch's input; None without dropout.
-        update_first: Whether the update is added to the weight rather than to the output.
-        small_products: Whether A and B get their gradients without that of the weight.
-        again: Computes the input again, which is then not kept.
         axis: Of the inputs in `x`.
     """
 
@@ -98,7 +94,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions
     ) -> Tensor:
         keep(ctx, options, x, weight, bias, A, B)
-        rows = _rows(x, options.axis)
+        rows = channels.rows(x, options.axis)
         if options.update_first:
             y = linear(rows, updated(weight, A, B, options.scale, x.dtype), bias)
         else:
@@ -112,7 +108,7 @@ class _LoraLinear(torch.autograd.Function):
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
-        rows, dy = _rows(x, options.axis), _rows(gradient, options.axis)
+        rows, dy = channels.rows(x, options.axis), channels.rows(gradient, options.axis)
         of_factors = _GRADIENTS[options.update_first, options.small_products]
         dx, dA, dB = of_factors(rows, dy, weight, A, B, options, needed)
         return (
@@ -125,14 +121,14 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])
+def _with_dimensions_of(x: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """Returns rows with the dimensions of the input; a view."""
+    return rows.view(*x.movedim(axis, -1).shape[:-1], rows.shape[1]).movedim(-1, axis)
 
 
 def _from_rows(rows: Tensor, x: Tensor, axis: int) -> Tensor:
     """Gives fresh rows the dimensions of the input."""
-    moved = x.movedim(axis, -1).shape[:-1]
-    image = rows.view(*moved, rows.shape[-1]).movedim(-1, axis)
+    image = _with_dimensions_of(x, rows, axis)
     # In place, so as not to be a view: autograd would refuse to let what follows, as ReLU(inplace=True), write into it.
     return rows.as_strided_(image.shape, image.stride())
 
@@ -210,10 +206,10 @@ def _rank_is_high(rows: int, A: Tensor, B: Tensor) -> bool:
 
 def _law(options: LinearOptions) -> Callable[..., Tensor]:
     def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        rows = _rows(x, options.axis)
+        rows = channels.rows(x, options.axis)
         some = rows if options.dropout is None else rows * options.dropout.mask_like(rows)
         y = F.linear(rows, weight.to(x.dtype), bias)
         y = y + (options.scale * F.linear(F.linear(some.to(A.dtype), A), B)).to(y.dtype)
-        return y.view(*x.movedim(options.axis, -1).shape[:-1], len(weight)).movedim(-1, options.axis)
+        return _with_dimensions_of(x, y, options.axis)
 
     return law

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_plugins.functions.channels import channels_last
+
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
 _LONG_LAG, _SHORT_LAG = 19937, 9842
@@ -73,7 +75,7 @@ class Dropout:
             dtype: Of the masks.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        follow = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+        follow = x.is_contiguous() or channels_last(x)
         size = max(_AT_ONCE // max(each, 1), 1) if follow and x.device.type == "cpu" else max(len(x), 1)
         for start in range(0, max(len(x), 1), size):
             part = slice(start, start + size)

@@ -22,7 +22,7 @@ class Options:
     Args:
         scaling: Factor of the update.
         dropout: The masks of the branch's input; None without dropout.
-        update_first: Whether the update is added to the weight rather than to the output.
+        update_first: Whether the update is added to the weight or kernel rather than to the output.
         small_products: Whether A and B get their gradients without that of the weight.
         again: Computes the input again, which is then not kept.
     """

@@ -19,9 +19,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x Wᵀ + b` of matrices: `(rows, out)` from `(rows, in)` and `(out, in)`."""
-    if not _suits_onednn(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
+    return _by_onednn(x, weight, bias) if _suits_onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def contract(left: Tensor, right: Tensor) -> Tensor:
 def add_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
     """Returns `W + scale · B A`, of matrices of one type."""
     if _suits_onednn(B, A):
-        return matmul(B, A * scale).add_(weight)
+        return _by_onednn(B, (A * scale).T).add_(weight)
     return torch.addmm(weight, B, A, alpha=scale)
 
 
@@ -51,8 +49,12 @@ def project(gradient: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
 def _scaled(shaped: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Returns `scale · left right`, shaped as the first argument is."""
     if _suits_onednn(left, right):
-        return matmul(left, right).mul_(scale)
+        return _by_onednn(left, right.T).mul_(scale)
     return torch.addmm(shaped, left, right, beta=0, alpha=scale)  # beta=0 leaves the first argument out
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
 
 
 def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
