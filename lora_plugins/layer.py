@@ -75,6 +75,29 @@ class LayerAdapter:
     variant: VariantPlugin | None
 
 
+@dataclass(frozen=True)
+class Branch:
+    """How the active updates of a layer are computed in place of its own forward.
+
+    Args:
+        plugin: Whose branch it is.
+        always: Whether it replaces the forward always, or only while dropout acts.
+        drops: Whether an update has dropout.
+        tensors: Attribute names of the weights.
+        updates: Name, adapter and slot of each active update.
+    """
+
+    plugin: LayerPlugin
+    always: bool
+    drops: bool
+    tensors: tuple[str, ...]
+    updates: tuple[tuple[str, LayerAdapter, Slot], ...]
+
+    def acts(self, training: bool) -> bool:
+        """Whether it replaces the forward, in training mode or not."""
+        return self.always or (training and self.drops)
+
+
 @dataclass
 class LayerState:
     """What an adapted layer knows of its adapters.
@@ -85,6 +108,7 @@ class LayerState:
         adapters: All adapters on the layer, active or not.
         active: Names of those whose update is added at each forward.
         merged: Weights with merged updates that cannot be written into a parameter, since something computes them.
+        branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
     """
 
@@ -93,6 +117,7 @@ class LayerState:
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: dict[str, Tensor] = field(default_factory=dict)
+    branch: Branch | None = None
     rows: tuple[str | None, ...] | None = None
 
     @property
@@ -262,9 +287,24 @@ def _add_all(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
 def refresh_class(layer: nn.Module) -> None:
     """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
     state = layer_state(layer)
+    state.branch = _branch_of(state)
     base = cast(Any, state.base_class)
     idle = not state.active and not state.merged
     layer.__class__ = base if idle else adapted_class(base, weight_names(state), state.has_branch)
+
+
+def _branch_of(state: LayerState) -> Branch | None:
+    updates = tuple(state.active_slots())
+    uses = {adapter.branch_use for _, adapter, _ in updates}
+    if not uses or "never" in uses:
+        return None
+    return Branch(
+        plugin=updates[0][1].plugin,
+        always=updates[0][1].branch_use == "always",
+        drops=any(adapter.dropout for _, adapter, _ in updates),
+        tensors=tuple(dict.fromkeys(slot.tensor for _, _, slot in updates)),
+        updates=updates,
+    )
 
 
 @functools.cache
@@ -323,16 +363,18 @@ class _RefuseDropout:
 
 def _forward(base: type[nn.Module]) -> Any:
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        state = layer_state(layer)
-        adapters = [state.adapters[name] for name in state.active]
-        if not _branches(adapters, layer.training):
+        state: LayerState = layer.__dict__[STATE]
+        branch, training = state.branch, layer.training
+        if branch is None or not branch.acts(training):
             return base.forward(layer, *args, **kwargs)
-        plugin = adapters[0].plugin
-        tensors = {slot.tensor: None for adapter in adapters for slot in adapter.slots}
-        weights: Mapping[str, Tensor] = {tensor: resting_weight(layer, tensor) for tensor in tensors}
+        weights: Mapping[str, Tensor] = {tensor: resting_weight(layer, tensor) for tensor in branch.tensors}
         if state.rows is not None:
-            return plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)
-        return plugin.branch(layer, weights, _terms(layer, state), *args, **kwargs)
+            return branch.plugin.mixed(layer, weights, _updates(layer, state, args[0]), *args, **kwargs)
+        terms = [
+            _term(layer, name, adapter, slot, adapter.dropout if training else 0.0)
+            for name, adapter, slot in branch.updates
+        ]
+        return branch.plugin.branch(layer, weights, terms, *args, **kwargs)
 
     return forward
 
@@ -349,21 +391,6 @@ def _updates(layer: nn.Module, state: LayerState, x: Tensor) -> Updates:
     terms = [cast(Term, joined(terms_of(layer, tensor, name))) for name in state.active]
     index = [state.active.index(row) if row in state.active else len(state.active) for row in state.rows]
     return Updates.stack(terms, torch.tensor(index, device=x.device))
-
-
-def _branches(adapters: list[LayerAdapter], training: bool) -> bool:
-    """Whether the active adapters of a layer are computed by their branch rather than by the updated weight."""
-    uses = [adapter.branch_use for adapter in adapters]
-    if not uses or "never" in uses:
-        return False
-    return uses[0] == "always" or (training and any(adapter.dropout for adapter in adapters))
-
-
-def _terms(layer: nn.Module, state: LayerState) -> list[Term]:
-    return [
-        _term(layer, name, adapter, slot, adapter.dropout if layer.training else 0.0)
-        for name, adapter, slot in state.active_slots()
-    ]
 
 
 def _rebuild(base: Any, weights: tuple[str, ...], has_branch: bool) -> nn.Module:

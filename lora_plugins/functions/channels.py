@@ -18,7 +18,8 @@ def channels_last(image: Tensor) -> bool:
 
 def rows(tensor: Tensor, axis: int = 1) -> Tensor:
     """Returns `(batch * positions, channels)`; a view where the channels, at an axis, are innermost in memory."""
-    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])
+    innermost = tensor if axis == -1 else tensor.movedim(axis, -1)
+    return innermost.reshape(-1, tensor.shape[axis])
 
 
 def mix(matrix: Tensor, image: Tensor) -> Tensor:

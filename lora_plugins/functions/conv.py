@@ -21,7 +21,7 @@ from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
 from lora_plugins.functions.masks import Dropout, dropped_parts
-from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
+from lora_plugins.functions.options import Gradients, Options, apply, called, keep, kept
 from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import recomputation
 
@@ -81,7 +81,7 @@ def lora_conv(
         again=recomputation(x) if low_memory else None,
         geometry=geometry,
     )
-    return apply(_LoraConv, x, weight, bias, A, B, options)
+    return apply(_plain if _is_plain(x, weight, options) else _lora_conv, x, weight, bias, A, B, options)
 
 
 def _is_linear(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -100,6 +100,16 @@ def ways(x: Tensor, weight: Tensor, A: Tensor, dropout: float, geometry: Geometr
     update_first = (grouped or update_is_cheaper(positions, inputs, outputs)) and may_go_first(weight, dropout)
     share = 2 * r / outputs + 2 * r / inputs
     return update_first, not grouped and (share < SMALL_SHARE or not update_first)
+
+
+def _is_plain(x: Tensor, weight: Tensor, options: ConvOptions) -> bool:
+    """Whether torch's own operations keep as little and compute as fast: with a small kernel that is updated first."""
+    through_kernel = options.update_first and not options.small_products
+    return through_kernel and _is_small(weight.numel(), x, options) and not options.geometry.is_large_depthwise(x, weight)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
+    return options.geometry.convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
 
 
 class _LoraConv(torch.autograd.Function):
@@ -130,6 +140,9 @@ class _LoraConv(torch.autograd.Function):
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
+
+
+_lora_conv = called(_LoraConv)
 
 
 def _through_kernel(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lora_plugins.functions import channels
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
-from lora_plugins.functions.options import Gradients, Options, apply, keep, kept
+from lora_plugins.functions.options import Gradients, Options, apply, called, keep, kept
 from lora_plugins.functions.products import add_product, contract, linear, matmul, project
 from lora_plugins.functions.recompute import recomputation
 
@@ -67,7 +67,7 @@ def lora_linear(
         again=recomputation(x) if low_memory else None,
         axis=axis,
     )
-    return apply(_LoraLinear, x, weight, bias, A, B, options)
+    return apply(_lora_linear, x, weight, bias, A, B, options)
 
 
 def may_go_first(weight: Tensor, dropout: float) -> bool:
@@ -121,6 +121,9 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+_lora_linear = called(_LoraLinear)
+
+
 def _with_dimensions_of(x: Tensor, rows: Tensor, axis: int) -> Tensor:
     """Returns rows with the dimensions of the input; a view."""
     return rows.view(*x.movedim(axis, -1).shape[:-1], rows.shape[1]).movedim(-1, axis)
@@ -128,9 +131,10 @@ def _with_dimensions_of(x: Tensor, rows: Tensor, axis: int) -> Tensor:
 
 def _from_rows(rows: Tensor, x: Tensor, axis: int) -> Tensor:
     """Gives fresh rows the dimensions of the input."""
-    image = _with_dimensions_of(x, rows, axis)
     # In place, so as not to be a view: autograd would refuse to let what follows, as ReLU(inplace=True), write into it.
-    return rows.as_strided_(image.shape, image.stride())
+    if axis == -1:
+        return rows.resize_(*x.shape[:-1], rows.shape[1])
+    return rows.resize_(len(x), rows.shape[1], *x.shape[2:], memory_format=torch.channels_last)
 
 
 def _laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ each takes a byte, and is dropped if the byte is below `256 p`, rounded. The sha
 multiple of 1/256; where that is more than two per cent off (a small p), each element takes two bytes and the share is a
 multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
 
-And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others are sums of two
-earlier ones, `n[i] = n[i - 19937] + n[i - 9842]` modulo 2^64, which are made thousands at a time: an additive lagged
-Fibonacci generator (Knuth, The Art of Computer Programming, vol. 2, section 3.2.2; `x^19937 + x^9842 + 1` is primitive
-modulo 2). Any two elements of a mask are independent; three are not where they are just these distances apart.
+And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them by
+a shift register, `n[i] = n[i - 4423] xor n[i - 2098]` (Lewis and Payne, Journal of the ACM 20, 1973;
+`x^4423 + x^2098 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Squared, the polynomial says that
+the lags may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent;
+three are not where they are just these distances apart, or a power of two times them.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lora_plugins.functions.channels import channels_last
 
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
-_LONG_LAG, _SHORT_LAG = 19937, 9842
+_LONG_LAG, _SHORT_LAG = 4423, 2098
 _AT_ONCE = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
@@ -123,9 +124,12 @@ def _words(count: int, generator: torch.Generator) -> Tensor:
     words = torch.empty(count, dtype=torch.int64, device=generator.device)
     done = min(count, _LONG_LAG) if generator.device.type == "cpu" else count
     words[:done].random_(_FULL_RANGE, None, generator=generator)
+    long_lag, short_lag = _LONG_LAG, _SHORT_LAG
     while done < count:
-        size = min(count - done, _SHORT_LAG)
-        long, short, new = (words[done - lag : done - lag + size] for lag in (_LONG_LAG, _SHORT_LAG, 0))
-        torch.add(long, short, out=new)
+        if 2 * long_lag <= done:
+            long_lag, short_lag = 2 * long_lag, 2 * short_lag
+        size = min(count - done, short_lag)
+        long, short, new = (words[done - lag : done - lag + size] for lag in (long_lag, short_lag, 0))
+        torch.bitwise_xor(long, short, out=new)
         done += size
     return words

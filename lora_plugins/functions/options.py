@@ -1,7 +1,8 @@
 """What the functions know besides their tensors, and how they are called."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +42,12 @@ class Options:
 
 def keep(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
     """Keeps what the backward needs, but not an input that can be computed again."""
-    ctx.options, ctx.dtype, ctx.stride = options, x.dtype, x.stride()
-    ctx.save_for_backward(None if options.again else x, *others)
+    ctx.options = options
+    if options.again is None:
+        ctx.save_for_backward(x, *others)
+    else:
+        ctx.dtype, ctx.stride = x.dtype, x.stride()
+        ctx.save_for_backward(None, *others)
 
 
 def kept(ctx: Any) -> tuple[Tensor, ...]:
@@ -51,30 +56,39 @@ def kept(ctx: Any) -> tuple[Tensor, ...]:
     Raises:
         StateError: In a second derivative, if the input was not kept: it would be cut off from what it came from.
     """
-    x, *others = ctx.saved_tensors
-    if ctx.options.again is not None:
-        if torch.is_grad_enabled():
-            raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
-        x = ctx.options.again().to(ctx.dtype)
-        if x.stride() != ctx.stride:  # the order of a mask is that of the memory of its input
-            x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)
-    return x, *others
+    tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    if ctx.options.again is None:
+        return tensors
+    if torch.is_grad_enabled():
+        raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
+    x = ctx.options.again().to(ctx.dtype)
+    if x.stride() != ctx.stride:  # the order of a mask is that of the memory of its input
+        x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)
+    return x, *tensors[1:]
+
+
+def called(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """Returns what calls a function.
+
+    `Function.apply` itself first looks for wrappers of functorch, of which `is_eager` has said that there are none.
+    """
+    return cast(Callable[..., Tensor], super(torch.autograd.Function, function).apply)  # type: ignore[misc]
 
 
 def apply(
-    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options
+    compute: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    options: Options,
 ) -> Tensor:
-    """Calls a function; under autocast in its type, except that an update is added to a wide weight in full."""
+    """Computes the output; under autocast in its type, except that an update is added to a wide weight in full."""
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _apply(function, x, weight, bias, A, B, options)
+        return compute(x, weight, bias, A, B, options)
     if not options.update_first:
         weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
     with in_full(x):
-        return _apply(function, x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
-
-
-def _apply(function: Any, *inputs: Any) -> Tensor:
-    # Function.apply itself first looks for wrappers of functorch, of which `is_eager` has said that there are none.
-    output: Tensor = super(torch.autograd.Function, function).apply(*inputs)
-    return output
+        return compute(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)

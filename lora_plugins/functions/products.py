@@ -1,11 +1,11 @@
 """Products of matrices, by the faster of the two libraries that torch has on a CPU.
 
 torch gives products in float32 to MKL, which on processors of other makers than Intel uses half the width of their
-registers; oneDNN, which has torch's convolutions, uses all of it. Its function has no gradient, so these are for use
-inside of autograd functions only.
+registers; oneDNN, which has torch's convolutions, uses all of it. Its function has no gradient, so it is left to where
+none is wanted, as inside of autograd functions.
 """
 
-from typing import cast
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def _scaled(shaped: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], ""))
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return y
 
 
 def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
@@ -68,11 +69,19 @@ def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bo
     return (
         left.shape[0] * right.numel() >= _LEAST
         and left.dtype == right.dtype == torch.float32
-        and left.device.type == "cpu"
+        and left.is_cpu
         and (right.is_contiguous() or right.T.is_contiguous())
-        and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
-        and all(type(tensor) in _PLAIN for tensor in (left, right, bias) if tensor is not None)
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and bool(torch.backends.mkldnn.enabled)
+        and type(left) in _PLAIN
+        and type(right) in _PLAIN
+        and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32 and type(bias) in _PLAIN))
+        and _has_wide_registers()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_grad_enabled()
     )
+
+
+@functools.cache
+def _has_wide_registers() -> bool:
+    """Whether torch has oneDNN here, and the processor has what MKL leaves unused."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(available)

@@ -1,5 +1,7 @@
 """Products are right in every layout, also large ones in float32, which another library computes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +62,13 @@ def test_update_and_its_gradients(rows, inputs, outputs, right):
     assert torch.equal(weight, untouched)
 
 
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """As inside of autograd functions."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list[torch.Size]:
     """The shapes that oneDNN's function is called with."""
@@ -96,9 +105,10 @@ def test_a_large_layer_in_float32_computes_the_law(rows, inputs, r, dropout, axi
     def run(*tensors: Tensor) -> list[Tensor]:
         torch.manual_seed(7)
         x, *others = tensors
-        x = x if axis == -1 else x.view(2, -1, 1, inputs).movedim(-1, 1)
-        y = lora_linear(x, *others, 1.7, dropout, axis=axis)
-        return [y, *torch.autograd.grad(y.sin().sum(), tensors)]
+        with torch.enable_grad():
+            x = x if axis == -1 else x.view(2, -1, 1, inputs).movedim(-1, 1)
+            y = lora_linear(x, *others, 1.7, dropout, axis=axis)
+            return [y, *torch.autograd.grad(y.sin().sum(), tensors)]
 
     single = [tensor.detach().float().requires_grad_() for tensor in exact]
     results = run(*single)
@@ -136,3 +146,11 @@ def test_a_user_can_turn_onednn_off(monkeypatch, calls):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     linear(X, WEIGHT, BIAS)
     assert calls == [X.shape]
+
+
+def test_what_needs_a_gradient_stays_with_torch(calls):
+    weight = WEIGHT.clone().requires_grad_()
+    with torch.enable_grad():
+        linear(X, weight, BIAS).sum().backward()
+    torch.testing.assert_close(weight.grad, X.sum(0).expand(64, -1))
+    assert not calls
