@@ -20,7 +20,7 @@ from lora_plugins.functions.channels import channels_last, contract, mix, mix_in
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
-from lora_plugins.functions.masks import Dropout, dropped_parts
+from lora_plugins.functions.masks import Dropout, Part, dropped_parts, part_of
 from lora_plugins.functions.options import Gradients, Options, apply, called, keep, kept
 from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import recomputation
@@ -180,9 +180,10 @@ def _through_products(
     geometry = options.geometry
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_A, of_B = [], []
-    for part, some, mask in dropped_parts(x, A.dtype, options.dropout):
-        some_h = _down(some, A, weight, geometry) if h is None else h[part]
-        branch, dA, dB = _through_products_of(some, some_h, dy[part].to(A.dtype), A, B, weight, options, of_x=needed[0])
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, masks=True):
+        some_h = _down(some, A, weight, geometry) if h is None else part_of(h, part)
+        some_dy = part_of(dy, part).to(A.dtype)
+        branch, dA, dB = _through_products_of(some, some_h, some_dy, A, B, weight, options, of_x=needed[0])
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_A.append(dA)
         of_B.append(dB)
@@ -198,8 +199,8 @@ def _through_update(
     kernel = _kernel(A, B, weight) * options.scale if kernel is None else kernel
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_kernel = []
-    for part, some, mask in dropped_parts(x, A.dtype, options.dropout):
-        branch, dkernel = geometry.gradients(dy[part].to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
+    for part, some, mask in dropped_parts(x, A.dtype, options.dropout, masks=True):
+        branch, dkernel = geometry.gradients(part_of(dy, part).to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_kernel.append(dkernel)
     return dx, *project(_total(of_kernel).flatten(1), A, B, options.scale)
@@ -253,29 +254,29 @@ def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, op
     """Adds the small products to the output; returns those of x and A if they are to be kept."""
     is_small = _is_small(y.numel() // len(B) * len(A), x, options)
     down = []
-    for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, masks=False):
         h = _down(some, A, weight, options.geometry)
-        mix_into(y[part], B, h, options.scale)
+        mix_into(part_of(y, part), B, h, options.scale)
         down += [h] * is_small
-    return torch.cat(down) if is_small else None
+    return torch.cat(down) if len(down) > 1 else next(iter(down), None)
 
 
 def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor | None:
     """Adds the input's convolution with the update to the output; returns the update if it is to be kept."""
     kernel = _kernel(A, B, weight) * options.scale
-    for part, some, _ in dropped_parts(x, A.dtype, options.dropout):
-        y[part].add_(options.geometry.convolve(some, kernel))
+    for part, some, _ in dropped_parts(x, A.dtype, options.dropout, masks=False):
+        part_of(y, part).add_(options.geometry.convolve(some, kernel))
     return kernel if _is_small(kernel.numel(), x, options) else None
 
 
 def _add_branch(
-    dx: Tensor | None, part: slice, branch: Tensor | None, mask: Tensor | None, weight: Tensor, geometry: Geometry
+    dx: Tensor | None, part: Part, branch: Tensor | None, mask: Tensor | None, weight: Tensor, geometry: Geometry
 ) -> None:
     """Adds what the branch gave to the gradient of some images, where the kernel sees them."""
     if dx is None or branch is None:
         return
-    pointwise = geometry.is_pointwise(weight)
-    target = geometry.seen(dx[part]) if pointwise else dx[part]
+    pointwise, target = geometry.is_pointwise(weight), part_of(dx, part)
+    target = geometry.seen(target) if pointwise else target
     if mask is None:
         target.add_(branch)
     else:

@@ -27,6 +27,15 @@ _AT_ONCE = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
 
+Part = slice | None
+"""Some images of a batch; None for all of them."""
+
+
+def part_of(images: Tensor, part: Part) -> Tensor:
+    """Returns some images; a view."""
+    return images if part is None else images[part]
+
+
 @dataclass(frozen=True)
 class Dropout:
     """One draw of masks, the same each time it is played.
@@ -67,7 +76,7 @@ class Dropout:
         """
         return self._mask(x, dtype or x.dtype, self._numbers(x))
 
-    def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Part, Tensor]]:
         """Yields which images, and their mask: parts of the whole mask, of which only one need be in memory at a time.
 
         Args:
@@ -76,9 +85,11 @@ class Dropout:
             dtype: Of the masks.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        follow = x.is_contiguous() or channels_last(x)
-        size = max(_AT_ONCE // max(each, 1), 1) if follow and x.device.type == "cpu" else max(len(x), 1)
-        for start in range(0, max(len(x), 1), size):
+        size = max(_AT_ONCE // max(each, 1), 1)
+        if size >= len(x) or not x.is_cpu or not (x.is_contiguous() or channels_last(x)):
+            yield None, self._mask(x, dtype, numbers)
+            return
+        for start in range(0, len(x), size):
             part = slice(start, start + size)
             yield part, self._mask(x[part], dtype, numbers[start * each :])
 
@@ -107,17 +118,24 @@ def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> 
 
 
 def dropped_parts(
-    x: Tensor, dtype: torch.dtype, dropout: Dropout | None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    x: Tensor, dtype: torch.dtype, dropout: Dropout | None, *, masks: bool
+) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
     """Yields which images, these in a type without what is dropped, and the mask if there is one.
 
     In parts, temporary tensors stay in the caches, and the C library does not give their memory back to the system.
+
+    Args:
+        x: The images.
+        dtype: Of what is yielded.
+        dropout: The masks.
+        masks: Whether they are wanted; otherwise their memory is used for what is left of the images.
     """
     if dropout is None:
-        yield slice(None), x.to(dtype), None
+        yield None, x.to(dtype), None
         return
     for part, mask in dropout.parts(x, dtype):
-        yield part, (mask * x[part]).to(dtype), mask
+        some = part_of(x, part)
+        yield (part, (mask * some).to(dtype), mask) if masks else (part, mask.mul_(some), None)
 
 
 def _words(count: int, generator: torch.Generator) -> Tensor:

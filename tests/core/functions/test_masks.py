@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.functions import masks
-from lora_plugins.functions.masks import Dropout
+from lora_plugins.functions.masks import Dropout, part_of
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.empty(5, 4, 6, 5),
@@ -65,7 +65,7 @@ def test_parts_make_up_the_whole_mask(p: float, at_once: int, layout: Callable[[
     dropout = Dropout.draw(p)
     whole, done = dropout.mask_like(images), torch.full_like(images, 2)
     for part, mask in dropout.parts(images, torch.float32):
-        done[part] = mask
+        part_of(done, part).copy_(mask)
     assert torch.equal(done, whole)
     assert [len(mask) for _, mask in dropout.parts(images[:0], torch.float32)] == [0]
 
