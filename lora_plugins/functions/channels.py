@@ -22,12 +22,19 @@ def rows(tensor: Tensor, axis: int = 1) -> Tensor:
     return innermost.reshape(-1, tensor.shape[axis])
 
 
-def mix(matrix: Tensor, image: Tensor) -> Tensor:
-    """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`."""
+def mix(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`.
+
+    Args:
+        matrix: `(any, channels)`.
+        image: `(batch, channels, *positions)`.
+        spare: Like the result; it may be written into.
+    """
     if channels_last(image):
         dimensions = image.ndim - 2
         return pointwise(dimensions).convolve(image, matrix.reshape(*matrix.shape, *[1] * dimensions))
-    mixed = torch.bmm(_for_each(image, matrix), image.flatten(2))  # matmul would copy the image
+    out = spare.flatten(2) if spare is not None and spare.is_contiguous() else None
+    mixed = torch.bmm(_for_each(image, matrix), image.flatten(2), out=out)  # matmul would copy the image
     return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
 
 

@@ -105,7 +105,8 @@ def ways(x: Tensor, weight: Tensor, A: Tensor, dropout: float, geometry: Geometr
 def _is_plain(x: Tensor, weight: Tensor, options: ConvOptions) -> bool:
     """Whether torch's own operations keep as little and compute as fast: with a small kernel that is updated first."""
     through_kernel = options.update_first and not options.small_products
-    return through_kernel and _is_small(weight.numel(), x, options) and not options.geometry.is_large_depthwise(x, weight)
+    small = through_kernel and _is_small(weight.numel(), x, options)
+    return small and not options.geometry.is_large_depthwise(x, weight)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor:
@@ -200,7 +201,8 @@ def _through_update(
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_kernel = []
     for part, some, mask in dropped_parts(x, A.dtype, options.dropout, masks=True):
-        branch, dkernel = geometry.gradients(part_of(dy, part).to(A.dtype), some, kernel, of_x=needed[0], of_kernel=True)
+        some_dy = part_of(dy, part).to(A.dtype)
+        branch, dkernel = geometry.gradients(some_dy, some, kernel, of_x=needed[0], of_kernel=True)
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_kernel.append(dkernel)
     return dx, *project(_total(of_kernel).flatten(1), A, B, options.scale)
@@ -217,7 +219,7 @@ _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
 def _through_products_of(
     x: Tensor, h: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
 ) -> Gradients:
-    """Gradients of x, where the kernel sees it, of A and of B."""
+    """Gradients of x, where the kernel sees it, of A and of B; x is used up if something was dropped from it."""
     geometry = options.geometry
     g = mix(B.T, dy).mul_(options.scale)
     dB = contract(h, dy).mul_(options.scale).T
@@ -225,7 +227,9 @@ def _through_products_of(
     if not geometry.is_pointwise(weight):
         dx, dkernel = geometry.gradients(g, x, kernel, of_x=of_x, of_kernel=True)
         return dx, None if dkernel is None else dkernel.flatten(1), dB
-    return mix(A.T, g) if of_x else None, contract(g, geometry.seen(x)), dB
+    seen = geometry.seen(x)
+    dA = contract(g, seen)
+    return mix(A.T, g, spare=seen if options.dropout else None) if of_x else None, dA, dB
 
 
 def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

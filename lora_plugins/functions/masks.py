@@ -5,11 +5,11 @@ each takes a byte, and is dropped if the byte is below `256 p`, rounded. The sha
 multiple of 1/256; where that is more than two per cent off (a small p), each element takes two bytes and the share is a
 multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
 
-And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them by
-a shift register, `n[i] = n[i - 4423] xor n[i - 2098]` (Lewis and Payne, Journal of the ACM 20, 1973;
-`x^4423 + x^2098 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Squared, the polynomial says that
-the lags may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent;
-three are not where they are just these distances apart, or a power of two times them.
+And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them
+by a shift register, `n[i] = n[i - 4423] xor n[i - 2098]` (Lewis and Payne, Journal of the ACM 20, 1973;
+`x^4423 + x^2098 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Its square says that the lags
+may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent; three are
+not where they are just these distances apart, or a power of two times them.
 """
 
 from collections.abc import Iterator
@@ -85,10 +85,11 @@ class Dropout:
             dtype: Of the masks.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        size = max(_AT_ONCE // max(each, 1), 1)
-        if size >= len(x) or not x.is_cpu or not (x.is_contiguous() or channels_last(x)):
+        count = -(-len(x) // max(_AT_ONCE // max(each, 1), 1))
+        if count <= 1 or not x.is_cpu or not (x.is_contiguous() or channels_last(x)):
             yield None, self._mask(x, dtype, numbers)
             return
+        size = -(-len(x) // count)  # of equal parts, so that threads share them evenly
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             yield part, self._mask(x[part], dtype, numbers[start * each :])

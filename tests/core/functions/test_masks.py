@@ -83,3 +83,20 @@ def test_the_global_generator_decides():
     second = Dropout.draw(0.5)
     torch.manual_seed(3)
     assert Dropout.draw(0.5) == first != second
+
+
+def test_the_polynomial_of_the_generator_is_primitive():
+    """As `2^n - 1` is prime, it is if it is irreducible: if `x` to the power of `2^n` is `x` again (n is prime too)."""
+    n, k = masks._LONG_LAG, masks._SHORT_LAG
+    spread = [int(f"{byte:b}", 4).to_bytes(2, "little") for byte in range(256)]  # the square of a polynomial
+
+    def remainder(polynomial: int) -> int:
+        while high := polynomial >> n:
+            polynomial ^= high << n ^ high << k ^ high
+        return polynomial
+
+    power = 2  # x; bits are coefficients
+    for _ in range(n):
+        square = b"".join(spread[byte] for byte in power.to_bytes(n // 8 + 1, "little"))
+        power = remainder(int.from_bytes(square, "little"))
+    assert power == 2
