@@ -11,6 +11,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.errors import MergeError, StateError, listing
+from lora_plugins.functions.linear import updated
+from lora_plugins.functions.products import contract, linear
 from lora_plugins.layer import (
     layer_state,
     peek_weight,
@@ -19,7 +21,7 @@ from lora_plugins.layer import (
     weight_key,
     weight_names,
 )
-from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, joined, total
+from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, add_update, joined, total
 from lora_plugins.modules import holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
 from lora_plugins.variant_plugin import PLAIN
@@ -29,6 +31,9 @@ DEFAULT_MAX_ERROR = 0.1
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
+
+_NEARLY_ORTHOGONAL = 1e-3
+"""Cosine down to which an inner product in float32 has three digits."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +86,21 @@ class _Update:
 
     def merged(self) -> Tensor:
         """Returns the weight with its update: computed in float32 or better, rounded once, in its memory format."""
-        term, merged = self.term, self.weight.clone()
-        wide = torch.promote_types(merged.dtype, term.A.dtype)
-        matrix = self.plugin.to_matrix(merged)
-        if term.delta is not None:
-            return merged.copy_(self.plugin.from_matrix(matrix.to(wide) + term.delta, merged.shape))
-        if wide == merged.dtype and matrix.data_ptr() == merged.data_ptr():
-            matrix.addmm_(term.B, term.A, alpha=term.scaling)
-            return merged
-        updated = torch.addmm(matrix.to(wide), term.B, term.A, alpha=term.scaling)
-        return merged.copy_(self.plugin.from_matrix(updated, merged.shape))
+        term, weight = self.term, self.weight
+        matrix = self.plugin.to_matrix(weight)
+        if term.delta is None:
+            matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
+        else:
+            matrix = add_update(matrix, term.delta)
+        merged = self.plugin.from_matrix(matrix, weight.shape)
+        return merged if merged.stride() == weight.stride() else torch.empty_like(weight).copy_(merged)
 
-    def relative_error(self) -> float:
-        """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
+    def relative_error(self, merged: Tensor) -> float:
+        """Returns the share of the update that rounding takes, or a bound of it that is surely small.
+
+        Args:
+            merged: The weight with its update.
+        """
         term, weight = self.term, self.weight
         wide = torch.promote_types(weight.dtype, term.A.dtype)
         norm = _norm(term)
@@ -104,7 +111,7 @@ class _Update:
         if bound <= _SURELY_SMALL:
             return bound
         delta = self.plugin.from_matrix(term.matrix(), weight.shape).to(wide)
-        lost = (self.merged().to(wide) - weight.to(wide)).sub_(delta)
+        lost = (merged.to(wide) - weight.to(wide)).sub_(delta)
         return float(torch.linalg.vector_norm(lost)) / norm
 
 
@@ -140,19 +147,23 @@ def _write(
     max_error: float,
     kept: dict[str, Tensor] | None = None,
 ) -> MergeReport:
-    """Checks every update, then writes them all; notes the untouched weights in `kept`."""
-    _check(model, state, adapters)
-    updates = list(_updates(model, adapters))
-    errors = [update.relative_error() for update in updates]
+    """Computes and checks every merged weight, then writes them all; notes the untouched weights in `kept`."""
+    layers = adapted_layers(model)
+    _check(model, layers, state, adapters)
+    updates = list(_updates(layers, adapters))
+    merged, errors = [], []
+    for update in updates:  # one weight after the other, each of which stays in the caches meanwhile
+        merged.append(update.merged())
+        errors.append(update.relative_error(merged[-1]))
     _refuse_loss(updates, errors, max_error)
-    for update in updates:
+    for update, weight in zip(updates, merged, strict=True):
         parameter = update.layer._parameters.get(update.tensor)
         if parameter is None:
-            layer_state(update.layer).merged[update.tensor] = update.merged()
+            layer_state(update.layer).merged[update.tensor] = weight
             continue
         if kept is not None:
             kept.setdefault(update.name, parameter.data)
-        parameter.data = update.merged()
+        parameter.data = weight
     pairs = zip(updates, errors, strict=True)
     return MergeReport(adapters, tuple(MergedWeight(update.name, error) for update, error in pairs))
 
@@ -218,10 +229,10 @@ def _remove_hook(layer: nn.Module, name: str) -> None:
     raise MergeError(f"{name!r} of {type(layer).__name__} is computed in a way that cannot be merged for good.")
 
 
-def _updates(model: nn.Module, adapters: tuple[str, ...]) -> Iterator[_Update]:
+def _updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[_Update]:
     """Yields what the adapters add to each weight, a tied weight once."""
     seen: set[int] = set()
-    for name, layer in adapted_layers(model).items():
+    for name, layer in layers.items():
         state = layer_state(layer)
         for tensor in weight_names(state):
             key = weight_key(layer, tensor)
@@ -242,15 +253,23 @@ def _dense(terms: list[Term]) -> Term:
 
 
 def _norm(term: Term) -> float:
-    """Frobenius norm of an update; that of `scaling * B @ A` from the small products, without forming the matrix."""
+    """Frobenius norm of an update; that of `scaling * B @ A` from the small products, without forming the matrix.
+
+    `|B A|^2` is the inner product of `B^T B` and `A A^T`. Where they are nearly orthogonal, the type of the factors has
+    too few digits.
+    """
     if term.delta is not None:
         return float(torch.linalg.vector_norm(term.delta))
-    A, B = term.A.double(), term.B.double()
-    square = float(((B.T @ B) * (A @ A.T)).sum())
+    for dtype in (term.A.dtype, torch.float64):
+        A, B = term.A.to(dtype), term.B.to(dtype)
+        of_A, of_B = linear(A, A), contract(B, B)
+        square = float((of_A * of_B).sum())
+        if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
+            break
     return term.scaling * math.sqrt(max(square, 0.0))
 
 
-def _check(model: nn.Module, state: ModelState, adapters: tuple[str, ...]) -> None:
+def _check(model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...]) -> None:
     for name in adapters:
         state.adapter(name)
         if name in state.merged:
@@ -264,14 +283,14 @@ def _check(model: nn.Module, state: ModelState, adapters: tuple[str, ...]) -> No
             f"have to be merged at once: {listing(state.active)}."
         )
     for name in adapters:
-        refuse_shared(model, _updated(model, name))
+        refuse_shared(model, _updated(layers, name))
 
 
-def _updated(model: nn.Module, adapter: str) -> dict[str, set[str]]:
+def _updated(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
     """The weights that an adapter updates, by layer name."""
     return {
         name: {slot.tensor for slot in state.adapters[adapter].slots}
-        for name, layer in adapted_layers(model).items()
+        for name, layer in layers.items()
         if (state := state_of(layer)) is not None and adapter in state.adapters
     }
 

@@ -1,6 +1,6 @@
 """`LoraModel`, the handle to an adapted model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -251,7 +251,7 @@ class LoraModel:
             merge.unmerge(self.model, state)
         state.active = ()
         apply_state(self.model, state)
-        self._detach_all()
+        self._detach_all(adapted_layers(self.model).values())
         return self.model
 
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
@@ -264,12 +264,11 @@ class LoraModel:
         """
         state = self._state
         merge.merge_for_good(self.model, state, max_error)
-        computed = {
-            name: dict(s.merged) for name, layer in adapted_layers(self.model).items() if (s := state_of(layer))
-        }
-        self._detach_all()
-        for name, merged in computed.items():
-            make_plain(self.model.get_submodule(name), merged)
+        layers = list(adapted_layers(self.model).values())
+        computed = [dict(layer_state(layer).merged) for layer in layers]
+        self._detach_all(layers)
+        for layer, merged in zip(layers, computed, strict=True):
+            make_plain(layer, merged)
         return self.model
 
     def add_weighted_adapter(
@@ -444,8 +443,8 @@ class LoraModel:
             state.active = (name,)
         apply_state(self.model, state)
 
-    def _detach_all(self) -> None:
-        for layer in adapted_layers(self.model).values():
+    def _detach_all(self, layers: Iterable[nn.Module]) -> None:
+        for layer in layers:
             state = layer_state(layer)
             for name in list(state.adapters):
                 state.merged.clear()

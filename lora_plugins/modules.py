@@ -1,7 +1,9 @@
 """The modules of a model by name, with the other names that shared modules and tied tensors have."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,11 +47,15 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     for child_name, child in module._modules.items():
-        if child is None or isinstance(child, AdapterTensors):
-            continue
-        if any(class_path(cls) in FOREIGN for cls in type(child).__mro__):
+        module_type: Any = type(child)
+        if child is None or isinstance(child, AdapterTensors) or _is_foreign(module_type):
             continue
         yield from _walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+@functools.cache
+def _is_foreign(module_type: Any) -> bool:
+    return any(class_path(cls) in FOREIGN for cls in module_type.__mro__)
 
 
 def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:

@@ -102,9 +102,10 @@ def close_state(model: nn.Module) -> None:
     assert isinstance(state, ModelState)
     _remove_hook(model._load_state_dict_pre_hooks, _accept_base_checkpoint)
     _remove_hook(model._forward_pre_hooks, _refuse_training_while_merged)
-    for entry in model_modules(model):
+    modules = model_modules(model)
+    for entry in modules:
         thaw(entry.module)
-    for name, parameter in own_tensors(model, model_modules(model), "_parameters").items():
+    for name, parameter in own_tensors(model, modules, "_parameters").items():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
 
 

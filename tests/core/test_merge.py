@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
 
@@ -147,3 +148,37 @@ def test_memory_format_survives():
 def test_unmerging_nothing_is_an_error():
     with pytest.raises(StateError, match="Nothing is merged"):
         adapt(model_of()).unmerge_adapter()
+
+
+LARGE = {
+    "linear": lambda: nn.Linear(300, 200),
+    "transposed": lambda: Conv1D(200, 300),
+    "channels_last": lambda: nn.Conv2d(40, 50, 3).to(memory_format=torch.channels_last),
+    "transposed_convolution": lambda: nn.ConvTranspose2d(40, 50, 3),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+def test_large_layers_in_float32_take_the_exact_update(make):
+    layer = make()
+    single = adapt(nn.Sequential(layer), r=32, alpha=48)
+    double = copy.deepcopy(single.model).double()
+    stride = layer._parameters["weight"].stride()
+    single.merge_and_unload()
+    LoraModel(double).merge_and_unload()
+    torch.testing.assert_close(layer.weight.double(), double[0].weight, rtol=0, atol=5e-7)  # of sums of 33 near 1
+    assert layer.weight.stride() == stride
+
+
+def test_the_error_is_right_where_the_factors_nearly_cancel():
+    model = nn.Sequential(nn.Linear(64, 48))
+    lora = adapt(model, alpha=2)
+    A, B = model[0].lora_A["default"], model[0].lora_B["default"]
+    with torch.no_grad():
+        A[1] = -A[0] + 1e-3 * A[1]
+        B[:, 1] = B[:, 0]
+    norm = torch.linalg.norm(B.detach().double() @ A.detach().double())
+    weight = torch.linalg.norm(model[0]._parameters["weight"].detach().double())
+    expected = torch.finfo(torch.float32).eps / 2 * float((weight + norm) / norm)
+    assert 1e-5 < expected < 1e-3  # small enough for the bound to be what is reported
+    assert lora.merge_adapter().worst == pytest.approx(expected, rel=1e-3)
