@@ -77,7 +77,7 @@ def _suits_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bo
         and type(right) in _PLAIN
         and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32 and type(bias) in _PLAIN))
         and _has_wide_registers()
-        and bool(torch.backends.mkldnn.enabled)
+        and torch._C._get_mkldnn_enabled()
         and not torch.is_grad_enabled()
     )
 

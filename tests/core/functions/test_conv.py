@@ -216,14 +216,16 @@ def test_nothing_small_is_kept_where_the_input_is_computed_again(dropout: float)
 
 @pytest.mark.parametrize("at_once", [1, 2**18], ids=["image_by_image", "whole_batch"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_the_gradient_of_a_large_depthwise_kernel(at_once, last, monkeypatch):
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("size", [(9, 8), (10, 11), (4, 3)], ids=str)  # the last stride reaches the end, or does not
+def test_the_gradient_of_a_large_depthwise_kernel(at_once, last, stride, size, monkeypatch):
     monkeypatch.setattr(geometry, "_AT_ONCE", at_once)
-    x, kernel = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.randn(4, 1, 5, 4, dtype=torch.float64)
+    x, kernel = torch.randn(3, 4, *size, dtype=torch.float64), torch.randn(4, 1, 5, 4, dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    moves = {"stride": (1, 1), "padding": (1, 2), "dilation": (1, 2)}
+    moves = {"stride": stride, "padding": (1, 2), "dilation": (1, 2)}
     y = torch.nn.functional.conv2d(x, kernel.requires_grad_(), groups=4, **moves)
     dy = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, kernel, dy)
     move = Geometry(**moves, groups=4)
     torch.testing.assert_close(move.gradients(dy, x, kernel, of_x=False, of_kernel=True)[1], expected)
-    assert move.is_large_depthwise(x, kernel)
+    assert move.is_large_depthwise(x, kernel) == (stride == (1, 1) or not last)
