@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**18
+_AT_ONCE = 2**20
 """Elements that are laid out anew at a time; more of them would not find their memory in use already."""
 
 
@@ -55,13 +55,12 @@ class Geometry:
         return kernel.shape[2:].numel() == 1 and not any(self.padding) and self.groups == 1
 
     def is_large_depthwise(self, x: Tensor, kernel: Tensor) -> bool:
-        """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3, and the way here is faster.
+        """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3 and moves by one or two.
 
-        It is not where strides leave little to do and images first have to be laid out anew, nor where images have one
-        position and make kernels of one position, for which libraries are very slow.
+        Not of images of one position, which would make kernels of one position, for which libraries are very slow.
         """
         depthwise = self.groups == x.shape[1] == kernel.shape[0] and x.shape[2:].numel() > 1
-        large = kernel.ndim == 4 and max(kernel.shape[2:]) > 3 and max(self.stride) <= (2 if x.is_contiguous() else 1)
+        large = kernel.ndim == 4 and max(kernel.shape[2:]) > 3 and max(self.stride) <= 2
         return depthwise and large and x.is_cpu and len(x) > 0
 
     def seen(self, x: Tensor) -> Tensor:
@@ -78,13 +77,19 @@ class Geometry:
         for some_x, some_dy in zip(x.split(images), dy.to(x.dtype).split(images), strict=True):  # type: ignore[no-untyped-call]
             channels = some_x.shape[0] * some_x.shape[1]
             swapped = Geometry(self.dilation, self.padding, self.stride, channels)
-            each = swapped.convolve(
-                some_x.reshape(1, channels, *x.shape[2:]), some_dy.reshape(channels, 1, *dy.shape[2:])
-            )
+            each = swapped.convolve(_as_one(some_x), some_dy.reshape(channels, 1, *dy.shape[2:]))
             # More is seen where the last stride does not reach the end of the image.
             each = each[..., : size[2], : size[3]].reshape(-1, *size)
             total += each.sum(0, dtype=total.dtype)
         return total.to(x.dtype)
+
+
+def _as_one(images: Tensor) -> Tensor:
+    """Returns one image with the channels of all, `(1, batch * channels, height, width)`, in their memory format."""
+    height, width = images.shape[2:]
+    if images.is_contiguous():
+        return images.reshape(1, -1, height, width)
+    return images.permute(2, 3, 0, 1).reshape(1, height, width, -1).permute(0, 3, 1, 2)
 
 
 def pointwise(dimensions: int) -> Geometry:
