@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_plugins.autocast import autocast_dtype
 from lora_plugins.functions.eager import is_eager
 from lora_plugins.functions.linear import lora_linear
+from lora_plugins.functions.products import linear
 from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
 
 
@@ -82,7 +83,10 @@ class LinearPlugin(RowMajorPlugin):
         assert weight is not None
         A, B = updates.A[updates.index], updates.B[updates.index]
         rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
-        y = F.linear(x, weight, layer.bias)
+        if is_eager(x) and autocast_dtype(x) is None:
+            y = linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, weight, layer.bias)
         update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)
         return y.add_(update.view(y.shape))
 

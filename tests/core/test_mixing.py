@@ -129,3 +129,17 @@ def test_a_weight_read_past_its_layer_is_refused():
             return x @ self.layer.weight.T
 
     refused(adapted(Reader), "The weight of 'layer' is used by another module")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_large_layers_take_single_precision_and_autocast(autocast: bool):
+    lora = adapted(lambda: nn.Sequential(nn.Linear(300, 200)))
+    x, rows = torch.randn(5, 20, 300, dtype=torch.float64), ["a", "c", None, "b", "a"]
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
+        exact = model(x)
+    lora.model.float()
+    with torch.no_grad(), lora.mixed_batch(rows) as model, torch.autocast("cpu", enabled=autocast):
+        mixed = model(x.float())
+    assert mixed.dtype == (torch.bfloat16 if autocast else torch.float32)
+    # Sums of 300 products keep six digits in float32; in bfloat16, each operand and the result is rounded to three.
+    assert (mixed - exact).norm() < (6e-3 if autocast else 1e-6) * exact.norm()
