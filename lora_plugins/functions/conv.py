@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +113,17 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     return options.geometry.convolve(x, _updated(weight, A, B, options.scale, x.dtype), bias)
 
 
+class _Saved(NamedTuple):
+    """What the backward has: the tensors, the updated kernel or the small product if it was kept, and the options."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    small: Tensor | None
+    options: ConvOptions
+
+
 class _LoraConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,7 +148,7 @@ class _LoraConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
         of_factors = _GRADIENTS[options.update_first, options.small_products]
-        dx, dA, dB = of_factors(gradient, x, weight, A, B, small, options, needed)
+        dx, dA, dB = of_factors(gradient, _Saved(x, weight, A, B, small, options), needed)
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
@@ -146,11 +157,9 @@ class _LoraConv(torch.autograd.Function):
 _lora_conv = called(_LoraConv)
 
 
-def _through_kernel(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
-    needed: Sequence[bool],
-) -> Gradients:  # fmt: skip
+def _through_kernel(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradients:
     """Gradients of x, A and B from that of the updated kernel."""
+    x, weight, A, B, kernel, options = saved
     kernel = _updated(weight, A, B, options.scale, dy.dtype) if kernel is None else kernel
     dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[3] or needed[4])
     if dkernel is None:
@@ -158,11 +167,9 @@ def _through_kernel(
     return dx, *project(dkernel.flatten(1), A, B, options.scale)
 
 
-def _through_both(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
-    needed: Sequence[bool],
-) -> Gradients:  # fmt: skip
+def _through_both(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradients:
     """Gradient of x from the updated kernel, those of A and B from small products."""
+    x, weight, A, B, kernel, options = saved
     dx = None
     if needed[0]:
         kernel = _updated(weight, A, B, options.scale, dy.dtype) if kernel is None else kernel
@@ -173,11 +180,9 @@ def _through_both(
     return dx, dA, dB
 
 
-def _through_products(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, h: Tensor | None, options: ConvOptions,
-    needed: Sequence[bool],
-) -> Gradients:  # fmt: skip
+def _through_products(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
+    x, weight, A, B, h, options = saved
     geometry = options.geometry
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_A, of_B = [], []
@@ -191,11 +196,9 @@ def _through_products(
     return dx, _total(of_A), _total(of_B)
 
 
-def _through_update(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, kernel: Tensor | None, options: ConvOptions,
-    needed: Sequence[bool],
-) -> Gradients:  # fmt: skip
+def _through_update(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradients:
     """Gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
+    x, weight, A, B, kernel, options = saved
     geometry = options.geometry
     kernel = _kernel(A, B, weight) * options.scale if kernel is None else kernel
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
@@ -208,7 +211,7 @@ def _through_update(
     return dx, *project(_total(of_kernel).flatten(1), A, B, options.scale)
 
 
-_GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {
+_GRADIENTS: dict[tuple[bool, bool], Callable[[Tensor, _Saved, Sequence[bool]], Gradients]] = {
     (True, False): _through_kernel,
     (True, True): _through_both,
     (False, True): _through_products,
