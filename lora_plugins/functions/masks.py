@@ -26,7 +26,6 @@ _LONG_LAG, _SHORT_LAG = 4423, 2098
 _AT_ONCE = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
-
 Part = slice | None
 """Some images of a batch; None for all of them."""
 

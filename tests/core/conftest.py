@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.core.file_cases import adapt, build, output
+
 TESTS = Path(__file__).parent.parent
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_state_dict_hooks")
@@ -78,3 +80,19 @@ def with_plugins(installed, monkeypatch):
     for name in set(sys.modules) - loaded:
         if name.startswith(("lora_plugins_example", "lora_plugins_broken", "lora_plugins_clash")):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """An adapter folder, and what the adapted model computes."""
+    model = build()
+    lora = adapt(model, modules_to_save=["head"], rank_pattern={"qkv": 3}, alpha_pattern={"stem": 2.0})
+    return lora.save_adapter(tmp_path_factory.mktemp("saved") / "adapter"), output(model)
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of that folder, to be damaged."""
+    for path in saved[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path

@@ -1,0 +1,72 @@
+"""Adapters of modules with any name that a module can have are saved and found."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+from tests.core.file_cases import (
+    QUICK,
+    assert_same_state,
+    own_tensors,
+)
+
+ODD_NAMES = [
+    "weight", "bias", "lora", "default", "base_layer", "lora_A", "lora_B", "lora_A_q", "base_model", "model", "value",
+    "adapter", "module", "_orig_mod", "0", "a/b", "/", "//", "a/lora_A", "r/lora_A", "q", "recipe", "__metadata__",
+    "a b", "ä", "层", "é", "e\u0301", "²", "a+b", "(", "[x]", "*", "^", "\n", "\\", '"', "'", "{}", "%s", "-",
+]  # fmt: skip
+
+module_names = st.one_of(
+    st.sampled_from(ODD_NAMES),
+    st.text(st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1, max_size=6),
+).filter(lambda name: not hasattr(nn.Module(), name))
+
+
+def named_model(paths, seed=0):
+    """A model with a linear layer at each of these paths, of components joined by nothing but nesting."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        root = nn.Module()
+        for path in sorted(paths, key=len, reverse=True):  # a container stays one where a shorter path ends at it
+            holder = root
+            for name in path[:-1]:
+                if name not in holder._modules:
+                    holder.add_module(name, nn.Module())
+                holder = holder._modules[name]
+            if path[-1] not in holder._modules:
+                holder.add_module(path[-1], nn.Linear(3, 3))
+        return root
+
+
+class TestModuleNames:
+    @settings(QUICK, max_examples=150)
+    @given(st.lists(st.lists(module_names, min_size=1, max_size=3), min_size=1, max_size=6), module_names)
+    @example([["a"], ["a/lora_A"], ["a", "q"], ["a/", "q"]], "q")
+    @example([["weight"], ["lora", "default", "base_layer"], ["lora_A", "lora_B"]], "lora")
+    def test_any_name_that_a_module_can_have_comes_back(self, tmp_path_factory, paths, head):
+        folder = tmp_path_factory.mktemp("names")
+        paths = [*paths, ["the head", head]]
+        model, fresh = named_model(paths), named_model(paths)
+        config = LoraConfig(r=1, init="none", modules_to_save=[f"the head.{head}"], bias="lora_only")
+        lora = LoraModel(model, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        lora.save_adapter(folder)
+        LoraModel.load_adapter(fresh, folder)
+        assert_same_state(own_tensors(model), own_tensors(fresh))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                assert torch.equal(module.weight, fresh.get_submodule(name).weight)
+        lora.unload()
+        assert_same_state(own_tensors(model), own_tensors(named_model(paths)))
+
+    @pytest.mark.parametrize("name", [name for name in ODD_NAMES if not hasattr(nn.Module(), name)], ids=repr)
+    def test_an_odd_name_is_matched_by_a_list(self, name):
+        model = named_model([["first", name], ["second"]])
+        plan = LoraModel.plan(model, LoraConfig(target_modules=[name], r=1))
+        assert [layer.name for layer in plan.layers] == [f"first.{name}"]
