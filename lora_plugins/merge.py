@@ -255,12 +255,11 @@ def _dense(terms: list[Term]) -> Term:
 def _norm(term: Term) -> float:
     """Frobenius norm of an update; that of `scaling * B @ A` from the small products, without forming the matrix.
 
-    `|B A|^2` is the inner product of `B^T B` and `A A^T`. Where they are nearly orthogonal, the type of the factors has
-    too few digits.
+    `|B A|^2` is the inner product of `B^T B` and `A A^T`. Where they are nearly orthogonal, float32 has too few digits.
     """
     if term.delta is not None:
         return float(torch.linalg.vector_norm(term.delta))
-    for dtype in (term.A.dtype, torch.float64):
+    for dtype in (torch.promote_types(term.A.dtype, torch.float32), torch.float64):
         A, B = term.A.to(dtype), term.B.to(dtype)
         of_A, of_B = linear(A, A), contract(B, B)
         square = float((of_A * of_B).sum())

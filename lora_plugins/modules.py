@@ -1,16 +1,13 @@
 """The modules of a model by name, with the other names that shared modules and tied tensors have."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from lora_plugins.layer import AdapterTensors
-from lora_plugins.registry import class_path
 
-FOREIGN = frozenset({"torchmetrics.metric.Metric"})
+FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
 """Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
 
 
@@ -47,15 +44,13 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     for child_name, child in module._modules.items():
-        module_type: Any = type(child)
-        if child is None or isinstance(child, AdapterTensors) or _is_foreign(module_type):
+        if child is None or isinstance(child, AdapterTensors) or _is_foreign(child):
             continue
         yield from _walk(child, f"{name}.{child_name}" if name else child_name)
 
 
-@functools.cache
-def _is_foreign(module_type: Any) -> bool:
-    return any(class_path(cls) in FOREIGN for cls in module_type.__mro__)
+def _is_foreign(module: nn.Module) -> bool:
+    return any((cls.__module__, cls.__qualname__) in FOREIGN for cls in type(module).__mro__)
 
 
 def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:

@@ -57,11 +57,16 @@ class Geometry:
     def is_large_depthwise(self, x: Tensor, kernel: Tensor) -> bool:
         """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3 and moves by one or two.
 
-        Not of images of one position, which would make kernels of one position, for which libraries are very slow.
+        Not where it has one position to go to: the output's gradient, as kernels of one position, would be very slow.
         """
-        depthwise = self.groups == x.shape[1] == kernel.shape[0] and x.shape[2:].numel() > 1
+        depthwise = self.groups == x.shape[1] == kernel.shape[0]
         large = kernel.ndim == 4 and max(kernel.shape[2:]) > 3 and max(self.stride) <= 2
-        return depthwise and large and x.is_cpu and len(x) > 0
+        return depthwise and large and x.is_cpu and len(x) > 0 and self._moves(x, kernel)
+
+    def _moves(self, x: Tensor, kernel: Tensor) -> bool:
+        """Whether the output has more than one position."""
+        moves = zip(x.shape[2:], kernel.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return any(size + 2 * pad - dilation * (k - 1) > stride for size, k, stride, pad, dilation in moves)
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the positions that a pointwise kernel sees; a view."""

@@ -84,7 +84,7 @@ class LinearPlugin(RowMajorPlugin):
         A, B = updates.A[updates.index], updates.B[updates.index]
         rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
         if is_eager(x) and autocast_dtype(x) is None:
-            y = linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], -1)
+            y = linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], len(weight))
         else:
             y = F.linear(x, weight, layer.bias)
         update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)

@@ -143,3 +143,10 @@ def test_large_layers_take_single_precision_and_autocast(autocast: bool):
     assert mixed.dtype == (torch.bfloat16 if autocast else torch.float32)
     # Sums of 300 products keep six digits in float32; in bfloat16, each operand and the result is rounded to three.
     assert (mixed - exact).norm() < (6e-3 if autocast else 1e-6) * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(5, 0, 6), (5, 2, 3, 6), (5, 6)], ids=str)
+def test_any_number_of_dimensions_may_follow_the_rows(shape: tuple[int, ...]):
+    lora = adapted(lambda: nn.Sequential(nn.Linear(6, 4)))
+    with torch.no_grad(), lora.mixed_batch(["a", "c", None, "b", "a"]) as model:
+        assert model(torch.randn(shape, dtype=torch.float64)).shape == (*shape[:-1], 4)
