@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lora_plugins.autocast import in_full
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.functions.linear import updated
 from lora_plugins.functions.products import contract, linear
@@ -153,8 +154,9 @@ def _write(
     updates = list(_updates(layers, adapters))
     merged, errors = [], []
     for update in updates:  # one weight after the other, each of which stays in the caches meanwhile
-        merged.append(update.merged())
-        errors.append(update.relative_error(merged[-1]))
+        with in_full(update.weight):
+            merged.append(update.merged())
+            errors.append(update.relative_error(merged[-1]))
     _refuse_loss(updates, errors, max_error)
     for update, weight in zip(updates, merged, strict=True):
         parameter = update.layer._parameters.get(update.tensor)
@@ -241,7 +243,8 @@ def _updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iter
                 continue
             plugin = next(state.adapters[a].plugin for a in adapters if a in state.adapters)
             weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
-            term = joined(terms) or _dense(terms)
+            with in_full(weight):
+                term = joined(terms) or _dense(terms)
             yield _Update(f"{name}.{tensor}".removeprefix("."), layer, tensor, plugin, weight, term)
             if key is not None:
                 seen.add(key)

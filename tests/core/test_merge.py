@@ -185,3 +185,26 @@ def test_the_error_is_right_where_the_factors_nearly_cancel(dtype):
     expected = torch.finfo(torch.float32).eps / 2 * float((weight + norm) / norm)
     assert 1e-7 < expected < 1e-3  # small enough for the bound to be what is reported
     assert lora.merge_adapter().worst == pytest.approx(expected, rel=1e-3)
+
+
+UPDATES = {
+    "one": lambda lora: None,
+    "two": lambda lora: lora.add_adapter("b", LoraConfig(r=3, init="none")),
+    "variants": lambda lora: lora.add_adapter("b", LoraConfig(r=3, init="none", variant="dora")),
+}
+
+
+@pytest.mark.parametrize("more", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("inputs", [6, 600], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_no_bit(more, inputs, dtype):
+    lora = adapt(nn.Sequential(nn.Linear(inputs, 400)).to(dtype), "a", r=8)
+    more(lora)
+    lora.set_adapter(list(lora.adapters))
+    other = copy.deepcopy(lora.model)
+    expected = lora.merge_adapter(max_error=1)
+    with torch.autocast("cpu"):
+        report = LoraModel(other).merge_adapter(max_error=1)
+    assert other[0].weight.dtype == dtype
+    assert torch.equal(other[0].weight, lora.model[0].weight)
+    assert report == expected
