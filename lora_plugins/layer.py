@@ -363,8 +363,8 @@ class _RefuseDropout:
 
 def _forward(base: type[nn.Module]) -> Any:
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        state: LayerState = layer.__dict__[STATE]
-        branch, training = state.branch, layer.training
+        state, training = layer_state(layer), layer.training
+        branch = state.branch
         if branch is None or not branch.acts(training):
             return base.forward(layer, *args, **kwargs)
         weights: Mapping[str, Tensor] = {tensor: resting_weight(layer, tensor) for tensor in branch.tensors}

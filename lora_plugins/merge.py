@@ -285,10 +285,10 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState,
             f"have to be merged at once: {listing(state.active)}."
         )
     for name in adapters:
-        refuse_shared(model, _updated(layers, name))
+        refuse_shared(model, _weights_of(layers, name))
 
 
-def _updated(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
+def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
     """The weights that an adapter updates, by layer name."""
     return {
         name: {slot.tensor for slot in state.adapters[adapter].slots}

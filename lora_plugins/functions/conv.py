@@ -265,7 +265,9 @@ def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, op
         h = _down(some, A, weight, options.geometry)
         mix_into(part_of(y, part), B, h, options.scale)
         down += [h] * is_small
-    return torch.cat(down) if len(down) > 1 else next(iter(down), None)
+    if len(down) == 1:
+        return down[0]
+    return torch.cat(down) if down else None
 
 
 def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor | None:

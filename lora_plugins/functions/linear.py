@@ -26,7 +26,7 @@ class LinearOptions(Options):
     """What the function of a linear layer knows beside what all do.
 
     Args:
-        axis: Of the inputs in `x`.
+        axis: Of the inputs in `x`: the last one, or 1 in images.
     """
 
     axis: int
@@ -47,14 +47,15 @@ def lora_linear(
     """Computes `x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`.
 
     Args:
-        x: `(..., in)`, or with the inputs at another axis.
+        x: `(..., in)`, or images `(batch, in, height, width)`.
         weight: `(out, in)`.
         bias: `(out,)` or None.
         A: `(r, in)`.
         B: `(out, r)`.
         scaling: Factor of the update.
         dropout: Probability of dropping an element of the branch's input.
-        axis: Of the inputs in `x`, and of the outputs in the result, in whose memory they are innermost.
+        axis: Of the inputs in `x`, and of the outputs in the result, in whose memory they are innermost: -1, or 1 in
+            images.
         low_memory: Whether `x` is computed again in the backward where it can be.
     """
     rows = x.numel() // x.shape[axis]

@@ -43,11 +43,9 @@ class Options:
 def keep(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
     """Keeps what the backward needs, but not an input that can be computed again."""
     ctx.options = options
-    if options.again is None:
-        ctx.save_for_backward(x, *others)
-    else:
+    ctx.save_for_backward(None if options.again else x, *others)
+    if options.again:
         ctx.dtype, ctx.stride = x.dtype, x.stride()
-        ctx.save_for_backward(None, *others)
 
 
 def kept(ctx: Any) -> tuple[Tensor, ...]:

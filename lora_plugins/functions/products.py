@@ -34,7 +34,7 @@ def contract(left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_product(weight: Tensor, B: Tensor, A: Tensor, scale: float) -> Tensor:
-    """Returns `W + scale · B A`, of matrices of one type, laid out in memory as W is."""
+    """Returns `W + scale · B A`, of matrices of one type; W may be transposed in memory, and then so is it."""
     if not weight.is_contiguous() and weight.T.is_contiguous():
         return add_product(weight.T, A.T, B.T, scale).T
     if _suits_onednn(B, A):
