@@ -1,19 +1,19 @@
 """Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.autocast import in_full
+from lora_plugins.computed import ending, make_plain
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.functions.linear import updated
 from lora_plugins.functions.products import contract, linear
+from lora_plugins.injector import detach
 from lora_plugins.layer import (
     layer_state,
     peek_weight,
@@ -24,7 +24,7 @@ from lora_plugins.layer import (
 )
 from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, add_update, joined, total
 from lora_plugins.modules import holder_of, model_modules
-from lora_plugins.state import ModelState, adapted_layers, apply_state
+from lora_plugins.state import ModelState, adapted_layers, apply_state, close_state
 from lora_plugins.variant_plugin import PLAIN
 
 DEFAULT_MAX_ERROR = 0.1
@@ -89,33 +89,40 @@ class _Update:
         """Returns the weight with its update: computed in float32 or better, rounded once, in its memory format."""
         term, weight = self.term, self.weight
         matrix = self.plugin.to_matrix(weight)
-        if term.delta is None:
-            matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
-        else:
-            matrix = add_update(matrix, term.delta)
+        with in_full(weight):
+            if term.delta is None:
+                matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
+            else:
+                matrix = add_update(matrix, term.delta)
         merged = self.plugin.from_matrix(matrix, weight.shape)
         return merged if merged.stride() == weight.stride() else torch.empty_like(weight).copy_(merged)
 
-    def relative_error(self, merged: Tensor) -> float:
-        """Returns the share of the update that rounding takes, or a bound of it that is surely small.
+    def write(self, merged: Tensor) -> None:
+        """Puts the weight with its update in its place."""
+        parameter = self.layer._parameters.get(self.tensor)
+        if parameter is None:
+            layer_state(self.layer).merged[self.tensor] = merged
+        else:
+            parameter.data = merged
 
-        Args:
-            merged: The weight with its update.
-        """
-        term, weight = self.term, self.weight
-        wide = torch.promote_types(weight.dtype, term.A.dtype)
-        norm = _norm(term)
-        if norm == 0:
-            return 0.0
-        largest = float(torch.linalg.vector_norm(weight, dtype=wide)) + norm
-        bound = torch.finfo(weight.dtype).eps / 2 * largest / norm
-        if bound <= _SURELY_SMALL:
-            return bound
-        delta = self.plugin.from_matrix(term.matrix(), weight.shape).to(wide)
-        lost = (merged.to(wide) - weight.to(wide)).sub_(delta)
-        return float(torch.linalg.vector_norm(lost)) / norm
+    def relative_error(self) -> float:
+        """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
+        with in_full(self.weight):
+            norm = _norm(self.term)
+            if norm == 0:
+                return 0.0
+            wide = torch.promote_types(self.weight.dtype, self.term.A.dtype)
+            largest = float(torch.linalg.vector_norm(self.weight, dtype=wide)) + norm
+            bound = torch.finfo(self.weight.dtype).eps / 2 * largest / norm
+            return bound if bound <= _SURELY_SMALL else self._lost(wide) / norm
+
+    def _lost(self, wide: torch.dtype) -> float:
+        """Returns the norm of what rounding takes."""
+        delta = self.plugin.from_matrix(self.term.matrix(), self.weight.shape).to(wide)
+        return float(torch.linalg.vector_norm((self.merged().to(wide) - self.weight.to(wide)).sub_(delta)))
 
 
+@torch.no_grad()
 def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_error: float) -> MergeReport:
     """Writes the updates of adapters into the weights and keeps the untouched weights.
 
@@ -123,51 +130,72 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         StateError: If one of the adapters is not active, or merged already.
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
-    report = _write(model, state, adapters, max_error, kept=state.kept)
+    layers = adapted_layers(model)
+    report = _checked(model, layers, state, adapters, max_error)
+    merged = [(update, update.merged()) for update in _updates(layers, adapters)]
+    for update, weight in merged:
+        parameter = update.layer._parameters.get(update.tensor)
+        if parameter is not None:
+            state.kept.setdefault(update.name, parameter.data)
+        update.write(weight)
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
     return report
 
 
+@torch.no_grad()
 def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> MergeReport:
-    """Writes the updates of all active adapters into the weights without keeping the untouched ones.
+    """Writes the updates of all active adapters into the weights and takes all adapters off the layers.
+
+    One layer after the other, so that the memory of an untouched weight serves for the next merged one. Meanwhile the
+    model computes the same; after an interruption, another call goes on.
 
     Raises:
-        MergeError: As `merge` does.
+        MergeError: As `merge` does, or if a weight is computed in an unknown way. The model is untouched then.
     """
-    report = _write(model, state, tuple(name for name in state.active if name not in state.merged), max_error)
-    state.kept = {}
+    layers = adapted_layers(model)
+    adapters = tuple(name for name in state.active if name not in state.merged)
+    report = _checked(model, layers, state, adapters, max_error)
+    _refuse_unknown(layers, adapters)
+    state.leaving, state.kept = True, {}
+    for group in _sharing(layers):
+        _write(group, adapters)
+        for layer in group.values():
+            _leave(layer)
+    close_state(model)
     return report
 
 
-@torch.no_grad()
-def _write(
-    model: nn.Module,
-    state: ModelState,
-    adapters: tuple[str, ...],
-    max_error: float,
-    kept: dict[str, Tensor] | None = None,
-) -> MergeReport:
-    """Computes and checks every merged weight, then writes them all; notes the untouched weights in `kept`."""
-    layers = adapted_layers(model)
-    _check(model, layers, state, adapters)
-    updates = list(_updates(layers, adapters))
-    merged, errors = [], []
-    for update in updates:  # one weight after the other, each of which stays in the caches meanwhile
-        with in_full(update.weight):
-            merged.append(update.merged())
-            errors.append(update.relative_error(merged[-1]))
-    _refuse_loss(updates, errors, max_error)
-    for update, weight in zip(updates, merged, strict=True):
-        parameter = update.layer._parameters.get(update.tensor)
-        if parameter is None:
-            layer_state(update.layer).merged[update.tensor] = weight
-            continue
-        if kept is not None:
-            kept.setdefault(update.name, parameter.data)
-        parameter.data = weight
-    pairs = zip(updates, errors, strict=True)
-    return MergeReport(adapters, tuple(MergedWeight(update.name, error) for update, error in pairs))
+def _write(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> None:
+    """Computes the merged weights of some layers, and then puts them in their places."""
+    merged = [(update, update.merged()) for update in _updates(layers, adapters)]
+    for update, weight in merged:
+        update.write(weight)
+
+
+def _leave(layer: nn.Module) -> None:
+    """Takes all adapters off a layer, whose merged weights stay."""
+    state = layer_state(layer)
+    merged = dict(state.merged)
+    state.merged.clear()
+    for adapter in list(state.adapters):
+        detach(layer, adapter)
+    for name, value in merged.items():
+        make_plain(layer, name, value)
+
+
+def _sharing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """Yields the layers that share weights with others, together, and then each of the others."""
+    keys = {
+        name: {key for tensor in weight_names(layer_state(layer)) if (key := weight_key(layer, tensor)) is not None}
+        for name, layer in layers.items()
+    }
+    uses = Counter(key for own in keys.values() for key in own)
+    shared = {name: layer for name, layer in layers.items() if any(uses[key] > 1 for key in keys[name])}
+    yield shared
+    for name, layer in layers.items():
+        if name not in shared:
+            yield {name: layer}
 
 
 def unmerge(model: nn.Module, state: ModelState) -> None:
@@ -182,53 +210,6 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
     state.kept = {}
     state.merged = ()
     apply_state(model, state)
-
-
-def make_plain(layer: nn.Module, merged: dict[str, Tensor]) -> None:
-    """Turns computed weights of an untouched layer into plain parameters with merged values.
-
-    Args:
-        layer: A layer without adapters.
-        merged: The merged values by attribute name.
-
-    Raises:
-        MergeError: If it is not known how the weight is computed.
-    """
-    for name, value in merged.items():
-        if parametrize.is_parametrized(layer, name):
-            _remove_parametrization(layer, name)
-        else:
-            _remove_hook(layer, name)
-            del layer._parameters[name]
-        layer.register_parameter(name, nn.Parameter(value))
-
-
-def _remove_parametrization(layer: nn.Module, name: str) -> None:
-    """Drops a parametrization and its tensors; torch's own function would break copies that share the class."""
-    parametrizations = layer.parametrizations
-    assert isinstance(parametrizations, nn.ModuleDict)
-    del parametrizations[name]
-    parametrized = type(layer)
-    if len(parametrizations):
-        rest = {key: value for key, value in vars(parametrized).items() if key != name}
-        layer.__class__ = type(parametrized.__name__, parametrized.__bases__, rest)
-    else:
-        del layer.parametrizations
-        layer.__class__ = parametrized.__bases__[0]
-
-
-def _remove_hook(layer: nn.Module, name: str) -> None:
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == name:
-            remove_weight_norm(layer, name)
-            return
-        if isinstance(hook, SpectralNorm) and hook.name == name:
-            remove_spectral_norm(layer, name)
-            return
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
-            prune.remove(layer, name)  # type: ignore[no-untyped-call]
-            return
-    raise MergeError(f"{name!r} of {type(layer).__name__} is computed in a way that cannot be merged for good.")
 
 
 def _updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[_Update]:
@@ -269,6 +250,16 @@ def _norm(term: Term) -> float:
         if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
             break
     return term.scaling * math.sqrt(max(square, 0.0))
+
+
+def _checked(
+    model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...], max_error: float
+) -> MergeReport:
+    """Refuses what cannot be merged, before any weight is written."""
+    _check(model, layers, state, adapters)
+    errors = [(update.relative_error(), update.name, update.weight.dtype) for update in _updates(layers, adapters)]
+    _refuse_loss(errors, max_error)
+    return MergeReport(adapters, tuple(MergedWeight(name, error) for error, name, _ in errors))
 
 
 def _check(model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...]) -> None:
@@ -323,12 +314,22 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
                 )
 
 
-def _refuse_loss(updates: list[_Update], errors: list[float], max_error: float) -> None:
-    lossy = [(error, update) for update, error in zip(updates, errors, strict=True) if not error <= max_error]
+def _refuse_loss(errors: list[tuple[float, str, torch.dtype]], max_error: float) -> None:
+    lossy = [of_weight for of_weight in errors if not of_weight[0] <= max_error]
     if lossy:
-        error, worst = max(lossy, key=lambda pair: pair[0])
+        error, name, dtype = max(lossy, key=lambda of_weight: of_weight[0])
         raise MergeError(
-            f"Merging would lose {error:.0%} of the update of {worst.name!r} ({worst.weight.dtype}) to rounding, and "
-            f"more than {max_error:.0%} in {len(lossy)} of {len(updates)} weights. Convert the model to a wider type "
-            "first (model.float()), or allow it with max_error."
+            f"Merging would lose {error:.0%} of the update of {name!r} ({dtype}) to rounding, and more than "
+            f"{max_error:.0%} in {len(lossy)} of {len(errors)} weights. Convert the model to a wider type first "
+            "(model.float()), or allow it with max_error."
         )
+
+
+def _refuse_unknown(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> None:
+    """Refuses weights that are computed in a way that nobody could end."""
+    for name, layer in layers.items():
+        state = layer_state(layer)
+        updated_now = {slot.tensor for a in adapters if a in state.adapters for slot in state.adapters[a].slots}
+        for tensor in sorted(updated_now | set(state.merged)):
+            if tensor not in layer._parameters:
+                ending(layer, tensor, f"{name}.{tensor}".removeprefix("."))

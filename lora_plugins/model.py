@@ -1,6 +1,6 @@
 """`LoraModel`, the handle to an adapted model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lora_plugins.injector import (
     with_own_tensors,
 )
 from lora_plugins.layer import layer_state, state_of
-from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, make_plain
+from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport
 from lora_plugins.mixing import mixed
 from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
@@ -251,24 +251,23 @@ class LoraModel:
             merge.unmerge(self.model, state)
         state.active = ()
         apply_state(self.model, state)
-        self._detach_all(adapted_layers(self.model).values())
+        for layer in adapted_layers(self.model).values():
+            for name in list(layer_state(layer).adapters):
+                detach(layer, name)
+        close_state(self.model)
         return self.model
 
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
         """Writes the updates of all active adapters into the weights for good, and removes the adapters.
 
-        Trained heads and biases stay. The model has its own classes and state-dict keys again.
+        Trained heads and biases stay. The model has its own classes and state-dict keys again. It goes layer by layer,
+        so that only one weight is in memory twice; if it is interrupted, call it again.
 
         Raises:
-            MergeError: As `merge_adapter` does; the model is untouched then.
+            MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way; the model is untouched
+                then.
         """
-        state = self._state
-        merge.merge_for_good(self.model, state, max_error)
-        layers = list(adapted_layers(self.model).values())
-        computed = [dict(layer_state(layer).merged) for layer in layers]
-        self._detach_all(layers)
-        for layer, merged in zip(layers, computed, strict=True):
-            make_plain(layer, merged)
+        merge.merge_for_good(self.model, self._state_or_rest, max_error)
         return self.model
 
     def add_weighted_adapter(
@@ -381,6 +380,17 @@ class LoraModel:
 
     @property
     def _state(self) -> ModelState:
+        state = self._state_or_rest
+        if state.leaving:
+            raise StateError(
+                "merge_and_unload() was interrupted when some layers were merged for good. Call it again to merge the "
+                "others."
+            )
+        return state
+
+    @property
+    def _state_or_rest(self) -> ModelState:
+        """The state, even if a merge for good has left only a part of it."""
         state = model_state(self.model)
         if state is None:
             raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
@@ -442,14 +452,6 @@ class LoraModel:
         if first:
             state.active = (name,)
         apply_state(self.model, state)
-
-    def _detach_all(self, layers: Iterable[nn.Module]) -> None:
-        for layer in layers:
-            state = layer_state(layer)
-            for name in list(state.adapters):
-                state.merged.clear()
-                detach(layer, name)
-        close_state(self.model)
 
 
 def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The modules of a model by name, with the other names that shared modules and tied tensors have."""
 
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,22 +35,24 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
     """Lists the modules of a model, each once, in order; without adapters and modules that are not the model's."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
-    for name, module in _walk(model, ""):
+    left_out: tuple[type[nn.Module], ...] = (AdapterTensors, *_foreign())
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
+        children = [
+            (f"{name}.{key}" if name else key, child)
+            for key, child in module._modules.items()
+            if child is not None and not isinstance(child, left_out)
+        ]
+        stack += reversed(children)
     return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    yield name, module
-    for child_name, child in module._modules.items():
-        if child is None or isinstance(child, AdapterTensors) or _is_foreign(child):
-            continue
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name)
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    return any((cls.__module__, cls.__qualname__) in FOREIGN for cls in type(module).__mro__)
+def _foreign() -> list[type[nn.Module]]:
+    """Returns the foreign classes whose packages are imported; of the others there are no modules."""
+    return [getattr(sys.modules[package], name) for package, name in FOREIGN if package in sys.modules]
 
 
 def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class ModelState:
         kept: The untouched weights while something is merged, by full name.
         values: The model's own tensors that depend on the active adapter.
         requires_grad: Which parameters of the untouched model required a gradient.
+        leaving: Whether a merge for good has begun: some layers may have left already.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class ModelState:
     kept: dict[str, Tensor] = field(default_factory=dict)
     values: InPlaceValues = field(default_factory=InPlaceValues)
     requires_grad: dict[str, bool] = field(default_factory=dict)
+    leaving: bool = False
 
     def adapter(self, name: str) -> Adapter:
         """Returns an adapter by name.

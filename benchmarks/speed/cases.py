@@ -96,6 +96,11 @@ def vit(batch: int = 8, r: int = 16, depth: int = 12) -> Case:
     return Case("ViT-S 224", make, images(batch, 224), r, VIT_LAYERS)
 
 
+def vit_large() -> Case:
+    """ViT-L at 224 pixels, for what is not a step."""
+    return Case("ViT-L 224", timm_model("vit_large_patch16_224"), images(1, 224), 16, VIT_LAYERS)
+
+
 def resnet(batch: int = 8, r: int = 8, *, channels_last: bool = False) -> Case:
     """ResNet-50 at 160 pixels."""
     name = "ResNet-50 160" + ", channels last" * channels_last

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from benchmarks.speed import merging
 from benchmarks.speed.cases import Case, vit
 from benchmarks.speed.variants import installed, ours, peft
 from lora_plugins import LoraConfig, LoraModel
@@ -19,7 +20,7 @@ Row = tuple[str, str, str]
 
 def rows(rounds: int, device: torch.device) -> list[Row]:
     """Returns name, ours and PEFT's of each cost; a ratio says what it is a ratio of."""
-    return [*_thousand_layers(), *_merging(rounds), *_inference(rounds, device), *_mixed_batch(rounds, device)]
+    return [*_thousand_layers(), *merging.rows(), *_inference(rounds, device), *_mixed_batch(rounds, device)]
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -55,20 +56,6 @@ def _thousand_layers_of_peft() -> list[str]:
         get_peft_model(copy.deepcopy(other), config).save_pretrained(folder)
         load = _seconds(lambda: PeftModel.from_pretrained(other, folder))
     return [f"{inject:.2f}", f"{load:.2f}"]
-
-
-def _merging(rounds: int) -> list[Row]:
-    case = vit()
-    ratios: dict[str, list[float]] = {"ours": [], "peft": []}
-    for _ in range(rounds):
-        model = ours(case, 0.0)
-        weights = [model.get_submodule(name)._parameters["weight"] for name in case.target_names(case.model())]
-        copied = _seconds(lambda weights=weights: [w.detach().clone() for w in weights if w is not None])
-        ratios["ours"].append(_seconds(LoraModel(model).merge_and_unload) / copied)
-        if "peft" in installed():
-            ratios["peft"].append(_seconds(peft(case, 0.0).merge_and_unload) / copied)
-    theirs = f"{median(ratios['peft']):.1f}" if ratios["peft"] else ""
-    return [("merge for good, ViT-S (ratio to a plain copy)", f"{median(ratios['ours']):.1f}", theirs)]
 
 
 def _inference(rounds: int, device: torch.device) -> list[Row]:

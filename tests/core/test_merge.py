@@ -1,6 +1,8 @@
 """Merging writes what the law says, loses nothing in silence, and is taken back bit for bit."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,6 +139,89 @@ def test_a_weight_shared_with_an_untargeted_layer_is_not_merged():
     with pytest.raises(MergeError, match=r"'embed\.weight' is the same tensor as 'head\.weight'"):
         lora.add_adapter("q", LoraConfig(target_modules=["embed"], init="loftq"))
     assert list(lora.adapters) == ["default"]
+
+
+def double_weight(layer: nn.Module, _: object) -> None:
+    layer.weight = 2 * layer.half_weight
+
+
+def test_a_weight_computed_in_an_unknown_way_is_refused_before_anything_changes():
+    model, x = model_of().double(), torch.randn(2, 3, 5, 5).double()
+    layer = model[2]
+    layer.half_weight = nn.Parameter(layer._parameters.pop("weight") / 2)
+    layer.register_forward_pre_hook(double_weight)
+    double_weight(layer, None)
+    lora = adapt(model)
+    expected = model(x)
+    with pytest.raises(MergeError, match=r"'2\.weight' is no parameter of its Linear"):
+        lora.merge_and_unload()
+    assert torch.equal(model(x), expected)
+    assert list(lora.adapters) == ["default"]
+
+
+class TestInterrupted:
+    """Merging for good stops after one layer."""
+
+    @pytest.fixture(params=["each its own", "some shared"])
+    def model(self, request):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double()
+        if request.param == "some shared":
+            model[3].weight = model[1].weight
+        adapt(model)
+        return model
+
+    @pytest.fixture
+    def interrupted(self, model, monkeypatch):
+        products = []
+
+        def addmm(*args, **kwargs):
+            products.append(args)
+            if len(products) == 2:
+                raise KeyboardInterrupt
+            return torch.add(args[0], args[1] @ args[2], alpha=kwargs["alpha"])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "addmm", addmm)
+            with pytest.raises(KeyboardInterrupt):
+                LoraModel(model).merge_and_unload()
+        return model
+
+    def test_the_model_computes_the_same_and_merging_goes_on(self, model, request):
+        x = torch.randn(2, 4).double()
+        expected, merged = model(x), LoraModel(copy.deepcopy(model)).merge_and_unload()
+        request.getfixturevalue("interrupted")
+        assert len({type(layer) for layer in model}) == 2
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        LoraModel(model).merge_and_unload()
+        assert {type(layer) for layer in model} == {nn.Linear}
+        torch.testing.assert_close(model.state_dict(), merged.state_dict(), rtol=1e-15, atol=1e-15)
+
+    @pytest.mark.parametrize(
+        "act",
+        [LoraModel.unload, LoraModel.merge_adapter, lambda lora: lora.save_adapter("never")],
+        ids=["unload", "merge", "save"],
+    )
+    def test_all_else_is_refused(self, interrupted, act):
+        with pytest.raises(StateError, match=r"merge_and_unload\(\) was interrupted.* Call it again"):
+            act(LoraModel(interrupted))
+
+
+PEAK = """
+import resource
+from torch import nn
+from lora_plugins import LoraConfig, LoraModel
+
+model = nn.Sequential(*(nn.Linear(1024, 2048) for _ in range(32)))  # 8 MiB each
+lora = LoraModel(model, LoraConfig(init="none"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lora.merge_and_unload()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+def test_the_weights_are_never_in_memory_twice():
+    peak = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout
+    assert float(peak) < 128  # of 256
 
 
 def test_memory_format_survives():
