@@ -6,8 +6,8 @@ multiple of 1/256; where that is more than two per cent off (a small p), each el
 multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
 
 And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them
-by a shift register, `n[i] = n[i - 4423] xor n[i - 2098]` (Lewis and Payne, Journal of the ACM 20, 1973;
-`x^4423 + x^2098 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Its square says that the lags
+by a shift register, `n[i] = n[i - 4423] xor n[i - 4152]` (Lewis and Payne, Journal of the ACM 20, 1973;
+`x^4423 + x^271 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Its square says that the lags
 may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent; three are
 not where they are just these distances apart, or a power of two times them.
 """
@@ -22,7 +22,7 @@ from lora_plugins.functions.channels import channels_last
 
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
-_LONG_LAG, _SHORT_LAG = 4423, 2098
+_LONG_LAG, _SHORT_LAG = 4423, 4152
 _AT_ONCE = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 

@@ -37,7 +37,7 @@ def test_elements_are_independent():
         assert abs(correlation) < 5 / 80_000**0.5
 
 
-@pytest.mark.parametrize("lag", [2098, 2325, 4423, 8 * 2098, 8 * 4423])  # of the generator; a difference; doubled
+@pytest.mark.parametrize("lag", [4152, 271, 4423, 8 * 4152, 8 * 4423])  # of the generator; a difference; doubled
 @pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
 def test_numbers_that_follow_from_others_are_independent_in_pairs(lag: int, p: float):
     torch.manual_seed(2)
