@@ -20,6 +20,17 @@ _HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = 
 """Classes of hooks that compute a weight, which attribute has its name, and what ends it."""
 
 
+def compute_again(layer: nn.Module) -> None:
+    """Computes the weights of hooks again, which otherwise are those of the last forward."""
+    mode, layer.training = layer.training, False  # spectral norm moves its own statistics in training
+    try:
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, tuple(kind for kind, _, _ in _HOOKS)):
+                hook(layer, ())
+    finally:
+        layer.training = mode
+
+
 def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
     """Turns a computed weight of a layer without adapters into a parameter.
 
@@ -29,15 +40,15 @@ def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
         value: Its value from now on.
 
     Raises:
-        MergeError: As `ending` does.
+        MergeError: As `remover` does.
     """
-    ending(layer, name, name)()
+    remover(layer, name, name)()
     layer._parameters.pop(name, None)  # hooks leave one with the value that they would compute
     layer.register_parameter(name, nn.Parameter(value))
 
 
-def ending(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]:
-    """Returns what ends that a weight is computed.
+def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]:
+    """Returns what stops the computing of a weight.
 
     Args:
         layer: A layer.

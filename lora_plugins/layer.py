@@ -7,6 +7,7 @@ active, so the layer's own forward, and anyone else who reads the weight, comput
 
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -107,7 +108,8 @@ class LayerState:
         base_class: The class of the untouched layer.
         adapters: All adapters on the layer, active or not.
         active: Names of those whose update is added at each forward.
-        merged: Weights with merged updates that cannot be written into a parameter, since something computes them.
+        merged: Weights with merged updates that are not written into a parameter: since something computes them, or
+            not yet.
         branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
     """
@@ -180,13 +182,19 @@ def base_weight(layer: nn.Module, name: str) -> Tensor:
 
 def peek_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns the untouched weight, detached, without letting a parametrization move its own statistics."""
+    with standing_still(layer), torch.no_grad():
+        return base_weight(layer, name).detach()
+
+
+@contextmanager
+def standing_still(layer: nn.Module) -> Iterator[None]:
+    """Keeps a layer's parametrizations from moving their own statistics, as spectral norm does in training."""
     parametrizations = layer._modules.get("parametrizations")
     modes = [(module, module.training) for module in parametrizations.modules()] if parametrizations else []
     for module, _ in modes:
         module.training = False
     try:
-        with torch.no_grad():
-            return base_weight(layer, name).detach()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode

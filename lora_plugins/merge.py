@@ -2,21 +2,24 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.autocast import in_full
-from lora_plugins.computed import ending, make_plain
+from lora_plugins.computed import compute_again, make_plain, remover
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.functions.linear import updated
 from lora_plugins.functions.products import contract, linear
-from lora_plugins.injector import detach
 from lora_plugins.layer import (
+    STATE,
+    AdapterTensors,
     layer_state,
     peek_weight,
+    standing_still,
     state_of,
     terms_of,
     weight_key,
@@ -144,58 +147,75 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
 
 
 @torch.no_grad()
-def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> MergeReport:
-    """Writes the updates of all active adapters into the weights and takes all adapters off the layers.
+def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> None:
+    """Writes the updates of all active adapters into the weights and takes all adapters off the model.
 
-    One layer after the other, so that the memory of an untouched weight serves for the next merged one. Meanwhile the
-    model computes the same; after an interruption, another call goes on.
+    One layer after the other, so that the model is not in memory twice, and such that it computes the same between any
+    two steps. Stopped in the middle, it can be called again.
 
     Raises:
-        MergeError: As `merge` does, or if a weight is computed in an unknown way. The model is untouched then.
+        MergeError: As `merge` does, or if a weight is computed in an unknown way.
     """
     layers = adapted_layers(model)
     adapters = tuple(name for name in state.active if name not in state.merged)
-    report = _checked(model, layers, state, adapters, max_error)
+    _checked(model, layers, state, adapters, max_error)
     _refuse_unknown(layers, adapters)
-    state.leaving, state.kept = True, {}
     for group in _sharing(layers):
-        _write(group, adapters)
+        merged = {_place(update.layer, update.tensor): update.merged() for update in _updates(group, adapters)}
+        state.leaving, state.kept = True, {}
+        for layer in group.values():
+            _answer_with(layer, merged)
         for layer in group.values():
             _leave(layer)
     close_state(model)
-    return report
 
 
-def _write(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> None:
-    """Computes the merged weights of some layers, and then puts them in their places."""
-    merged = [(update, update.merged()) for update in _updates(layers, adapters)]
-    for update, weight in merged:
-        update.write(weight)
+def _answer_with(layer: nn.Module, merged: Mapping[object, Tensor]) -> None:
+    """Makes a layer use merged weights in place of its updates, in one assignment."""
+    state = layer_state(layer)
+    own = {name: merged[place] for name in weight_names(state) if (place := _place(layer, name)) in merged}
+    layer.__dict__[STATE] = replace(state, merged={**state.merged, **own}, active=(), branch=None)
 
 
 def _leave(layer: nn.Module) -> None:
-    """Takes all adapters off a layer, whose merged weights stay."""
-    state = layer_state(layer)
-    merged = dict(state.merged)
-    state.merged.clear()
-    for adapter in list(state.adapters):
-        detach(layer, adapter)
-    for name, value in merged.items():
+    """Puts merged weights in their places and takes all adapters off a layer; may be done again from any step."""
+    state, computed = layer_state(layer), {}
+    for name, value in state.merged.items():
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            computed[name] = value
+        else:
+            parameter.data = value
+    layer.__class__ = cast(Any, state.base_class)
+    for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
+        del layer._modules[name]
+    for name, value in computed.items():
         make_plain(layer, name, value)
+    del layer.__dict__[STATE]
 
 
-def _sharing(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Yields the layers that share weights with others, together, and then each of the others."""
-    keys = {
-        name: {key for tensor in weight_names(layer_state(layer)) if (key := weight_key(layer, tensor)) is not None}
-        for name, layer in layers.items()
-    }
-    uses = Counter(key for own in keys.values() for key in own)
-    shared = {name: layer for name, layer in layers.items() if any(uses[key] > 1 for key in keys[name])}
-    yield shared
-    for name, layer in layers.items():
-        if name not in shared:
-            yield {name: layer}
+def _place(layer: nn.Module, tensor: str) -> object:
+    """Identifies a weight, the same for all layers that share it."""
+    return weight_key(layer, tensor) or (id(layer), tensor)
+
+
+def _places(layer: nn.Module) -> set[object]:
+    return {_place(layer, tensor) for tensor in weight_names(layer_state(layer))}
+
+
+def _sharing(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """Returns the layers that share weights with others, together, and then each of the others.
+
+    The largest of them first: where the memory for one more is missing, nothing has changed yet.
+    """
+    uses = Counter(place for layer in layers.values() for place in _places(layer))
+    shared = {name: layer for name, layer in layers.items() if any(uses[place] > 1 for place in _places(layer))}
+    others = sorted((name for name in layers if name not in shared), key=lambda name: -_size(layers[name]))
+    return [shared] * bool(shared) + [{name: layers[name]} for name in others]
+
+
+def _size(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer._parameters.values() if parameter is not None)
 
 
 def unmerge(model: nn.Module, state: ModelState) -> None:
@@ -214,21 +234,25 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
 
 def _updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[_Update]:
     """Yields what the adapters add to each weight, a tied weight once."""
-    seen: set[int] = set()
+    seen: set[object] = set()
     for name, layer in layers.items():
         state = layer_state(layer)
         for tensor in weight_names(state):
-            key = weight_key(layer, tensor)
-            terms = [term for adapter in adapters for term in terms_of(layer, tensor, adapter)]
-            if key in seen or not terms:
+            active = [adapter for adapter in adapters if adapter in state.active]
+            with standing_still(layer):
+                terms = [term for adapter in active for term in terms_of(layer, tensor, adapter)]
+            if not terms or _place(layer, tensor) in seen:
                 continue
-            plugin = next(state.adapters[a].plugin for a in adapters if a in state.adapters)
+            seen.add(_place(layer, tensor))
+            plugin = state.adapters[active[0]].plugin
             weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
             with in_full(weight):
                 term = joined(terms) or _dense(terms)
-            yield _Update(f"{name}.{tensor}".removeprefix("."), layer, tensor, plugin, weight, term)
-            if key is not None:
-                seen.add(key)
+            yield _Update(_full(name, tensor), layer, tensor, plugin, weight, term)
+
+
+def _full(layer: str, tensor: str) -> str:
+    return f"{layer}.{tensor}".removeprefix(".")
 
 
 def _dense(terms: list[Term]) -> Term:
@@ -257,9 +281,11 @@ def _checked(
 ) -> MergeReport:
     """Refuses what cannot be merged, before any weight is written."""
     _check(model, layers, state, adapters)
-    errors = [(update.relative_error(), update.name, update.weight.dtype) for update in _updates(layers, adapters)]
-    _refuse_loss(errors, max_error)
-    return MergeReport(adapters, tuple(MergedWeight(name, error) for error, name, _ in errors))
+    for layer in layers.values():
+        compute_again(layer)
+    weights = tuple(MergedWeight(update.name, update.relative_error()) for update in _updates(layers, adapters))
+    _refuse_loss(weights, max_error)
+    return MergeReport(adapters, weights)
 
 
 def _check(model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...]) -> None:
@@ -270,12 +296,12 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState,
         if name not in state.active:
             raise StateError(f"The adapter {name!r} is not active. Call set_adapter({name!r}) first.")
     variants = [name for name in state.active if state.adapters[name].plan.config.variant != PLAIN]
-    if variants and set(adapters) != set(state.active):
+    if variants and set(state.active) not in (set(adapters), set(state.merged)):
         raise StateError(
             f"The update of a variant ({listing(variants)}) depends on the untouched weight, so all active adapters "
             f"have to be merged at once: {listing(state.active)}."
         )
-    for name in adapters:
+    for name in () if state.leaving else adapters:  # layers that have left may share a weight with those that have not
         refuse_shared(model, _weights_of(layers, name))
 
 
@@ -314,13 +340,16 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
                 )
 
 
-def _refuse_loss(errors: list[tuple[float, str, torch.dtype]], max_error: float) -> None:
-    lossy = [of_weight for of_weight in errors if not of_weight[0] <= max_error]
+def _refuse_loss(weights: Sequence[MergedWeight], max_error: float) -> None:
+    unknown = [weight.name for weight in weights if not math.isfinite(weight.relative_error)]
+    if unknown:
+        raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")
+    lossy = [weight for weight in weights if weight.relative_error > max_error]
     if lossy:
-        error, name, dtype = max(lossy, key=lambda of_weight: of_weight[0])
+        worst = max(lossy, key=lambda weight: weight.relative_error)
         raise MergeError(
-            f"Merging would lose {error:.0%} of the update of {name!r} ({dtype}) to rounding, and more than "
-            f"{max_error:.0%} in {len(lossy)} of {len(errors)} weights. Convert the model to a wider type first "
+            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} to rounding, and more than "
+            f"{max_error:.0%} in {len(lossy)} of {len(weights)} weights. Convert the model to a wider type first "
             "(model.float()), or allow it with max_error."
         )
 
@@ -329,7 +358,7 @@ def _refuse_unknown(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) 
     """Refuses weights that are computed in a way that nobody could end."""
     for name, layer in layers.items():
         state = layer_state(layer)
-        updated_now = {slot.tensor for a in adapters if a in state.adapters for slot in state.adapters[a].slots}
-        for tensor in sorted(updated_now | set(state.merged)):
-            if tensor not in layer._parameters:
-                ending(layer, tensor, f"{name}.{tensor}".removeprefix("."))
+        changing = {slot.tensor for a in adapters if a in state.active for slot in state.adapters[a].slots}
+        for tensor in sorted(changing | state.merged.keys()):
+            if layer._parameters.get(tensor) is None:
+                remover(layer, tensor, _full(name, tensor))

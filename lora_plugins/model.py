@@ -231,6 +231,7 @@ class LoraModel:
             StateError: If an adapter is unknown, not active, or merged already.
         """
         state = self._state
+        state.refuse_leaving("Merging for now")
         names = _names(adapter_names) if adapter_names is not None else self._unmerged()
         return merge.merge(self.model, state, names, max_error)
 
@@ -240,6 +241,7 @@ class LoraModel:
         Raises:
             StateError: If nothing is merged.
         """
+        self._state.refuse_leaving("Unmerging")
         if not self._state.merged:
             raise StateError("Nothing is merged.")
         merge.unmerge(self.model, self._state)
@@ -247,6 +249,7 @@ class LoraModel:
     def unload(self) -> nn.Module:
         """Removes all adapters and returns the model as it was before, bit for bit."""
         state = self._state
+        state.refuse_leaving("Unloading")
         if state.merged:
             merge.unmerge(self.model, state)
         state.active = ()
@@ -260,14 +263,14 @@ class LoraModel:
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
         """Writes the updates of all active adapters into the weights for good, and removes the adapters.
 
-        Trained heads and biases stay. The model has its own classes and state-dict keys again. It goes layer by layer,
-        so that only one weight is in memory twice; if it is interrupted, call it again.
+        Trained heads and biases stay. The model has its own classes and state-dict keys again. Everything is checked
+        before the first weight changes; then it goes layer by layer, so that the model is never in memory twice. If it
+        is stopped in the middle, the model computes what it did, and another call merges the rest.
 
         Raises:
-            MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way; the model is untouched
-                then.
+            MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way.
         """
-        merge.merge_for_good(self.model, self._state_or_rest, max_error)
+        merge.merge_for_good(self.model, self._state, max_error)
         return self.model
 
     def add_weighted_adapter(
@@ -380,17 +383,6 @@ class LoraModel:
 
     @property
     def _state(self) -> ModelState:
-        state = self._state_or_rest
-        if state.leaving:
-            raise StateError(
-                "merge_and_unload() was interrupted when some layers were merged for good. Call it again to merge the "
-                "others."
-            )
-        return state
-
-    @property
-    def _state_or_rest(self) -> ModelState:
-        """The state, even if a merge for good has left only a part of it."""
         state = model_state(self.model)
         if state is None:
             raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")

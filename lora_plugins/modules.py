@@ -36,23 +36,22 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     left_out: tuple[type[nn.Module], ...] = (AdapterTensors, *_foreign())
-    stack = [("", model)]
-    while stack:
-        name, module = stack.pop()
+
+    def visit(module: nn.Module, name: str) -> None:
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
-        children = [
-            (f"{name}.{key}" if name else key, child)
-            for key, child in module._modules.items()
-            if child is not None and not isinstance(child, left_out)
-        ]
-        stack += reversed(children)
+        for key, child in module._modules.items():
+            if child is not None and not isinstance(child, left_out):
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(model, "")
     return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
 
 
 def _foreign() -> list[type[nn.Module]]:
     """Returns the foreign classes whose packages are imported; of the others there are no modules."""
-    return [getattr(sys.modules[package], name) for package, name in FOREIGN if package in sys.modules]
+    found = (getattr(sys.modules.get(package), name, None) for package, name in FOREIGN)
+    return [cls for cls in found if cls is not None]
 
 
 def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:

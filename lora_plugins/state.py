@@ -75,9 +75,22 @@ class ModelState:
         Args:
             doing: What is not possible then, for the message.
         """
+        self.refuse_leaving(doing)
         if self.merged:
             raise StateError(
                 f"{doing} is not possible while {listing(self.merged)} is merged. Call unmerge_adapter() first."
+            )
+
+    def refuse_leaving(self, doing: str) -> None:
+        """Raises a StateError if a merge for good was stopped in the middle.
+
+        Args:
+            doing: What is not possible then, for the message.
+        """
+        if self.leaving:
+            raise StateError(
+                f"{doing} is not possible: merge_and_unload() was stopped when some layers were merged for good. Call "
+                "it again to merge the others."
             )
 
 
@@ -100,8 +113,8 @@ def open_state(model: nn.Module) -> ModelState:
 
 def close_state(model: nn.Module) -> None:
     """Removes the set of adapters of a model, whose layers have none any more."""
-    state = model.__dict__.pop(MODEL_STATE)
-    assert isinstance(state, ModelState)
+    state = model_state(model)
+    assert state is not None
     _remove_hook(model._load_state_dict_pre_hooks, _accept_base_checkpoint)
     _remove_hook(model._forward_pre_hooks, _refuse_training_while_merged)
     modules = model_modules(model)
@@ -109,6 +122,7 @@ def close_state(model: nn.Module) -> None:
         thaw(entry.module)
     for name, parameter in own_tensors(model, modules, "_parameters").items():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    del model.__dict__[MODEL_STATE]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -184,7 +198,7 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
 
 def _refuse_training_while_merged(model: nn.Module, _: Any) -> None:
     state = model_state(model)
-    if state is not None and state.merged and model.training and torch.is_grad_enabled():
+    if state is not None and model.training and torch.is_grad_enabled():
         state.refuse_merged("Training")
 
 

@@ -81,6 +81,7 @@ def merge(target: nn.Module) -> Merged:
         base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _detached(packed) for name, packed in adapters.items()}
+    lora.merge_adapter()  # all of it or nothing, since the untouched weights are kept anyway
     lora.merge_and_unload()
     return Merged(
         weakref.ref(target), {name: weakref.ref(layer) for name, layer in layers.items()}, base, adapters, active

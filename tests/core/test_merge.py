@@ -1,6 +1,7 @@
 """Merging writes what the law says, loses nothing in silence, and is taken back bit for bit."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -55,7 +56,7 @@ def test_a_tiny_update_into_bfloat16_is_refused_and_nothing_changes():
             layer.lora_B["default"].mul_(1e-4)
     before = copy.deepcopy(model.state_dict())
     for merge in (lora.merge_adapter, lora.merge_and_unload):
-        with pytest.raises(MergeError, match=r"would lose \d+% of the update of '\d\.weight' \(torch\.bfloat16\)"):
+        with pytest.raises(MergeError, match=r"would lose \d+% of the update of '\d\.weight' to rounding"):
             merge()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert lora.merged_adapters == ()
@@ -141,6 +142,29 @@ def test_a_weight_shared_with_an_untargeted_layer_is_not_merged():
     assert list(lora.adapters) == ["default"]
 
 
+HOOKS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_what_a_hook_will_compute_is_merged_not_what_it_computed_last(hook, training):
+    models = [nn.Sequential(hook(nn.Linear(5, 4))).double() for _ in range(2)]
+    x = torch.randn(3, 5).double()
+    for model in models:
+        model(x)
+        adapt(model)
+    models[0].load_state_dict(models[1].state_dict())
+    with torch.no_grad():
+        expected = models[1].eval()(x)
+    LoraModel(models[0].train(training)).merge_and_unload()
+    torch.testing.assert_close(models[0].eval()(x), expected, rtol=1e-14, atol=1e-14)
+
+
 def double_weight(layer: nn.Module, _: object) -> None:
     layer.weight = 2 * layer.half_weight
 
@@ -153,7 +177,7 @@ def test_a_weight_computed_in_an_unknown_way_is_refused_before_anything_changes(
     double_weight(layer, None)
     lora = adapt(model)
     expected = model(x)
-    with pytest.raises(MergeError, match=r"'2\.weight' is no parameter of its Linear"):
+    with pytest.raises(MergeError, match=r"'2\.weight' is no parameter of its Linear,"):
         lora.merge_and_unload()
     assert torch.equal(model(x), expected)
     assert list(lora.adapters) == ["default"]
@@ -164,7 +188,7 @@ class TestInterrupted:
 
     @pytest.fixture(params=["each its own", "some shared"])
     def model(self, request):
-        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double()
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double().eval()
         if request.param == "some shared":
             model[3].weight = model[1].weight
         adapt(model)
@@ -198,12 +222,57 @@ class TestInterrupted:
 
     @pytest.mark.parametrize(
         "act",
-        [LoraModel.unload, LoraModel.merge_adapter, lambda lora: lora.save_adapter("never")],
-        ids=["unload", "merge", "save"],
+        [
+            LoraModel.unload,
+            LoraModel.merge_adapter,
+            LoraModel.unmerge_adapter,
+            lambda lora: lora.save_adapter("never"),
+            lambda lora: lora.add_adapter("b", LoraConfig()),
+            lambda lora: lora.model.load_state_dict(lora.model.state_dict()),
+            lambda lora: lora.model.train()(torch.ones(2, 4).double()),
+        ],
+        ids=["unload", "merge", "unmerge", "save", "add", "load", "train"],
     )
     def test_all_else_is_refused(self, interrupted, act):
-        with pytest.raises(StateError, match=r"merge_and_unload\(\) was interrupted.* Call it again"):
+        with pytest.raises(StateError, match=r"merge_and_unload\(\) was stopped.* Call it again"):
             act(LoraModel(interrupted))
+
+    def test_before_the_first_weight_nothing_has_changed(self, model, monkeypatch):
+        x = torch.ones(2, 4).double()
+        expected = model(x)
+        with monkeypatch.context() as patch:
+            patch.delattr(torch, "addmm")
+            with pytest.raises(AttributeError):
+                LoraModel(model).merge_and_unload()
+        assert torch.equal(model(x), expected)
+        LoraModel(model).unload()
+
+    @pytest.mark.parametrize("line", range(0, 400, 13))
+    def test_at_any_line(self, model, line):
+        """A KeyboardInterrupt in the lines that change the model, and then another call."""
+        x, lines = torch.ones(2, 4).double(), itertools.count()
+        expected = model(x)
+
+        def trace(frame, event, _):
+            if not frame.f_code.co_filename.endswith(("merge.py", "computed.py", "state.py")):
+                return None
+            if event == "line" and frame.f_code.co_name != "merge_and_unload" and next(lines) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        lora, before = LoraModel(model), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            lora.merge_and_unload()
+        except KeyboardInterrupt:
+            sys.settrace(before)
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+            lora.merge_and_unload()
+        finally:
+            sys.settrace(before)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        assert {type(layer) for layer in model} == {nn.Linear}
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 PEAK = """
@@ -228,6 +297,30 @@ def test_memory_format_survives():
     model = model_of().to(memory_format=torch.channels_last)
     adapt(model).merge_and_unload()
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = model_of()
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(MergeError, match=r"'2\.weight' or the update has values that are not finite"):
+        adapt(model).merge_and_unload(max_error=float("inf"))
+
+
+def test_all_of_a_variant_is_merged_for_now_and_then_for_good():
+    model, x = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(3, 5).double()
+    lora = adapt(model, variant="dora")
+    expected = model(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(lora.merge_and_unload()(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_refused_merge_moves_no_statistics():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)))
+    adapt(model, variant="dora")
+    before = copy.deepcopy(model.train().state_dict())
+    with pytest.raises(MergeError, match="would lose"):
+        LoraModel(model).merge_and_unload(max_error=0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_unmerging_nothing_is_an_error():
