@@ -22,6 +22,7 @@ from lora_plugins.injector import (
 )
 from lora_plugins.layer import layer_state, state_of
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport
+from lora_plugins.merge_for_good import merge_for_good
 from lora_plugins.mixing import mixed
 from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
@@ -270,7 +271,7 @@ class LoraModel:
         Raises:
             MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way.
         """
-        merge.merge_for_good(self.model, self._state, max_error)
+        merge_for_good(self.model, self._state, max_error)
         return self.model
 
     def add_weighted_adapter(

@@ -184,7 +184,7 @@ def test_a_weight_computed_in_an_unknown_way_is_refused_before_anything_changes(
 
 
 class TestInterrupted:
-    """Merging for good stops after one layer."""
+    """Merging for good is stopped in the middle."""
 
     @pytest.fixture(params=["each its own", "some shared"])
     def model(self, request):
