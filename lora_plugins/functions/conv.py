@@ -7,11 +7,10 @@ arithmetic. The choice never depends on a clock, so that reruns, and all process
 the same bits.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from lora_plugins.functions.channels import channels_last, contract, mix, mix_in
 from lora_plugins.functions.eager import law_gradients
 from lora_plugins.functions.geometry import Geometry
 from lora_plugins.functions.linear import lora_linear, may_go_first, update_is_cheaper, updated
-from lora_plugins.functions.masks import Dropout, Part, dropped_parts, part_of
+from lora_plugins.functions.masks import Dropout, Part, dropped_parts, part_of, total
 from lora_plugins.functions.options import Gradients, Options, apply, called, keep, kept
 from lora_plugins.functions.products import project
 from lora_plugins.functions.recompute import recomputation
@@ -193,7 +192,7 @@ def _through_products(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Grad
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_A.append(dA)
         of_B.append(dB)
-    return dx, _total(of_A), _total(of_B)
+    return dx, total(of_A), total(of_B)
 
 
 def _through_update(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradients:
@@ -208,7 +207,7 @@ def _through_update(dy: Tensor, saved: _Saved, needed: Sequence[bool]) -> Gradie
         branch, dkernel = geometry.gradients(some_dy, some, kernel, of_x=needed[0], of_kernel=True)
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_kernel.append(dkernel)
-    return dx, *project(_total(of_kernel).flatten(1), A, B, options.scale)
+    return dx, *project(total(of_kernel).flatten(1), A, B, options.scale)
 
 
 _GRADIENTS: dict[tuple[bool, bool], Callable[[Tensor, _Saved, Sequence[bool]], Gradients]] = {
@@ -290,11 +289,6 @@ def _add_branch(
         target.add_(branch)
     else:
         target.addcmul_(branch, geometry.seen(mask) if pointwise else mask)
-
-
-def _total(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Returns the sum of what came from parts of a batch."""
-    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
 
 
 def _law(options: ConvOptions) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lora_plugins.functions import channels
 from lora_plugins.functions.eager import law_gradients
-from lora_plugins.functions.masks import Dropout, dropped, dropped_and_mask
+from lora_plugins.functions.masks import Dropout, dropped_parts, part_of, total
 from lora_plugins.functions.options import Gradients, Options, apply, called, keep, kept
 from lora_plugins.functions.products import add_product, contract, linear, matmul, project
 from lora_plugins.functions.recompute import recomputation
@@ -149,11 +149,14 @@ def _laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
 
 def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options) -> Tensor:
     """The output where the small products are added to it."""
-    h = linear(dropped(rows, A.dtype, options.dropout), A)
     y = linear(rows, weight, bias)
-    if y.dtype == h.dtype:
-        return y.addmm_(h, B.T, alpha=options.scale)
-    return y.add_((h @ B.T).mul_(options.scale).to(y.dtype))
+    for part, some, _ in dropped_parts(rows, A.dtype, options.dropout, masks=False):
+        h, target = linear(some, A), part_of(y, part)
+        if y.dtype == h.dtype:
+            target.addmm_(h, B.T, alpha=options.scale)
+        else:
+            target.add_((h @ B.T).mul_(options.scale).to(y.dtype))
+    return y
 
 
 def _through_gradient(
@@ -184,16 +187,18 @@ def _through_products(
     rows: Tensor, dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
     """Gradients of x, A and B where the small products were added to the output."""
-    x, mask = dropped_and_mask(rows, A.dtype, options.dropout)
-    dB = matmul(linear(A * options.scale, x), dy.to(B.dtype)).T
-    g = matmul(dy.to(B.dtype), B * options.scale)
-    dA = contract(g, x)
     dx = matmul(dy, weight) if needed[0] else None
-    if dx is not None and mask is not None:
-        dx.addcmul_(torch.mm(g, A, out=x), mask)
-    elif dx is not None:
-        dx.add_(g @ A)
-    return dx, dA if needed[3] else None, dB if needed[4] else None
+    of_A, of_B, scaled_A, scaled_B = [], [], A * options.scale, B * options.scale
+    for part, x, mask in dropped_parts(rows, A.dtype, options.dropout, masks=True):
+        some_dy = part_of(dy, part).to(B.dtype)
+        of_B.append(matmul(linear(scaled_A, x), some_dy).T)
+        g = matmul(some_dy, scaled_B)
+        of_A.append(contract(g, x))
+        if dx is not None and mask is not None:
+            part_of(dx, part).addcmul_(torch.mm(g, A, out=x), mask)
+        elif dx is not None:
+            dx.add_(g @ A)
+    return dx, total(of_A) if needed[3] else None, total(of_B) if needed[4] else None
 
 
 _GRADIENTS: dict[tuple[bool, bool], Callable[..., Gradients]] = {

@@ -12,8 +12,10 @@ may be doubled, so that blocks of numbers grow with what is there. Any two eleme
 not where they are just these distances apart, or a power of two times them.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -104,19 +106,6 @@ class Dropout:
         return mask
 
 
-def dropped(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
-    """Returns a tensor in a type, without what is dropped."""
-    return x.to(dtype) if dropout is None else dropout.mask_like(x, dtype).mul_(x)
-
-
-def dropped_and_mask(x: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, Tensor | None]:
-    """Returns a tensor in a type, without what is dropped, and the mask if there is one."""
-    if dropout is None:
-        return x.to(dtype), None
-    mask = dropout.mask_like(x, dtype)
-    return (mask * x).to(dtype), mask
-
-
 def dropped_parts(
     x: Tensor, dtype: torch.dtype, dropout: Dropout | None, *, masks: bool
 ) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
@@ -136,6 +125,11 @@ def dropped_parts(
     for part, mask in dropout.parts(x, dtype):
         some = part_of(x, part)
         yield (part, (mask * some).to(dtype), mask) if masks else (part, mask.mul_(some), None)
+
+
+def total(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Returns the sum of what came from parts of a batch."""
+    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
 
 
 def _words(count: int, generator: torch.Generator) -> Tensor:
