@@ -78,7 +78,7 @@ class Dropout:
         return self._mask(x, dtype or x.dtype, self._numbers(x))
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Part, Tensor]]:
-        """Yields which images, and their mask: parts of the whole mask, of which only one need be in memory at a time.
+        """Yields which images, and their mask: parts of the whole mask, each of them in the memory of the one before.
 
         Args:
             x: The tensor, `(images, channels, ...)`. On a GPU, or where images do not follow each other in memory, all
@@ -91,16 +91,19 @@ class Dropout:
             yield None, self._mask(x, dtype, numbers)
             return
         size = -(-len(x) // count)  # of equal parts, so that threads share them evenly
+        mask = torch.empty_like(x[:size], dtype=dtype, requires_grad=False)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            yield part, self._mask(x[part], dtype, numbers[start * each :])
+            yield part, self._fill(mask[: len(x) - start], numbers[start * each :])
 
     def _numbers(self, x: Tensor) -> Tensor:
         words = _words(-(-x.numel() * self.bits // 64), torch.Generator(x.device).manual_seed(self.seed))
         return words.view(torch.uint8 if self.bits == 8 else torch.int16)
 
     def _mask(self, x: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
-        mask = torch.empty_like(x, dtype=dtype, requires_grad=False)
+        return self._fill(torch.empty_like(x, dtype=dtype, requires_grad=False), numbers)
+
+    def _fill(self, mask: Tensor, numbers: Tensor) -> Tensor:
         threshold = self.threshold + torch.iinfo(numbers.dtype).min  # numbers of 16 bits have a sign, bytes have none
         torch.ge(numbers[: mask.numel()], threshold, out=mask.as_strided((mask.numel(),), (1,)))
         return mask
@@ -112,6 +115,7 @@ def dropped_parts(
     """Yields which images, these in a type without what is dropped, and the mask if there is one.
 
     In parts, temporary tensors stay in the caches, and the C library does not give their memory back to the system.
+    What is yielded is written over for the next part.
 
     Args:
         x: The images.
@@ -122,9 +126,14 @@ def dropped_parts(
     if dropout is None:
         yield None, x.to(dtype), None
         return
+    spare = None
     for part, mask in dropout.parts(x, dtype):
         some = part_of(x, part)
-        yield (part, (mask * some).to(dtype), mask) if masks else (part, mask.mul_(some), None)
+        if masks:
+            spare = torch.empty_like(mask) if spare is None else spare
+            yield part, torch.mul(mask, some, out=spare[: len(mask)]), mask
+        else:
+            yield part, mask.mul_(some), None
 
 
 def total(gradients: Sequence[Tensor | None]) -> Tensor:
