@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.functions import linear
+from lora_plugins.functions import linear, masks
 from lora_plugins.functions.linear import lora_linear
 
 MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
@@ -90,6 +90,21 @@ def test_one_gradient_alone_is_the_same(lead, outputs, r, dropout, needed):
     alone = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(inputs)]
     (gradient,) = torch.autograd.grad(seeded(dropout)(*alone).sin().sum(), [alone[needed]])
     torch.testing.assert_close(gradient, expected[needed], rtol=1e-13, atol=1e-13)
+
+
+@shapes
+@pytest.mark.parametrize("at_once", [1, 60], ids=["row_by_row", "some_rows"])
+@pytest.mark.parametrize("adapter", [torch.float64, torch.float32], ids=str)
+def test_rows_may_be_dropped_in_parts(lead, outputs, r, at_once, adapter, monkeypatch):
+    x, weight, bias, *factors = tensors(lead, outputs, r)
+    inputs = [x, weight, bias, *(factor.detach().to(adapter).requires_grad_() for factor in factors)]
+    found, gradient = [], torch.randn(*lead, outputs, dtype=torch.float64)
+    for elements in (at_once, 2**20):
+        monkeypatch.setattr(masks, "_AT_ONCE", elements)
+        output = seeded(0.3)(*inputs)
+        found.append([output, *torch.autograd.grad(output, inputs, gradient)])
+    error = 64 * torch.finfo(adapter).eps  # of sums of up to 48 rows
+    torch.testing.assert_close(*found, rtol=error, atol=error)
 
 
 UNUSUAL = {
