@@ -1,7 +1,7 @@
 """Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,9 +103,12 @@ def checked(
     _check_adapters(model, layers, state, adapters)
     for layer in layers.values():
         compute_again(layer)
-    weights = tuple(MergedWeight(update.name, update.relative_error()) for update in weight_updates(layers, adapters))
-    _refuse_loss(weights, max_error)
-    return MergeReport(adapters, weights)
+    dtypes = {
+        MergedWeight(update.name, update.relative_error()): update.weight.dtype
+        for update in weight_updates(layers, adapters)
+    }
+    _refuse_loss(dtypes, max_error)
+    return MergeReport(adapters, tuple(dtypes))
 
 
 def _check_adapters(
@@ -162,15 +165,15 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
                 )
 
 
-def _refuse_loss(weights: Sequence[MergedWeight], max_error: float) -> None:
-    unknown = [weight.name for weight in weights if not math.isfinite(weight.relative_error)]
+def _refuse_loss(dtypes: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
+    unknown = [weight.name for weight in dtypes if not math.isfinite(weight.relative_error)]
     if unknown:
         raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")
-    lossy = [weight for weight in weights if weight.relative_error > max_error]
+    lossy = [weight for weight in dtypes if weight.relative_error > max_error]
     if lossy:
         worst = max(lossy, key=lambda weight: weight.relative_error)
         raise MergeError(
-            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} to rounding, and more than "
-            f"{max_error:.0%} in {len(lossy)} of {len(weights)} weights. Convert the model to a wider type first "
-            "(model.float()), or allow it with max_error."
+            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} ({dtypes[worst]}) to "
+            f"rounding, and more than {max_error:.0%} in {len(lossy)} of {len(dtypes)} weights. Convert the model to a "
+            "wider type first (model.float()), or allow it with max_error."
         )

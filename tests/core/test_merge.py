@@ -56,7 +56,7 @@ def test_a_tiny_update_into_bfloat16_is_refused_and_nothing_changes():
             layer.lora_B["default"].mul_(1e-4)
     before = copy.deepcopy(model.state_dict())
     for merge in (lora.merge_adapter, lora.merge_and_unload):
-        with pytest.raises(MergeError, match=r"would lose \d+% of the update of '\d\.weight' to rounding"):
+        with pytest.raises(MergeError, match=r"would lose \d+% of the update of '\d\.weight' \(torch\.bfloat16\)"):
             merge()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert lora.merged_adapters == ()
@@ -247,14 +247,15 @@ class TestInterrupted:
         assert torch.equal(model(x), expected)
         LoraModel(model).unload()
 
-    @pytest.mark.parametrize("line", range(0, 400, 13))
+    @pytest.mark.parametrize("line", range(0, 800, 13))
     def test_at_any_line(self, model, line):
         """A KeyboardInterrupt in the lines that change the model, and then another call."""
         x, lines = torch.ones(2, 4).double(), itertools.count()
+        traced = ("merge.py", "merge_for_good.py", "weight_updates.py", "computed.py", "state.py")
         expected = model(x)
 
         def trace(frame, event, _):
-            if not frame.f_code.co_filename.endswith(("merge.py", "computed.py", "state.py")):
+            if not frame.f_code.co_filename.endswith(traced):
                 return None
             if event == "line" and frame.f_code.co_name != "merge_and_unload" and next(lines) == line:
                 raise KeyboardInterrupt
