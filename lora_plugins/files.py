@@ -29,7 +29,7 @@ from lora_plugins.injector import SlotTensors, changed_bases, slots
 from lora_plugins.layer import factors, own_tensors_of, peek_weight
 from lora_plugins.layer_plugin import Slot
 from lora_plugins.manager import registry_of
-from lora_plugins.modules import own_tensor
+from lora_plugins.modules import full_name, own_tensor
 from lora_plugins.plan import Plan, PlannedLayer
 from lora_plugins.planner import make_plan
 from lora_plugins.registry import Registry
@@ -263,9 +263,7 @@ def _origin(owners: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def _fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
     return {
-        f"{layer.name}.{slot.tensor}".removeprefix("."): fingerprint(
-            peek_weight(model.get_submodule(layer.name), slot.tensor)
-        )
+        full_name(layer.name, slot.tensor): fingerprint(peek_weight(model.get_submodule(layer.name), slot.tensor))
         for layer in plan.layers
         for slot in {slot.tensor: slot for slot in layer.slots}.values()
     }

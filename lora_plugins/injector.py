@@ -22,7 +22,7 @@ from lora_plugins.layer import (
     state_of,
 )
 from lora_plugins.layer_plugin import Slot
-from lora_plugins.modules import holder_of
+from lora_plugins.modules import full_name, holder_of
 from lora_plugins.plan import Plan, PlannedLayer
 
 
@@ -101,7 +101,7 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
         return {}
     changed: dict[str, Tensor] = {}
     for layer, slot, _ in slots(plan):
-        name = f"{layer.name}.{slot.tensor}".removeprefix(".")
+        name = full_name(layer.name, slot.tensor)
         original = peek_weight(model.get_submodule(layer.name), slot.tensor)
         weight = changed.get(name, original)
         matrix = layer.plugin.to_matrix(weight).clone()
@@ -134,7 +134,7 @@ def with_own_tensors(
     for layer, slot, _ in slots(plan):
         if layer.variant is not None:
             tensors = content[layer.name, slot.suffix]
-            name = f"{layer.name}.{slot.tensor}".removeprefix(".")
+            name = full_name(layer.name, slot.tensor)
             weight = changed.get(name, peek_weight(model.get_submodule(layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)

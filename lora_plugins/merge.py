@@ -10,7 +10,7 @@ from torch import nn
 from lora_plugins.computed import compute_again
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.layer import layer_state, state_of, weight_key
-from lora_plugins.modules import holder_of, model_modules
+from lora_plugins.modules import full_name, holder_of, model_modules
 from lora_plugins.state import ModelState, adapted_layers, apply_state
 from lora_plugins.variant_plugin import PLAIN
 from lora_plugins.weight_updates import weight_updates
@@ -150,7 +150,7 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
         MergeError: If one of them is also a parameter that is not among them, naming both.
     """
     changing = {
-        key: f"{layer}.{tensor}"
+        key: full_name(layer, tensor)
         for layer, tensors in weights.items()
         for tensor in tensors
         if (key := weight_key(model.get_submodule(layer), tensor)) is not None
@@ -159,8 +159,8 @@ def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> N
         for own, parameter in entry.module._parameters.items():
             if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
                 raise MergeError(
-                    f"{changing[id(parameter)]!r} is the same tensor as {entry.name + '.' + own!r}, which the adapter "
-                    f"does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
+                    f"{changing[id(parameter)]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
+                    f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
                     "untie the two."
                 )
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lora_plugins.computed import make_plain, remover
 from lora_plugins.layer import STATE, AdapterTensors, layer_state, weight_names
 from lora_plugins.merge import checked
+from lora_plugins.modules import full_name
 from lora_plugins.state import ModelState, adapted_layers, close_state
-from lora_plugins.weight_updates import full_name, place_of, weight_updates
+from lora_plugins.weight_updates import place_of, weight_updates
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
         modules[id(module)] = module
         for key, child in module._modules.items():
             if child is not None and not isinstance(child, left_out):
-                visit(child, f"{name}.{key}" if name else key)
+                visit(child, full_name(name, key))
 
     visit(model, "")
     return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
@@ -52,6 +52,11 @@ def _foreign() -> list[type[nn.Module]]:
     """Returns the foreign classes whose packages are imported; of the others there are no modules."""
     found = (getattr(sys.modules.get(package), name, None) for package, name in FOREIGN)
     return [cls for cls in found if cls is not None]
+
+
+def full_name(module: str, key: str) -> str:
+    """Returns the full name of what a module holds; that of the model itself is empty."""
+    return f"{module}.{key}" if module else key
 
 
 def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
@@ -68,14 +73,14 @@ def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict
         for key, tensor in getattr(entry.module, kind).items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[f"{entry.name}.{key}" if entry.name else key] = tensor
+                found[full_name(entry.name, key)] = tensor
     return found
 
 
 def persistent_buffers(model: nn.Module, modules: list[NamedModule]) -> dict[str, Tensor]:
     """Returns the buffers that a state dict has, by full name."""
     keys = {
-        f"{entry.name}.{key}" if entry.name else key
+        full_name(entry.name, key)
         for entry in modules
         for key in entry.module._buffers
         if key not in entry.module._non_persistent_buffers_set

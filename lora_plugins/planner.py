@@ -15,7 +15,7 @@ from lora_plugins.init_plugin import InitPlugin
 from lora_plugins.layer import base_class_of, peek_weight, state_of, weight_key
 from lora_plugins.layer_plugin import BranchUse, LayerPlugin, RowMajorPlugin, Slot
 from lora_plugins.manager import registry_of
-from lora_plugins.modules import NamedModule, model_modules, own_tensors, persistent_buffers
+from lora_plugins.modules import NamedModule, full_name, model_modules, own_tensors, persistent_buffers
 from lora_plugins.norm import has_statistics
 from lora_plugins.plan import Plan, PlannedLayer, Tie
 from lora_plugins.registry import Registry, class_path
@@ -245,11 +245,7 @@ def _trained(
     layers: list[tuple[NamedModule, PlannedLayer]],
 ) -> list[str]:
     """Names of the model's own parameters to train, in the order of the model."""
-    adapted = {
-        f"{layer.name}.{bias}".removeprefix(".")
-        for entry, layer in layers
-        for bias in layer.plugin.biases(entry.module)
-    }
+    adapted = {full_name(layer.name, bias) for entry, layer in layers for bias in layer.plugin.biases(entry.module)}
     chosen: Mapping[str, Callable[[str], bool]] = {
         "none": lambda name: False,
         "all": lambda name: name.rpartition(".")[2] == "bias" or name.endswith("_bias"),

@@ -12,6 +12,7 @@ from lora_plugins.functions.linear import updated
 from lora_plugins.functions.products import contract, linear
 from lora_plugins.layer import layer_state, peek_weight, standing_still, terms_of, weight_key, weight_names
 from lora_plugins.layer_plugin import LayerPlugin, Slot, Term, add_update, joined, total
+from lora_plugins.modules import full_name
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -104,11 +105,6 @@ def weight_updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -
 def place_of(layer: nn.Module, tensor: str) -> object:
     """Identifies a weight, the same for all layers that share it."""
     return weight_key(layer, tensor) or (id(layer), tensor)
-
-
-def full_name(layer: str, tensor: str) -> str:
-    """Returns the full name of a weight; that of a layer is empty where it is the model itself."""
-    return f"{layer}.{tensor}".removeprefix(".")
 
 
 def _dense(terms: list[Term]) -> Term:

@@ -13,7 +13,7 @@ from lora_plugins import LoraModel, StateError
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, replace_file
 from lora_plugins.layer import layer_state, weight_names
-from lora_plugins.modules import own_tensor
+from lora_plugins.modules import full_name, own_tensor
 from lora_plugins.state import adapted_layers, base_in_place, model_state
 
 
@@ -72,7 +72,7 @@ def merge(target: nn.Module) -> Merged:
     adapters = {name: lora.pack(name) for name in lora.adapters}
     active = lora.active_adapters
     weights = {
-        f"{layer}.{tensor}".removeprefix(".")
+        full_name(layer, tensor)
         for plan in lora.plans.values()
         for layer, tensors in plan.weights().items()
         for tensor in tensors
