@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.errors import MergeError
-from lora_plugins.layer import base_class_of
+from lora_plugins.layer import base_class_of, standing_still
 
 _HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = (
     (WeightNorm, "name", remove_weight_norm),
@@ -22,13 +22,10 @@ _HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = 
 
 def compute_again(layer: nn.Module) -> None:
     """Computes the weights of hooks again, which otherwise are those of the last forward."""
-    mode, layer.training = layer.training, False  # spectral norm moves its own statistics in training
-    try:
+    with standing_still(layer):
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(hook, tuple(kind for kind, _, _ in _HOOKS)):
                 hook(layer, ())
-    finally:
-        layer.training = mode
 
 
 def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:

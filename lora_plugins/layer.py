@@ -188,10 +188,11 @@ def peek_weight(layer: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def standing_still(layer: nn.Module) -> Iterator[None]:
-    """Keeps a layer's parametrizations from moving their own statistics, as spectral norm does in training."""
+    """Keeps what computes a layer's weights from moving statistics of its own, as spectral norm does in training."""
     parametrizations = layer._modules.get("parametrizations")
-    modes = [(module, module.training) for module in parametrizations.modules()] if parametrizations else []
-    for module, _ in modes:
+    modules = [layer, *(parametrizations.modules() if parametrizations else ())]
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
         module.training = False
     try:
         yield

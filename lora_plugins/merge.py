@@ -69,9 +69,11 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
     merged = [(update, update.merged()) for update in weight_updates(layers, adapters)]
     for update, weight in merged:
         parameter = update.layer._parameters.get(update.tensor)
-        if parameter is not None:
+        if parameter is None:
+            layer_state(update.layer).merged[update.tensor] = weight
+        else:
             state.kept.setdefault(update.name, parameter.data)
-        update.write(weight)
+            parameter.data = weight
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
     return report

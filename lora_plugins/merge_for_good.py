@@ -36,7 +36,7 @@ def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> Non
         for layer in group.values():
             _answer_with(layer, merged)
         for layer in group.values():
-            _leave(layer)
+            leave(layer)
     close_state(model)
 
 
@@ -47,8 +47,8 @@ def _answer_with(layer: nn.Module, merged: Mapping[object, Tensor]) -> None:
     layer.__dict__[STATE] = replace(state, merged={**state.merged, **own}, active=(), branch=None)
 
 
-def _leave(layer: nn.Module) -> None:
-    """Puts merged weights in their places and takes all adapters off a layer; may be done again from any step."""
+def leave(layer: nn.Module) -> None:
+    """Takes all adapters off a layer, whose merged weights stay; may be done again from any step."""
     state, computed = layer_state(layer), {}
     for name, value in state.merged.items():
         parameter = layer._parameters.get(name)
@@ -73,10 +73,12 @@ def _sharing(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
 
     The largest of them first: where the memory for one more is missing, nothing has changed yet.
     """
-    uses = Counter(place for layer in layers.values() for place in _places(layer))
-    shared = {name: layer for name, layer in layers.items() if any(uses[place] > 1 for place in _places(layer))}
+    places = {name: _places(layer) for name, layer in layers.items()}
+    uses = Counter(place for own in places.values() for place in own)
+    shared = {name: layer for name, layer in layers.items() if any(uses[place] > 1 for place in places[name])}
     others = sorted((name for name in layers if name not in shared), key=lambda name: -_size(layers[name]))
-    return [shared] * bool(shared) + [{name: layers[name]} for name in others]
+    single = [{name: layers[name]} for name in others]
+    return [shared, *single] if shared else single
 
 
 def _size(layer: nn.Module) -> int:

@@ -20,9 +20,9 @@ from lora_plugins.injector import (
     trained_values,
     with_own_tensors,
 )
-from lora_plugins.layer import layer_state, state_of
+from lora_plugins.layer import state_of
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport
-from lora_plugins.merge_for_good import merge_for_good
+from lora_plugins.merge_for_good import leave, merge_for_good
 from lora_plugins.mixing import mixed
 from lora_plugins.observe import InitData, Observations, allocated, observe
 from lora_plugins.plan import Plan
@@ -256,8 +256,7 @@ class LoraModel:
         state.active = ()
         apply_state(self.model, state)
         for layer in adapted_layers(self.model).values():
-            for name in list(layer_state(layer).adapters):
-                detach(layer, name)
+            leave(layer)
         close_state(self.model)
         return self.model
 

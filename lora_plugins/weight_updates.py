@@ -53,14 +53,6 @@ class WeightUpdate:
         merged = self.plugin.from_matrix(matrix, weight.shape)
         return merged if merged.stride() == weight.stride() else torch.empty_like(weight).copy_(merged)
 
-    def write(self, merged: Tensor) -> None:
-        """Puts the weight with its update in its place."""
-        parameter = self.layer._parameters.get(self.tensor)
-        if parameter is None:
-            layer_state(self.layer).merged[self.tensor] = merged
-        else:
-            parameter.data = merged
-
     def relative_error(self) -> float:
         """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
         with in_full(self.weight):

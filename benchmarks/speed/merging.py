@@ -64,7 +64,7 @@ def _cost(model: str, what: str, threads: int) -> tuple[float, int]:
 
 def _copying(case: Case) -> Callable[[], object]:
     model = case.model()
-    weights = [layer.weight.detach() for name in case.target_names(model) if (layer := model.get_submodule(name))]
+    weights = [model.get_parameter(f"{name}.weight").detach() for name in case.target_names(model)]
     return lambda: [weight.clone() for weight in weights]
 
 
