@@ -191,14 +191,14 @@ def standing_still(layer: nn.Module) -> Iterator[None]:
     """Keeps what computes a layer's weights from moving statistics of its own, as spectral norm does in training."""
     parametrizations = layer._modules.get("parametrizations")
     modules = [layer, *(parametrizations.modules() if parametrizations else ())]
-    modes = [(module, module.training) for module in modules]
-    for module in modules:
+    moving = [module for module in modules if module.training]
+    for module in moving:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in moving:
+            module.training = True
 
 
 def weight_key(layer: nn.Module, name: str) -> int | None:

@@ -12,6 +12,7 @@ from lora_plugins.computed import make_plain, remover
 from lora_plugins.layer import STATE, AdapterTensors, layer_state, weight_names
 from lora_plugins.merge import checked
 from lora_plugins.modules import full_name
+from lora_plugins.spare_memory import SpareMemory
 from lora_plugins.state import ModelState, adapted_layers, close_state
 from lora_plugins.weight_updates import place_of, weight_updates
 
@@ -21,7 +22,8 @@ def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> Non
     """Writes the updates of all active adapters into the weights and takes all adapters off the model.
 
     One layer after the other, so that the model is not in memory twice, and such that it computes the same between any
-    two steps. Stopped in the middle, it can be called again.
+    two steps. Stopped in the middle, it can be called again. A weight goes where an untouched one of its size was, of a
+    layer that is done, if nothing else uses that.
 
     Raises:
         MergeError: As `merge` does, or if a weight is computed in an unknown way.
@@ -30,14 +32,26 @@ def merge_for_good(model: nn.Module, state: ModelState, max_error: float) -> Non
     adapters = tuple(name for name in state.active if name not in state.merged)
     checked(model, layers, state, adapters, max_error)
     _refuse_unknown(layers, adapters)
+    spare = SpareMemory()
     for group in _sharing(layers):
-        merged = {place_of(update.layer, update.tensor): update.merged() for update in weight_updates(group, adapters)}
+        merged = {
+            place_of(update.layer, update.tensor): spare.move(update.merged())
+            for update in weight_updates(group, adapters)
+        }
         state.leaving, state.kept = True, {}
         for layer in group.values():
             _answer_with(layer, merged)
         for layer in group.values():
+            untouched = _untouched(layer)
             leave(layer)
+            spare.keep(untouched)
     close_state(model)
+
+
+def _untouched(layer: nn.Module) -> list[Tensor]:
+    """Returns the weights that a layer is about to replace by merged ones."""
+    parameters = [layer._parameters.get(name) for name in layer_state(layer).merged]
+    return [parameter.data for parameter in parameters if parameter is not None]
 
 
 def _answer_with(layer: nn.Module, merged: Mapping[object, Tensor]) -> None:

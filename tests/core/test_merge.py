@@ -251,7 +251,7 @@ class TestInterrupted:
     def test_at_any_line(self, model, line):
         """A KeyboardInterrupt in the lines that change the model, and then another call."""
         x, lines = torch.ones(2, 4).double(), itertools.count()
-        traced = ("merge.py", "merge_for_good.py", "weight_updates.py", "computed.py", "state.py")
+        traced = ("merge.py", "merge_for_good.py", "weight_updates.py", "computed.py", "state.py", "spare_memory.py")
         expected = model(x)
 
         def trace(frame, event, _):
@@ -292,6 +292,68 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
 def test_the_weights_are_never_in_memory_twice():
     peak = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout
     assert float(peak) < 128  # of 256
+
+
+class TestMemoryOfUntouchedWeights:
+    """Merging for good writes a merged weight where an untouched one was, unless that is somebody's."""
+
+    @pytest.fixture
+    def model(self):
+        return nn.Sequential(*(nn.Linear(8, 4) for _ in range(3)))
+
+    @staticmethod
+    def merge(model: nn.Module) -> None:
+        adapt(model).merge_and_unload()
+
+    def test_is_used_again(self, model):
+        before = [layer.weight.data_ptr() for layer in model]
+        self.merge(model)
+        assert [layer.weight.data_ptr() for layer in model][1:] == before[:-1]
+
+    def test_is_used_again_for_another_shape_of_the_same_size(self):
+        model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)).double()
+        memory, lora = model[0].weight.data_ptr(), adapt(model)
+        expected = model[1].weight.detach().clone()
+        lora.merge_and_unload()
+        assert model[1].weight.data_ptr() == memory
+        torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-14, atol=1e-14)
+
+    @pytest.mark.parametrize(
+        "known_to",
+        [
+            lambda weight: weight.detach(),
+            lambda weight: weight.detach()[1:],
+            lambda weight: weight.detach().numpy(),
+            lambda weight: torch.utils.dlpack.from_dlpack(weight.detach()),
+        ],
+        ids=["tensor", "part", "array", "dlpack"],
+    )
+    def test_of_others_is_left_alone(self, model, known_to):
+        others = [known_to(layer.weight) for layer in model]
+        before = copy.deepcopy(others)
+        self.merge(model)
+        assert all((other == old).all() for other, old in zip(others, before, strict=True))
+
+    def test_of_an_array_is_left_alone(self, model):
+        arrays = [layer.weight.detach().clone().numpy() for layer in model]
+        before = copy.deepcopy(arrays)
+        for layer, array in zip(model, arrays, strict=True):
+            layer.weight = nn.Parameter(torch.from_numpy(array))
+        self.merge(model)
+        assert all((array == old).all() for array, old in zip(arrays, before, strict=True))
+
+    def test_shared_with_a_process_is_left_alone(self, model):
+        """Another mapping of the memory, as another process has it."""
+        others = []
+        for layer in model:
+            layer.weight.share_memory_()
+            handle = layer.weight.untyped_storage()._share_filename_cpu_()
+            storage = torch.UntypedStorage._new_shared_filename_cpu(*handle)
+            others.append(torch.empty(0).set_(storage, 0, (4, 8)))
+        before = copy.deepcopy(others)
+        assert others[0].data_ptr() != model[0].weight.data_ptr()
+        self.merge(model)
+        torch.testing.assert_close(others, before, rtol=0, atol=0)
 
 
 def test_memory_format_survives():
