@@ -1,4 +1,4 @@
-"""Merging for good, each time in a new process: its cost depends on the memory that a process has already."""
+"""Merging, each time in a new process: its cost depends on the memory that a process has already."""
 
 import resource
 import sys
@@ -9,7 +9,6 @@ from multiprocessing import get_context
 from statistics import median
 
 import torch
-from torch import nn
 
 from benchmarks.speed.cases import Case, vit, vit_large
 from benchmarks.speed.variants import installed, ours, peft
@@ -26,12 +25,13 @@ _CASES = {"ViT-S": vit, "ViT-L": vit_large}
 
 def rows() -> list[tuple[str, str, str]]:
     """Returns name, ours and PEFT's: the time over that of a plain copy of the weights, and the further memory."""
-    small, large = _costs("ViT-S"), _costs("ViT-L")
+    small, large = _costs("ViT-S", "merge_and_unload"), _costs("ViT-L", "merge_and_unload")
     peaks = {name: f"{peak / 2**20:.0f}" for name, (_, peak) in large.items()}
     return [
         ("merge for good, ViT-S (ratio to a plain copy)", *_ratios(small)),
         ("merge for good, ViT-L (ratio to a plain copy)", *_ratios(large)),
         (f"same, further memory (MiB; the copy {peaks['copy']})", peaks["ours"], peaks.get("peft", "")),
+        ("merge for now, ViT-S (ratio to a plain copy)", *_ratios(_costs("ViT-S", "merge_adapter"))),
     ]
 
 
@@ -40,20 +40,20 @@ def _ratios(costs: dict[str, tuple[float, float]]) -> tuple[str, str]:
     return ratios["ours"], ratios.get("peft", "")
 
 
-def _costs(model: str) -> dict[str, tuple[float, float]]:
+def _costs(model: str, method: str) -> dict[str, tuple[float, float]]:
     """Returns medians of seconds and of further bytes, by what is done."""
     names = ["copy", *(name for name in ("ours", "peft") if name in installed())]
-    jobs = [(model, name, torch.get_num_threads()) for name in names] * PROCESSES
+    jobs = [(model, method, name, torch.get_num_threads()) for name in names] * PROCESSES
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         costs = list(pool.map(_cost, *zip(*jobs, strict=True)))
     own = {name: costs[i :: len(names)] for i, name in enumerate(names)}
     return {name: (median(cost[0] for cost in of), median(cost[1] for cost in of)) for name, of in own.items()}
 
 
-def _cost(model: str, what: str, threads: int) -> tuple[float, int]:
+def _cost(model: str, method: str, name: str, threads: int) -> tuple[float, int]:
     """Returns seconds and further memory in bytes; runs in a new process."""
     torch.set_num_threads(threads)
-    action = _ACTIONS[what](_CASES[model]())
+    action = _ACTIONS[name](_CASES[model](), method)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     result = action()
@@ -62,22 +62,23 @@ def _cost(model: str, what: str, threads: int) -> tuple[float, int]:
     return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _MAXRSS
 
 
-def _copying(case: Case) -> Callable[[], object]:
+def _copying(case: Case, _: str) -> Callable[[], object]:
     model = case.model()
     weights = [model.get_parameter(f"{name}.weight").detach() for name in case.target_names(model)]
     return lambda: [weight.clone() for weight in weights]
 
 
-def _merging(case: Case) -> Callable[[], nn.Module]:
-    return LoraModel(ours(case, 0.0)).merge_and_unload
-
-
-def _merging_of_peft(case: Case) -> Callable[[], nn.Module]:
-    merge: Callable[[], nn.Module] = peft(case, 0.0).merge_and_unload
+def _merging(case: Case, method: str) -> Callable[[], object]:
+    merge: Callable[[], object] = getattr(LoraModel(ours(case, 0.0)), method)
     return merge
 
 
-_ACTIONS: dict[str, Callable[[Case], Callable[[], object]]] = {
+def _merging_of_peft(case: Case, method: str) -> Callable[[], object]:
+    merge: Callable[[], object] = getattr(peft(case, 0.0), method)
+    return merge
+
+
+_ACTIONS: dict[str, Callable[[Case, str], Callable[[], object]]] = {
     "copy": _copying,
     "ours": _merging,
     "peft": _merging_of_peft,
