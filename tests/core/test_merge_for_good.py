@@ -1,0 +1,230 @@
+"""Merging for good goes layer by layer, can be stopped anywhere, and takes nobody's memory."""
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
+
+
+def adapt(model: nn.Module) -> LoraModel:
+    return LoraModel(model, LoraConfig(r=2, init="none"))
+
+
+HOOKS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_what_a_hook_will_compute_is_merged_not_what_it_computed_last(hook, training):
+    models = [nn.Sequential(hook(nn.Linear(5, 4))).double() for _ in range(2)]
+    x = torch.randn(3, 5).double()
+    for model in models:
+        model(x)
+        adapt(model)
+    models[0].load_state_dict(models[1].state_dict())
+    with torch.no_grad():
+        expected = models[1].eval()(x)
+    LoraModel(models[0].train(training)).merge_and_unload()
+    torch.testing.assert_close(models[0].eval()(x), expected, rtol=1e-14, atol=1e-14)
+
+
+def double_weight(layer: nn.Module, _: object) -> None:
+    layer.weight = 2 * layer.half_weight
+
+
+def test_a_weight_computed_in_an_unknown_way_is_refused_before_anything_changes():
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4)).double(), torch.randn(3, 5).double()
+    layer = model[1]
+    layer.half_weight = nn.Parameter(layer._parameters.pop("weight") / 2)
+    layer.register_forward_pre_hook(double_weight)
+    double_weight(layer, None)
+    lora = adapt(model)
+    expected = model(x)
+    with pytest.raises(MergeError, match=r"'1\.weight' is no parameter of its Linear,"):
+        lora.merge_and_unload()
+    assert torch.equal(model(x), expected)
+    assert list(lora.adapters) == ["default"]
+
+
+class TestInterrupted:
+    """Merging for good is stopped in the middle."""
+
+    @pytest.fixture(params=["each its own", "some shared"])
+    def model(self, request):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).double().eval()
+        if request.param == "some shared":
+            model[3].weight = model[1].weight
+        adapt(model)
+        return model
+
+    @pytest.fixture
+    def interrupted(self, model, monkeypatch):
+        products = []
+
+        def addmm(*args, **kwargs):
+            products.append(args)
+            if len(products) == 2:
+                raise KeyboardInterrupt
+            return torch.add(args[0], args[1] @ args[2], alpha=kwargs["alpha"])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "addmm", addmm)
+            with pytest.raises(KeyboardInterrupt):
+                LoraModel(model).merge_and_unload()
+        return model
+
+    def test_the_model_computes_the_same_and_merging_goes_on(self, model, request):
+        x = torch.randn(2, 4).double()
+        expected, merged = model(x), LoraModel(copy.deepcopy(model)).merge_and_unload()
+        request.getfixturevalue("interrupted")
+        assert len({type(layer) for layer in model}) == 2
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        LoraModel(model).merge_and_unload()
+        assert {type(layer) for layer in model} == {nn.Linear}
+        torch.testing.assert_close(model.state_dict(), merged.state_dict(), rtol=1e-15, atol=1e-15)
+
+    @pytest.mark.parametrize(
+        "act",
+        [
+            LoraModel.unload,
+            LoraModel.merge_adapter,
+            LoraModel.unmerge_adapter,
+            lambda lora: lora.save_adapter("never"),
+            lambda lora: lora.add_adapter("b", LoraConfig()),
+            lambda lora: lora.model.load_state_dict(lora.model.state_dict()),
+            lambda lora: lora.model.train()(torch.ones(2, 4).double()),
+        ],
+        ids=["unload", "merge", "unmerge", "save", "add", "load", "train"],
+    )
+    def test_all_else_is_refused(self, interrupted, act):
+        with pytest.raises(StateError, match=r"merge_and_unload\(\) was stopped.* Call it again"):
+            act(LoraModel(interrupted))
+
+    def test_before_the_first_weight_nothing_has_changed(self, model, monkeypatch):
+        x = torch.ones(2, 4).double()
+        expected = model(x)
+        with monkeypatch.context() as patch:
+            patch.delattr(torch, "addmm")
+            with pytest.raises(AttributeError):
+                LoraModel(model).merge_and_unload()
+        assert torch.equal(model(x), expected)
+        LoraModel(model).unload()
+
+    @pytest.mark.parametrize("line", range(0, 950, 15))
+    def test_at_any_line(self, model, line):
+        """A KeyboardInterrupt in the lines that change the model, and then another call."""
+        x, lines = torch.ones(2, 4).double(), itertools.count()
+        traced = ("merge.py", "merge_for_good.py", "weight_updates.py", "computed.py", "state.py", "spare_memory.py")
+        expected = model(x)
+
+        def trace(frame, event, _):
+            if not frame.f_code.co_filename.endswith(traced):
+                return None
+            if event == "line" and frame.f_code.co_name != "merge_and_unload" and next(lines) == line:
+                raise KeyboardInterrupt
+            return trace
+
+        lora, before = LoraModel(model), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            lora.merge_and_unload()
+        except KeyboardInterrupt:
+            sys.settrace(before)
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+            lora.merge_and_unload()
+        finally:
+            sys.settrace(before)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        assert {type(layer) for layer in model} == {nn.Linear}
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+PEAK = """
+import resource
+from torch import nn
+from lora_plugins import LoraConfig, LoraModel
+
+model = nn.Sequential(*(nn.Linear(1024, 2048) for _ in range(32)))  # 8 MiB each
+lora = LoraModel(model, LoraConfig(init="none"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lora.merge_and_unload()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+def test_the_weights_are_never_in_memory_twice():
+    peak = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout
+    assert float(peak) < 128  # of 256
+
+
+class TestMemoryOfUntouchedWeights:
+    """Merging for good writes a merged weight where an untouched one was, unless that is somebody's."""
+
+    @pytest.fixture
+    def model(self):
+        return nn.Sequential(*(nn.Linear(8, 4) for _ in range(3)))
+
+    @staticmethod
+    def merge(model: nn.Module) -> None:
+        adapt(model).merge_and_unload()
+
+    def test_is_used_again(self, model):
+        before = [layer.weight.data_ptr() for layer in model]
+        self.merge(model)
+        assert [layer.weight.data_ptr() for layer in model][1:] == before[:-1]
+
+    def test_is_used_again_for_another_shape_of_the_same_size(self):
+        model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)).double()
+        memory, lora = model[0].weight.data_ptr(), adapt(model)
+        expected = model[1].weight.detach().clone()
+        lora.merge_and_unload()
+        assert model[1].weight.data_ptr() == memory
+        torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-14, atol=1e-14)
+
+    @pytest.mark.parametrize(
+        "known_to",
+        [
+            lambda weight: weight.detach(),
+            lambda weight: weight.detach()[1:],
+            lambda weight: weight.detach().numpy(),
+            lambda weight: torch.utils.dlpack.from_dlpack(weight.detach()),
+        ],
+        ids=["tensor", "part", "array", "dlpack"],
+    )
+    def test_of_others_is_left_alone(self, model, known_to):
+        others = [known_to(layer.weight) for layer in model]
+        before = copy.deepcopy(others)
+        self.merge(model)
+        assert all((other == old).all() for other, old in zip(others, before, strict=True))
+
+    def test_of_an_array_is_left_alone(self, model):
+        arrays = [layer.weight.detach().clone().numpy() for layer in model]
+        before = copy.deepcopy(arrays)
+        for layer, array in zip(model, arrays, strict=True):
+            layer.weight = nn.Parameter(torch.from_numpy(array))
+        self.merge(model)
+        assert all((array == old).all() for array, old in zip(arrays, before, strict=True))
+
+    def test_shared_with_a_process_is_left_alone(self, model):
+        """Another mapping of the memory, as another process has it."""
+        others = []
+        for layer in model:
+            layer.weight.share_memory_()
+            handle = layer.weight.untyped_storage()._share_filename_cpu_()
+            storage = torch.UntypedStorage._new_shared_filename_cpu(*handle)
+            others.append(torch.empty(0).set_(storage, 0, (4, 8)))
+        before = copy.deepcopy(others)
+        assert others[0].data_ptr() != model[0].weight.data_ptr()
+        self.merge(model)
+        torch.testing.assert_close(others, before, rtol=0, atol=0)
