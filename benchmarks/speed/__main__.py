@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What a training step costs.")
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES), help="which models")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1], help="dropout of the adapter")
-    parser.add_argument("--variant", nargs="+", help="which variants; by default all that are installed")
+    parser.add_argument("--variant", nargs="+", choices=installed(), help="which variants; by default all of them")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,16 +1,22 @@
 """Time and memory of steps."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 
-def step(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
-    """Forward, loss and backward."""
-    for tensor in (*model.parameters(), *batch):
+def step(model: nn.Module, batch: tuple[Tensor, ...], leaves: Sequence[Tensor]) -> None:
+    """Forward, loss and backward.
+
+    Args:
+        model: One variant.
+        batch: Its inputs.
+        leaves: All that may have a gradient, which is dropped first; an optimizer has them in a list as well.
+    """
+    for tensor in leaves:
         tensor.grad = None
     loss = model(*batch).square().mean()
     if loss.requires_grad:  # the floor of an embedding has nothing to differentiate
@@ -20,13 +26,14 @@ def step(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
 def seconds(models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: int) -> dict[str, list[float]]:
     """Times one step of each model in turn, after two rounds of warming up; each round begins with another one."""
     times: dict[str, list[float]] = {name: [] for name in models}
+    leaves = {name: [*model.parameters(), *batch] for name, model in models.items()}
     names = list(models)
     for round_ in range(rounds + 2):
         first = round_ % len(names)  # a step finds the memory as the step before it left it
         for name in names[first:] + names[:first]:
             _wait(batch)
             start = time.perf_counter()
-            step(models[name], batch)
+            step(models[name], batch, leaves[name])
             _wait(batch)
             if round_ > 1:
                 times[name].append(time.perf_counter() - start)
