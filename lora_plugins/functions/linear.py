@@ -151,12 +151,16 @@ def _with_products(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor,
     """The output where the small products are added to it."""
     y = linear(rows, weight, bias)
     for part, some, _ in dropped_parts(rows, A.dtype, options.dropout, masks=False):
-        h, target = linear(some, A), part_of(y, part)
-        if y.dtype == h.dtype:
-            target.addmm_(h, B.T, alpha=options.scale)
-        else:
-            target.add_((h @ B.T).mul_(options.scale).to(y.dtype))
+        _accumulate(part_of(y, part), linear(some, A), B.T, options.scale)
     return y
+
+
+def _accumulate(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Adds `scale · left right` to a target, whose type may be another one."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_((left @ right).mul_(scale).to(target.dtype))
 
 
 def _through_gradient(
@@ -175,9 +179,9 @@ def _through_both(
     """Gradient of x from the updated weight, those of A and B from small products."""
     dx = dA = dB = None
     if needed[4]:
-        dB = matmul(linear((A * options.scale).to(rows.dtype), rows), dy).T
+        dB = contract(linear(rows, (A * options.scale).to(rows.dtype)), dy).T
     if needed[3]:
-        dA = matmul(linear((B.T * options.scale).to(dy.dtype), dy), rows)
+        dA = contract(matmul(dy, (B * options.scale).to(dy.dtype)), rows)
     if needed[0]:  # last, so that it is still in the caches when the layer before wants it
         dx = matmul(dy, updated(weight, A, B, options.scale, dy.dtype))
     return dx, dA, dB
@@ -197,7 +201,7 @@ def _through_products(
         if dx is not None and mask is not None:
             part_of(dx, part).addcmul_(torch.mm(g, A, out=x), mask)
         elif dx is not None:
-            dx.add_(g @ A)
+            _accumulate(dx, g, A)
     return dx, total(of_A) if needed[3] else None, total(of_B) if needed[4] else None
 
 
