@@ -160,7 +160,7 @@ def _accumulate(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
     if target.dtype == left.dtype:
         target.addmm_(left, right, alpha=scale)
     else:
-        target.add_((left @ right).mul_(scale).to(target.dtype))
+        target.add_(left @ right, alpha=scale)
 
 
 def _through_gradient(
