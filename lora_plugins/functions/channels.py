@@ -39,12 +39,11 @@ def mix(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
 
 
 def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> None:
-    """Adds `alpha * mix(matrix, image)` to a target, in one operation where their formats agree."""
-    if target.dtype != image.dtype:
-        target.add_(mix(matrix, image).mul_(alpha).to(target.dtype))
-    elif channels_last(target) and channels_last(image):
+    """Adds `alpha * mix(matrix, image)` to a target, in one operation where their formats and types agree."""
+    one_type = target.dtype == image.dtype
+    if one_type and channels_last(target) and channels_last(image):
         rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
-    elif target.is_contiguous():
+    elif one_type and target.is_contiguous():
         target.flatten(2).baddbmm_(_for_each(image, matrix), image.flatten(2), alpha=alpha)
     else:
         target.add_(mix(matrix, image), alpha=alpha)

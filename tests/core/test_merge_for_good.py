@@ -175,13 +175,9 @@ class TestMemoryOfUntouchedWeights:
     def model(self):
         return nn.Sequential(*(nn.Linear(8, 4) for _ in range(3)))
 
-    @staticmethod
-    def merge(model: nn.Module) -> None:
-        adapt(model).merge_and_unload()
-
     def test_is_used_again(self, model):
         before = [layer.weight.data_ptr() for layer in model]
-        self.merge(model)
+        adapt(model).merge_and_unload()
         assert [layer.weight.data_ptr() for layer in model][1:] == before[:-1]
 
     def test_is_used_again_for_another_shape_of_the_same_size(self):
@@ -205,7 +201,7 @@ class TestMemoryOfUntouchedWeights:
     def test_of_others_is_left_alone(self, model, known_to):
         others = [known_to(layer.weight) for layer in model]
         before = copy.deepcopy(others)
-        self.merge(model)
+        adapt(model).merge_and_unload()
         assert all((other == old).all() for other, old in zip(others, before, strict=True))
 
     def test_of_an_array_is_left_alone(self, model):
@@ -213,7 +209,7 @@ class TestMemoryOfUntouchedWeights:
         before = copy.deepcopy(arrays)
         for layer, array in zip(model, arrays, strict=True):
             layer.weight = nn.Parameter(torch.from_numpy(array))
-        self.merge(model)
+        adapt(model).merge_and_unload()
         assert all((array == old).all() for array, old in zip(arrays, before, strict=True))
 
     def test_shared_with_a_process_is_left_alone(self, model):
@@ -226,5 +222,5 @@ class TestMemoryOfUntouchedWeights:
             others.append(torch.empty(0).set_(storage, 0, (4, 8)))
         before = copy.deepcopy(others)
         assert others[0].data_ptr() != model[0].weight.data_ptr()
-        self.merge(model)
+        adapt(model).merge_and_unload()
         torch.testing.assert_close(others, before, rtol=0, atol=0)
