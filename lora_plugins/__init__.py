@@ -7,9 +7,10 @@ Three lines adapt a model in place:
     lora.merge_and_unload()
 
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
-register layer types (`LayerPlugin`) or inits (`InitPlugin`); see `lora_plugins.hookspecs`.
+register layer types (`LayerPlugin`) or inits (`InitPlugin`); see `lora_plugins.plugins.hookspecs`.
 """
 
+from lora_plugins.adapter.calibration import InitData, Observations, observe
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import (
     AdapterFileError,
@@ -20,14 +21,13 @@ from lora_plugins.errors import (
     StateError,
     TargetError,
 )
-from lora_plugins.hookspecs import hookimpl
-from lora_plugins.init_plugin import InitContext, InitPlugin, InputMoments, Observed, RankRequest
-from lora_plugins.layer_plugin import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot, Term
 from lora_plugins.model import LoraModel
-from lora_plugins.observe import InitData, Observations, observe
-from lora_plugins.plan import Plan
-from lora_plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.variant_plugin import VariantPlugin
+from lora_plugins.plan.plan import Plan
+from lora_plugins.plugins.hookspecs import hookimpl
+from lora_plugins.plugins.init import InitContext, InitPlugin, InputMoments, Observed, RankRequest
+from lora_plugins.plugins.layer import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot, Term
+from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.plugins.variant import VariantPlugin
 
 __all__ = [
     "AdapterFileError",

@@ -6,12 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_plugins import files, merge
-from lora_plugins.combine import combine
-from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError
-from lora_plugins.init_plugin import Observed
-from lora_plugins.injector import (
+from lora_plugins.adapter.attach import (
     AdapterContent,
     attach,
     changed_bases,
@@ -20,15 +15,10 @@ from lora_plugins.injector import (
     trained_values,
     with_own_tensors,
 )
-from lora_plugins.layer import state_of
-from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport
-from lora_plugins.merge_for_good import leave, merge_for_good
-from lora_plugins.mixing import mixed
-from lora_plugins.observe import InitData, Observations, allocated, observe
-from lora_plugins.plan import Plan
-from lora_plugins.planner import make_plan
-from lora_plugins.registry import Registry
-from lora_plugins.state import (
+from lora_plugins.adapter.calibration import InitData, Observations, allocated, observe
+from lora_plugins.adapter.combine import combine
+from lora_plugins.adapter.mixed_batch import mixed
+from lora_plugins.adapter.state import (
     Adapter,
     ModelState,
     adapted_layers,
@@ -39,6 +29,17 @@ from lora_plugins.state import (
     open_state,
     without_adapters,
 )
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, StateError
+from lora_plugins.files import folder as files
+from lora_plugins.inplace.layer import state_of
+from lora_plugins.merge import merge
+from lora_plugins.merge.merge import DEFAULT_MAX_ERROR, MergeReport
+from lora_plugins.merge.merge_and_unload import leave, merge_for_good
+from lora_plugins.plan.plan import Plan
+from lora_plugins.plan.planner import make_plan
+from lora_plugins.plugins.init import Observed
+from lora_plugins.plugins.registry import Registry
 
 
 class LoraModel:
@@ -53,7 +54,7 @@ class LoraModel:
         adapter_name: Name of that adapter.
         registry: The plugins to use; by default those that are installed and that the config lets load.
         init_data: What the init learns from, if it is one that does, such as `eva` and `lora_ga`: data that are read
-            once, or what `lora_plugins.observe` made of them before.
+            once, or what `lora_plugins.adapter.calibration` made of them before.
 
     Raises:
         TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
@@ -281,13 +282,13 @@ class LoraModel:
         combination_type: str = "cat",
         **options: float,
     ) -> float:
-        """Combines adapters into a new one, whose update is computed from theirs; see `lora_plugins.combine`.
+        """Combines adapters into a new one, whose update is computed from theirs; see `lora_plugins.adapter.combine`.
 
         Args:
             adapters: Names of the adapters to combine.
             weights: The weight of each.
             adapter_name: Name of the new adapter, which is added but not active.
-            combination_type: How; see `lora_plugins.combine.COMBINATIONS`.
+            combination_type: How; see `lora_plugins.adapter.combine.COMBINATIONS`.
             **options: Options of that way, such as `density`.
 
         Returns:
@@ -303,7 +304,7 @@ class LoraModel:
         return result.relative_error
 
     def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
-        """Writes an adapter into a folder; see `lora_plugins.files` for what it holds.
+        """Writes an adapter into a folder; see `lora_plugins.files.folder` for what it holds.
 
         Args:
             path: The folder; it is made if it does not exist.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lora_plugins.files import MANIFEST, replace_file
+from lora_plugins.files.folder import MANIFEST, replace_file
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks.data import VisionDataModule
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError
-from lora_plugins.commands.pipes import ending_quietly
+from lora_plugins.cli.pipes import ending_quietly
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import WeightsError

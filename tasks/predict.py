@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.commands.pipes import ending_quietly
+from lora_plugins.cli.pipes import ending_quietly
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import DataError, listed

@@ -19,8 +19,8 @@ import torch
 import yaml
 
 import lora_plugins
-from lora_plugins import hookspecs
 from lora_plugins.integrations.lightning.main import COMMANDS, main
+from lora_plugins.plugins import hookspecs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -102,7 +102,7 @@ def test_hooks_are_those_of_the_live_manager():
     }
     text = (DOCS / "hooks.md").read_text()
     assert signatures == set(re.findall(r"^## (.*)$", text, re.MULTILINE))
-    included = set(re.findall(r"^::: lora_plugins\.hookspecs\.(\w+)$", text, re.MULTILINE))
+    included = set(re.findall(r"^::: lora_plugins\.plugins\.hookspecs\.(\w+)$", text, re.MULTILINE))
     assert included == {signature.partition("(")[0] for signature in signatures}
 
 

@@ -10,10 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, StateError
+from lora_plugins.adapter.state import model_state
 from lora_plugins.errors import listing, near
+from lora_plugins.inplace.layer import state_of
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
-from lora_plugins.layer import state_of
-from lora_plugins.state import model_state
 
 
 def target_of(module: nn.Module, path: str | None) -> nn.Module:

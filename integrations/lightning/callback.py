@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins.adapter.state import model_state
 from lora_plugins.errors import near
-from lora_plugins.files import PackedAdapter, write
+from lora_plugins.files.folder import PackedAdapter, write
 from lora_plugins.integrations.lightning import adapting, from_data, optimizers, sharded
 from lora_plugins.integrations.lightning.audit import Audit
 from lora_plugins.integrations.lightning.heads import with_heads
@@ -31,7 +32,6 @@ from lora_plugins.integrations.lightning.report import print_files, print_plan
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
 from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
-from lora_plugins.state import model_state
 
 
 class LoraCallback(Callback):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraError, LoraModel
+from lora_plugins.adapter.attach import adapter_tensors
+from lora_plugins.adapter.state import ModelState, model_state
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter
-from lora_plugins.fingerprint import same
-from lora_plugins.injector import adapter_tensors
+from lora_plugins.files.fingerprint import same
+from lora_plugins.files.folder import PackedAdapter
+from lora_plugins.inplace.modules import model_modules, own_tensors
 from lora_plugins.integrations.lightning.names import names_in, plain_name, renamed
-from lora_plugins.modules import model_modules, own_tensors
-from lora_plugins.state import ModelState, model_state
 
 KEY = "lora_plugins"
 """Key of our entry in a checkpoint."""

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
-from lora_plugins.files import replace_file
+from lora_plugins.files.folder import replace_file
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 from lora_plugins.integrations.lightning.loading import load_from_checkpoint, read
 from lora_plugins.integrations.lightning.merging import plain_state_dict, write_safetensors

@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, Observations, StateError, observe
-from lora_plugins.injector import run_seed
+from lora_plugins.adapter.attach import run_seed
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import ModuleShims
-from lora_plugins.manager import registry_of
-from lora_plugins.randomness import own_randomness
+from lora_plugins.plugins.manager import registry_of
+from lora_plugins.utils.randomness import own_randomness
 
 
 def learns(config: LoraConfig) -> bool:

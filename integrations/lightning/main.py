@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 
-from lora_plugins.commands.pipes import ending_quietly
+from lora_plugins.cli.pipes import ending_quietly
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
-from lora_plugins.sources import DISTRIBUTION
+from lora_plugins.plugins.discovery import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""
@@ -95,7 +95,7 @@ def _core(name: str) -> Callable[[list[str]], int]:
     """A command that needs the core only."""
 
     def run(arguments: list[str]) -> int:
-        code: int = importlib.import_module(f"lora_plugins.commands.{name}").run(arguments[1:])
+        code: int = importlib.import_module(f"lora_plugins.cli.{name}").run(arguments[1:])
         return code
 
     return run

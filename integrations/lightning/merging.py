@@ -10,11 +10,11 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
+from lora_plugins.adapter.state import adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter, replace_file
-from lora_plugins.layer import layer_state, weight_names
-from lora_plugins.modules import full_name, own_tensor
-from lora_plugins.state import adapted_layers, base_in_place, model_state
+from lora_plugins.files.folder import PackedAdapter, replace_file
+from lora_plugins.inplace.layer import layer_state, weight_names
+from lora_plugins.inplace.modules import full_name, own_tensor
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The built-in init plugins, registered through the same door as anyone else's."""
 
-from lora_plugins.hookspecs import hookimpl
 from lora_plugins.inits.eva import EvaInit
 from lora_plugins.inits.gaussian import GaussianInit
 from lora_plugins.inits.kaiming import KaimingInit
@@ -10,7 +9,8 @@ from lora_plugins.inits.none import NoneInit
 from lora_plugins.inits.olora import OloraInit
 from lora_plugins.inits.orthogonal import OrthogonalInit
 from lora_plugins.inits.pissa import PissaInit
-from lora_plugins.registrars import InitRegistrar
+from lora_plugins.plugins.hookspecs import hookimpl
+from lora_plugins.plugins.registrars import InitRegistrar
 
 
 @hookimpl

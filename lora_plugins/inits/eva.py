@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.init_plugin import InitContext, InitPlugin, InputMoments, RankRequest
 from lora_plugins.inits.factors import fill_rest
 from lora_plugins.inits.pissa import check_niter
+from lora_plugins.plugins.init import InitContext, InitPlugin, InputMoments, RankRequest
 
 
 class EvaInit(InitPlugin):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.init_plugin import InitContext
-from lora_plugins.randomness import seeded
+from lora_plugins.plugins.init import InitContext
+from lora_plugins.utils.randomness import seeded
 
 
 def truncated_svd(

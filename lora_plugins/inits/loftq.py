@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.init_plugin import InitContext, InitPlugin
 from lora_plugins.inits.factors import low_rank, without_product
 from lora_plugins.inits.quantize import BITS, quantize_dequantize
+from lora_plugins.plugins.init import InitContext, InitPlugin
 
 
 class LoftQInit(InitPlugin):

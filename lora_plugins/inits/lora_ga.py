@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, TargetError, near
-from lora_plugins.init_plugin import InitContext, InitPlugin
 from lora_plugins.inits.factors import recipe_of, truncated_svd, without_product
 from lora_plugins.inits.pissa import check_niter
+from lora_plugins.plugins.init import InitContext, InitPlugin
 
 Chosen = tuple[Tensor, Tensor]
 """Which singular vectors go to A, and which to B."""

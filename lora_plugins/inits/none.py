@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lora_plugins.init_plugin import InitContext, InitPlugin
+from lora_plugins.plugins.init import InitContext, InitPlugin
 
 
 class NoneInit(InitPlugin):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.init_plugin import InitContext, InitPlugin
 from lora_plugins.inits.factors import fill_rest, recipe_of, without_product
+from lora_plugins.plugins.init import InitContext, InitPlugin
 
 
 class OloraInit(InitPlugin):

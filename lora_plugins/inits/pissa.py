@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.init_plugin import InitContext, InitPlugin
 from lora_plugins.inits.factors import fill_rest, low_rank, recipe_of, without_product
+from lora_plugins.plugins.init import InitContext, InitPlugin
 
 
 class PissaInit(InitPlugin):

@@ -1,6 +1,5 @@
 """The built-in layer plugins, registered through the same door as anyone else's."""
 
-from lora_plugins.hookspecs import hookimpl
 from lora_plugins.layers.attention import MultiheadAttentionPlugin
 from lora_plugins.layers.conv import (
     Conv1dPlugin,
@@ -12,7 +11,8 @@ from lora_plugins.layers.conv import (
 )
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
-from lora_plugins.registrars import LayerRegistrar
+from lora_plugins.plugins.hookspecs import hookimpl
+from lora_plugins.plugins.registrars import LayerRegistrar
 
 
 @hookimpl

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.layer_plugin import RowMajorPlugin, Slot
 from lora_plugins.layers.linear import thirds
+from lora_plugins.plugins.layer import RowMajorPlugin, Slot
 
 _SEPARATE = {"q": "q_proj_weight", "k": "k_proj_weight", "v": "v_proj_weight"}
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.autocast import in_full
-from lora_plugins.functions.conv import lora_conv
-from lora_plugins.functions.eager import is_eager
-from lora_plugins.functions.geometry import Geometry
-from lora_plugins.layer_plugin import (
+from lora_plugins.kernels.conv import lora_conv
+from lora_plugins.kernels.conv_geometry import Geometry
+from lora_plugins.kernels.eager import is_eager
+from lora_plugins.plugins.layer import (
     BranchUse,
     ColumnMajorPlugin,
     RowMajorPlugin,
@@ -26,6 +25,7 @@ from lora_plugins.layer_plugin import (
     add_update,
     joined,
 )
+from lora_plugins.utils.autocast import in_full
 
 
 class _ConvPlugin(RowMajorPlugin):

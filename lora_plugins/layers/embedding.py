@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, Term, Updates, add_update
+from lora_plugins.plugins.layer import BranchUse, ColumnMajorPlugin, Term, Updates, add_update
 
 
 class EmbeddingPlugin(ColumnMajorPlugin):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_plugins.autocast import autocast_dtype
-from lora_plugins.functions.eager import is_eager
-from lora_plugins.functions.linear import lora_linear
-from lora_plugins.functions.products import linear
-from lora_plugins.layer_plugin import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
+from lora_plugins.kernels.eager import is_eager
+from lora_plugins.kernels.linear import lora_linear
+from lora_plugins.kernels.matmul import linear
+from lora_plugins.plugins.layer import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
+from lora_plugins.utils.autocast import autocast_dtype
 
 
 def thirds(tensor: str, rows: int) -> dict[str, Slot]:

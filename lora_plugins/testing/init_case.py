@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_plugins.adapter.attach import factor_dtype, slot_matrix, slots
+from lora_plugins.adapter.calibration import InitData, observe
 from lora_plugins.config import LoraConfig
-from lora_plugins.init_plugin import InitContext, InitPlugin, Observed
-from lora_plugins.injector import factor_dtype, slot_matrix, slots
-from lora_plugins.layer import peek_weight
+from lora_plugins.inplace.layer import peek_weight
 from lora_plugins.layers import lora_plugins_register_layers
-from lora_plugins.manager import default_registry
 from lora_plugins.model import LoraModel
-from lora_plugins.observe import InitData, observe
-from lora_plugins.randomness import own_randomness
-from lora_plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.registry import Owned, Registry
+from lora_plugins.plugins.init import InitContext, InitPlugin, Observed
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.plugins.registry import Owned, Registry
 from lora_plugins.testing.layer_case import UNDER_TEST
+from lora_plugins.utils.randomness import own_randomness
 
 LAYERS: Mapping[str, int] = {"embedding": 24, "linear": 32, "conv2d": 16}
 """The layers of the model by name, with the number of rows of each matrix."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins import injector
+from lora_plugins.adapter import attach as injector
 from lora_plugins.errors import ConfigError, LoraError, near
-from lora_plugins.init_plugin import InitContext, InitPlugin
 from lora_plugins.model import LoraModel
+from lora_plugins.plugins.init import InitContext, InitPlugin
 from lora_plugins.testing import checks
 from lora_plugins.testing.checks import Check, by_name, chosen, refuse, require, require_close, require_same_state
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run

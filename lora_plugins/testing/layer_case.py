@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.inits import lora_plugins_register_inits
-from lora_plugins.layer import factors, layer_state, peek_weight
-from lora_plugins.layer_plugin import LayerPlugin, Slot
-from lora_plugins.manager import default_registry
+from lora_plugins.inplace.layer import factors, layer_state, peek_weight
 from lora_plugins.model import LoraModel
-from lora_plugins.randomness import own_randomness
-from lora_plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.plugins.layer import LayerPlugin, Slot
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.utils.randomness import own_randomness
 
 UNDER_TEST = PluginInfo("under test", "(given to the check)", "-")
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import TargetError
-from lora_plugins.layer import base_class_of, peek_weight
-from lora_plugins.layer_plugin import LayerPlugin
+from lora_plugins.inplace.layer import base_class_of, peek_weight
 from lora_plugins.model import LoraModel
-from lora_plugins.registry import class_path
+from lora_plugins.plugins.layer import LayerPlugin
+from lora_plugins.plugins.registry import class_path
 from lora_plugins.testing.checks import (
     Check,
     refuse,

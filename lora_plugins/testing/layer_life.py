@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.layer import base_class_of
-from lora_plugins.layer_plugin import Slot
+from lora_plugins.inplace.layer import base_class_of
 from lora_plugins.model import LoraModel
+from lora_plugins.plugins.layer import Slot
 from lora_plugins.testing.checks import (
     Check,
     require,

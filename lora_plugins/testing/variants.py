@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.adapter.attach import adapter_parameters
 from lora_plugins.config import LoraConfig
-from lora_plugins.injector import adapter_parameters
-from lora_plugins.layer import factors, layer_state, own_tensors_of
-from lora_plugins.manager import default_registry
+from lora_plugins.inplace.layer import factors, layer_state, own_tensors_of
 from lora_plugins.model import LoraModel
-from lora_plugins.randomness import own_randomness
-from lora_plugins.registrars import VariantRegistrar
-from lora_plugins.registry import Owned, Registry
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins.registrars import VariantRegistrar
+from lora_plugins.plugins.registry import Owned, Registry
+from lora_plugins.plugins.variant import VariantPlugin
 from lora_plugins.testing import checks
 from lora_plugins.testing.checks import Check, by_name, chosen, require, require_close, require_same_state
 from lora_plugins.testing.layer_case import UNDER_TEST
-from lora_plugins.variant_plugin import VariantPlugin
+from lora_plugins.utils.randomness import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 5),

@@ -1,7 +1,7 @@
 """The built-in variants, registered through the same door as anyone else's."""
 
-from lora_plugins.hookspecs import hookimpl
-from lora_plugins.registrars import VariantRegistrar
+from lora_plugins.plugins.hookspecs import hookimpl
+from lora_plugins.plugins.registrars import VariantRegistrar
 from lora_plugins.variants.dora import DoraVariant
 
 

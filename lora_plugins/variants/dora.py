@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_plugins.variant_plugin import VariantPlugin
+from lora_plugins.plugins.variant import VariantPlugin
 
 
 class DoraVariant(VariantPlugin):

@@ -1,0 +1,269 @@
+"""Combination of adapters: a new adapter whose update is computed from the updates of others.
+
+Everything happens on the updates `scaling * B @ A` themselves, never on A and B apart, so that there are no cross
+terms, and adapters of different rank or scaling combine. The new adapter has a scaling of 1.
+
+- `cat`: the weighted sum, exactly, at the sum of the ranks.
+- `linear`: the weighted sum, exactly, at no more than the full rank of the layer.
+- `svd`: the best approximation of the weighted sum at a rank (`rank`, by default the largest of the adapters).
+- `magnitude_prune`: keeps the `density` largest elements of each update, then sums.
+- `ties`: the same, then elects a sign for each element and averages those that agree (Yadav et al., arXiv 2306.01708).
+- `dare_linear`: keeps each element with probability `density`, rescaled, then sums (Yu et al., arXiv 2311.03099).
+- `dare_ties`: as `dare_linear`, then elects signs and averages as `ties` does.
+
+The last four are not of low rank; they are approximated at `rank`, by default the sum of the ranks.
+Trained heads and biases are combined by the weighted sum of their differences from the base.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.adapter.attach import SlotTensors, slots
+from lora_plugins.adapter.state import ModelState
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, StateError, near
+from lora_plugins.inits.factors import low_rank
+from lora_plugins.inplace.layer import factors
+from lora_plugins.plan.plan import Plan, PlannedLayer
+from lora_plugins.plan.planner import make_plan
+from lora_plugins.plugins.registry import Registry
+from lora_plugins.plugins.variant import PLAIN
+
+Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
+"""Computes one update `(out, in)` from updates `(n, out, in)`, weights `(n, 1, 1)`, a density and a generator."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The result of a combination, ready to be attached.
+
+    Args:
+        plan: What the new adapter adapts.
+        content: Its factors by layer name and slot suffix.
+        values: Its heads, biases and statistics by full name.
+        relative_error: The largest relative error of a layer's update against the exact combination.
+    """
+
+    plan: Plan
+    content: Mapping[tuple[str, str], SlotTensors]
+    values: Mapping[str, Tensor]
+    relative_error: float
+
+
+def prune_magnitude(updates: Tensor, density: float) -> Tensor:
+    """Keeps the largest elements of each update `(n, out, in)`, a share `density` of them; zero elsewhere."""
+    flat = updates.flatten(1)
+    keep = int(density * flat.shape[1])
+    kept = torch.zeros_like(flat)
+    index = flat.abs().topk(keep, dim=1).indices
+    return kept.scatter(1, index, flat.gather(1, index)).view_as(updates)
+
+
+def prune_random(updates: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Keeps each element with probability `density` and divides by it, so that the expectation stays."""
+    mask = torch.stack([torch.bernoulli(torch.full_like(update, density), generator=generator) for update in updates])
+    return updates * mask / density
+
+
+def elect_and_average(updates: Tensor, weights: Tensor) -> Tensor:
+    """Averages, for each element, the weighted updates whose sign is that of the sum of all updates."""
+    agrees = updates.sign() == torch.where(updates.sum(0) >= 0, 1.0, -1.0)
+    return (updates * weights * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _sum(updates: Tensor, weights: Tensor) -> Tensor:
+    return (updates * weights).sum(0)
+
+
+PRUNED: Mapping[str, Merge] = {
+    "magnitude_prune": lambda u, w, density, _: _sum(prune_magnitude(u, density), w),
+    "ties": lambda u, w, density, _: elect_and_average(prune_magnitude(u, density), w),
+    "dare_linear": lambda u, w, density, generator: _sum(prune_random(u, density, generator), w),
+    "dare_ties": lambda u, w, density, generator: elect_and_average(prune_random(u, density, generator), w),
+}
+"""The combinations that prune the updates first; they take the options `density` and `rank`."""
+
+COMBINATIONS: Mapping[str, tuple[str, ...]] = {
+    "cat": (),
+    "linear": (),
+    "svd": ("rank",),
+    **dict.fromkeys(PRUNED, ("density", "rank")),
+}
+"""The ways to combine, with the options that each takes."""
+
+
+def combine(
+    model: nn.Module,
+    state: ModelState,
+    registry: Registry | None,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    options: Mapping[str, float],
+) -> Combination:
+    """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`."""
+    _check(adapters, weights, combination_type, options)
+    sources = [state.adapter(name).plan for name in adapters]
+    for name, source in zip(adapters, sources, strict=True):
+        if source.init.changes_base:
+            raise StateError(
+                f"The adapter {name!r} has a base of its own ({source.config.init}); it cannot be combined."
+            )
+        if source.config.variant != PLAIN:
+            raise StateError(
+                f"The adapter {name!r} is of the variant {source.config.variant!r}, whose updates do not add up; it "
+                "cannot be combined."
+            )
+    results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    error = 0.0
+    layers: dict[str, PlannedLayer] = {}
+    for source in sources:
+        for layer, slot, _ in slots(source):
+            first = layers.setdefault(layer.name, layer)
+            if first.slots != layer.slots:
+                raise ConfigError(f"The adapters have different parts of {layer.name!r}; they cannot be combined.")
+            if (layer.name, slot.suffix) in results:
+                continue
+            module = model.get_submodule(layer.name)
+            terms = [
+                _Term(A.detach().double(), B.detach().double() * found.scaling, float(weight))
+                for name, weight, plan in zip(adapters, weights, sources, strict=True)
+                if (found := next((item for item in plan.layers if item.name == layer.name), None))
+                for A, B in [factors(module, name, slot)]
+            ]
+            A, B, relative = _combined(terms, combination_type, options)
+            results[layer.name, slot.suffix] = (A, B)
+            error = max(error, relative)
+    plan = make_plan(model, _config(sources, layers, results), registry)
+    return Combination(plan, _padded(results, plan), _values(model, state, adapters, weights), error)
+
+
+@dataclass(frozen=True)
+class _Term:
+    A: Tensor
+    B: Tensor
+    weight: float
+
+
+def _check(
+    adapters: Sequence[str], weights: Sequence[float], combination_type: str, options: Mapping[str, float]
+) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    if combination_type not in COMBINATIONS:
+        raise ConfigError(f"There is no combination {combination_type!r}. {near(combination_type, COMBINATIONS)}")
+    known = COMBINATIONS[combination_type]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{combination_type!r} has no option {key!r}. {near(key, known)}")
+    if "density" in known and not 0 < options.get("density", -1) <= 1:
+        raise ConfigError(
+            f"{combination_type!r} needs a density: the share of elements to keep, above 0 and at most 1."
+        )
+    if not options.get("rank", 1) >= 1:
+        raise ConfigError(f"rank is a whole number of at least 1, not {options['rank']!r}.")
+
+
+def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, float]:
+    """Returns A, B and the relative error of one slot's new update."""
+    A, B = _cat(terms)
+    full = min(A.shape[1], B.shape[0])
+    if kind == "cat" or (kind == "linear" and A.shape[0] <= full):
+        return A, B, 0.0
+    exact = B @ A
+    if kind in PRUNED:
+        updates = torch.stack([term.B @ term.A for term in terms])
+        factor = torch.tensor([term.weight for term in terms], dtype=torch.float64).view(-1, 1, 1)
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        exact = PRUNED[kind](updates.cpu(), factor, options["density"], generator)
+    ranks = [term.A.shape[0] for term in terms]
+    default = {"linear": full, "svd": max(ranks)}.get(kind, sum(ranks))
+    rank = min(int(options.get("rank", default)), full)
+    A, B = low_rank(exact, rank, 1.0)
+    norm = torch.linalg.matrix_norm(exact)
+    return A, B, float(torch.linalg.matrix_norm(B @ A - exact) / norm) if norm else 0.0
+
+
+def _cat(terms: list[_Term]) -> tuple[Tensor, Tensor]:
+    """Stacks the factors; terms with one A are added up instead, so that opposite ones cancel exactly."""
+    merged: list[tuple[Tensor, Tensor]] = []
+    for term in terms:
+        B = term.B * term.weight
+        same = next((at for at, (A, _) in enumerate(merged) if torch.equal(A, term.A)), None)
+        if same is None:
+            merged.append((term.A, B))
+        else:
+            merged[same] = (term.A, merged[same][1] + B)
+    return torch.cat([A for A, _ in merged]), torch.cat([B for _, B in merged], dim=1)
+
+
+def _config(
+    sources: list[Plan],
+    layers: Mapping[str, PlannedLayer],
+    results: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
+) -> LoraConfig:
+    """A config that names every layer in full, with its rank, and gives a scaling of 1."""
+    ranks = {name: max(A.shape[0] for (owner, _), (A, _) in results.items() if owner == name) for name in layers}
+    configs = [source.config for source in sources]
+    biases = {config.bias for config in configs}
+    targets = [*layers, *(tie.layer for layer in layers.values() for tie in layer.ties)]
+    return LoraConfig(
+        r=max(ranks.values()),
+        alpha=float(max(ranks.values())),
+        target_modules="|".join(sorted(_escaped(name) for name in targets)),
+        bias=next((bias for bias in ("all", "lora_only") if bias in biases), "none"),
+        modules_to_save=sorted({name for config in configs for name in config.modules_to_save}),
+        rank_pattern=dict(ranks),
+        alpha_pattern={name: float(rank) for name, rank in ranks.items()},
+        fused_parts={
+            name: [slot.part for slot in layer.slots]
+            for name, layer in layers.items()
+            if any(slot.rows is not None for slot in layer.slots)
+        },
+        norm="track" if any(config.norm == "track" for config in configs) else "freeze",
+        allow_plugins=configs[0].allow_plugins,
+        block_plugins=configs[0].block_plugins,
+    )
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _padded(results: Mapping[tuple[str, str], tuple[Tensor, Tensor]], plan: Plan) -> dict[tuple[str, str], SlotTensors]:
+    """Gives all slots of a layer one rank, by zeros."""
+    content: dict[tuple[str, str], SlotTensors] = {}
+    for layer, slot, _ in slots(plan):
+        A, B = results[layer.name, slot.suffix]
+        extra = layer.r - A.shape[0]
+        A = torch.nn.functional.pad(A, (0, 0, 0, extra))
+        B = torch.nn.functional.pad(B, (0, extra))
+        content[layer.name, slot.suffix] = SlotTensors(A, B)
+    return content
+
+
+def _values(
+    model: nn.Module, state: ModelState, adapters: Sequence[str], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Combines what the adapters trained in place, as differences from the base."""
+    values: dict[str, Tensor] = {}
+    for name, base in state.values.base.items():
+        owned = [
+            (state.values.value(model, adapter, name), weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if name in state.values.values.get(adapter, {})
+        ]
+        if not owned:
+            continue
+        if not base.dtype.is_floating_point:
+            values[name] = owned[0][0].clone()
+            continue
+        # In float64, so that a single adapter of weight 1 gives its own value back.
+        total = base.double()
+        for value, weight in owned:
+            total = total + weight * (value.double() - base.double())
+        values[name] = total.to(owned[0][0].dtype)
+    return values

@@ -1,0 +1,86 @@
+"""The model's own tensors whose value depends on the active adapter.
+
+Heads and biases are trained in place, so that optimizers, hooks and state dicts see the parameters they know; moving
+norm statistics and a base changed by an init are likewise the adapter's. Each adapter has its value of such a tensor,
+the base keeps its own, and switching puts one of them in place by exchanging the storage behind the parameter.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.inplace.modules import own_tensor
+
+
+@dataclass
+class InPlaceValues:
+    """Who owns which value of which tensor.
+
+    Args:
+        base: The value of the untouched model, by full name of the tensor.
+        values: The values of each adapter; that of the tensor's present owner is stale.
+        owner: The adapter whose value is in place; absent where it is the base's.
+    """
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+
+    def claim(self, model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> None:
+        """Takes note of an adapter's first values; nothing is put in place yet."""
+        for name in values:
+            if name not in self.base:
+                self.base[name] = own_tensor(model, name).data
+        self.values[adapter] = dict(values)
+
+    def check(self, adapters: Iterable[str]) -> None:
+        """Refuses adapters that cannot be active together.
+
+        Raises:
+            StateError: If two of them have a value of the same tensor.
+        """
+        owners: dict[str, str] = {}
+        for adapter in adapters:
+            for name in self.values.get(adapter, {}):
+                other = owners.setdefault(name, adapter)
+                if other != adapter:
+                    raise StateError(
+                        f"The adapters {other!r} and {adapter!r} cannot be active together: each has its own value "
+                        f"of {name!r}. Activate one of them, or combine them with add_weighted_adapter."
+                    )
+
+    def activate(self, model: nn.Module, adapters: Iterable[str]) -> None:
+        """Puts the values of these adapters in place, and the base's value of every other tensor."""
+        wanted = {name: adapter for adapter in adapters for name in self.values.get(adapter, {})}
+        for name, base in self.base.items():
+            present, owner = self.owner.get(name), wanted.get(name)
+            if present == owner:
+                continue
+            tensor = own_tensor(model, name)
+            stale = base if present is None else self.values[present][name]
+            value = base if owner is None else self.values[owner][name]
+            # A model that was cast while this value was away takes the value along.
+            dtype = value.dtype if tensor.dtype == stale.dtype else tensor.dtype
+            self._keep(name, present, tensor.data)
+            tensor.data = value.to(tensor.device, dtype)
+            self.owner.pop(name, None)
+            if owner is not None:
+                self.owner[name] = owner
+
+    def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
+        """Returns an adapter's value of a tensor, in place or not."""
+        return own_tensor(model, name).data if self.owner.get(name) == adapter else self.values[adapter][name]
+
+    def release(self, model: nn.Module, adapter: str) -> None:
+        """Forgets an adapter that is not active, and the base's copies that nobody else needs."""
+        del self.values[adapter]
+        needed = {name for values in self.values.values() for name in values}
+        self.base = {name: value for name, value in self.base.items() if name in needed}
+
+    def _keep(self, name: str, owner: str | None, value: Tensor) -> None:
+        if owner is None:
+            self.base[name] = value
+        else:
+            self.values[owner][name] = value

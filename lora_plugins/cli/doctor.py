@@ -1,0 +1,153 @@
+"""`lora-plugins doctor`: checks an installation, and says what to do about what it finds."""
+
+import argparse
+import platform
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import lora_plugins
+from lora_plugins.cli.requirements import Requirement, requirements
+from lora_plugins.errors import PluginError, listing, near
+from lora_plugins.plugins import hookspecs
+from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, names_in
+from lora_plugins.plugins.hookspecs import GROUP
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins.registry import PluginInfo
+
+OUR_MAIN = "lora_plugins.integrations.lightning.main"
+
+_HOOK = "lora_plugins_register_"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        mark: `ok`; `note`, of which one should know; or `problem`.
+        what: What was found.
+        advice: What to do about it.
+    """
+
+    mark: Literal["ok", "note", "problem"]
+    what: str
+    advice: str = ""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints what was found; returns 1 if there is a problem."""
+    argparse.ArgumentParser(
+        prog="lora-plugins doctor",
+        description="Check the installation, the optional packages, the plugins and the command `lightning`.",
+    ).parse_args(arguments)
+    problems = 0
+    for title, check in CHECKS.items():
+        print(f"{title}:")
+        for finding in check():
+            problems += finding.mark == "problem"
+            print(f"  [{finding.mark}] {finding.what}")
+            if finding.advice:
+                print(f"      -> {finding.advice}")
+    print(f"\n{problems or 'No'} problem{'' if problems == 1 else 's'} found.")
+    return 1 if problems else 0
+
+
+def _installation() -> Iterator[Finding]:
+    yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("ok", f"lora_plugins {metadata.version(DISTRIBUTION)} in {Path(lora_plugins.__file__).parent}")
+    cuda = (
+        f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
+    )
+    yield Finding("ok", f"torch {torch.__version__}, {cuda}")
+    for requirement in requirements(""):
+        if requirement.trouble:
+            yield Finding("problem", f"{requirement}: {requirement.trouble}", f"pip install {requirement.quoted}")
+
+
+def _optional() -> Iterator[Finding]:
+    for extra in sorted(metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []):
+        wrong = [requirement for requirement in requirements(extra) if requirement.trouble]
+        yield _extra(extra, wrong)
+
+
+def _extra(extra: str, wrong: list[Requirement]) -> Finding:
+    if not wrong:
+        return Finding("ok", f"extra {extra!r}: everything it needs is installed")
+    outdated = [requirement for requirement in wrong if requirement.installed]
+    listed = ", ".join(f"{requirement} ({requirement.trouble})" for requirement in outdated or wrong)
+    advice = f"pip install 'lora-plugins[{extra}]'"
+    if outdated:
+        return Finding("problem", f"extra {extra!r}: {listed}", advice)
+    return Finding("note", f"extra {extra!r} is not complete: {listed}", f"If you want it: {advice}")
+
+
+def _plugins() -> Iterator[Finding]:
+    own = {point.name for point in metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)}
+    missing = sorted({name.removeprefix(_HOOK) for name in vars(hookspecs) if name.startswith(_HOOK)} - own)
+    if missing:
+        yield Finding(
+            "problem",
+            f"lora-plugins itself lacks the entry points {listing(missing)}",
+            "Its metadata are stale. Install it again: pip install --force-reinstall --no-deps lora-plugins",
+        )
+    try:
+        registry = default_registry()
+    except PluginError as error:
+        yield Finding("problem", str(error), "What can be done is said above; until then nothing can be adapted.")
+        return
+    for info in registry.plugins:
+        yield _plugin(info)
+    installed = [point.name for point in metadata.entry_points(group=GROUP)]
+    for variable in (BLOCK_VARIABLE, ALLOW_VARIABLE):
+        for name in names_in(variable):
+            if name not in installed:
+                yield Finding("note", f"{variable} names {name!r}, which is not installed", near(name, installed))
+
+
+def _plugin(info: PluginInfo) -> Finding:
+    if info.error is not None:
+        frame = traceback.extract_tb(info.error.__traceback__)[-1]
+        return Finding(
+            "problem",
+            f"plugin {info.owner} {' '.join(info.state.split())} ({frame.filename}, line {frame.lineno})",
+            f"Repair or uninstall {info.distribution}, or leave it out: {BLOCK_VARIABLE}={info.name}",
+        )
+    provides = ", ".join((*info.layers, *info.inits, *info.variants)) or "nothing"
+    if info.blocked or info.notes:
+        return Finding("note", f"plugin {info.owner}: {info.state}")
+    return Finding("ok", f"plugin {info.owner}: provides {provides}")
+
+
+def _lightning_command() -> Iterator[Finding]:
+    points = metadata.entry_points(group="console_scripts", name="lightning")
+    owners = sorted({point.dist.name for point in points if point.dist} - {DISTRIBUTION})
+    others = ", ".join(owners)
+    way_out = "`lora-plugins` and `python -m lora_plugins` always work."
+    path = shutil.which("lightning")
+    if path is None:
+        yield Finding("note", "there is no command `lightning` on the PATH", f"Activate the environment, or: {way_out}")
+    elif OUR_MAIN not in Path(path).read_bytes().decode(errors="replace"):
+        yield Finding(
+            "note",
+            f"the command `lightning` ({path}) is not ours{f', but that of {others}' if others else ''}",
+            f"{way_out} To have it back: pip install --force-reinstall --no-deps lora-plugins",
+        )
+    else:
+        more = f"; other commands of that name are handed to {others}" if others else ""
+        yield Finding("ok", f"the command `lightning` ({path}) is ours{more}")
+
+
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "Installation": _installation,
+    "Optional packages": _optional,
+    "Plugins": _plugins,
+    "The command `lightning`": _lightning_command,
+}
+"""What is looked at, in order."""

@@ -1,0 +1,84 @@
+"""`lora-plugins new-plugin NAME`: writes a package with a layer type, an init, and tests that use the kit."""
+
+import argparse
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from lora_plugins.errors import ConfigError
+from lora_plugins.plugins.manager import build_registry
+
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+FILES = {
+    "pyproject.toml": "pyproject.toml.txt",
+    "README.md": "README.md.txt",
+    "{package}/__init__.py": "init.py.txt",
+    "{package}/layers.py": "layers.py.txt",
+    "{package}/inits.py": "inits.py.txt",
+    "tests/test_plugin.py": "test_plugin.py.txt",
+}
+"""The files of a package, and the templates they are made from."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Writes a package, and prints what to do with it."""
+    parser = argparse.ArgumentParser(
+        prog="lora-plugins new-plugin",
+        description="Write a package with a layer type and an init to start from, and tests that use the kit.",
+    )
+    parser.add_argument("name", help="what the plugin is called, as in my-layer; the package is lora-plugins-NAME")
+    parser.add_argument("--into", type=Path, default=Path(), help="the folder to write it into; by default this one")
+    given = parser.parse_args(arguments)
+    folder = write(given.name, given.into)
+    print(f"Wrote {folder}. Next:\n\n  cd {folder}\n  pip install -e '.[test]'\n  pytest\n  lora-plugins plugins")
+    return 0
+
+
+def write(name: str, into: Path) -> Path:
+    """Writes the package of a new plugin; returns its folder, `lora-plugins-NAME`.
+
+    Args:
+        name: Name of the plugin, in lower case with dashes.
+        into: The folder that gets it.
+
+    Raises:
+        ConfigError: If the name is none, or is taken by an installed plugin; or if there is such a folder already.
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name a plugin. Use lower-case letters, digits and dashes, as in 'my-layer'."
+        )
+    values = {
+        "distribution": f"lora-plugins-{name}",
+        "package": f"lora_plugins_{name.replace('-', '_')}",
+        "init": name.replace("-", "_"),
+        "class_name": "".join(part.capitalize() for part in name.split("-")),
+    }
+    _refuse_taken(values["init"])
+    folder = into / values["distribution"]
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already. Choose another name, or another folder with --into.")
+    if not into.is_dir():
+        raise ConfigError(f"{into} is not a folder. Make it first, or choose another with --into.")
+    templates = resources.files("lora_plugins.cli") / "template"
+    with tempfile.TemporaryDirectory(dir=into, prefix=".new-plugin-") as temporary:
+        made = Path(temporary) / folder.name
+        for path, template in FILES.items():
+            target = made / path.format(**values)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = (templates / template).read_text(encoding="utf-8")
+            target.write_text(Template(text).substitute(values), encoding="utf-8")
+        os.rename(made, folder)
+    return folder
+
+
+def _refuse_taken(name: str) -> None:
+    registry = build_registry()
+    for kind, owners in (("init", registry.inits), ("layer type", registry.layers)):
+        if name in owners:
+            raise ConfigError(f"The {kind} {name!r} is taken, by {owners[name].info.owner}. Choose another name.")

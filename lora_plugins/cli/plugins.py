@@ -1,0 +1,35 @@
+"""`lora-plugins plugins`: every plugin with its distribution, version, what it provides, and its state."""
+
+import argparse
+from collections.abc import Sequence
+
+from lora_plugins.cli.text import table
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins.registry import PluginInfo, Registry
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints all plugins.
+
+    Raises:
+        PluginError: If two plugins claim one name or module class, or a file that was asked for fails.
+    """
+    argparse.ArgumentParser(prog="lora-plugins plugins", description="List all plugins.").parse_args(arguments)
+    print("Plugins of lora_plugins\n")
+    print(listed(default_registry()))
+    return 0
+
+
+def listed(registry: Registry) -> str:
+    """Returns the table of all plugins of a registry."""
+    heading = ("plugin", "distribution", "version", "provides", "state")
+    return table([heading, *(line for info in registry.plugins for line in _lines(info))])
+
+
+def _lines(info: PluginInfo) -> list[tuple[str, str, str, str, str]]:
+    """The lines of one plugin, one for each thing that it provides."""
+    kinds = {"layer type": info.layers, "init": info.inits, "variant": info.variants}
+    provided = [f"{kind} {name}" for kind, names in kinds.items() for name in names] or ["-"]
+    state = " ".join(info.state.split())  # an error's message may have several lines
+    first = (info.name, info.distribution, info.version, provided[0], state)
+    return [first, *(("", "", "", what, "") for what in provided[1:])]

@@ -1,0 +1,103 @@
+"""The modules of a model by name, with the other names that shared modules and tied tensors have."""
+
+import sys
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_plugins.inplace.layer import AdapterTensors
+
+FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
+"""Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """One module of a model.
+
+    Args:
+        name: Its first name, as `named_modules` gives it.
+        module: The module.
+        aliases: Its other names, where it stands in the model more than once.
+    """
+
+    name: str
+    module: nn.Module
+    aliases: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names, the first one first."""
+        return (self.name, *self.aliases)
+
+
+def model_modules(model: nn.Module) -> list[NamedModule]:
+    """Lists the modules of a model, each once, in order; without adapters and modules that are not the model's."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    left_out: tuple[type[nn.Module], ...] = (AdapterTensors, *_foreign())
+
+    def visit(module: nn.Module, name: str) -> None:
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+        for key, child in module._modules.items():
+            if child is not None and not isinstance(child, left_out):
+                visit(child, full_name(name, key))
+
+    visit(model, "")
+    return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
+
+
+def _foreign() -> list[type[nn.Module]]:
+    """Returns the foreign classes whose packages are imported; of the others there are no modules."""
+    found = (getattr(sys.modules.get(package), name, None) for package, name in FOREIGN)
+    return [cls for cls in found if cls is not None]
+
+
+def full_name(module: str, key: str) -> str:
+    """Returns the full name of what a module holds; that of the model itself is empty."""
+    return f"{module}.{key}" if module else key
+
+
+def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
+    """Returns the model's own parameters or buffers by full name, a tied one under its first name only.
+
+    Args:
+        model: The model.
+        modules: Its modules.
+        kind: `_parameters` or `_buffers`.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for entry in modules:
+        for key, tensor in getattr(entry.module, kind).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[full_name(entry.name, key)] = tensor
+    return found
+
+
+def persistent_buffers(model: nn.Module, modules: list[NamedModule]) -> dict[str, Tensor]:
+    """Returns the buffers that a state dict has, by full name."""
+    keys = {
+        full_name(entry.name, key)
+        for entry in modules
+        for key in entry.module._buffers
+        if key not in entry.module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in own_tensors(model, modules, "_buffers").items() if name in keys}
+
+
+def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the module that owns a parameter or buffer, and its name there."""
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def own_tensor(model: nn.Module, name: str) -> Tensor:
+    """Returns the parameter or buffer of that full name."""
+    module, key = holder_of(model, name)
+    tensor: Tensor | None = module._parameters.get(key)
+    tensor = module._buffers[key] if tensor is None else tensor
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,82 @@
+"""Weights that a parametrization or a hook computes, turned into plain parameters."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lora_plugins.errors import MergeError
+from lora_plugins.inplace.layer import base_class_of, standing_still
+
+_HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = (
+    (WeightNorm, "name", remove_weight_norm),
+    (SpectralNorm, "name", remove_spectral_norm),
+    (prune.BasePruningMethod, "_tensor_name", prune.remove),
+)
+"""Classes of hooks that compute a weight, which attribute has its name, and what ends it."""
+
+
+def compute_again(layer: nn.Module) -> None:
+    """Computes the weights of hooks again, which otherwise are those of the last forward."""
+    with standing_still(layer):
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, tuple(kind for kind, _, _ in _HOOKS)):
+                hook(layer, ())
+
+
+def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Turns a computed weight of a layer without adapters into a parameter.
+
+    Args:
+        layer: The layer.
+        name: Attribute name of the weight.
+        value: Its value from now on.
+
+    Raises:
+        MergeError: As `remover` does.
+    """
+    remover(layer, name, name)()
+    layer._parameters.pop(name, None)  # hooks leave one with the value that they would compute
+    layer.register_parameter(name, nn.Parameter(value))
+
+
+def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]:
+    """Returns what stops the computing of a weight.
+
+    Args:
+        layer: A layer.
+        name: Attribute name of the weight.
+        full_name: Its full name, for the message.
+
+    Raises:
+        MergeError: If it is not known how the weight is computed.
+    """
+    if parametrize.is_parametrized(layer, name):
+        return partial(_remove_parametrization, layer, name)
+    for hook in layer._forward_pre_hooks.values():
+        for kind, attribute, remove in _HOOKS:
+            if isinstance(hook, kind) and getattr(hook, attribute) == name:
+                return partial(remove, layer, name)
+    raise MergeError(
+        f"{full_name!r} is no parameter of its {base_class_of(layer).__name__}, but computed in a way that is not "
+        "known, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which can be taken "
+        "back."
+    )
+
+
+def _remove_parametrization(layer: nn.Module, name: str) -> None:
+    """Drops a parametrization and its tensors; torch's own function would break copies that share the class."""
+    parametrizations = layer.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    del parametrizations[name]
+    parametrized = type(layer)
+    if len(parametrizations):
+        rest = {key: value for key, value in vars(parametrized).items() if key != name}
+        layer.__class__ = type(parametrized.__name__, parametrized.__bases__, rest)
+    else:
+        del layer.parametrizations
+        layer.__class__ = parametrized.__bases__[0]

@@ -1,0 +1,60 @@
+"""Products over the channels of images, in the memory format that the images have.
+
+Convolutions with few channels are slow, and what a low-rank update needs of them are small matrix products. Images are
+`(batch, channels, *positions)`, either contiguous or with their channels last.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels import matmul as products
+from lora_plugins.kernels.conv_geometry import pointwise
+
+
+def channels_last(image: Tensor) -> bool:
+    """Whether channels are innermost in memory, and would not be so in a contiguous image."""
+    return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
+
+
+def rows(tensor: Tensor, axis: int = 1) -> Tensor:
+    """Returns `(batch * positions, channels)`; a view where the channels, at an axis, are innermost in memory."""
+    innermost = tensor if axis == -1 else tensor.movedim(axis, -1)
+    return innermost.reshape(-1, tensor.shape[axis])
+
+
+def mix(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`.
+
+    Args:
+        matrix: `(any, channels)`.
+        image: `(batch, channels, *positions)`.
+        spare: Like the result; it may be written into.
+    """
+    if channels_last(image):
+        dimensions = image.ndim - 2
+        return pointwise(dimensions).convolve(image, matrix.reshape(*matrix.shape, *[1] * dimensions))
+    out = spare.flatten(2) if spare is not None and spare.is_contiguous() else None
+    mixed = torch.bmm(_for_each(image, matrix), image.flatten(2), out=out)  # matmul would copy the image
+    return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
+
+
+def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> None:
+    """Adds `alpha * mix(matrix, image)` to a target, in one operation where their formats and types agree."""
+    one_type = target.dtype == image.dtype
+    if one_type and channels_last(target) and channels_last(image):
+        rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
+    elif one_type and target.is_contiguous():
+        target.flatten(2).baddbmm_(_for_each(image, matrix), image.flatten(2), alpha=alpha)
+    else:
+        target.add_(mix(matrix, image), alpha=alpha)
+
+
+def contract(few: Tensor, many: Tensor) -> Tensor:
+    """Returns the products of two images' channels, summed over batch and positions: `(few, many)` channels."""
+    if channels_last(few) and channels_last(many):
+        return products.contract(rows(few), rows(many))
+    return torch.bmm(few.flatten(2), many.flatten(2).mT).sum(0)
+
+
+def _for_each(image: Tensor, matrix: Tensor) -> Tensor:
+    return matrix.expand(image.shape[0], *matrix.shape)

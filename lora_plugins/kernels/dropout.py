@@ -1,0 +1,156 @@
+"""Dropout masks that are drawn again from a seed instead of being stored.
+
+Drawing is most of the cost of dropout on a CPU, so it is spared twice. One number of 64 bits serves eight elements:
+each takes a byte, and is dropped if the byte is below `256 p`, rounded. The share that is dropped is therefore a
+multiple of 1/256; where that is more than two per cent off (a small p), each element takes two bytes and the share is a
+multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
+
+And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them
+by a shift register, `n[i] = n[i - 4423] xor n[i - 4152]` (Lewis and Payne, Journal of the ACM 20, 1973;
+`x^4423 + x^271 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Its square says that the lags
+may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent; three are
+not where they are just these distances apart, or a power of two times them.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels.channels import channels_last
+
+_ROUNDING = 0.02
+_FULL_RANGE = -(2**63)
+_LONG_LAG, _SHORT_LAG = 4423, 4152
+_AT_ONCE = 2**20
+"""Elements of a mask in memory at a time, on a CPU."""
+
+Part = slice | None
+"""Some images of a batch; None for all of them."""
+
+
+def part_of(images: Tensor, part: Part) -> Tensor:
+    """Returns some images; a view."""
+    return images if part is None else images[part]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One draw of masks, the same each time it is played.
+
+    Args:
+        seed: Where the masks come from.
+        threshold: An element is dropped if its random number is below this one.
+        bits: Of the random number of an element, 8 or 16.
+    """
+
+    seed: int
+    threshold: int
+    bits: int
+
+    @classmethod
+    def draw(cls, p: float) -> "Dropout":
+        """Takes a seed from torch's global generator, whose state gradient checkpointing and resuming restore.
+
+        Args:
+            p: Probability of dropping an element.
+        """
+        bits = 8 if abs(round(256 * p) / 256 - p) <= _ROUNDING * p else 16
+        threshold = max(1, min(round(2**bits * p), 2**bits - 1))
+        return cls(int(torch.randint(2**62, ())), threshold, bits)
+
+    @property
+    def scale(self) -> float:
+        """What the kept elements are multiplied by, so that the mean stays."""
+        kept = 1 - self.threshold / float(2**self.bits)
+        return 1 / kept
+
+    def mask_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the mask of a tensor, 1 where an element is kept and 0 where not, in its memory format.
+
+        Args:
+            x: The tensor.
+            dtype: Of the mask, if not that of the tensor.
+        """
+        return self._mask(x, dtype or x.dtype, self._numbers(x))
+
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Part, Tensor]]:
+        """Yields which images, and their mask: parts of the whole mask, each of them in the memory of the one before.
+
+        Args:
+            x: The tensor, `(images, channels, ...)`. On a GPU, or where images do not follow each other in memory, all
+                are one part.
+            dtype: Of the masks.
+        """
+        numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
+        count = -(-len(x) // max(_AT_ONCE // max(each, 1), 1))
+        if count <= 1 or not x.is_cpu or not (x.is_contiguous() or channels_last(x)):
+            yield None, self._mask(x, dtype, numbers)
+            return
+        size = -(-len(x) // count)  # of equal parts, so that threads share them evenly
+        mask = torch.empty_like(x[:size], dtype=dtype, requires_grad=False)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            yield part, self._fill(mask[: len(x) - start], numbers[start * each :])
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        words = _words(-(-x.numel() * self.bits // 64), torch.Generator(x.device).manual_seed(self.seed))
+        return words.view(torch.uint8 if self.bits == 8 else torch.int16)
+
+    def _mask(self, x: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
+        return self._fill(torch.empty_like(x, dtype=dtype, requires_grad=False), numbers)
+
+    def _fill(self, mask: Tensor, numbers: Tensor) -> Tensor:
+        threshold = self.threshold + torch.iinfo(numbers.dtype).min  # numbers of 16 bits have a sign, bytes have none
+        torch.ge(numbers[: mask.numel()], threshold, out=mask.as_strided((mask.numel(),), (1,)))
+        return mask
+
+
+def dropped_parts(
+    x: Tensor, dtype: torch.dtype, dropout: Dropout | None, *, masks: bool
+) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
+    """Yields which images, these in a type without what is dropped, and the mask if there is one.
+
+    In parts, temporary tensors stay in the caches, and the C library does not give their memory back to the system.
+    What is yielded is written over for the next part.
+
+    Args:
+        x: The images.
+        dtype: Of what is yielded.
+        dropout: The masks.
+        masks: Whether they are wanted; otherwise their memory is used for what is left of the images.
+    """
+    if dropout is None:
+        yield None, x.to(dtype), None
+        return
+    spare = None
+    for part, mask in dropout.parts(x, dtype):
+        some = part_of(x, part)
+        if masks:
+            spare = torch.empty_like(mask) if spare is None else spare
+            yield part, torch.mul(mask, some, out=spare[: len(mask)]), mask
+        else:
+            yield part, mask.mul_(some), None
+
+
+def total(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Returns the sum of what came from parts of a batch."""
+    return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
+
+
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    words = torch.empty(count, dtype=torch.int64, device=generator.device)
+    done = min(count, _LONG_LAG) if generator.device.type == "cpu" else count
+    words[:done].random_(_FULL_RANGE, None, generator=generator)
+    long_lag, short_lag = _LONG_LAG, _SHORT_LAG
+    while done < count:
+        if 2 * long_lag <= done:
+            long_lag, short_lag = 2 * long_lag, 2 * short_lag
+        size = min(count - done, short_lag)
+        long, short, new = (words[done - lag : done - lag + size] for lag in (long_lag, short_lag, 0))
+        torch.bitwise_xor(long, short, out=new)
+        done += size
+    return words

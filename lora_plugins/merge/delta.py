@@ -1,0 +1,120 @@
+"""What merging adds to each weight, and how much of it rounding takes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.inplace.layer import layer_state, peek_weight, standing_still, terms_of, weight_key, weight_names
+from lora_plugins.inplace.modules import full_name
+from lora_plugins.kernels.linear import updated
+from lora_plugins.kernels.matmul import contract, linear
+from lora_plugins.plugins.layer import LayerPlugin, Slot, Term, add_update, joined, total
+from lora_plugins.utils.autocast import in_full
+
+_SURELY_SMALL = 1e-3
+"""Below this bound the loss is not measured, which would take four more passes over the weight."""
+
+_NEARLY_ORTHOGONAL = 1e-3
+"""Cosine down to which an inner product in float32 has three digits."""
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What is about to be added to one weight.
+
+    Args:
+        name: Full name of the weight.
+        layer: The layer that has it; one of them, if several share it.
+        tensor: Its attribute name there.
+        plugin: The plugin whose matrix view the update has.
+        weight: The weight that is added to, detached.
+        term: The update.
+    """
+
+    name: str
+    layer: nn.Module
+    tensor: str
+    plugin: LayerPlugin
+    weight: Tensor
+    term: Term
+
+    def merged(self) -> Tensor:
+        """Returns the weight with its update: computed in float32 or better, rounded once, in its memory format."""
+        term, weight = self.term, self.weight
+        matrix = self.plugin.to_matrix(weight)
+        with in_full(weight):
+            if term.delta is None:
+                matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
+            else:
+                matrix = add_update(matrix, term.delta)
+        merged = self.plugin.from_matrix(matrix, weight.shape)
+        return merged if merged.stride() == weight.stride() else torch.empty_like(weight).copy_(merged)
+
+    def relative_error(self) -> float:
+        """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
+        with in_full(self.weight):
+            norm = _norm(self.term)
+            if norm == 0:
+                return 0.0
+            wide = torch.promote_types(self.weight.dtype, self.term.A.dtype)
+            largest = float(torch.linalg.vector_norm(self.weight, dtype=wide)) + norm
+            bound = torch.finfo(self.weight.dtype).eps / 2 * largest / norm
+            return bound if bound <= _SURELY_SMALL else self._lost(wide) / norm
+
+    def _lost(self, wide: torch.dtype) -> float:
+        """Returns the norm of what rounding takes."""
+        delta = self.plugin.from_matrix(self.term.matrix(), self.weight.shape).to(wide)
+        return float(torch.linalg.vector_norm((self.merged().to(wide) - self.weight.to(wide)).sub_(delta)))
+
+
+def weight_updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[WeightUpdate]:
+    """Yields what active adapters add to each weight, a tied weight once.
+
+    Args:
+        layers: Adapted layers by full name.
+        adapters: Names of adapters; those that are not active on a layer add nothing there.
+    """
+    seen: set[object] = set()
+    for name, layer in layers.items():
+        state = layer_state(layer)
+        for tensor in weight_names(state):
+            active = [adapter for adapter in adapters if adapter in state.active]
+            with standing_still(layer):
+                terms = [term for adapter in active for term in terms_of(layer, tensor, adapter)]
+            if not terms or place_of(layer, tensor) in seen:
+                continue
+            seen.add(place_of(layer, tensor))
+            plugin = state.adapters[active[0]].plugin
+            weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
+            with in_full(weight):
+                term = joined(terms) or _dense(terms)
+            yield WeightUpdate(full_name(name, tensor), layer, tensor, plugin, weight, term)
+
+
+def place_of(layer: nn.Module, tensor: str) -> object:
+    """Identifies a weight, the same for all layers that share it."""
+    return weight_key(layer, tensor) or (id(layer), tensor)
+
+
+def _dense(terms: list[Term]) -> Term:
+    """Returns one term with the sum of all updates as a matrix."""
+    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=total(terms))
+
+
+def _norm(term: Term) -> float:
+    """Frobenius norm of an update; that of `scaling * B @ A` from the small products, without forming the matrix.
+
+    `|B A|^2` is the inner product of `B^T B` and `A A^T`. Where they are nearly orthogonal, float32 has too few digits.
+    """
+    if term.delta is not None:
+        return float(torch.linalg.vector_norm(term.delta))
+    for dtype in (torch.promote_types(term.A.dtype, torch.float32), torch.float64):
+        A, B = term.A.to(dtype), term.B.to(dtype)
+        of_A, of_B = linear(A, A), contract(B, B)
+        square = float((of_A * of_B).sum())
+        if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
+            break
+    return term.scaling * math.sqrt(max(square, 0.0))

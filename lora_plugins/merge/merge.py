@@ -1,0 +1,181 @@
+"""Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_plugins.adapter.state import ModelState, adapted_layers, apply_state
+from lora_plugins.errors import MergeError, StateError, listing
+from lora_plugins.inplace.layer import layer_state, state_of, weight_key
+from lora_plugins.inplace.modules import full_name, holder_of, model_modules
+from lora_plugins.inplace.parametrized import compute_again
+from lora_plugins.merge.delta import weight_updates
+from lora_plugins.plugins.variant import PLAIN
+
+DEFAULT_MAX_ERROR = 0.1
+"""Share of an update's norm that a merge may lose to rounding without being told to."""
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """One weight that took an update.
+
+    Args:
+        name: Full name of the weight.
+        relative_error: Norm of what rounding changed of the update, over the norm of the update; 0 for no update.
+            Where half a unit in the last place of every element is too little to matter, that bound is given.
+    """
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Args:
+        adapters: The adapters that were merged.
+        weights: The weights that changed.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[MergedWeight, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error."""
+        return max((weight.relative_error for weight in self.weights), default=0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"merged {listing(self.adapters)} into {len(self.weights)} weights, relative error at most {self.worst:.1e}"
+        )
+
+
+@torch.no_grad()
+def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_error: float) -> MergeReport:
+    """Writes the updates of adapters into the weights and keeps the untouched weights.
+
+    Raises:
+        StateError: If one of the adapters is not active, or merged already.
+        MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
+    """
+    layers = adapted_layers(model)
+    report = checked(model, layers, state, adapters, max_error)
+    merged = [(update, update.merged()) for update in weight_updates(layers, adapters)]
+    for update, weight in merged:
+        parameter = update.layer._parameters.get(update.tensor)
+        if parameter is None:
+            layer_state(update.layer).merged[update.tensor] = weight
+        else:
+            state.kept.setdefault(update.name, parameter.data)
+            parameter.data = weight
+    state.merged = (*state.merged, *adapters)
+    apply_state(model, state)
+    return report
+
+
+def unmerge(model: nn.Module, state: ModelState) -> None:
+    """Puts the kept weights back, bit for bit."""
+    for name, weight in state.kept.items():
+        module, key = holder_of(model, name)
+        parameter = module._parameters[key]
+        assert parameter is not None
+        parameter.data = weight.to(parameter)
+    for layer in adapted_layers(model).values():
+        layer_state(layer).merged.clear()
+    state.kept = {}
+    state.merged = ()
+    apply_state(model, state)
+
+
+def checked(
+    model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...], max_error: float
+) -> MergeReport:
+    """Refuses what cannot be merged, before any weight is written; returns what the merge will do.
+
+    Raises:
+        StateError: As `merge` does.
+        MergeError: As `merge` does.
+    """
+    _check_adapters(model, layers, state, adapters)
+    for layer in layers.values():
+        compute_again(layer)
+    dtypes = {
+        MergedWeight(update.name, update.relative_error()): update.weight.dtype
+        for update in weight_updates(layers, adapters)
+    }
+    _refuse_loss(dtypes, max_error)
+    return MergeReport(adapters, tuple(dtypes))
+
+
+def _check_adapters(
+    model: nn.Module, layers: Mapping[str, nn.Module], state: ModelState, adapters: tuple[str, ...]
+) -> None:
+    for name in adapters:
+        state.adapter(name)
+        if name in state.merged:
+            raise StateError(f"The adapter {name!r} is merged already.")
+        if name not in state.active:
+            raise StateError(f"The adapter {name!r} is not active. Call set_adapter({name!r}) first.")
+    variants = [name for name in state.active if state.adapters[name].plan.config.variant != PLAIN]
+    if variants and set(state.active) not in (set(adapters), set(state.merged)):
+        raise StateError(
+            f"The update of a variant ({listing(variants)}) depends on the untouched weight, so all active adapters "
+            f"have to be merged at once: {listing(state.active)}."
+        )
+    for name in () if state.leaving else adapters:  # layers that have left may share a weight with those that have not
+        refuse_shared(model, _weights_of(layers, name))
+
+
+def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
+    """The weights that an adapter updates, by layer name."""
+    return {
+        name: {slot.tensor for slot in state.adapters[adapter].slots}
+        for name, layer in layers.items()
+        if (state := state_of(layer)) is not None and adapter in state.adapters
+    }
+
+
+def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
+    """Refuses to change a tensor that another layer uses too.
+
+    Args:
+        model: The model.
+        weights: By layer name, the attribute names of all weights that are about to change.
+
+    Raises:
+        MergeError: If one of them is also a parameter that is not among them, naming both.
+    """
+    changing = {
+        key: full_name(layer, tensor)
+        for layer, tensors in weights.items()
+        for tensor in tensors
+        if (key := weight_key(model.get_submodule(layer), tensor)) is not None
+    }
+    for entry in model_modules(model):
+        for own, parameter in entry.module._parameters.items():
+            if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
+                raise MergeError(
+                    f"{changing[id(parameter)]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
+                    f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
+                    "untie the two."
+                )
+
+
+def _refuse_loss(dtypes: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
+    unknown = [weight.name for weight in dtypes if not math.isfinite(weight.relative_error)]
+    if unknown:
+        raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")
+    lossy = [weight for weight in dtypes if weight.relative_error > max_error]
+    if lossy:
+        worst = max(lossy, key=lambda weight: weight.relative_error)
+        raise MergeError(
+            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} ({dtypes[worst]}) to "
+            f"rounding, and more than {max_error:.0%} in {len(lossy)} of {len(dtypes)} weights. Convert the model to a "
+            "wider type first (model.float()), or allow it with max_error."
+        )

@@ -1,0 +1,178 @@
+"""What would be adapted, as plain data: which layers, by which plugin, with which rank and scaling."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import listing
+from lora_plugins.plugins.init import InitPlugin
+from lora_plugins.plugins.layer import BranchUse, LayerPlugin, Slot
+from lora_plugins.plugins.variant import VariantPlugin
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A weight of another layer that is the same tensor, and so gets the same update.
+
+    Args:
+        layer: Name of the other layer.
+        tensor: Attribute name of the weight there.
+        source: Attribute name of the weight in the layer that has the adapter.
+    """
+
+    layer: str
+    tensor: str
+    source: str
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that is to be adapted.
+
+    Args:
+        name: Full name of the layer.
+        aliases: Other names of the same module.
+        module_class: Name of its class.
+        plugin: The plugin that serves it.
+        branch_use: When the plugin's branch replaces the layer's own forward.
+        slots: Where the updates go.
+        shapes: `(out, in)` of the matrix view of each slot.
+        r: Rank.
+        alpha: Numerator of the scaling.
+        scaling: Factor of `B @ A`.
+        dropout: Dropout of the branch's input.
+        low_memory: Whether the branch computes its input again in the backward where it can.
+        variant: How A and B change the weight; None for plain LoRA.
+        ties: Weights of other targeted layers that are the same tensor.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module_class: str
+    plugin: LayerPlugin
+    branch_use: BranchUse
+    slots: tuple[Slot, ...]
+    shapes: tuple[tuple[int, int], ...]
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    low_memory: bool
+    variant: VariantPlugin | None = None
+    ties: tuple[Tie, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements of all tensors of the adapter on the layer."""
+        own = [math.prod(shape) for at in range(len(self.slots)) for shape in self.own_shapes(at).values()]
+        return sum(self.r * (rows + columns) for rows, columns in self.shapes) + sum(own)
+
+    def own_shapes(self, slot: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the variant's own tensors of one slot, by name."""
+        return self.variant.shapes(*self.shapes[slot], self.r) if self.variant else {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one adapter would do to one model.
+
+    Args:
+        config: The configuration.
+        init: The init plugin.
+        layers: The layers to adapt, in the order of the model.
+        trained: Names of the model's own parameters that are trained in place: heads and biases.
+        saved_buffers: Names of buffers that move during training and are saved with the adapter.
+        frozen_norms: Names of normalisation layers that are kept in eval mode.
+        base_parameters: The number of elements of all parameters of the model.
+        trained_parameters: The number of elements of `trained`.
+        ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.
+    """
+
+    config: LoraConfig
+    init: InitPlugin
+    layers: tuple[PlannedLayer, ...]
+    trained: tuple[str, ...]
+    saved_buffers: tuple[str, ...]
+    frozen_norms: tuple[str, ...]
+    base_parameters: int
+    trained_parameters: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def init_options(self) -> Mapping[str, Any]:
+        """The options of the init, defaults included."""
+        return {**self.init.options, **self.config.init_options}
+
+    @property
+    def adapter_parameters(self) -> int:
+        """The number of elements of all A and B."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def trainable(self) -> int:
+        """The number of elements that would be trained."""
+        return self.adapter_parameters + self.trained_parameters
+
+    @property
+    def total(self) -> int:
+        """The number of elements of the model with the adapter."""
+        return self.base_parameters + self.adapter_parameters
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
+        """Returns the plan with other ranks, the scaling of each layer as it was; layers of rank 0 are left out.
+
+        Args:
+            ranks: Ranks by layer name; others keep theirs.
+        """
+        power = 0.5 if self.config.use_rslora else 1.0
+        layers = tuple(
+            replace(layer, r=r, alpha=layer.scaling * math.pow(r, power))
+            if (r := ranks.get(layer.name, layer.r)) != layer.r
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layer for layer in layers if layer.r), ranks=dict(ranks))
+
+    def weights(self) -> dict[str, set[str]]:
+        """Returns the attribute names of the updated weights by layer name, tied layers included."""
+        found: dict[str, set[str]] = {}
+        for layer in self.layers:
+            found[layer.name] = {slot.tensor for slot in layer.slots}
+            for tie in layer.ties:
+                found.setdefault(tie.layer, set()).add(tie.tensor)
+        return found
+
+    def summary(self) -> str:
+        """Returns one line with the counts."""
+        return (
+            f"{len(self.layers)} layers adapted, {self.trainable:,} of {self.total:,} parameters trainable "
+            f"({self.trainable / self.total:.2%}): {self.adapter_parameters:,} in A and B, "
+            f"{self.trained_parameters:,} trained in place"
+        )
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Returns for each layer: name, class, plugin, rank, alpha and parameter count, as text."""
+        return [
+            (
+                " = ".join((layer.name or "(the model)", *layer.aliases, *(tie.layer for tie in layer.ties)))
+                + "".join(f"[{slot.part}]" for slot in layer.slots if slot.part),
+                layer.module_class,
+                layer.plugin.name,
+                str(layer.r),
+                f"{layer.alpha:g}",
+                f"{layer.parameters:,}",
+            )
+            for layer in self.layers
+        ]
+
+    def __str__(self) -> str:
+        table = [("layer", "class", "plugin", "r", "alpha", "parameters"), *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        if self.trained:
+            lines.append(f"trained in place: {listing(self.trained)}")
+        return "\n".join([*lines, self.summary()])

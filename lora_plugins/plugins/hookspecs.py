@@ -1,0 +1,66 @@
+"""The hooks that a plugin of lora_plugins can implement.
+
+A plugin is a module or an object with functions marked by `lora_plugins.hookimpl`, named by an entry point of the
+group `lora_plugins`, or a Python file that the environment variable LORA_PLUGINS_LOAD names. Hooks are called once for
+each registry that is built, which is before any model is touched: a process builds one registry for each choice of
+allowed and blocked plugins, most processes a single one.
+
+What holds for every hook:
+
+- It registers by the registrar it is handed, and returns nothing.
+- It sees no other plugin, and cannot count on an order; to replace what another plugin owns, it says so with
+  `registrar.add(..., override=True)`.
+- It must not import a heavy package only to name one of its classes, for which import paths as strings serve; must not
+  touch a device, draw random numbers or change global state: it also runs when plugins are merely listed.
+- What it raises makes the plugin fail as a whole: nothing of it is registered, and its error is shown to whoever asks
+  for something that is missing.
+"""
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar, VariantRegistrar
+
+GROUP = "lora_plugins"
+"""Name of the entry-point group, and of the pluggy project."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def lora_plugins_register_layers(registrar: "LayerRegistrar") -> None:
+    """Called once for each registry, before any model is seen, to add layer types.
+
+    A plugin may not register a class that another plugin serves, unless it overrides that; subclasses of such a class
+    are free. It may not keep the registrar, nor add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of a `LayerPlugin`.
+    """
+
+
+@hookspec
+def lora_plugins_register_inits(registrar: "InitRegistrar") -> None:
+    """Called once for each registry, after the layer types of the same plugin, to add inits.
+
+    A plugin may not register a name that another init has, unless it overrides that. It may not keep the registrar, nor
+    add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of an `InitPlugin`.
+    """
+
+
+@hookspec
+def lora_plugins_register_variants(registrar: "VariantRegistrar") -> None:
+    """Called once for each registry, after the inits of the same plugin, to add variants of LoRA.
+
+    A plugin may not register a name that another variant has, unless it overrides that. It may not keep the registrar,
+    nor add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of a `VariantPlugin`.
+    """

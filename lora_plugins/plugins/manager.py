@@ -1,0 +1,162 @@
+"""Loads plugins one by one, and builds the registry."""
+
+import functools
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import PluginError, listing
+from lora_plugins.plugins import hookspecs
+from lora_plugins.plugins.discovery import sources
+from lora_plugins.plugins.hookspecs import GROUP
+from lora_plugins.plugins.overrides import INIT_CLAIMS, LAYER_CLAIMS, VARIANT_CLAIMS, Claims, replaced
+from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar, Registrar, VariantRegistrar
+from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
+
+TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
+"""Environment variable; if it is set, every call of a hook is written to stderr."""
+
+
+@functools.cache
+def default_registry(allow: tuple[str, ...] | None = None, block: tuple[str, ...] = ()) -> Registry:
+    """Returns the registry of all installed plugins, built at the first call of the process.
+
+    Args:
+        allow: As in `build_registry`.
+        block: Likewise.
+    """
+    return build_registry(allow=allow, block=block)
+
+
+def registry_of(config: LoraConfig) -> Registry:
+    """Returns the registry of the installed plugins that a config lets load."""
+    if config.allow_plugins is None and not config.block_plugins:
+        return default_registry()
+    allow = None if config.allow_plugins is None else tuple(config.allow_plugins)
+    return default_registry(allow, tuple(config.block_plugins))
+
+
+def build_registry(
+    extra: Iterable[tuple[str, Any]] = (),
+    *,
+    allow: Sequence[str] | None = None,
+    block: Sequence[str] = (),
+    files: Iterable[Path] = (),
+) -> Registry:
+    """Loads the built-in and the installed plugins, and what each of them registers.
+
+    A plugin that fails to import or to register is kept in `Registry.plugins` with its error and provides nothing;
+    it stops a run only when the run asks for something that is missing without it. A file is asked for by naming it.
+
+    Args:
+        extra: Further plugins, as pairs of a name and a module or object with hook implementations.
+        allow: Names of the only installed plugins to load, besides the built-in ones; None for all. The environment
+            variables of `lora_plugins.plugins.discovery` restrict further.
+        block: Names of installed plugins not to load.
+        files: Python files to load as plugins, besides those that the environment variable LORA_PLUGINS_LOAD names.
+
+    Raises:
+        PluginError: If two plugins claim one name or one module class, naming both; or if a file fails, from its error.
+    """
+    manager = _manager()
+    infos: list[PluginInfo] = []
+    owned: dict[str, list[Owned[Any]]] = {kind: [] for kind in _KINDS}
+    for source in sources(extra, allow, block, files):
+        infos.append(source.info)
+        if source.info.blocked:
+            continue
+        try:
+            registered = _register(manager, source.info, source.load())
+        except Exception as error:  # whatever a third-party module raises, only its own users are concerned
+            infos[-1] = replace(source.info, error=error)
+            if source.required:
+                raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
+            continue
+        for kind, registrar in registered.items():
+            owned[kind] += registrar.owned
+    notes: Notes = []
+    for kind, (called, _, claims) in _KINDS.items():
+        owned[kind], more = _settled(called, owned[kind], replaced(owned[kind], claims))
+        notes += more
+    told = {info: _completed(info, owned, notes) for info in infos}
+    named = {
+        kind: {each.plugin.name: replace(each, info=told[each.info]) for each in all_of_kind}
+        for kind, all_of_kind in owned.items()
+    }
+    return Registry(tuple(told.values()), **named)
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    if os.environ.get(TRACE_VARIABLE):
+        manager.trace.root.setwriter(sys.stderr.write)
+        manager.enable_tracing()
+    return manager
+
+
+def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> dict[str, Registrar[Any]]:
+    """Lets one plugin register; on any error pluggy forgets it again."""
+    manager.register(plugin, name=f"{info.distribution}:{info.name}")
+    try:
+        callers = manager.get_hookcallers(plugin) or []
+        unknown = [caller.name for caller in callers if not caller.has_spec()]
+        if unknown:
+            raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}.")
+        if not callers:
+            raise PluginError(
+                f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
+                "name the module they are in."
+            )
+        registrars = {kind: registrar(info) for kind, (_, registrar, _) in _KINDS.items()}
+        others = [other for other in manager.get_plugins() if other is not plugin]
+        for kind, registrar in registrars.items():
+            hook = f"lora_plugins_register_{kind}"
+            returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
+            if returned:
+                raise PluginError(
+                    f"Plugin {info.owner}: {hook} returned {returned[0]!r}. A hook returns nothing; it calls "
+                    "registrar.add(...)."
+                )
+    except BaseException:
+        manager.unregister(plugin)
+        raise
+    return registrars
+
+
+_KINDS: dict[str, tuple[str, type[Registrar[Any]], Claims[Any]]] = {
+    "layers": ("layer type", LayerRegistrar, LAYER_CLAIMS),
+    "inits": ("init", InitRegistrar, INIT_CLAIMS),
+    "variants": ("variant", VariantRegistrar, VARIANT_CLAIMS),
+}
+"""What plugins register, by the name in hooks, `PluginInfo` and `Registry`: what messages call it, who takes it, and
+what it lays claim to."""
+
+Notes = list[tuple[PluginInfo, str]]
+
+
+def _settled(
+    kind: str, owned: list[Owned[Any]], pairs: list[tuple[Owned[Any], Owned[Any]]]
+) -> tuple[list[Owned[Any]], Notes]:
+    """Returns what is left, and what to say of a plugin that replaces something and of the one it replaces."""
+    gone = {id(loser) for loser, _ in pairs}
+    notes = []
+    for loser, winner in pairs:
+        what = f"{kind} {loser.plugin.name!r}"
+        notes.append((winner.info, f"replaces {what} of {loser.info.owner}"))
+        notes.append((loser.info, f"its {what} is replaced by {winner.info.owner}"))
+    return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes))
+
+
+def _completed(info: PluginInfo, owned: Mapping[str, list[Owned[Any]]], notes: Notes) -> PluginInfo:
+    layers, inits, variants = (
+        tuple(each.plugin.name for each in all_of_kind if each.info is info) for all_of_kind in owned.values()
+    )
+    own = tuple(note for owner, note in notes if owner is info)
+    return replace(info, layers=layers, inits=inits, variants=variants, notes=own)

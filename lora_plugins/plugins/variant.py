@@ -1,0 +1,66 @@
+"""What a variant plugin says: how A and B change a weight, where that is more than adding their product."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from lora_plugins.plugins.layer import LayerPlugin
+
+PLAIN = "lora"
+"""What `LoraConfig(variant=...)` says for no variant."""
+
+
+class VariantPlugin(ABC):
+    """A variant of LoRA, chosen by `LoraConfig(variant=...)`.
+
+    A plugin is stateless. It sees the part of a weight that an adapter updates as a matrix `W`, `(out, in)`, and says
+    by which matrix that weight changes; a layer then computes what it would compute with `W` plus that. It may have
+    tensors of its own, which are trained, saved, merged and removed with A and B. All layer types that have their
+    outputs as the rows of the matrix are served, with dropout where their branch honours it.
+
+    Attributes:
+        name: What `LoraConfig(variant=...)` says.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def shapes(self, rows: int, columns: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the variant's own tensors by name, such as `{"magnitude": (rows,)}`.
+
+        A tensor called `magnitude` is `lora_magnitude` in the layer.
+
+        Args:
+            rows: Outputs of the matrix.
+            columns: Its inputs.
+            r: Rank.
+        """
+
+    @abstractmethod
+    def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
+        """Returns the first values of the variant's own tensors, by name.
+
+        Args:
+            weight: `W`, `(out, in)`, as the init left it.
+            A: `(r, in)`, its first value.
+            B: `(out, r)`, likewise.
+            scaling: The scaling.
+        """
+
+    @abstractmethod
+    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+        """Returns by what `W` changes, `(out, in)`, in plain operations that autograd follows.
+
+        Args:
+            weight: `W`, `(out, in)`, in the type of A.
+            A: `(r, in)`.
+            B: `(out, r)`.
+            scaling: The scaling.
+            own: The variant's own tensors by name.
+        """
+
+    def refusal(self, plugin: LayerPlugin) -> str | None:
+        """Returns why the variant cannot serve a layer type that has its outputs as rows; None if it can."""
+        return None

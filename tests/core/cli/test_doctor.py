@@ -1,0 +1,186 @@
+"""`lora-plugins doctor` and `lora-plugins plugins`: what they find, and what they say to do."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from lora_plugins.integrations.lightning.main import main
+from lora_plugins.plugins.manager import default_registry
+
+BROKEN = "import no_such_library\n"
+WORKING = """
+from lora_plugins import InitPlugin, hookimpl
+class Mine(InitPlugin):
+    name = {name!r}
+    def fill(self, context):
+        context.A.zero_(); context.B.zero_()
+        return {{}}
+@hookimpl
+def lora_plugins_register_inits(registrar):
+    registrar.add(Mine(), override={override})
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_registry():
+    default_registry.cache_clear()
+    yield
+    default_registry.cache_clear()
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Puts a distribution with one plugin on the path of this test."""
+
+    def make(name, text):
+        (tmp_path / f"plugin_of_{name}.py").write_text(text)
+        info = tmp_path / f"{name}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+        (info / "entry_points.txt").write_text(f"[lora_plugins]\nof_{name} = plugin_of_{name}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("plugin_of_")]:
+        del sys.modules[name]
+
+
+def doctor(capsys):
+    code = main(["doctor"])
+    return code, capsys.readouterr().out
+
+
+class TestDoctor:
+    def test_versions_and_extras_are_listed(self, capsys):
+        _, out = doctor(capsys)
+        for words in (
+            f"lora_plugins {metadata.version('lora-plugins')}",
+            "torch",
+            "extra 'lightning'",
+            "extra 'vision'",
+        ):
+            assert words in out
+
+    def test_this_installation_has_no_problem_of_its_own(self, capsys):
+        assert "lora-plugins itself" not in doctor(capsys)[1]
+
+    def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
+        distribution("good", WORKING.format(name="mine", override=False))
+        _, out = doctor(capsys)
+        assert "[ok] plugin 'of_good' of good 1.5: provides mine" in out
+
+    def test_a_broken_plugin_is_a_problem_with_a_way_out(self, capsys, distribution):
+        distribution("bad", BROKEN)
+        code, out = doctor(capsys)
+        assert code == 1
+        assert "[problem] plugin 'of_bad' of bad 1.5 failed: ModuleNotFoundError" in out
+        assert "plugin_of_bad.py, line 1" in out
+        assert "LORA_PLUGINS_BLOCK=of_bad" in out
+
+    def test_the_way_out_works_and_is_noted(self, capsys, distribution, monkeypatch):
+        distribution("bad", BROKEN)
+        monkeypatch.setenv("LORA_PLUGINS_BLOCK", "of_bad,of_bat")
+        _, out = doctor(capsys)
+        assert "[note] plugin 'of_bad' of bad 1.5: blocked by LORA_PLUGINS_BLOCK" in out
+        assert "LORA_PLUGINS_BLOCK names 'of_bat', which is not installed" in out
+        assert "Did you mean 'of_bad'" in out
+
+    def test_a_clash_is_a_problem_that_names_both(self, capsys, distribution):
+        distribution("rival", WORKING.format(name="kaiming", override=False))
+        code, out = doctor(capsys)
+        assert code == 1
+        assert "[problem] Two plugins own the init 'kaiming'" in out
+        assert "rival 1.5" in out
+
+    def test_a_replacement_is_noted(self, capsys, distribution):
+        distribution("better", WORKING.format(name="kaiming", override=True))
+        _, out = doctor(capsys)
+        assert "replaces init 'kaiming' of 'inits' of lora-plugins" in out
+        assert "its init 'kaiming' is replaced by 'of_better' of better 1.5" in out
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("from lora_plugins.integrations.lightning.main import main", "is ours"),
+            ("from foreign_cli import main", "is not ours, but that of foreign-sdk"),
+        ],
+        ids=["ours", "foreign"],
+    )
+    def test_who_owns_the_lightning_command(self, capsys, tmp_path, monkeypatch, content, words):
+        script = tmp_path / "lightning"
+        script.write_text(f"#!{sys.executable}\n{content}\n")
+        script.chmod(0o755)
+        info = tmp_path / "foreign_sdk-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-sdk\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[console_scripts]\nlightning = foreign_cli:main\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        _, out = doctor(capsys)
+        assert words in out
+        assert "foreign-sdk" in out
+
+    def test_no_lightning_command(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert "there is no command `lightning` on the PATH" in doctor(capsys)[1]
+
+    @pytest.mark.parametrize("version", [None, "0.1"], ids=["missing", "too old"])
+    def test_an_optional_package(self, capsys, tmp_path, monkeypatch, version):
+        found = metadata.version
+
+        def seen(name):
+            if name != "timm":
+                return found(name)
+            if version is None:
+                raise metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(metadata, "version", seen)
+        _, out = doctor(capsys)
+        assert ("timm>=1.0.20 (0.1 is installed)" if version else "timm>=1.0.20 (not installed)") in out
+        assert "pip install 'lora-plugins[vision]'" in out
+
+
+class TestPlugins:
+    def test_each_has_distribution_version_provisions_and_state(self, capsys, distribution):
+        distribution("good", WORKING.format(name="mine", override=False))
+        distribution("bad", BROKEN)
+        assert main(["plugins"]) == 0
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:] if line[:1].strip()}
+        assert lines["of_good"].split() == ["of_good", "good", "1.5", "init", "mine", "loaded"]
+        assert "failed: ModuleNotFoundError: No module named 'no_such_library'" in lines["of_bad"]
+
+    def test_the_core_alone_is_enough(self, tmp_path):
+        absent = ("lightning", "jsonargparse", "rich", "yaml", "packaging")
+        code = (
+            f"import sys; [sys.modules.__setitem__(name, None) for name in {absent!r}]\n"
+            "from lora_plugins.integrations.lightning.main import main\n"
+            "assert main(['plugins']) == 0\n"
+            "main(['doctor'])\n"
+            "main(['new-plugin', 'mine'])\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        for words in ("Plugins of lora_plugins", "problems found", "Wrote lora-plugins-mine"):
+            assert words in done.stdout
+
+
+class TestTraceback:
+    def test_a_failed_plugin_that_is_asked_for_shows_its_own(self, tmp_path):
+        (tmp_path / "mine.py").write_text("def start():\n    import no_such_library\nstart()\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_plugins", "plugins"],
+            env={**os.environ, "LORA_PLUGINS_LOAD": str(tmp_path / "mine.py")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "line 2, in start" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: Plugin 'mine' of ")

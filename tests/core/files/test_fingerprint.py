@@ -1,0 +1,60 @@
+"""Fingerprints: one weight is recognised through rounding, and no other weight is."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_plugins.files.fingerprint import fingerprint, same
+
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("shape", [(1,), (8, 3), (64, 3, 7, 7), (5000,), (4093,), (4094,)])
+def test_a_weight_is_itself(shape):
+    weight = torch.randn(shape)
+    assert fingerprint(weight) == fingerprint(weight.clone())
+    assert same(fingerprint(weight), fingerprint(weight))
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
+def test_rounding_is_forgiven(shape, seed, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    assert same(fingerprint(weight), fingerprint(weight.to(dtype)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(30, 300), st.integers(0, 1000))
+def test_two_independent_weights_differ(size, seed):
+    first, second = torch.randn(2, size, 20, generator=torch.Generator().manual_seed(seed))
+    assert not same(fingerprint(first), fingerprint(second))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda w: -w, id="negated"),
+        pytest.param(lambda w: w * 1.05, id="scaled"),
+        pytest.param(lambda w: w.flip(0), id="rows reversed"),
+        pytest.param(lambda w: w.T.contiguous(), id="transposed"),
+        pytest.param(lambda w: w + 0.1 * torch.randn_like(w), id="trained further"),
+        pytest.param(torch.zeros_like, id="zero"),
+        pytest.param(lambda w: w.masked_fill(w == w.max(), float("nan")), id="not a number"),
+    ],
+)
+def test_a_changed_weight_differs(change):
+    weight = torch.randn(64, 64)
+    assert not same(fingerprint(weight), fingerprint(change(weight)))
+
+
+def test_a_weight_of_zeros_is_only_itself():
+    zero = fingerprint(torch.zeros(3, 3))
+    assert same(zero, fingerprint(torch.zeros(3, 3)))
+    assert not same(zero, fingerprint(torch.full((3, 3), 1e-6)))
+
+
+def test_it_draws_no_random_number_of_the_user():
+    before = torch.get_rng_state()
+    fingerprint(torch.ones(3))
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,102 @@
+"""Masks are drawn again from their seed, element by element, in the memory format of their input."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels import dropout as masks
+from lora_plugins.kernels.dropout import Dropout, part_of
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.empty(5, 4, 6, 5),
+    "channels_last": lambda: torch.empty(5, 6, 5, 4).permute(0, 3, 1, 2),
+    "images_innermost": lambda: torch.empty(4, 6, 5, 5).permute(3, 0, 1, 2),
+    "images_interleaved": lambda: torch.empty(2, 3, 4, 8)[..., :4].transpose(0, 1),  # with the stride of dense ones
+}
+
+
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+def test_the_share_that_is_dropped(p: float):
+    torch.manual_seed(0)
+    dropout = Dropout.draw(p)
+    assert 1 - 1 / dropout.scale == pytest.approx(p, rel=0.021)  # what one byte or two can express
+    count = 400_000
+    dropped = 1 - dropout.mask_like(torch.empty(count)).mean().item()
+    exact = 1 - 1 / dropout.scale
+    assert abs(dropped - exact) < 5 * (exact * (1 - exact) / count) ** 0.5  # five standard deviations
+
+
+def test_elements_are_independent():
+    torch.manual_seed(1)
+    mask = Dropout.draw(0.3).mask_like(torch.empty(80_000, dtype=torch.float64))
+    centred = mask - mask.mean()
+    for distance in range(1, 17):  # within a draw of 64 bits and across draws
+        correlation = (centred[:-distance] * centred[distance:]).mean() / centred.square().mean()
+        assert abs(correlation) < 5 / 80_000**0.5
+
+
+@pytest.mark.parametrize("lag", [4152, 271, 4423, 8 * 4152, 8 * 4423])  # of the generator; a difference; doubled
+@pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
+def test_numbers_that_follow_from_others_are_independent_in_pairs(lag: int, p: float):
+    torch.manual_seed(2)
+    dropout = Dropout.draw(p)
+    mask = dropout.mask_like(torch.empty(1_000_000, dtype=torch.float64))
+    centred, distance = mask - mask.mean(), lag * 64 // dropout.bits
+    correlation = (centred[:-distance] * centred[distance:]).mean() / centred.square().mean()
+    assert abs(correlation) < 5 / (1_000_000 - distance) ** 0.5
+
+
+def test_every_part_of_a_large_mask_has_its_share():
+    torch.manual_seed(4)
+    dropout, size = Dropout.draw(0.1), 8 * 9842
+    parts = dropout.mask_like(torch.empty(40 * size)).view(40, size)
+    share = 1 / dropout.scale
+    assert (parts.mean(1) - share).abs().max() < 5 * (share * (1 - share) / size) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.003], ids=["bytes", "words"])
+@pytest.mark.parametrize("at_once", [1, 250, 10**6], ids=["image_by_image", "two_images", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_parts_make_up_the_whole_mask(p: float, at_once: int, layout: Callable[[], Tensor], monkeypatch):
+    monkeypatch.setattr(masks, "_AT_ONCE", at_once)
+    images = layout()
+    dropout = Dropout.draw(p)
+    whole, done = dropout.mask_like(images), torch.full_like(images, 2)
+    for part, mask in dropout.parts(images, torch.float32):
+        part_of(done, part).copy_(mask)
+    assert torch.equal(done, whole)
+    assert [len(mask) for _, mask in dropout.parts(images[:0], torch.float32)] == [0]
+
+
+def test_a_mask_has_the_format_of_its_input():
+    image = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    mask = Dropout.draw(0.5).mask_like(image)
+    assert mask.stride() == image.stride()
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_global_generator_decides():
+    torch.manual_seed(3)
+    first = Dropout.draw(0.5)
+    second = Dropout.draw(0.5)
+    torch.manual_seed(3)
+    assert Dropout.draw(0.5) == first != second
+
+
+def test_the_polynomial_of_the_generator_is_primitive():
+    """As `2^n - 1` is prime, it is if it is irreducible: if `x` to the power of `2^n` is `x` again (n is prime too)."""
+    n, k = masks._LONG_LAG, masks._SHORT_LAG
+    spread = [int(f"{byte:b}", 4).to_bytes(2, "little") for byte in range(256)]  # the square of a polynomial
+
+    def remainder(polynomial: int) -> int:
+        while high := polynomial >> n:
+            polynomial ^= high << n ^ high << k ^ high
+        return polynomial
+
+    power = 2  # x; bits are coefficients
+    for _ in range(n):
+        square = b"".join(spread[byte] for byte in power.to_bytes(n // 8 + 1, "little"))
+        power = remainder(int.from_bytes(square, "little"))
+    assert power == 2

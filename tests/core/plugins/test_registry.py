@@ -1,0 +1,120 @@
+"""The registrars that plugins are handed, and the lookup of what they registered."""
+
+import pytest
+from torch import nn
+
+from lora_plugins import InitPlugin, PluginError, RowMajorPlugin
+from lora_plugins.plugins.manager import build_registry, default_registry
+from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
+from lora_plugins.plugins.registry import PluginInfo, class_path
+
+INFO = PluginInfo("mine", "some-dist", "1.0")
+
+
+class Init(InitPlugin):
+    name = "mine"
+
+    def fill(self, context):
+        return {}
+
+
+class Layer(RowMajorPlugin):
+    name = "mine"
+    module_type = nn.Bilinear
+
+
+def variant(base, **attributes):
+    return type("Variant", (base,), attributes)()
+
+
+class TestRegistrars:
+    @pytest.mark.parametrize(
+        ("registrar", "plugin"), [(InitRegistrar, Init()), (LayerRegistrar, Layer())], ids=["init", "layer"]
+    )
+    def test_an_instance_is_taken(self, registrar, plugin):
+        taker = registrar(INFO)
+        taker.add(plugin)
+        assert taker.plugins == [plugin]
+
+    @pytest.mark.parametrize(
+        ("registrar", "plugin", "words"),
+        [
+            pytest.param(InitRegistrar, Init, "Register an instance, not the class", id="init class"),
+            pytest.param(LayerRegistrar, Layer, "Register an instance, not the class", id="layer class"),
+            pytest.param(InitRegistrar, Layer(), "no InitPlugin", id="layer as init"),
+            pytest.param(LayerRegistrar, Init(), "no LayerPlugin", id="init as layer"),
+            pytest.param(InitRegistrar, object(), "no InitPlugin", id="object"),
+            pytest.param(InitRegistrar, variant(Init, name=""), "'name'", id="init without name"),
+            pytest.param(InitRegistrar, variant(Init, name=["a"]), "'name'", id="init whose name is a list"),
+            pytest.param(LayerRegistrar, variant(Layer, name=None), "'name'", id="layer without name"),
+            pytest.param(LayerRegistrar, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
+            pytest.param(LayerRegistrar, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
+            pytest.param(LayerRegistrar, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
+        ],
+    )
+    def test_anything_else_is_refused_by_the_name_of_its_plugin(self, registrar, plugin, words):
+        taker = registrar(INFO)
+        with pytest.raises(PluginError) as caught:
+            taker.add(plugin)
+        assert words in str(caught.value)
+        assert "'mine' of some-dist 1.0" in str(caught.value)
+        assert taker.plugins == []
+
+
+class TestLookup:
+    def test_built_in_types_are_found_by_class(self):
+        registry = default_registry()
+        assert registry.layer_for(nn.Linear).name == "linear"
+        assert registry.layer_for(nn.Conv2d).name == "conv2d"
+        assert registry.layer_for(nn.LayerNorm) is None
+        assert registry.layer_for(nn.Module) is None
+
+    def test_a_subclass_is_served_by_the_most_specific_plugin(self):
+        class Special(nn.Linear):
+            pass
+
+        class MoreSpecial(Special):
+            pass
+
+        class Other(nn.Linear):
+            pass
+
+        plugin = variant(Layer, name="special", module_type=Special)
+        registry = build_registry([("special", layers(plugin))])
+        assert registry.layer_for(MoreSpecial) is plugin
+        assert registry.layer_for(Special) is plugin
+        assert registry.layer_for(Other).name == "linear"
+
+    def test_a_class_can_be_named_by_its_import_path(self):
+        plugin = variant(Layer, name="by_path", module_type="torch.nn.modules.linear.Bilinear")
+        assert build_registry([("by_path", layers(plugin))]).layer_for(nn.Bilinear) is plugin
+        assert class_path(nn.Bilinear) == "torch.nn.modules.linear.Bilinear"
+
+    def test_an_unknown_init_offers_the_near_one(self):
+        with pytest.raises(PluginError, match=r"no init 'gausian'. Did you mean 'gaussian'"):
+            default_registry().init("gausian")
+
+    def test_an_init_is_found_by_name(self):
+        assert {name: default_registry().init(name).name for name in ("kaiming", "gaussian", "loftq", "none")} == {
+            name: name for name in ("kaiming", "gaussian", "loftq", "none")
+        }
+
+
+class TestInfo:
+    def test_states(self):
+        assert INFO.state == "loaded"
+        assert PluginInfo("a", "b", "1", blocked="LORA_PLUGINS_BLOCK").state == "blocked by LORA_PLUGINS_BLOCK"
+        assert PluginInfo("a", "b", "1", error=ImportError("no libx")).state == "failed: ImportError: no libx"
+
+
+def layers(*plugins):
+    """A plugin object, as an entry point would name one, that registers layer types."""
+    from lora_plugins import hookimpl
+
+    class Plugin:
+        @hookimpl
+        def lora_plugins_register_layers(self, registrar):
+            for plugin in plugins:
+                registrar.add(plugin)
+
+    return Plugin()

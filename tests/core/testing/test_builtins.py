@@ -1,0 +1,85 @@
+"""The built-in layer types and inits pass the kit that third parties run on theirs."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_plugins.plugins.manager import default_registry
+from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
+
+
+def values(*shape):
+    return lambda layer: torch.randn(*shape)
+
+
+def words(layer):
+    return torch.tensor([[0, 3, 3, 1], [6, 0, 2, 3]])
+
+
+def attended(layer):
+    return torch.randn(2, 3, 8), torch.randn(2, 5, layer.kdim), torch.randn(2, 5, layer.vdim)
+
+
+def of(cls, *sizes, **fixed):
+    return lambda **options: cls(*sizes, **fixed, **options)
+
+
+CONV = [
+    {"groups": 2, "stride": 2, "padding": 1},
+    {"dilation": 2, "padding": 2, "padding_mode": "reflect", "bias": False},
+]
+TRANSPOSED = [{"groups": 2, "stride": 2, "padding": 1, "output_padding": 1}, {"dilation": 2, "bias": False}]
+
+LAYERS = {
+    "linear": (of(nn.Linear, 6, 9), values(2, 3, 6), [{}, {"bias": False}]),
+    "transformers_conv1d": (of(Conv1D, 5, 6), values(2, 3, 6), [{}]),
+    "conv1d": (of(nn.Conv1d, 4, 8, 3), values(2, 4, 9), CONV),
+    "conv2d": (of(nn.Conv2d, 4, 8, 3), values(2, 4, 7, 7), CONV),
+    "conv3d": (of(nn.Conv3d, 4, 8, 2), values(1, 4, 5, 5, 5), CONV[:1]),
+    "conv_transpose1d": (of(nn.ConvTranspose1d, 4, 8, 3), values(2, 4, 5), TRANSPOSED),
+    "conv_transpose2d": (of(nn.ConvTranspose2d, 4, 8, 3), values(2, 4, 4, 4), TRANSPOSED),
+    "conv_transpose3d": (of(nn.ConvTranspose3d, 4, 8, 2), values(1, 4, 3, 3, 3), TRANSPOSED[:1]),
+    "embedding": (
+        of(nn.Embedding, 7, 5),
+        words,
+        [{}, {"padding_idx": 3, "max_norm": 0.5}, {"scale_grad_by_freq": True}],
+    ),
+    "multihead_attention": (
+        of(nn.MultiheadAttention, 8, 2, batch_first=True),
+        attended,
+        [{}, {"kdim": 6, "vdim": 10, "dropout": 0.1}],
+    ),
+}
+
+INITS = {
+    "kaiming": [{}],
+    "gaussian": [{}],
+    "loftq": [{}, {"bits": 2, "iterations": 3}],
+    "pissa": [{}, {"niter": 4}],
+    "olora": [{}],
+    "orthogonal": [{}],
+    "eva": [{}, {"whiten": True}],
+    "lora_ga": [{}, {"scale": "gd_scale", "direction": "random"}],
+    "none": [{}],
+}
+
+
+def test_every_built_in_plugin_is_checked():
+    registry = default_registry()
+    ours = [info for info in registry.plugins if info.distribution == "lora-plugins"]
+    assert set(LAYERS) == {name for info in ours for name in info.layers}
+    assert set(INITS) == {name for info in ours for name in info.inits}
+
+
+@pytest.mark.parametrize("check", LAYER_CHECKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, check):
+    build, inputs, options = LAYERS[name]
+    check_layer_plugin(default_registry().layers[name].plugin, build, inputs, options, only=[check])
+
+
+@pytest.mark.parametrize("check", INIT_CHECKS)
+@pytest.mark.parametrize("name", INITS)
+def test_init(name, check):
+    check_init_plugin(default_registry().init(name), INITS[name], only=[check])

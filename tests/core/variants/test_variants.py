@@ -1,0 +1,218 @@
+"""Variants: DoRA against its formula and against PEFT, and whoever brings a variant through the door."""
+
+import copy
+import pickle
+from collections.abc import Mapping
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin, hookimpl
+from lora_plugins.plugins.manager import build_registry
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(4, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 7, 7)),
+    "conv2d-grouped": (
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="reflect", padding=1),
+        lambda: torch.randn(2, 4, 7, 7),
+    ),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda: torch.randn(2, 4, 7)),
+}
+
+layers = pytest.mark.parametrize(("make", "inputs"), LAYERS.values(), ids=LAYERS)
+
+
+def adapted(make, **fields) -> LoraModel:
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).double()
+    model.eval()
+    fields = {"r": 2, "alpha": 3, "init": "none", "variant": "dora", **fields}
+    lora = LoraModel(model, LoraConfig(**fields))
+    with torch.no_grad():
+        model[0].lora_magnitude["default"].mul_(1.3)
+    return lora
+
+
+def by_the_formula(lora: LoraModel) -> nn.Module:
+    """The untouched layer with the weight of the paper's formula, its norm without a gradient."""
+    layer = lora.model[0]
+    A, B, m = (layer._modules[f"lora_{name}"]["default"] for name in ("A", "B", "magnitude"))
+    W = layer._parameters["weight"].detach()
+    V = W + 1.5 * (B @ A).view_as(W)
+    norm = V.detach().flatten(1).norm(dim=1)
+    with lora.disable_adapter():
+        plain = copy.deepcopy(layer)
+    for name in ("lora_A", "lora_B", "lora_magnitude"):
+        del plain._modules[name]
+    del plain.weight
+    plain.weight = (m / norm).view(-1, *[1] * (W.ndim - 1)) * V
+    return plain
+
+
+@layers
+def test_forward_and_gradients_follow_the_formula(make, inputs):
+    lora, x = adapted(make), inputs().double()
+    leaves = [p for p in lora.model.parameters() if p.requires_grad]
+    assert len(leaves) == 3
+    expected, output = by_the_formula(lora)(x), lora.model(x)
+    torch.testing.assert_close(output, expected, **TIGHT)
+    wanted = torch.autograd.grad(expected.sin().sum(), leaves)
+    for got, want in zip(torch.autograd.grad(output.sin().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(got, want, **TIGHT)
+        assert want.abs().max() > 0
+
+
+@layers
+def test_it_starts_as_the_model_was(make, inputs):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()).double(), inputs().double()
+    before = model(x)
+    LoraModel(model, LoraConfig(variant="dora"))
+    torch.testing.assert_close(model(x), before, **TIGHT)
+
+
+@layers
+def test_its_life(make, inputs, tmp_path):
+    lora, x = adapted(make), inputs().double()
+    layer = lora.model[0]
+    plain = {key: value.clone() for key, value in lora.model.state_dict().items() if "lora_" not in key}
+    output = lora.model(x)
+    assert lora.plans["default"].trainable == sum(p.numel() for p in lora.model.parameters() if p.requires_grad)
+    for twin in (copy.deepcopy(lora.model), pickle.loads(pickle.dumps(lora.model))):
+        torch.testing.assert_close(twin(x), output, rtol=0, atol=0)
+    lora.save_adapter(tmp_path / "adapter")
+    lora.merge_adapter()
+    assert "Lora" not in type(layer).__name__
+    torch.testing.assert_close(lora.model(x), output, **TIGHT)
+    lora.unmerge_adapter()
+    torch.testing.assert_close(lora.model(x), output, rtol=0, atol=0)
+    lora.unload()
+    assert lora.model.state_dict().keys() == plain.keys()
+    assert all(torch.equal(value, plain[key]) for key, value in lora.model.state_dict().items())
+    again = LoraModel.load_adapter(lora.model, tmp_path / "adapter")
+    torch.testing.assert_close(again.model(x), output, rtol=0, atol=0)
+    torch.testing.assert_close(again.merge_and_unload()(x), output, **TIGHT)
+
+
+@layers
+def test_dropout_acts_on_the_input_of_the_update(make, inputs):
+    lora, x = adapted(make, dropout=0.5), inputs().double()
+    expected = lora.model.eval()(x)
+    with lora.disable_adapter() as base:
+        plain = base(x)
+    lora.model.train()
+    torch.manual_seed(0)
+    mean = torch.stack([lora.model(x) - plain for _ in range(600)]).mean(0)
+    assert (mean - (expected - plain)).abs().mean() < 0.25 * (expected - plain).abs().mean()
+    assert not torch.equal(lora.model(x), lora.model(x))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_peft_computes_the_same(name):
+    make, inputs = LAYERS[name]
+    lora, x = adapted(make), inputs().double()
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(nn.Sequential(make()).double(), config)
+    layer, ours = theirs.base_model.model[0], lora.model[0]
+    with torch.no_grad():
+        layer.base_layer.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora_" not in k})
+        layer.lora_A["default"].weight.copy_(ours.lora_A["default"].view_as(layer.lora_A["default"].weight))
+        layer.lora_B["default"].weight.copy_(ours.lora_B["default"].view_as(layer.lora_B["default"].weight))
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.copy_(ours.lora_magnitude["default"].view_as(magnitude))
+    output, expected = lora.model(x), theirs(x)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)  # PEFT keeps its magnitude in float32
+    wanted = torch.autograd.grad(expected.sin().sum(), [layer.lora_A["default"].weight, magnitude])
+    got = torch.autograd.grad(output.sin().sum(), [ours.lora_A["default"], ours.lora_magnitude["default"]])
+    for ours_, theirs_ in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours_.flatten(), theirs_.flatten().double(), rtol=1e-5, atol=1e-6)
+
+
+def test_beside_a_plain_adapter():
+    lora = adapted(LAYERS["linear"][0])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    dora = lora.model(x)
+    lora.add_adapter("plain", LoraConfig(r=2, init="none"))
+    with lora.disable_adapter() as base:
+        plain_output = base(x)
+    lora.set_adapter("plain")
+    plain = lora.model(x)
+    lora.set_adapter(["default", "plain"])
+    torch.testing.assert_close(lora.model(x), dora + plain - plain_output, **TIGHT)
+    with pytest.raises(StateError, match="all active adapters have to be merged at once: 'default', 'plain'"):
+        lora.merge_adapter("plain")
+    lora.merge_adapter()
+    torch.testing.assert_close(lora.model(x), dora + plain - plain_output, **TIGHT)
+
+
+def test_a_layer_with_its_inputs_first_is_refused():
+    with pytest.raises(TargetError, match="'0': the variant 'dora' needs a weight that has its outputs first"):
+        LoraModel(nn.Sequential(nn.ConvTranspose2d(4, 4, 2)), LoraConfig(variant="dora"))
+
+
+def test_it_cannot_be_combined_or_mixed():
+    lora = adapted(LAYERS["linear"][0])
+    with pytest.raises(StateError, match="of the variant 'dora', whose updates do not add up"):
+        lora.add_weighted_adapter(["default"], [0.5], "half")
+    lora.model.eval()
+    with pytest.raises(StateError, match="cannot mix"), lora.mixed_batch(["default"]):
+        pass
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(PluginError, match=r"no variant 'dorra'. Did you mean '(lora|dora)'"):
+        LoraModel(nn.Sequential(nn.Linear(2, 2)), LoraConfig(variant="dorra"))
+
+
+class Gated(VariantPlugin):
+    """A variant that a third party might bring: one gate for the whole update."""
+
+    name = "gated"
+
+    def shapes(self, rows: int, columns: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        return {"gate": (1,)}
+
+    def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
+        return {"gate": A.new_zeros(1)}
+
+    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+        return own["gate"] * scaling * (B @ A)
+
+
+class Brings:
+    @hookimpl
+    def lora_plugins_register_variants(self, registrar):
+        registrar.add(Gated())
+
+
+def test_a_third_party_brings_a_variant():
+    registry = build_registry([("gated", Brings())])
+    model = nn.Sequential(nn.Linear(3, 3)).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    before = model(x)
+    config = LoraConfig(r=2, alpha=2, init="none", variant="gated")
+    LoraModel(model, config, registry=registry)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    with torch.no_grad():
+        model[0].lora_gate["default"].fill_(2.0)
+    A, B = model[0].lora_A["default"], model[0].lora_B["default"]
+    torch.testing.assert_close(model(x), before + 2 * x @ (B @ A).T, **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["", "lora"])
+def test_a_bad_name_is_refused(name):
+    bad = type("Bad", (Gated,), {"name": name})
+
+    class BringsBad:
+        @hookimpl
+        def lora_plugins_register_variants(self, registrar):
+            registrar.add(bad())
+
+    registry = build_registry([("bad", BringsBad())])
+    assert "PluginError" in next(info.state for info in registry.plugins if info.name == "bad")
