@@ -20,7 +20,7 @@ class LoraConfig:
         r: Rank of the update `B @ A`.
         alpha: The update is scaled by `alpha / r`, or by `alpha / sqrt(r)` with `use_rslora`.
         dropout: Probability of dropping an element of the input of the update branch during training. A layer that
-            cannot honour it refuses it.
+            cannot honor it refuses it.
         target_modules: The layers to adapt. A list matches whole path components from the end (`["attn.qkv"]`), a
             string is a regular expression over the full name, and `all` means every layer that some plugin handles,
             except those in `modules_to_save`. Left out, it is what the module itself suggests (our tasks do, for
@@ -43,10 +43,10 @@ class LoraConfig:
             installed plugin.
         init_options: Options of that plugin.
         variant: `lora`, or the name of a plugin that lets A and B change the weight in another way: `dora`.
-        use_rslora: Rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
+        use_rslora: Rank-stabilized scaling (Kalajdzievski, arXiv 2312.03732).
         memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the
-            output of a normalisation or an activation. `normal` keeps the input of each adapted layer, once.
-        norm: `freeze` keeps frozen normalisation layers in eval mode, so that their running statistics stand still;
+            output of a normalization or an activation. `normal` keeps the input of each adapted layer, once.
+        norm: `freeze` keeps frozen normalization layers in eval mode, so that their running statistics stand still;
             `track` lets the statistics move and saves them with the adapter.
         allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.
         block_plugins: Names of installed plugins not to load.

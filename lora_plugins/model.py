@@ -11,7 +11,7 @@ from lora_plugins.adapter.attach import (
     attach,
     changed_bases,
     detach,
-    initialise,
+    initialize,
     trained_values,
     with_own_tensors,
 )
@@ -136,7 +136,7 @@ class LoraModel:
         observed = self._observed(plan, init_data)
         plan = allocated(plan, observed)
         with self._adding(adapter_name):
-            content = initialise(self.model, plan, observed)
+            content = initialize(self.model, plan, observed)
             self._attach(adapter_name, plan, content)
 
     def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:

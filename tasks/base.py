@@ -30,7 +30,7 @@ CONFUSION = "confusion"
 class VisionTask(LoraCheckpointMixin):
     """A network trained with a loss by name, and its metrics over whole splits.
 
-    Images are expected in [0, 1] and are normalised here, so that a task carries what its network expects. Metrics are
+    Images are expected in [0, 1] and are normalized here, so that a task carries what its network expects. Metrics are
     logged as `train/NAME`, `val/NAME` and `test/NAME`, the loss as `train/loss` and so on.
     `load_from_checkpoint` takes checkpoints of a `LoraCallback`, which hold the adapter only, and plain ones.
 
@@ -55,7 +55,7 @@ class VisionTask(LoraCheckpointMixin):
 
     Attributes:
         network: The network.
-        head_modules: Names, relative to the task, of the modules whose parameters are newly initialised. These have to
+        head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. These have to
             be trained (and saved) whatever else stays frozen.
         lora_targets: What is adapted where a `LoraConfig` names no `target_modules`.
         image_size: Height and width of the images that the network was made for, or None.
@@ -172,7 +172,7 @@ class VisionTask(LoraCheckpointMixin):
         return logits.argmax(1)
 
     def raw_logits(self, images: Tensor) -> Tensor:
-        """Normalise images (N, channels, H, W) in [0, 1] and give what the network says of them."""
+        """Normalize images (N, channels, H, W) in [0, 1] and give what the network says of them."""
         images = (images - self.mean) / self.std
         return self._network_logits(self.network, images.flip(1) if self.bgr else images)
 

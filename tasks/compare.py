@@ -68,7 +68,7 @@ def leave(task: VisionTask) -> None:
 
 
 def freeze_backbone(task: VisionTask) -> None:
-    """Train the new head alone; normalisation layers of what is frozen keep their statistics, as with LoRA."""
+    """Train the new head alone; normalization layers of what is frozen keep their statistics, as with LoRA."""
     task.network.eval()
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{head}.") for head in task.head_modules))

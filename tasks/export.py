@@ -1,7 +1,7 @@
 """A merged network for other runtimes: `python -m lora_plugins.tasks.export MODEL OUT.pt2` (or `OUT.onnx`).
 
 What is written takes images (N, channels, H, W) in [0, 1] of one size, by default the one that the task was trained
-with, normalises them, and gives logits; any N. Before anything is kept, it is read again and has to answer as the task
+with, normalizes them, and gives logits; any N. Before anything is kept, it is read again and has to answer as the task
 does.
 """
 

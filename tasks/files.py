@@ -58,7 +58,7 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture in colour.
+    """Read a picture in color.
 
     Raises:
         DataError: Where it cannot be read, naming the file.

@@ -1,4 +1,4 @@
-"""Real handwritten digits that need no download: 1797 of them, 8x8 pixels, 16 grey levels, shipped with scikit-learn.
+"""Real handwritten digits that need no download: 1797 of them, 8x8 pixels, 16 gray levels, shipped with scikit-learn.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """

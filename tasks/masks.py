@@ -1,4 +1,4 @@
-"""From the picture of a mask to class indices: 8-bit indices, palettes, and colours by a table."""
+"""From the picture of a mask to class indices: 8-bit indices, palettes, and colors by a table."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import DataError
 
 INDEX_MODES = frozenset({"L", "P"})
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class MaskCode:
     """How masks say which class a pixel has.
 
-    Without colours, a mask is an 8-bit picture of class indices (of a palette picture, its indices count). With
-    colours, it is a picture in colour, and the table says what each colour means.
+    Without colors, a mask is an 8-bit picture of class indices (of a palette picture, its indices count). With
+    colors, it is a picture in color, and the table says what each color means.
 
     Args:
-        classes: Names of the classes, in the order of their indices. With colours it may be left out: then the table
+        classes: Names of the classes, in the order of their indices. With colors it may be left out: then the table
             names them, in its order.
-        ignore_index: What pixels of no class become, and the index that means this in a mask without colours.
-        colors: The colour (r, g, b) of each class. A colour whose name is not among the classes is ignored.
+        ignore_index: What pixels of no class become, and the index that means this in a mask without colors.
+        colors: The color (r, g, b) of each class. A color whose name is not among the classes is ignored.
         reduce_labels: Whether index 0 means no class, and class 0 is written as 1 (ADE20K).
 
     Raises:
-        ConfigError: Where classes and colours do not go together.
+        ConfigError: Where classes and colors do not go together.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class MaskCode:
         Raises:
             DataError: Where the picture is of another kind, or holds something that is no class.
         """
-        return self._indices(mask, name) if self.colors is None else self._from_colours(mask, name)
+        return self._indices(mask, name) if self.colors is None else self._from_colors(mask, name)
 
     def _indices(self, mask: Image.Image, name: str) -> np.ndarray:
         if mask.mode not in INDEX_MODES:
             raise DataError(
                 f"{name} has the mode {mask.mode}; a mask is an 8-bit picture with one class index a pixel (mode L or "
-                "P). For masks in colour give the table `colors`."
+                "P). For masks in color give the table `colors`."
             )
         indices = np.asarray(mask).astype(np.int64)
         if self.reduce_labels:
@@ -76,27 +76,27 @@ class MaskCode:
             raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
         return indices
 
-    def _from_colours(self, mask: Image.Image, name: str) -> np.ndarray:
+    def _from_colors(self, mask: Image.Image, name: str) -> np.ndarray:
         pixels = np.asarray(mask.convert("RGB")).astype(np.int64)
         packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
         found, places = np.unique(packed, return_inverse=True)
         table = self.colors or {}
-        wrong = [f"#{int(colour):06x}" for colour in found if int(colour) not in table]
+        wrong = [f"#{int(color):06x}" for color in found if int(color) not in table]
         if wrong:
-            raise DataError(f"{name} holds the colours {', '.join(wrong[:8])}, which the table `colors` does not name")
-        indices = np.array([table[int(colour)] for colour in found], dtype=np.int64)
+            raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
+        indices = np.array([table[int(color)] for color in found], dtype=np.int64)
         return indices[places].reshape(packed.shape)
 
     def _table(self, colors: Mapping[str, Sequence[int]]) -> dict[int, int]:
         missing = [name for name in self.classes if name not in colors]
         if missing:
-            raise ConfigError(f"`colors` has no colour for the classes {', '.join(missing)}.")
+            raise ConfigError(f"`colors` has no color for the classes {', '.join(missing)}.")
         table: dict[int, int] = {}
-        for name, colour in colors.items():
-            if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-                raise ConfigError(f"The colour of {name!r} is {list(colour)}; it takes three numbers from 0 to 255.")
-            packed = (colour[0] << 16) | (colour[1] << 8) | colour[2]
+        for name, color in colors.items():
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ConfigError(f"The color of {name!r} is {list(color)}; it takes three numbers from 0 to 255.")
+            packed = (color[0] << 16) | (color[1] << 8) | color[2]
             if packed in table:
-                raise ConfigError(f"The colour {list(colour)} of {name!r} stands for another name too.")
+                raise ConfigError(f"The color {list(color)} of {name!r} stands for another name too.")
             table[packed] = self.classes.index(name) if name in self.classes else self.ignore_index
         return table

@@ -26,7 +26,7 @@ from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import image_files, read_image, why_unreadable
 from lora_plugins.tasks.loading import load_task
 from lora_plugins.tasks.pictures import ERROR, PROBLEMS, SKIP
-from lora_plugins.tasks.segmentation.colours import class_colours, overlay, palette_picture
+from lora_plugins.tasks.segmentation.colors import class_colors, overlay, palette_picture
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 from lora_plugins.tasks.sliding import label_probabilities, mask_probabilities
 from lora_plugins.tasks.transforms import Size
@@ -137,7 +137,7 @@ def _write_masks(
     classes = task.model_config.num_classes
     if classes > MOST_INDICES:
         raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MOST_INDICES}.")
-    colours, written = class_colours(classes), []
+    colors, written = class_colors(classes), []
     for folder in (MASKS, OVERLAYS):
         (out / folder).mkdir(exist_ok=True)
     stems = Counter(path.stem for path in paths)
@@ -147,8 +147,8 @@ def _write_masks(
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"
         pictures = {
-            MASKS: palette_picture(mask, colours),
-            OVERLAYS: Image.fromarray(overlay(pixels, mask, colours, task.ignore_index)),
+            MASKS: palette_picture(mask, colors),
+            OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
         }
         for folder, picture in pictures.items():
             picture.save(out / folder / name)

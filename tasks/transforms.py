@@ -49,7 +49,7 @@ class Shape:
         return v2.RandomRotation(degrees, interpolation=InterpolationMode.BILINEAR, fill=dict(self.fill))
 
 
-def _colours() -> Any:
+def _colors() -> Any:
     return v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
 
@@ -58,12 +58,12 @@ AUGMENTATIONS: Mapping[str, Callable[[Shape], list[Any]]] = MappingProxyType(
         "none": lambda to: [to.resize()],
         "flip": lambda to: [to.resize(), v2.RandomHorizontalFlip()],
         "crop_flip": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip()],
-        "crop_flip_color": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip(), _colours()],
-        "strong": lambda to: [to.crop(0.3), v2.RandomHorizontalFlip(), to.turn(10), _colours()],
+        "crop_flip_color": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip(), _colors()],
+        "strong": lambda to: [to.crop(0.3), v2.RandomHorizontalFlip(), to.turn(10), _colors()],
         "trivial": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()],
     }
 )
-"""`strong` turns by up to ten degrees and changes colours; `trivial` is TrivialAugment (arXiv 2103.10158)."""
+"""`strong` turns by up to ten degrees and changes colors; `trivial` is TrivialAugment (arXiv 2103.10158)."""
 
 IMAGES_ONLY = frozenset({"trivial"})
 

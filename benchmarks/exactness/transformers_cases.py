@@ -484,7 +484,7 @@ def _build(name: str, options: Options) -> nn.Module:
 def _strengthen(model: nn.Module) -> None:
     """Scales small weights up: started at 0.02, layers as narrow as these let the signal fade to nothing.
 
-    Some models start the gains of their normalisation at 0.02 too, in place of 1.
+    Some models start the gains of their normalization at 0.02 too, in place of 1.
     """
     with torch.no_grad():
         for module in model.modules():

@@ -29,7 +29,7 @@ def draw(path: Path, rounds: int, device: torch.device) -> None:
         ratios = {value: _ratios(make(value), names, rounds, device) for value in values}
         for name in names[1:]:
             panel.plot(values, [ratios[value].get(name, float("nan")) for value in values], marker="o", label=name)
-        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.axhline(1, color="gray", linewidth=0.8)
         panel.set(title=title, xscale="log", xticks=values, xticklabels=values, ylabel="time / floor")
         panel.minorticks_off()
         panel.legend()

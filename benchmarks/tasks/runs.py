@@ -38,7 +38,7 @@ class Tuning:
     Attributes:
         head_lr: Learning rate of the new head.
         lr: Learning rate of the adapters, or of the pretrained weights where they are trained.
-        norm: Whether the statistics of the pretrained normalisation layers stay or move.
+        norm: Whether the statistics of the pretrained normalization layers stay or move.
         alpha: The numerator of the adapters' scaling, alike at every rank: with alpha = r, and so a scaling of 1, the
             steps of Adam grow with the rank, and a rate that suits r=8 is too high for r=32.
     """

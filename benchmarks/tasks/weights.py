@@ -14,7 +14,7 @@ def write_weights(folder: Path) -> dict[str, Path]:
     """Write the weights under timm's names for a classifier, and for the encoder of a decoder of smp.
 
     The package's state dict has the tensors of timm's `tf_efficientnet_lite0` in the same order and shapes. They were
-    trained with TensorFlow's padding and an epsilon of 1e-3 in batch normalisation, which that model has. In
+    trained with TensorFlow's padding and an epsilon of 1e-3 in batch normalization, which that model has. In
     `efficientnet_lite0` they load as well, but its epsilon of 1e-5 multiplies channels of no variance, of which these
     weights have some, by 316 in place of 32: features are worse, and any training of what is below them blows up.
 

@@ -118,7 +118,7 @@ def copy_again(trainer: Trainer, module: LightningModule) -> None:
 
 
 def into_training_mode(target: nn.Module) -> None:
-    """Puts a module into training mode, frozen normalisation layers aside, and says what that woke."""
+    """Puts a module into training mode, frozen normalization layers aside, and says what that woke."""
     modes = {name: child.training for name, child in target.named_modules()}
     target.train()
     woken = [name for name, child in target.named_modules() if child.training and not modes[name]]

@@ -43,7 +43,7 @@ class LoraCallback(Callback):
     ends, the adapter is merged and the module has its own classes and state-dict keys again. A later `fit` of the same
     Trainer takes the merge back, bit for bit, and goes on with the adapter.
 
-    A module may declare `head_modules`, the names of modules with newly initialised parameters. They are trained as if
+    A module may declare `head_modules`, the names of modules with newly initialized parameters. They are trained as if
     `modules_to_save` listed them.
 
     Args:
@@ -57,7 +57,7 @@ class LoraCallback(Callback):
         save_adapter_to: Folder for the adapter, written when `fit` ends.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
-        train_mode: Whether `fit` puts the target into training mode, frozen normalisation layers aside. Models of
+        train_mode: Whether `fit` puts the target into training mode, frozen normalization layers aside. Models of
             `from_pretrained` arrive in eval mode, and Lightning leaves them there.
         print_plan: Whether a table of what is adapted is printed before training.
         loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A, which the optimizer has (LoRA+). Its

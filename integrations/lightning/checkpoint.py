@@ -169,7 +169,7 @@ def frozen_keys(module: nn.Module) -> set[str]:
     """Returns the keys of a state dict that stand still: the frozen base of all adapted targets.
 
     Everything else is kept: adapters, heads and biases, what lies outside the targets, and every buffer but those of
-    normalisation layers that are held in eval mode.
+    normalization layers that are held in eval mode.
     """
     frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors(target)}
     named = [

@@ -73,11 +73,11 @@ def observed(
 
     Raises:
         ConfigError: If there are no training batches, or `training_step` returns no loss where one is needed.
-        StateError: If the module optimises by hand, so that its `training_step` cannot be called by itself.
+        StateError: If the module optimizes by hand, so that its `training_step` cannot be called by itself.
     """
     if not module.automatic_optimization:
         raise StateError(
-            f"{type(module).__name__} optimises by hand, so its training_step cannot be run to see data for the init "
+            f"{type(module).__name__} optimizes by hand, so its training_step cannot be run to see data for the init "
             f"{config.init!r}. Adapt the module before fit: LoraModel(module, config, init_data=InitData(loader, "
             "step))."
         )

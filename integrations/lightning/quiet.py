@@ -11,7 +11,7 @@ from lora_plugins.inplace.frozen_norm import FrozenNorm
 
 @contextmanager
 def expecting_eval(module: LightningModule) -> Iterator[None]:
-    """Silences the warning of modules in eval mode, if all of them are normalisation layers that are held there."""
+    """Silences the warning of modules in eval mode, if all of them are normalization layers that are held there."""
     held = [child for child in module.modules() if not child.training]
     with warnings.catch_warnings():
         if held and all(isinstance(child, FrozenNorm) for child in held):

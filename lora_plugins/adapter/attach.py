@@ -59,7 +59,7 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def initialise(
+def initialize(
     model: nn.Module, plan: Plan, observed: Mapping[tuple[str, str], Observed] | None = None
 ) -> dict[tuple[str, str], SlotTensors]:
     """Lets the plan's init make A and B of every slot; touches nothing of the model.

@@ -86,7 +86,7 @@ def observe(model: nn.Module, plan: Plan, data: InitData) -> Observations:
     """Reads the data once and returns what the plan's init needs to know of each slot.
 
     The model is run without its adapters: in eval mode for `inputs`, and for `gradients` in training mode, with the
-    normalisation layers that the plan freezes in eval mode, as training will see them.
+    normalization layers that the plan freezes in eval mode, as training will see them.
 
     Args:
         model: The model; it is touched in nothing.

@@ -18,9 +18,9 @@ def truncated_svd(
     Args:
         matrix: `(out, in)`.
         rank: How many; k is smaller where the matrix does not have so many.
-        niter: None for the exact decomposition; else the subspace iterations of a randomised one, which is faster
+        niter: None for the exact decomposition; else the subspace iterations of a randomized one, which is faster
             (Halko et al., arXiv 0909.4061, algorithm 5.1).
-        generator: What the randomised one draws from.
+        generator: What the randomized one draws from.
     """
     kept = min(rank, *matrix.shape)
     if niter is None:

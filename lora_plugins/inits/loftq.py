@@ -1,10 +1,10 @@
-"""LoftQ: a quantised base, and factors that make up for the quantisation error.
+"""LoftQ: a quantized base, and factors that make up for the quantization error.
 
-Alternates Q ← quantise(W - s·B·A) and s·B·A ← the best rank-r approximation of W - Q, starting from A = B = 0, where
+Alternates Q ← quantize(W - s·B·A) and s·B·A ← the best rank-r approximation of W - Q, starting from A = B = 0, where
 s is the adapter's scaling; the best iterate is kept, so the error never rises with more iterations.
 Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
 
-The changed base is a function of the original base and of the factors before the last quantisation, which are stored
+The changed base is a function of the original base and of the factors before the last quantization, which are stored
 with the adapter: loading it onto the original base gives Q again without storing Q.
 """
 
@@ -28,7 +28,7 @@ class LoftQInit(InitPlugin):
     changes_base = True
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses widths that no quantiser has, and counts below one."""
+        """Refuses widths that no quantizer has, and counts below one."""
         if options["bits"] not in BITS:
             raise ConfigError(f"init_options: loftq has {BITS} bits, not {options['bits']!r}.")
         for key in ("block_size", "iterations"):
@@ -49,12 +49,12 @@ class LoftQInit(InitPlugin):
                 best, best_recipe = error, recipe
                 context.A.copy_(A)
                 context.B.copy_(B)
-        # Zero factors, those before the first quantisation, need no room in a file.
+        # Zero factors, those before the first quantization, need no room in a file.
         return best_recipe if bool(best_recipe["B"].any()) else {}
 
     def changed_base(
         self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
     ) -> Tensor:
-        """Quantises what the factors of the recipe leave of the original weight."""
+        """Quantizes what the factors of the recipe leave of the original weight."""
         target = without_product(weight, recipe, scaling) if recipe else weight
         return quantize_dequantize(target, options["bits"], options["block_size"])

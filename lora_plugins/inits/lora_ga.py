@@ -78,7 +78,7 @@ class LoraGaInit(InitPlugin):
                 f"{list(gradient.shape)} matrix has {min(gradient.shape)}. Lower its rank by rank_pattern, or exclude "
                 "it."
             )
-        # More than the 2r that are used, so that the randomised decomposition has those right.
+        # More than the 2r that are used, so that the randomized decomposition has those right.
         U, S, Vh = truncated_svd(gradient.to(context.A.dtype), 4 * r, options["niter"], context.generator)
         for_A, for_B = DIRECTIONS[options["direction"]](r, context.generator)
         A, B, values = Vh[for_A], U[:, for_B], S[for_B]

@@ -2,7 +2,7 @@
 
 Of a random orthogonal matrix (r, r), P are the first, third, ... rows and O the others, so that O·Pᵀ = 0. With
 G (in, r/2) and H (out, r/2) standard normal: A = (G·P)ᵀ/10, B = H·O/10, and B·A = H·(O·Pᵀ)·Gᵀ/100 = 0.
-Source: datta0.github.io, "Rethinking LoRA initialisation", section "Orthogonal initialisation".
+Source: datta0.github.io, "Rethinking LoRA initialization", section "Orthogonal initialization".
 """
 
 from collections.abc import Mapping

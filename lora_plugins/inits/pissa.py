@@ -1,7 +1,7 @@
 """PiSSA: the principal singular values of the weight are trained, and the rest is frozen.
 
 W = U·S·Vᵀ. With s the adapter's scaling: B = U[:, :r]·√(S[:r]/s), A = √(S[:r]/s)·Vᵀ[:r], and the base becomes
-W - s·B·A. With `niter`, the decomposition is a fast randomised one.
+W - s·B·A. With `niter`, the decomposition is a fast randomized one.
 Source: Meng et al., PiSSA, arXiv 2404.02948, equations 2 to 4.
 """
 

@@ -1,4 +1,4 @@
-"""Blockwise quantisers in plain torch: NormalFloat with 2 or 4 bits, and symmetric 8-bit integers.
+"""Blockwise quantizers in plain torch: NormalFloat with 2 or 4 bits, and symmetric 8-bit integers.
 
 NormalFloat (Dettmers et al., arXiv 2305.14314, section 3) places its levels at quantiles of the normal distribution,
 with an exact zero and exact ends; each block is divided by its largest magnitude first.
@@ -16,7 +16,7 @@ _OUTERMOST_QUANTILE = 0.9677083
 
 
 def levels(bits: int) -> Tensor:
-    """Returns the levels of a quantiser in ascending order, float64, from -1 to 1.
+    """Returns the levels of a quantizer in ascending order, float64, from -1 to 1.
 
     Args:
         bits: 2 or 4 for NormalFloat, 8 for the 255 levels of a symmetric integer.
@@ -33,7 +33,7 @@ def levels(bits: int) -> Tensor:
 
 
 def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
-    """Returns the nearest values that a quantiser can represent.
+    """Returns the nearest values that a quantizer can represent.
 
     Args:
         weight: Any shape, a floating type; blocks run over its flattened values.

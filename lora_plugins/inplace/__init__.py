@@ -1,4 +1,4 @@
 """An adapted layer in place: the user's own module, of a class that answers with the effective weight.
 
-Normalisation layers that stand still and weights that something else computes are here too.
+Normalization layers that stand still and weights that something else computes are here too.
 """

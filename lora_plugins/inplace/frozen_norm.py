@@ -1,4 +1,4 @@
-"""Normalisation layers with running statistics, which freezing of parameters alone does not keep still."""
+"""Normalization layers with running statistics, which freezing of parameters alone does not keep still."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ _TRAINING = "_lora_norm_training"
 
 
 class FrozenNorm(nn.Module):
-    """What generated classes of frozen normalisation layers have in common."""
+    """What generated classes of frozen normalization layers have in common."""
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for."""
@@ -32,7 +32,7 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def freeze(module: nn.Module) -> None:
-    """Keeps a normalisation layer in eval mode from now on."""
+    """Keeps a normalization layer in eval mode from now on."""
     if _BASE_CLASS in module.__dict__:
         return
     module.__dict__[_BASE_CLASS] = type(module)

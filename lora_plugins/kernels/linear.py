@@ -141,7 +141,7 @@ def _from_rows(rows: Tensor, x: Tensor, axis: int) -> Tensor:
 def _laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
     """Returns a gradient in the memory format of its tensor.
 
-    Operations take it from each other, and torch's batch normalisation (2.13, on a CPU) is wrong without a word where
+    Operations take it from each other, and torch's batch normalization (2.13, on a CPU) is wrong without a word where
     input and gradient are of two formats and a dimension is 1.
     """
     return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)

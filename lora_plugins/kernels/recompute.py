@@ -1,6 +1,6 @@
 """Inputs that need not be kept, since what they were computed from is kept anyway.
 
-`memory="low"` in the config: an input that is the output of a normalisation or an activation is computed again in the
+`memory="low"` in the config: an input that is the output of a normalization or an activation is computed again in the
 backward from what autograd keeps for that operation itself. It costs one elementwise pass; nothing is approximated. An
 input of another origin is kept as ever.
 """
@@ -49,10 +49,10 @@ def _rule(compute: Callable[[Any], Tensor]) -> Rule:
 
 
 def _layer_norm(node: Any) -> Tensor:
-    normalised: Tensor = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
+    normalized: Tensor = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
     if node._saved_weight is not None:
-        normalised.mul_(node._saved_weight)
-    return normalised if node._saved_bias is None else normalised.add_(node._saved_bias)
+        normalized.mul_(node._saved_weight)
+    return normalized if node._saved_bias is None else normalized.add_(node._saved_bias)
 
 
 _RULES: Mapping[str, Rule] = {

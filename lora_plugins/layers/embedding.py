@@ -52,7 +52,7 @@ class EmbeddingPlugin(ColumnMajorPlugin):
         assert isinstance(layer, nn.Embedding)
         assert weight is not None
         if layer.max_norm is not None:
-            raise NotImplementedError("Embedding with max_norm renormalises one table; it cannot mix adapters.")
+            raise NotImplementedError("Embedding with max_norm renormalizes one table; it cannot mix adapters.")
         y = F.embedding(input, weight, layer.padding_idx)
         indices = input.flatten(1)
         rows = updates.A.mT[updates.index[:, None], indices]

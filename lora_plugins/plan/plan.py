@@ -84,7 +84,7 @@ class Plan:
         layers: The layers to adapt, in the order of the model.
         trained: Names of the model's own parameters that are trained in place: heads and biases.
         saved_buffers: Names of buffers that move during training and are saved with the adapter.
-        frozen_norms: Names of normalisation layers that are kept in eval mode.
+        frozen_norms: Names of normalization layers that are kept in eval mode.
         base_parameters: The number of elements of all parameters of the model.
         trained_parameters: The number of elements of `trained`.
         ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.

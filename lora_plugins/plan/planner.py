@@ -199,11 +199,11 @@ def _refusals(target: _Target, slots: tuple[Slot, ...], init: InitPlugin, dropou
     reasons = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
     if dropout and not reasons:
         # A tied layer forms the updated weight, which leaves no branch for dropout to act on.
-        honours = _branch_use(target.entry.module, target.plugin) != "never" and not target.plugin.lookup
+        honors = _branch_use(target.entry.module, target.plugin) != "never" and not target.plugin.lookup
         reasons += [
-            f"{name!r}: {base_class_of(layer).__name__} cannot honour dropout={dropout}; set dropout=0 or exclude it"
+            f"{name!r}: {base_class_of(layer).__name__} cannot honor dropout={dropout}; set dropout=0 or exclude it"
             for name, layer in layers.items()
-            if not honours or layer is not target.entry.module
+            if not honors or layer is not target.entry.module
         ]
     return reasons
 

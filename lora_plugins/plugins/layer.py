@@ -133,7 +133,7 @@ class LayerPlugin(ABC):
     A plugin is stateless. It sees the weight of a layer as a matrix `(out, in)`; A is `(r, in)`, B is `(out, r)`, and
     the update `scaling * B @ A` is laid out like the weight by `from_matrix`. That alone makes a layer type work:
     the adapted layer then runs its own `forward` with the updated weight. A `branch` is an optional faster way to
-    the same result, and the only way to honour dropout.
+    the same result, and the only way to honor dropout.
 
     Attributes:
         name: Unique name of the layer type, as plans and files show it.

@@ -18,7 +18,7 @@ class VariantPlugin(ABC):
     A plugin is stateless. It sees the part of a weight that an adapter updates as a matrix `W`, `(out, in)`, and says
     by which matrix that weight changes; a layer then computes what it would compute with `W` plus that. It may have
     tensors of its own, which are trained, saved, merged and removed with A and B. All layer types that have their
-    outputs as the rows of the matrix are served, with dropout where their branch honours it.
+    outputs as the rows of the matrix are served, with dropout where their branch honors it.
 
     Attributes:
         name: What `LoraConfig(variant=...)` says.

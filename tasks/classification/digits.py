@@ -14,7 +14,7 @@ from lora_plugins.tasks.transforms import Size
 
 
 class DigitsDataModule(VisionDataModule):
-    """Single handwritten digits, see `lora_plugins.tasks.handwriting`, as colour images of three equal channels.
+    """Single handwritten digits, see `lora_plugins.tasks.handwriting`, as color images of three equal channels.
 
     Args:
         digits: Which digits there are; the class of `digits[i]` is `i`.

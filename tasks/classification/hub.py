@@ -1,4 +1,4 @@
-"""Labelled images of Hugging Face `datasets`."""
+"""Labeled images of Hugging Face `datasets`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def build_segmenter(config: ModelConfig) -> Network:
     if config.weights not in (NONE, PRETRAINED):
         state = read_weights(config.weights)
         heads = load_exactly(module, state, heads=heads, base=ENCODER, where=repr(config.weights))
-    return Network(module.train(), heads, *_own_normalisation(config))
+    return Network(module.train(), heads, *_own_normalization(config))
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _encoder(config: ModelConfig) -> str:
     return encoder
 
 
-def _own_normalisation(config: ModelConfig) -> tuple[Any, Any]:
+def _own_normalization(config: ModelConfig) -> tuple[Any, Any]:
     """Mean and std of the encoder's pretrained weights; those of smp's own encoders lie on the hub beside them."""
     encoder = _encoder(config)
     if encoder.startswith(TIMM):

@@ -187,11 +187,11 @@ def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:
     processor = AutoImageProcessor.from_pretrained(config.name)
     own, channels = processor.to_dict(), int(getattr(architecture, "num_channels", 3))
     # MobileViT's has a mean that it does not use: it leaves `do_normalize` open, and an open one is left out of files.
-    normalised = bool(getattr(processor, "do_normalize", False))
+    normalized = bool(getattr(processor, "do_normalize", False))
     divided = 2 if own.get("include_top") else 1  # EfficientNet's divides twice, as in its training
     return {
-        "mean": tuple(own["image_mean"]) if normalised else (0.0,) * channels,
-        "std": tuple(s**divided for s in own["image_std"]) if normalised else (1.0,) * channels,
+        "mean": tuple(own["image_mean"]) if normalized else (0.0,) * channels,
+        "std": tuple(s**divided for s in own["image_std"]) if normalized else (1.0,) * channels,
         "size": _processed_size(own),
         "interpolation": RESAMPLE.get(own.get("resample"), "bilinear"),
         "bgr": bool(own.get("do_flip_channel_order", False)),

@@ -14,7 +14,7 @@ class Network:
 
     Attributes:
         module: The network, in training mode.
-        new_modules: Names, relative to `module`, of the modules whose parameters are newly initialised.
+        new_modules: Names, relative to `module`, of the modules whose parameters are newly initialized.
         mean: Mean of each channel that the network expects of images in [0, 1], or None where its source says none.
         std: Standard deviation of each channel, likewise.
         size: Height and width of the images that the network was made for, or None where any will do.

@@ -51,7 +51,7 @@ class Difference:
 def new_modules(
     difference: Difference, keys: Iterable[str], *, heads: Sequence[str], base: str | None, where: str
 ) -> tuple[str, ...]:
-    """The modules that a file leaves to be initialised, if these can be a new head and nothing else is wrong.
+    """The modules that a file leaves to be initialized, if these can be a new head and nothing else is wrong.
 
     A head is new when the file has none of it, or when shapes in it differ; then the modules that hold those tensors
     are new. A file written for another task may bring that task's head: its keys lie outside `base`, and are left

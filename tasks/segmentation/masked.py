@@ -20,7 +20,7 @@ class MaskDataModule(PictureDataModule):
     Args:
         classes: Names of the classes, in the order of their indices in the masks.
         ignore_index: A value of the masks that stands for no class; the task must be given the same.
-        colors: For masks in colour: the colour (r, g, b) of each class. A colour whose name is not among `classes` is
+        colors: For masks in color: the color (r, g, b) of each class. A color whose name is not among `classes` is
             ignored; without `classes`, the table names them.
         reduce_labels: Whether index 0 means no class and class 0 is written as 1, as in ADE20K.
         batch_size: Images a batch.

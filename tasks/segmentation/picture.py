@@ -16,7 +16,7 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.figures import blank, first_loader, predicted_logits, spread
-from lora_plugins.tasks.segmentation.colours import class_colours, coloured, overlay
+from lora_plugins.tasks.segmentation.colors import class_colors, colored, overlay
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 
 TITLES = ("image", "true mask", "predicted mask", "overlay")
@@ -60,19 +60,19 @@ def masks_figure(task: SemanticSegmentationTask, images: Tensor, masks: Tensor, 
 
     classes, ignored = task.model_config.num_classes, task.ignore_index
     names = task.class_names or [str(i) for i in range(classes)]
-    colours = class_colours(classes)
+    colors = class_colors(classes)
     figure = blank(INCHES * len(TITLES), INCHES * len(images) + 0.6)
     axes = figure.subplots(len(images), len(TITLES), squeeze=False)
     for row, image, true, guess in zip(axes, images, masks.numpy(), predicted.numpy(), strict=True):
         pixels = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
-        drawn = (coloured(true, colours, ignored), coloured(guess, colours, ignored))
-        for axis, picture in zip(row, (pixels, *drawn, overlay(pixels, guess, colours, ignored)), strict=True):
+        drawn = (colored(true, colors, ignored), colored(guess, colors, ignored))
+        for axis, picture in zip(row, (pixels, *drawn, overlay(pixels, guess, colors, ignored)), strict=True):
             axis.imshow(picture)
             axis.set_axis_off()
     for axis, title in zip(axes[0], TITLES, strict=True):
         axis.set_title(title)
     shown = [i for i in range(classes) if bool(((masks == i) | (predicted == i)).any())][:MOST_NAMES]
-    patches = [Patch(color=colours[i] / 255, label=names[i]) for i in shown]
+    patches = [Patch(color=colors[i] / 255, label=names[i]) for i in shown]
     figure.legend(handles=patches, loc="outside lower center", ncols=COLUMNS, fontsize="small")
     return figure
 

@@ -142,7 +142,7 @@ class TestStart:
         module, expected = Classifier(), direct(CONFIGS["lora_ga"])
         config = LoraConfig(r=1, target_modules=["0", "3"], init="lora_ga")
         trainer(tmp_path, [callback(config, target="net")], max_steps=0).fit(module, loader())
-        # The seed of a layer comes from its name, and only the randomised decomposition draws from it.
+        # The seed of a layer comes from its name, and only the randomized decomposition draws from it.
         found, wanted = values(module), values(expected.model)
         assert found.keys() == wanted.keys()
         for key, value in found.items():
@@ -249,13 +249,13 @@ class TestRefusals:
         assert not differing(values(module), before)
         assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
 
-    def test_manual_optimisation(self, tmp_path):
+    def test_manual_optimization(self, tmp_path):
         class Manual(Classifier):
             def __init__(self):
                 super().__init__()
                 self.automatic_optimization = False
 
-        self.refused(Manual(), CONFIGS["eva"], StateError, "optimises by hand.*LoraModel", tmp_path)
+        self.refused(Manual(), CONFIGS["eva"], StateError, "optimizes by hand.*LoraModel", tmp_path)
 
     def test_a_module_that_cannot_be_copied(self, tmp_path):
         module = Classifier()

@@ -234,26 +234,26 @@ def by_hook(layer):
         return nn.utils.weight_norm(layer)
 
 
-@pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, by_hook])
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, by_hook])
 class TestWeightNorm:
     """Its weights are computed, so a merge cannot be taken back: said before training, and possible by hand after."""
 
-    def make(self, normalise):
+    def make(self, normalize):
         module = Classifier()
-        normalise(module.net[0])
+        normalize(module.net[0])
         return module
 
     @pytest.mark.parametrize("options", [{}, {"merge_on_fit_end": False, "export_to": "x.safetensors"}])
-    def test_merge_is_refused_before_training(self, tmp_path, normalise, options):
+    def test_merge_is_refused_before_training(self, tmp_path, normalize, options):
         steps = []
-        module = self.make(normalise)
+        module = self.make(normalize)
         module.on_train_batch_start = lambda *_: steps.append(1)
         with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
             trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
         assert not steps
 
-    def test_trains_saves_and_merges_by_hand(self, tmp_path, normalise):
-        module = self.make(normalise)
+    def test_trains_saves_and_merges_by_hand(self, tmp_path, normalize):
+        module = self.make(normalize)
         trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)]).fit(module, loader())
         module.eval()
         x = torch.randn(4, 4)

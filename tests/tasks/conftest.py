@@ -26,7 +26,7 @@ LIGHTNING_WARNINGS = [
     "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
     "ignore:.*configure_optimizers` will be overridden by:UserWarning",  # by the `optimizer:` of a YAML file, as meant
-    "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # LoRA holds normalisation there
+    "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # LoRA holds normalization there
     "ignore:GPU available but not used:UserWarning",
 ]
 
@@ -69,7 +69,7 @@ def write_image(path: Path, pixels: np.ndarray) -> Path:
 
 
 def noise(height=20, width=24, seed=0):
-    """A colour picture of noise."""
+    """A color picture of noise."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -105,7 +105,7 @@ def flat_folders(tmp_path):
 
 
 @pytest.fixture
-def labelled_rows(tmp_path):
+def labeled_rows(tmp_path):
     """A local data set of Hugging Face: six images of two named classes to train on, and two to validate on."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features
     from datasets import Image as Picture

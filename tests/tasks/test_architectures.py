@@ -297,7 +297,7 @@ def test_a_local_folder_of_timm(tmp_path):
 
 
 def test_preprocessing_is_that_of_the_folder(tmp_path):
-    """MobileViT wants blue first, and no normalisation; its processor says so, and which size."""
+    """MobileViT wants blue first, and no normalization; its processor says so, and which size."""
     from transformers import MobileViTConfig, MobileViTForSemanticSegmentation, MobileViTImageProcessor
 
     MobileViTForSemanticSegmentation(MobileViTConfig(**MOBILEVIT, num_labels=4)).save_pretrained(tmp_path)

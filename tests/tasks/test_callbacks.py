@@ -63,8 +63,8 @@ class TestPicture:
             assert picture.height > picture.width * 0.75  # three rows of four
         assert str(path) in capsys.readouterr().out
 
-    def test_it_shows_the_colours_of_the_classes(self, tmp_path):
-        """A network that always answers class 2 is drawn in its colour in the third of four columns."""
+    def test_it_shows_the_colors_of_the_classes(self, tmp_path):
+        """A network that always answers class 2 is drawn in its color in the third of four columns."""
         task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes()
         with torch.no_grad():
             task.network.decode_head.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1e3, 0.0]))
@@ -73,8 +73,8 @@ class TestPicture:
         path = draw_predictions(task, data.val_dataloader(), [0, 4], tmp_path / "p.png")
         pixels = np.asarray(Image.open(path).convert("RGB"))
         third_column = pixels[:, int(pixels.shape[1] * 0.52) : int(pixels.shape[1] * 0.73)].reshape(-1, 3)
-        colours, counts = np.unique(third_column, axis=0, return_counts=True)
-        assert colours[counts.argmax()].max() > colours[counts.argmax()].min() + 100
+        colors, counts = np.unique(third_column, axis=0, return_counts=True)
+        assert colors[counts.argmax()].max() > colors[counts.argmax()].min() + 100
         assert {name: module.training for name, module in task.named_modules()} == before
 
     def test_only_segmentation_has_one(self, trainer, tmp_path):

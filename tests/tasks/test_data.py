@@ -112,7 +112,7 @@ class TestImageFolders:
         with pytest.raises(DataError, match="has no test split, only train, val"):
             data.test_dataloader()
 
-    def test_a_missing_root_names_its_neighbours(self, class_folders):
+    def test_a_missing_root_names_its_neighbors(self, class_folders):
         with pytest.raises(DataError, match="Did you mean 'data'"):
             loaded(ImageFolderDataModule(str(class_folders.parent / "dato")))
 
@@ -203,7 +203,7 @@ class TestMaskFolders:
         with pytest.raises(DataError, match=r"1\.png is 10x12, its image is 20x24"):
             loaded(self.make(mask_folders))
 
-    def test_a_colour_mask(self, mask_folders):
+    def test_a_color_mask(self, mask_folders):
         write_image(mask_folders / "masks" / "val" / "1.png", noise())
         with pytest.raises(DataError, match=r"1\.png has the mode RGB; .*one class index a pixel"):
             loaded(self.make(mask_folders))

@@ -1,4 +1,4 @@
-"""Lists, Hugging Face data sets, masks in colour, splits, sampling, and files that cannot be used."""
+"""Lists, Hugging Face data sets, masks in color, splits, sampling, and files that cannot be used."""
 
 import csv
 import json
@@ -124,10 +124,10 @@ class TestSplits:
 
 
 class TestMaskCodes:
-    def picture(self, *colours):
-        return Image.fromarray(np.array([colours], dtype=np.uint8))
+    def picture(self, *colors):
+        return Image.fromarray(np.array([colors], dtype=np.uint8))
 
-    def test_colours_by_a_table(self):
+    def test_colors_by_a_table(self):
         code = MaskCode(["sky", "road"], 255, COLORS)
         found = code.decode(self.picture([128, 64, 128], [0, 0, 255], [0, 0, 0]), "m")
         assert found.tolist() == [[1, 0, 255]]
@@ -135,8 +135,8 @@ class TestMaskCodes:
     def test_the_table_names_the_classes(self):
         assert MaskCode(None, 255, COLORS).classes == ["sky", "road", "void"]
 
-    def test_an_unknown_colour(self):
-        with pytest.raises(DataError, match="m holds the colours #010203"):
+    def test_an_unknown_color(self):
+        with pytest.raises(DataError, match="m holds the colors #010203"):
             MaskCode(None, 255, COLORS).decode(self.picture([1, 2, 3]), "m")
 
     def test_a_palette_counts_by_its_indices(self):
@@ -153,12 +153,12 @@ class TestMaskCodes:
         ("arguments", "message"),
         [
             ((None, 255), "Name the `classes`"),
-            ((["a"], 255, COLORS), "no colour for the classes a"),
+            ((["a"], 255, COLORS), "no color for the classes a"),
             ((["a", "b"], 1), "is the class 'b'"),
             ((None, 255, {"a": [1, 2]}), "three numbers"),
             ((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name"),
         ],
-        ids=["nothing", "no colour", "ignored class", "short", "twice"],
+        ids=["nothing", "no color", "ignored class", "short", "twice"],
     )
     def test_wrong_tables(self, arguments, message):
         with pytest.raises(ConfigError, match=message):
@@ -267,8 +267,8 @@ class TestHub:
     def needs_datasets(self):
         pytest.importorskip("datasets")
 
-    def test_labels(self, labelled_rows):
-        data = loaded(HubImageDataModule(str(labelled_rows), check_files=True, **SIZE))
+    def test_labels(self, labeled_rows):
+        data = loaded(HubImageDataModule(str(labeled_rows), check_files=True, **SIZE))
         assert data.class_names == ["cat", "dog"]
         assert [len(data.splits[split]) for split in ("train", "val")] == [6, 2]
         assert data.splits["val"][1]["target"] == 1
@@ -283,13 +283,13 @@ class TestHub:
         expected = np.where(raw == 0, 255, raw.astype(int) - 1)
         assert np.array_equal(data.splits["val"][0]["target"].numpy(), expected)
 
-    def test_an_unknown_column(self, labelled_rows):
+    def test_an_unknown_column(self, labeled_rows):
         with pytest.raises(ConfigError, match="Did you mean 'image'"):
-            loaded(HubImageDataModule(str(labelled_rows), image_column="imag", **SIZE))
+            loaded(HubImageDataModule(str(labeled_rows), image_column="imag", **SIZE))
 
-    def test_an_unknown_split(self, labelled_rows):
+    def test_an_unknown_split(self, labeled_rows):
         with pytest.raises(ConfigError, match="Did you mean 'validation'"):
-            loaded(HubImageDataModule(str(labelled_rows), splits={"train": "train", "val": "validatio"}, **SIZE))
+            loaded(HubImageDataModule(str(labeled_rows), splits={"train": "train", "val": "validatio"}, **SIZE))
 
     def test_a_split_without_masks(self, masked_rows):
         from datasets import Dataset, load_from_disk

@@ -189,7 +189,7 @@ ERRORS = {
     "type without weights": (lambda: hf_vit(weights="pretrained"), "no weights of its own"),
     "weights": (lambda: tiny_vit(weights="pretraind"), "Did you mean 'pretrained'"),
     "packaged": (lambda: tiny_vit(weights="package:digit_classifier"), "Did you mean 'digits_classifier'"),
-    "normalisation": (lambda: ModelConfig("transformers", "vit", 3, "none", TINY_HF_VIT), "set `mean` and `std`"),
+    "normalization": (lambda: ModelConfig("transformers", "vit", 3, "none", TINY_HF_VIT), "set `mean` and `std`"),
 }
 
 

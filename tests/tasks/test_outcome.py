@@ -30,7 +30,7 @@ from lora_plugins.tasks import (
 from lora_plugins.tasks.export import main as export
 from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 from lora_plugins.tasks.predict import main as predict
-from lora_plugins.tasks.segmentation.colours import class_colours
+from lora_plugins.tasks.segmentation.colors import class_colors
 from lora_plugins.tasks.sliding import mask_probabilities
 
 from .conftest import noise, tiny_segformer, tiny_vit, write_image
@@ -146,7 +146,7 @@ class TestPrediction:
                 assert (mask.mode, mask.size) == ("P", (width, height))
                 assert len(np.unique(expected)) > 1
                 assert (np.asarray(mask) == expected).mean() > 0.999  # but for ties that a merge decides otherwise
-                assert mask.getpalette()[: 3 * len(task.class_names)] == class_colours(4).ravel().tolist()
+                assert mask.getpalette()[: 3 * len(task.class_names)] == class_colors(4).ravel().tolist()
             with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
                 assert (picture.mode, picture.size) == ("RGB", (width, height))
 

@@ -56,7 +56,7 @@ FOLDERS = {  # the file, the data it runs on, and what replaces the hub
 }
 HUB = {  # the file, the local data set in the hub's format, and what replaces the hub's model
     "food101_vit": (
-        "labelled_rows",
+        "labeled_rows",
         [
             "--model.init_args.model.name=vit",
             "--model.init_args.model.options={image_size: 16, patch_size: 4, hidden_size: 16, num_hidden_layers: 1, "

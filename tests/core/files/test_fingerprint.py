@@ -1,4 +1,4 @@
-"""Fingerprints: one weight is recognised through rounding, and no other weight is."""
+"""Fingerprints: one weight is recognized through rounding, and no other weight is."""
 
 import pytest
 import torch

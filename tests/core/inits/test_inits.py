@@ -125,7 +125,7 @@ class TestLoftQ:
     @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
     @pytest.mark.parametrize("bits", [2, 4, 8])
     @pytest.mark.parametrize(("r", "alpha"), [(1, 1.0), (4, 16.0), (8, 2.0)], ids=str)
-    def test_is_at_most_the_error_of_plain_quantisation(self, kind, bits, r, alpha):
+    def test_is_at_most_the_error_of_plain_quantization(self, kind, bits, r, alpha):
         error, plain, _ = self.run(kind, r, alpha, bits=bits)
         assert error <= plain * (1 + 1e-12)
 
@@ -166,7 +166,7 @@ class TestLoftQ:
         LoraModel(fresh).unload()
         assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in base.state_dict().items())
 
-    def test_disabling_gives_the_unquantised_base(self):
+    def test_disabling_gives_the_unquantized_base(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 8))
         x = torch.randn(3, 64)

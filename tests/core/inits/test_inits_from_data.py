@@ -88,7 +88,7 @@ def peft_eva(model, data, r=3, **options):
 
 
 class TestEvaAgainstPeft:
-    """One batch, in which PEFT's running decomposition is exact but for its randomised steps."""
+    """One batch, in which PEFT's running decomposition is exact but for its randomized steps."""
 
     @pytest.mark.parametrize("whiten", [False, True], ids=["plain", "whiten"])
     def test_directions(self, whiten):
@@ -145,7 +145,7 @@ def peft_lora_ga(model, data, **options):
 class TestLoraGaAgainstPeft:
     @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
     @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
-    @pytest.mark.parametrize("niter", [None, 4], ids=["exact", "randomised"])
+    @pytest.mark.parametrize("niter", [None, 4], ids=["exact", "randomized"])
     def test_factors_and_base(self, direction, scale, niter):
         model, data = mlp(), batches(3)
         theirs = peft_lora_ga(model, data, direction=direction, scale=scale)
@@ -155,7 +155,7 @@ class TestLoraGaAgainstPeft:
         for name, layer in theirs.items():
             own = model.get_submodule(name)
             # A singular vector has either sign, which A and B of different vectors do not share; and PEFT's
-            # randomised decomposition is exact to about 1e-3 in the smaller of the 2r singular values.
+            # randomized decomposition is exact to about 1e-3 in the smaller of the 2r singular values.
             for mine, peer, axis in (
                 (own.lora_A["default"].detach(), layer.lora_A["default"].weight.detach(), 1),
                 (own.lora_B["default"].detach(), layer.lora_B["default"].weight.detach(), 0),
@@ -163,7 +163,7 @@ class TestLoraGaAgainstPeft:
                 sign = (mine * peer).sum(axis, keepdim=True).sign()
                 ratio = mine.norm() / peer.norm()
                 # weight_svd divides by the largest singular value of a random weight, which has no gap to the next: a
-                # randomised decomposition without oversampling is off by up to 3 %.
+                # randomized decomposition without oversampling is off by up to 3 %.
                 assert ratio == pytest.approx(1, abs=0.03 if scale == "weight_svd" else 1e-3)
                 torch.testing.assert_close(mine, ratio * sign * peer, rtol=1e-3, atol=2e-3 * float(mine.abs().max()))
             # Either signs give the model its start back.

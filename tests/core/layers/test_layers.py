@@ -128,7 +128,7 @@ def test_dropout_acts_on_the_branch_in_training_only(case: LayerCase):
 @pytest.mark.parametrize("case", [case for case in LAYER_CASES if not case.dropout], ids=lambda case: case.id)
 def test_a_layer_that_cannot_drop_refuses(case: LayerCase):
     model = make(case)
-    with pytest.raises(TargetError, match=r"'layer'.*cannot honour dropout=0\.5"):
+    with pytest.raises(TargetError, match=r"'layer'.*cannot honor dropout=0\.5"):
         adapt(model, dropout=0.5)
     assert "_lora_model" not in model.__dict__
 
@@ -170,7 +170,7 @@ def test_embedding_options_together(sparse: bool, max_norm: float | None, scale:
         torch.testing.assert_close(first, second, **TIGHT)
 
 
-# Scaling by frequency, the frozen padding row and the renormalisation are, by design, not derivatives of the output.
+# Scaling by frequency, the frozen padding row and the renormalization are, by design, not derivatives of the output.
 NOT_A_DERIVATIVE = {"embedding-scale_grad", "embedding-padding", "embedding-max_norm"}
 
 

@@ -136,7 +136,7 @@ class TestRanks:
         }
         assert all(layer.scaling == layer.alpha / layer.r for layer in found.layers)
 
-    def test_rank_stabilised_scaling(self, swin):
+    def test_rank_stabilized_scaling(self, swin):
         found = plan(swin, target_modules=["qkv"], r=4, alpha=6, use_rslora=True, rank_pattern={"layers.1": 9})
         assert {(layer.r, layer.scaling) for layer in found.layers} == {(4, 6 / math.sqrt(4)), (9, 6 / math.sqrt(9))}
 

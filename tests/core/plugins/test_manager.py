@@ -94,7 +94,7 @@ def raising(error):
 
 
 BROKEN = {
-    "raises": plugin(lora_plugins_register_inits=raising(RuntimeError("no licence server"))),
+    "raises": plugin(lora_plugins_register_inits=raising(RuntimeError("no license server"))),
     "registers a class": plugin(lora_plugins_register_inits=lambda registrar: registrar.add(ZeroInit)),
     "registers a nameless one": registers(type("Nameless", (ZeroInit,), {"name": ""})()),
     "registers a layer of no class": registers(type("Odd", (BilinearPlugin,), {"module_type": 5})()),
@@ -152,16 +152,16 @@ class TestBrokenPlugins:
     def test_a_model_is_untouched_by_a_missing_init(self, untouched):
         model = nn.Sequential(nn.Linear(2, 2))
         registry = build_registry([("broken", BROKEN["raises"])])
-        with untouched(model), pytest.raises(PluginError, match="no licence server"):
+        with untouched(model), pytest.raises(PluginError, match="no license server"):
             LoraModel(model, LoraConfig(init="zero"), registry=registry)
 
     def test_a_targeted_layer_that_nobody_adapts_names_it_with_its_error_as_cause(self):
         model = nn.ModuleDict({"pair": nn.Bilinear(2, 2, 2), "other": nn.Linear(2, 2)})
         registry = build_registry([("broken", BROKEN["raises"])])
         for targets in (["pair"], ".*"):
-            with pytest.raises(TargetError, match=r"pair.*'broken' of \(given in code\).*no licence") as caught:
+            with pytest.raises(TargetError, match=r"pair.*'broken' of \(given in code\).*no license") as caught:
                 LoraModel(model, LoraConfig(target_modules=targets), registry=registry)
-            assert str(caught.value.__cause__) == "no licence server"
+            assert str(caught.value.__cause__) == "no license server"
 
 
 class TestHookNames:
@@ -275,8 +275,8 @@ class TestFiles:
         assert type(first) is type(second)
 
     def test_one_that_fails_was_asked_for(self, tmp_path):
-        (tmp_path / "bad.py").write_text("raise RuntimeError('no licence server')")
-        with pytest.raises(PluginError, match=r"'bad' of .*bad\.py.*no licence server") as caught:
+        (tmp_path / "bad.py").write_text("raise RuntimeError('no license server')")
+        with pytest.raises(PluginError, match=r"'bad' of .*bad\.py.*no license server") as caught:
             build_registry(files=[tmp_path / "bad.py"])
         assert isinstance(caught.value.__cause__, RuntimeError)
 
