@@ -7,11 +7,12 @@ Three lines adapt a model in place:
     lora.merge_and_unload()
 
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
-register layer types (`LayerPlugin`) or inits (`InitPlugin`); see `lora_plugins.plugins.hookspecs`.
+register layer types (`LayerPlugin`), inits (`InitPlugin`) or variants (`VariantPlugin`); see
+`lora_plugins.plugins.hookspecs`.
 """
 
-from lora_plugins.adapter.calibration import InitData, Observations, observe
-from lora_plugins.config import LoraConfig
+from lora_plugins.adapter import Calibration, InitData, calibrate
+from lora_plugins.config import LayerSettings, LoraConfig
 from lora_plugins.errors import (
     AdapterFileError,
     ConfigError,
@@ -21,16 +22,45 @@ from lora_plugins.errors import (
     StateError,
     TargetError,
 )
+from lora_plugins.files import PackedAdapter
+from lora_plugins.merge import MergedWeight, MergeReport
 from lora_plugins.model import LoraModel
-from lora_plugins.plan.plan import Plan
-from lora_plugins.plugins.hookspecs import hookimpl
-from lora_plugins.plugins.init import InitContext, InitPlugin, InputMoments, Observed, RankRequest
-from lora_plugins.plugins.layer import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot, Term
-from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.plugins.variant import VariantPlugin
+from lora_plugins.plan import Plan
+from lora_plugins.plugins import (
+    INITS,
+    LAYERS,
+    VARIANTS,
+    ColumnMajorPlugin,
+    InitContext,
+    InitPlugin,
+    InitRegistrar,
+    InputMoments,
+    LayerPlugin,
+    LayerRegistrar,
+    Owned,
+    PlannedLayer,
+    PluginInfo,
+    PluginKind,
+    RankRequest,
+    Registry,
+    RowMajorPlugin,
+    Slot,
+    SlotCalibration,
+    StackedAdapters,
+    Term,
+    Tie,
+    VariantPlugin,
+    VariantRegistrar,
+    build_registry,
+    hookimpl,
+)
 
 __all__ = [
+    "INITS",
+    "LAYERS",
+    "VARIANTS",
     "AdapterFileError",
+    "Calibration",
     "ColumnMajorPlugin",
     "ConfigError",
     "InitContext",
@@ -40,21 +70,33 @@ __all__ = [
     "InputMoments",
     "LayerPlugin",
     "LayerRegistrar",
+    "LayerSettings",
     "LoraConfig",
     "LoraError",
     "LoraModel",
     "MergeError",
-    "Observations",
-    "Observed",
+    "MergeReport",
+    "MergedWeight",
+    "Owned",
+    "PackedAdapter",
     "Plan",
+    "PlannedLayer",
     "PluginError",
+    "PluginInfo",
+    "PluginKind",
     "RankRequest",
+    "Registry",
     "RowMajorPlugin",
     "Slot",
+    "SlotCalibration",
+    "StackedAdapters",
     "StateError",
     "TargetError",
     "Term",
+    "Tie",
     "VariantPlugin",
+    "VariantRegistrar",
+    "build_registry",
+    "calibrate",
     "hookimpl",
-    "observe",
 ]

@@ -1,6 +1,7 @@
 """The configuration of one adapter."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,31 @@ class LoraConfig:
             if key not in fields:
                 raise ConfigError(f"LoraConfig has no field {key!r}. {near(key, fields)}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a config comes to for one layer.
+
+    Args:
+        r: Rank.
+        alpha: Numerator of the scaling.
+        scaling: Factor of `B @ A`.
+        dropout: Probability of dropping an element of the branch's input during training.
+        low_memory: Whether the branch computes its input again in the backward where it can.
+    """
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    low_memory: bool
+
+    @classmethod
+    def of(cls, config: LoraConfig, r: int, alpha: float) -> "LayerSettings":
+        """Returns the settings of a layer with a rank and an alpha of its own."""
+        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        return cls(r, alpha, scaling, config.dropout, config.memory == "low")
 
 
 Check = Callable[[str, Any], None]

@@ -4,42 +4,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from lora_plugins.adapter.attach import (
-    AdapterContent,
-    attach,
-    changed_bases,
-    detach,
-    initialize,
-    trained_values,
-    with_own_tensors,
-)
-from lora_plugins.adapter.calibration import InitData, Observations, allocated, observe
-from lora_plugins.adapter.combine import combine
-from lora_plugins.adapter.mixed_batch import mixed
-from lora_plugins.adapter.state import (
-    Adapter,
+from lora_plugins.adapter import (
+    Calibration,
+    InitData,
     ModelState,
-    adapted_layers,
-    apply_state,
+    add,
+    allocated,
     base_in_place,
-    close_state,
+    calibrate,
+    check_new,
+    combine,
+    delete,
+    initialize,
+    mixed_batch,
     model_state,
-    open_state,
+    set_active,
+    strip,
     without_adapters,
 )
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
-from lora_plugins.files import folder as files
-from lora_plugins.inplace.layer import state_of
-from lora_plugins.merge import merge
-from lora_plugins.merge.merge import DEFAULT_MAX_ERROR, MergeReport
-from lora_plugins.merge.merge_and_unload import leave, merge_for_good
-from lora_plugins.plan.plan import Plan
-from lora_plugins.plan.planner import make_plan
-from lora_plugins.plugins.init import Observed
-from lora_plugins.plugins.registry import Registry
+from lora_plugins.files import PackedAdapter, pack, read, rebuilt_bases, saved_name, unpack, write
+from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
+from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plugins import Registry, SlotCalibration
 
 
 class LoraModel:
@@ -78,7 +68,7 @@ class LoraModel:
         adapter_name: str = "default",
         *,
         registry: Registry | None = None,
-        init_data: InitData | Observations | None = None,
+        init_data: InitData | Calibration | None = None,
     ) -> None:
         self.model = model
         self._registry = registry
@@ -117,7 +107,7 @@ class LoraModel:
         return self._state.merged
 
     def add_adapter(
-        self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Observations | None = None
+        self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
         """Adds an adapter. The first one becomes active and trainable; a later one waits for `set_adapter`.
 
@@ -133,11 +123,10 @@ class LoraModel:
         """
         with self._adding(adapter_name):
             plan = make_plan(self.model, config, self._registry)
-        observed = self._observed(plan, init_data)
-        plan = allocated(plan, observed)
+        calibration = self._calibrated(plan, init_data)
+        plan = allocated(plan, calibration)
         with self._adding(adapter_name):
-            content = initialize(self.model, plan, observed)
-            self._attach(adapter_name, plan, content)
+            add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
 
     def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Makes one or several adapters active, and no other; the updates of several add up.
@@ -149,14 +138,7 @@ class LoraModel:
         Raises:
             StateError: If a name is unknown, something is merged, or two adapters trained the same head or bias.
         """
-        names = _names(adapter_names)
-        state = self._state
-        state.refuse_merged("Changing the active adapter")
-        for name in names:
-            state.adapter(name)
-        state.values.check(names)
-        state.active, state.trainable = names, trainable
-        apply_state(self.model, state)
+        set_active(self.model, self._state, _names(adapter_names), trainable=trainable)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[nn.Module]:
@@ -166,7 +148,7 @@ class LoraModel:
             StateError: If something is merged.
         """
         state = self._state
-        state.refuse_merged("Disabling adapters")
+        state.check("disable_adapter")
         with without_adapters(self.model, state):
             yield self.model
 
@@ -191,7 +173,7 @@ class LoraModel:
             ...     model(torch.ones(3, 4)).shape
             torch.Size([3, 2])
         """
-        with mixed(self.model, self._state, tuple(adapter_names)):
+        with mixed_batch(self.model, self._state, tuple(adapter_names)):
             yield self.model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -202,18 +184,11 @@ class LoraModel:
         """
         state = self._state
         state.adapter(adapter_name)
-        state.refuse_merged("Deleting an adapter")
+        state.check("delete_adapter")
         if len(state.adapters) == 1:
             self.unload()
-            return
-        state.active = tuple(name for name in state.active if name != adapter_name)
-        apply_state(self.model, state)
-        state.values.release(self.model, adapter_name)
-        for layer in adapted_layers(self.model).values():
-            layer_state = state_of(layer)
-            if layer_state is not None and adapter_name in layer_state.adapters:
-                detach(layer, adapter_name)
-        del state.adapters[adapter_name]
+        else:
+            delete(self.model, state, adapter_name)
 
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
@@ -232,10 +207,8 @@ class LoraModel:
                 merged then.
             StateError: If an adapter is unknown, not active, or merged already.
         """
-        state = self._state
-        state.refuse_leaving("Merging for now")
         names = _names(adapter_names) if adapter_names is not None else self._unmerged()
-        return merge.merge(self.model, state, names, max_error)
+        return merge(self.model, self._state, names, max_error)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged updates out of the weights again, bit for bit.
@@ -243,22 +216,15 @@ class LoraModel:
         Raises:
             StateError: If nothing is merged.
         """
-        self._state.refuse_leaving("Unmerging")
-        if not self._state.merged:
-            raise StateError("Nothing is merged.")
-        merge.unmerge(self.model, self._state)
+        unmerge(self.model, self._state)
 
     def unload(self) -> nn.Module:
         """Removes all adapters and returns the model as it was before, bit for bit."""
         state = self._state
-        state.refuse_leaving("Unloading")
+        state.check("unload")
         if state.merged:
-            merge.unmerge(self.model, state)
-        state.active = ()
-        apply_state(self.model, state)
-        for layer in adapted_layers(self.model).values():
-            leave(layer)
-        close_state(self.model)
+            unmerge(self.model, state)
+        strip(self.model, state)
         return self.model
 
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
@@ -271,7 +237,7 @@ class LoraModel:
         Raises:
             MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way.
         """
-        merge_for_good(self.model, self._state, max_error)
+        merge_and_unload(self.model, self._state, max_error)
         return self.model
 
     def add_weighted_adapter(
@@ -300,7 +266,7 @@ class LoraModel:
         """
         with self._adding(adapter_name):
             result = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
-            self._attach(adapter_name, result.plan, result.content, result.values)
+            add(self.model, adapter_name, result.plan, result.content, result.values)
         return result.relative_error
 
     def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
@@ -317,13 +283,13 @@ class LoraModel:
             StateError: If something is merged, or no name is given and not exactly one adapter is active.
         """
         state = self._state
-        state.refuse_merged("Saving an adapter")
+        state.check("save_adapter")
         if adapter_name is None:
             if len(state.active) != 1:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
             (adapter_name,) = state.active
         state.adapter(adapter_name)
-        return files.write(Path(path), files.pack(self.model, state, adapter_name, self._registry))
+        return write(Path(path), pack(self.model, state, adapter_name, self._registry))
 
     @classmethod
     def load_adapter(
@@ -348,13 +314,13 @@ class LoraModel:
         Raises:
             AdapterFileError: If the folder is damaged or belongs to another model. The model is untouched.
         """
-        return cls.load_packed(model, files.read(Path(path)), adapter_name, registry=registry)
+        return cls.load_packed(model, read(Path(path)), adapter_name, registry=registry)
 
     @classmethod
     def load_packed(
         cls,
         model: nn.Module,
-        packed: files.PackedAdapter,
+        packed: PackedAdapter,
         adapter_name: str | None = None,
         *,
         registry: Registry | None = None,
@@ -362,18 +328,18 @@ class LoraModel:
         """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry
-        name = files.saved_name(packed) if adapter_name is None else adapter_name
+        name = saved_name(packed) if adapter_name is None else adapter_name
         with handle._adding(name):
-            unpacked = files.unpack(model, packed, handle._registry)
-            changed = files.rebuilt_bases(model, unpacked, packed)
-            handle._attach(name, unpacked.plan, unpacked.content, unpacked.values, changed)
+            unpacked = unpack(model, packed, handle._registry)
+            changed = rebuilt_bases(model, unpacked, packed)
+            add(model, name, unpacked.plan, unpacked.content, unpacked.values, changed)
         return handle
 
-    def pack(self, adapter_name: str) -> files.PackedAdapter:
+    def pack(self, adapter_name: str) -> PackedAdapter:
         """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes."""
-        self._state.refuse_merged("Saving an adapter")
+        self._state.check("save_adapter")
         self._state.adapter(adapter_name)
-        return files.pack(self.model, self._state, adapter_name, self._registry)
+        return pack(self.model, self._state, adapter_name, self._registry)
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many, in the form that PEFT made usual."""
@@ -395,19 +361,15 @@ class LoraModel:
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:
         """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
-        if not files.ADAPTER_NAME.fullmatch(adapter_name):
-            raise ConfigError(f"{adapter_name!r} cannot name an adapter: use letters, digits, '_' and '-'.")
         state = model_state(self.model)
+        check_new(state, adapter_name)
         if state is None:
             yield
             return
-        state.refuse_merged("Adding an adapter")
-        if adapter_name in state.adapters:
-            raise ConfigError(f"The model has an adapter {adapter_name!r} already. Delete it, or choose another name.")
         with base_in_place(self.model, state):
             yield
 
-    def _observed(self, plan: Plan, data: InitData | Observations | None) -> Mapping[tuple[str, str], Observed]:
+    def _calibrated(self, plan: Plan, data: InitData | Calibration | None) -> Mapping[tuple[str, str], SlotCalibration]:
         if plan.init.needs is None:
             return {}
         if data is None:
@@ -416,35 +378,8 @@ class LoraModel:
                 "config, init_data=InitData(loader)). LoraCallback takes them from the training batches by itself, and "
                 "a saved adapter needs none: LoraModel.load_adapter(model, path)."
             )
-        observations = observe(self.model, plan, data) if isinstance(data, InitData) else data
-        return observations.of(plan)
-
-    def _attach(
-        self,
-        name: str,
-        plan: Plan,
-        content: AdapterContent,
-        values: Mapping[str, Tensor] | None = None,
-        changed: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Puts a finished adapter on the model; everything that can fail happens before the first change."""
-        if plan.init.changes_base:
-            merge.refuse_shared(self.model, plan.weights())
-        if changed is None:
-            changed = changed_bases(self.model, plan, content)
-            content = with_own_tensors(self.model, plan, content, changed)
-        own = trained_values(self.model, plan)
-        # A saved value takes the type that training has on this model, which may be another than where it was saved.
-        own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
-        state = open_state(self.model)
-        first = not state.adapters
-        attach(self.model, plan, name, content)
-        recipes = {key: dict(tensors.recipe) for key, tensors in content.items()}
-        state.adapters[name] = Adapter(plan, recipes)
-        state.values.claim(self.model, name, own)
-        if first:
-            state.active = (name,)
-        apply_state(self.model, state)
+        calibration = calibrate(self.model, plan, data) if isinstance(data, InitData) else data
+        return calibration.of(plan)
 
 
 def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lora_plugins.files.folder import MANIFEST, replace_file
+from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks.data import VisionDataModule
+from lora_plugins.utils import replace_file
 
 if TYPE_CHECKING:
     from lora_plugins.tasks.base import VisionTask

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
-from lora_plugins.files.folder import MANIFEST
+from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 from lora_plugins.integrations.lightning.loading import read
 from lora_plugins.tasks.base import VisionTask

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from lora_plugins import LoraConfig
-from lora_plugins.inplace.frozen_norm import freeze, has_statistics
+from lora_plugins.inplace import freeze, has_statistics
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
     ImageClassificationTask,

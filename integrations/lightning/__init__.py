@@ -8,7 +8,7 @@ missing.
 
 from typing import TYPE_CHECKING
 
-from lora_plugins.utils.lazy import lazily
+from lora_plugins.utils import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, StateError
-from lora_plugins.adapter.state import model_state
+from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
-from lora_plugins.inplace.layer import state_of
+from lora_plugins.inplace import state_of
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 
 
@@ -30,7 +30,7 @@ def target_of(module: nn.Module, path: str | None) -> nn.Module:
     return cast(nn.Module, found[path])
 
 
-def add(target: nn.Module, name: str, config: LoraConfig, data: Observations | None) -> None:
+def add(target: nn.Module, name: str, config: LoraConfig, data: Calibration | None) -> None:
     """Adds an adapter, active beside those that are there.
 
     Raises:

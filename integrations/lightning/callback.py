@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
-from lora_plugins.adapter.state import model_state
+from lora_plugins.adapter import model_state
 from lora_plugins.errors import near
-from lora_plugins.files.folder import PackedAdapter, write
+from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning import adapting, from_data, optimizers, sharded
 from lora_plugins.integrations.lightning.audit import Audit
 from lora_plugins.integrations.lightning.heads import with_heads

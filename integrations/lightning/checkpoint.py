@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraError, LoraModel
-from lora_plugins.adapter.attach import adapter_tensors
-from lora_plugins.adapter.state import ModelState, model_state
+from lora_plugins.adapter import ModelState, adapter_tensors, model_state
 from lora_plugins.errors import listing
-from lora_plugins.files.fingerprint import same
-from lora_plugins.files.folder import PackedAdapter
-from lora_plugins.inplace.modules import model_modules, own_tensors
+from lora_plugins.files import PackedAdapter, same
+from lora_plugins.inplace import model_modules, own_tensors
 from lora_plugins.integrations.lightning.names import names_in, plain_name, renamed
 
 KEY = "lora_plugins"

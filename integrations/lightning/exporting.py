@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
-from lora_plugins.files.folder import replace_file
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 from lora_plugins.integrations.lightning.loading import load_from_checkpoint, read
 from lora_plugins.integrations.lightning.merging import plain_state_dict, write_safetensors
+from lora_plugins.utils import replace_file
 
 _KEPT = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
 """Entries of a checkpoint that still hold after a merge; optimizers and loops belong to the adapter's training."""

@@ -19,12 +19,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, Observations, StateError, observe
-from lora_plugins.adapter.attach import run_seed
+from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, StateError, calibrate
 from lora_plugins.integrations.lightning.sharded import is_sharded
 from lora_plugins.integrations.lightning.shims import ModuleShims
-from lora_plugins.plugins.manager import registry_of
-from lora_plugins.utils.randomness import own_randomness
+from lora_plugins.plugins import INITS, registry_of
+from lora_plugins.utils import own_randomness, run_seed
 
 
 def learns(config: LoraConfig) -> bool:
@@ -33,7 +32,7 @@ def learns(config: LoraConfig) -> bool:
     Raises:
         PluginError: If there is no such init.
     """
-    return registry_of(config).init(config.init).needs is not None
+    return registry_of(config).get(INITS, config.init).needs is not None
 
 
 def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> ModuleShims:
@@ -61,7 +60,7 @@ def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Calla
 
 def observed(
     trainer: Trainer, module: LightningModule, target: str | None, config: LoraConfig, limit: int
-) -> Observations:
+) -> Calibration:
     """Observes the first training batches; the module, the trainer and random numbers are as before.
 
     Args:
@@ -98,7 +97,7 @@ def observed(
 
     try:
         with _quiet(trainer), _train_batches(trainer) as loader:
-            return observe(adapted, plan, InitData(loader, step, limit))
+            return calibrate(adapted, plan, InitData(loader, step, limit))
     except Exception as error:
         error.add_note(
             f"This happened while the init {config.init!r} was shown training batches, on a copy of the module and "

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from lora_plugins.cli.pipes import ending_quietly
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
-from lora_plugins.plugins.discovery import DISTRIBUTION
+from lora_plugins.plugins import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""

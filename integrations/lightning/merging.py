@@ -10,11 +10,11 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter.state import adapted_layers, base_in_place, model_state
+from lora_plugins.adapter import adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
-from lora_plugins.files.folder import PackedAdapter, replace_file
-from lora_plugins.inplace.layer import layer_state, weight_names
-from lora_plugins.inplace.modules import full_name, own_tensor
+from lora_plugins.files import PackedAdapter
+from lora_plugins.inplace import full_name, layer_state, own_tensor
+from lora_plugins.utils import replace_file
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def refuse_computed(target: nn.Module) -> None:
     computed = [
         name
         for name, layer in adapted_layers(target).items()
-        if any(weight not in layer._parameters for weight in weight_names(layer_state(layer)))
+        if any(weight not in layer._parameters for weight in layer_state(layer).weight_names)
     ]
     if computed:
         raise StateError(

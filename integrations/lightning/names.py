@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.files.folder import PackedAdapter
+from lora_plugins.files import PackedAdapter
 
 _WRAPPED = "_orig_mod"
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule
 
-from lora_plugins.inplace.frozen_norm import FrozenNorm
+from lora_plugins.inplace import FrozenNorm
 
 
 @contextmanager

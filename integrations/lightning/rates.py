@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_plugins import ConfigError, StateError
-from lora_plugins.adapter.attach import adapter_tensors
+from lora_plugins.adapter import adapter_tensors
 from lora_plugins.integrations.lightning.checkpoint import adapted_targets
 from lora_plugins.integrations.lightning.optimizers import leaves
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraError, LoraModel, StateError
 from lora_plugins.errors import listing
-from lora_plugins.files.folder import PackedAdapter
+from lora_plugins.files import PackedAdapter
 from lora_plugins.integrations.lightning.checkpoint import KEY, check, frozen_keys, reading, state_key
 from lora_plugins.integrations.lightning.names import plain_name
 

@@ -1,4 +1,67 @@
-"""Adapters on a model: putting them on and taking them off, and the state they leave the model in.
+"""Adapters on a model: the state they leave it in, and what changes that state.
 
-Data for inits that learn, mixed batches and combinations of adapters are here too.
+`lifecycle` is the table of which call is allowed when. Data for inits that learn, mixed batches and combinations of
+adapters are here too.
 """
+
+from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
+from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
+from lora_plugins.adapter.combine import COMBINATIONS, Combination, combine
+from lora_plugins.adapter.content import (
+    AdapterContent,
+    SlotTensors,
+    changed_bases,
+    factor_dtype,
+    initialize,
+    slot_matrix,
+)
+from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
+from lora_plugins.adapter.mixed_batch import mixed_batch
+from lora_plugins.adapter.sharing import check_shared
+from lora_plugins.adapter.state import (
+    Adapter,
+    ModelState,
+    adapted_layers,
+    apply_state,
+    base_in_place,
+    close_state,
+    model_state,
+    without_adapters,
+)
+from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_new, delete, set_active, strip
+
+__all__ = [
+    "ADAPTER_NAME",
+    "CALLS",
+    "COMBINATIONS",
+    "CONDITIONS",
+    "Adapter",
+    "AdapterContent",
+    "Calibration",
+    "Combination",
+    "InitData",
+    "ModelState",
+    "SlotTensors",
+    "adapted_layers",
+    "adapter_parameters",
+    "adapter_tensors",
+    "add",
+    "allocated",
+    "apply_state",
+    "base_in_place",
+    "calibrate",
+    "changed_bases",
+    "check_new",
+    "check_shared",
+    "close_state",
+    "combine",
+    "delete",
+    "factor_dtype",
+    "initialize",
+    "mixed_batch",
+    "model_state",
+    "set_active",
+    "slot_matrix",
+    "strip",
+    "without_adapters",
+]

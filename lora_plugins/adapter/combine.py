@@ -21,16 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.attach import SlotTensors, slots
+from lora_plugins.adapter.content import SlotTensors
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, near
-from lora_plugins.inits.factors import low_rank
-from lora_plugins.inplace.layer import factors
-from lora_plugins.plan.plan import Plan, PlannedLayer
-from lora_plugins.plan.planner import make_plan
-from lora_plugins.plugins.registry import Registry
-from lora_plugins.plugins.variant import PLAIN
+from lora_plugins.inplace import factors
+from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
+from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
+from lora_plugins.utils import low_rank
 
 Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 """Computes one update `(out, in)` from updates `(n, out, in)`, weights `(n, 1, 1)`, a density and a generator."""
@@ -121,7 +119,7 @@ def combine(
     error = 0.0
     layers: dict[str, PlannedLayer] = {}
     for source in sources:
-        for layer, slot, _ in slots(source):
+        for layer, slot, _ in source.slots():
             first = layers.setdefault(layer.name, layer)
             if first.slots != layer.slots:
                 raise ConfigError(f"The adapters have different parts of {layer.name!r}; they cannot be combined.")
@@ -213,13 +211,13 @@ def _config(
     return LoraConfig(
         r=max(ranks.values()),
         alpha=float(max(ranks.values())),
-        target_modules="|".join(sorted(_escaped(name) for name in targets)),
+        target_modules="|".join(sorted(exact_expression(name) for name in targets)),
         bias=next((bias for bias in ("all", "lora_only") if bias in biases), "none"),
         modules_to_save=sorted({name for config in configs for name in config.modules_to_save}),
-        rank_pattern=dict(ranks),
-        alpha_pattern={name: float(rank) for name, rank in ranks.items()},
+        rank_pattern={exact_pattern(name): rank for name, rank in ranks.items()},
+        alpha_pattern={exact_pattern(name): float(rank) for name, rank in ranks.items()},
         fused_parts={
-            name: [slot.part for slot in layer.slots]
+            exact_pattern(name): [slot.part for slot in layer.slots]
             for name, layer in layers.items()
             if any(slot.rows is not None for slot in layer.slots)
         },
@@ -229,14 +227,10 @@ def _config(
     )
 
 
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
 def _padded(results: Mapping[tuple[str, str], tuple[Tensor, Tensor]], plan: Plan) -> dict[tuple[str, str], SlotTensors]:
     """Gives all slots of a layer one rank, by zeros."""
     content: dict[tuple[str, str], SlotTensors] = {}
-    for layer, slot, _ in slots(plan):
+    for layer, slot, _ in plan.slots():
         A, B = results[layer.name, slot.suffix]
         extra = layer.r - A.shape[0]
         A = torch.nn.functional.pad(A, (0, 0, 0, extra))
@@ -254,7 +248,7 @@ def _values(
         owned = [
             (state.values.value(model, adapter, name), weight)
             for adapter, weight in zip(adapters, weights, strict=True)
-            if name in state.values.values.get(adapter, {})
+            if name in state.values.of(adapter)
         ]
         if not owned:
             continue

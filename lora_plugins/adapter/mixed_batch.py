@@ -5,15 +5,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lora_plugins.adapter.attach import activate
-from lora_plugins.adapter.state import ModelState, adapted_layers, apply_state
+from lora_plugins.adapter.state import Block, ModelState, adapted_layers, block
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace.layer import layer_state
-from lora_plugins.plugins.layer import LayerPlugin
+from lora_plugins.inplace import layer_state
+from lora_plugins.plugins import LayerPlugin
 
 
 @contextmanager
-def mixed(model: nn.Module, state: ModelState, rows: tuple[str | None, ...]) -> Iterator[None]:
+def mixed_batch(model: nn.Module, state: ModelState, rows: tuple[str | None, ...]) -> Iterator[None]:
     """Gives each row of a batch its adapter for the time of the block.
 
     Args:
@@ -24,27 +23,19 @@ def mixed(model: nn.Module, state: ModelState, rows: tuple[str | None, ...]) -> 
     Raises:
         StateError: If that is not possible; the model is untouched.
     """
+    state.check("mixed_batch")
     names = tuple(dict.fromkeys(name for name in rows if name is not None))
     _check(model, state, names)
-    try:
-        state.values.activate(model, ())
-        for layer in adapted_layers(model).values():
-            activate(layer, names)
-            layer_state(layer).rows = rows
+    with block(model, state, Block("mixed_batch", names, rows)):
         yield
-    finally:
-        for layer in adapted_layers(model).values():
-            layer_state(layer).rows = None
-        apply_state(model, state)
 
 
 def _check(model: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
-    state.refuse_merged("Mixing adapters in one batch")
     if model.training:
         raise StateError("Mixing adapters in one batch is for inference. Call model.eval() first.")
     for name in names:
         state.adapter(name)
-        if own := state.values.values.get(name):
+        if own := state.values.of(name):
             raise StateError(
                 f"The adapter {name!r} has its own values of {listing(own)}, which all rows of a batch share. "
                 "Run one batch for each adapter, with set_adapter."
@@ -53,8 +44,8 @@ def _check(model: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
         name
         for name, layer in adapted_layers(model).items()
         for adapter in names
-        if (spec := layer_state(layer).adapters.get(adapter)) is not None
-        and (spec.variant or spec.branch_use != "always" or type(spec.plugin).mixed is LayerPlugin.mixed)
+        if (planned := layer_state(layer).adapters.get(adapter)) is not None
+        and (planned.variant or planned.branch_use != "always" or type(planned.plugin).mixed is LayerPlugin.mixed)
     ]
     if unable:
         raise StateError(

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.modules import own_tensor
+from lora_plugins.inplace import own_tensor
 
 
 @dataclass
-class InPlaceValues:
+class OwnedTensors:
     """Who owns which value of which tensor.
 
     Args:
@@ -35,6 +35,10 @@ class InPlaceValues:
                 self.base[name] = own_tensor(model, name).data
         self.values[adapter] = dict(values)
 
+    def of(self, adapter: str) -> Mapping[str, Tensor]:
+        """Returns the values of an adapter by full name; one that is in place is stale, see `value`."""
+        return self.values.get(adapter, {})
+
     def check(self, adapters: Iterable[str]) -> None:
         """Refuses adapters that cannot be active together.
 
@@ -43,7 +47,7 @@ class InPlaceValues:
         """
         owners: dict[str, str] = {}
         for adapter in adapters:
-            for name in self.values.get(adapter, {}):
+            for name in self.of(adapter):
                 other = owners.setdefault(name, adapter)
                 if other != adapter:
                     raise StateError(
@@ -53,7 +57,7 @@ class InPlaceValues:
 
     def activate(self, model: nn.Module, adapters: Iterable[str]) -> None:
         """Puts the values of these adapters in place, and the base's value of every other tensor."""
-        wanted = {name: adapter for adapter in adapters for name in self.values.get(adapter, {})}
+        wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         for name, base in self.base.items():
             present, owner = self.owner.get(name), wanted.get(name)
             if present == owner:

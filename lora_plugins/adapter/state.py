@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_tensors
-from lora_plugins.adapter.owned_tensors import InPlaceValues
+from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
+from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.errors import StateError, listing, near
-from lora_plugins.inplace.frozen_norm import freeze, thaw
-from lora_plugins.inplace.layer import state_of
-from lora_plugins.inplace.modules import model_modules, own_tensors
-from lora_plugins.plan.plan import Plan
+from lora_plugins.inplace import freeze, model_modules, own_tensors, state_of, thaw
+from lora_plugins.plan import Plan
 
 MODEL_STATE = "_lora_model"
 """Attribute of an adapted model that holds its `ModelState`."""
@@ -35,6 +34,21 @@ class Adapter:
     fingerprints: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Block:
+    """What acts inside a `with` block, in place of the active adapters.
+
+    Args:
+        call: The call that opened it.
+        adapters: Names of the adapters that act.
+        rows: The adapter of each row of a mixed batch; None where all rows have all of them.
+    """
+
+    call: str
+    adapters: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+
+
 @dataclass
 class ModelState:
     """All adapters of a model and which of them act.
@@ -48,6 +62,7 @@ class ModelState:
         values: The model's own tensors that depend on the active adapter.
         requires_grad: Which parameters of the untouched model required a gradient.
         leaving: Whether a merge for good has begun: some layers may have left already.
+        blocks: The `with` blocks that are open, the innermost last.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -55,9 +70,14 @@ class ModelState:
     merged: tuple[str, ...] = ()
     trainable: bool = True
     kept: dict[str, Tensor] = field(default_factory=dict)
-    values: InPlaceValues = field(default_factory=InPlaceValues)
+    values: OwnedTensors = field(default_factory=OwnedTensors)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     leaving: bool = False
+    blocks: tuple[Block, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check("copy")
+        return self.__dict__
 
     def adapter(self, name: str) -> Adapter:
         """Returns an adapter by name.
@@ -69,34 +89,36 @@ class ModelState:
             raise StateError(f"The model has no adapter {name!r}. {near(name, self.adapters)}")
         return self.adapters[name]
 
-    def refuse_merged(self, doing: str) -> None:
-        """Raises a StateError if something is merged.
+    @property
+    def acting(self) -> Block:
+        """What acts now: the innermost block, or else the active adapters that are not merged."""
+        unmerged = tuple(name for name in self.active if name not in self.merged)
+        return self.blocks[-1] if self.blocks else Block("", unmerged)
+
+    def check(self, call: str) -> None:
+        """Consults the table of calls.
 
         Args:
-            doing: What is not possible then, for the message.
-        """
-        self.refuse_leaving(doing)
-        if self.merged:
-            raise StateError(
-                f"{doing} is not possible while {listing(self.merged)} is merged. Call unmerge_adapter() first."
-            )
+            call: Name of the call, as `lifecycle.CALLS` has it.
 
-    def refuse_leaving(self, doing: str) -> None:
-        """Raises a StateError if a merge for good was stopped in the middle.
-
-        Args:
-            doing: What is not possible then, for the message.
+        Raises:
+            StateError: If the call is refused in the model's state.
         """
-        if self.leaving:
-            raise StateError(
-                f"{doing} is not possible: merge_and_unload() was stopped when some layers were merged for good. Call "
-                "it again to merge the others."
-            )
+        holds: Mapping[Condition, bool] = {
+            "leaving": self.leaving,
+            "in a block": bool(self.blocks),
+            "merged": bool(self.merged),
+        }
+        for condition, message in CONDITIONS.items():
+            if holds[condition] and condition in CALLS[call].refused:
+                block = f"{self.blocks[-1].call}()" if self.blocks else ""
+                raise StateError(message.format(doing=CALLS[call].doing, block=block, merged=listing(self.merged)))
 
 
 def model_state(model: nn.Module) -> ModelState | None:
     """Returns the adapters of a model; None if it has none."""
-    return cast(ModelState | None, model.__dict__.get(MODEL_STATE))
+    state: ModelState | None = model.__dict__.get(MODEL_STATE)
+    return state
 
 
 def open_state(model: nn.Module) -> ModelState:
@@ -107,7 +129,7 @@ def open_state(model: nn.Module) -> ModelState:
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
         model.register_load_state_dict_pre_hook(_accept_base_checkpoint)  # type: ignore[no-untyped-call]
-        model.register_forward_pre_hook(_refuse_training_while_merged)
+        model.register_forward_pre_hook(_check_training)
     return state
 
 
@@ -116,7 +138,7 @@ def close_state(model: nn.Module) -> None:
     state = model_state(model)
     assert state is not None
     _remove_hook(model._load_state_dict_pre_hooks, _accept_base_checkpoint)
-    _remove_hook(model._forward_pre_hooks, _refuse_training_while_merged)
+    _remove_hook(model._forward_pre_hooks, _check_training)
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)
@@ -132,12 +154,9 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def apply_state(model: nn.Module, state: ModelState) -> None:
     """Makes layers, values, norm statistics and gradients what the state says."""
-    state.values.activate(model, state.active)
-    unmerged = tuple(name for name in state.active if name not in state.merged)
-    for layer in adapted_layers(model).values():
-        activate(layer, unmerged)
+    _apply_block(model, state)
     _apply_norms(model, state)
-    _apply_gradients(model, state, unmerged if state.trainable else ())
+    _apply_gradients(model, state)
 
 
 @contextmanager
@@ -147,26 +166,46 @@ def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
     try:
         yield
     finally:
-        state.values.activate(model, state.active)
+        state.values.activate(model, _owners(state))
 
 
 @contextmanager
-def without_adapters(model: nn.Module, state: ModelState) -> Iterator[None]:
-    """Makes the model the base for the time of the block, and then all what it was, `requires_grad` included."""
-    active, state.active = state.active, ()
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    apply_state(model, state)
+def block(model: nn.Module, state: ModelState, opened: Block) -> Iterator[None]:
+    """Lets other adapters act for the time of the block, and then all what it was, `requires_grad` included."""
+    blocks = state.blocks
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        state.blocks = (*blocks, opened)
+        apply_state(model, state)
         yield
     finally:
-        state.active = active
+        state.blocks = blocks
         apply_state(model, state)
-        for parameter, requires_grad in grads:
+        for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
 
 
+def without_adapters(model: nn.Module, state: ModelState) -> Any:
+    """Makes the model the base for the time of a block; see `block`."""
+    return block(model, state, Block("disable_adapter"))
+
+
+def _owners(state: ModelState) -> tuple[str, ...]:
+    """The adapters whose values of the model's own tensors are in place."""
+    if not state.blocks:
+        return state.active
+    return () if state.blocks[-1].rows is not None else state.blocks[-1].adapters
+
+
+def _apply_block(model: nn.Module, state: ModelState) -> None:
+    state.values.activate(model, _owners(state))
+    acting = state.acting
+    for layer in adapted_layers(model).values():
+        activate(layer, acting.adapters, acting.rows)
+
+
 def _apply_norms(model: nn.Module, state: ModelState) -> None:
-    frozen = [set(state.adapters[name].plan.frozen_norms) for name in state.active or state.adapters]
+    frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
     keep = set.intersection(*frozen) if frozen else set()
     for entry in model_modules(model):
         if entry.name in keep:
@@ -175,7 +214,8 @@ def _apply_norms(model: nn.Module, state: ModelState) -> None:
             thaw(entry.module)
 
 
-def _apply_gradients(model: nn.Module, state: ModelState, trained: tuple[str, ...]) -> None:
+def _apply_gradients(model: nn.Module, state: ModelState) -> None:
+    trained = state.acting.adapters if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
     for name, parameter in own_tensors(model, model_modules(model), "_parameters").items():
         parameter.requires_grad_(name in names)
@@ -190,16 +230,16 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
     state = model_state(model)
     if state is None:
         return
-    state.refuse_merged("Loading a state dict")
+    state.check("load_state_dict")
     tensors = {prefix + name: tensor for name, tensor in adapter_tensors(model).items()}
     if not tensors.keys() & state_dict.keys():
         state_dict.update(tensors)
 
 
-def _refuse_training_while_merged(model: nn.Module, _: Any) -> None:
+def _check_training(model: nn.Module, _: Any) -> None:
     state = model_state(model)
     if state is not None and model.training and torch.is_grad_enabled():
-        state.refuse_merged("Training")
+        state.check("train")
 
 
 def _remove_hook(hooks: dict[int, Any], function: Any) -> None:

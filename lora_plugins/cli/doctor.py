@@ -15,15 +15,18 @@ import torch
 import lora_plugins
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import PluginError, listing, near
-from lora_plugins.plugins import hookspecs
-from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, names_in
-from lora_plugins.plugins.hookspecs import GROUP
-from lora_plugins.plugins.manager import default_registry
-from lora_plugins.plugins.registry import PluginInfo
+from lora_plugins.plugins import (
+    ALLOW_VARIABLE,
+    BLOCK_VARIABLE,
+    DISTRIBUTION,
+    GROUP,
+    KINDS,
+    PluginInfo,
+    default_registry,
+    names_in,
+)
 
 OUR_MAIN = "lora_plugins.integrations.lightning.main"
-
-_HOOK = "lora_plugins_register_"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _extra(extra: str, wrong: list[Requirement]) -> Finding:
 
 def _plugins() -> Iterator[Finding]:
     own = {point.name for point in metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)}
-    missing = sorted({name.removeprefix(_HOOK) for name in vars(hookspecs) if name.startswith(_HOOK)} - own)
+    missing = sorted({kind.name for kind in KINDS} - own)
     if missing:
         yield Finding(
             "problem",
@@ -119,7 +122,7 @@ def _plugin(info: PluginInfo) -> Finding:
             f"plugin {info.owner} {' '.join(info.state.split())} ({frame.filename}, line {frame.lineno})",
             f"Repair or uninstall {info.distribution}, or leave it out: {BLOCK_VARIABLE}={info.name}",
         )
-    provides = ", ".join((*info.layers, *info.inits, *info.variants)) or "nothing"
+    provides = ", ".join(name for _, name in info.provides) or "nothing"
     if info.blocked or info.notes:
         return Finding("note", f"plugin {info.owner}: {info.state}")
     return Finding("ok", f"plugin {info.owner}: provides {provides}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import KINDS, build_registry
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -79,6 +79,7 @@ def write(name: str, into: Path) -> Path:
 
 def _refuse_taken(name: str) -> None:
     registry = build_registry()
-    for kind, owners in (("init", registry.inits), ("layer type", registry.layers)):
-        if name in owners:
-            raise ConfigError(f"The {kind} {name!r} is taken, by {owners[name].info.owner}. Choose another name.")
+    for kind in KINDS:
+        if name in registry.of(kind):
+            owner = registry.of(kind)[name].info.owner
+            raise ConfigError(f"The {kind.title} {name!r} is taken, by {owner}. Choose another name.")

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from lora_plugins.cli.text import table
-from lora_plugins.plugins.manager import default_registry
-from lora_plugins.plugins.registry import PluginInfo, Registry
+from lora_plugins.plugins import PluginInfo, Registry, default_registry
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -28,8 +27,7 @@ def listed(registry: Registry) -> str:
 
 def _lines(info: PluginInfo) -> list[tuple[str, str, str, str, str]]:
     """The lines of one plugin, one for each thing that it provides."""
-    kinds = {"layer type": info.layers, "init": info.inits, "variant": info.variants}
-    provided = [f"{kind} {name}" for kind, names in kinds.items() for name in names] or ["-"]
+    provided = [f"{title} {name}" for title, name in info.provides] or ["-"]
     state = " ".join(info.state.split())  # an error's message may have several lines
     first = (info.name, info.distribution, info.version, provided[0], state)
     return [first, *(("", "", "", what, "") for what in provided[1:])]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from importlib import metadata
 
-from lora_plugins.plugins.discovery import DISTRIBUTION
+from lora_plugins.plugins import DISTRIBUTION
 
 _LINE = re.compile(
     r"""(?P<name>[\w.-]+)(\[[^]]*\])?\s*(?P<versions>[^;]*?)\s*(;.*extra\s*==\s*["'](?P<extra>[^"']+)["'])?$"""

@@ -1,10 +1,14 @@
 """A fingerprint of a base weight: enough to notice that an adapter is put on another model."""
 
 import functools
+import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_plugins.inplace import detached_weight, full_name
+from lora_plugins.plan import Plan
 
 TOLERANCE = 1e-2
 """Distance, relative to the norm, up to which two weights count as the same: rounding to bfloat16 is below it."""
@@ -40,3 +44,24 @@ def same(first: dict[str, float], second: dict[str, float]) -> bool:
     """Whether two fingerprints can be those of one weight, up to rounding to half precision."""
     scale = TOLERANCE * max(first["norm"], second["norm"])
     return all(abs(first[key] - second[key]) <= scale for key in KEYS)
+
+
+def fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
+    """Returns the fingerprints of the untouched weights that a plan adapts, by full name."""
+    return {
+        full_name(layer.name, slot.tensor): fingerprint(detached_weight(model.get_submodule(layer.name), slot.tensor))
+        for layer in plan.layers
+        for slot in {slot.tensor: slot for slot in layer.slots}.values()
+    }
+
+
+def checksum(tensor: Tensor) -> str:
+    """Returns the type of a tensor and the SHA-256 of its bits."""
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{str(tensor.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+
+
+def has_checksum(tensor: Tensor, expected: str) -> bool:
+    """Whether a tensor is the one of that sum, once it is cast as the model may have been since (`bf16-true`)."""
+    dtype = getattr(torch, expected.partition(":")[0], None)
+    return isinstance(dtype, torch.dtype) and checksum(tensor.to(dtype)) == expected

@@ -9,8 +9,7 @@ from lora_plugins.inits.none import NoneInit
 from lora_plugins.inits.olora import OloraInit
 from lora_plugins.inits.orthogonal import OrthogonalInit
 from lora_plugins.inits.pissa import PissaInit
-from lora_plugins.plugins.hookspecs import hookimpl
-from lora_plugins.plugins.registrars import InitRegistrar
+from lora_plugins.plugins import InitRegistrar, hookimpl
 
 
 @hookimpl

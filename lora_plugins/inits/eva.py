@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_plugins.errors import ConfigError
 from lora_plugins.inits.factors import fill_rest
 from lora_plugins.inits.pissa import check_niter
-from lora_plugins.plugins.init import InitContext, InitPlugin, InputMoments, RankRequest
+from lora_plugins.plugins import InitContext, InitPlugin, InputMoments, RankRequest
 
 
 class EvaInit(InitPlugin):
@@ -58,7 +58,7 @@ class EvaInit(InitPlugin):
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
         """Fills A with eigenvectors of the inputs' covariance, and B with zeros."""
-        inputs = context.observed.inputs
+        inputs = context.calibration.inputs
         assert inputs is not None
         directions, values = principal(inputs, context.A.shape[0], context.options["niter"], context.generator)
         if context.options["whiten"]:
@@ -107,8 +107,8 @@ def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator
 def _shares(request: RankRequest, count: int, niter: int | None, generator: torch.Generator) -> list[float]:
     """The shares of variance that the leading directions of a layer explain, averaged over its slots."""
     shares = torch.zeros(count, dtype=torch.float64)
-    for observed in request.slots:
-        inputs = observed.inputs
+    for calibration in request.slots:
+        inputs = calibration.inputs
         assert inputs is not None
         _, values = principal(inputs, count, niter, generator)
         spread = inputs.gram.trace() - inputs.total.square().sum() / inputs.count

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.inits.factors import low_rank, without_product
+from lora_plugins.inits.factors import without_product
 from lora_plugins.inits.quantize import BITS, quantize_dequantize
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.utils import low_rank
 
 
 class LoftQInit(InitPlugin):

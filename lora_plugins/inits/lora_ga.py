@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, TargetError, near
-from lora_plugins.inits.factors import recipe_of, truncated_svd, without_product
+from lora_plugins.inits.factors import recipe_of, without_product
 from lora_plugins.inits.pissa import check_niter
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.utils import truncated_svd
 
 Chosen = tuple[Tensor, Tensor]
 """Which singular vectors go to A, and which to B."""
@@ -70,7 +71,7 @@ class LoraGaInit(InitPlugin):
             TargetError: If the gradient has fewer than 2r singular vectors, naming the layer.
         """
         options, r = context.options, context.A.shape[0]
-        gradient = context.observed.gradient
+        gradient = context.calibration.gradient
         assert gradient is not None
         if 2 * r > min(gradient.shape):
             raise TargetError(

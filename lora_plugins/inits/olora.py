@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.inits.factors import fill_rest, recipe_of, without_product
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin
 
 
 class OloraInit(InitPlugin):

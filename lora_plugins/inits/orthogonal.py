@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import TargetError
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin
 
 
 class OrthogonalInit(InitPlugin):

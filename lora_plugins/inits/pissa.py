@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.inits.factors import fill_rest, low_rank, recipe_of, without_product
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.inits.factors import fill_rest, recipe_of, without_product
+from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.utils import low_rank
 
 
 class PissaInit(InitPlugin):

@@ -1,4 +1,56 @@
 """An adapted layer in place: the user's own module, of a class that answers with the effective weight.
 
-Normalization layers that stand still and weights that something else computes are here too.
+The names and modules of a model, normalization layers that stand still, and weights that something else computes are
+here too.
 """
+
+from lora_plugins.inplace.adapted_class import refresh_class
+from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
+from lora_plugins.inplace.frozen_norm import FrozenNorm, freeze, has_statistics, thaw
+from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
+from lora_plugins.inplace.modules import (
+    NamedModule,
+    full_name,
+    holder_of,
+    model_modules,
+    own_tensor,
+    own_tensors,
+    persistent_buffers,
+)
+from lora_plugins.inplace.parametrized import make_plain, recompute, remover
+from lora_plugins.inplace.strip import strip_adapters
+from lora_plugins.inplace.weights import detached_weight, frozen_statistics, raw_weight, weight_key
+
+__all__ = [
+    "STATE",
+    "AdapterTensors",
+    "FrozenNorm",
+    "LayerState",
+    "NamedModule",
+    "base_class_of",
+    "detached_weight",
+    "factors",
+    "freeze",
+    "frozen_statistics",
+    "full_name",
+    "has_statistics",
+    "holder_of",
+    "layer_state",
+    "make_plain",
+    "model_modules",
+    "own_tensor",
+    "own_tensors",
+    "own_tensors_of",
+    "persistent_buffers",
+    "raw_weight",
+    "recompute",
+    "refresh_class",
+    "remover",
+    "slot_tensors",
+    "state_of",
+    "strip_adapters",
+    "terms_of",
+    "thaw",
+    "weight_key",
+]

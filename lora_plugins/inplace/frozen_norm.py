@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.plugins.registry import class_path
+from lora_plugins.plugins import class_path
 
 _POWER_ITERATION = "torch.nn.utils.parametrizations._SpectralNorm"
 _BASE_CLASS = "_lora_norm_class"

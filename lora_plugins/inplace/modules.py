@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_plugins.inplace.layer import AdapterTensors
+from lora_plugins.inplace.container import AdapterTensors
 
 FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
 """Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""

@@ -10,7 +10,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.errors import MergeError
-from lora_plugins.inplace.layer import base_class_of, standing_still
+from lora_plugins.inplace.layer_state import base_class_of
+from lora_plugins.inplace.weights import frozen_statistics
 
 _HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = (
     (WeightNorm, "name", remove_weight_norm),
@@ -20,9 +21,9 @@ _HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = 
 """Classes of hooks that compute a weight, which attribute has its name, and what ends it."""
 
 
-def compute_again(layer: nn.Module) -> None:
+def recompute(layer: nn.Module) -> None:
     """Computes the weights of hooks again, which otherwise are those of the last forward."""
-    with standing_still(layer):
+    with frozen_statistics(layer):
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(hook, tuple(kind for kind, _, _ in _HOOKS)):
                 hook(layer, ())

@@ -11,8 +11,7 @@ from lora_plugins.layers.conv import (
 )
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
-from lora_plugins.plugins.hookspecs import hookimpl
-from lora_plugins.plugins.registrars import LayerRegistrar
+from lora_plugins.plugins import LayerRegistrar, hookimpl
 
 
 @hookimpl

@@ -15,25 +15,28 @@ from torch.nn import functional as F
 from lora_plugins.kernels.conv import lora_conv
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.eager import is_eager
-from lora_plugins.plugins.layer import (
+from lora_plugins.plugins import (
     BranchUse,
     ColumnMajorPlugin,
     RowMajorPlugin,
     Slot,
+    StackedAdapters,
     Term,
-    Updates,
-    add_update,
+    add_delta,
     joined,
 )
-from lora_plugins.utils.autocast import in_full
+from lora_plugins.utils import in_full
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-class _ConvPlugin(RowMajorPlugin):
+class _ConvPlugin(RowMajorPlugin[Conv]):
     branch_use: ClassVar[BranchUse] = "always"
+    branch_takes_delta = True
 
-    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+    def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
         """The patches that the kernel is laid on, those of all groups together; x is `(n, channels, ...)`."""
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         dimensions = len(layer.kernel_size)
         x = x if x.dim() == dimensions + 2 else x[None]
         x = _padded(layer, x)
@@ -45,11 +48,9 @@ class _ConvPlugin(RowMajorPlugin):
         # (n, groups, channels, positions..., kernel...): the vectors run over channels and kernel.
         return x.movedim(2, 2 + dimensions).flatten(0, 1 + dimensions).flatten(1)
 
-    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
+    def branch(self, layer: Conv, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Convolves `x` with the updated kernel, or with the untouched one and the dropped `x` with each update."""
         weight = base["weight"]
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        assert weight is not None
         geometry = _geometry(layer)
         term = joined(terms) if geometry is not None and x.ndim == weight.ndim and is_eager(x) else None
         if term is not None and geometry is not None:
@@ -61,17 +62,15 @@ class _ConvPlugin(RowMajorPlugin):
             return y
         y = layer._conv_forward(x, weight, layer.bias)
         for term in terms:
-            kernel = self.from_matrix(term.matrix(), weight.shape).to(weight.dtype)
+            kernel = self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype)
             y = y + layer._conv_forward(term.drop(x), kernel, None)
         return y
 
-    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, x: Tensor) -> Tensor:
+    def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Convolves each image with its own update, all at once as groups of one image with many channels."""
         weight = base["weight"]
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        assert weight is not None
         y: Tensor = layer._conv_forward(x, weight, layer.bias)
-        A, B = updates.A[updates.index], updates.B[updates.index]
+        A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         padded = _padded(layer, x).to(A.dtype)
         kernels = B @ A if layer.groups > 1 else A  # A does not fit the input of all groups
         each = Geometry(layer.stride, (0,) * len(layer.stride), layer.dilation, layer.groups * len(x))
@@ -84,16 +83,16 @@ class _ConvPlugin(RowMajorPlugin):
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
         with in_full(weight):
             for term in terms:
-                weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
+                weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         return weight
 
 
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+def _padded(layer: Conv, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def _geometry(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry | None:
+def _geometry(layer: Conv) -> Geometry | None:
     """Returns how the kernel moves; None where the input is padded with other values than zeros."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
@@ -124,27 +123,26 @@ class Conv3dPlugin(_ConvPlugin):
     branch_types: ClassVar = (nn.Conv3d,)
 
 
-class _ConvTransposePlugin(ColumnMajorPlugin):
+class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
     branch_use: ClassVar[BranchUse] = "dropout"
+    branch_takes_delta = True
     dimensions: ClassVar[int]
 
-    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def inputs(self, layer: ConvTranspose, slot: Slot, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The channels at each position, each of which is laid on the output as a kernel; x is `(n, channels, ...)`."""
         x = x if x.dim() == self.dimensions + 2 else x[None]
         return x.movedim(1, -1).flatten(0, -2)
 
     def branch(
         self,
-        layer: nn.Module,
-        base: Mapping[str, Tensor | None],
+        layer: ConvTranspose,
+        base: Mapping[str, Tensor],
         terms: Sequence[Term],
         x: Tensor,
         output_size: list[int] | None = None,
     ) -> Tensor:
         """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
         weight = base["weight"]
-        assert isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        assert weight is not None
         convolve = getattr(F, f"conv_transpose{self.dimensions}d")
         padding = layer._output_padding(
             x,
@@ -158,7 +156,7 @@ class _ConvTransposePlugin(ColumnMajorPlugin):
         options = (layer.stride, layer.padding, padding, layer.groups, layer.dilation)
         y: Tensor = convolve(x, weight, layer.bias, *options)
         for term in terms:
-            kernel = self.from_matrix(term.matrix(), weight.shape).to(weight.dtype)
+            kernel = self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype)
             y = y + convolve(term.drop(x), kernel, None, *options)
         return y
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.plugins.layer import BranchUse, ColumnMajorPlugin, Term, Updates, add_update
+from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, StackedAdapters, Term, add_delta
 
 
-class EmbeddingPlugin(ColumnMajorPlugin):
+class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
     """`torch.nn.Embedding` and its subclasses; padding_idx, max_norm and sparse hold as in the untouched layer."""
 
     name = "embedding"
@@ -23,16 +23,12 @@ class EmbeddingPlugin(ColumnMajorPlugin):
     branch_types: ClassVar = (nn.Embedding,)
     branch_use: ClassVar[BranchUse] = "always"
 
-    def branch(
-        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], input: Tensor
-    ) -> Tensor:
+    def branch(self, layer: nn.Embedding, base: Mapping[str, Tensor], terms: Sequence[Term], input: Tensor) -> Tensor:
         """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`.
 
         Options that concern whole rows of `W + ΔW` need those rows, so there the updated weight is formed.
         """
         weight = base["weight"]
-        assert isinstance(layer, nn.Embedding)
-        assert weight is not None
         if layer.max_norm is not None or layer.scale_grad_by_freq:
             return self._look_up_rows(layer, weight, terms, input)
         y = F.embedding(input, weight, layer.padding_idx, sparse=layer.sparse)
@@ -46,20 +42,20 @@ class EmbeddingPlugin(ColumnMajorPlugin):
             y = y + update.to(y.dtype)
         return y
 
-    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, input: Tensor) -> Tensor:
+    def mixed(
+        self, layer: nn.Embedding, base: Mapping[str, Tensor], adapters: StackedAdapters, input: Tensor
+    ) -> Tensor:
         """Looks `input` up in the columns of each row's own A."""
         weight = base["weight"]
-        assert isinstance(layer, nn.Embedding)
-        assert weight is not None
         if layer.max_norm is not None:
             raise NotImplementedError("Embedding with max_norm renormalizes one table; it cannot mix adapters.")
         y = F.embedding(input, weight, layer.padding_idx)
         indices = input.flatten(1)
-        rows = updates.A.mT[updates.index[:, None], indices]
-        return y + torch.bmm(rows, updates.B[updates.index].mT).view(y.shape).to(y.dtype)
+        rows = adapters.A.mT[adapters.index[:, None], indices]
+        return y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
 
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
         for term in terms:
-            weight = add_update(weight, self.from_matrix(term.matrix(), weight.shape))
+            weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         # Not sparse: the gradient goes on to A and B, through products that sparse tensors do not have.
         return F.embedding(input, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)

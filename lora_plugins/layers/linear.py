@@ -11,8 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_plugins.kernels.eager import is_eager
 from lora_plugins.kernels.linear import lora_linear
 from lora_plugins.kernels.matmul import linear
-from lora_plugins.plugins.layer import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, Term, Updates, joined
-from lora_plugins.utils.autocast import autocast_dtype
+from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, StackedAdapters, Term, joined
+from lora_plugins.utils import autocast_dtype
 
 
 def thirds(tensor: str, rows: int) -> dict[str, Slot]:
@@ -47,28 +47,26 @@ def add_linear(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     return y
 
 
-class LinearPlugin(RowMajorPlugin):
+class LinearPlugin(RowMajorPlugin[nn.Linear]):
     """`torch.nn.Linear` and its subclasses."""
 
     name = "linear"
     module_type = nn.Linear
     branch_types: ClassVar = (nn.Linear, NonDynamicallyQuantizableLinear)
     branch_use: ClassVar[BranchUse] = "always"
+    branch_takes_delta = True
 
-    def parts(self, layer: nn.Module) -> Mapping[str, Slot]:
+    def parts(self, layer: nn.Linear) -> Mapping[str, Slot]:
         """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""
-        assert isinstance(layer, nn.Linear)
         return thirds("weight", layer.out_features)
 
-    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+    def inputs(self, layer: nn.Linear, slot: Slot, x: Tensor) -> Tensor:
         """The rows of `x`, which is `(..., in)`."""
         return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
-    def branch(self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x: Tensor) -> Tensor:
+    def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
         weight = base["weight"]
-        assert isinstance(layer, nn.Linear)
-        assert weight is not None
         term = joined(terms) if is_eager(x) else None
         if term is not None:
             return lora_linear(
@@ -76,12 +74,10 @@ class LinearPlugin(RowMajorPlugin):
             )
         return add_linear(F.linear(x, weight, layer.bias), x, terms)
 
-    def mixed(self, layer: nn.Module, base: Mapping[str, Tensor | None], updates: Updates, x: Tensor) -> Tensor:
+    def mixed(self, layer: nn.Linear, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
         weight = base["weight"]
-        assert isinstance(layer, nn.Linear)
-        assert weight is not None
-        A, B = updates.A[updates.index], updates.B[updates.index]
+        A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
         if is_eager(x) and autocast_dtype(x) is None:
             y = linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], len(weight))
@@ -91,7 +87,7 @@ class LinearPlugin(RowMajorPlugin):
         return y.add_(update.view(y.shape))
 
 
-class TransformersConv1DPlugin(ColumnMajorPlugin):
+class TransformersConv1DPlugin(ColumnMajorPlugin[nn.Module]):
     """`Conv1D` of transformers: a linear layer whose weight is `(in, out)`."""
 
     name = "transformers_conv1d"

@@ -1,4 +1,9 @@
-"""Merging: updates written into the weights, for a while or for good.
+"""Merging: updates written into the weights, and taken back bit for bit, or for good.
 
 What a merge loses to rounding is measured, and refused where it is too much.
 """
+
+from lora_plugins.merge.merge_adapter import DEFAULT_MAX_ERROR, MergedWeight, MergeReport, merge, unmerge
+from lora_plugins.merge.merge_and_unload import merge_and_unload
+
+__all__ = ["DEFAULT_MAX_ERROR", "MergeReport", "MergedWeight", "merge", "merge_and_unload", "unmerge"]

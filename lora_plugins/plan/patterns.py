@@ -38,6 +38,16 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.") from error
 
 
+def exact_pattern(name: str) -> str:
+    """Returns the key of a pattern map, such as `rank_pattern`, that names one layer in full, whatever it is called."""
+    return name if _LITERAL.fullmatch(name) else f"^{exact_expression(name)}"
+
+
+def exact_expression(name: str) -> str:
+    """Returns a regular expression that matches one name and no other, whatever it is called."""
+    return name.replace(".", r"\.") if _LITERAL.fullmatch(name) else re.escape(name)
+
+
 def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[str], bool]]:
     """Returns a test of full names for each pattern of a `target_modules`-like field."""
     if isinstance(patterns, str):

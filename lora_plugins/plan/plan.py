@@ -1,77 +1,13 @@
 """What would be adapted, as plain data: which layers, by which plugin, with which rank and scaling."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
-from lora_plugins.plugins.init import InitPlugin
-from lora_plugins.plugins.layer import BranchUse, LayerPlugin, Slot
-from lora_plugins.plugins.variant import VariantPlugin
-
-
-@dataclass(frozen=True)
-class Tie:
-    """A weight of another layer that is the same tensor, and so gets the same update.
-
-    Args:
-        layer: Name of the other layer.
-        tensor: Attribute name of the weight there.
-        source: Attribute name of the weight in the layer that has the adapter.
-    """
-
-    layer: str
-    tensor: str
-    source: str
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One layer that is to be adapted.
-
-    Args:
-        name: Full name of the layer.
-        aliases: Other names of the same module.
-        module_class: Name of its class.
-        plugin: The plugin that serves it.
-        branch_use: When the plugin's branch replaces the layer's own forward.
-        slots: Where the updates go.
-        shapes: `(out, in)` of the matrix view of each slot.
-        r: Rank.
-        alpha: Numerator of the scaling.
-        scaling: Factor of `B @ A`.
-        dropout: Dropout of the branch's input.
-        low_memory: Whether the branch computes its input again in the backward where it can.
-        variant: How A and B change the weight; None for plain LoRA.
-        ties: Weights of other targeted layers that are the same tensor.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    module_class: str
-    plugin: LayerPlugin
-    branch_use: BranchUse
-    slots: tuple[Slot, ...]
-    shapes: tuple[tuple[int, int], ...]
-    r: int
-    alpha: float
-    scaling: float
-    dropout: float
-    low_memory: bool
-    variant: VariantPlugin | None = None
-    ties: tuple[Tie, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """The number of elements of all tensors of the adapter on the layer."""
-        own = [math.prod(shape) for at in range(len(self.slots)) for shape in self.own_shapes(at).values()]
-        return sum(self.r * (rows + columns) for rows, columns in self.shapes) + sum(own)
-
-    def own_shapes(self, slot: int) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shapes of the variant's own tensors of one slot, by name."""
-        return self.variant.shapes(*self.shapes[slot], self.r) if self.variant else {}
+from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot
 
 
 @dataclass(frozen=True)
@@ -128,12 +64,18 @@ class Plan:
         """
         power = 0.5 if self.config.use_rslora else 1.0
         layers = tuple(
-            replace(layer, r=r, alpha=layer.scaling * math.pow(r, power))
+            layer.with_settings(r=r, alpha=layer.scaling * math.pow(r, power))
             if (r := ranks.get(layer.name, layer.r)) != layer.r
             else layer
             for layer in self.layers
         )
         return replace(self, layers=tuple(layer for layer in layers if layer.r), ranks=dict(ranks))
+
+    def slots(self) -> Iterator[tuple[PlannedLayer, Slot, tuple[int, int]]]:
+        """Yields layer, slot and `(out, in)` of everything that gets an A and a B."""
+        for layer in self.layers:
+            for slot, shape in zip(layer.slots, layer.shapes, strict=True):
+                yield layer, slot, shape
 
     def weights(self) -> dict[str, set[str]]:
         """Returns the attribute names of the updated weights by layer name, tied layers included."""

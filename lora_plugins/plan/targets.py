@@ -1,16 +1,12 @@
 """Which modules a configuration means: those to adapt, and those to train in full."""
 
-from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
-from lora_plugins.inplace.layer import base_class_of
-from lora_plugins.inplace.modules import NamedModule
 from lora_plugins.plan import patterns
-from lora_plugins.plugins.layer import LayerPlugin
-from lora_plugins.plugins.registry import Registry
+from lora_plugins.plan.survey import Site, Survey
+from lora_plugins.plugins import Registry
 
 
 def within(name: str, roots: Iterable[str]) -> bool:
@@ -18,60 +14,69 @@ def within(name: str, roots: Iterable[str]) -> bool:
     return any(not root or name == root or name.startswith(root + ".") for root in roots)
 
 
-def saved_modules(config: LoraConfig, modules: list[NamedModule], parameters: Mapping[str, Tensor]) -> set[str]:
+def saved_modules(config: LoraConfig, survey: Survey) -> set[str]:
     """The modules and parameters of `modules_to_save`, under all their names."""
-    names = [name for entry in modules for name in entry.names if name]
-    found = patterns.select("modules_to_save", config.modules_to_save, [*names, *parameters])
+    names = [name for site in survey.sites for name in site.names if name]
+    found = patterns.select("modules_to_save", config.modules_to_save, [*names, *survey.parameters])
     chosen = {name for matches in found.values() for name in matches}
-    return {name for entry in modules for name in entry.names if chosen & set(entry.names)} | chosen
+    return {name for site in survey.sites for name in site.names if chosen & set(site.names)} | chosen
 
 
-def target_layers(
-    config: LoraConfig, modules: list[NamedModule], registry: Registry, saved: set[str]
-) -> list[tuple[NamedModule, LayerPlugin]]:
-    """The modules to adapt, with their plugins."""
-    free = [entry for entry in modules if not any(within(name, saved) for name in entry.names)]
-    plugins = {entry.name: registry.layer_for(base_class_of(entry.module)) for entry in free}
-    patterns_given = config.target_modules
-    names = [name for entry in free for name in entry.names if name or entry.module._parameters]
-    handled = {name for entry in free for name in entry.names if plugins[entry.name]}
-    if patterns_given is None or patterns_given == "all":
-        chosen = set(handled)
-    else:
-        found = patterns.select("target_modules", patterns_given, names)
-        for pattern, matches in found.items():
-            if not handled & set(matches):
-                raise TargetError(
-                    f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
-                    f"{patterns.nearest(pattern, handled)}{registry.absent()}"
-                ) from registry.cause()
-        chosen = {name for matches in found.values() for name in matches}
-    everywhere = [name for entry in modules for name in entry.names]
-    for pattern, matches in patterns.select("exclude_modules", config.exclude_modules, everywhere).items():
-        excluded = [entry for entry in free if set(entry.names) & set(matches)]
-        if not any(plugins[entry.name] or entry.module._parameters for entry in excluded):
-            raise TargetError(
-                f"exclude_modules: {pattern!r} matches {listing(matches)}, which is no layer and excludes none. Name "
-                f"the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
-            )
-        chosen -= {name for entry in excluded for name in entry.names}
+def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: set[str]) -> list[Site]:
+    """The layers to adapt, each served by a plugin.
+
+    Raises:
+        TargetError: If a pattern matches nothing, or a layer that no plugin serves.
+    """
+    free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
+    handled = {name for site in free if site.plugin for name in site.names}
+    chosen = _targeted(config, free, handled, registry)
+    chosen -= _excluded(config, survey.sites, free, handled)
     if config.layers_to_transform is not None:
         keep = patterns.BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
         chosen = {name for name in chosen if keep(name)}
-    entries = [entry for entry in free if chosen & set(entry.names)]
-    _refuse_unhandled([entry for entry in entries if plugins[entry.name] is None], registry)
-    targets = [(entry, plugin) for entry in entries if (plugin := plugins[entry.name]) is not None]
+    targets = [site for site in free if chosen & set(site.names)]
+    _check_served([site for site in targets if site.plugin is None], registry)
+    targets = [site for site in targets if site.plugin is not None]
     if not targets:
         raise TargetError(
             "target_modules: nothing is left to adapt after exclude_modules, layers_to_transform and "
-            f"modules_to_save. Layers that could be adapted: {listing(sorted(handled))}."
+            f"modules_to_save. Layers that could be adapted: {listing(sorted(handled)) or 'none'}."
         )
     return targets
 
 
-def _refuse_unhandled(entries: list[NamedModule], registry: Registry) -> None:
+def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], registry: Registry) -> set[str]:
+    if config.target_modules is None or config.target_modules == "all":
+        return set(handled)
+    names = [name for site in free for name in site.names if name or site.has_parameters]
+    found = patterns.select("target_modules", config.target_modules, names)
+    for pattern, matches in found.items():
+        if not handled & set(matches):
+            raise TargetError(
+                f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
+                f"{patterns.nearest(pattern, handled)}{registry.absent()}"
+            ) from registry.cause()
+    return {name for matches in found.values() for name in matches}
+
+
+def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str]) -> set[str]:
+    everywhere = [name for site in sites for name in site.names]
+    names: set[str] = set()
+    for pattern, matches in patterns.select("exclude_modules", config.exclude_modules, everywhere).items():
+        excluded = [site for site in free if set(site.names) & set(matches)]
+        if not any(site.plugin or site.has_parameters for site in excluded):
+            raise TargetError(
+                f"exclude_modules: {pattern!r} matches {listing(matches)}, which is no layer and excludes none. Name "
+                f"the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
+            )
+        names |= {name for site in excluded for name in site.names}
+    return names
+
+
+def _check_served(sites: list[Site], registry: Registry) -> None:
     """Refuses targets with parameters of their own that no plugin adapts; mere containers are passed over."""
-    owners = [f"{entry.name} ({type(entry.module).__name__})" for entry in entries if entry.module._parameters]
+    owners = [f"{site.name} ({site.class_name})" for site in sites if site.has_parameters]
     if owners:
         raise TargetError(
             f"target_modules matches layers that no plugin adapts: {listing(owners)}. Make the pattern narrower, "

@@ -1,4 +1,64 @@
 """The door: what a plugin is, the hooks that it implements, and the registry of what is installed.
 
-Layer types, inits and variants come through it, ours and other people's alike.
+Layer types, inits and variants come through it, ours and other people's alike. `KINDS` describes each kind once;
+whatever registers, lists, documents or checks plugins loops over it.
 """
+
+from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, LOAD_VARIABLE, names_in
+from lora_plugins.plugins.hookspecs import KINDS, InitRegistrar, LayerRegistrar, VariantRegistrar, hookimpl
+from lora_plugins.plugins.init import INITS, InitContext, InitPlugin, InputMoments, RankRequest, SlotCalibration
+from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
+from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
+from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, registry_of
+from lora_plugins.plugins.planned import PlannedLayer, Tie
+from lora_plugins.plugins.registrar import Registrar
+from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.plugins.slot import Slot
+from lora_plugins.plugins.term import StackedAdapters, Term, add_delta, joined, sum_of_deltas
+from lora_plugins.plugins.variant import PLAIN, VARIANTS, VariantPlugin
+
+__all__ = [
+    "ALLOW_VARIABLE",
+    "BLOCK_VARIABLE",
+    "DISTRIBUTION",
+    "GROUP",
+    "INITS",
+    "KINDS",
+    "LAYERS",
+    "LOAD_VARIABLE",
+    "PLAIN",
+    "TRACE_VARIABLE",
+    "VARIANTS",
+    "BranchUse",
+    "ColumnMajorPlugin",
+    "InitContext",
+    "InitPlugin",
+    "InitRegistrar",
+    "InputMoments",
+    "LayerPlugin",
+    "LayerRegistrar",
+    "Owned",
+    "PlannedLayer",
+    "PluginInfo",
+    "PluginKind",
+    "RankRequest",
+    "Registrar",
+    "Registry",
+    "RowMajorPlugin",
+    "Slot",
+    "SlotCalibration",
+    "StackedAdapters",
+    "Term",
+    "Tie",
+    "VariantPlugin",
+    "VariantRegistrar",
+    "add_delta",
+    "build_registry",
+    "class_path",
+    "default_registry",
+    "hookimpl",
+    "joined",
+    "names_in",
+    "registry_of",
+    "sum_of_deltas",
+]

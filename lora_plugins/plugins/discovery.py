@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from lora_plugins.errors import PluginError
-from lora_plugins.plugins.hookspecs import GROUP
+from lora_plugins.plugins.kind import GROUP
 from lora_plugins.plugins.registry import PluginInfo
 
 DISTRIBUTION = "lora-plugins"

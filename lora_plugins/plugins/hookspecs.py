@@ -14,24 +14,35 @@ What holds for every hook:
   touch a device, draw random numbers or change global state: it also runs when plugins are merely listed.
 - What it raises makes the plugin fail as a whole: nothing of it is registered, and its error is shown to whoever asks
   for something that is missing.
+
+There is one hook for each kind of plugins. `PluginKind.hook` makes a function here the hook of its kind, and everything
+that loops over the kinds finds it.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pluggy
 
-if TYPE_CHECKING:
-    from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar, VariantRegistrar
+from lora_plugins.plugins.init import INITS, InitPlugin
+from lora_plugins.plugins.kind import GROUP, PluginKind
+from lora_plugins.plugins.layer import LAYERS, LayerPlugin
+from lora_plugins.plugins.registrar import Registrar
+from lora_plugins.plugins.variant import VARIANTS, VariantPlugin
 
-GROUP = "lora_plugins"
-"""Name of the entry-point group, and of the pluggy project."""
-
-hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
+LayerRegistrar = Registrar[LayerPlugin[Any]]
+"""What the hook for layer types is handed."""
 
-@hookspec
-def lora_plugins_register_layers(registrar: "LayerRegistrar") -> None:
+InitRegistrar = Registrar[InitPlugin]
+"""What the hook for inits is handed."""
+
+VariantRegistrar = Registrar[VariantPlugin]
+"""What the hook for variants is handed."""
+
+
+@LAYERS.hook
+def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
     """Called once for each registry, before any model is seen, to add layer types.
 
     A plugin may not register a class that another plugin serves, unless it overrides that; subclasses of such a class
@@ -42,8 +53,8 @@ def lora_plugins_register_layers(registrar: "LayerRegistrar") -> None:
     """
 
 
-@hookspec
-def lora_plugins_register_inits(registrar: "InitRegistrar") -> None:
+@INITS.hook
+def lora_plugins_register_inits(registrar: InitRegistrar) -> None:
     """Called once for each registry, after the layer types of the same plugin, to add inits.
 
     A plugin may not register a name that another init has, unless it overrides that. It may not keep the registrar, nor
@@ -54,8 +65,8 @@ def lora_plugins_register_inits(registrar: "InitRegistrar") -> None:
     """
 
 
-@hookspec
-def lora_plugins_register_variants(registrar: "VariantRegistrar") -> None:
+@VARIANTS.hook
+def lora_plugins_register_variants(registrar: VariantRegistrar) -> None:
     """Called once for each registry, after the inits of the same plugin, to add variants of LoRA.
 
     A plugin may not register a name that another variant has, unless it overrides that. It may not keep the registrar,
@@ -64,3 +75,9 @@ def lora_plugins_register_variants(registrar: "VariantRegistrar") -> None:
     Args:
         registrar: Call `registrar.add(plugin)` with each instance of a `VariantPlugin`.
     """
+
+
+KINDS: tuple[PluginKind[Any], ...] = tuple(
+    value.kind for name, value in list(globals().items()) if isinstance(getattr(value, "kind", None), PluginKind)
+)
+"""All kinds of plugins, in the order in which a plugin's hooks are called."""

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lora_plugins.plugins.kind import A_FLAG, A_NAME, PluginKind, are_options
 
 Needs = Literal["inputs", "gradients"]
 """What an init can ask of the user's data."""
@@ -32,7 +34,7 @@ class InputMoments:
 
 
 @dataclass(frozen=True)
-class Observed:
+class SlotCalibration:
     """What one pass over the user's data showed of one slot; only what the init `needs` is there.
 
     Args:
@@ -57,7 +59,7 @@ class RankRequest:
 
     layer: str
     r: int
-    slots: Sequence[Observed]
+    slots: Sequence[SlotCalibration]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class InitContext:
         lookup: True where columns of A are looked up by index, so that A is the one to start at zero.
         generator: Seeded from the run's seed and the layer's name; draw from nothing else.
         options: `init_options` of the config, with defaults.
-        observed: What the data showed, for an init that `needs` some.
+        calibration: What the data showed, for an init that `needs` some.
     """
 
     layer: str
@@ -84,7 +86,7 @@ class InitContext:
     lookup: bool
     generator: torch.Generator
     options: Mapping[str, Any]
-    observed: Observed = Observed()
+    calibration: SlotCalibration = SlotCalibration()
 
 
 class InitPlugin(ABC):
@@ -97,7 +99,7 @@ class InitPlugin(ABC):
             start away from zero; for an init that changes the base, approximately.
         changes_base: Whether the base weight is replaced; `changed_base` then says by what.
         needs: What the init asks of the user's data: the `inputs` of each layer, the `gradients` of each weight, or
-            None. It finds it in `context.observed`. An adapter that is loaded needs no data again.
+            None. It finds it in `context.calibration`. An adapter that is loaded needs no data again.
     """
 
     name: ClassVar[str]
@@ -151,3 +153,29 @@ class InitPlugin(ABC):
             options: `init_options` of the config, with defaults.
         """
         raise NotImplementedError(f"{type(self).__name__} says changes_base=True but has no changed_base.")
+
+
+def _contradiction(plugin: InitPlugin) -> str:
+    says_how = type(plugin).changed_base is not InitPlugin.changed_base
+    if plugin.changes_base and not says_how:
+        return "says changes_base=True and has no changed_base"
+    if says_how and not plugin.changes_base:
+        return "has a changed_base and says changes_base=False, so it is never used"
+    return ""
+
+
+INITS = PluginKind[InitPlugin](
+    name="inits",
+    title="init",
+    base=InitPlugin,
+    rules={
+        "name": A_NAME,
+        "options": (are_options, "a mapping of option names to their defaults"),
+        "identity": A_FLAG,
+        "changes_base": A_FLAG,
+        "needs": (lambda value: value is None or value in get_args(Needs), f"None or one of {get_args(Needs)}"),
+    },
+    claims={"init": lambda plugin: plugin.name},
+    contradiction=_contradiction,
+)
+"""Inits, chosen by `LoraConfig(init=...)`."""

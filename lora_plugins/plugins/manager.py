@@ -11,12 +11,13 @@ from typing import Any
 import pluggy
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import PluginError, listing
+from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.plugins import hookspecs
 from lora_plugins.plugins.discovery import sources
-from lora_plugins.plugins.hookspecs import GROUP
-from lora_plugins.plugins.overrides import INIT_CLAIMS, LAYER_CLAIMS, VARIANT_CLAIMS, Claims, replaced
-from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar, Registrar, VariantRegistrar
+from lora_plugins.plugins.hookspecs import KINDS
+from lora_plugins.plugins.kind import GROUP, PluginKind
+from lora_plugins.plugins.overrides import replaced
+from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
@@ -66,30 +67,30 @@ def build_registry(
     """
     manager = _manager()
     infos: list[PluginInfo] = []
-    owned: dict[str, list[Owned[Any]]] = {kind: [] for kind in _KINDS}
+    owned: dict[str, list[Owned[Any]]] = {kind.name: [] for kind in KINDS}
     for source in sources(extra, allow, block, files):
         infos.append(source.info)
         if source.info.blocked:
             continue
         try:
-            registered = _register(manager, source.info, source.load())
+            registrars = _register(manager, source.info, source.load())
         except Exception as error:  # whatever a third-party module raises, only its own users are concerned
             infos[-1] = replace(source.info, error=error)
             if source.required:
                 raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
             continue
-        for kind, registrar in registered.items():
-            owned[kind] += registrar.owned
-    notes: Notes = []
-    for kind, (called, _, claims) in _KINDS.items():
-        owned[kind], more = _settled(called, owned[kind], replaced(owned[kind], claims))
+        for registrar in registrars:
+            owned[registrar.kind.name] += registrar.owned
+    notes: list[_Note] = []
+    for kind in KINDS:
+        owned[kind.name], more = _settled(kind, owned[kind.name])
         notes += more
-    told = {info: _completed(info, owned, notes) for info in infos}
-    named = {
-        kind: {each.plugin.name: replace(each, info=told[each.info]) for each in all_of_kind}
+    complete = {info: _completed(info, owned, notes) for info in infos}
+    by_kind = {
+        kind: {each.plugin.name: replace(each, info=complete[each.info]) for each in all_of_kind}
         for kind, all_of_kind in owned.items()
     }
-    return Registry(tuple(told.values()), **named)
+    return Registry(tuple(complete.values()), by_kind)
 
 
 def _manager() -> pluggy.PluginManager:
@@ -101,23 +102,15 @@ def _manager() -> pluggy.PluginManager:
     return manager
 
 
-def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> dict[str, Registrar[Any]]:
+def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> list[Registrar[Any]]:
     """Lets one plugin register; on any error pluggy forgets it again."""
     manager.register(plugin, name=f"{info.distribution}:{info.name}")
     try:
-        callers = manager.get_hookcallers(plugin) or []
-        unknown = [caller.name for caller in callers if not caller.has_spec()]
-        if unknown:
-            raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}.")
-        if not callers:
-            raise PluginError(
-                f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
-                "name the module they are in."
-            )
-        registrars = {kind: registrar(info) for kind, (_, registrar, _) in _KINDS.items()}
+        _check_hooks(manager, info, plugin)
+        registrars = [Registrar(kind, info) for kind in KINDS]
         others = [other for other in manager.get_plugins() if other is not plugin]
-        for kind, registrar in registrars.items():
-            hook = f"lora_plugins_register_{kind}"
+        for registrar in registrars:
+            hook = registrar.kind.hook_name
             returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
             if returned:
                 raise PluginError(
@@ -130,33 +123,35 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> d
     return registrars
 
 
-_KINDS: dict[str, tuple[str, type[Registrar[Any]], Claims[Any]]] = {
-    "layers": ("layer type", LayerRegistrar, LAYER_CLAIMS),
-    "inits": ("init", InitRegistrar, INIT_CLAIMS),
-    "variants": ("variant", VariantRegistrar, VARIANT_CLAIMS),
-}
-"""What plugins register, by the name in hooks, `PluginInfo` and `Registry`: what messages call it, who takes it, and
-what it lays claim to."""
+def _check_hooks(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> None:
+    callers = manager.get_hookcallers(plugin) or []
+    unknown = [caller.name for caller in callers if not caller.has_spec()]
+    if unknown:
+        near_match = near(unknown[0], [kind.hook_name for kind in KINDS])
+        raise PluginError(f"Plugin {info.owner} implements hooks that do not exist: {listing(unknown)}. {near_match}")
+    if not callers:
+        raise PluginError(
+            f"Plugin {info.owner} implements no hook. Mark its functions with hookimpl, and let its entry point "
+            "name the module they are in."
+        )
 
-Notes = list[tuple[PluginInfo, str]]
+
+_Note = tuple[PluginInfo, str]
+"""A plugin, and what its listing says of it."""
 
 
-def _settled(
-    kind: str, owned: list[Owned[Any]], pairs: list[tuple[Owned[Any], Owned[Any]]]
-) -> tuple[list[Owned[Any]], Notes]:
+def _settled(kind: PluginKind[Any], owned: list[Owned[Any]]) -> tuple[list[Owned[Any]], list[_Note]]:
     """Returns what is left, and what to say of a plugin that replaces something and of the one it replaces."""
+    pairs = replaced(kind, owned)
     gone = {id(loser) for loser, _ in pairs}
     notes = []
     for loser, winner in pairs:
-        what = f"{kind} {loser.plugin.name!r}"
+        what = f"{kind.title} {loser.plugin.name!r}"
         notes.append((winner.info, f"replaces {what} of {loser.info.owner}"))
         notes.append((loser.info, f"its {what} is replaced by {winner.info.owner}"))
     return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes))
 
 
-def _completed(info: PluginInfo, owned: Mapping[str, list[Owned[Any]]], notes: Notes) -> PluginInfo:
-    layers, inits, variants = (
-        tuple(each.plugin.name for each in all_of_kind if each.info is info) for all_of_kind in owned.values()
-    )
-    own = tuple(note for owner, note in notes if owner is info)
-    return replace(info, layers=layers, inits=inits, variants=variants, notes=own)
+def _completed(info: PluginInfo, owned: Mapping[str, list[Owned[Any]]], notes: list[_Note]) -> PluginInfo:
+    provides = tuple((kind.title, each.plugin.name) for kind in KINDS for each in owned[kind.name] if each.info is info)
+    return replace(info, provides=provides, notes=tuple(note for owner, note in notes if owner is info))

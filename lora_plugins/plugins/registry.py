@@ -1,17 +1,16 @@
-"""What the installed plugins provide: lookup of layer types by module and of inits by name."""
+"""What the installed plugins provide: lookup of layer types by module class, and of everything by name."""
 
 import difflib
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, cast
 
 from torch import nn
 
 from lora_plugins.errors import PluginError, near
-from lora_plugins.plugins.init import InitPlugin
-from lora_plugins.plugins.layer import LayerPlugin
-from lora_plugins.plugins.variant import PLAIN, VariantPlugin
+from lora_plugins.plugins.kind import P, PluginKind, class_path
+from lora_plugins.plugins.layer import LAYERS, LayerPlugin
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class PluginInfo:
         name: Name of the entry point, or of the object that was registered.
         distribution: Name of the installed distribution that brings it.
         version: Version of that distribution.
-        layers: Names of the layer types it registered.
-        inits: Names of the inits it registered.
-        variants: Names of the variants it registered.
+        provides: The title of the kind and the name of each object that it registered.
         error: Why it could not be loaded; None if it was.
         blocked: What keeps it from loading, such as the name of an environment variable; empty if nothing does.
         notes: What it replaces, and what of it is replaced.
@@ -33,9 +30,7 @@ class PluginInfo:
     name: str
     distribution: str
     version: str
-    layers: tuple[str, ...] = ()
-    inits: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
+    provides: tuple[tuple[str, str], ...] = ()
     error: BaseException | None = None
     blocked: str = ""
     notes: tuple[str, ...] = ()
@@ -49,17 +44,18 @@ class PluginInfo:
             return f"failed: {type(self.error).__name__}: {self.error}"
         return "; ".join(["loaded", *self.notes])
 
+    def names(self, kind: PluginKind[Any]) -> tuple[str, ...]:
+        """Returns the names of what it registered of a kind."""
+        return tuple(name for title, name in self.provides if title == kind.title)
+
     @property
     def owner(self) -> str:
         """The plugin and its distribution, for messages."""
         return f"{self.name!r} of {self.distribution} {self.version}"
 
 
-Plugin = TypeVar("Plugin", LayerPlugin, InitPlugin, VariantPlugin)
-
-
 @dataclass(frozen=True)
-class Owned(Generic[Plugin]):
+class Owned(Generic[P]):
     """A registered plugin object and who brought it.
 
     Args:
@@ -68,28 +64,44 @@ class Owned(Generic[Plugin]):
         override: Whether it was registered to replace another one.
     """
 
-    plugin: Plugin
+    plugin: P
     info: PluginInfo
     override: bool = False
 
 
 @dataclass(frozen=True)
 class Registry:
-    """All layer types and inits of one set of plugins; built by `lora_plugins.plugins.manager.build_registry`.
+    """Everything that one set of plugins provides; built by `lora_plugins.plugins.build_registry`.
 
     Args:
         plugins: Every plugin that was found, loaded or not.
-        layers: Layer types by name.
-        inits: Inits by name.
-        variants: Variants by name.
+        by_kind: By the name of a kind, its objects by their names.
     """
 
     plugins: tuple[PluginInfo, ...]
-    layers: Mapping[str, Owned[LayerPlugin]]
-    inits: Mapping[str, Owned[InitPlugin]]
-    variants: Mapping[str, Owned[VariantPlugin]] = field(default_factory=dict)
+    by_kind: Mapping[str, Mapping[str, Owned[Any]]]
 
-    def layer_for(self, module_class: type[nn.Module]) -> LayerPlugin | None:
+    def of(self, kind: PluginKind[P]) -> Mapping[str, Owned[P]]:
+        """Returns all objects of a kind by name."""
+        return self.by_kind.get(kind.name, {})
+
+    def get(self, kind: PluginKind[P], name: str) -> P:
+        """Returns an object by its kind and name.
+
+        Raises:
+            PluginError: If there is none of that name, from the error of a plugin that failed to load if one did.
+        """
+        owned = self.of(kind)
+        if name in owned:
+            return owned[name].plugin
+        # A mere typo has no plugin as its cause.
+        typo = bool(difflib.get_close_matches(name, owned, cutoff=0.5))
+        named = any(info.name == name for info in self.plugins)
+        raise PluginError(
+            f"There is no {kind.title} {name!r}. {near(name, [*owned, *kind.reserved])}{self.absent()}"
+        ) from (self.cause(name) if named or not typo else None)
+
+    def layer_for(self, module_class: type[nn.Module]) -> LayerPlugin[Any] | None:
         """Returns the plugin of the most specific class in the MRO of a module class; None if there is none."""
         return next(
             (self._by_class[path] for path in map(class_path, module_class.__mro__) if path in self._by_class),
@@ -97,36 +109,9 @@ class Registry:
         )
 
     @functools.cached_property
-    def _by_class(self) -> Mapping[str, LayerPlugin]:
-        return {class_path(owned.plugin.module_type): owned.plugin for owned in self.layers.values()}
-
-    def init(self, name: str) -> InitPlugin:
-        """Returns an init by name.
-
-        Raises:
-            PluginError: If there is none of that name, from the error of a plugin that failed to load if one did.
-        """
-        return self._named("init", name, self.inits)
-
-    def variant(self, name: str) -> VariantPlugin | None:
-        """Returns a variant by name; None for plain LoRA.
-
-        Raises:
-            PluginError: If there is none of that name, from the error of a plugin that failed to load if one did.
-        """
-        return None if name == PLAIN else self._named("variant", name, self.variants)
-
-    def _named(self, kind: str, name: str, owners: Mapping[str, Owned[Plugin]]) -> Plugin:
-        if name in owners:
-            return owners[name].plugin
-        # A mere typo has no plugin as its cause.
-        typo = bool(difflib.get_close_matches(name, owners, cutoff=0.5))
-        cause = self.cause(name)
-        named = any(info.name == name for info in self.plugins)
-        known = [*owners, PLAIN] if kind == "variant" else [*owners]
-        raise PluginError(f"There is no {kind} {name!r}. {near(name, known)}{self.absent()}") from (
-            cause if named or not typo else None
-        )
+    def _by_class(self) -> Mapping[str, LayerPlugin[Any]]:
+        owned = cast(Mapping[str, Owned[LayerPlugin[Any]]], self.of(LAYERS))
+        return {class_path(each.plugin.module_type): each.plugin for each in owned.values()}
 
     def absent(self) -> str:
         """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""
@@ -140,10 +125,3 @@ class Registry:
         """Returns the error of a plugin that failed, that of the plugin called `name` first; None if none did."""
         failed = [info for info in self.plugins if info.error is not None]
         return min(failed, key=lambda info: info.name != name).error if failed else None
-
-
-def class_path(module_type: type | str) -> str:
-    """Returns the import path of a class; a path is returned as it is."""
-    if isinstance(module_type, str):
-        return module_type
-    return f"{module_type.__module__}.{module_type.__qualname__}"

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lora_plugins.plugins.kind import A_NAME, PluginKind
 from lora_plugins.plugins.layer import LayerPlugin
 
 PLAIN = "lora"
@@ -50,7 +51,7 @@ class VariantPlugin(ABC):
         """
 
     @abstractmethod
-    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         """Returns by what `W` changes, `(out, in)`, in plain operations that autograd follows.
 
         Args:
@@ -61,6 +62,22 @@ class VariantPlugin(ABC):
             own: The variant's own tensors by name.
         """
 
-    def refusal(self, plugin: LayerPlugin) -> str | None:
+    def refusal(self, plugin: LayerPlugin[Any]) -> str | None:
         """Returns why the variant cannot serve a layer type that has its outputs as rows; None if it can."""
         return None
+
+
+def _contradiction(plugin: VariantPlugin) -> str:
+    return f"has the name {PLAIN!r}, which stands for no variant" if plugin.name == PLAIN else ""
+
+
+VARIANTS = PluginKind[VariantPlugin](
+    name="variants",
+    title="variant",
+    base=VariantPlugin,
+    rules={"name": A_NAME},
+    claims={"variant": lambda plugin: plugin.name},
+    contradiction=_contradiction,
+    reserved=(PLAIN,),
+)
+"""Variants of LoRA, chosen by `LoraConfig(variant=...)`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, near
-from lora_plugins.utils.randomness import own_randomness
+from lora_plugins.utils import own_randomness
 
 Case = TypeVar("Case")
 

@@ -1,25 +1,20 @@
 """An init plugin with one choice of its options: the small model that the checks start, and its data."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.adapter.attach import factor_dtype, slot_matrix, slots
-from lora_plugins.adapter.calibration import InitData, observe
+from lora_plugins.adapter import InitData, calibrate, factor_dtype, slot_matrix
 from lora_plugins.config import LoraConfig
-from lora_plugins.inplace.layer import peek_weight
-from lora_plugins.layers import lora_plugins_register_layers
+from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins.init import InitContext, InitPlugin, Observed
-from lora_plugins.plugins.manager import default_registry
-from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.plugins.registry import Owned, Registry
-from lora_plugins.testing.layer_case import UNDER_TEST
-from lora_plugins.utils.randomness import own_randomness
+from lora_plugins.plugins import INITS, InitContext, InitPlugin, Registry, SlotCalibration
+from lora_plugins.testing.registry import registry_with
+from lora_plugins.utils import own_randomness
 
 LAYERS: Mapping[str, int] = {"embedding": 24, "linear": 32, "conv2d": 16}
 """The layers of the model by name, with the number of rows of each matrix."""
@@ -62,15 +57,7 @@ class InitCase:
         Raises:
             PluginError: If the plugin could not be registered.
         """
-        layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
-        lora_plugins_register_layers(layers)
-        inits.add(self.init)
-        return replace(
-            default_registry(),
-            plugins=(UNDER_TEST,),
-            layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
-            inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},
-        )
+        return registry_with(INITS, self.init)
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Small:
         """Builds the model, with the same values for the same seed."""
@@ -104,7 +91,7 @@ class InitCase:
         """Returns what the init is handed for each layer, with A and B full of NaN."""
         plan = LoraModel.plan(model, self.config(), registry=self.registry())
         data = self.data()
-        observed = observe(model, plan, data).of(plan) if data else {}
+        seen = calibrate(model, plan, data).of(plan) if data else {}
         return [
             InitContext(
                 layer=layer.name,
@@ -115,10 +102,10 @@ class InitCase:
                 lookup=layer.plugin.lookup,
                 generator=torch.Generator().manual_seed(seed),
                 options=plan.init_options,
-                observed=observed.get((layer.name, slot.suffix), Observed()),
+                calibration=seen.get((layer.name, slot.suffix), SlotCalibration()),
             )
-            for layer, slot, (rows, columns) in slots(plan)
-            for weight in [peek_weight(model.get_submodule(layer.name), slot.tensor)]
+            for layer, slot, (rows, columns) in plan.slots()
+            for weight in [detached_weight(model.get_submodule(layer.name), slot.tensor)]
             for dtype in [factor_dtype(weight)]
         ]
 

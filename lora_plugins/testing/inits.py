@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.adapter import attach as injector
+from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins.init import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin
 from lora_plugins.testing import checks
 from lora_plugins.testing.checks import Check, by_name, chosen, refuse, require, require_close, require_same_state
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
@@ -152,7 +152,7 @@ def _dtype(case: InitCase) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model = case.model(dtype)
         case.adapt(model)
-        wanted = injector.factor_dtype(torch.empty(0, dtype=dtype))
+        wanted = factor_dtype(torch.empty(0, dtype=dtype))
         for name, tensor in model.state_dict().items():
             expected = wanted if "lora_" in name else dtype
             require(tensor.dtype == expected, f"{name!r} is of {tensor.dtype} on a base of {dtype}")

@@ -1,23 +1,18 @@
 """A layer plugin with one choice of its layer's options: what the checks build, adapt and run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.inits import lora_plugins_register_inits
-from lora_plugins.inplace.layer import factors, layer_state, peek_weight
+from lora_plugins.inplace import detached_weight, factors, layer_state
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins.layer import LayerPlugin, Slot
-from lora_plugins.plugins.manager import default_registry
-from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
-from lora_plugins.utils.randomness import own_randomness
-
-UNDER_TEST = PluginInfo("under test", "(given to the check)", "-")
+from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot
+from lora_plugins.testing.registry import registry_with
+from lora_plugins.utils import own_randomness
 
 
 class Holder(nn.Module):
@@ -44,7 +39,7 @@ class LayerCase:
         backend: The backend of torch.compile; None leaves compiling out.
     """
 
-    plugin: LayerPlugin
+    plugin: LayerPlugin[Any]
     build: Callable[..., nn.Module]
     inputs: Callable[[Any], Any]
     options: Mapping[str, Any]
@@ -56,15 +51,7 @@ class LayerCase:
         Raises:
             PluginError: If the plugin could not be registered.
         """
-        layers, inits = LayerRegistrar(UNDER_TEST), InitRegistrar(UNDER_TEST)
-        layers.add(self.plugin)
-        lora_plugins_register_inits(inits)
-        return replace(
-            default_registry(),
-            plugins=(UNDER_TEST,),
-            layers={plugin.name: Owned(plugin, UNDER_TEST) for plugin in layers.plugins},
-            inits={plugin.name: Owned(plugin, UNDER_TEST) for plugin in inits.plugins},
-        )
+        return registry_with(LAYERS, self.plugin)
 
     def model(self, dtype: torch.dtype = torch.float64) -> Holder:
         """Builds a model of one layer, with the same values each time."""
@@ -105,7 +92,7 @@ def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1) -> Any:
         return module(*inputs)
 
 
-def updated(plugin: LayerPlugin, layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Returns what the law says of the weights of an adapted layer, `W + ΔW` by attribute name, from A and B.
 
     Args:
@@ -117,7 +104,7 @@ def updated(plugin: LayerPlugin, layer: nn.Module, weights: Mapping[str, float])
     for name, weight in weights.items():
         adapter = layer_state(layer).adapters[name]
         for slot in adapter.slots:
-            base = found.get(slot.tensor, peek_weight(layer, slot.tensor))
+            base = found.get(slot.tensor, detached_weight(layer, slot.tensor))
             A, B = factors(layer, name, slot)
             matrix = weight * adapter.scaling * (B @ A)
             if slot.rows is not None:

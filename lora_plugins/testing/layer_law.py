@@ -7,18 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import TargetError
-from lora_plugins.inplace.layer import base_class_of, peek_weight
+from lora_plugins.inplace import base_class_of, detached_weight
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins.layer import LayerPlugin
-from lora_plugins.plugins.registry import class_path
-from lora_plugins.testing.checks import (
-    Check,
-    refuse,
-    require,
-    require_all_close,
-    require_close,
-    tensors_of,
-)
+from lora_plugins.plugins import LayerPlugin, class_path
+from lora_plugins.testing.checks import Check, refuse, require, require_all_close, require_close, tensors_of
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
 
 
@@ -34,7 +26,7 @@ def _registration(case: LayerCase) -> None:
 def _layout(case: LayerCase) -> None:
     layer = case.model().layer
     for slot in (*case.slots(), *case.plugin.parts(layer).values()):
-        weight = peek_weight(layer, slot.tensor)
+        weight = detached_weight(layer, slot.tensor)
         matrix = case.plugin.to_matrix(weight)
         name = repr(slot.tensor)
         require(matrix.dim() == 2, f"to_matrix makes {tuple(matrix.shape)} of {name}, {tuple(weight.shape)}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.plugins.layer import LayerPlugin
+from lora_plugins.plugins import LayerPlugin
 from lora_plugins.testing.checks import Check, by_name, chosen, run
 from lora_plugins.testing.layer_case import LayerCase
 from lora_plugins.testing.layer_law import LAW_CHECKS
@@ -16,7 +16,7 @@ LAYER_CHECKS: dict[str, Check[LayerCase]] = by_name(LAW_CHECKS, LIFE_CHECKS)
 
 
 def check_layer_plugin(
-    plugin: LayerPlugin,
+    plugin: LayerPlugin[Any],
     build: Callable[..., nn.Module],
     inputs: Callable[[Any], Any],
     options: Iterable[Mapping[str, Any]] = ({},),

@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.attach import adapter_parameters
+from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
-from lora_plugins.inplace.layer import factors, layer_state, own_tensors_of
+from lora_plugins.inplace import factors, layer_state, own_tensors_of
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins.manager import default_registry
-from lora_plugins.plugins.registrars import VariantRegistrar
-from lora_plugins.plugins.registry import Owned, Registry
-from lora_plugins.plugins.variant import VariantPlugin
+from lora_plugins.plugins import VARIANTS, Registry, VariantPlugin
 from lora_plugins.testing import checks
 from lora_plugins.testing.checks import Check, by_name, chosen, require, require_close, require_same_state
-from lora_plugins.testing.layer_case import UNDER_TEST
-from lora_plugins.utils.randomness import own_randomness
+from lora_plugins.testing.registry import registry_with
+from lora_plugins.utils import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 5),
@@ -48,9 +45,7 @@ class VariantCase:
         Raises:
             PluginError: If the plugin could not be registered.
         """
-        registrar = VariantRegistrar(UNDER_TEST)
-        registrar.add(self.variant)
-        return replace(default_registry(), variants={self.variant.name: Owned(self.variant, UNDER_TEST)})
+        return registry_with(VARIANTS, self.variant)
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         """Builds the model, with the same values each time."""
@@ -86,7 +81,7 @@ def _shapes(case: VariantCase) -> None:
     layer = lora.plans["default"].layers[0]
     (slot,) = layer.slots
     module = lora.model.get_submodule(layer.name)
-    own, shapes = own_tensors_of(module, "default", slot), layer.own_shapes(0)
+    own, shapes = own_tensors_of(module, "default", slot), layer.own_shapes(slot)
     names = [name for name in own if not name.isidentifier() or name in ("A", "B")]
     require(not names, f"tensors are called {names}")
     for name, tensor in own.items():
@@ -183,19 +178,19 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
         "gradients",
         _gradients,
         "A, B and the variant's own tensors get gradients",
-        "update works on detached or converted copies, as with .item(), .data or torch.no_grad().",
+        "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad().",
     ),
     Check(
         "base",
         _base_untouched,
-        "update leaves the weight that it is handed alone",
+        "delta_weight leaves the weight that it is handed alone",
         "an operation in place, such as weight.add_(...): the weight is the model's own.",
     ),
     Check(
         "merging",
         _merging,
         "merged, the plain layer computes the same; unmerged and unloaded, all bits are what they were",
-        "update returns the new weight instead of by what it changes.",
+        "delta_weight returns the new weight instead of by what it changes.",
     ),
     Check(
         "copies",
@@ -207,7 +202,7 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
         "files",
         _files,
         "an adapter that is saved and loaded computes the same bits",
-        "update uses something that is neither a tensor of the adapter nor the weight.",
+        "delta_weight uses something that is neither a tensor of the adapter nor the weight.",
     ),
     Check(
         "dtype",

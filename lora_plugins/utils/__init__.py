@@ -1,4 +1,22 @@
-"""Small tools that know nothing of LoRA: lazy names, autocast, random numbers of one's own.
+"""Small tools that know nothing of LoRA: lazy names, autocast, random numbers, files that are whole or not there.
 
 Every other room may use them.
 """
+
+from lora_plugins.utils.atomic_file import replace_file
+from lora_plugins.utils.autocast import autocast_dtype, in_full
+from lora_plugins.utils.lazy import lazily
+from lora_plugins.utils.low_rank import low_rank, truncated_svd
+from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
+
+__all__ = [
+    "autocast_dtype",
+    "in_full",
+    "lazily",
+    "low_rank",
+    "own_randomness",
+    "replace_file",
+    "run_seed",
+    "seeded",
+    "truncated_svd",
+]

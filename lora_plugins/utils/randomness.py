@@ -1,5 +1,6 @@
 """Random numbers of one's own: what draws inside a block neither sees nor moves those of the run."""
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,12 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
             numpy.set_state(others)
         for generator, state in kept:
             generator.set_state(state)
+
+
+def run_seed(name: str) -> int:
+    """Returns the seed that a name has in this run, whatever was drawn before."""
+    digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The built-in variants, registered through the same door as anyone else's."""
 
-from lora_plugins.plugins.hookspecs import hookimpl
-from lora_plugins.plugins.registrars import VariantRegistrar
+from lora_plugins.plugins import VariantRegistrar, hookimpl
 from lora_plugins.variants.dora import DoraVariant
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_plugins.plugins.variant import VariantPlugin
+from lora_plugins.plugins import VariantPlugin
 
 
 class DoraVariant(VariantPlugin):
@@ -27,7 +27,7 @@ class DoraVariant(VariantPlugin):
         """The norms of the rows, so that the weight is what it was."""
         return {"magnitude": _norms(torch.addmm(weight, B, A, alpha=scaling))}
 
-    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         """Returns `m · V / ‖V‖ - W`."""
         direction = torch.addmm(weight, B, A, alpha=scaling)
         factor = own["magnitude"] / _norms(direction.detach())

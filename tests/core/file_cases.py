@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
-from lora_plugins.files.folder import MANIFEST
+from lora_plugins.files import MANIFEST
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_plugins import LoraModel
-from lora_plugins.adapter.state import model_state
+from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.toys import CONFIG, Classifier, loader, trainer
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_plugins import InitPlugin, LoraConfig, LoraModel, hookimpl
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import build_registry
 
 
 def build():

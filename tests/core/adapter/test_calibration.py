@@ -12,19 +12,19 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 from lora_plugins import (
+    Calibration,
     ConfigError,
     InitData,
     InitPlugin,
     LoraConfig,
     LoraModel,
-    Observations,
     PluginError,
     StateError,
     TargetError,
+    calibrate,
     hookimpl,
-    observe,
 )
-from lora_plugins.plugins.manager import build_registry, default_registry
+from lora_plugins.plugins import INITS, build_registry, default_registry
 
 
 class Net(nn.Module):
@@ -89,7 +89,7 @@ class TestUndisturbed:
             return loss(model, batch)
 
         with untouched(model):
-            observe(model, plan, InitData(loader, step))
+            calibrate(model, plan, InitData(loader, step))
         assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
         assert model.conv.weight.grad is None
         assert torch.equal(generator.get_state(), state)
@@ -106,18 +106,18 @@ class TestUndisturbed:
             raise RuntimeError("no more data")
 
         with untouched(model), pytest.raises(RuntimeError, match="no more data"):
-            observe(model, plan, InitData(batches(), step))
+            calibrate(model, plan, InitData(batches(), step))
 
     @needs
     def test_the_adapters_of_a_model_do_not_act_and_stay(self, config):
         model = net()
-        expected = observe(model, LoraModel.plan(model, config), InitData(batches(), loss)).by_slot
+        expected = calibrate(model, LoraModel.plan(model, config), InitData(batches(), loss)).by_slot
         lora = LoraModel(model, LoraConfig(r=2, init="none", modules_to_save=["head"], target_modules=["conv"]))
         with torch.no_grad():
             model.head.weight.add_(1)
         before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
         plan = LoraModel.plan(model, config)
-        found = observe(model, plan, InitData(batches(), loss)).by_slot
+        found = calibrate(model, plan, InitData(batches(), loss)).by_slot
         assert_same(found, expected)
         assert lora.active_adapters == ("default",)
         for name, parameter in model.named_parameters():
@@ -191,7 +191,7 @@ class TestWhatIsSeen:
         hook.remove()
         x = torch.cat(seen)
         plan = LoraModel.plan(model, CONFIGS["inputs"])
-        inputs = observe(model, plan, InitData(batches())).by_slot["head", ""].inputs
+        inputs = calibrate(model, plan, InitData(batches())).by_slot["head", ""].inputs
         assert inputs.count == 24
         torch.testing.assert_close(inputs.total, x.sum(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(inputs.scatter(), torch.cov(x.T, correction=0) * 24, rtol=1e-9, atol=1e-12)
@@ -205,7 +205,7 @@ class TestWhatIsSeen:
         nn.utils.parametrize.remove_parametrizations(twin.spectral, "weight")
         sum(loss(twin, batch) for batch in data).backward()
         plan = LoraModel.plan(model, CONFIGS["gradients"])
-        seen = observe(model, plan, InitData(data, loss)).by_slot
+        seen = calibrate(model, plan, InitData(data, loss)).by_slot
         # The power iteration of a frozen spectral norm stands still, as it will in training.
         torch.testing.assert_close(seen["head", ""].gradient, twin.head.weight.grad / 3, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(
@@ -221,7 +221,7 @@ class TestWhatIsSeen:
                 yield batch
 
         model = net()
-        seen = observe(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(endless(), limit=2))
+        seen = calibrate(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(endless(), limit=2))
         assert len(read) == 2
         assert seen.by_slot["head", ""].inputs.count == 16
 
@@ -230,7 +230,7 @@ class TestWhatIsSeen:
         make = {"tensor": lambda x: x, "tuple": lambda x: (x, "label"), "mapping": lambda x: {"x": x}}[form]
         model = net()
         data = InitData([make(x) for x, _ in batches()])
-        assert observe(model, LoraModel.plan(model, CONFIGS["inputs"]), data).by_slot["conv", ""].inputs.count == 600
+        assert calibrate(model, LoraModel.plan(model, CONFIGS["inputs"]), data).by_slot["conv", ""].inputs.count == 600
 
     @needs
     def test_is_reproducible_whatever_was_drawn_before(self, config):
@@ -240,14 +240,14 @@ class TestWhatIsSeen:
         for _ in range(2):
             torch.randn(3)
             loader = DataLoader(data, 8, shuffle=True)
-            found.append(observe(model, LoraModel.plan(model, config), InitData(loader, loss, limit=2)).by_slot)
+            found.append(calibrate(model, LoraModel.plan(model, config), InitData(loader, loss, limit=2)).by_slot)
         assert_same(*found)
 
 
 class TestUse:
     def test_once_for_several_adapters(self):
         model = net()
-        seen = observe(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(batches()))
+        seen = calibrate(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(batches()))
         fields = {"target_modules": ["conv"], "init": "eva", "init_options": {"niter": None}}
         lora = LoraModel(model, LoraConfig(r=2, **fields), "small", init_data=seen)
         lora.add_adapter("large", LoraConfig(r=4, **fields), init_data=seen)
@@ -303,7 +303,7 @@ class TestUse:
                 registrar.add(Odd())
 
         with pytest.raises(PluginError, match="'needs'"):
-            build_registry([("mine", Module())]).init("odd")
+            build_registry([("mine", Module())]).get(INITS, "odd")
 
 
 class TestRefusals:
@@ -323,9 +323,9 @@ class TestRefusals:
 
     def test_observations_of_something_else(self, untouched):
         model = net()
-        seen = observe(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(batches()))
+        seen = calibrate(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(batches()))
         self.refused(CONFIGS["gradients"], seen, ConfigError, "needs the gradients of 'conv'", untouched)
-        self.refused(CONFIGS["inputs"], Observations(), ConfigError, "needs the inputs of 'conv'", untouched)
+        self.refused(CONFIGS["inputs"], Calibration(), ConfigError, "needs the inputs of 'conv'", untouched)
 
     @pytest.mark.parametrize(
         ("step", "match"),
@@ -384,4 +384,4 @@ class TestRefusals:
         lora.merge_adapter()
         plan = LoraModel.plan(model, LoraConfig(r=2, target_modules=["head"], init="eva"))
         with pytest.raises(StateError, match="Observing"):
-            observe(model, plan, InitData(batches()))
+            calibrate(model, plan, InitData(batches()))

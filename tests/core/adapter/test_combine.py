@@ -154,3 +154,22 @@ def test_refuses(arguments, options, error, message):
     with pytest.raises(error, match=message):
         lora.add_weighted_adapter(*arguments, **options)
     assert list(lora.adapters) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a+b", "a(b)", "x$", "a|b", "[a]", "a-b", "^a", "a\\b"])
+def test_layers_of_any_name_combine(name):
+    """A name is no regular expression, whatever characters it has."""
+    model = nn.ModuleDict({name: nn.Linear(4, 3), "other": nn.Linear(4, 3)}).double()
+    lora = LoraModel(model, LoraConfig(r=1, init="none"), "first")
+    lora.add_adapter("second", LoraConfig(r=2, init="none"))
+    lora.add_weighted_adapter(["first", "second"], [0.5, 2.0], "both")
+    expected = {layer: 0.5 * update(lora, "first", layer) + 2 * update(lora, "second", layer) for layer in model}
+    assert {layer.name: layer.r for layer in lora.plans["both"].layers} == {name: 3, "other": 3}
+    for layer, delta in expected.items():
+        torch.testing.assert_close(update(lora, "both", layer), delta)
+
+
+def update(lora, adapter, layer):
+    """`ΔW` of one adapter, from its state dict."""
+    A, B = (lora.model[layer].get_submodule(f"lora_{factor}")[adapter] for factor in "AB")
+    return next(planned for planned in lora.plans[adapter].layers if planned.name == layer).scaling * B @ A

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from lora_plugins.integrations.lightning.main import main
-from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins import default_registry
 
 BROKEN = "import no_such_library\n"
 WORKING = """

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_plugins.files.fingerprint import fingerprint, same
+from lora_plugins.files import same
+from lora_plugins.files.fingerprint import fingerprint
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
-from lora_plugins.files.folder import MANIFEST
+from lora_plugins.files import MANIFEST
 from tests.core.file_cases import (
     adapt,
     assert_same_state,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.files.folder import MANIFEST, PackedAdapter
+from lora_plugins.files import MANIFEST, PackedAdapter
 from tests.core.file_cases import (
     QUICK,
     adapt,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_plugins import ConfigError, InitData, InitPlugin, LoraConfig, LoraModel, PluginError, TargetError, hookimpl
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import build_registry
 
 
 class Mlp(nn.Module):

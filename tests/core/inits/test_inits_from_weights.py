@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_plugins import ConfigError, InitContext, InitPlugin, LoraConfig, LoraModel, TargetError
-from lora_plugins.plugins.manager import default_registry
+from lora_plugins.plugins import INITS, default_registry
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 16),
@@ -31,7 +31,7 @@ def model_of(kind: str) -> nn.Module:
 
 def fill(init: str, layer: nn.Linear, r: int, scaling: float, **options) -> tuple[InitPlugin, InitContext, dict]:
     """Lets an init fill factors from seed 0, as `LoraModel` does from a seed of its own."""
-    plugin = default_registry().init(init)
+    plugin = default_registry().get(INITS, init)
     context = InitContext(
         layer="layer",
         weight=layer.weight.detach(),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, PluginError, TargetError
-from lora_plugins.plan.plan import Tie
+from lora_plugins.plugins import Tie
 
 
 class Attention(nn.Module):

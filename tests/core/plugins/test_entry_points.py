@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, PluginError
-from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import ALLOW_VARIABLE, BLOCK_VARIABLE, INITS, LAYERS, build_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
 
 PATH = os.environ.get("PYTHONPATH", "")
@@ -39,7 +38,7 @@ class TestExample:
         with_plugins("plugin_example")
         found = info(build_registry(), "example")
         assert (found.distribution, found.version, found.state) == ("lora-plugins-example", "1.2.3", "loaded")
-        assert (found.layers, found.inits) == (("bilinear",), ("orthonormal",))
+        assert (found.names(LAYERS), found.names(INITS)) == (("bilinear",), ("orthonormal",))
 
     def test_without_it_nobody_serves_the_layer(self):
         assert [layer.name for layer in LoraModel.plan(Pair(), LoraConfig()).layers] == ["out"]
@@ -158,7 +157,7 @@ class TestClash:
         assert {info(registry, name).state for name in ("other_kaiming", "other_linear")} == {
             f"blocked by {BLOCK_VARIABLE}"
         }
-        assert type(registry.init("kaiming")).__module__ == "lora_plugins.inits.kaiming"
+        assert type(registry.get(INITS, "kaiming")).__module__ == "lora_plugins.inits.kaiming"
 
 
 class TestBlocking:
@@ -175,7 +174,7 @@ class TestBlocking:
         with pytest.raises(
             PluginError, match=r"'orthonormal'.*'example' of lora-plugins-example 1\.2\.3 is blocked by LORA"
         ):
-            build_registry().init("orthonormal")
+            build_registry().get(INITS, "orthonormal")
 
     def test_only_allowed_plugins_load(self, with_plugins, monkeypatch):
         with_plugins("plugin_example", "plugin_broken")

@@ -2,25 +2,27 @@
 
 import inspect
 from importlib import metadata
+from typing import get_origin
 
 import pytest
 
 from lora_plugins.inits import lora_plugins_register_inits
 from lora_plugins.layers import lora_plugins_register_layers
-from lora_plugins.plugins import hookspecs
+from lora_plugins.plugins import KINDS, Registrar, hookspecs
 
 SPECS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.GROUP}_spec")}
 
 
 def test_the_hooks():
-    assert set(SPECS) == {f"lora_plugins_register_{kind}" for kind in ("layers", "inits", "variants")}
+    assert set(SPECS) == {kind.hook_name for kind in KINDS}
+    assert [kind.name for kind in KINDS] == ["layers", "inits", "variants"]
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_hook_hands_in_a_typed_registrar_and_takes_nothing_back(name):
     signature = inspect.signature(SPECS[name])
     assert list(signature.parameters) == ["registrar"]
-    assert signature.parameters["registrar"].annotation in ("LayerRegistrar", "InitRegistrar", "VariantRegistrar")
+    assert get_origin(signature.parameters["registrar"].annotation) is Registrar
     assert signature.return_annotation is None
 
 

@@ -6,8 +6,15 @@ from torch import nn
 
 from lora_plugins import InitPlugin, LoraConfig, LoraModel, PluginError, RowMajorPlugin, hookimpl
 from lora_plugins.errors import TargetError
-from lora_plugins.plugins.discovery import BLOCK_VARIABLE, LOAD_VARIABLE
-from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry
+from lora_plugins.plugins import (
+    BLOCK_VARIABLE,
+    INITS,
+    LAYERS,
+    LOAD_VARIABLE,
+    TRACE_VARIABLE,
+    build_registry,
+    default_registry,
+)
 
 IN_CODE = "(given in code)"
 
@@ -61,23 +68,23 @@ class TestWhatIsFound:
         assert {i.name: i.distribution for i in registry.plugins if i.name in ("layers", "inits")} == {
             "layers": "lora-plugins", "inits": "lora-plugins",
         }  # fmt: skip
-        assert {"kaiming", "gaussian", "loftq", "none"} <= set(info(registry, "inits").inits)
-        assert {"linear", "conv2d", "embedding", "multihead_attention"} <= set(info(registry, "layers").layers)
+        assert {"kaiming", "gaussian", "loftq", "none"} <= set(info(registry, "inits").names(INITS))
+        assert {"linear", "conv2d", "embedding", "multihead_attention"} <= set(info(registry, "layers").names(LAYERS))
 
     def test_a_plugin_given_in_code_joins_them(self):
         registry = build_registry([("mine", registers(ZeroInit(), BilinearPlugin()))])
         found = info(registry, "mine")
-        assert (found.state, found.distribution, found.layers, found.inits) == (
+        assert (found.state, found.distribution, found.names(LAYERS), found.names(INITS)) == (
             "loaded", IN_CODE, ("bilinear",), ("zero",),
         )  # fmt: skip
-        assert registry.init("zero").name == "zero"
+        assert registry.get(INITS, "zero").name == "zero"
         assert registry.layer_for(nn.Bilinear).name == "bilinear"
 
     def test_the_registry_of_the_process_is_built_once_and_stays_as_it_is(self):
         first = default_registry()
         build_registry([("mine", registers(ZeroInit()))])
         assert default_registry() is first
-        assert "zero" not in first.inits
+        assert "zero" not in first.of(INITS)
 
     def test_a_registry_is_used_where_it_is_given(self):
         model = nn.ModuleDict({"bi": nn.Bilinear(2, 3, 4)})
@@ -116,7 +123,7 @@ class TestBrokenPlugins:
     def test_it_never_stops_a_run_that_does_not_need_it(self, kind):
         registry = build_registry([("broken", BROKEN[kind]), ("good", registers(BilinearPlugin()))])
         assert info(registry, "broken").state.startswith("failed: ")
-        assert (info(registry, "broken").layers, info(registry, "broken").inits) == ((), ())
+        assert (info(registry, "broken").names(LAYERS), info(registry, "broken").names(INITS)) == ((), ())
         assert info(registry, "good").state == "loaded"
         model = nn.Sequential(nn.Linear(2, 2))
         LoraModel(model, LoraConfig(r=2), registry=registry)
@@ -126,7 +133,7 @@ class TestBrokenPlugins:
     def test_it_is_named_with_its_error_as_cause_when_something_is_missing(self, kind):
         registry = build_registry([("broken", BROKEN[kind])])
         with pytest.raises(PluginError, match=r"no init 'zero'.*'broken' of \(given in code\)") as caught:
-            registry.init("zero")
+            registry.get(INITS, "zero")
         assert caught.value.__cause__ is info(registry, "broken").error
 
     def test_an_unknown_hook_is_named(self):
@@ -139,14 +146,14 @@ class TestBrokenPlugins:
             raise RuntimeError("later")
 
         registry = build_registry([("late", plugin(lora_plugins_register_inits=fails_late))])
-        assert "zero" not in registry.inits
+        assert "zero" not in registry.of(INITS)
 
     def test_the_plugin_asked_for_by_its_own_name_is_the_cause(self):
         first = plugin(lora_plugins_register_inits=raising(RuntimeError("first")))
         second = plugin(lora_plugins_register_inits=raising(RuntimeError("second")))
         registry = build_registry([("one", first), ("zero", second)])
         with pytest.raises(PluginError, match=r"(?s)first.*second") as caught:
-            registry.init("zero")
+            registry.get(INITS, "zero")
         assert str(caught.value.__cause__) == "second"
 
     def test_a_model_is_untouched_by_a_missing_init(self, untouched):
@@ -173,7 +180,7 @@ class TestHookNames:
 
         registry = build_registry([("mine", Plugin())])
         assert info(registry, "mine").state == "loaded"
-        assert registry.init("zero").name == "zero"
+        assert registry.get(INITS, "zero").name == "zero"
 
     def test_a_hook_named_like_something_else_in_the_module_is_unknown(self):
         registry = build_registry([("mine", plugin(hookspec=lambda registrar: None))])
@@ -214,17 +221,17 @@ class TestOverride:
     def test_an_init_by_name(self):
         mine = type("Mine", (ZeroInit,), {"name": "kaiming"})()
         registry = build_registry([("mine", registers(mine, override=True))])
-        assert registry.init("kaiming") is mine
+        assert registry.get(INITS, "kaiming") is mine
         assert "replaces init 'kaiming' of 'inits' of lora-plugins" in info(registry, "mine").state
         assert f"its init 'kaiming' is replaced by 'mine' of {IN_CODE}" in info(registry, "inits").state
-        assert "kaiming" not in info(registry, "inits").inits
-        assert registry.inits["kaiming"].info is info(registry, "mine")
+        assert "kaiming" not in info(registry, "inits").names(INITS)
+        assert registry.of(INITS)["kaiming"].info is info(registry, "mine")
 
     def test_a_layer_type_by_class(self):
         mine = type("Mine", (BilinearPlugin,), {"name": "mine", "module_type": nn.Linear})()
         registry = build_registry([("mine", registers(mine, override=True))])
         assert registry.layer_for(nn.Linear) is mine
-        assert "linear" not in registry.layers
+        assert "linear" not in registry.of(LAYERS)
 
     def test_two_that_override_the_same_are_named(self):
         mine = [type("Mine", (ZeroInit,), {"name": "kaiming"})() for _ in range(2)]
@@ -234,7 +241,7 @@ class TestOverride:
     def test_where_there_is_nothing_to_replace_it_is_an_ordinary_one(self):
         registry = build_registry([("mine", registers(ZeroInit(), override=True))])
         assert info(registry, "mine").state == "loaded"
-        assert registry.init("zero").name == "zero"
+        assert registry.get(INITS, "zero").name == "zero"
 
 
 FILE = """
@@ -262,7 +269,7 @@ class TestFiles:
     def test_a_file_is_a_plugin(self, file):
         registry = build_registry(files=[file])
         found = info(registry, "mine")
-        assert (found.distribution, found.state, found.inits) == (str(file), "loaded", ("from_file",))
+        assert (found.distribution, found.state, found.names(INITS)) == (str(file), "loaded", ("from_file",))
 
     def test_one_that_the_environment_names(self, file, monkeypatch, tmp_path):
         monkeypatch.setenv(LOAD_VARIABLE, str(file))
@@ -271,7 +278,7 @@ class TestFiles:
         assert (model[0].lora_A["default"] == 1).all()
 
     def test_it_is_imported_once(self, file):
-        first, second = (build_registry(files=[file]).init("from_file") for _ in range(2))
+        first, second = (build_registry(files=[file]).get(INITS, "from_file") for _ in range(2))
         assert type(first) is type(second)
 
     def test_one_that_fails_was_asked_for(self, tmp_path):
@@ -295,7 +302,7 @@ class TestTrace:
         for hook in ("lora_plugins_register_layers", "lora_plugins_register_inits"):
             assert f"{hook} [hook]" in written
             assert f"finish {hook}" in written
-        assert f"<InitRegistrar of 'mine' of {IN_CODE} ->" in written
+        assert f"<Registrar of the inits of 'mine' of {IN_CODE} ->" in written
 
     def test_nothing_is_written_else(self, capsys):
         build_registry()

@@ -4,9 +4,15 @@ import pytest
 from torch import nn
 
 from lora_plugins import InitPlugin, PluginError, RowMajorPlugin
-from lora_plugins.plugins.manager import build_registry, default_registry
-from lora_plugins.plugins.registrars import InitRegistrar, LayerRegistrar
-from lora_plugins.plugins.registry import PluginInfo, class_path
+from lora_plugins.plugins import (
+    INITS,
+    LAYERS,
+    PluginInfo,
+    Registrar,
+    build_registry,
+    class_path,
+    default_registry,
+)
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
 
@@ -28,37 +34,35 @@ def variant(base, **attributes):
 
 
 class TestRegistrars:
-    @pytest.mark.parametrize(
-        ("registrar", "plugin"), [(InitRegistrar, Init()), (LayerRegistrar, Layer())], ids=["init", "layer"]
-    )
-    def test_an_instance_is_taken(self, registrar, plugin):
-        taker = registrar(INFO)
+    @pytest.mark.parametrize(("kind", "plugin"), [(INITS, Init()), (LAYERS, Layer())], ids=["init", "layer"])
+    def test_an_instance_is_taken(self, kind, plugin):
+        taker = Registrar(kind, INFO)
         taker.add(plugin)
-        assert taker.plugins == [plugin]
+        assert [owned.plugin for owned in taker.owned] == [plugin]
 
     @pytest.mark.parametrize(
-        ("registrar", "plugin", "words"),
+        ("kind", "plugin", "words"),
         [
-            pytest.param(InitRegistrar, Init, "Register an instance, not the class", id="init class"),
-            pytest.param(LayerRegistrar, Layer, "Register an instance, not the class", id="layer class"),
-            pytest.param(InitRegistrar, Layer(), "no InitPlugin", id="layer as init"),
-            pytest.param(LayerRegistrar, Init(), "no LayerPlugin", id="init as layer"),
-            pytest.param(InitRegistrar, object(), "no InitPlugin", id="object"),
-            pytest.param(InitRegistrar, variant(Init, name=""), "'name'", id="init without name"),
-            pytest.param(InitRegistrar, variant(Init, name=["a"]), "'name'", id="init whose name is a list"),
-            pytest.param(LayerRegistrar, variant(Layer, name=None), "'name'", id="layer without name"),
-            pytest.param(LayerRegistrar, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
-            pytest.param(LayerRegistrar, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
-            pytest.param(LayerRegistrar, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
+            pytest.param(INITS, Init, "Register an instance, not the class", id="init class"),
+            pytest.param(LAYERS, Layer, "Register an instance, not the class", id="layer class"),
+            pytest.param(INITS, Layer(), "no InitPlugin", id="layer as init"),
+            pytest.param(LAYERS, Init(), "no LayerPlugin", id="init as layer"),
+            pytest.param(INITS, object(), "no InitPlugin", id="object"),
+            pytest.param(INITS, variant(Init, name=""), "'name'", id="init without name"),
+            pytest.param(INITS, variant(Init, name=["a"]), "'name'", id="init whose name is a list"),
+            pytest.param(LAYERS, variant(Layer, name=None), "'name'", id="layer without name"),
+            pytest.param(LAYERS, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
+            pytest.param(LAYERS, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
+            pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
         ],
     )
-    def test_anything_else_is_refused_by_the_name_of_its_plugin(self, registrar, plugin, words):
-        taker = registrar(INFO)
+    def test_anything_else_is_refused_by_the_name_of_its_plugin(self, kind, plugin, words):
+        taker = Registrar(kind, INFO)
         with pytest.raises(PluginError) as caught:
             taker.add(plugin)
         assert words in str(caught.value)
         assert "'mine' of some-dist 1.0" in str(caught.value)
-        assert taker.plugins == []
+        assert taker.owned == []
 
 
 class TestLookup:
@@ -92,12 +96,11 @@ class TestLookup:
 
     def test_an_unknown_init_offers_the_near_one(self):
         with pytest.raises(PluginError, match=r"no init 'gausian'. Did you mean 'gaussian'"):
-            default_registry().init("gausian")
+            default_registry().get(INITS, "gausian")
 
     def test_an_init_is_found_by_name(self):
-        assert {name: default_registry().init(name).name for name in ("kaiming", "gaussian", "loftq", "none")} == {
-            name: name for name in ("kaiming", "gaussian", "loftq", "none")
-        }
+        names = ["kaiming", "gaussian", "loftq", "none"]
+        assert [default_registry().get(INITS, name).name for name in names] == names
 
 
 class TestInfo:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_plugins.plugins.manager import default_registry
+from lora_plugins import plugins as kinds
+from lora_plugins.plugins import default_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
 
 
@@ -68,18 +69,18 @@ INITS = {
 def test_every_built_in_plugin_is_checked():
     registry = default_registry()
     ours = [info for info in registry.plugins if info.distribution == "lora-plugins"]
-    assert set(LAYERS) == {name for info in ours for name in info.layers}
-    assert set(INITS) == {name for info in ours for name in info.inits}
+    assert set(LAYERS) == {name for info in ours for name in info.names(kinds.LAYERS)}
+    assert set(INITS) == {name for info in ours for name in info.names(kinds.INITS)}
 
 
 @pytest.mark.parametrize("check", LAYER_CHECKS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name, check):
     build, inputs, options = LAYERS[name]
-    check_layer_plugin(default_registry().layers[name].plugin, build, inputs, options, only=[check])
+    check_layer_plugin(default_registry().get(kinds.LAYERS, name), build, inputs, options, only=[check])
 
 
 @pytest.mark.parametrize("check", INIT_CHECKS)
 @pytest.mark.parametrize("name", INITS)
 def test_init(name, check):
-    check_init_plugin(default_registry().init(name), INITS[name], only=[check])
+    check_init_plugin(default_registry().get(kinds.INITS, name), INITS[name], only=[check])

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ class DropsAll(Good):
     """Drops the input of the base too, whose mean over many draws is right."""
 
     def branch(self, layer, base, terms, x):
-        return super().branch(layer, base, [type(t)(t.slot, t.A, t.B, t.scaling, 0.0) for t in terms], terms[0].drop(x))
+        return super().branch(layer, base, [replace(term, training=False) for term in terms], terms[0].drop(x))
 
 
 class NeverDrops(Good):

@@ -30,13 +30,13 @@ class NotAtTheStart(DoraVariant):
 
 
 class Detached(DoraVariant):
-    def update(self, weight, A, B, scaling, own):
-        return super().update(weight, A, B, scaling, {"magnitude": own["magnitude"].detach()})
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, {"magnitude": own["magnitude"].detach()})
 
 
 class InPlace(DoraVariant):
-    def update(self, weight, A, B, scaling, own):
-        update = super().update(weight, A, B, scaling, own)
+    def delta_weight(self, weight, A, B, scaling, own):
+        update = super().delta_weight(weight, A, B, scaling, own)
         with torch.no_grad():
             weight.mul_(1.001)
         return update
@@ -48,9 +48,9 @@ class Remembers(DoraVariant):
     def __init__(self) -> None:
         self.calls = 0
 
-    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         self.calls += 1
-        return super().update(weight, A, B, scaling, own) * (1 + 1e-3 * self.calls)
+        return super().delta_weight(weight, A, B, scaling, own) * (1 + 1e-3 * self.calls)
 
 
 class ForgetsWhenCopied(DoraVariant):
@@ -64,8 +64,8 @@ class ForgetsWhenCopied(DoraVariant):
         copy.original = False
         return copy
 
-    def update(self, weight, A, B, scaling, own):
-        update = super().update(weight, A, B, scaling, own)
+    def delta_weight(self, weight, A, B, scaling, own):
+        update = super().delta_weight(weight, A, B, scaling, own)
         return update if self.original else 2 * update
 
 
@@ -73,10 +73,10 @@ class Double(DoraVariant):
     def first_values(self, weight, A, B, scaling):
         return {"magnitude": super().first_values(weight, A, B, scaling)["magnitude"].double()}
 
-    def update(self, weight, A, B, scaling, own):
+    def delta_weight(self, weight, A, B, scaling, own):
         if own["magnitude"].dtype == torch.float32:
             raise TypeError("the magnitude was double")
-        return super().update(weight, A, B, scaling, own)
+        return super().delta_weight(weight, A, B, scaling, own)
 
 
 VIOLATIONS = {

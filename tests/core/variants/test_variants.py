@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin, hookimpl
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import build_registry
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -181,7 +181,7 @@ class Gated(VariantPlugin):
     def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
         return {"gate": A.new_zeros(1)}
 
-    def update(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
+    def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         return own["gate"] * scaling * (B @ A)
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lora_plugins import RowMajorPlugin, Slot, Term
 
 
-class BilinearPlugin(RowMajorPlugin):
+class BilinearPlugin(RowMajorPlugin[nn.Bilinear]):
     """`torch.nn.Bilinear`. As a matrix its weight is (out, in1 * in2), so A is (r, in1 * in2) and B is (out, r)."""
 
     name = "bilinear"
@@ -16,12 +16,12 @@ class BilinearPlugin(RowMajorPlugin):
     branch_types = (nn.Bilinear,)
     branch_use = "always"
 
-    def inputs(self, layer: nn.Module, slot: Slot, x1: Tensor, x2: Tensor) -> Tensor:
+    def inputs(self, layer: nn.Bilinear, slot: Slot, x1: Tensor, x2: Tensor) -> Tensor:
         """The products of all pairs, `(n, in1 * in2)`: what the rows of the matrix are multiplied by."""
         return (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2).flatten(0, -2)
 
     def branch(
-        self, layer: nn.Module, base: Mapping[str, Tensor | None], terms: Sequence[Term], x1: Tensor, x2: Tensor
+        self, layer: nn.Bilinear, base: Mapping[str, Tensor], terms: Sequence[Term], x1: Tensor, x2: Tensor
     ) -> Tensor:
         """Computes r bilinear forms with A in place of `out` with ΔW, and mixes them by B."""
         y = F.bilinear(x1, x2, base["weight"], layer.bias)

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace.layer import layer_state, peek_weight, standing_still, terms_of, weight_key, weight_names
-from lora_plugins.inplace.modules import full_name
+from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
 from lora_plugins.kernels.linear import updated
 from lora_plugins.kernels.matmul import contract, linear
-from lora_plugins.plugins.layer import LayerPlugin, Slot, Term, add_update, joined, total
-from lora_plugins.utils.autocast import in_full
+from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
+from lora_plugins.utils import in_full
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -22,7 +22,7 @@ _NEARLY_ORTHOGONAL = 1e-3
 
 
 @dataclass(frozen=True)
-class WeightUpdate:
+class WeightDelta:
     """What is about to be added to one weight.
 
     Args:
@@ -37,11 +37,11 @@ class WeightUpdate:
     name: str
     layer: nn.Module
     tensor: str
-    plugin: LayerPlugin
+    plugin: LayerPlugin[Any]
     weight: Tensor
     term: Term
 
-    def merged(self) -> Tensor:
+    def effective(self) -> Tensor:
         """Returns the weight with its update: computed in float32 or better, rounded once, in its memory format."""
         term, weight = self.term, self.weight
         matrix = self.plugin.to_matrix(weight)
@@ -49,9 +49,9 @@ class WeightUpdate:
             if term.delta is None:
                 matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
             else:
-                matrix = add_update(matrix, term.delta)
-        merged = self.plugin.from_matrix(matrix, weight.shape)
-        return merged if merged.stride() == weight.stride() else torch.empty_like(weight).copy_(merged)
+                matrix = add_delta(matrix, term.delta)
+        laid_out = self.plugin.from_matrix(matrix, weight.shape)
+        return laid_out if laid_out.stride() == weight.stride() else torch.empty_like(weight).copy_(laid_out)
 
     def relative_error(self) -> float:
         """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
@@ -66,11 +66,11 @@ class WeightUpdate:
 
     def _lost(self, wide: torch.dtype) -> float:
         """Returns the norm of what rounding takes."""
-        delta = self.plugin.from_matrix(self.term.matrix(), self.weight.shape).to(wide)
-        return float(torch.linalg.vector_norm((self.merged().to(wide) - self.weight.to(wide)).sub_(delta)))
+        delta = self.plugin.from_matrix(self.term.delta_weight(), self.weight.shape).to(wide)
+        return float(torch.linalg.vector_norm((self.effective().to(wide) - self.weight.to(wide)).sub_(delta)))
 
 
-def weight_updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[WeightUpdate]:
+def weight_deltas(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[WeightDelta]:
     """Yields what active adapters add to each weight, a tied weight once.
 
     Args:
@@ -80,18 +80,18 @@ def weight_updates(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -
     seen: set[object] = set()
     for name, layer in layers.items():
         state = layer_state(layer)
-        for tensor in weight_names(state):
+        for tensor in state.weight_names:
             active = [adapter for adapter in adapters if adapter in state.active]
-            with standing_still(layer):
+            with frozen_statistics(layer):
                 terms = [term for adapter in active for term in terms_of(layer, tensor, adapter)]
             if not terms or place_of(layer, tensor) in seen:
                 continue
             seen.add(place_of(layer, tensor))
             plugin = state.adapters[active[0]].plugin
-            weight = state.merged[tensor] if tensor in state.merged else peek_weight(layer, tensor)
+            weight = state.merged[tensor] if tensor in state.merged else detached_weight(layer, tensor)
             with in_full(weight):
                 term = joined(terms) or _dense(terms)
-            yield WeightUpdate(full_name(name, tensor), layer, tensor, plugin, weight, term)
+            yield WeightDelta(full_name(name, tensor), layer, tensor, plugin, weight, term)
 
 
 def place_of(layer: nn.Module, tensor: str) -> object:
@@ -101,7 +101,7 @@ def place_of(layer: nn.Module, tensor: str) -> object:
 
 def _dense(terms: list[Term]) -> Term:
     """Returns one term with the sum of all updates as a matrix."""
-    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=total(terms))
+    return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=sum_of_deltas(terms))
 
 
 def _norm(term: Term) -> float:

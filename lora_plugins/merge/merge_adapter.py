@@ -1,19 +1,17 @@
 """Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lora_plugins.adapter.state import ModelState, adapted_layers, apply_state
+from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_shared
 from lora_plugins.errors import MergeError, StateError, listing
-from lora_plugins.inplace.layer import layer_state, state_of, weight_key
-from lora_plugins.inplace.modules import full_name, holder_of, model_modules
-from lora_plugins.inplace.parametrized import compute_again
-from lora_plugins.merge.delta import weight_updates
-from lora_plugins.plugins.variant import PLAIN
+from lora_plugins.inplace import holder_of, layer_state, recompute, state_of
+from lora_plugins.merge.weight_delta import weight_deltas
+from lora_plugins.plugins import PLAIN
 
 DEFAULT_MAX_ERROR = 0.1
 """Share of an update's norm that a merge may lose to rounding without being told to."""
@@ -64,15 +62,16 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         StateError: If one of the adapters is not active, or merged already.
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
+    state.check("merge_adapter")
     layers = adapted_layers(model)
     report = checked(model, layers, state, adapters, max_error)
-    merged = [(update, update.merged()) for update in weight_updates(layers, adapters)]
-    for update, weight in merged:
-        parameter = update.layer._parameters.get(update.tensor)
+    merged = [(delta, delta.effective()) for delta in weight_deltas(layers, adapters)]
+    for delta, weight in merged:
+        parameter = delta.layer._parameters.get(delta.tensor)
         if parameter is None:
-            layer_state(update.layer).merged[update.tensor] = weight
+            layer_state(delta.layer).merged[delta.tensor] = weight
         else:
-            state.kept.setdefault(update.name, parameter.data)
+            state.kept.setdefault(delta.name, parameter.data)
             parameter.data = weight
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
@@ -80,7 +79,14 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
 
 
 def unmerge(model: nn.Module, state: ModelState) -> None:
-    """Puts the kept weights back, bit for bit."""
+    """Puts the kept weights back, bit for bit.
+
+    Raises:
+        StateError: If nothing is merged.
+    """
+    state.check("unmerge_adapter")
+    if not state.merged:
+        raise StateError("Nothing is merged.")
     for name, weight in state.kept.items():
         module, key = holder_of(model, name)
         parameter = module._parameters[key]
@@ -104,12 +110,12 @@ def checked(
     """
     _check_adapters(model, layers, state, adapters)
     for layer in layers.values():
-        compute_again(layer)
+        recompute(layer)
     dtypes = {
-        MergedWeight(update.name, update.relative_error()): update.weight.dtype
-        for update in weight_updates(layers, adapters)
+        MergedWeight(delta.name, delta.relative_error()): delta.weight.dtype
+        for delta in weight_deltas(layers, adapters)
     }
-    _refuse_loss(dtypes, max_error)
+    _check_loss(dtypes, max_error)
     return MergeReport(adapters, tuple(dtypes))
 
 
@@ -129,7 +135,7 @@ def _check_adapters(
             f"have to be merged at once: {listing(state.active)}."
         )
     for name in () if state.leaving else adapters:  # layers that have left may share a weight with those that have not
-        refuse_shared(model, _weights_of(layers, name))
+        check_shared(model, _weights_of(layers, name))
 
 
 def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
@@ -141,33 +147,7 @@ def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[
     }
 
 
-def refuse_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
-    """Refuses to change a tensor that another layer uses too.
-
-    Args:
-        model: The model.
-        weights: By layer name, the attribute names of all weights that are about to change.
-
-    Raises:
-        MergeError: If one of them is also a parameter that is not among them, naming both.
-    """
-    changing = {
-        key: full_name(layer, tensor)
-        for layer, tensors in weights.items()
-        for tensor in tensors
-        if (key := weight_key(model.get_submodule(layer), tensor)) is not None
-    }
-    for entry in model_modules(model):
-        for own, parameter in entry.module._parameters.items():
-            if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
-                raise MergeError(
-                    f"{changing[id(parameter)]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
-                    f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
-                    "untie the two."
-                )
-
-
-def _refuse_loss(dtypes: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
+def _check_loss(dtypes: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
     unknown = [weight.name for weight in dtypes if not math.isfinite(weight.relative_error)]
     if unknown:
         raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")

@@ -1,0 +1,160 @@
+"""The tensors of a new adapter, computed before anything of the model is touched."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.inplace import detached_weight, full_name, holder_of
+from lora_plugins.plan import Plan
+from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration
+from lora_plugins.utils import run_seed
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """The tensors of one slot of one layer.
+
+    Args:
+        A: `(r, in)`.
+        B: `(out, r)`.
+        recipe: What the init needs to compute the changed base again; empty for most inits.
+        own: The tensors that are the variant's own, by name; empty for plain LoRA.
+    """
+
+    A: Tensor
+    B: Tensor
+    recipe: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+AdapterContent = Mapping[tuple[str, str], SlotTensors]
+"""The tensors of an adapter by layer name and slot suffix."""
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the type of A and B: that of the weight, or float32 where the weight has half precision."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def slot_matrix(layer: PlannedLayer, slot: Slot, weight: Tensor) -> Tensor:
+    """Returns the matrix view `(out, in)` of the part of a weight that a slot covers."""
+    return slot.cut(layer.plugin.to_matrix(weight))
+
+
+def initialize(
+    model: nn.Module, plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration] | None = None
+) -> dict[tuple[str, str], SlotTensors]:
+    """Lets the plan's init make A and B of every slot; touches nothing of the model.
+
+    Each slot draws from a generator of its own, seeded by the run's seed and the layer's name, so that every process
+    of a run and every rerun agree, whatever was drawn before.
+
+    Args:
+        model: The model.
+        plan: What is adapted.
+        calibration: What data showed of each slot, for an init that needs it.
+    """
+    content: dict[tuple[str, str], SlotTensors] = {}
+    for layer, slot, shape in plan.slots():
+        weight = detached_weight(model.get_submodule(layer.name), slot.tensor)
+        seen = (calibration or {}).get((layer.name, slot.suffix), SlotCalibration())
+        context = _context(plan, layer, slot, shape, weight, seen)
+        with torch.no_grad():
+            recipe = plan.init.fill(context)
+        content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe)
+    return content
+
+
+def _context(
+    plan: Plan, layer: PlannedLayer, slot: Slot, shape: tuple[int, int], weight: Tensor, calibration: SlotCalibration
+) -> InitContext:
+    dtype = factor_dtype(weight)
+    rows, columns = shape
+    # An init that changes the base has to give the same bits on every device.
+    place: dict[str, Any] = {"device": "cpu"} if plan.init.changes_base else {}
+    return InitContext(
+        layer=layer.name,
+        weight=slot_matrix(layer, slot, weight).to(dtype=dtype, **place),
+        A=torch.empty(layer.r, columns, dtype=dtype),
+        B=torch.empty(rows, layer.r, dtype=dtype),
+        scaling=layer.scaling,
+        lookup=layer.plugin.lookup,
+        generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),
+        options=plan.init_options,
+        calibration=calibration,
+    )
+
+
+def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict[str, Tensor]:
+    """Computes the base weights that the plan's init replaces, by full name; empty for most inits."""
+    if not plan.init.changes_base:
+        return {}
+    changed: dict[str, Tensor] = {}
+    for layer, slot, _ in plan.slots():
+        name = full_name(layer.name, slot.tensor)
+        original = detached_weight(model.get_submodule(layer.name), slot.tensor)
+        weight = changed.get(name, original)
+        matrix = layer.plugin.to_matrix(weight).clone()
+        recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
+        with torch.no_grad():
+            new = plan.init.changed_base(
+                slot_matrix(layer, slot, original).to("cpu", factor_dtype(original)),
+                recipe,
+                layer.scaling,
+                plan.init_options,
+            )
+        slot.cut(matrix).copy_(new)
+        laid_out = torch.empty_like(original)  # keeps the memory format
+        changed[name] = laid_out.copy_(layer.plugin.from_matrix(matrix, original.shape))
+    return changed
+
+
+def with_own_tensors(
+    model: nn.Module, plan: Plan, content: AdapterContent, changed: Mapping[str, Tensor]
+) -> AdapterContent:
+    """Returns the content of a new adapter with the first values of its variant's own tensors.
+
+    Args:
+        model: The model.
+        plan: What is adapted.
+        content: Its factors.
+        changed: The base weights that the init replaces, by full name.
+    """
+    completed = dict(content)
+    for layer, slot, _ in plan.slots():
+        if layer.variant is not None:
+            tensors = content[layer.name, slot.suffix]
+            name = full_name(layer.name, slot.tensor)
+            weight = changed.get(name, detached_weight(model.get_submodule(layer.name), slot.tensor))
+            A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
+            own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
+            completed[layer.name, slot.suffix] = replace(tensors, own=own)
+    return completed
+
+
+def trained_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Copies what the adapter will train or move in place: its first values.
+
+    Parameters are float32, as everything trained is, unless the whole model is bfloat16.
+    """
+    values: dict[str, Tensor] = {}
+    all_bfloat16 = _all_bfloat16(model)
+    for name in plan.trained:
+        module, key = holder_of(model, name)
+        parameter = module._parameters[key]
+        assert parameter is not None
+        dtype = parameter.dtype if all_bfloat16 else factor_dtype(parameter)
+        values[name] = parameter.detach().to(dtype, copy=True)
+    for name in plan.saved_buffers:
+        module, key = holder_of(model, name)
+        buffer = module._buffers[key]
+        assert buffer is not None
+        values[name] = buffer.detach().clone()
+    return values
+
+
+def _all_bfloat16(model: nn.Module) -> bool:
+    return all(p.dtype == torch.bfloat16 for p in model.parameters() if p.dtype.is_floating_point)

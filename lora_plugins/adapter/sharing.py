@@ -1,0 +1,34 @@
+"""Weights that several layers share, where a change would reach a layer that is not adapted."""
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from lora_plugins.errors import MergeError
+from lora_plugins.inplace import full_name, model_modules, weight_key
+
+
+def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
+    """Checks that nobody else uses the tensors that are about to change.
+
+    Args:
+        model: The model.
+        weights: By layer name, the attribute names of all weights that are about to change.
+
+    Raises:
+        MergeError: If one of them is also a parameter that is not among them, naming both.
+    """
+    changing = {
+        key: full_name(layer, tensor)
+        for layer, tensors in weights.items()
+        for tensor in tensors
+        if (key := weight_key(model.get_submodule(layer), tensor)) is not None
+    }
+    for entry in model_modules(model):
+        for own, parameter in entry.module._parameters.items():
+            if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
+                raise MergeError(
+                    f"{changing[id(parameter)]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
+                    f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
+                    "untie the two."
+                )

@@ -1,0 +1,126 @@
+"""What changes the adapters of a model, but for merging: each call happens whole, or not at all.
+
+`lifecycle` says which call is allowed when.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lora_plugins.adapter.attach import attach, detach
+from lora_plugins.adapter.content import AdapterContent, changed_bases, trained_values, with_own_tensors
+from lora_plugins.adapter.sharing import check_shared
+from lora_plugins.adapter.state import (
+    Adapter,
+    ModelState,
+    adapted_layers,
+    apply_state,
+    close_state,
+    open_state,
+)
+from lora_plugins.errors import ConfigError
+from lora_plugins.inplace import layer_state, strip_adapters
+from lora_plugins.plan import Plan
+
+ADAPTER_NAME = re.compile(r"\w[\w-]*")
+"""What an adapter can be called."""
+
+
+def check_new(state: ModelState | None, adapter: str) -> None:
+    """Checks that an adapter of that name can be added.
+
+    Args:
+        state: The adapters of the model; None if it has none.
+        adapter: The name.
+
+    Raises:
+        ConfigError: If the name is taken, or cannot name an adapter.
+        StateError: If something is merged.
+    """
+    if not ADAPTER_NAME.fullmatch(adapter):
+        raise ConfigError(f"{adapter!r} cannot name an adapter: use letters, digits, '_' and '-'.")
+    if state is None:
+        return
+    state.check("add_adapter")
+    if adapter in state.adapters:
+        raise ConfigError(f"The model has an adapter {adapter!r} already. Delete it, or choose another name.")
+
+
+def add(
+    model: nn.Module,
+    adapter: str,
+    plan: Plan,
+    content: AdapterContent,
+    values: Mapping[str, Tensor] | None = None,
+    changed: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Puts a finished adapter on a model; everything that can fail happens before the first change.
+
+    Args:
+        model: The model.
+        adapter: The adapter's name.
+        plan: What it adapts.
+        content: Its tensors.
+        values: Its heads, biases and statistics, where they were saved.
+        changed: The base weights that its init replaces, where they were rebuilt.
+
+    Raises:
+        MergeError: If its init would change a weight that a layer uses too which it does not adapt.
+    """
+    if plan.init.changes_base:
+        check_shared(model, plan.weights())
+    if changed is None:
+        changed = changed_bases(model, plan, content)
+        content = with_own_tensors(model, plan, content, changed)
+    own = trained_values(model, plan)
+    # A saved value takes the type that training has on this model, which may be another than where it was saved.
+    own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
+    state = open_state(model)
+    first = not state.adapters
+    attach(model, plan, adapter, content)
+    state.adapters[adapter] = Adapter(plan, {key: dict(tensors.recipe) for key, tensors in content.items()})
+    state.values.claim(model, adapter, own)
+    if first:
+        state.active = (adapter,)
+    apply_state(model, state)
+
+
+def set_active(model: nn.Module, state: ModelState, adapters: Sequence[str], *, trainable: bool) -> None:
+    """Makes adapters active, and no other.
+
+    Raises:
+        StateError: If a name is unknown, something is merged, or two adapters have a value of one tensor.
+    """
+    state.check("set_adapter")
+    for name in adapters:
+        state.adapter(name)
+    state.values.check(adapters)
+    state.active, state.trainable = tuple(adapters), trainable
+    apply_state(model, state)
+
+
+def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
+    """Removes an adapter that is not the last one.
+
+    Raises:
+        StateError: If there is no such adapter, or something is merged.
+    """
+    state.adapter(adapter)
+    state.check("delete_adapter")
+    state.active = tuple(name for name in state.active if name != adapter)
+    apply_state(model, state)
+    state.values.release(model, adapter)
+    for layer in adapted_layers(model).values():
+        if adapter in layer_state(layer).adapters:
+            detach(layer, adapter)
+    del state.adapters[adapter]
+
+
+def strip(model: nn.Module, state: ModelState) -> None:
+    """Takes all adapters off a model whose weights hold no merged update: the untouched model, bit for bit."""
+    state.active = ()
+    apply_state(model, state)
+    for layer in adapted_layers(model).values():
+        strip_adapters(layer)
+    close_state(model)

@@ -1,0 +1,163 @@
+"""What is watched while a model reads data: the inputs of its layers, or the gradients of its weights."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lora_plugins.adapter.content import factor_dtype, slot_matrix
+from lora_plugins.errors import ConfigError, TargetError, listing
+from lora_plugins.inplace import FrozenNorm
+from lora_plugins.plan import Plan
+from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
+
+Step = Callable[[nn.Module, Any], Any]
+"""What is done with one batch."""
+
+
+def input_moments(
+    model: nn.Module, plan: Plan, batches: Iterable[Any], step: Step
+) -> dict[tuple[str, str], SlotCalibration]:
+    """Returns the moments of what each slot's matrix is multiplied by; the model is run in eval mode."""
+    sums = {(layer.name, slot.suffix): _Sums(layer, slot, shape[1]) for layer, slot, shape in plan.slots()}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(total.add, with_kwargs=True)
+        for (name, _), total in sums.items()
+    ]
+    model.eval()
+    read = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                step(model, batch)
+                read += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_read(read)
+    moments = {key: total.reduced() for key, total in sums.items()}
+    unseen = [key[0] for key, (count, _, _) in moments.items() if not count]
+    if unseen:
+        raise TargetError(
+            f"{listing(unseen)} saw no input ({len(unseen)} of {len(moments)}): the data do not pass there, or another "
+            f"module reads the weight without calling the layer. The init {plan.init.name!r} cannot start them; add "
+            "them to exclude_modules, or choose another init."
+        )
+    return {
+        key: SlotCalibration(inputs=InputMoments(int(count), total.cpu(), gram.cpu()))
+        for key, (count, total, gram) in moments.items()
+    }
+
+
+@dataclass
+class _Sums:
+    """The running moments of one slot's inputs."""
+
+    layer: PlannedLayer
+    slot: Slot
+    width: int
+    count: int = 0
+    total: Tensor | None = None
+    gram: Tensor | None = None
+
+    def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = self.layer.plugin.inputs(module, self.slot, *args, **kwargs).detach()
+        if x.dim() != 2 or x.shape[1] != self.width:
+            raise TargetError(
+                f"{self.layer.name!r}: its inputs came as {list(x.shape)}, where its weight needs (n, {self.width}). "
+                "Add it to exclude_modules, or choose another init."
+            )
+        x = x.double()
+        total, gram = x.sum(0), x.T @ x
+        self.count += len(x)
+        self.total = total if self.total is None else self.total + total
+        self.gram = gram if self.gram is None else self.gram + gram
+
+    def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns count, sum and outer products over all processes."""
+        total = torch.zeros(self.width, dtype=torch.float64) if self.total is None else self.total
+        gram = torch.zeros(self.width, self.width, dtype=torch.float64) if self.gram is None else self.gram
+        sums = (torch.tensor(self.count, device=total.device), total, gram)
+        for tensor in sums:
+            _add_up(tensor)
+        if not bool(gram.isfinite().all()):
+            raise TargetError(f"{self.layer.name!r}: its inputs are not finite.")
+        return sums
+
+
+def mean_gradients(
+    model: nn.Module, plan: Plan, batches: Iterable[Any], step: Step
+) -> dict[tuple[str, str], SlotCalibration]:
+    """Returns the mean gradient of each slot's matrix; the model is run in training mode."""
+    weights = {
+        (layer.name, slot.tensor): cast(nn.Parameter, model.get_submodule(layer.name)._parameters[slot.tensor])
+        for layer, slot, _ in plan.slots()
+    }
+    sums = {key: torch.zeros_like(weight, dtype=factor_dtype(weight)) for key, weight in weights.items()}
+    used = dict.fromkeys(weights, 0)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):  # for another adapter, which may hold other layers still than this one will
+            module.training = True
+    for name in plan.frozen_norms:
+        model.get_submodule(name).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    read = 0
+    for batch in batches:
+        with torch.enable_grad():
+            loss = _loss(step(model, batch))
+        for key, gradient in zip(
+            weights, torch.autograd.grad(loss, [*weights.values()], allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                sums[key] += gradient.to_dense()
+                used[key] += 1
+        read += 1
+    _check_read(read)
+    device = next(iter(sums.values())).device
+    counts = torch.tensor([read, *used.values()], device=device)
+    for tensor in (counts, *sums.values()):
+        _add_up(tensor)
+    unused = [key[0] for key, count in zip(weights, counts[1:].tolist(), strict=True) if not count]
+    if unused:
+        raise TargetError(
+            f"{listing(unused)} got no gradient ({len(unused)} of {len(weights)}): the loss does not depend on them. "
+            f"The init {plan.init.name!r} cannot start them; add them to exclude_modules, or choose another init."
+        )
+    wrong = [key[0] for key, total in sums.items() if not bool(total.isfinite().all())]
+    if wrong:
+        raise TargetError(f"The gradients of {listing(wrong)} are not finite.")
+    return {
+        (layer.name, slot.suffix): SlotCalibration(
+            gradient=slot_matrix(layer, slot, sums[layer.name, slot.tensor] / counts[0]).cpu()
+        )
+        for layer, slot, _ in plan.slots()
+    }
+
+
+def _loss(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(
+            f"The init needs gradients, and init_data's step returned {what} instead of the loss. Pass a step that "
+            "returns it: InitData(loader, step=lambda model, batch: loss_of(model(batch[0]), batch[1]))."
+        )
+    if not loss.requires_grad:
+        raise ConfigError("The loss that init_data's step returned has no gradient: the step detached it.")
+    return loss.sum()
+
+
+def _check_read(read: int) -> None:
+    if not read:
+        raise ConfigError("init_data has no batches, so there is nothing to learn the first A and B from.")
+
+
+def _add_up(tensor: Tensor) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)

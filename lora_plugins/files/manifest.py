@@ -1,0 +1,79 @@
+"""The manifest of an adapter: its format, the keys of the tensors that it lists, and what its entries have to be."""
+
+import re
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+from lora_plugins.adapter import ADAPTER_NAME
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.files.fingerprint import KEYS
+from lora_plugins.plugins import PlannedLayer, Slot
+
+FORMAT = 1
+"""Version of the manifest that this release writes, and the newest that it reads."""
+
+MANIFEST = "adapter.json"
+"""Name of the manifest in an adapter folder."""
+
+TENSOR_FILE = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
+"""The name of a tensor file, after the first digits of its checksum."""
+
+
+def tensor_key(layer: PlannedLayer, slot: Slot, factor: str) -> str:
+    """Returns the key of a factor, or of a tensor that is the variant's own."""
+    return f"lora/{layer.name}/lora_{factor}{slot.suffix}"
+
+
+def recipe_prefix(layer: PlannedLayer, slot: Slot) -> str:
+    """Returns what the keys of a slot's recipe start with."""
+    return f"recipe/{layer.name}/{slot.part}/"
+
+
+def value_key(name: str) -> str:
+    """Returns the key of a head, bias or statistic, by its full name in the model."""
+    return f"value/{name}"
+
+
+def checked_manifest(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuses a manifest of a newer format, and one that lacks an entry or has one of another type."""
+    version = manifest.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise AdapterFileError(f"The manifest has the format version {version!r}; it is not one of lora_plugins.")
+    if version > FORMAT:
+        raise AdapterFileError(
+            f"The adapter has format {version}, and this lora_plugins {metadata.version('lora-plugins')} reads up to "
+            f"{FORMAT}. It was written by lora_plugins {manifest.get('lora_plugins')}: upgrade to that."
+        )
+    for key, is_proper in _ENTRIES.items():
+        if not is_proper(manifest.get(key)):
+            raise AdapterFileError(f"The manifest has no proper entry {key!r}; it is damaged. Copy the adapter again.")
+    return manifest
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and ADAPTER_NAME.fullmatch(value) is not None
+
+
+def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_fingerprint(value: Any) -> bool:
+    is_map = isinstance(value, dict) and value.keys() == set(KEYS)
+    return is_map and all(isinstance(number, float) for number in value.values())
+
+
+_ENTRIES: Mapping[str, Callable[[Any], bool]] = {
+    "adapter_name": _is_name,
+    "config": lambda value: isinstance(value, dict),
+    "layers": _maps_to(lambda layer: isinstance(layer, dict)),
+    "ranks": lambda value: value is None or _maps_to(_is_rank)(value),
+    "tensors": lambda value: isinstance(value, dict),
+    "base": _maps_to(_is_fingerprint),
+    "changed": lambda value: isinstance(value, dict),
+}

@@ -1,0 +1,94 @@
+"""An adapter as plain data, and how one is made from a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.adapter import ModelState, base_in_place
+from lora_plugins.files.fingerprint import checksum, fingerprints
+from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.inplace import slot_tensors
+from lora_plugins.plugins import INITS, LAYERS, PlannedLayer, Registry, registry_of
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter as plain data.
+
+    Args:
+        manifest: Plain types only: format version, config, layers with rank and scaling, tensors with type and shape,
+            fingerprints of the base, versions.
+        tensors: The tensors that the manifest lists.
+    """
+
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None) -> PackedAdapter:
+    """Returns an adapter of a model as plain data. The tensors are the model's own, not copies."""
+    adapter = state.adapters[adapter_name]
+    plan = adapter.plan
+    registry = registry or registry_of(plan.config)
+    tensors: dict[str, Tensor] = {}
+    for layer, slot, _ in plan.slots():
+        for name, parameter in slot_tensors(model.get_submodule(layer.name), adapter_name, slot).items():
+            tensors[tensor_key(layer, slot, name)] = parameter.detach()
+        for name, tensor in adapter.recipes[layer.name, slot.suffix].items():
+            tensors[recipe_prefix(layer, slot) + name] = tensor
+    for name in (*plan.trained, *plan.saved_buffers):
+        tensors[value_key(name)] = state.values.value(model, adapter_name, name)
+    if not adapter.fingerprints:
+        with base_in_place(model, state):
+            adapter.fingerprints.update(fingerprints(model, plan))
+    manifest = {
+        "format": FORMAT,
+        "lora_plugins": metadata.version("lora-plugins"),
+        "adapter_name": adapter_name,
+        "config": plan.config.to_dict(),
+        "init": {"name": plan.init.name, **_origin(registry.of(INITS), plan.init.name)},
+        "layers": {layer.name: _describe(layer, registry) for layer in plan.layers},
+        **({"ranks": dict(plan.ranks)} if plan.ranks else {}),
+        "tensors": {
+            key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            for key, tensor in tensors.items()
+        },
+        "base": adapter.fingerprints,
+        "changed": _changed(model, state, adapter_name),
+    }
+    return PackedAdapter(manifest, tensors)
+
+
+def saved_name(packed: PackedAdapter) -> str:
+    """Returns the name that an adapter was saved under.
+
+    Raises:
+        AdapterFileError: If the manifest is damaged or newer.
+    """
+    return str(checked_manifest(packed.manifest)["adapter_name"])
+
+
+def _describe(layer: PlannedLayer, registry: Registry) -> dict[str, Any]:
+    return {
+        "plugin": layer.plugin.name,
+        **_origin(registry.of(LAYERS), layer.plugin.name),
+        "r": layer.r,
+        "alpha": layer.alpha,
+        "scaling": layer.scaling,
+        "slots": [[slot.tensor, slot.part] for slot in layer.slots],
+    }
+
+
+def _origin(owners: Mapping[str, Any], name: str) -> dict[str, str]:
+    owned = owners.get(name)
+    return {"distribution": owned.info.distribution, "version": owned.info.version} if owned else {}
+
+
+def _changed(model: nn.Module, state: ModelState, adapter_name: str) -> dict[str, str]:
+    plan = state.adapters[adapter_name].plan
+    own = {*plan.trained, *plan.saved_buffers}
+    names = [name for name in state.values.of(adapter_name) if name not in own]
+    return {name: checksum(state.values.value(model, adapter_name, name)) for name in names}

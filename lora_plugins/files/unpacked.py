@@ -1,0 +1,168 @@
+"""An adapter of a file, held against a model before anything is touched."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.adapter import AdapterContent, SlotTensors, changed_bases
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError, LoraError, listing
+from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
+from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.packed import PackedAdapter
+from lora_plugins.inplace import own_tensor
+from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plugins import PlannedLayer, Registry, Slot
+
+
+@dataclass(frozen=True)
+class UnpackedAdapter:
+    """An adapter that was found to fit a model.
+
+    Args:
+        plan: What it adapts.
+        content: Its factors by layer name and slot suffix.
+        values: Its heads, biases and statistics by full name.
+    """
+
+    plan: Plan
+    content: AdapterContent
+    values: Mapping[str, Tensor]
+
+
+def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> UnpackedAdapter:
+    """Checks an adapter against a model; touches nothing.
+
+    Args:
+        model: The model, with the base's own values in place.
+        packed: The adapter.
+        registry: The plugins to use; by default those that the adapter's config lets load.
+
+    Raises:
+        AdapterFileError: If the manifest is damaged or newer, tensors are missing, surplus or of another shape, or the
+            model is not the one the adapter was made for.
+    """
+    manifest = checked_manifest(packed.manifest)
+    _compare_tensors(manifest["tensors"], packed.tensors)
+    try:
+        plan = make_plan(model, LoraConfig.from_dict(manifest["config"]), registry)
+        plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+    except (LoraError, TypeError) as error:
+        raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
+    _compare_layers(manifest["layers"], plan)
+    _compare_keys(model, plan, packed.tensors)
+    _compare_base(manifest["base"], fingerprints(model, plan))
+    content = {
+        (layer.name, slot.suffix): SlotTensors(
+            A=packed.tensors[tensor_key(layer, slot, "A")],
+            B=packed.tensors[tensor_key(layer, slot, "B")],
+            recipe=_recipe(plan, layer, slot, packed.tensors),
+            own={name: packed.tensors[tensor_key(layer, slot, name)] for name in layer.own_shapes(slot)},
+        )
+        for layer, slot, _ in plan.slots()
+    }
+    values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
+    return UnpackedAdapter(plan, content, values)
+
+
+def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
+    """Computes the weights that the adapter's init replaces, by full name, bit for bit as it was trained on them.
+
+    Raises:
+        AdapterFileError: If a recipe is damaged, or a weight differs in a bit.
+    """
+    try:
+        changed = changed_bases(model, unpacked.plan, unpacked.content)
+    except Exception as error:  # an init may trip over a damaged recipe in any way
+        raise AdapterFileError(
+            f"The init {unpacked.plan.init.name!r} could not compute the changed base from what is stored with the "
+            f"adapter: {type(error).__name__}: {error}. Copy the adapter again."
+        ) from error
+    sums = packed.manifest["changed"]
+    wrong = [name for name, tensor in changed.items() if not has_checksum(tensor, str(sums.get(name)))]
+    if wrong:
+        raise AdapterFileError(
+            f"The changed base of {listing(wrong)} could not be rebuilt bit for bit: the model's weights or their type "
+            "are not those that the adapter was made from. Load the original base in its original type."
+        )
+    return changed
+
+
+def _recipe(plan: Plan, layer: PlannedLayer, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not plan.init.changes_base:
+        return {}
+    prefix = recipe_prefix(layer, slot)
+    found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return {key: tensor for key, tensor in found.items() if "/" not in key}
+
+
+def _compare_tensors(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    _difference("tensor", expected, tensors, "the manifest", "the file")
+    for key, tensor in tensors.items():
+        found = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        if found != expected[key]:
+            raise AdapterFileError(f"The tensor {key!r} is {found}, but the manifest says {expected[key]}.")
+
+
+def _compare_layers(expected: Mapping[str, Any], plan: Plan) -> None:
+    layers = {layer.name: layer for layer in plan.layers}
+    _difference("layer", expected, layers, "the adapter", "this model")
+    for name, layer in layers.items():
+        found = {
+            "plugin": layer.plugin.name,
+            "r": layer.r,
+            "scaling": layer.scaling,
+            "slots": [[slot.tensor, slot.part] for slot in layer.slots],
+        }
+        for key, value in found.items():
+            if expected[name].get(key) != value:
+                raise AdapterFileError(
+                    f"The layer {name!r} has {key} {expected[name].get(key)!r} in the adapter and would have "
+                    f"{value!r} on this model."
+                )
+
+
+def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    needed: dict[str, tuple[list[int], bool]] = {}
+    for layer, slot, (rows, columns) in plan.slots():
+        needed[tensor_key(layer, slot, "A")] = [layer.r, columns], True
+        needed[tensor_key(layer, slot, "B")] = [rows, layer.r], True
+        for name, shape in layer.own_shapes(slot).items():
+            needed[tensor_key(layer, slot, name)] = list(shape), True
+    for name in (*plan.trained, *plan.saved_buffers):
+        tensor = own_tensor(model, name)
+        needed[value_key(name)] = list(tensor.shape), tensor.is_floating_point()
+    recipes = {
+        recipe_prefix(layer, slot) + key
+        for layer, slot, _ in plan.slots()
+        for key in _recipe(plan, layer, slot, tensors)
+    }
+    _difference("tensor", {*needed, *recipes}, tensors, "this model", "the adapter")
+    for key, (expected, floating) in needed.items():
+        tensor = tensors[key]
+        if list(tensor.shape) != expected:
+            raise AdapterFileError(f"The tensor {key!r} is {list(tensor.shape)}; this model needs {expected}.")
+        if tensor.is_floating_point() != floating:
+            kind = "a floating" if floating else "an integer"
+            raise AdapterFileError(f"The tensor {key!r} has the type {tensor.dtype}; this model needs {kind} one.")
+
+
+def _compare_base(expected: Mapping[str, dict[str, float]], found: Mapping[str, dict[str, float]]) -> None:
+    _difference("weight", expected, found, "the adapter", "this model")
+    wrong = [name for name, value in found.items() if not same(value, expected[name])]
+    if wrong:
+        raise AdapterFileError(
+            f"The adapter was trained on another base: {listing(wrong)} differ from the weights it was made for "
+            f"({len(wrong)} of {len(found)} weights). Load the base model's own pretrained weights first, unmerged."
+        )
+
+
+def _difference(what: str, expected: Iterable[str], found: Iterable[str], here: str, there: str) -> None:
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or surplus:
+        raise AdapterFileError(
+            f"{here} and {there} differ: {len(missing)} {what}s only in {here} ({listing(missing) or 'none'}), "
+            f"{len(surplus)} only in {there} ({listing(surplus) or 'none'})."
+        )

@@ -1,0 +1,116 @@
+"""The class of an adapted layer: a subclass of the layer's own, which answers with the effective weight.
+
+Nothing is wrapped. The layer keeps its parameters and their names, `lora_A` and `lora_B` join them, and its class
+becomes one that is generated once for each base class. Reading `layer.weight` gives `W + ΔW` while an adapter is
+active, so the layer's own forward, and anyone else who reads the weight, computes the law.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.inplace.deltas import effective_weight, stacked_adapters, term_of
+from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.weights import weight_with_merged
+
+
+class AdaptedLayer(nn.Module):
+    """What generated classes have in common; comes before the base class in their MRO."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The generated class has no import path; it is made again from its base class.
+        state = layer_state(self)
+        return _rebuild, (state.base_class, state.weight_names, state.has_branch), self.__dict__
+
+    def extra_repr(self) -> str:
+        """Adds the adapters to what the base class shows."""
+        adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in layer_state(self).adapters.items())
+        return f"{super().extra_repr()}, lora[{adapters}]".removeprefix(", ")
+
+
+def refresh_class(layer: nn.Module) -> None:
+    """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
+    state = layer_state(layer)
+    state.branch = state.active_branch()
+    base: Any = state.base_class
+    idle = not state.active and not state.merged
+    layer.__class__ = base if idle else adapted_class(base, state.weight_names, state.has_branch)
+
+
+@functools.cache
+def adapted_class(base: Any, weights: tuple[str, ...], has_branch: bool) -> type[nn.Module]:
+    """Generates the class of adapted layers, once for each base class.
+
+    Args:
+        base: The class of the untouched layer.
+        weights: Attribute names of the weights that answer with their effective value.
+        has_branch: Whether a plugin's branch may replace the base class's forward.
+    """
+    namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
+    namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
+    namespace["__doc__"] = base.__doc__
+    namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
+    if has_branch:
+        namespace["forward"] = _forward(base)
+    return type(f"Lora{base.__name__}", (AdaptedLayer, base), namespace)
+
+
+def _weight_property(name: str) -> property:
+    def get(layer: nn.Module) -> Tensor:
+        state = layer_state(layer)
+        if state.rows is not None:
+            raise StateError(
+                f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
+                "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter."
+            )
+        weight = effective_weight(layer, name)
+        if layer.training and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):
+            weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
+        return weight
+
+    def set(layer: nn.Module, value: Tensor) -> None:
+        # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
+        layer.__dict__[name] = value
+
+    def delete(layer: nn.Module) -> None:
+        del layer.__dict__[name]
+
+    return property(get, set, delete)
+
+
+@dataclass(frozen=True)
+class _RefuseDropout:
+    """Stops a backward through a weight that was read past the layer's forward, where no dropout can act."""
+
+    layer: str
+
+    def __call__(self, gradient: Tensor) -> None:
+        raise StateError(
+            f"The weight of {self.layer!r} is used by another module without calling the layer, so dropout cannot "
+            "act on it. Set dropout=0, or add the layer to exclude_modules."
+        )
+
+
+def _forward(base: type[nn.Module]) -> Any:
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        state, training = layer_state(layer), layer.training
+        branch = state.branch
+        if branch is None or not branch.acts(training):
+            return base.forward(layer, *args, **kwargs)
+        weights: Mapping[str, Tensor] = {tensor: weight_with_merged(layer, tensor) for tensor in branch.tensors}
+        if state.rows is not None:
+            adapters = stacked_adapters(layer, state, state.rows, args[0])
+            return branch.plugin.mixed(layer, weights, adapters, *args, **kwargs)
+        terms = [term_of(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
+        return branch.plugin.branch(layer, weights, terms, *args, **kwargs)
+
+    return forward
+
+
+def _rebuild(base: Any, weights: tuple[str, ...], has_branch: bool) -> nn.Module:
+    generated = adapted_class(base, weights, has_branch)
+    return generated.__new__(generated)

@@ -1,0 +1,31 @@
+"""Where the tensors of adapters live in a layer."""
+
+from typing import cast
+
+from torch import nn
+
+
+class AdapterTensors(nn.Module):
+    """The tensors of one factor of a layer, by adapter name; any name that a parameter can have is allowed."""
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        # Where FSDP has put a whole tensor in a parameter's place, for the time of a forward, it is an attribute.
+        parameter = self._parameters.get(adapter)
+        return cast(nn.Parameter, self.__dict__[adapter] if parameter is None else parameter)
+
+    def __setitem__(self, adapter: str, value: nn.Parameter) -> None:
+        # Not register_parameter, which refuses names of methods such as "half".
+        self._parameters[adapter] = value
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._parameters[adapter]
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._parameters
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def extra_repr(self) -> str:
+        """Shows the adapters and the shape of their factors."""
+        return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)

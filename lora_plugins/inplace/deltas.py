@@ -1,0 +1,102 @@
+"""The updates of an adapted layer: as terms for a branch, as `ΔW`, and added to the weight."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.inplace.layer_state import LayerState, layer_state
+from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
+from lora_plugins.plugins import PlannedLayer, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
+from lora_plugins.utils import in_full
+
+
+def factors(layer: nn.Module, adapter: str, slot: Slot) -> tuple[nn.Parameter, nn.Parameter]:
+    """Returns A and B of one slot of one adapter."""
+    modules = layer._modules
+    A, B = modules[f"lora_A{slot.suffix}"], modules[f"lora_B{slot.suffix}"]
+    return cast(AdapterTensors, A)[adapter], cast(AdapterTensors, B)[adapter]
+
+
+def own_tensors_of(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Parameter]:
+    """Returns the tensors of one slot of one adapter that are its variant's own, by name."""
+    names = layer_state(layer).adapters[adapter].own_shapes(slot)
+    return {name: cast(AdapterTensors, layer._modules[f"lora_{name}{slot.suffix}"])[adapter] for name in names}
+
+
+def slot_tensors(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Parameter]:
+    """Returns all tensors of one slot of one adapter: `A`, `B`, and the variant's own by name."""
+    A, B = factors(layer, adapter, slot)
+    return {"A": A, "B": B, **own_tensors_of(layer, adapter, slot)}
+
+
+def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *, training: bool) -> Term:
+    """Returns the update of one slot of one adapter, ready for a branch."""
+    A, B = factors(layer, adapter, slot)
+    delta = None
+    if planned.variant is not None:
+        weight = slot.cut(planned.plugin.to_matrix(raw_weight(layer, slot.tensor))).to(A.dtype)
+        with in_full(weight):
+            own = own_tensors_of(layer, adapter, slot)
+            delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
+    return Term(slot, A, B, planned.settings, training, delta)
+
+
+def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
+    """Returns the updates of one adapter to the weight called `name`, without dropout; none if it has none there."""
+    planned = layer_state(layer).adapters.get(adapter)
+    slots = [slot for slot in planned.slots if slot.tensor == name] if planned else []
+    return [term_of(layer, adapter, planned, slot, training=False) for slot in slots if planned]
+
+
+def delta_weight(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tensor | None:
+    """Returns `ΔW` of one adapter, laid out like the weight called `name`; None if it has none there.
+
+    Args:
+        layer: An adapted layer.
+        name: Attribute name of the weight.
+        adapter: Name of the adapter.
+        shape: Shape of the weight.
+    """
+    terms = terms_of(layer, name, adapter)
+    if not terms:
+        return None
+    return layer_state(layer).adapters[adapter].plugin.from_matrix(sum_of_deltas(terms), shape)
+
+
+def effective_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns `W + ΔW` over the active adapters; of a weight that is split over processes, this one's part of `W`."""
+    state = layer_state(layer)
+    weight = weight_with_merged(layer, name)
+    if not state.active or is_shard(layer, name):
+        return weight
+    with in_full(weight):
+        for adapter in state.active:
+            delta = delta_weight(layer, name, adapter, weight.shape)
+            weight = weight if delta is None else add_delta(weight, delta)
+    return weight
+
+
+def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None, ...], x: Tensor) -> StackedAdapters:
+    """Returns the adapters of the rows of a mixed batch.
+
+    Args:
+        layer: An adapted layer.
+        state: Its state.
+        rows: The adapter of each row; None for the base.
+        x: What the layer is called with, the batch first.
+
+    Raises:
+        StateError: If the layer's input has another number of rows.
+    """
+    if len(x) != len(rows):
+        raise StateError(
+            f"{state.name!r} gets {len(x)} rows for a batch of {len(rows)} adapter names. Its first dimension is no "
+            "batch, so its rows cannot have adapters of their own. Run one batch for each adapter."
+        )
+    tensor = state.adapters[state.active[0]].slots[0].tensor
+    terms = [cast(Term, joined(terms_of(layer, tensor, name))) for name in state.active]
+    index = [state.active.index(row) if row in state.active else len(state.active) for row in rows]
+    return StackedAdapters.stack(terms, torch.tensor(index, device=x.device))

@@ -1,0 +1,109 @@
+"""What an adapted layer knows of its adapters."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.plugins import LayerPlugin, PlannedLayer, Slot
+
+STATE = "_lora"
+"""Attribute of an adapted layer that holds its `LayerState`."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How the active updates of a layer are computed in place of its own forward.
+
+    Args:
+        plugin: Whose branch it is.
+        always: Whether it replaces the forward always, or only while dropout acts.
+        drops: Whether an update has dropout.
+        tensors: Attribute names of the weights.
+        updates: Adapter, planned layer and slot of each active update.
+    """
+
+    plugin: LayerPlugin[Any]
+    always: bool
+    drops: bool
+    tensors: tuple[str, ...]
+    updates: tuple[tuple[str, PlannedLayer, Slot], ...]
+
+    def acts(self, training: bool) -> bool:
+        """Whether it replaces the forward, in training mode or not."""
+        return self.always or (training and self.drops)
+
+
+@dataclass
+class LayerState:
+    """What an adapted layer knows of its adapters.
+
+    Args:
+        name: Full name of the layer in the model, for messages.
+        base_class: The class of the untouched layer.
+        adapters: By adapter name, what was planned for the layer; active or not.
+        active: Names of those whose update is added at each forward.
+        merged: Weights with merged updates that are not written into a parameter: since something computes them, or
+            not yet.
+        branch: What computes the active updates, if not the layer's own forward.
+        rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
+    """
+
+    name: str
+    base_class: type[nn.Module]
+    adapters: dict[str, PlannedLayer] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    branch: Branch | None = None
+    rows: tuple[str | None, ...] | None = None
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether some adapter of the layer has a branch."""
+        return any(planned.branch_use != "never" for planned in self.adapters.values())
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Attribute names of the weights that some adapter updates."""
+        return tuple({slot.tensor: None for planned in self.adapters.values() for slot in planned.slots})
+
+    def active_slots(self) -> Iterator[tuple[str, PlannedLayer, Slot]]:
+        """Yields adapter, planned layer and slot of each active update."""
+        for name in self.active:
+            planned = self.adapters[name]
+            for slot in planned.slots:
+                yield name, planned, slot
+
+    def active_branch(self) -> Branch | None:
+        """Returns what computes the active updates; None if one of them needs the effective weight."""
+        updates = tuple(self.active_slots())
+        uses = {planned.branch_use for _, planned, _ in updates}
+        if not uses or "never" in uses:
+            return None
+        first = updates[0][1]
+        return Branch(
+            plugin=first.plugin,
+            always=first.branch_use == "always",
+            drops=any(planned.settings.dropout for _, planned, _ in updates),
+            tensors=tuple(dict.fromkeys(slot.tensor for _, _, slot in updates)),
+            updates=updates,
+        )
+
+
+def state_of(layer: nn.Module) -> LayerState | None:
+    """Returns the adapter state of a layer; None if it is not adapted."""
+    state: LayerState | None = layer.__dict__.get(STATE)
+    return state
+
+
+def layer_state(layer: nn.Module) -> LayerState:
+    """Returns the adapter state of an adapted layer."""
+    state: LayerState = layer.__dict__[STATE]
+    return state
+
+
+def base_class_of(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class that a layer has without its adapters."""
+    state = state_of(layer)
+    return type(layer) if state is None else state.base_class

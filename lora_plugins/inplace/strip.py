@@ -1,0 +1,27 @@
+"""Takes everything of ours off a layer."""
+
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.inplace.layer_state import STATE, layer_state
+from lora_plugins.inplace.parametrized import make_plain
+
+
+def strip_adapters(layer: nn.Module) -> None:
+    """Takes all adapters off a layer, whose merged weights stay; may be done again from any step."""
+    state, computed = layer_state(layer), {}
+    for name, value in state.merged.items():
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            computed[name] = value
+        else:
+            parameter.data = value
+    base: Any = state.base_class
+    layer.__class__ = base
+    for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
+        del layer._modules[name]
+    for name, value in computed.items():
+        make_plain(layer, name, value)
+    del layer.__dict__[STATE]

@@ -1,0 +1,68 @@
+"""The weights of a layer: the raw one, the one with merged updates, and the effective one.
+
+- *raw*: the untouched weight, a parameter, or what a parametrization or a hook of the layer computes;
+- *with merged*: the weight that active updates are added to: the raw one, or one with merged updates in it;
+- *effective*: `W + ΔW` over the active adapters, which `layer.weight` answers with; see `deltas`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.inplace.layer_state import base_class_of, layer_state
+
+
+def raw_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the untouched weight: a parameter, or what a parametrization or a hook of the layer computes."""
+    for store in (layer._parameters, layer._buffers, layer.__dict__):
+        value = store.get(name)
+        if value is not None:
+            return cast(Tensor, value)
+    return cast(Tensor, cast(Any, getattr(base_class_of(layer), name)).fget(layer))
+
+
+def detached_weight(layer: nn.Module, name: str) -> Tensor:
+    """Returns the raw weight, detached, without letting a parametrization move its own statistics."""
+    with frozen_statistics(layer), torch.no_grad():
+        return raw_weight(layer, name).detach()
+
+
+@contextmanager
+def frozen_statistics(layer: nn.Module) -> Iterator[None]:
+    """Keeps what computes a layer's weights from moving statistics of its own, as spectral norm does in training."""
+    parametrizations = layer._modules.get("parametrizations")
+    modules = [layer, *(parametrizations.modules() if parametrizations else ())]
+    moving = [module for module in modules if module.training]
+    for module in moving:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.training = True
+
+
+def weight_key(layer: nn.Module, name: str) -> int | None:
+    """Identifies the parameter behind a weight, the same for all layers that share it; None if it is computed."""
+    parameter = layer._parameters.get(name)
+    return None if parameter is None else id(parameter)
+
+
+def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
+    """Returns the weight that active updates are added to: the raw one, or one with merged updates in it."""
+    merged = layer_state(layer).merged.get(name)
+    return raw_weight(layer, name) if merged is None else merged
+
+
+def is_shard(layer: nn.Module, name: str) -> bool:
+    """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the layer's forward.
+
+    They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter.
+    """
+    parameter = layer._parameters.get(name)
+    if "_is_fsdp_managed_module" in layer.__dict__:  # what FSDP says of all modules below it
+        return parameter is not None or layer.__dict__[name].untyped_storage().size() == 0
+    return hasattr(parameter, "placements")  # of a DTensor, whose import is too slow for those who do not use it

@@ -1,0 +1,84 @@
+"""Why a layer cannot be adapted as a config asks: pure questions about what the survey found."""
+
+from lora_plugins.plan.survey import Site
+from lora_plugins.plan.ties import Target
+from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, RowMajorPlugin, Slot, VariantPlugin, class_path
+
+
+def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
+    """Returns when the plugin's branch replaces the layer's own forward."""
+    plugin = site.plugin
+    if plugin is None or site.class_path not in {class_path(cls) for cls in plugin.branch_types}:
+        return "never"
+    if variant is None:
+        return plugin.branch_use
+    if not plugin.branch_takes_delta:
+        return "never"
+    # A variant forms its update in full; adding it to the weight is then one convolution or product instead of two.
+    return "dropout" if plugin.branch_use == "always" else plugin.branch_use
+
+
+def reasons(
+    target: Target, slots: tuple[Slot, ...], init: InitPlugin, variant: VariantPlugin | None, dropout: float
+) -> list[str]:
+    """Returns why a layer, or one that is tied to it, cannot be adapted; empty if all can."""
+    site = target.site
+    found = {other.name: _layer_reason(other, slots) for other in target.sites}
+    found[site.name] = found[site.name] or _weight_reason(site, slots, init) or _input_reason(site, init)
+    texts = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
+    if dropout and not texts:
+        texts += [
+            f"{other.name!r}: {other.class_name} cannot honor dropout={dropout}{_of(variant)}; set dropout=0 or "
+            "exclude it"
+            for other in target.sites
+            # A tied layer forms the effective weight, which leaves no branch for dropout to act on.
+            if other is not site or not _honors_dropout(site, variant)
+        ]
+    if variant is not None and (reason := _variant_reason(site, variant)):
+        texts.append(f"{site.name!r}: {reason}")
+    return texts
+
+
+def _of(variant: VariantPlugin | None) -> str:
+    return f" with the variant {variant.name!r}" if variant else ""
+
+
+def _honors_dropout(site: Site, variant: VariantPlugin | None) -> bool:
+    return site.plugin is not None and not site.plugin.lookup and branch_use(site, variant) != "never"
+
+
+def _layer_reason(site: Site, slots: tuple[Slot, ...]) -> str:
+    if site.scripted:
+        return "it is a TorchScript module; adapt the Python module, before torch.jit.script"
+    occupied = [name for slot in slots if (name := f"lora_A{slot.suffix}") in site.foreign]
+    if occupied:
+        return f"it has an attribute {occupied[0]!r} already; remove the other LoRA library's adapter first"
+    return ""
+
+
+def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin) -> str:
+    for slot in slots:
+        weight = site.weights[slot.tensor]
+        if weight.computed and init.changes_base:
+            return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
+        if weight.computed and init.needs == "gradients":
+            return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
+        if not weight.dtype.is_floating_point:
+            return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
+        if weight.on_meta:
+            return f"{slot.tensor!r} is on the meta device; load its values first"
+    return ""
+
+
+def _input_reason(site: Site, init: InitPlugin) -> str:
+    if init.needs == "inputs" and site.plugin and type(site.plugin).inputs is LayerPlugin.inputs:
+        return (
+            f"the layer type {site.plugin.name!r} does not say what its weight is multiplied by, which the init needs"
+        )
+    return ""
+
+
+def _variant_reason(site: Site, variant: VariantPlugin) -> str:
+    if not isinstance(site.plugin, RowMajorPlugin):
+        return f"the variant {variant.name!r} needs a weight that has its outputs first; exclude the layer"
+    return variant.refusal(site.plugin) or ""

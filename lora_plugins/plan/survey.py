@@ -1,0 +1,188 @@
+"""One walk over a model, which records all that planning needs to know of it.
+
+Everything after it is a function of these records, so plans can be made, and tested, without a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lora_plugins.inplace import (
+    NamedModule,
+    base_class_of,
+    detached_weight,
+    has_statistics,
+    model_modules,
+    own_tensors,
+    persistent_buffers,
+    state_of,
+    weight_key,
+)
+from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path
+
+WeightKey = int | tuple[str, str]
+"""Identifies a weight: the same for all layers that share a parameter, of its own where it is computed."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a layer.
+
+    Args:
+        key: Which weight it is.
+        shape: `(out, in)` of its matrix view.
+        dtype: Its type.
+        computed: Whether a parametrization or a hook computes it.
+        on_meta: Whether it has no values yet.
+    """
+
+    key: WeightKey
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    computed: bool = False
+    on_meta: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of a model.
+
+    Args:
+        names: Its full names, the first one first; several where it stands in the model more than once.
+        class_name: Name of its class, without adapters.
+        class_path: Import path of its class, likewise.
+        plugin: The layer type that serves it; None if there is none.
+        slots: Where a whole-layer adapter goes.
+        parts: The slots of the parts of a fused layer, by part.
+        weights: The weights of all slots by attribute name.
+        biases: Attribute names of its biases.
+        has_parameters: Whether it owns parameters itself.
+        has_statistics: Whether its forward moves buffers in training mode.
+        scripted: Whether it is a TorchScript module.
+        foreign: Attributes of another LoRA library that stand where ours would go.
+        failure: What the plugin raised when it was asked about the layer.
+    """
+
+    names: tuple[str, ...]
+    class_name: str
+    class_path: str = ""
+    plugin: LayerPlugin[Any] | None = None
+    slots: tuple[Slot, ...] = ()
+    parts: Mapping[str, Slot] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    has_parameters: bool = False
+    has_statistics: bool = False
+    scripted: bool = False
+    foreign: tuple[str, ...] = ()
+    failure: Exception | None = None
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class OwnParameter:
+    """One parameter of the model itself.
+
+    Args:
+        key: Which weight it is.
+        size: Its number of elements.
+        floating: Whether its type is a floating one.
+        lazy: Whether it has no shape yet.
+    """
+
+    key: WeightKey
+    size: int
+    floating: bool = True
+    lazy: bool = False
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model, as planning sees it.
+
+    Args:
+        sites: Its modules, in order, each once.
+        parameters: Its own parameters by full name, a tied one under its first name only.
+        buffers: Full names of the buffers that a state dict has.
+    """
+
+    sites: tuple[Site, ...]
+    parameters: Mapping[str, OwnParameter]
+    buffers: tuple[str, ...] = ()
+
+
+def survey(model: nn.Module, registry: Registry) -> Survey:
+    """Walks a model once; touches nothing.
+
+    Args:
+        model: Any module, adapted already or not.
+        registry: The layer types there are.
+    """
+    modules = model_modules(model)
+    parameters = own_tensors(model, modules, "_parameters")
+    return Survey(
+        tuple(_site(entry, registry) for entry in modules),
+        {name: _parameter(parameter) for name, parameter in parameters.items()},
+        tuple(persistent_buffers(model, modules)),
+    )
+
+
+def _parameter(parameter: Tensor) -> OwnParameter:
+    lazy = is_lazy(parameter)
+    return OwnParameter(id(parameter), 0 if lazy else parameter.numel(), parameter.dtype.is_floating_point, lazy)
+
+
+def _site(entry: NamedModule, registry: Registry) -> Site:
+    module = entry.module
+    base = base_class_of(module)
+    plugin = registry.layer_for(base)
+    return Site(
+        names=entry.names,
+        class_name=base.__name__,
+        class_path=class_path(base),
+        plugin=plugin,
+        has_parameters=bool(module._parameters),
+        has_statistics=has_statistics(module),
+        scripted=isinstance(module, torch.jit.ScriptModule),
+        **({} if plugin is None else _served(entry, plugin)),
+    )
+
+
+def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
+    """What a plugin says of a layer; a layer that is never targeted may be one that it cannot speak of."""
+    module = entry.module
+    if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
+        return {}
+    try:
+        slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
+        every = (*slots, *parts.values())
+        return {
+            "slots": slots,
+            "parts": parts,
+            "weights": {tensor: _weight(entry, plugin, tensor) for tensor in {slot.tensor: None for slot in every}},
+            "biases": tuple(plugin.biases(module)),
+            "foreign": _foreign(module, every),
+        }
+    except Exception as error:  # a third party's; raised when the layer is targeted
+        return {"failure": error}
+
+
+def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight:
+    weight, key = detached_weight(entry.module, tensor), weight_key(entry.module, tensor)
+    rows, columns = plugin.to_matrix(weight).shape
+    return Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta)
+
+
+def _foreign(module: nn.Module, slots: Sequence[Slot]) -> tuple[str, ...]:
+    if state_of(module) is not None:
+        return ()
+    names = dict.fromkeys(f"lora_A{slot.suffix}" for slot in slots)
+    return tuple(name for name in names if hasattr(module, name))

@@ -1,0 +1,60 @@
+"""What a hook is handed: it takes the objects of one plugin and refuses those that could not work."""
+
+from typing import Generic
+
+from lora_plugins.errors import PluginError
+from lora_plugins.plugins.kind import P, PluginKind
+from lora_plugins.plugins.registry import Owned, PluginInfo
+
+
+class Registrar(Generic[P]):
+    """Collects and validates what one plugin registers of one kind.
+
+    Args:
+        kind: The kind.
+        info: The plugin.
+    """
+
+    def __init__(self, kind: PluginKind[P], info: PluginInfo) -> None:
+        self.kind = kind
+        self.info = info
+        self._owned: list[Owned[P]] = []
+
+    def __repr__(self) -> str:
+        return f"<Registrar of the {self.kind.name} of {self.info.owner}>"
+
+    def add(self, plugin: P, *, override: bool = False) -> None:
+        """Adds one plugin object.
+
+        Args:
+            plugin: An instance, not a class.
+            override: Whether it takes the place of another plugin's object of the same name or for the same module
+                class. Without it, two owners are an error. What is replaced shows in `lora-plugins plugins`.
+
+        Raises:
+            PluginError: If it is not of the expected class, an attribute cannot have its value, or the plugin
+                registered that name already.
+        """
+        base = self.kind.base.__name__
+        if not isinstance(plugin, self.kind.base):
+            hint = " Register an instance, not the class." if isinstance(plugin, type) else ""
+            raise PluginError(f"Plugin {self.info.owner} registered {plugin!r}, which is no {base}.{hint}")
+        wrong = self._wrong(plugin)
+        if wrong:
+            raise PluginError(f"Plugin {self.info.owner}: {type(plugin).__name__} {wrong}; see {base}.")
+        self._owned.append(Owned(plugin, self.info, override))
+
+    @property
+    def owned(self) -> list[Owned[P]]:
+        """What was added, with who brought it."""
+        return list(self._owned)
+
+    def _wrong(self, plugin: P) -> str:
+        """Says why an object cannot be registered; empty if it can."""
+        for attribute, (is_proper, expected) in self.kind.rules.items():
+            value = getattr(plugin, attribute, None)
+            if not is_proper(value):
+                return f"sets {attribute!r} to {value!r}. It has to be {expected}"
+        if any(plugin.name == owned.plugin.name for owned in self._owned):
+            return f"has the name {plugin.name!r}, which the same plugin registered already"
+        return self.kind.contradiction(plugin)
