@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
 from lora_plugins.files.folder import MANIFEST
-from lora_plugins.integrations.lightning.checkpoint import adapted_targets
-from lora_plugins.integrations.lightning.loading import read
+from lora_plugins.integrations.lightning.checkpoint.content import adapted_targets
+from lora_plugins.integrations.lightning.checkpoint.without_trainer import read
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.describe import KEY, METADATA
 from lora_plugins.tasks.errors import WeightsError

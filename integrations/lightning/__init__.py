@@ -12,18 +12,18 @@ from lora_plugins.utils.lazy import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
-    from lora_plugins.integrations.lightning.cli import LoraCLI
-    from lora_plugins.integrations.lightning.loading import LoraCheckpointMixin, load_from_checkpoint
-    from lora_plugins.integrations.lightning.rates import parameter_groups
+    from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin, load_from_checkpoint
+    from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI
+    from lora_plugins.integrations.lightning.training.learning_rates import parameter_groups
 
 __all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
 _MODULES = {
-    "LoraCLI": "cli",
+    "LoraCLI": "cli.lora_cli",
     "LoraCallback": "callback",
-    "LoraCheckpointMixin": "loading",
-    "load_from_checkpoint": "loading",
-    "parameter_groups": "rates",
+    "LoraCheckpointMixin": "checkpoint.without_trainer",
+    "load_from_checkpoint": "checkpoint.without_trainer",
+    "parameter_groups": "training.learning_rates",
 }
 
 __getattr__ = lazily(__name__, _MODULES)

@@ -14,10 +14,11 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter.state import model_state
 from lora_plugins.errors import near
 from lora_plugins.files.folder import PackedAdapter, write
-from lora_plugins.integrations.lightning import adapting, from_data, optimizers, sharded
-from lora_plugins.integrations.lightning.audit import Audit
-from lora_plugins.integrations.lightning.heads import with_heads
-from lora_plugins.integrations.lightning.merging import (
+from lora_plugins.integrations.lightning.console import print_files, print_plan
+from lora_plugins.integrations.lightning.module import adapt
+from lora_plugins.integrations.lightning.module.compiled_names import plain_name, renamed
+from lora_plugins.integrations.lightning.module.declared_heads import with_heads
+from lora_plugins.integrations.lightning.module.reversible_merge import (
     Merged,
     merge,
     merged,
@@ -25,13 +26,14 @@ from lora_plugins.integrations.lightning.merging import (
     refuse_computed,
     write_safetensors,
 )
-from lora_plugins.integrations.lightning.names import plain_name, renamed
-from lora_plugins.integrations.lightning.quiet import expecting_eval
-from lora_plugins.integrations.lightning.rates import Rates
-from lora_plugins.integrations.lightning.report import print_files, print_plan
-from lora_plugins.integrations.lightning.sharded import is_sharded
-from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
-from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
+from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval
+from lora_plugins.integrations.lightning.shims.methods import CheckpointShims, ModuleShims
+from lora_plugins.integrations.lightning.strategies import sharded
+from lora_plugins.integrations.lightning.strategies.sharded import is_sharded
+from lora_plugins.integrations.lightning.strategies.supported import refuse_foreign, refuse_strategy, warn_spawned
+from lora_plugins.integrations.lightning.training import calibration_data, optimizer_groups
+from lora_plugins.integrations.lightning.training.audit import Audit
+from lora_plugins.integrations.lightning.training.learning_rates import Rates
 
 
 class LoraCallback(Callback):
@@ -156,9 +158,9 @@ class LoraCallback(Callback):
         shims = self._shims = ModuleShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         before = sharded.Early(lambda: self._ensure(trainer, pl_module)) if is_sharded(trainer) else None
-        if from_data.learns(self.config):
-            self._late = from_data.after_restoring(
-                trainer, lambda: self._ensure(trainer, pl_module), lambda: adapting.copy_again(trainer, pl_module)
+        if calibration_data.learns(self.config):
+            self._late = calibration_data.after_restoring(
+                trainer, lambda: self._ensure(trainer, pl_module), lambda: adapt.copy_again(trainer, pl_module)
             )
         else:
             shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
@@ -172,7 +174,7 @@ class LoraCallback(Callback):
         """
         target = self._target(pl_module)
         sharded.refuse_wrapped(target)
-        adapting.refuse_replaced(target, self.adapter_name)
+        adapt.refuse_replaced(target, self.adapter_name)
         if self.merge_on_fit_end or self.export_to is not None:
             refuse_computed(target)
         if self.print_plan and trainer.is_global_zero:
@@ -261,7 +263,7 @@ class LoraCallback(Callback):
 
     def _optimize(self, module: LightningModule, configured: Any) -> None:
         """Completes optimizers with what is to be trained, each part at its rate."""
-        optimizers.complete(module, configured)
+        optimizer_groups.complete(module, configured)
         self.rates.spread(module, configured)
 
     def _adapt(self, trainer: Trainer, module: LightningModule, before: "sharded.Early | None") -> None:
@@ -282,21 +284,23 @@ class LoraCallback(Callback):
         state = model_state(target)
         config = with_heads(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
-            adapting.reuse(target, self.adapter_name, config)
+            adapt.reuse(target, self.adapter_name, config)
         else:
-            adapting.refuse_nested(module, self.target)
+            adapt.refuse_nested(module, self.target)
             if is_sharded(trainer):
                 sharded.refuse_unfit(target, config, trainer)
-            learns = from_data.learns(config)
-            data = from_data.observed(trainer, module, self.target, config, self.init_batches) if learns else None
-            adapting.add(target, self.adapter_name, config, data)
+            learns = calibration_data.learns(config)
+            data = (
+                calibration_data.observed(trainer, module, self.target, config, self.init_batches) if learns else None
+            )
+            adapt.add(target, self.adapter_name, config, data)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
-            adapting.copy_again(trainer, module)
+            adapt.copy_again(trainer, module)
         if self.train_mode and trainer.state.fn == "fit":
-            adapting.into_training_mode(target)
+            adapt.into_training_mode(target)
 
     def _target(self, module: nn.Module) -> nn.Module:
-        return adapting.target_of(module, self.target)
+        return adapt.target_of(module, self.target)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
         """Writes the files that were asked for; only the first process does, and returns them."""

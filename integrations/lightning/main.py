@@ -78,17 +78,17 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _trainer(arguments: list[str]) -> None:
     with _given_arguments():
-        _module("cli").LoraCLI(args=arguments)
+        _module("cli.lora_cli").LoraCLI(args=arguments)
 
 
 def _plan(arguments: list[str]) -> None:
     with _given_arguments():
-        _module("cli").PlanCLI(args=["fit", *arguments[1:]])
+        _module("cli.lora_cli").PlanCLI(args=["fit", *arguments[1:]])
 
 
 def _file(arguments: list[str]) -> None:
     with _given_arguments():
-        _module("exporting").run(arguments)
+        _module("cli.merged_files").run(arguments)
 
 
 def _core(name: str) -> Callable[[list[str]], int]:

@@ -1,0 +1,1 @@
+"""The commands of Lightning: `fit`, `validate`, `test`, `predict`, `plan`, `export` and `merge`."""

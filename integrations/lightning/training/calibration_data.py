@@ -1,0 +1,159 @@
+"""The start of adapters whose init learns from data, such as `eva` and `lora_ga`.
+
+They join the module later than others: after Lightning has restored a checkpoint, whose adapter is complete and needs
+no data, and before the strategy wraps the module and makes its optimizers. The data are the first training batches,
+given to the `training_step` of a copy of the module, so that nothing of the run is disturbed: no log, no metric, no
+random number. Checked against Lightning 2.6.6.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import count
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+
+from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, Observations, StateError, observe
+from lora_plugins.adapter.attach import run_seed
+from lora_plugins.integrations.lightning.shims.methods import ModuleShims
+from lora_plugins.integrations.lightning.strategies.sharded import is_sharded
+from lora_plugins.plugins.manager import registry_of
+from lora_plugins.utils.randomness import own_randomness
+
+
+def learns(config: LoraConfig) -> bool:
+    """Whether the config's init learns from data.
+
+    Raises:
+        PluginError: If there is no such init.
+    """
+    return registry_of(config).init(config.init).needs is not None
+
+
+def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> ModuleShims:
+    """Lets `adapt` run when Lightning has restored a checkpoint or has none, and `restored` after it read one.
+
+    Raises:
+        StateError: If the trainer's strategy splits the module before that.
+    """
+    if is_sharded(trainer):
+        raise StateError(
+            f"{type(trainer.strategy).__name__} splits the module before a checkpoint is restored, and so before an "
+            "init can learn from data. Train the first steps with strategy='ddp' or on one device, or choose an init "
+            "that needs no data."
+        )
+    shims = ModuleShims(trainer.strategy)
+
+    def once() -> None:
+        shims.remove()  # what loads a checkpoint later, such as a tuner, finds the module adapted
+        adapt()
+
+    shims.after("load_checkpoint", lambda _: restored())
+    shims.after("setup", lambda _: None, before=once)
+    return shims
+
+
+def observed(
+    trainer: Trainer, module: LightningModule, target: str | None, config: LoraConfig, limit: int
+) -> Observations:
+    """Observes the first training batches; the module, the trainer and random numbers are as before.
+
+    Args:
+        trainer: The trainer, with its data attached.
+        module: The module, without the adapter in question.
+        target: Name of the submodule that is to be adapted.
+        config: The adapter's configuration.
+        limit: How many batches, at most.
+
+    Raises:
+        ConfigError: If there are no training batches, or `training_step` returns no loss where one is needed.
+        StateError: If the module optimizes by hand, so that its `training_step` cannot be called by itself.
+    """
+    if not module.automatic_optimization:
+        raise StateError(
+            f"{type(module).__name__} optimizes by hand, so its training_step cannot be run to see data for the init "
+            f"{config.init!r}. Adapt the module before fit: LoraModel(module, config, init_data=InitData(loader, "
+            "step))."
+        )
+    batches = trainer.limit_train_batches
+    limit = min(limit, batches) if isinstance(batches, int) else limit
+    twin = _twin(trainer, module)
+    adapted = twin.get_submodule(target or "")
+    plan = LoraModel.plan(adapted, config)
+    twin.train(plan.init.needs == "gradients")
+    device, precision, index = trainer.strategy.root_device, trainer.precision_plugin, count()
+    numbered = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
+
+    def step(_: nn.Module, batch: Any) -> Any:
+        batch = precision.convert_input(trainer.strategy.batch_to_device(batch, device))
+        # Not under autocast, in which small gradients vanish without the scaler of the training loop.
+        with nullcontext() if isinstance(precision, MixedPrecision) else precision.forward_context():
+            return twin.training_step(batch, next(index)) if numbered else twin.training_step(batch)
+
+    try:
+        with _quiet(trainer), _train_batches(trainer) as loader:
+            return observe(adapted, plan, InitData(loader, step, limit))
+    except Exception as error:
+        error.add_note(
+            f"This happened while the init {config.init!r} was shown training batches, on a copy of the module and "
+            "before there are optimizers. A training_step that cannot run then needs LoraModel(module, config, "
+            "init_data=InitData(loader, step)) before fit, or another init."
+        )
+        raise
+
+
+def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        raise StateError(
+            f"{type(module).__name__} cannot be copied ({error}), and the init learns from data on a copy of it. "
+            "Choose an init that needs no data, or adapt the module before fit, by LoraModel."
+        ) from error
+    twin.trainer = trainer
+    for part in twin.modules():
+        if isinstance(part, LightningModule):
+            part.__dict__.update(log=_ignore, log_dict=_ignore)
+    return cast(LightningModule, trainer.precision_plugin.convert_module(twin.to(trainer.strategy.root_device)))
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `log` of the copy: there is no step that a value could belong to."""
+
+
+@contextmanager
+def _quiet(trainer: Trainer) -> Iterator[None]:
+    """Keeps what `training_step` writes to a logger out of it."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
+def _train_batches(trainer: Trainer) -> Iterator[Iterator[Any]]:
+    """Gives the trainer's training batches, as its loop will see them."""
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        raise ConfigError(
+            "There are no training batches for the init to learn from: fit was given no train_dataloader."
+        )
+    seed = run_seed("data")
+    with ExitStack() as stack:
+        stack.enter_context(own_randomness(seed))
+        loaders = source.dataloader()
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        for loader in combined.flattened:
+            stack.enter_context(own_randomness(seed, None, loader))
+        try:
+            yield (batch for batch, _, _ in combined)
+        finally:
+            combined.reset()
