@@ -13,13 +13,13 @@ from lora_plugins.utils.lazy import lazily
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
     from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin, load_from_checkpoint
-    from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI
+    from lora_plugins.integrations.lightning.cli import LoraCLI
     from lora_plugins.integrations.lightning.training.learning_rates import parameter_groups
 
 __all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
 _MODULES = {
-    "LoraCLI": "cli.lora_cli",
+    "LoraCLI": "cli",
     "LoraCallback": "callback",
     "LoraCheckpointMixin": "checkpoint.without_trainer",
     "load_from_checkpoint": "checkpoint.without_trainer",

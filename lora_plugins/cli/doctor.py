@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 import lora_plugins
+from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.plugins import hookspecs
@@ -21,7 +22,7 @@ from lora_plugins.plugins.hookspecs import GROUP
 from lora_plugins.plugins.manager import default_registry
 from lora_plugins.plugins.registry import PluginInfo
 
-OUR_MAIN = "lora_plugins.integrations.lightning.main"
+OUR_MAIN = "lora_plugins.cli.main"
 
 _HOOK = "lora_plugins_register_"
 
@@ -104,6 +105,8 @@ def _plugins() -> Iterator[Finding]:
         return
     for info in registry.plugins:
         yield _plugin(info)
+    for problem in installed_commands().problems:
+        yield Finding("problem", problem, "Repair or uninstall that distribution.")
     installed = [point.name for point in metadata.entry_points(group=GROUP)]
     for variable in (BLOCK_VARIABLE, ALLOW_VARIABLE):
         for name in names_in(variable):

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 from lora_plugins.plugins.manager import default_registry
 
 BROKEN = "import no_such_library\n"
@@ -104,7 +104,7 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ("from lora_plugins.integrations.lightning.main import main", "is ours"),
+            ("from lora_plugins.cli.main import main", "is ours"),
             ("from foreign_cli import main", "is not ours, but that of foreign-sdk"),
         ],
         ids=["ours", "foreign"],
@@ -157,7 +157,7 @@ class TestPlugins:
         absent = ("lightning", "jsonargparse", "rich", "yaml", "packaging")
         code = (
             f"import sys; [sys.modules.__setitem__(name, None) for name in {absent!r}]\n"
-            "from lora_plugins.integrations.lightning.main import main\n"
+            "from lora_plugins.cli.main import main\n"
             "assert main(['plugins']) == 0\n"
             "main(['doctor'])\n"
             "main(['new-plugin', 'mine'])\n"

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
-from lora_plugins.integrations.lightning.main import COMMANDS, main
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, values
 
 TOYS = "tests.integrations.lightning.toys"
@@ -284,53 +283,6 @@ class TestOtherCommands:
         assert main(["plan", "--config", config(lora={"target_modules": ["nett"]})]) == 1
         assert "'nett' matches no module" in capsys.readouterr().err
 
-    def test_plugins(self, capsys):
-        assert main(["plugins"]) == 0
-        out = capsys.readouterr().out
-        for word in ("lora-plugins", "loaded", "loftq", metadata.version("lora-plugins")):
-            assert word in out
-
-    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-    def test_overview(self, capsys, arguments):
-        assert main(arguments) == 0
-        out = capsys.readouterr().out
-        assert all(f"  {name} " in out for name in COMMANDS)
-
-    def test_unknown_command_offers_a_near_one(self, capsys):
-        assert main(["plugin"]) == 1
-        err = capsys.readouterr().err
-        assert "'plugins'" in err
-        assert "lightning-sdk" in err
-
-
-FOREIGN = """
-def main():
-    import sys
-    print("foreign", sys.argv[1:])
-"""
-
-
-@pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    """A real distribution, on the path of this test only, that owns a script called `lightning` too."""
-    (tmp_path / "foreign_cli.py").write_text(FOREIGN)
-    info = tmp_path / "foreign_sdk-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-sdk\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = foreign_cli:main\n")
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-class TestOtherOwnerOfTheName:
-    def test_its_commands_are_handed_over(self, foreign, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["lightning", "login", "--now"])
-        assert main() == 0
-        assert capsys.readouterr().out == "foreign ['login', '--now']\n"
-
-    def test_ours_stay_ours(self, foreign, capsys):
-        assert main(["plugins"]) == 0
-        assert "Plugins of lora_plugins" in capsys.readouterr().out
-
 
 def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch, config):
     (tmp_path / "users_own.py").write_text(f"from {TOYS} import Classifier\n")
@@ -339,31 +291,14 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch, config):
     assert main(["plan", "--config", config(model={"class_path": "users_own.Classifier"})]) == 0
 
 
-def script(name: str) -> list[str]:
-    return [str(Path(sys.executable).with_name(name))]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        script("lightning"),
-        script("lora-plugins"),
-        [sys.executable, "-m", "lora_plugins"],
-        [sys.executable, "-m", MODULE],
-    ],
-    ids=["lightning", "lora-plugins", "python-m", "python-m-integration"],
-)
-def test_promised_spellings(command):
-    """What needs Lightning is covered above; each spelling has to reach the same main."""
-    done = subprocess.run([*command, "plugins"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "lora-plugins" in done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    [script("lora-plugins"), [sys.executable, "-m", "lora_plugins"], [sys.executable, "-m", MODULE]],
+    [
+        [str(Path(sys.executable).with_name("lora-plugins"))],
+        [sys.executable, "-m", "lora_plugins"],
+        [sys.executable, "-m", MODULE],
+    ],
     ids=["lora-plugins", "python-m", "python-m-integration"],
 )
 def test_two_processes_from_the_command_line(command, config, tmp_path):
@@ -378,20 +313,6 @@ def test_two_processes_from_the_command_line(command, config, tmp_path):
     assert "`Trainer.fit` stopped: `max_epochs=1` reached." in done.stderr, done.stderr[-2000:]
     assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
     assert load_from_checkpoint(Classifier, checkpoint(tmp_path))
-
-
-@pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
-def test_missing_package_is_named_with_what_to_install(missing):
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "from lora_plugins.integrations.lightning.main import main\n"
-        "assert main(['plugins']) == 0 and main([]) == 0\n"
-        "sys.exit(main(['fit', '--config', 'x.yaml']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "pip install 'lora-plugins[lightning]'" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from lora_plugins.integrations.lightning.cli.merged_files import merge_checkpoint
+from lora_plugins.integrations.lightning.cli import merge_checkpoint
 from lora_plugins.integrations.lightning.strategies.supported import refuse_strategy
 from tests.integrations.lightning.strategies.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
 from tests.integrations.lightning.toys import CONFIG, differing, load, loader, trainer, values

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, StateError
+from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from lora_plugins.integrations.lightning.main import main
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, trainer, values
 
 CONFIGS = {
