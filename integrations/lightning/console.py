@@ -1,4 +1,4 @@
-"""What is printed: the plan, and where files were left."""
+"""Prints the plan, and the paths of the files that a run has written."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def print_plan(plan: Plan, title: str = "LoRA") -> None:
 
 
 def print_files(files: dict[str, Path]) -> None:
-    """Prints where files were left, one a line; paths are never wrapped, so that they can be copied."""
+    """Prints the paths of files, one a line; they are never wrapped, so that they can be copied."""
     console = Console()
     for what, path in files.items():
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)

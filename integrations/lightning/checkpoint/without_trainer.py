@@ -1,4 +1,4 @@
-"""Adapter-only checkpoints without a Trainer."""
+"""Loads adapter-only checkpoints without a Trainer."""
 
 import io
 import sys
@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lora_plugins import AdapterFileError
-from lora_plugins.integrations.lightning.checkpoint.content import KEY, checked_entry, reading, restore
+from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
+from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
+from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -17,8 +19,8 @@ Module = TypeVar("Module", bound=LightningModule)
 class LoraCheckpointMixin(LightningModule):
     """Lets `YourModule.load_from_checkpoint(path)` load adapter-only checkpoints.
 
-    Give it to the module's class, before other base classes. The module is built first, with its own pretrained base;
-    then the adapters of the file are put on it. Checkpoints without adapters load as ever.
+    Name it before the other base classes of the module's class. The module is built first, with its own pretrained
+    base; then the adapters of the file are attached to it. Checkpoints without adapters load as usual.
     """
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -50,7 +52,7 @@ def load_from_checkpoint(
     Raises:
         AdapterFileError: If the file is damaged, holds no adapter, or was made for another base.
     """
-    checkpoint = read(path, map_location)
+    checkpoint = read_checkpoint(path, map_location)
     if KEY not in checkpoint:
         raise AdapterFileError(
             f"{path} holds no adapter of lora_plugins. A plain checkpoint is loaded by "
@@ -71,23 +73,10 @@ def load_from_checkpoint(
     return module
 
 
-def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint without unpickling objects.
-
-    Raises:
-        AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read.
-    """
-    with reading(path):
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    if not isinstance(checkpoint, dict):
-        raise AdapterFileError(f"{path} is not a checkpoint of Lightning.")
-    return checkpoint
-
-
 def _named_class(checkpoint: dict[str, Any], module_class: type[Module]) -> type[Module]:
-    """The class that the checkpoint names, which has to be imported already; else the one that was given.
+    """Returns the class that the checkpoint names, which has to be imported already; without a name, `module_class`.
 
-    Its name is removed: Lightning would refuse it for not being a subclass of the temporary class.
+    The name is removed from the checkpoint: Lightning would refuse a class that is not a subclass of the temporary one.
     """
     arguments = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     path = arguments.pop("_class_path", None)

@@ -1,9 +1,7 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
@@ -11,12 +9,12 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning.callback import LoraCallback
-from lora_plugins.integrations.lightning.checkpoint.content import reading
+from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
+from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.console import print_plan
-from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_override
 
 
-class LoraCLI(LightningCLI):
+class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
     """Runs a Trainer from a YAML file that may have two sections more than Lightning's own.
 
     `lora:` holds the fields of a `LoraConfig`, inline or as the path of a YAML file with them; with it, a
@@ -44,30 +42,19 @@ class LoraCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer, with the callback if there is a `lora:` section."""
-        config = self._get(self.config_init, "lora")
+        config = self._section("lora")
         if config is not None:
-            options = self._get(self.config_init, "lora_callback")
+            options = self._section("lora_callback")
             callback = LoraCallback(config, **(options.as_dict() if isinstance(options, Namespace) else options))
-            section = self._get(self.config_init, "trainer")
+            section = self._section("trainer")
             others = section.get("callbacks") or []
             section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
         return super().instantiate_trainer(**kwargs)
 
-    def _parse_ckpt_path(self) -> None:
-        # Lightning 2.6.6 takes a checkpoint's hyperparameters for the arguments of the model. A module that saves them
-        # itself does not say its class with them, and then they are none: the configuration names class and arguments.
-        command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
-        if self.subclass_mode_model and path and Path(path).is_file():
-            with reading(path):
-                checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            if "_class_path" not in checkpoint.get("hyper_parameters", {}):
-                return
-        super()._parse_ckpt_path()
-
-    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        with expecting_override(self.model):
-            super()._add_configure_optimizers_method_to_model(subcommand)
+    def _section(self, name: str) -> Any:
+        """Returns a section of the instantiated configuration, which lies below the subcommand where there is one."""
+        config = self.config_init
+        return config.get(str(self.subcommand), config).get(name)
 
     @staticmethod
     def configure_optimizers(
@@ -83,10 +70,10 @@ class LoraCLI(LightningCLI):
 
 
 class PlanCLI(LoraCLI):
-    """Prints what `fit` would adapt, of the same arguments, and trains nothing."""
+    """Prints what `fit` would adapt with the same arguments, and trains nothing."""
 
     def fit(self, model: LightningModule, **_: Any) -> None:
-        """Takes the place of `Trainer.fit`.
+        """Replaces `Trainer.fit`.
 
         Raises:
             TargetError: If the configuration does not fit the model.

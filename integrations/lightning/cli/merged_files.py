@@ -12,11 +12,10 @@ from lightning.pytorch import LightningModule
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
 from lora_plugins.files.folder import replace_file
-from lora_plugins.integrations.lightning.checkpoint.content import adapted_targets
-from lora_plugins.integrations.lightning.checkpoint.without_trainer import load_from_checkpoint, read
-from lora_plugins.integrations.lightning.module.reversible_merge import plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.checkpoint import load_from_checkpoint, read_checkpoint
+from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
 
-_KEPT = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
+_SAVED = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
 """Entries of a checkpoint that still hold after a merge; optimizers and loops belong to the adapter's training."""
 
 
@@ -28,7 +27,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--model", required=True, help="import path of the LightningModule's class")
     given = parser.parse_args(arguments[1:])
     write = {"export": export_checkpoint, "merge": merge_checkpoint}[arguments[0]]
-    print(f"Merged model: {write(_import(given.model), given.checkpoint, given.output)}")
+    print(f"Merged model: {write(_import_class(given.model), given.checkpoint, given.output)}")
 
 
 _DESCRIPTIONS = {
@@ -52,7 +51,7 @@ def export_checkpoint(module_class: type[LightningModule], checkpoint: str | Pat
         AdapterFileError: If the checkpoint does not fit the class.
         ConfigError: If the name ends otherwise, or the adapters have several targets.
     """
-    output = _ending(output, ".safetensors")
+    output = _with_suffix(output, ".safetensors")
     module = load_from_checkpoint(module_class, checkpoint)
     targets = adapted_targets(module)
     if len(targets) > 1:
@@ -76,25 +75,25 @@ def merge_checkpoint(module_class: type[LightningModule], checkpoint: str | Path
         AdapterFileError: If the checkpoint does not fit the class.
         ConfigError: If the name ends otherwise.
     """
-    output = _ending(output, ".ckpt")
+    output = _with_suffix(output, ".ckpt")
     module = load_from_checkpoint(module_class, checkpoint)
     for target in adapted_targets(module).values():
         LoraModel(target).merge_and_unload()
-    kept: dict[str, Any] = {key: value for key, value in read(checkpoint).items() if key in _KEPT}
+    saved: dict[str, Any] = {key: value for key, value in read_checkpoint(checkpoint).items() if key in _SAVED}
     output.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    torch.save({**kept, "state_dict": module.state_dict()}, data)
+    torch.save({**saved, "state_dict": module.state_dict()}, data)
     replace_file(output, data.getvalue())
     return output
 
 
-def _ending(path: str | Path, suffix: str) -> Path:
+def _with_suffix(path: str | Path, suffix: str) -> Path:
     if Path(path).suffix != suffix:
         raise ConfigError(f"The output is {str(path)!r}. It names a file that ends in {suffix}.")
     return Path(path)
 
 
-def _import(path: str) -> type[LightningModule]:
+def _import_class(path: str) -> type[LightningModule]:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None

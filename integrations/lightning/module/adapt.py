@@ -1,11 +1,8 @@
-"""Putting an adapter onto the module of a run, or taking up the one that it has."""
+"""Puts an adapter on the module of a run, or reuses the one that it has."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
@@ -13,10 +10,10 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, Observations, State
 from lora_plugins.adapter.state import model_state
 from lora_plugins.errors import listing, near
 from lora_plugins.inplace.layer import state_of
-from lora_plugins.integrations.lightning.checkpoint.content import adapted_targets
+from lora_plugins.integrations.lightning.module.tensors import adapted_targets
 
 
-def target_of(module: nn.Module, path: str | None) -> nn.Module:
+def find_target(module: nn.Module, path: str | None) -> nn.Module:
     """Returns the submodule of that name, or without a name the module itself.
 
     Raises:
@@ -30,8 +27,8 @@ def target_of(module: nn.Module, path: str | None) -> nn.Module:
     return cast(nn.Module, found[path])
 
 
-def add(target: nn.Module, name: str, config: LoraConfig, data: Observations | None) -> None:
-    """Adds an adapter, active beside those that are there.
+def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Observations | None) -> None:
+    """Adds an adapter and activates it beside those that are active.
 
     Raises:
         TargetError: If the configuration does not fit.
@@ -44,8 +41,8 @@ def add(target: nn.Module, name: str, config: LoraConfig, data: Observations | N
     lora.set_adapter((*lora.active_adapters, name))
 
 
-def reuse(target: nn.Module, name: str, config: LoraConfig) -> None:
-    """Makes an adapter that is there ready to be trained.
+def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
+    """Makes an adapter that the module has ready for training: unmerged and active.
 
     Raises:
         StateError: If its configuration is another, or its layers were replaced.
@@ -56,20 +53,20 @@ def reuse(target: nn.Module, name: str, config: LoraConfig) -> None:
     if different:
         raise StateError(
             f"The module has an adapter {name!r} already, with another configuration: {listing(different)} differ. "
-            "Choose another adapter_name, or take the old one off first: LoraModel(module).unload()."
+            "Choose another adapter_name, or remove the present one first: LoraModel(module).unload()."
         )
     if lora.merged_adapters:
         lora.unmerge_adapter()
     if name not in lora.active_adapters:
         lora.set_adapter((*lora.active_adapters, name))
-    refuse_replaced(target, name)
+    check_not_replaced(target, name)
 
 
-def refuse_replaced(target: nn.Module, name: str) -> None:
-    """Refuses a module whose adapted layers somebody replaced.
+def check_not_replaced(target: nn.Module, name: str) -> None:
+    """Checks that the layers which an adapter adapts are still in the module.
 
     Raises:
-        StateError: With the names of the layers.
+        StateError: If some were replaced, naming them.
     """
     found = dict(target.named_modules())
     lost = [
@@ -85,17 +82,17 @@ def refuse_replaced(target: nn.Module, name: str) -> None:
         )
 
 
-def refuse_nested(module: nn.Module, path: str | None) -> None:
-    """Refuses targets that lie inside one another: a layer would have two sets of adapters.
+def check_not_nested(module: nn.Module, path: str | None) -> None:
+    """Checks that no adapted target lies inside another: a layer would have two sets of adapters.
 
     Args:
         module: The module.
         path: Name of the submodule that is about to be adapted; None for the module itself.
 
     Raises:
-        StateError: With the names of the two.
+        StateError: If one does, with the names of the two.
     """
-    target = target_of(module, path)
+    target = find_target(module, path)
     for there, other in adapted_targets(module).items():
         if other is target:
             continue
@@ -106,24 +103,13 @@ def refuse_nested(module: nn.Module, path: str | None) -> None:
             )
 
 
-def copy_again(trainer: Trainer, module: LightningModule) -> None:
-    """Lets averaging callbacks copy the adapted module: they copied it in their setup, before it was adapted."""
-    averaging: Sequence[Callback] = [
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-    ]
-    for callback in averaging:
-        callback.setup(trainer, module, "fit")
-
-
-def into_training_mode(target: nn.Module) -> None:
-    """Puts a module into training mode, frozen normalization layers aside, and says what that woke."""
+def set_training_mode(target: nn.Module) -> None:
+    """Puts a module into training mode, except for frozen normalization layers, and reports which modules changed."""
     modes = {name: child.training for name, child in target.named_modules()}
     target.train()
-    woken = [name for name, child in target.named_modules() if child.training and not modes[name]]
-    if woken:
+    changed = [name for name, child in target.named_modules() if child.training and not modes[name]]
+    if changed:
         rank_zero_info(
-            f"{len(woken)} modules arrived in eval mode and were put into training mode: {listing(woken, 3)}. Use "
-            "LoraCallback(train_mode=False) to leave them."
+            f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
+            "LoraCallback(train_mode=False) to keep their mode."
         )

@@ -1,7 +1,7 @@
-"""Names without the traces of `torch.compile`, so that files of compiled and of eager modules interchange.
+"""Names without the prefix of `torch.compile`, so that files of compiled and of eager modules are interchangeable.
 
-`self.net = torch.compile(self.net)` puts a module between: `net.0` is called `net._orig_mod.0` then. Files have the
-name without it.
+`self.net = torch.compile(self.net)` inserts a module: `net.0` is then called `net._orig_mod.0`. Files have the plain
+name.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ Rename = Callable[[str], str]
 
 
 def plain_name(name: str) -> str:
-    """Returns a name without what `torch.compile` puts into it."""
+    """Returns a name without what `torch.compile` inserts."""
     return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
-def names_in(module: nn.Module) -> Rename:
-    """Returns what makes a plain name the one that it has in `module`, compiled parts considered."""
+def name_mapper(module: nn.Module) -> Rename:
+    """Returns a function from a plain name to the name in `module`, some of whose parts may be compiled."""
     wrappers = [name for name, _ in module.named_modules() if name.split(".")[-1] == _WRAPPED]
-    # Outer wrappers come first, as named_modules gives them, and their inner ones are named with them.
+    # named_modules gives outer wrappers first, and the names of inner ones contain them.
     prefixes = [(name.removesuffix(_WRAPPED), f"{name}.") for name in wrappers]
 
     def rename(name: str) -> str:
@@ -36,12 +36,12 @@ def names_in(module: nn.Module) -> Rename:
     return rename
 
 
-def renamed(packed: PackedAdapter, rename: Rename) -> PackedAdapter:
+def rename_adapter(packed: PackedAdapter, rename: Rename) -> PackedAdapter:
     """Returns an adapter whose layers and tensors have other names.
 
     Args:
         packed: The adapter.
-        rename: What makes a name the new one.
+        rename: Maps a present name to the new one.
     """
 
     def tensor_key(key: str) -> str:  # lora/NAME/lora_A, recipe/NAME/PART/KEY, value/NAME

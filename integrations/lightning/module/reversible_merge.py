@@ -1,4 +1,4 @@
-"""Merging the adapters of a trained module into plain weights, in a way that can be taken back exactly."""
+"""Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
 import weakref
 from collections.abc import Iterator
@@ -15,16 +15,17 @@ from lora_plugins.errors import listing
 from lora_plugins.files.folder import PackedAdapter, replace_file
 from lora_plugins.inplace.layer import layer_state, weight_names
 from lora_plugins.inplace.modules import full_name, own_tensor
+from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A module whose adapters are merged into plain layers, and what it takes to have them back.
+class ReversibleMerge:
+    """A module whose adapters are merged into plain layers, and what is needed to have them back.
 
     Args:
         target: The module.
         layers: The layers that were adapted, by name.
-        base: The untouched value of every tensor that merging or training in place changed, by full name.
+        base: The raw value of every tensor that merging or training in place changed, by full name.
         adapters: The adapters, in the order in which they were added.
         active: Names of the active ones.
     """
@@ -35,15 +36,15 @@ class Merged:
     adapters: dict[str, PackedAdapter]
     active: tuple[str, ...]
 
-    def fits(self, target: nn.Module) -> bool:
+    def is_of(self, target: nn.Module) -> bool:
         """Whether `target` is the merged module, with its layers still in place."""
         if self.target() is not target or model_state(target) is not None:
             return False
         found = dict(target.named_modules())
         return all(found.get(name) is layer() for name, layer in self.layers.items())
 
-    def put_back(self) -> None:
-        """Gives the module its untouched weights and its adapters again, bit for bit."""
+    def undo(self) -> None:
+        """Restores the raw weights and the adapters of the module, bit for bit."""
         target = self.target()
         assert target is not None
         for name, value in self.base.items():
@@ -55,19 +56,18 @@ class Merged:
             lora.set_adapter(self.active)
 
 
-def merge(target: nn.Module) -> Merged:
+def merge_reversibly(target: nn.Module) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
 
-    The untouched weights are kept in memory, one copy of each that an adapter updates.
+    The raw weights stay in memory, one copy of each that an adapter changes.
 
     Raises:
-        MergeError: If rounding would lose too much of an update. The module is untouched.
+        MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
         StateError: If a weight is computed by a parametrization, which merging replaces for good.
     """
     lora = LoraModel(target)
-    state = model_state(target)
-    assert state is not None
-    refuse_computed(target)
+    state = state_of_adapters(target)
+    check_mergeable(target)
     layers = adapted_layers(target)
     adapters = {name: lora.pack(name) for name in lora.adapters}
     active = lora.active_adapters
@@ -80,24 +80,24 @@ def merge(target: nn.Module) -> Merged:
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
-    adapters = {name: _detached(packed) for name, packed in adapters.items()}
-    lora.merge_adapter()  # all of it or nothing, since the untouched weights are kept anyway
+    adapters = {name: _copied(packed) for name, packed in adapters.items()}
+    lora.merge_adapter()  # all of it or nothing, since the raw weights are in `base` anyway
     lora.merge_and_unload()
-    return Merged(
+    return ReversibleMerge(
         weakref.ref(target), {name: weakref.ref(layer) for name, layer in layers.items()}, base, adapters, active
     )
 
 
-def refuse_computed(target: nn.Module) -> None:
-    """Refuses to merge into weights that are no parameters of their layer, but computed from others.
+def check_mergeable(target: nn.Module) -> None:
+    """Checks that every adapted weight is a parameter of its layer, and not computed from other tensors.
 
     Raises:
-        StateError: If there are any, naming their layers.
+        StateError: If some are computed, naming their layers.
     """
     computed = [
         name
         for name, layer in adapted_layers(target).items()
-        if any(weight not in layer._parameters for weight in weight_names(layer_state(layer)))
+        if any(weight not in _parameter_names(layer) for weight in weight_names(layer_state(layer)))
     ]
     if computed:
         raise StateError(
@@ -108,17 +108,17 @@ def refuse_computed(target: nn.Module) -> None:
 
 
 @contextmanager
-def merged(target: nn.Module) -> Iterator[Merged]:
+def temporarily_merged(target: nn.Module) -> Iterator[ReversibleMerge]:
     """Merges for the time of a `with` block."""
-    result = merge(target)
+    result = merge_reversibly(target)
     try:
         yield result
     finally:
-        result.put_back()
+        result.undo()
 
 
 def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
-    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors wants it."""
+    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
 
 
@@ -129,7 +129,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def _detached(packed: PackedAdapter) -> PackedAdapter:
+def _copied(packed: PackedAdapter) -> PackedAdapter:
     """Copies what the merged module goes on using: heads, biases and statistics."""
     values = {key: t.clone() if key.startswith("value/") else t for key, t in packed.tensors.items()}
     return PackedAdapter(packed.manifest, values)
+
+
+def _parameter_names(layer: nn.Module) -> set[str]:
+    return {name for name, _ in layer.named_parameters(recurse=False, remove_duplicate=False)}

@@ -1,4 +1,19 @@
-"""Where Lightning has no hook: functions that stand in for its methods, and each use of its private parts.
+"""Where Lightning has no hook: functions that stand in for methods of one object, and uses of its private parts.
 
-Every private part is used in one file, which says what is lost without it.
+Each private part is used in one file, which says what is lost without it. Depends on no other room.
 """
+
+from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
+from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
+from lora_plugins.integrations.lightning.shims.methods import MethodShims
+from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import starts_by_multiprocessing
+from lora_plugins.integrations.lightning.shims.train_loaders import train_loaders
+
+__all__ = [
+    "MethodShims",
+    "expecting_eval_mode",
+    "expecting_override",
+    "saves_shards",
+    "starts_by_multiprocessing",
+    "train_loaders",
+]

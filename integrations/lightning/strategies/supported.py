@@ -1,22 +1,22 @@
-"""Which strategies of Lightning an adapter survives; the others are refused before anything happens."""
+"""Checks that an adapter survives the strategy, before anything happens."""
 
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.strategies.sharded import is_sharded
+from lora_plugins.integrations.lightning.shims import saves_shards, starts_by_multiprocessing
+from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
 
-def refuse_foreign(trainer: object) -> None:
-    """Refuses a Trainer of the package `pytorch_lightning`, whose classes are others of the same names.
+def check_trainer(trainer: object) -> None:
+    """Checks that a Trainer is not one of the package `pytorch_lightning`, whose classes are others of the same names.
 
     Raises:
-        StateError: If `trainer` is one.
+        StateError: If it is.
     """
     if not isinstance(trainer, Trainer):
         raise StateError(
@@ -25,27 +25,27 @@ def refuse_foreign(trainer: object) -> None:
         )
 
 
-def refuse_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
-    """Refuses strategies, and what they cannot do.
+def check_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
+    """Checks that an adapter survives the strategy, and that the strategy can do what is asked for.
 
     Args:
         trainer: The trainer.
         given: The callback's options by name.
 
     Raises:
-        StateError: If an adapter would not survive, naming the strategy.
+        StateError: If not, naming the strategy.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy, DeepSpeedStrategy):
         raise StateError(
-            f"LoraCallback does not support {name}: its engine writes and loads checkpoints past Lightning, and what "
-            "becomes of an adapter there has not been checked yet. Use strategy='ddp' (an adapter's gradients and "
+            f"LoraCallback does not support {name}: its engine writes and loads checkpoints without Lightning, and "
+            "what becomes of an adapter there has not been checked yet. Use strategy='ddp' (an adapter's gradients and "
             "optimizer state are small), or ModelParallelStrategy where the frozen base is too large for one device."
         )
     if not is_sharded(trainer):
         return
-    if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type != "sharded":
+    if isinstance(strategy, FSDPStrategy) and not saves_shards(strategy):
         raise StateError(
             f"LoraCallback supports {name} with state_dict_type='sharded' only: full state dicts of FSDP could not be "
             "checked. save_adapter_to writes a whole adapter, and ModelParallelStrategy (FSDP2) whole checkpoints."
@@ -66,9 +66,9 @@ def refuse_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
         )
 
 
-def warn_spawned(trainer: Trainer) -> None:
-    """Warns that a process started by multiprocessing does not bring its adapter back to the main process."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+def warn_if_spawned(trainer: Trainer) -> None:
+    """Warns that processes which multiprocessing starts do not bring their adapter back to the main process."""
+    if starts_by_multiprocessing(trainer):
         rank_zero_warn(
             "With this strategy, fit runs in other processes, and Lightning copies only the base's tensors back into "
             "the main process: the module there will have no adapter. Set merge_on_fit_end=True, save_adapter_to, or "

@@ -1,4 +1,4 @@
-"""What training must show: every trainable tensor gets a gradient and moves, nothing else does."""
+"""Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.checkpoint.content import frozen_tensors, trained_parameters
+from lora_plugins.integrations.lightning.module import frozen_tensors, trained_parameters
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
@@ -38,7 +38,7 @@ class Audit:
         self._scale = 1.0
 
     def before_batch(self, *, first_of_epoch: bool) -> None:
-        """Checks once an epoch that the base is still frozen, and notes the rates at which the first batches train.
+        """Checks once an epoch that the base is still frozen, and notes the learning rates of the first batches.
 
         Raises:
             StateError: If something made it trainable.
@@ -48,7 +48,7 @@ class Audit:
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
             frozen = frozen_tensors(self._module)
-            refuse_unfrozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
+            check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
 
     def before_step(self) -> None:
         """Notes in the first steps what has a gradient."""
@@ -69,12 +69,12 @@ class Audit:
             self._first = None
 
     def finish(self) -> None:
-        """Checks that the frozen base is what it was.
+        """Checks that the frozen base has not changed.
 
         Raises:
-            StateError: If it is not.
+            StateError: If it has.
         """
-        refuse_moved(self._frozen, frozen_tensors(self._module))
+        check_unchanged(self._frozen, frozen_tensors(self._module))
 
 
 class FirstSteps:
@@ -134,15 +134,15 @@ class FirstSteps:
             )
 
     def _check_moved(self) -> None:
-        still = [
+        unmoved = [
             name
             for name, start in self._start.items()
             if name not in self._without and start.numel() and torch.equal(local(self._trained[name]), start)
         ]
-        if still:
+        if unmoved:
             rank_zero_warn(
-                f"{len(still)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
-                f"have gradients: {listing(still)}. Likely causes: a learning rate too small for their type, or "
+                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
+                f"have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
                 "gradients that are exactly zero."
             )
 
@@ -153,14 +153,14 @@ def loss_scale(trainer: Trainer) -> float:
     return float(scaler.get_scale()) if isinstance(scaler, torch.amp.GradScaler) else 1.0
 
 
-def refuse_unfrozen(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuses frozen tensors that somebody made trainable.
+def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Checks that tensors are still frozen.
 
     Args:
         parameters: The tensors that have to stay frozen, by name.
 
     Raises:
-        StateError: If one requires a gradient, naming it.
+        StateError: If some were made trainable, naming them.
     """
     unfrozen = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if unfrozen:
@@ -176,18 +176,18 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: _checksum(tensor) for name, tensor in tensors.items()}
 
 
-def refuse_moved(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a frozen base that is not what it was.
+def check_unchanged(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+    """Checks that the frozen base has not changed.
 
     Raises:
-        StateError: If a tensor changed, naming it.
+        StateError: If some tensors changed, naming them.
     """
     moved = [name for name, tensor in tensors.items() if name in before and _checksum(tensor) != before[name]]
     if moved:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
             "hold them and would be put onto another base. Likely causes: a callback or a training step that writes "
-            "into weights, or a layer that keeps statistics in a buffer while frozen."
+            "into weights, or a layer that updates statistics in a buffer while frozen."
         )
 
 

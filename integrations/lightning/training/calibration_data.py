@@ -1,9 +1,9 @@
-"""The start of adapters whose init learns from data, such as `eva` and `lora_ga`.
+"""The training batches that inits such as `eva` and `lora_ga` are calibrated on.
 
-They join the module later than others: after Lightning has restored a checkpoint, whose adapter is complete and needs
-no data, and before the strategy wraps the module and makes its optimizers. The data are the first training batches,
-given to the `training_step` of a copy of the module, so that nothing of the run is disturbed: no log, no metric, no
-random number. Checked against Lightning 2.6.6.
+Adapters with such an init join the module later than others: after Lightning has restored a checkpoint, whose adapter
+is complete and needs no data, and before the strategy wraps the module and makes its optimizers. The data are the first
+training batches, given to the `training_step` of a copy of the module, so that nothing of the run is disturbed: no log,
+no metric, no random number. Checked against Lightning 2.6.6.
 """
 
 import copy
@@ -21,14 +21,14 @@ from torch import nn
 
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, Observations, StateError, observe
 from lora_plugins.adapter.attach import run_seed
-from lora_plugins.integrations.lightning.shims.methods import ModuleShims
-from lora_plugins.integrations.lightning.strategies.sharded import is_sharded
+from lora_plugins.integrations.lightning.shims import MethodShims, train_loaders
+from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.plugins.manager import registry_of
 from lora_plugins.utils.randomness import own_randomness
 
 
-def learns(config: LoraConfig) -> bool:
-    """Whether the config's init learns from data.
+def needs_data(config: LoraConfig) -> bool:
+    """Whether the config's init is calibrated on data.
 
     Raises:
         PluginError: If there is no such init.
@@ -36,8 +36,11 @@ def learns(config: LoraConfig) -> bool:
     return registry_of(config).init(config.init).needs is not None
 
 
-def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> ModuleShims:
-    """Lets `adapt` run when Lightning has restored a checkpoint or has none, and `restored` after it read one.
+def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> MethodShims:
+    """Calls `adapt` when Lightning has restored a checkpoint or has none, and `restored` after it has read one.
+
+    Returns:
+        The shims that do it; they remove themselves when `adapt` is called.
 
     Raises:
         StateError: If the trainer's strategy splits the module before that.
@@ -48,7 +51,7 @@ def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Calla
             "init can learn from data. Train the first steps with strategy='ddp' or on one device, or choose an init "
             "that needs no data."
         )
-    shims = ModuleShims(trainer.strategy)
+    shims = MethodShims(trainer.strategy)
 
     def once() -> None:
         shims.remove()  # what loads a checkpoint later, such as a tuner, finds the module adapted
@@ -59,10 +62,10 @@ def after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Calla
     return shims
 
 
-def observed(
+def calibrate_on_train_batches(
     trainer: Trainer, module: LightningModule, target: str | None, config: LoraConfig, limit: int
 ) -> Observations:
-    """Observes the first training batches; the module, the trainer and random numbers are as before.
+    """Calibrates an init on the first training batches; module, trainer and random numbers stay as they are.
 
     Args:
         trainer: The trainer, with its data attached.
@@ -83,21 +86,21 @@ def observed(
         )
     batches = trainer.limit_train_batches
     limit = min(limit, batches) if isinstance(batches, int) else limit
-    twin = _twin(trainer, module)
-    adapted = twin.get_submodule(target or "")
+    replica = _replica(trainer, module)
+    adapted = replica.get_submodule(target or "")
     plan = LoraModel.plan(adapted, config)
-    twin.train(plan.init.needs == "gradients")
+    replica.train(plan.init.needs == "gradients")
     device, precision, index = trainer.strategy.root_device, trainer.precision_plugin, count()
-    numbered = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
+    numbered = is_param_in_hook_signature(replica.training_step, "batch_idx", min_args=2)
 
     def step(_: nn.Module, batch: Any) -> Any:
         batch = precision.convert_input(trainer.strategy.batch_to_device(batch, device))
         # Not under autocast, in which small gradients vanish without the scaler of the training loop.
         with nullcontext() if isinstance(precision, MixedPrecision) else precision.forward_context():
-            return twin.training_step(batch, next(index)) if numbered else twin.training_step(batch)
+            return replica.training_step(batch, next(index)) if numbered else replica.training_step(batch)
 
     try:
-        with _quiet(trainer), _train_batches(trainer) as loader:
+        with _without_loggers(trainer), _train_batches(trainer) as loader:
             return observe(adapted, plan, InitData(loader, step, limit))
     except Exception as error:
         error.add_note(
@@ -108,28 +111,30 @@ def observed(
         raise
 
 
-def _twin(trainer: Trainer, module: LightningModule) -> LightningModule:
+def _replica(trainer: Trainer, module: LightningModule) -> LightningModule:
+    """Copies the module to the device and the precision of the run, without its logging."""
     try:
-        twin = copy.deepcopy(module)
+        replica = copy.deepcopy(module)
     except Exception as error:
         raise StateError(
             f"{type(module).__name__} cannot be copied ({error}), and the init learns from data on a copy of it. "
             "Choose an init that needs no data, or adapt the module before fit, by LoraModel."
         ) from error
-    twin.trainer = trainer
-    for part in twin.modules():
+    replica.trainer = trainer
+    for part in replica.modules():
         if isinstance(part, LightningModule):
             part.__dict__.update(log=_ignore, log_dict=_ignore)
-    return cast(LightningModule, trainer.precision_plugin.convert_module(twin.to(trainer.strategy.root_device)))
+    on_device = replica.to(trainer.strategy.root_device)
+    return cast(LightningModule, trainer.precision_plugin.convert_module(on_device))
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `log` of the copy: there is no step that a value could belong to."""
+    """Replaces `log` of the copy: there is no step that a value could belong to."""
 
 
 @contextmanager
-def _quiet(trainer: Trainer) -> Iterator[None]:
-    """Keeps what `training_step` writes to a logger out of it."""
+def _without_loggers(trainer: Trainer) -> Iterator[None]:
+    """Ignores what `training_step` writes to a logger."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
@@ -141,15 +146,14 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def _train_batches(trainer: Trainer) -> Iterator[Iterator[Any]]:
     """Gives the trainer's training batches, as its loop will see them."""
-    source = trainer.fit_loop._data_source
-    if not source.is_defined():
-        raise ConfigError(
-            "There are no training batches for the init to learn from: fit was given no train_dataloader."
-        )
     seed = run_seed("data")
     with ExitStack() as stack:
         stack.enter_context(own_randomness(seed))
-        loaders = source.dataloader()
+        loaders = train_loaders(trainer)
+        if loaders is None:
+            raise ConfigError(
+                "There are no training batches for the init to learn from: fit was given no train_dataloader."
+            )
         combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
         for loader in combined.flattened:
             stack.enter_context(own_randomness(seed, None, loader))

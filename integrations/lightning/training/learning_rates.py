@@ -1,7 +1,7 @@
-"""Learning rates of their own for A, B and what is trained in full.
+"""Separate learning rates for A, B and what is trained in full.
 
 That B learns faster than A is LoRA+ (Hayou et al., arXiv 2402.12354), which suggests a ratio of about 16. Heads start
-from nothing and often want another rate than adapters of a pretrained layer.
+from random values and often need another rate than adapters of a pretrained layer.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_plugins import ConfigError, StateError
 from lora_plugins.adapter.attach import adapter_tensors
-from lora_plugins.integrations.lightning.checkpoint.content import adapted_targets
-from lora_plugins.integrations.lightning.training.optimizer_groups import leaves
+from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.integrations.lightning.training.optimizer_groups import flatten
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that are learning rates; schedulers of torch write the last three."""
@@ -29,7 +29,7 @@ _SCHEDULER_ENTRIES = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums"
 def parameter_groups(
     module: nn.Module, *, lr: float, loraplus_lr_ratio: float = 1.0, heads_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Returns parameter groups with learning rates of their own for A, B and what is trained in full.
+    """Returns parameter groups with separate learning rates for A, B and what is trained in full.
 
     For use in `configure_optimizers`, where the module is adapted already. `LoraCallback` has the same options, for
     modules that are not to be changed and for YAML files.
@@ -50,7 +50,7 @@ def parameter_groups(
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """How far learning rates differ from what `configure_optimizers` says.
 
     Args:
@@ -69,10 +69,10 @@ class Rates:
             if not value > 0:
                 raise ConfigError(f"{name} is {value!r}. It is a number above zero.")
 
-    def spread(self, module: nn.Module, configured: Any) -> None:
-        """Splits every parameter group of optimizers that are made already, and lets their schedulers drive all parts.
+    def split_groups(self, module: nn.Module, configured: Any) -> None:
+        """Splits every parameter group of existing optimizers, and lets their schedulers drive all parts.
 
-        A stays in its group; B and the heads get groups of their own after the others, with the same options.
+        A stays in its group; B and the heads get new groups after the others, with the same options.
 
         Args:
             module: The adapted module.
@@ -81,11 +81,11 @@ class Rates:
         Raises:
             StateError: If a scheduler is not one of torch, which could not be told of the new groups.
         """
-        if self == Rates():
+        if self == LearningRates():
             return
-        _refuse_unknown(configured)
-        schedulers = [leaf for leaf in leaves(configured) if isinstance(leaf, LRScheduler)]
-        for optimizer in leaves(configured):
+        _check_schedulers(configured)
+        schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
+        for optimizer in flatten(configured):
             if isinstance(optimizer, Optimizer):
                 followers = [s for s in schedulers if s.optimizer is optimizer]
                 for index in range(len(optimizer.param_groups)):
@@ -143,9 +143,9 @@ def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, lis
     return members
 
 
-def _refuse_unknown(configured: Any) -> None:
-    """Refuses schedulers that hold one number for each group in ways that only they know."""
-    steppers = [leaf for leaf in leaves(configured) if hasattr(leaf, "step")]
+def _check_schedulers(configured: Any) -> None:
+    """Checks that all schedulers are those of torch: others have numbers for each group where only they know."""
+    steppers = [leaf for leaf in flatten(configured) if hasattr(leaf, "step")]
     unknown = [type(leaf).__name__ for leaf in steppers if not isinstance(leaf, Optimizer | LRScheduler)]
     if unknown:
         raise StateError(

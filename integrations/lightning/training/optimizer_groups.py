@@ -1,4 +1,4 @@
-"""Every tensor that is to be trained sits in exactly one parameter group, or the run stops and says why."""
+"""Checks that every trainable tensor is in exactly one parameter group, and adds those that are missing."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.checkpoint.content import trained_parameters
+from lora_plugins.integrations.lightning.module import trained_parameters
 
 _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
@@ -18,23 +18,23 @@ _ADVICE = (
 )
 
 
-def leaves(configured: Any) -> Iterator[Any]:
-    """Yields optimizers, schedulers and all else, in whatever form `configure_optimizers` returned them."""
+def flatten(configured: Any) -> Iterator[Any]:
+    """Yields the optimizers, schedulers and other values of what `configure_optimizers` returned, in any form."""
     if isinstance(configured, Mapping):
         for value in configured.values():
-            yield from leaves(value)
+            yield from flatten(value)
     elif isinstance(configured, list | tuple):
         for entry in configured:
-            yield from leaves(entry)
+            yield from flatten(entry)
     else:
         yield configured
 
 
-def complete(module: nn.Module, configured: Any) -> None:
-    """Puts trainable tensors that are in no optimizer into the one group there is, in place, and says so.
+def add_missing_parameters(module: nn.Module, configured: Any) -> None:
+    """Adds trainable tensors that are in no optimizer to the only parameter group, in place, and warns.
 
-    An optimizer that was built before the adapters existed holds the frozen base only, as the one that the stock
-    LightningCLI makes of a YAML file does. Adding to its group keeps schedulers and their state valid.
+    An optimizer that was built before the adapters existed has the frozen base only, as the one that the stock
+    LightningCLI makes of a YAML file. Adding to its group keeps schedulers and their state valid.
 
     Args:
         module: The adapted module.
@@ -43,7 +43,7 @@ def complete(module: nn.Module, configured: Any) -> None:
     Raises:
         StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
     """
-    groups = [group for leaf in leaves(configured) if isinstance(leaf, Optimizer) for group in leaf.param_groups]
+    groups = [group for leaf in flatten(configured) if isinstance(leaf, Optimizer) for group in leaf.param_groups]
     trained = trained_parameters(module)
     missing = _missing(trained, groups)
     if missing and len(groups) == 1:
@@ -52,10 +52,10 @@ def complete(module: nn.Module, configured: Any) -> None:
             f"The optimizer was built before the adapters existed and would not train {listing(missing, 3)}. They were "
             f"added to its parameter group now. {_ADVICE}"
         )
-    _verify(trained, groups)
+    _check_groups(trained, groups)
 
 
-def _verify(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
+def _check_groups(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
     missing = _missing(trained, groups)
     if missing:
         raise StateError(
@@ -69,5 +69,5 @@ def _verify(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -
 
 
 def _missing(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
-    held = {id(p) for group in groups for p in group["params"]}
-    return {name: p for name, p in trained.items() if id(p) not in held}
+    present = {id(p) for group in groups for p in group["params"]}
+    return {name: p for name, p in trained.items() if id(p) not in present}

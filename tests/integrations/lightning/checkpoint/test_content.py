@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, LoraCheckpointMixin, load_from_checkpoint
-from lora_plugins.integrations.lightning.checkpoint.content import KEY
+from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 ADAPTER_KEYS = {f"net.{i}.lora_{factor}.default" for i in (0, 3) for factor in "AB"}

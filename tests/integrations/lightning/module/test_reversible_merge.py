@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback
-from lora_plugins.integrations.lightning.checkpoint.content import KEY
+from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.cli import merge_checkpoint
-from lora_plugins.integrations.lightning.strategies.supported import refuse_strategy
+from lora_plugins.integrations.lightning.strategies import check_strategy
 from tests.integrations.lightning.strategies.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
 from tests.integrations.lightning.toys import CONFIG, differing, load, loader, trainer, values
 
@@ -279,4 +279,4 @@ def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, 
 def test_deepspeed_is_refused_by_name():
     engine = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # it cannot be made without a GPU and the package
     with pytest.raises(StateError, match="does not support DeepSpeedStrategy"):
-        refuse_strategy(SimpleNamespace(strategy=engine), {})
+        check_strategy(SimpleNamespace(strategy=engine), {})

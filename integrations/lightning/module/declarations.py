@@ -1,4 +1,4 @@
-"""What a LightningModule may say about itself: `head_modules`, which are new, and `lora_targets`, worth adapting."""
+"""What a LightningModule may declare: `head_modules`, which are new, and `lora_targets`, which are worth adapting."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,8 +10,8 @@ from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import listing
 
 
-def with_heads(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
-    """Returns a config that trains the declared heads below the target as well, and adapts what it leaves open.
+def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
+    """Returns a config that also trains the declared heads, and has the declared targets if it names none.
 
     Args:
         config: The adapter's configuration.
