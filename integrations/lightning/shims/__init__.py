@@ -4,10 +4,10 @@ Each private part is used in one file, which says what is lost without it. Depen
 """
 
 from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
+from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
 from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
 from lora_plugins.integrations.lightning.shims.methods import MethodShims
 from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import starts_by_multiprocessing
-from lora_plugins.integrations.lightning.shims.train_loaders import train_loaders
 
 __all__ = [
     "MethodShims",
