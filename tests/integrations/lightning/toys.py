@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import LoraConfig
+from lora_plugins.integrations.lightning import LoraCallback
 
 CONFIG = LoraConfig(r=2, target_modules=["net.0", "net.3"])
 
@@ -48,6 +49,14 @@ class Classifier(LightningModule):
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)]
+
+
+BASE = set(Classifier().state_dict())
+
+
+def lora(config=CONFIG, **options) -> LoraCallback:
+    """A callback that leaves the adapter on the module when fit ends."""
+    return LoraCallback(config, **{"merge_on_fit_end": False, **options})
 
 
 class SavesItself(Classifier):

@@ -214,7 +214,7 @@ def test_adapted_module_is_clean_after_fit(tmp_path):
 
 @pytest.mark.parametrize("late", ["setup", "configure_model"])
 def test_module_that_is_built_again_for_every_fit(tmp_path, late):
-    from tests.integrations.lightning.checkpoint.test_content import Late
+    from tests.integrations.lightning.checkpoint.checkpoint_cases import Late
 
     def build(self, *_, **__):
         self.net = Classifier().net

@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
@@ -14,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.cli import merge_checkpoint
-from lora_plugins.integrations.lightning.strategies import check_strategy
 from tests.integrations.lightning.strategies.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
 from tests.integrations.lightning.toys import CONFIG, differing, load, loader, trainer, values
 
@@ -274,9 +272,3 @@ def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, 
     strategy = FsdpOnCpu(process_group_backend="gloo", **options, **policy)
     with pytest.raises(StateError, match=message):
         trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=strategy).fit(NoNorm(), loader())
-
-
-def test_deepspeed_is_refused_by_name():
-    engine = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # it cannot be made without a GPU and the package
-    with pytest.raises(StateError, match="does not support DeepSpeedStrategy"):
-        check_strategy(SimpleNamespace(strategy=engine), {})

@@ -1,8 +1,7 @@
-"""The commands, as a user types them; most run in this process, the promised spellings in one of their own."""
+"""The commands of LightningCLI, with the sections `lora:` and `lora_callback:`; most run in this process."""
 
 import inspect
 import re
-import subprocess
 import sys
 import warnings
 from dataclasses import fields
@@ -10,53 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
+from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, values
-
-TOYS = "tests.integrations.lightning.toys"
-MODULE = "lora_plugins.integrations.lightning"
 
 pytestmark = [
     # The point of the section `optimizer:`.
     pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning"),
 ]
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Writes a YAML file with changes, and gives its path."""
-
-    def write(**changes):
-        content = {
-            "seed_everything": 1,
-            "model": {"class_path": f"{TOYS}.Classifier", "init_args": {"width": 8}},
-            "data": {"class_path": f"{TOYS}.Data"},
-            "lora": {"r": 2, "target_modules": ["net.0", "net.3"]},
-            "lora_callback": {"save_adapter_to": str(tmp_path / "adapter")},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
-            "trainer": {
-                "max_epochs": 1,
-                "accelerator": "cpu",
-                "logger": False,
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path),
-            },
-            **changes,
-        }
-        path = tmp_path / "config.in.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
-        return str(path)
-
-    return write
-
-
-def checkpoint(tmp_path) -> str:
-    return str(next((tmp_path / "checkpoints").glob("*.ckpt")))
 
 
 class TestFit:
@@ -195,124 +158,6 @@ class TestConfig:
             ended = stopped.code
         assert ended == code
         assert message in capsys.readouterr().err
-
-
-class TestFiles:
-    """A checkpoint becomes a file that needs no lora_plugins."""
-
-    @pytest.fixture
-    def trained(self, config, tmp_path):
-        callback = {"merge_on_fit_end": False, "target": "net", "export_to": str(tmp_path / "expected.safetensors")}
-        lora = {"r": 2, "target_modules": ["0", "3"]}
-        assert main(["fit", "--config", config(lora=lora, lora_callback=callback)]) == 0
-        return checkpoint(tmp_path), load_file(tmp_path / "expected.safetensors")
-
-    def test_export(self, trained, tmp_path, capsys):
-        path, expected = trained
-        out = str(tmp_path / "out" / "merged.safetensors")
-        assert main(["export", path, out, "--model", f"{TOYS}.Classifier"]) == 0
-        assert f"Merged model: {out}" in capsys.readouterr().out
-        assert not differing(load_file(out), expected)
-
-    def test_merge(self, trained, tmp_path):
-        path, expected = trained
-        out = str(tmp_path / "merged.ckpt")
-        assert main(["merge", path, out, "--model", f"{TOYS}.Classifier"]) == 0
-        module = Classifier.load_from_checkpoint(out)
-        assert not differing(values(module.net), expected)
-
-    @pytest.mark.parametrize(
-        ("output", "model", "message"),
-        [
-            ("x.bin", f"{TOYS}.Classifier", "ends in .safetensors"),
-            ("x.safetensors", f"{TOYS}.Clasifier", "'Classifier'"),
-            ("x.safetensors", "no_such_module.Classifier", "no module 'no_such_module'"),
-        ],
-        ids=["ending", "class", "module"],
-    )
-    def test_wrong_arguments(self, trained, tmp_path, capsys, output, model, message):
-        assert main(["export", trained[0], str(tmp_path / output), "--model", model]) == 1
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / output).exists()
-
-    def test_plain_checkpoint(self, config, tmp_path, capsys):
-        assert main(["fit", "--config", config(lora=None, lora_callback=None)]) == 0
-        out = str(tmp_path / "x.safetensors")
-        assert main(["export", checkpoint(tmp_path), out, "--model", f"{TOYS}.Classifier"]) == 1
-        assert "holds no adapter" in capsys.readouterr().err
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("lora", "message"),
-        [
-            ({"target_modules": ["net.0", "nett"]}, "'nett' matches no module"),
-            ({"init": "kaimin"}, "Did you mean 'kaiming'?"),
-            ({"modules_to_save": ["hed"]}, "'hed' matches"),
-        ],
-        ids=["target", "init", "head"],
-    )
-    def test_one_message_no_traceback_nothing_written(self, config, capsys, tmp_path, lora, message):
-        assert main(["fit", "--config", config(lora=lora)]) == 1
-        err = capsys.readouterr().err
-        assert message in err
-        assert err.splitlines()[-1].startswith("error: ")
-        assert "Traceback" not in err
-        assert not (tmp_path / "adapter").exists()
-        assert not (tmp_path / "checkpoints").exists()
-
-    def test_traceback_on_request(self, config, monkeypatch):
-        monkeypatch.setenv("LORA_PLUGINS_TRACEBACK", "1")
-        with pytest.raises(ValueError, match="nett"):
-            main(["fit", "--config", config(lora={"target_modules": ["nett"]})])
-
-
-class TestOtherCommands:
-    def test_plan_prints_and_trains_nothing(self, config, capsys, tmp_path):
-        assert main(["plan", "--config", config()]) == 0
-        out = capsys.readouterr().out
-        assert "net.3" in out
-        assert "not trained yet" in out
-        assert {path.name for path in tmp_path.iterdir()} == {"config.in.yaml"}
-
-    def test_plan_of_nothing(self, config, capsys):
-        assert main(["plan", "--config", config(lora=None)]) == 1
-        assert "nothing to plan" in capsys.readouterr().err
-
-    def test_plan_takes_a_wrong_target_as_fit_does(self, config, capsys):
-        assert main(["plan", "--config", config(lora={"target_modules": ["nett"]})]) == 1
-        assert "'nett' matches no module" in capsys.readouterr().err
-
-
-def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch, config):
-    (tmp_path / "users_own.py").write_text(f"from {TOYS} import Classifier\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    assert main(["plan", "--config", config(model={"class_path": "users_own.Classifier"})]) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        [str(Path(sys.executable).with_name("lora-plugins"))],
-        [sys.executable, "-m", "lora_plugins"],
-        [sys.executable, "-m", MODULE],
-    ],
-    ids=["lora-plugins", "python-m", "python-m-integration"],
-)
-def test_two_processes_from_the_command_line(command, config, tmp_path):
-    strategy = {
-        "class_path": "lightning.pytorch.strategies.DDPStrategy",
-        "init_args": {"process_group_backend": "gloo", "find_unused_parameters": False},
-    }
-    section = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": strategy, "logger": False}
-    path = config(trainer={**section, "enable_progress_bar": False, "default_root_dir": str(tmp_path)})
-    done = subprocess.run([*command, "fit", "--config", path], capture_output=True, text=True, timeout=250, check=False)
-    assert "Starting with 2 processes" in done.stderr, done.stderr[-2000:]
-    assert "`Trainer.fit` stopped: `max_epochs=1` reached." in done.stderr, done.stderr[-2000:]
-    assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
-    assert load_from_checkpoint(Classifier, checkpoint(tmp_path))
 
 
 def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):
