@@ -5,6 +5,6 @@ entry points of the group `lora_plugins.commands`, each of which names a table o
 """
 
 from lora_plugins.cli.commands import Command, installed_commands
-from lora_plugins.cli.pipes import ending_quietly
+from lora_plugins.cli.pipes import exit_on_closed_output
 
-__all__ = ["Command", "ending_quietly", "installed_commands"]
+__all__ = ["Command", "exit_on_closed_output", "installed_commands"]

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from lora_plugins.cli.commands import CORE_COMMANDS, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
-from lora_plugins.cli.pipes import ending_quietly
+from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""
 
 
-@ending_quietly
+@exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
