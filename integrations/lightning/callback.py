@@ -80,16 +80,16 @@ class LoraCallback(Callback):
         save_adapter_to: Folder for the adapter, written when `fit` ends.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
-        train_mode: Whether `fit` puts the target into training mode, frozen normalization layers aside. Models of
-            `from_pretrained` arrive in eval mode, and Lightning leaves them there.
+        train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers. Models
+            of `from_pretrained` arrive in eval mode, and Lightning does not change that.
         print_plan: Whether a table of what is adapted is printed before training.
-        loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A, which the optimizer has (LoRA+). Its
-            parameter groups are split for that, and schedulers of torch drive all parts.
-        heads_lr_ratio: Learning rate of what is trained in full, heads and biases, likewise.
+        loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
+            rate. Parameter groups are split for that, and schedulers of torch drive all parts.
+        heads_lr_ratio: Learning rate of what is trained in full, heads and biases, as a multiple of that of A.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
 
     Raises:
-        ConfigError: If an argument has a value that it cannot have.
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class LoraCallback(Callback):
         self._random_state = state_dict
 
     def plan(self, module: LightningModule) -> Plan:
-        """Returns what would be adapted; touches nothing.
+        """Returns what would be adapted, and changes nothing.
 
         Raises:
             TargetError: If the configuration does not fit the module as it is now.
@@ -162,7 +162,7 @@ class LoraCallback(Callback):
         return LoraModel.plan(target, with_declarations(self.config, module, target, self.target))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepares the places at which the module is adapted, saved and loaded.
+        """Installs the shims by which the module is adapted, saved and loaded.
 
         Raises:
             StateError: If the trainer is set up in a way in which the adapter would be lost.
@@ -243,16 +243,16 @@ class LoraCallback(Callback):
             self._audit.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the frozen base is what it was.
+        """Checks that the frozen base has not changed.
 
         Raises:
-            StateError: If it is not.
+            StateError: If it has.
         """
         if self._audit is not None:
             self._audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, merges and exports, as asked for."""
+        """Saves, merges and exports, as the options say."""
         if self.merge_source == "best":
             checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
@@ -281,7 +281,7 @@ class LoraCallback(Callback):
         self._merge = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what belongs to a run."""
+        """Returns the state without what belongs to a run."""
         none = dict.fromkeys(("_merge", "_module_shims", "_strategy_shims", "_audit"))
         return {**self.__dict__, **none, "_expected_warnings": ExitStack()}
 
@@ -326,7 +326,7 @@ class LoraCallback(Callback):
         return find_target(module, self.target)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
-        """Writes the files that were asked for; only the first process does, and returns them."""
+        """Writes the files that the options name; only the first process does, and returns their paths."""
         target = self._target(module)
         files: dict[str, Path] = {}
         if self.save_adapter_to is not None:

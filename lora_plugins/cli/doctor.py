@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 import lora_plugins
+from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import PluginError, listing, near
@@ -90,8 +91,11 @@ def _extra(extra: str, wrong: list[Requirement]) -> Finding:
 
 
 def _plugins() -> Iterator[Finding]:
-    own = {point.name for point in metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)}
+    points = metadata.distribution(DISTRIBUTION).entry_points
+    own = {point.name for point in points.select(group=GROUP)}
     missing = sorted({name.removeprefix(_HOOK) for name in vars(hookspecs) if name.startswith(_HOOK)} - own)
+    if not points.select(group=COMMANDS):
+        missing.append(COMMANDS)
     if missing:
         yield Finding(
             "problem",

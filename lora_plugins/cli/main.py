@@ -88,7 +88,7 @@ def _overview(commands: Mapping[str, Command]) -> str:
 
 
 def _lora_error(error: BaseException) -> LoraError | None:
-    """Finds our error in a chain: jsonargparse raises one of its own from what a config's constructor raised."""
+    """Returns our error in a chain of errors: jsonargparse raises another from what a config's constructor raised."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, LoraError):
         found = found.__cause__ or found.__context__

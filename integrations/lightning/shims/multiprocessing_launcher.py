@@ -1,6 +1,6 @@
 """A use of `_MultiProcessingLauncher` of Lightning 2.6.6, the one sign of `ddp_spawn`, `ddp_fork` and `ddp_notebook`.
 
-Without it, nobody is warned that the adapter stays in the other processes.
+Without it, no warning says that the adapter stays in the other processes.
 """
 
 from lightning.pytorch import Trainer

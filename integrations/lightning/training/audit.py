@@ -78,7 +78,7 @@ class Audit:
 
 
 class FirstSteps:
-    """Watches parameters until each was seen to have a gradient and to move.
+    """Watches parameters until each has had a gradient and has moved.
 
     Args:
         trained: The parameters by name.

@@ -55,7 +55,7 @@ class LearningRates:
 
     Args:
         loraplus_lr_ratio: Learning rate of B, as a multiple of that of A.
-        heads_lr_ratio: That of heads, biases and what lies outside the adapters' targets, likewise.
+        heads_lr_ratio: Learning rate of heads, biases and what lies outside the adapters' targets, as a multiple too.
 
     Raises:
         ConfigError: If one of them is not above zero.

@@ -67,6 +67,18 @@ class TestDoctor:
     def test_this_installation_has_no_problem_of_its_own(self, capsys):
         assert "lora-plugins itself" not in doctor(capsys)[1]
 
+    def test_stale_metadata_are_a_problem_with_a_way_out(self, capsys, tmp_path, monkeypatch):
+        """As after an upgrade of a checkout that was not installed again."""
+        info = tmp_path / "lora_plugins-0.0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lora-plugins\nVersion: 0.0.1\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        code, out = doctor(capsys)
+        assert code == 1
+        lacking = "'inits', 'layers', 'variants', 'lora_plugins.commands'"
+        assert f"[problem] lora-plugins itself lacks the entry points {lacking}" in out
+        assert "pip install --force-reinstall --no-deps lora-plugins" in out
+
     def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
         distribution("good", WORKING.format(name="mine", override=False))
         _, out = doctor(capsys)
