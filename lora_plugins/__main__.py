@@ -1,5 +1,5 @@
-"""`python -m lora_plugins`: the command line, which the integration with Lightning brings."""
+"""`python -m lora_plugins`: the command line."""
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 
 raise SystemExit(main())

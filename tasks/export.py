@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError
-from lora_plugins.cli.pipes import ending_quietly
+from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import WeightsError
@@ -90,7 +90,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     return difference
 
 
-@ending_quietly
+@exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks.export")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
 from lora_plugins.files import MANIFEST
-from lora_plugins.integrations.lightning.checkpoint import adapted_targets
-from lora_plugins.integrations.lightning.loading import read
+from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.describe import KEY, METADATA
 from lora_plugins.tasks.errors import WeightsError
@@ -48,7 +48,7 @@ def load_task(path: str | Path) -> VisionTask:
         model = {**arguments["model"], "weights": str(path), "head": "auto"}
         task = _task_class(about, path)(**{**arguments, "model": model})
     else:
-        about = _described(read(path).get(KEY), path)
+        about = _described(read_checkpoint(path).get(KEY), path)
         task = _task_class(about, path).load_from_checkpoint(path, map_location="cpu", weights_only=True)
     size = about["image_size"]
     task.image_size, task.interpolation = None if size is None else (size[0], size[1]), about["interpolation"]

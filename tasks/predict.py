@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.cli.pipes import ending_quietly
+from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.base import VisionTask
 from lora_plugins.tasks.errors import DataError, listed
@@ -78,7 +78,7 @@ def predict_folder(
     return [_write_labels(task, paths, out / LABELS, flips)]
 
 
-@ending_quietly
+@exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks.predict")

@@ -19,7 +19,8 @@ import torch
 import yaml
 
 import lora_plugins
-from lora_plugins.integrations.lightning.main import COMMANDS, main
+from lora_plugins.cli import installed_commands
+from lora_plugins.cli.main import main
 from lora_plugins.plugins import hookspecs
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,7 @@ def test_configurations_are_planned_and_fitted(page: Path, tmp_path: Path, monke
         assert main(["fit", "--config", "file.yaml", "--trainer.fast_dev_run", "1"]) == 0, capsys.readouterr().err
 
 
+COMMANDS = installed_commands().table
 PROGRAMS = {"lightning": 1, "lora-plugins": 1, "python -m lora_plugins": 3}
 """Our programs, and how many words their names have."""
 

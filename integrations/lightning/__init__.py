@@ -2,8 +2,8 @@
 
     Trainer(callbacks=[LoraCallback(LoraConfig(r=8, target_modules=["attn.qkv"]))]).fit(module)
 
-Names are imported when they are first used, so that the command line can say what to install where Lightning is
-missing.
+Names are imported when they are first used, so that the program can say what to install where Lightning is missing.
+The rooms: `callback` ties `module`, `checkpoint`, `strategies`, `shims` and `training` together; `cli` is on top of it.
 """
 
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ from lora_plugins.utils import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.callback import LoraCallback
+    from lora_plugins.integrations.lightning.checkpoint import LoraCheckpointMixin, load_from_checkpoint
     from lora_plugins.integrations.lightning.cli import LoraCLI
-    from lora_plugins.integrations.lightning.loading import LoraCheckpointMixin, load_from_checkpoint
-    from lora_plugins.integrations.lightning.rates import parameter_groups
+    from lora_plugins.integrations.lightning.training import parameter_groups
 
 __all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
 _MODULES = {
     "LoraCLI": "cli",
     "LoraCallback": "callback",
-    "LoraCheckpointMixin": "loading",
-    "load_from_checkpoint": "loading",
-    "parameter_groups": "rates",
+    "LoraCheckpointMixin": "checkpoint",
+    "load_from_checkpoint": "checkpoint",
+    "parameter_groups": "training",
 }
 
 __getattr__ = lazily(__name__, _MODULES)

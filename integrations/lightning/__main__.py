@@ -1,5 +1,5 @@
 """`python -m lora_plugins.integrations.lightning`: the command line, as `python -m lora_plugins` is."""
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 
 raise SystemExit(main())

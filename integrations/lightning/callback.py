@@ -14,24 +14,47 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import near
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.integrations.lightning import adapting, from_data, optimizers, sharded
-from lora_plugins.integrations.lightning.audit import Audit
-from lora_plugins.integrations.lightning.heads import with_heads
-from lora_plugins.integrations.lightning.merging import (
-    Merged,
-    merge,
-    merged,
+from lora_plugins.integrations.lightning.console import print_files, print_plan
+from lora_plugins.integrations.lightning.module import (
+    ReversibleMerge,
+    add_adapter,
+    check_mergeable,
+    check_not_nested,
+    check_not_replaced,
+    find_target,
+    merge_reversibly,
+    plain_name,
     plain_state_dict,
-    refuse_computed,
+    rename_adapter,
+    reuse_adapter,
+    set_training_mode,
+    temporarily_merged,
+    with_declarations,
     write_safetensors,
 )
-from lora_plugins.integrations.lightning.names import plain_name, renamed
-from lora_plugins.integrations.lightning.quiet import expecting_eval
-from lora_plugins.integrations.lightning.rates import Rates
-from lora_plugins.integrations.lightning.report import print_files, print_plan
-from lora_plugins.integrations.lightning.sharded import is_sharded
-from lora_plugins.integrations.lightning.shims import CheckpointShims, ModuleShims
-from lora_plugins.integrations.lightning.strategies import refuse_foreign, refuse_strategy, warn_spawned
+from lora_plugins.integrations.lightning.shims import MethodShims, expecting_eval_mode
+from lora_plugins.integrations.lightning.strategies import (
+    AdaptBeforeSharding,
+    CheckpointShims,
+    check_none_missed,
+    check_not_sharded,
+    check_not_wrapped,
+    check_shardable,
+    check_strategy,
+    check_trainer,
+    gather_adapter,
+    is_sharded,
+    warn_if_spawned,
+)
+from lora_plugins.integrations.lightning.training import (
+    Audit,
+    LearningRates,
+    adapt_after_restoring,
+    add_missing_parameters,
+    calibrate_on_train_batches,
+    copy_into_averages,
+    needs_data,
+)
 
 
 class LoraCallback(Callback):
@@ -41,7 +64,7 @@ class LoraCallback(Callback):
     made. Every checkpoint of the run holds what is trained and leaves the frozen base out, on every path on which
     Lightning saves one; `trainer.fit`, `validate`, `test` and `predict` take such a file as `ckpt_path`. When `fit`
     ends, the adapter is merged and the module has its own classes and state-dict keys again. A later `fit` of the same
-    Trainer takes the merge back, bit for bit, and goes on with the adapter.
+    Trainer undoes the merge, bit for bit, and goes on with the adapter.
 
     A module may declare `head_modules`, the names of modules with newly initialized parameters. They are trained as if
     `modules_to_save` listed them.
@@ -57,16 +80,16 @@ class LoraCallback(Callback):
         save_adapter_to: Folder for the adapter, written when `fit` ends.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
-        train_mode: Whether `fit` puts the target into training mode, frozen normalization layers aside. Models of
-            `from_pretrained` arrive in eval mode, and Lightning leaves them there.
+        train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers. Models
+            of `from_pretrained` arrive in eval mode, and Lightning does not change that.
         print_plan: Whether a table of what is adapted is printed before training.
-        loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A, which the optimizer has (LoRA+). Its
-            parameter groups are split for that, and schedulers of torch drive all parts.
-        heads_lr_ratio: Learning rate of what is trained in full, heads and biases, likewise.
+        loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
+            rate. Parameter groups are split for that, and schedulers of torch drive all parts.
+        heads_lr_ratio: Learning rate of what is trained in full, heads and biases, as a multiple of that of A.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
 
     Raises:
-        ConfigError: If an argument has a value that it cannot have.
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(
@@ -100,21 +123,22 @@ class LoraCallback(Callback):
         self.export_to = export_to
         self.train_mode = train_mode
         self.print_plan = print_plan
-        self.rates = Rates(loraplus_lr_ratio, heads_lr_ratio)
+        self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)
         if init_batches < 1:
             raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
-        self._merged: Merged | None = None
-        self._shims: ModuleShims | None = None
-        self._late: ModuleShims | None = None
+        self._merge: ReversibleMerge | None = None
+        self._module_shims: MethodShims | None = None
+        self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
-        self._random: dict[str, Any] | None = None
-        self._quiet = ExitStack()
+        self._random_state: dict[str, Any] | None = None
+        self._expected_warnings = ExitStack()
 
     @property
     def state_key(self) -> str:
-        """Tells this callback's state from that of another LoraCallback."""
-        return self._generate_state_key(target=self.target, adapter=self.adapter_name)
+        """Distinguishes this callback's state from that of another LoraCallback."""
+        key = {"target": self.target, "adapter": self.adapter_name}
+        return f"{type(self).__qualname__}{key}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of torch's random numbers, so that shuffling and dropout go on as they would have.
@@ -125,44 +149,46 @@ class LoraCallback(Callback):
         return {"random": torch.get_rng_state(), "random_cuda": cuda}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state of random numbers until training starts."""
-        self._random = state_dict
+        """Stores the state of random numbers until training starts."""
+        self._random_state = state_dict
 
     def plan(self, module: LightningModule) -> Plan:
-        """Returns what would be adapted; touches nothing.
+        """Returns what would be adapted, and changes nothing.
 
         Raises:
             TargetError: If the configuration does not fit the module as it is now.
         """
         target = self._target(module)
-        return LoraModel.plan(target, with_heads(self.config, module, target, self.target))
+        return LoraModel.plan(target, with_declarations(self.config, module, target, self.target))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepares the places at which the module is adapted, saved and loaded.
+        """Installs the shims by which the module is adapted, saved and loaded.
 
         Raises:
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
-        self._stop_watching()
-        refuse_foreign(trainer)
-        refuse_strategy(trainer, vars(self))
-        CheckpointShims.of(trainer, self)
+        self._end_run()
+        check_trainer(trainer)
+        check_strategy(trainer, vars(self))
+        CheckpointShims.install(trainer, self)
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
         if stage == "fit" and self.merge_source == "best":
             self._best_checkpoint(trainer)
         if stage == "fit" and not self.merge_on_fit_end:
-            warn_spawned(trainer)
-        shims = self._shims = ModuleShims(pl_module)
+            warn_if_spawned(trainer)
+        shims = self._module_shims = MethodShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
-        before = sharded.Early(lambda: self._ensure(trainer, pl_module)) if is_sharded(trainer) else None
-        if from_data.learns(self.config):
-            self._late = from_data.after_restoring(
-                trainer, lambda: self._ensure(trainer, pl_module), lambda: adapting.copy_again(trainer, pl_module)
+        before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, pl_module)) if is_sharded(trainer) else None
+        if needs_data(self.config):
+            self._strategy_shims = adapt_after_restoring(
+                trainer,
+                lambda: self._ensure_adapted(trainer, pl_module),
+                lambda: copy_into_averages(trainer, pl_module),
             )
         else:
             shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
-        shims.after("configure_optimizers", lambda configured: self._optimize(pl_module, configured))
+        shims.after("configure_optimizers", lambda configured: self._complete_optimizers(pl_module, configured))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what is adapted.
@@ -171,24 +197,24 @@ class LoraCallback(Callback):
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
         target = self._target(pl_module)
-        sharded.refuse_wrapped(target)
-        adapting.refuse_replaced(target, self.adapter_name)
+        check_not_wrapped(target)
+        check_not_replaced(target, self.adapter_name)
         if self.merge_on_fit_end or self.export_to is not None:
-            refuse_computed(target)
+            check_mergeable(target)
         if self.print_plan and trainer.is_global_zero:
             print_plan(LoraModel(target).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
-            self._quiet.enter_context(expecting_eval(pl_module))
-        random, self._random = self._random, None
+            self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
+        random, self._random_state = self._random_state, None
         if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
             torch.set_rng_state(random["random"].cpu())
             if random["random_cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(random["random_cuda"].cpu())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to watch what moves."""
-        self._quiet.close()
+        """Starts the audit."""
+        self._expected_warnings.close()
         self._audit = Audit(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -217,97 +243,98 @@ class LoraCallback(Callback):
             self._audit.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the frozen base is what it was.
+        """Checks that the frozen base has not changed.
 
         Raises:
-            StateError: If it is not.
+            StateError: If it has.
         """
         if self._audit is not None:
             self._audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, merges and exports, as asked for."""
+        """Saves, merges and exports, as the options say."""
         if self.merge_source == "best":
             checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
         files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
         if self.merge_on_fit_end:
-            self._merged = merge(self._target(pl_module))
+            self._merge = merge_reversibly(self._target(pl_module))
         print_files(files)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the module its own methods back; the trainer can still save its checkpoints."""
-        self._stop_watching()
+        """Restores the module's own methods; the trainer can still save its checkpoints."""
+        self._end_run()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the module its own methods back, and the strategy once nothing is left to save for it."""
-        self._stop_watching()
-        CheckpointShims.release(trainer, pl_module)
+        """Restores the methods of the module, and those of the strategy if the module carries no adapter."""
+        self._end_run()
+        CheckpointShims.remove(trainer, pl_module)
 
-    def before_load(self, module: nn.Module) -> None:
-        """Takes the merge back, if `module` is the merged one, since an adapter is about to be loaded."""
-        held, self._merged = self._merged, None
-        if held is not None and held.fits(self._target(module)):
-            held.put_back()
+    def undo_merge(self, module: nn.Module) -> None:
+        """Undoes the merge if `module` is the merged one, since an adapter is about to be loaded."""
+        merge, self._merge = self._merge, None
+        if merge is not None and merge.is_of(self._target(module)):
+            merge.undo()
 
-    def forget(self) -> None:
+    def forget_merge(self) -> None:
         """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
-        self._merged = None
+        self._merge = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what belongs to a run."""
-        none = dict.fromkeys(("_merged", "_shims", "_late", "_audit"))
-        return {**self.__dict__, **none, "_quiet": ExitStack()}
+        """Returns the state without what belongs to a run."""
+        none = dict.fromkeys(("_merge", "_module_shims", "_strategy_shims", "_audit"))
+        return {**self.__dict__, **none, "_expected_warnings": ExitStack()}
 
-    def _optimize(self, module: LightningModule, configured: Any) -> None:
-        """Completes optimizers with what is to be trained, each part at its rate."""
-        optimizers.complete(module, configured)
-        self.rates.spread(module, configured)
+    def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
+        """Adds what is to be trained to the optimizers, each part at its learning rate."""
+        add_missing_parameters(module, configured)
+        self.rates.split_groups(module, configured)
 
-    def _adapt(self, trainer: Trainer, module: LightningModule, before: "sharded.Early | None") -> None:
+    def _adapt(self, trainer: Trainer, module: LightningModule, before: AdaptBeforeSharding | None) -> None:
         """Adapts the module after the last place in which it may build layers."""
         if before is None:
-            self._ensure(trainer, module)
+            self._ensure_adapted(trainer, module)
             return
         target = self._target(module)
         if model_state(target) is None:
-            sharded.refuse_sharded(target, before.error)
-            self._ensure(trainer, module)
-        sharded.refuse_missed(LoraModel(target), self.adapter_name)
+            check_not_sharded(target, before.error)
+            self._ensure_adapted(trainer, module)
+        check_none_missed(LoraModel(target), self.adapter_name)
 
-    def _ensure(self, trainer: Trainer, module: LightningModule) -> None:
+    def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""
-        self.before_load(module)
+        self.undo_merge(module)
         target = self._target(module)
         state = model_state(target)
-        config = with_heads(self.config, module, target, self.target)
+        config = with_declarations(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
-            adapting.reuse(target, self.adapter_name, config)
+            reuse_adapter(target, self.adapter_name, config)
         else:
-            adapting.refuse_nested(module, self.target)
+            check_not_nested(module, self.target)
             if is_sharded(trainer):
-                sharded.refuse_unfit(target, config, trainer)
-            learns = from_data.learns(config)
-            data = from_data.observed(trainer, module, self.target, config, self.init_batches) if learns else None
-            adapting.add(target, self.adapter_name, config, data)
+                check_shardable(target, config, trainer)
+            data = None
+            if needs_data(config):
+                data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
+            add_adapter(target, self.adapter_name, config, data)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
-            adapting.copy_again(trainer, module)
+            copy_into_averages(trainer, module)
         if self.train_mode and trainer.state.fn == "fit":
-            adapting.into_training_mode(target)
+            set_training_mode(target)
 
     def _target(self, module: nn.Module) -> nn.Module:
-        return adapting.target_of(module, self.target)
+        return find_target(module, self.target)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
-        """Writes the files that were asked for; only the first process does, and returns them."""
+        """Writes the files that the options name; only the first process does, and returns their paths."""
         target = self._target(module)
         files: dict[str, Path] = {}
         if self.save_adapter_to is not None:
-            packed = renamed(self._packed(trainer, target), plain_name)
+            packed = rename_adapter(self._packed(trainer, target), plain_name)
             if trainer.is_global_zero:
                 files["Adapter"] = write(Path(self.save_adapter_to), packed)
         if self.export_to is not None and trainer.is_global_zero:
-            with merged(target):
+            with temporarily_merged(target):
                 tensors = plain_state_dict(target)
             files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
         return files
@@ -316,7 +343,7 @@ class LoraCallback(Callback):
         packed = LoraModel(target).pack(self.adapter_name)
         if not is_sharded(trainer):
             return packed
-        return sharded.gathered(packed, plain_name(self.target or ""), sharded.full_tensors(trainer))
+        return gather_adapter(trainer, packed, plain_name(self.target or ""))
 
     def _best_checkpoint(self, trainer: Trainer) -> str:
         """The path of the best checkpoint; before training, only checks that there will be one."""
@@ -328,9 +355,9 @@ class LoraCallback(Callback):
             )
         return str(getattr(monitors[0], "best_model_path", ""))
 
-    def _stop_watching(self) -> None:
-        self._quiet.close()
-        for shims in (self._shims, self._late):
+    def _end_run(self) -> None:
+        self._expected_warnings.close()
+        for shims in (self._module_shims, self._strategy_shims):
             if shims is not None:
                 shims.remove()
-        self._shims, self._late, self._audit = None, None, None
+        self._module_shims, self._strategy_shims, self._audit = None, None, None

@@ -1,5 +1,10 @@
-"""Commands that need the core only: `plugins`, `doctor` and `new-plugin`.
+"""The command line: its program (`main.py`), the commands of the core, and the door by which others add commands.
 
-Each is a module with a function `run`, which takes what follows the command's name, prints plain text, and returns the
-exit code.
+The core's own commands are `plugins`, `doctor` and `new-plugin`; they need nothing but the core. Others come through
+entry points of the group `lora_plugins.commands`, each of which names a table of `Command`s.
 """
+
+from lora_plugins.cli.commands import Command, installed_commands
+from lora_plugins.cli.pipes import exit_on_closed_output
+
+__all__ = ["Command", "exit_on_closed_output", "installed_commands"]

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 
 import lora_plugins
+from lora_plugins.cli.commands import GROUP as COMMANDS
+from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.plugins import (
@@ -26,7 +28,7 @@ from lora_plugins.plugins import (
     names_in,
 )
 
-OUR_MAIN = "lora_plugins.integrations.lightning.main"
+OUR_MAIN = "lora_plugins.cli.main"
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ def _extra(extra: str, wrong: list[Requirement]) -> Finding:
 
 
 def _plugins() -> Iterator[Finding]:
-    own = {point.name for point in metadata.distribution(DISTRIBUTION).entry_points.select(group=GROUP)}
+    points = metadata.distribution(DISTRIBUTION).entry_points
+    own = {point.name for point in points.select(group=GROUP)}
     missing = sorted({kind.name for kind in KINDS} - own)
+    if not points.select(group=COMMANDS):
+        missing.append(COMMANDS)
     if missing:
         yield Finding(
             "problem",
@@ -107,6 +112,8 @@ def _plugins() -> Iterator[Finding]:
         return
     for info in registry.plugins:
         yield _plugin(info)
+    for problem in installed_commands().problems:
+        yield Finding("problem", problem, "Repair or uninstall that distribution.")
     installed = [point.name for point in metadata.entry_points(group=GROUP)]
     for variable in (BLOCK_VARIABLE, ALLOW_VARIABLE):
         for name in names_in(variable):

@@ -47,7 +47,7 @@ def write(name: str, into: Path) -> Path:
         into: The folder that gets it.
 
     Raises:
-        ConfigError: If the name is none, or is taken by an installed plugin; or if there is such a folder already.
+        ConfigError: If the name is invalid or taken by an installed plugin, or if the folder exists already.
     """
     if not NAME.fullmatch(name):
         raise ConfigError(
@@ -59,7 +59,7 @@ def write(name: str, into: Path) -> Path:
         "init": name.replace("-", "_"),
         "class_name": "".join(part.capitalize() for part in name.split("-")),
     }
-    _refuse_taken(values["init"])
+    _check_free(values["init"])
     folder = into / values["distribution"]
     if folder.exists():
         raise ConfigError(f"{folder} exists already. Choose another name, or another folder with --into.")
@@ -77,7 +77,7 @@ def write(name: str, into: Path) -> Path:
     return folder
 
 
-def _refuse_taken(name: str) -> None:
+def _check_free(name: str) -> None:
     registry = build_registry()
     for kind in KINDS:
         if name in registry.of(kind):

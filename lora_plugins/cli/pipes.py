@@ -1,4 +1,4 @@
-"""The end of a command whose output nobody reads to its end, as in `lora-plugins plugins | head -1`."""
+"""The end of a command whose reader closes the pipe early, as in `lora-plugins plugins | head -1`."""
 
 import os
 import select
@@ -10,10 +10,10 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 
-def ending_quietly(command: Callable[P, int]) -> Callable[P, int]:
-    """Lets a command end without a word, and with the exit code 1, when the reader of its output goes away.
+def exit_on_closed_output(command: Callable[P, int]) -> Callable[P, int]:
+    """Ends a command without a message and with exit code 1 when the reader of its output closes the pipe.
 
-    A pipe to somebody else that breaks, such as one to a process that loads data, is the error that it was.
+    Another pipe that breaks, such as one to a process that loads data, is still an error.
     """
 
     @wraps(command)
@@ -21,9 +21,9 @@ def ending_quietly(command: Callable[P, int]) -> Callable[P, int]:
         try:
             return _flushed(command, *args, **kwargs)
         except BrokenPipeError:
-            if not _reader_is_gone():
+            if not _output_is_closed():
                 raise
-            # Python flushes what is still buffered at its very end, where nothing could catch the error again.
+            # Python flushes its buffers when the process ends, where nothing could catch a second error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
 
@@ -40,7 +40,7 @@ def _flushed(command: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> in
     return code
 
 
-def _reader_is_gone() -> bool:
+def _output_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -1,15 +1,12 @@
 """What the metadata of lora-plugins say that an extra needs, and what of it is there."""
 
-import importlib
-import re
 from dataclasses import dataclass
 from importlib import metadata
 
-from lora_plugins.plugins import DISTRIBUTION
+from packaging import requirements as parser
+from packaging.utils import canonicalize_name
 
-_LINE = re.compile(
-    r"""(?P<name>[\w.-]+)(\[[^]]*\])?\s*(?P<versions>[^;]*?)\s*(;.*extra\s*==\s*["'](?P<extra>[^"']+)["'])?$"""
-)
+from lora_plugins.plugins import DISTRIBUTION
 
 
 @dataclass(frozen=True)
@@ -20,11 +17,13 @@ class Requirement:
         name: Name of its distribution.
         versions: Which versions do, as `>=1,<2`.
         installed: The version that is installed; None if none is.
+        trouble: What is wrong with it; empty if nothing is.
     """
 
     name: str
     versions: str
     installed: str | None
+    trouble: str
 
     def __str__(self) -> str:
         return f"{self.name}{self.versions}"
@@ -34,23 +33,31 @@ class Requirement:
         """As it is typed in a shell."""
         return f"'{self}'"
 
-    @property
-    def trouble(self) -> str:
-        """What is wrong with it; empty if nothing is."""
-        if self.installed is None:
-            return "not installed"
-        return "" if _fits(self.installed, self.versions) else f"{self.installed} is installed"
-
 
 def requirements(extra: str) -> list[Requirement]:
     """Returns what an extra needs, or the core for the empty name; not what those need in turn."""
-    found = []
-    for line in metadata.requires(DISTRIBUTION) or []:
-        match = _LINE.match(line)
-        assert match is not None, line
-        if (match["extra"] or "") == extra and match["name"] != DISTRIBUTION:
-            found.append(Requirement(match["name"], match["versions"], _installed(match["name"])))
-    return found
+    parsed = [parser.Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    others = [needed for needed in parsed if canonicalize_name(needed.name) != canonicalize_name(DISTRIBUTION)]
+    return [_looked_up(needed) for needed in others if _belongs(needed, extra)]
+
+
+def _belongs(needed: parser.Requirement, extra: str) -> bool:
+    """Whether a package is needed by an extra and not by the core already."""
+
+    def applies(name: str) -> bool:
+        return needed.marker is None or needed.marker.evaluate({"extra": name})
+
+    return applies(extra) and (not extra or not applies(""))
+
+
+def _looked_up(needed: parser.Requirement) -> Requirement:
+    installed = _installed(needed.name)
+    if installed is None:
+        trouble = "not installed"
+    else:
+        fits = needed.specifier.contains(installed, prereleases=True)
+        trouble = "" if fits else f"{installed} is installed"
+    return Requirement(needed.name, str(needed.specifier), installed, trouble)
 
 
 def _installed(name: str) -> str | None:
@@ -58,12 +65,3 @@ def _installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _fits(version: str, versions: str) -> bool:
-    """Whether a version is one of those asked for; without the package `packaging`, pip's own check has to do."""
-    try:
-        specifiers = importlib.import_module("packaging.specifiers")
-    except ModuleNotFoundError:
-        return True
-    return bool(specifiers.SpecifierSet(versions).contains(version, prereleases=True))

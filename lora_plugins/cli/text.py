@@ -1,4 +1,4 @@
-"""Plain text tables, which any terminal, pipe and search shows whole."""
+"""Plain text tables, which terminals and pipes show whole and which can be searched."""
 
 from collections.abc import Sequence
 

@@ -10,7 +10,7 @@ In pytest, the fixtures `layer_check`, `init_check` and `variant_check` run each
 same arguments.
 """
 
-from lora_plugins.testing.checks import CheckError
+from lora_plugins.testing.check import CheckError
 from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
 from lora_plugins.testing.layers import LAYER_CHECKS, check_layer_plugin
 from lora_plugins.testing.variants import VARIANT_CHECKS, check_variant_plugin

@@ -13,7 +13,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import INITS, InitContext, InitPlugin, Registry, SlotCalibration
-from lora_plugins.testing.registry import registry_with
+from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
 LAYERS: Mapping[str, int] = {"embedding": 24, "linear": 32, "conv2d": 16}

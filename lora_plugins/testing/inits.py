@@ -14,8 +14,8 @@ from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, InitPlugin
-from lora_plugins.testing import checks
-from lora_plugins.testing.checks import Check, by_name, chosen, refuse, require, require_close, require_same_state
+from lora_plugins.testing import check as checks
+from lora_plugins.testing.check import Check, by_name, chosen, refuse, require, require_close, require_same_state
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
 
 

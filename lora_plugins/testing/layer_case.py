@@ -11,7 +11,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import detached_weight, factors, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot
-from lora_plugins.testing.registry import registry_with
+from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
 

@@ -10,7 +10,7 @@ from lora_plugins.errors import TargetError
 from lora_plugins.inplace import base_class_of, detached_weight
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LayerPlugin, class_path
-from lora_plugins.testing.checks import Check, refuse, require, require_all_close, require_close, tensors_of
+from lora_plugins.testing.check import Check, refuse, require, require_all_close, require_close, tensors_of
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
 
 

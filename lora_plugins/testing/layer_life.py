@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot
-from lora_plugins.testing.checks import Check, require, require_all_close, require_close, require_same_state, tensors_of
+from lora_plugins.testing.check import Check, require, require_all_close, require_close, require_same_state, tensors_of
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
 
 HALF = 0.05

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins.plugins import LayerPlugin
-from lora_plugins.testing.checks import Check, by_name, chosen, run
+from lora_plugins.testing.check import Check, by_name, chosen, run
 from lora_plugins.testing.layer_case import LayerCase
 from lora_plugins.testing.layer_law import LAW_CHECKS
 from lora_plugins.testing.layer_life import LIFE_CHECKS

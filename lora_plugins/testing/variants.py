@@ -15,9 +15,9 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, VariantPlugin
-from lora_plugins.testing import checks
-from lora_plugins.testing.checks import Check, by_name, chosen, require, require_close, require_same_state
-from lora_plugins.testing.registry import registry_with
+from lora_plugins.testing import check as checks
+from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

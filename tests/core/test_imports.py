@@ -1,5 +1,6 @@
 """What an import brings along, and under which names the parts of the project can be imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def test_a_folder_refuses_any_name_but_its_own(folder):
     run = python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {folder}")
     assert run.returncode != 0
     assert f"Import it as 'lora_plugins.{folder}'" in run.stderr
+
+
+def test_the_core_names_neither_integrations_nor_tasks():
+    """Not even in a string that is imported later: what they add comes through entry points."""
+    named = re.compile(r"lora_plugins[./](integrations|tasks)")
+    files = sorted((ROOT / "lora_plugins").rglob("*.py"))
+    assert len(files) > 50
+    assert [str(path) for path in files if named.search(path.read_text())] == []
 
 
 def test_its_own_name_works_from_anywhere():

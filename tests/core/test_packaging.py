@@ -61,12 +61,18 @@ def test_nothing_else_is_installed(wheel):
 def test_entry_points_and_marker_are_in_the_wheel(wheel):
     (points,) = [data.decode() for name, data in wheel.items() if name.endswith("entry_points.txt")]
     own = ("[lora_plugins]", "layers = lora_plugins.layers", "inits = lora_plugins.inits")
-    for line in (*own, "[console_scripts]", "[pytest11]", "lora_plugins = pytest_lora_plugins"):
+    scripts = (
+        "[console_scripts]",
+        "lora-plugins = lora_plugins.cli.main:main",
+        "lightning = lora_plugins.cli.main:main",
+    )
+    commands = ("[lora_plugins.commands]", "lightning = lora_plugins.integrations.lightning.cli:COMMANDS")
+    for line in (*own, *scripts, *commands, "[pytest11]", "lora_plugins = pytest_lora_plugins"):
         assert line in points
     assert "lora_plugins/py.typed" in wheel
 
 
-def test_the_core_needs_three_packages():
+def test_the_core_needs_four_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
-    assert names == {"pluggy", "safetensors", "torch"}
+    assert names == {"packaging", "pluggy", "safetensors", "torch"}

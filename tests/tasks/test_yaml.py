@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 
 TASKS = Path(str(files("lora_plugins.tasks")))
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]

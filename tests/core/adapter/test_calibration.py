@@ -269,7 +269,7 @@ class TestUse:
                 self.name, self.needs = name, needs
 
             def fill(self, context):
-                seen[self.name] = context.observed
+                seen[self.name] = context.calibration
                 context.A.fill_(1)
                 context.B.zero_()
                 return {}
@@ -383,5 +383,5 @@ class TestRefusals:
         lora = LoraModel(model, LoraConfig(target_modules=["conv"], init="none"))
         lora.merge_adapter()
         plan = LoraModel.plan(model, LoraConfig(r=2, target_modules=["head"], init="eva"))
-        with pytest.raises(StateError, match="Observing"):
+        with pytest.raises(StateError, match="Calibrating"):
             calibrate(model, plan, InitData(batches()))

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 from lora_plugins.plugins import default_registry
 
 BROKEN = "import no_such_library\n"
@@ -67,6 +67,18 @@ class TestDoctor:
     def test_this_installation_has_no_problem_of_its_own(self, capsys):
         assert "lora-plugins itself" not in doctor(capsys)[1]
 
+    def test_stale_metadata_are_a_problem_with_a_way_out(self, capsys, tmp_path, monkeypatch):
+        """As after an upgrade of a checkout that was not installed again."""
+        info = tmp_path / "lora_plugins-0.0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lora-plugins\nVersion: 0.0.1\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        code, out = doctor(capsys)
+        assert code == 1
+        lacking = "'inits', 'layers', 'variants', 'lora_plugins.commands'"
+        assert f"[problem] lora-plugins itself lacks the entry points {lacking}" in out
+        assert "pip install --force-reinstall --no-deps lora-plugins" in out
+
     def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
         distribution("good", WORKING.format(name="mine", override=False))
         _, out = doctor(capsys)
@@ -104,7 +116,7 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ("from lora_plugins.integrations.lightning.main import main", "is ours"),
+            ("from lora_plugins.cli.main import main", "is ours"),
             ("from foreign_cli import main", "is not ours, but that of foreign-sdk"),
         ],
         ids=["ours", "foreign"],
@@ -154,10 +166,10 @@ class TestPlugins:
         assert "failed: ModuleNotFoundError: No module named 'no_such_library'" in lines["of_bad"]
 
     def test_the_core_alone_is_enough(self, tmp_path):
-        absent = ("lightning", "jsonargparse", "rich", "yaml", "packaging")
+        absent = ("lightning", "jsonargparse", "rich", "yaml")
         code = (
             f"import sys; [sys.modules.__setitem__(name, None) for name in {absent!r}]\n"
-            "from lora_plugins.integrations.lightning.main import main\n"
+            "from lora_plugins.cli.main import main\n"
             "assert main(['plugins']) == 0\n"
             "main(['doctor'])\n"
             "main(['new-plugin', 'mine'])\n"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_plugins.integrations.lightning.main import main
+from lora_plugins.cli.main import main
 
 
 def test_its_own_tests_pass_as_generated(tmp_path, capsys):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_plugins.cli.pipes import ending_quietly
+from lora_plugins.cli import exit_on_closed_output
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
@@ -23,7 +23,7 @@ def test_a_command_ends_quietly_when_its_reader_goes_away(arguments, unbuffered)
 
 
 def test_a_broken_pipe_to_somebody_else_is_an_error(capfd):
-    @ending_quietly
+    @exit_on_closed_output
     def command():
         raise BrokenPipeError("of a process that loads data")
 
@@ -32,5 +32,5 @@ def test_a_broken_pipe_to_somebody_else_is_an_error(capfd):
 
 
 def test_output_that_is_read_is_whole(capfd):
-    assert ending_quietly(lambda: print("all of it") or 3)() == 3
+    assert exit_on_closed_output(lambda: print("all of it") or 3)() == 3
     assert capfd.readouterr().out == "all of it\n"

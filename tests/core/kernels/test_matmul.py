@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_plugins.kernels.channels import contract
 from lora_plugins.kernels.linear import lora_linear
-from lora_plugins.kernels.matmul import add_product, contract, linear, matmul, project
+from lora_plugins.kernels.matmul import add_product, linear, matmul, project
 
 SIZES = {"small": (30, 7, 5), "large": (260, 72, 64)}  # rows, inputs and outputs: below and above what suits oneDNN
 

@@ -4,15 +4,7 @@ import pytest
 from torch import nn
 
 from lora_plugins import InitPlugin, PluginError, RowMajorPlugin
-from lora_plugins.plugins import (
-    INITS,
-    LAYERS,
-    PluginInfo,
-    Registrar,
-    build_registry,
-    class_path,
-    default_registry,
-)
+from lora_plugins.plugins import INITS, LAYERS, PluginInfo, Registrar, build_registry, class_path, default_registry
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
 

@@ -1,0 +1,24 @@
+"""Small checkpoints: what Lightning writes, without the frozen base, and how it is put back onto the base.
+
+Depends on `module`. The format is described in `entry.py`.
+"""
+
+from lora_plugins.integrations.lightning.checkpoint.comparison import check_adapters
+from lora_plugins.integrations.lightning.checkpoint.entry import KEY
+from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint, reading_errors
+from lora_plugins.integrations.lightning.checkpoint.restoring import restore
+from lora_plugins.integrations.lightning.checkpoint.shrinking import shrink
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key
+from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin, load_from_checkpoint
+
+__all__ = [
+    "KEY",
+    "LoraCheckpointMixin",
+    "check_adapters",
+    "load_from_checkpoint",
+    "read_checkpoint",
+    "reading_errors",
+    "restore",
+    "shrink",
+    "state_key",
+]

@@ -1,0 +1,133 @@
+"""Compares the adapters of a checkpoint with those of a module: same configuration, same tensors, same base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.adapter import model_state
+from lora_plugins.errors import listing
+from lora_plugins.files import PackedAdapter, same
+from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key, whole_shapes, with_shapes
+from lora_plugins.integrations.lightning.module import (
+    adapted_targets,
+    name_mapper,
+    rename_adapter,
+    state_of_adapters,
+)
+
+
+def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint has the adapters of a module whose tensors are split over processes.
+
+    Args:
+        module: The module.
+        checkpoint: The checkpoint.
+        whole: The module's state dict as its strategy has it, which knows the whole shapes.
+
+    Raises:
+        AdapterFileError: If the entry is damaged or newer, or the adapters are not the same ones on the same base.
+    """
+    entry = checked_entry(checkpoint)
+    with entry_errors():
+        for adapter in entry["adapters"]:
+            target, packed = locate_adapter(module, adapter, {})
+            name, state = str(packed.manifest.get("adapter_name")), model_state(target)
+            if state is None or name not in state.adapters:
+                raise AdapterFileError(
+                    f"The checkpoint has an adapter {name!r} on {adapter['target'] or 'the module'!r}, and the module "
+                    "has none there. Use the adapter_name and target it was trained with."
+                )
+            own = LoraModel(target).pack(name)
+            shapes = whole_shapes({key: state_key(adapter["target"], name, key) for key in own.tensors}, whole)
+            check_same_adapter(name, PackedAdapter(with_shapes(own.manifest, shapes), own.tensors), packed)
+        check_no_surplus(module, entry)
+
+
+def locate_adapter(
+    module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]
+) -> tuple[nn.Module, PackedAdapter]:
+    """Returns the target of an adapter of a checkpoint, and the adapter with its tensors from all over the file.
+
+    Args:
+        module: The module.
+        adapter: Its part of the checkpoint's entry.
+        saved: The checkpoint's state dict.
+
+    Raises:
+        AdapterFileError: If the module has no such target.
+    """
+    path = name_mapper(module)(adapter["target"])
+    try:
+        target = module.get_submodule(path)
+    except AttributeError as error:
+        raise AdapterFileError(
+            f"The checkpoint has an adapter for {path!r}, which {type(module).__name__} does not have."
+        ) from error
+    manifest = adapter["manifest"]
+    keys = {key: state_key(path, str(manifest.get("adapter_name")), key) for key in manifest["tensors"]}
+    tensors = {key: saved[own] for key, own in keys.items() if own in saved} | adapter["tensors"]
+    return target, rename_adapter(PackedAdapter(manifest, tensors), name_mapper(target))
+
+
+def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:
+    """Checks that an adapter of a checkpoint is one of the same kind, on the same base, as that of the module.
+
+    Args:
+        name: The adapter's name.
+        own: The adapter of the module.
+        packed: The adapter of the checkpoint.
+
+    Raises:
+        AdapterFileError: If configuration, tensors or base differ, naming what does.
+    """
+    mine, theirs = own.manifest["config"], packed.manifest["config"]
+    different = [key for key in mine if mine[key] != theirs.get(key)]
+    if different:
+        details = "; ".join(f"{key} is {theirs.get(key)!r} in the file and {mine[key]!r} here" for key in different)
+        raise AdapterFileError(
+            f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
+            "file, or start without ckpt_path."
+        )
+    here, there = own.manifest["tensors"], packed.manifest["tensors"]
+    if set(here) != set(there):
+        odd = sorted(set(here) ^ set(there))
+        raise AdapterFileError(
+            f"The checkpoint's adapter {name!r} belongs to another model: {listing(odd)} are only in one of them."
+        )
+    for key, about in here.items():
+        if about["shape"] != there[key]["shape"]:
+            raise AdapterFileError(
+                f"The checkpoint's adapter {name!r} belongs to another model: {key!r} is "
+                f"{there[key]['shape']} in the file and {about['shape']} here."
+            )
+    base, found = packed.manifest["base"], own.manifest["base"]
+    wrong = [key for key in found if key not in base or not same(found[key], base[key])]
+    if wrong:
+        raise AdapterFileError(
+            f"The checkpoint's adapter {name!r} was trained on another base: {listing(wrong)} differ from the weights "
+            f"it was made for ({len(wrong)} of {len(found)}). Load the same pretrained weights first, unmerged."
+        )
+
+
+def check_no_surplus(module: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Checks that the module has no adapter that the checkpoint lacks: it would act with its initial values.
+
+    Raises:
+        AdapterFileError: If it has some, naming them.
+    """
+    known = {(adapter["target"], adapter["manifest"]["adapter_name"]) for adapter in entry["adapters"]}
+    surplus = [
+        f"{name} on {path or 'the module'}"
+        for path, target in adapted_targets(module).items()
+        for name in state_of_adapters(target).adapters
+        if (path, name) not in known
+    ]
+    if surplus:
+        there = [f"{name} on {path or 'the module'}" for path, name in sorted(known)]
+        raise AdapterFileError(
+            f"The module has adapters that the checkpoint does not have: {listing(surplus)}. The checkpoint has "
+            f"{listing(there)}. Use the adapter_name and target it was trained with."
+        )

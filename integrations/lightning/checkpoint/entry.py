@@ -1,0 +1,56 @@
+"""The entry `lora_plugins` of a checkpoint.
+
+The file is Lightning's own, with two differences: its state dicts leave out the frozen base, and this entry says what
+was left out and how to rebuild the adapters, in plain types and tensors:
+
+    {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...]}
+
+`tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lora_plugins import AdapterFileError
+
+KEY = "lora_plugins"
+"""Key of the entry in a checkpoint."""
+
+FORMAT = 1
+"""Version of the entry which this release writes, and the newest that it reads."""
+
+
+def checked_entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the entry of a checkpoint.
+
+    Raises:
+        AdapterFileError: If it is not one that this release can read.
+    """
+    entry: Any = checkpoint[KEY]
+    version = entry.get("format") if isinstance(entry, dict) else None
+    if not isinstance(version, int):
+        raise AdapterFileError(f"The entry {KEY!r} of the checkpoint is damaged: it has no format version.")
+    if version > FORMAT:
+        raise AdapterFileError(
+            f"The checkpoint has format {version} of lora_plugins, and this release reads up to {FORMAT}: upgrade "
+            "lora-plugins to the release that wrote it."
+        )
+    if not all(isinstance(entry.get(key), list) for key in ("left_out", "adapters")):
+        raise AdapterFileError(f"The entry {KEY!r} of the checkpoint is damaged. Copy the file again.")
+    return dict(entry)
+
+
+@contextmanager
+def entry_errors() -> Iterator[None]:
+    """Reports an entry whose parts have the wrong type or are missing as damaged.
+
+    Raises:
+        AdapterFileError: If the block looks for something that the entry does not have.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError(
+            f"The entry {KEY!r} of the checkpoint is damaged: {error!r}. Copy the file again."
+        ) from error

@@ -1,0 +1,102 @@
+"""Puts the adapters of a checkpoint on a module, and completes its state dicts with the base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.adapter import model_state
+from lora_plugins.errors import listing
+from lora_plugins.files import PackedAdapter
+from lora_plugins.integrations.lightning.checkpoint.comparison import (
+    check_no_surplus,
+    check_same_adapter,
+    locate_adapter,
+)
+from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
+from lora_plugins.integrations.lightning.module import name_mapper
+
+
+def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts the adapters of a checkpoint on a module and returns the checkpoint with complete state dicts.
+
+    Adapters that the module has already keep their parameters, so that an optimizer goes on with them.
+
+    Args:
+        module: The module, with the base it had when the checkpoint was written.
+        checkpoint: What `shrink` returned; it is not changed.
+
+    Raises:
+        AdapterFileError: If the entry is damaged or newer, or does not fit the module. Adapters that were not on the
+            module before are removed again.
+    """
+    entry = checked_entry(checkpoint)
+    added: list[tuple[nn.Module, str]] = []
+    try:
+        with entry_errors():
+            for adapter in entry["adapters"]:
+                added += _attach_or_overwrite(module, adapter, checkpoint.get("state_dict", {}))
+            check_no_surplus(module, entry)
+            return _with_base(module, checkpoint, entry["left_out"])
+    except BaseException:
+        for target, name in reversed(added):
+            LoraModel(target).delete_adapter(name)
+        raise
+
+
+def _attach_or_overwrite(
+    module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]
+) -> list[tuple[nn.Module, str]]:
+    """Attaches one adapter to its target, or overwrites the values of the present one; returns what was attached."""
+    target, packed = locate_adapter(module, adapter, saved)
+    name = str(packed.manifest.get("adapter_name"))
+    state = model_state(target)
+    present = state is not None and name in state.adapters
+    if present and not _same_changed_base(target, name, packed):
+        LoraModel(target).delete_adapter(name)
+        present = False
+    if present:
+        _overwrite(target, name, packed)
+    else:
+        LoraModel.load_packed(target, packed, name)
+    _set_active(target, name, adapter["active"])
+    return [] if present else [(target, name)]
+
+
+def _same_changed_base(target: nn.Module, name: str, packed: PackedAdapter) -> bool:
+    """Whether the adapter's init changed the base as it did in the checkpoint (LoftQ changes the base)."""
+    return bool(LoraModel(target).pack(name).manifest["changed"] == packed.manifest["changed"])
+
+
+def _overwrite(target: nn.Module, name: str, packed: PackedAdapter) -> None:
+    own = LoraModel(target).pack(name)
+    check_same_adapter(name, own, packed)
+    with torch.no_grad():
+        for key, tensor in own.tensors.items():
+            tensor.copy_(packed.tensors[key])
+
+
+def _set_active(target: nn.Module, name: str, active: bool) -> None:
+    lora = LoraModel(target)
+    now = lora.active_adapters
+    if active and name not in now:
+        lora.set_adapter((*now, name))
+    elif not active and name in now:
+        lora.set_adapter([other for other in now if other != name])
+
+
+def _with_base(module: nn.Module, checkpoint: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """Returns a checkpoint whose state dicts have the base's present values under the keys that were left out."""
+    current, rename = module.state_dict(), name_mapper(module)
+    left_out = [rename(key) for key in left_out]
+    unknown = [key for key in left_out if key not in current]
+    if unknown:
+        raise AdapterFileError(
+            f"The checkpoint was trained on another base: {type(module).__name__} has no {listing(unknown)} "
+            f"({len(unknown)} of {len(left_out)} frozen tensors)."
+        )
+    base = {key: current[key] for key in left_out}
+    return map_state_dicts(checkpoint, lambda state: {**base, **{rename(k): v for k, v in state.items()}})

@@ -1,0 +1,61 @@
+"""Makes a checkpoint small: without the frozen base, and with what is needed to rebuild the adapters."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plugins import LoraModel
+from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
+    map_state_dicts,
+    state_key,
+    whole_shapes,
+    with_shapes,
+)
+from lora_plugins.integrations.lightning.module import (
+    adapted_targets,
+    frozen_keys,
+    plain_name,
+    rename_adapter,
+    state_of_adapters,
+)
+
+
+def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Returns a checkpoint without the frozen base, and with what is needed to rebuild the adapters.
+
+    Args:
+        checkpoint: What Lightning would write; it is not changed.
+        module: The module it was made from. Where it has no adapters, for example after a merge, nothing is left out.
+
+    Raises:
+        StateError: If an adapter was merged by hand and not unmerged.
+    """
+    targets = adapted_targets(module)
+    if not targets:
+        return dict(checkpoint)
+    frozen = {plain_name(key) for key in frozen_keys(module)}
+    left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in frozen]
+    small = map_state_dicts(
+        checkpoint, lambda state: {name: v for k, v in state.items() if (name := plain_name(k)) not in frozen}
+    )
+    saved = small.get("state_dict", {})
+    adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
+    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters}}
+
+
+def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    lora, owner = LoraModel(target), state_of_adapters(target).values.owner
+    for name in lora.adapters:
+        packed = lora.pack(name)
+        not_in_module = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
+        packed = rename_adapter(packed, plain_name)
+        keys = {key: state_key(path, name, key) for key in packed.tensors if key not in not_in_module}
+        shapes = whole_shapes(keys, saved)
+        yield {
+            "target": plain_name(path),
+            "active": name in lora.active_adapters,
+            "manifest": with_shapes(packed.manifest, shapes),
+            "tensors": {key: tensor for key, tensor in packed.tensors.items() if key not in shapes},
+        }

@@ -1,0 +1,19 @@
+"""The commands of Lightning: `fit`, `validate`, `test`, `predict`, `plan`, `export` and `merge`.
+
+What needs Lightning is imported when it is used, so that the overview of all commands works where it is missing.
+"""
+
+from typing import TYPE_CHECKING
+
+from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
+from lora_plugins.utils import lazily
+
+if TYPE_CHECKING:
+    from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI
+    from lora_plugins.integrations.lightning.cli.merged_files import export_checkpoint, merge_checkpoint
+
+__all__ = ["COMMANDS", "LoraCLI", "export_checkpoint", "merge_checkpoint"]
+
+_MODULES = {"LoraCLI": "lora_cli", "export_checkpoint": "merged_files", "merge_checkpoint": "merged_files"}
+
+__getattr__ = lazily(__name__, _MODULES)

@@ -1,0 +1,87 @@
+"""`LoraCLI`: LightningCLI with a `lora:` section."""
+
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
+from torch.optim import Optimizer
+
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
+from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
+from lora_plugins.integrations.lightning.console import print_plan
+
+
+class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
+    """Runs a Trainer from a YAML file that may have two sections more than Lightning's own.
+
+    `lora:` holds the fields of a `LoraConfig`, inline or as the path of a YAML file with them; with it, a
+    `LoraCallback` joins the trainer's callbacks, ahead of them. `lora_callback:` holds the callback's other
+    arguments. Without `lora:`, this is LightningCLI. Model and data are named by `class_path`. The optimizer of the
+    section `optimizer:` trains what requires a gradient, adapters included.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("subclass_mode_model", True)
+        kwargs.setdefault("subclass_mode_data", True)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the two sections."""
+        parser.add_argument(
+            "--lora",
+            type=LoraConfig | None,
+            default=None,
+            sub_configs=True,
+            help="How LoRA is applied; null for none. Fields, or the path of a YAML file with them.",
+        )
+        parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer, with the callback if there is a `lora:` section."""
+        config = self._section("lora")
+        if config is not None:
+            options = self._section("lora_callback")
+            callback = LoraCallback(config, **(options.as_dict() if isinstance(options, Namespace) else options))
+            section = self._section("trainer")
+            others = section.get("callbacks") or []
+            section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
+        return super().instantiate_trainer(**kwargs)
+
+    def _section(self, name: str) -> Any:
+        """Returns a section of the instantiated configuration, which lies below the subcommand where there is one."""
+        config = self.config_init
+        return config.get(str(self.subcommand), config).get(name)
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
+    ) -> Any:
+        """Gives the optimizer what requires a gradient now: it was built before the module was adapted.
+
+        Its parameter group is changed in place, so that the scheduler goes on driving it.
+        """
+        trained = [parameter for parameter in lightning_module.parameters() if parameter.requires_grad]
+        optimizer.param_groups[0]["params"][:] = trained
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+
+class PlanCLI(LoraCLI):
+    """Prints what `fit` would adapt with the same arguments, and trains nothing."""
+
+    def fit(self, model: LightningModule, **_: Any) -> None:
+        """Replaces `Trainer.fit`.
+
+        Raises:
+            TargetError: If the configuration does not fit the model.
+            ConfigError: If nothing is to be adapted.
+        """
+        callbacks = [c for c in self.trainer.callbacks if isinstance(c, LoraCallback)]  # type: ignore[attr-defined]
+        if not callbacks:
+            raise ConfigError("There is nothing to plan: no `lora:` section and no LoraCallback among the callbacks.")
+        model.configure_model()
+        for callback in callbacks:
+            print_plan(callback.plan(model), f"LoRA adapter {callback.adapter_name!r}, not trained yet")

@@ -1,0 +1,115 @@
+"""Puts an adapter on the module of a run, or reuses the one that it has."""
+
+import dataclasses
+from typing import cast
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+
+from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.adapter import model_state
+from lora_plugins.errors import listing, near
+from lora_plugins.inplace import state_of
+from lora_plugins.integrations.lightning.module.tensors import adapted_targets
+
+
+def find_target(module: nn.Module, path: str | None) -> nn.Module:
+    """Returns the submodule of that name, or without a name the module itself.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if path is None:
+        return module
+    found = dict(module.named_modules())
+    if path not in found:
+        raise ConfigError(f"target is {path!r}, which {type(module).__name__} does not have. {near(path, found)}")
+    return cast(nn.Module, found[path])
+
+
+def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibration | None) -> None:
+    """Adds an adapter and activates it beside those that are active.
+
+    Raises:
+        TargetError: If the configuration does not fit.
+    """
+    if model_state(target) is None:
+        LoraModel(target, config, name, init_data=data)
+        return
+    lora = LoraModel(target)
+    lora.add_adapter(name, config, init_data=data)
+    lora.set_adapter((*lora.active_adapters, name))
+
+
+def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
+    """Makes an adapter that the module has ready for training: unmerged and active.
+
+    Raises:
+        StateError: If its configuration is another, or its layers were replaced.
+    """
+    lora = LoraModel(target)
+    present = lora.adapters[name]
+    different = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(present, f.name)]
+    if different:
+        raise StateError(
+            f"The module has an adapter {name!r} already, with another configuration: {listing(different)} differ. "
+            "Choose another adapter_name, or remove the present one first: LoraModel(module).unload()."
+        )
+    if lora.merged_adapters:
+        lora.unmerge_adapter()
+    if name not in lora.active_adapters:
+        lora.set_adapter((*lora.active_adapters, name))
+    check_not_replaced(target, name)
+
+
+def check_not_replaced(target: nn.Module, name: str) -> None:
+    """Checks that the layers which an adapter adapts are still in the module.
+
+    Raises:
+        StateError: If some were replaced, naming them.
+    """
+    found = dict(target.named_modules())
+    lost = [
+        layer.name
+        for layer in LoraModel(target).plans[name].layers
+        if layer.name not in found or (state := state_of(found[layer.name])) is None or name not in state.adapters
+    ]
+    if lost:
+        raise StateError(
+            f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
+            "precision plugin that swaps layers, or a setup() that builds the model again, does that. Build the "
+            "layers once, and convert them before fit."
+        )
+
+
+def check_not_nested(module: nn.Module, path: str | None) -> None:
+    """Checks that no adapted target lies inside another: a layer would have two sets of adapters.
+
+    Args:
+        module: The module.
+        path: Name of the submodule that is about to be adapted; None for the module itself.
+
+    Raises:
+        StateError: If one does, with the names of the two.
+    """
+    target = find_target(module, path)
+    for there, other in adapted_targets(module).items():
+        if other is target:
+            continue
+        if any(child is target for child in other.modules()) or any(child is other for child in target.modules()):
+            raise StateError(
+                f"The targets {path or 'the module'!r} and {there or 'the module'!r} lie inside one another. Give all "
+                "LoraCallbacks the same target, and different adapter_names, or targets side by side."
+            )
+
+
+def set_training_mode(target: nn.Module) -> None:
+    """Puts a module into training mode, except for frozen normalization layers, and reports which modules changed."""
+    modes = {name: child.training for name, child in target.named_modules()}
+    target.train()
+    changed = [name for name, child in target.named_modules() if child.training and not modes[name]]
+    if changed:
+        rank_zero_info(
+            f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
+            "LoraCallback(train_mode=False) to keep their mode."
+        )

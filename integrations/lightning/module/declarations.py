@@ -1,0 +1,43 @@
+"""What a LightningModule may declare: `head_modules`, which are new, and `lora_targets`, which are worth adapting."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.errors import listing
+
+
+def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
+    """Returns a config that also trains the declared heads, and has the declared targets if it names none.
+
+    Args:
+        config: The adapter's configuration.
+        module: The module; its optional attribute `head_modules` holds names relative to it, and `lora_targets` what
+            stands for `target_modules` in a config that names none.
+        target: What is adapted.
+        path: The target's name in the module; None for the module itself.
+
+    Raises:
+        ConfigError: If a declared head does not exist, or its name would match other modules as well.
+    """
+    suggested = getattr(module, "lora_targets", None)
+    if config.target_modules is None and suggested:
+        config = replace(config, target_modules=list(suggested))
+    declared: Iterable[str] = getattr(module, "head_modules", ())
+    prefix = f"{path}." if path else ""
+    heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]
+    names = [*dict(target.named_modules()), *dict(target.named_parameters())]
+    for head in heads:
+        if head not in names:
+            raise ConfigError(f"{type(module).__name__}.head_modules names {prefix + head!r}, which does not exist.")
+        others = [name for name in names if name.endswith("." + head)]
+        if others:
+            raise ConfigError(
+                f"The head {prefix + head!r} of {type(module).__name__} shares its name with {listing(others)}, which "
+                "modules_to_save would match too. Set LoraCallback(target=None), where names are longer."
+            )
+    added = [head for head in heads if head not in config.modules_to_save]
+    return replace(config, modules_to_save=[*config.modules_to_save, *added]) if added else config

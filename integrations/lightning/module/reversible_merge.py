@@ -1,0 +1,139 @@
+"""Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraModel, StateError
+from lora_plugins.adapter import adapted_layers, base_in_place, model_state
+from lora_plugins.errors import listing
+from lora_plugins.files import PackedAdapter
+from lora_plugins.inplace import full_name, layer_state, own_tensor
+from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.utils import replace_file
+
+
+@dataclass(frozen=True)
+class ReversibleMerge:
+    """A module whose adapters are merged into plain layers, and what is needed to have them back.
+
+    Args:
+        target: The module.
+        layers: The layers that were adapted, by name.
+        base: The raw value of every tensor that merging or training in place changed, by full name.
+        adapters: The adapters, in the order in which they were added.
+        active: Names of the active ones.
+    """
+
+    target: "weakref.ref[nn.Module]"
+    layers: "dict[str, weakref.ref[nn.Module]]"
+    base: dict[str, Tensor]
+    adapters: dict[str, PackedAdapter]
+    active: tuple[str, ...]
+
+    def is_of(self, target: nn.Module) -> bool:
+        """Whether `target` is the merged module, with its layers still in place."""
+        if self.target() is not target or model_state(target) is not None:
+            return False
+        found = dict(target.named_modules())
+        return all(found.get(name) is layer() for name, layer in self.layers.items())
+
+    def undo(self) -> None:
+        """Restores the raw weights and the adapters of the module, bit for bit."""
+        target = self.target()
+        assert target is not None
+        for name, value in self.base.items():
+            tensor = own_tensor(target, name)
+            tensor.data = value.to(tensor.device)
+        for name, packed in self.adapters.items():
+            lora = LoraModel.load_packed(target, packed, name)
+        if lora.active_adapters != self.active:
+            lora.set_adapter(self.active)
+
+
+def merge_reversibly(target: nn.Module) -> ReversibleMerge:
+    """Merges the active adapters of a module into plain layers with their own classes and keys.
+
+    The raw weights stay in memory, one copy of each that an adapter changes.
+
+    Raises:
+        MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
+        StateError: If a weight is computed by a parametrization, which merging replaces for good.
+    """
+    lora = LoraModel(target)
+    state = state_of_adapters(target)
+    check_mergeable(target)
+    layers = adapted_layers(target)
+    adapters = {name: lora.pack(name) for name in lora.adapters}
+    active = lora.active_adapters
+    weights = {
+        full_name(layer, tensor)
+        for plan in lora.plans.values()
+        for layer, tensors in plan.weights().items()
+        for tensor in tensors
+    }
+    with base_in_place(target, state):
+        base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
+    # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
+    adapters = {name: _copied(packed) for name, packed in adapters.items()}
+    lora.merge_adapter()  # all of it or nothing, since the raw weights are in `base` anyway
+    lora.merge_and_unload()
+    return ReversibleMerge(
+        weakref.ref(target), {name: weakref.ref(layer) for name, layer in layers.items()}, base, adapters, active
+    )
+
+
+def check_mergeable(target: nn.Module) -> None:
+    """Checks that every adapted weight is a parameter of its layer, and not computed from other tensors.
+
+    Raises:
+        StateError: If some are computed, naming their layers.
+    """
+    computed = [
+        name
+        for name, layer in adapted_layers(target).items()
+        if any(weight not in _parameter_names(layer) for weight in layer_state(layer).weight_names)
+    ]
+    if computed:
+        raise StateError(
+            f"The weights of {listing(computed)} are computed from other tensors, by weight norm, a parametrization or "
+            "pruning. Merging replaces that for good, which fit cannot take back: set merge_on_fit_end=False and "
+            "export_to=None, and call LoraModel(module).merge_and_unload() when all is done."
+        )
+
+
+@contextmanager
+def temporarily_merged(target: nn.Module) -> Iterator[ReversibleMerge]:
+    """Merges for the time of a `with` block."""
+    result = merge_reversibly(target)
+    try:
+        yield result
+    finally:
+        result.undo()
+
+
+def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Writes tensors so that a killed process leaves the old file or the new one; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return path
+
+
+def _copied(packed: PackedAdapter) -> PackedAdapter:
+    """Copies what the merged module goes on using: heads, biases and statistics."""
+    values = {key: t.clone() if key.startswith("value/") else t for key, t in packed.tensors.items()}
+    return PackedAdapter(packed.manifest, values)
+
+
+def _parameter_names(layer: nn.Module) -> set[str]:
+    return {name for name, _ in layer.named_parameters(recurse=False, remove_duplicate=False)}

@@ -1,0 +1,75 @@
+"""Which tensors of a module belong to its adapters, which are trained, and which are the frozen base."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lora_plugins import LoraError
+from lora_plugins.adapter import ModelState, adapter_tensors, model_state
+from lora_plugins.inplace import model_modules, own_tensors
+
+
+def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules below (and including) `module` that carry adapters, by path."""
+    return {name: child for name, child in module.named_modules() if model_state(child) is not None}
+
+
+def state_of_adapters(target: nn.Module) -> ModelState:
+    """Returns the state of the adapters of a module that carries some.
+
+    Raises:
+        LoraError: If it carries none.
+    """
+    state = model_state(target)
+    if state is None:
+        raise LoraError("The module lost its adapters while they were read.")
+    return state
+
+
+def frozen_keys(module: nn.Module) -> set[str]:
+    """Returns the state-dict keys of tensors that do not change: the frozen base of all adapted targets.
+
+    All other tensors are saved: adapters, heads and biases, what lies outside the targets, and every buffer but those
+    of normalization layers that are held in eval mode.
+    """
+    frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    return {name for name, tensor in named if id(tensor) in frozen}
+
+
+def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that no adapter of the module may change, by name; see `frozen_keys`."""
+    keys = frozen_keys(module)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in named.items() if name in keys}
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that the module's adapters train, by name.
+
+    Parameters outside the targets are the user's own, and the network of a metric is not trained.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, target in adapted_targets(module).items():
+        own = dict(target.named_parameters())
+        plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
+        names = {*adapter_tensors(target), *(name for plan in plans for name in plan.trained)}
+        prefix = f"{path}." if path else ""
+        found.update({prefix + name: p for name, p in own.items() if name in names and p.requires_grad})
+    return found
+
+
+def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
+    plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
+    changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
+    norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
+    modules = model_modules(target)
+    for name, tensor in own_tensors(target, modules, "_parameters").items():
+        if name not in changing:
+            yield tensor
+    for name, tensor in own_tensors(target, modules, "_buffers").items():
+        if name.rpartition(".")[0] in norms and name not in changing:
+            yield tensor

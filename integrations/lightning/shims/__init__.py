@@ -1,0 +1,19 @@
+"""Where Lightning has no hook: functions that stand in for methods of one object, and uses of its private parts.
+
+Each private part is used in one file, which says what is lost without it. Depends on no other room.
+"""
+
+from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
+from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
+from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
+from lora_plugins.integrations.lightning.shims.methods import MethodShims
+from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import starts_by_multiprocessing
+
+__all__ = [
+    "MethodShims",
+    "expecting_eval_mode",
+    "expecting_override",
+    "saves_shards",
+    "starts_by_multiprocessing",
+    "train_loaders",
+]

@@ -1,0 +1,28 @@
+"""Warnings of Lightning 2.6.6 about what this integration does on purpose, and only those."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningModule
+
+from lora_plugins.inplace import FrozenNorm
+
+
+@contextmanager
+def expecting_eval_mode(module: LightningModule) -> Iterator[None]:
+    """Silences the warning of modules in eval mode, if all of them are frozen normalization layers."""
+    in_eval = [child for child in module.modules() if not child.training]
+    with warnings.catch_warnings():
+        if in_eval and all(isinstance(child, FrozenNorm) for child in in_eval):
+            warnings.filterwarnings("ignore", message=rf"Found {len(in_eval)} module\(s\) in eval mode at the start")
+        yield
+
+
+@contextmanager
+def expecting_override(module: LightningModule) -> Iterator[None]:
+    """Silences the warning that a YAML file's optimizer replaces a task's own, if the task is one of ours."""
+    with warnings.catch_warnings():
+        if type(module).configure_optimizers.__module__.startswith("lora_plugins."):
+            warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden")
+        yield

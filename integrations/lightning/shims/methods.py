@@ -1,0 +1,62 @@
+"""Functions that stand in for methods of one object, and are removed again.
+
+No class is patched and no attribute of the Trainer is set. Methods of three kinds are replaced, all of them public, and
+all of it was checked against Lightning 2.6.6:
+
+- `module.setup`, `module.configure_model`: layers may be built there, after `Callback.setup`, and optimizers are made
+  before the next callback hook. The adapters have to be attached in between.
+- `module.configure_optimizers`: the one moment when an optimizer that was built too early can still be completed.
+- `strategy.setup`, `strategy.load_checkpoint`: when the first begins, a checkpoint is restored and no optimizer is made
+  yet, so adapters whose init learns from data are attached there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
+
+
+class MethodShims:
+    """Functions that stand in for methods of one object, a module or a strategy, until they are removed.
+
+    Several may stand in for one method, and be removed in any order.
+    """
+
+    def __init__(self, owner: LightningModule | Strategy) -> None:
+        self._owner = owner
+        self._shims: list[tuple[str, Any]] = []
+
+    def after(self, name: str, then: Callable[[Any], None], before: Callable[[], None] | None = None) -> None:
+        """Calls `then` with what the method returned, and `before` ahead of it.
+
+        The shim is a plain function: Lightning regards a method as not overridden where `functools.wraps` points to one
+        that is not.
+        """
+        original = getattr(self._owner, name)
+
+        def shim(*args: Any, **kwargs: Any) -> Any:
+            if (name, shim) not in self._shims:  # removed, while another one still calls it
+                return original(*args, **kwargs)
+            if before is not None:
+                before()
+            result = original(*args, **kwargs)
+            then(result)
+            return result
+
+        shim.lora_below = self._owner.__dict__.get(name)  # type: ignore[attr-defined]
+        self._shims.append((name, shim))
+        self._owner.__dict__[name] = shim
+
+    def remove(self) -> None:
+        """Restores the object's own methods, once no other shim is above these."""
+        removed, self._shims = self._shims, []
+        for name, shim in reversed(removed):
+            shim.lora_removed = True
+            top: Any = self._owner.__dict__.get(name)
+            while getattr(top, "lora_removed", False):
+                top = top.lora_below
+            if top is None:
+                self._owner.__dict__.pop(name, None)
+            else:
+                self._owner.__dict__[name] = top

@@ -1,0 +1,30 @@
+"""Strategies of Lightning: which ones an adapter survives, and how checkpoints are saved and loaded through them.
+
+Depends on `module`, `checkpoint` and `shims`.
+"""
+
+from lora_plugins.integrations.lightning.strategies.checkpoint_shims import CheckpointShims
+from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import gather_adapter
+from lora_plugins.integrations.lightning.strategies.sharding import (
+    AdaptBeforeSharding,
+    check_none_missed,
+    check_not_sharded,
+    check_not_wrapped,
+    check_shardable,
+    is_sharded,
+)
+from lora_plugins.integrations.lightning.strategies.supported import check_strategy, check_trainer, warn_if_spawned
+
+__all__ = [
+    "AdaptBeforeSharding",
+    "CheckpointShims",
+    "check_none_missed",
+    "check_not_sharded",
+    "check_not_wrapped",
+    "check_shardable",
+    "check_strategy",
+    "check_trainer",
+    "gather_adapter",
+    "is_sharded",
+    "warn_if_spawned",
+]

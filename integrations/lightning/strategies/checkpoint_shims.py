@@ -1,0 +1,148 @@
+"""Shims of the two methods by which a strategy saves and loads checkpoints.
+
+Checked against Lightning 2.6.6:
+
+- `strategy.save_checkpoint`: callbacks are not asked when only weights are saved, and WeightAveraging puts a full model
+  into the file after everyone else was asked. Every save of every kind passes here.
+- `strategy.load_checkpoint`: callbacks see a checkpoint only after its weights were loaded. An error that is raised
+  here leaves the Trainer without a checkpoint; after one that is raised later, the next run loads the file again.
+
+The shims are removed at the end of a run if the module carries no adapter by then, as after a merge; the next run's
+`setup`, which comes before any loading, installs them again. While the module carries an adapter, they stay with their
+Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, and Lightning calls no hook before it.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.integrations.lightning.checkpoint import KEY, reading_errors, restore, shrink
+from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
+from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
+
+_METHODS = ("save_checkpoint", "load_checkpoint")
+
+
+class Owner(Protocol):
+    """What the checkpoint shims need of a LoraCallback."""
+
+    def undo_merge(self, module: nn.Module) -> None:
+        """Undoes a merge, since an adapter is about to be loaded."""
+
+    def forget_merge(self) -> None:
+        """Forgets a merge, since other weights are about to be loaded."""
+
+
+class CheckpointShims:
+    """Small files on every path on which a strategy saves, complete ones on every path on which it loads."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._owners: list[Owner] = []
+        strategy = trainer.strategy
+        self._before = {name: vars(strategy).get(name) for name in _METHODS}
+        self._save, self._load = strategy.save_checkpoint, strategy.load_checkpoint
+        strategy.save_checkpoint = self._shim(self.save)  # type: ignore[method-assign]
+        strategy.load_checkpoint = self._shim(self.load)  # type: ignore[method-assign]
+
+    @classmethod
+    def install(cls, trainer: Trainer, owner: Owner) -> "CheckpointShims":
+        """Returns the shims of a trainer's strategy, installed at the first call, with one more owner."""
+        present = getattr(trainer.strategy.save_checkpoint, "lora_shims", None)
+        shims = cast(CheckpointShims, present) if present is not None else cls(trainer)
+        if owner not in shims._owners:
+            shims._owners.append(owner)
+        return shims
+
+    @classmethod
+    def remove(cls, trainer: Trainer, module: nn.Module) -> None:
+        """Restores the strategy's own methods, unless the module carries adapters, or others have replaced ours."""
+        present = vars(trainer.strategy)
+        shims = getattr(present.get("save_checkpoint"), "lora_shims", None)
+        ours = all(getattr(present.get(name), "lora_shims", None) is shims for name in _METHODS)
+        if shims is None or not ours or adapted_targets(module):
+            return
+        for name, own in shims._before.items():
+            del present[name]
+            if own is not None:
+                present[name] = own
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint without the frozen base, under a temporary name first."""
+        small = shrink(checkpoint, self._module)
+        if is_sharded(self._trainer):
+            save_sharded(self._trainer, small, filepath, self._save)
+            return
+        if not _is_plain_file(self._trainer.strategy, filepath):
+            self._save(small, filepath, storage_options=storage_options)
+            return
+        path = Path(filepath)
+        partial = path.with_name(f".{path.name}.partial")
+        self._save(small, partial, storage_options=storage_options)
+        if self._trainer.is_global_zero:
+            _flush(partial)
+            os.replace(partial, path)
+
+    def load(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint and puts its adapters on the module.
+
+        Raises:
+            AdapterFileError: If the file is damaged, has no adapter though training is to go on with one, or belongs
+                to another model.
+        """
+        if is_sharded(self._trainer):
+            return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
+        with reading_errors(checkpoint_path):
+            checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
+        if KEY not in checkpoint:
+            self._prepare_for_plain(checkpoint_path)
+            return checkpoint
+        for owner in self._owners:
+            owner.undo_merge(self._module)
+        complete = restore(self._module, checkpoint)
+        if self._trainer.state.fn != "fit" and "current_model_state" in complete:
+            # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
+            # that is to be tested. The metric in the file's name is that of the averaged ones.
+            complete["current_model_state"] = complete["state_dict"]
+        return complete
+
+    def _prepare_for_plain(self, path: Any) -> None:
+        """Removes the adapters of the module, since a checkpoint without adapters is about to be loaded."""
+        if self._trainer.state.fn == "fit":
+            raise AdapterFileError(
+                f"{path} holds no adapter of lora_plugins, so training with one cannot go on from it. To start from "
+                f"its weights: {type(self._module).__name__}.load_from_checkpoint(path), then fit without ckpt_path."
+            )
+        for owner in self._owners:
+            owner.forget_merge()
+        for target in adapted_targets(self._module).values():
+            LoraModel(target).unload()
+
+    @property
+    def _module(self) -> LightningModule:
+        return self._trainer.lightning_module
+
+    def _shim(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def shim(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        shim.lora_shims = self  # type: ignore[attr-defined]
+        return shim
+
+
+def _is_plain_file(strategy: Strategy, path: Any) -> bool:
+    """Whether the strategy writes one local file by the time that its save_checkpoint returns."""
+    return type(strategy.checkpoint_io) is TorchCheckpointIO and "://" not in str(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,117 @@
+"""Strategies that split parameters over processes: FSDP2 (`ModelParallelStrategy`) and FSDP (`FSDPStrategy`).
+
+Each process has a shard of every tensor, so the adapters have to be on the module before it is sharded, in every stage.
+Checked against Lightning 2.6.6 and torch 2.13.
+"""
+
+from collections.abc import Callable
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
+from lora_plugins.errors import listing
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the trainer's strategy splits parameters over processes."""
+    return isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+class AdaptBeforeSharding:
+    """Adapts a module before its own `configure_model` shards it, if that is possible.
+
+    Args:
+        adapt: What adapts it.
+    """
+
+    def __init__(self, adapt: Callable[[], None]) -> None:
+        self._adapt = adapt
+        self.error: LoraError | None = None
+
+    def __call__(self) -> None:
+        """Saves the error if layers are missing: `configure_model` may build them."""
+        try:
+            self._adapt()
+        except ConfigError as error:  # TargetError is one
+            self.error = error
+
+
+def check_not_sharded(target: nn.Module, why: object) -> None:
+    """Checks that a module which could not be adapted before is not sharded yet.
+
+    Args:
+        target: The module.
+        why: Why it could not be adapted before.
+
+    Raises:
+        StateError: If it is sharded. Adapters that are added now would differ between processes.
+    """
+    split = [name for name, parameter in target.named_parameters() if isinstance(parameter, DTensor)]
+    split += [name for name, module in target.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if split:
+        raise StateError(
+            f"The module was sharded before it was adapted ({listing(split, 3)}), and adapters that are added now "
+            "would differ between processes. Build all layers in __init__ or setup(); let configure_model() only shard "
+            f"them: adapters join in between. Before configure_model() it could not be adapted: {why}"
+        )
+
+
+def check_not_wrapped(target: nn.Module) -> None:
+    """Checks that FSDP wrapped no part of a module on its own.
+
+    Raises:
+        StateError: If it did, naming the parts.
+    """
+    parts = [name for name, module in target.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if parts:
+        raise StateError(
+            f"FSDP wrapped {listing(parts, 3)} on their own, by an auto_wrap_policy or by hand, and layers inside have "
+            "other names then. Leave the policy out, or use ModelParallelStrategy (FSDP2), which shards any part."
+        )
+
+
+def check_none_missed(lora: LoraModel, adapter: str) -> None:
+    """Checks that no layer was built after the module was adapted and sharded.
+
+    Raises:
+        StateError: If the adapter's configuration fits layers that it does not adapt, naming them.
+    """
+    plan = lora.plans[adapter]
+    missed = {layer.name for layer in LoraModel.plan(lora.model, plan.config).layers} - {x.name for x in plan.layers}
+    if missed:
+        raise StateError(
+            f"{listing(sorted(missed))} were built in configure_model(), after the module was adapted. Build all "
+            "layers in __init__ or setup(), and let configure_model() only shard them."
+        )
+
+
+def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> None:
+    """Checks that a module can be adapted ahead of sharding.
+
+    Args:
+        target: The module.
+        config: The adapter's configuration.
+        trainer: The trainer.
+
+    Raises:
+        StateError: If a tensor is on the meta device, or the init does more than start as an identity.
+    """
+    empty = [name for name, tensor in (*target.named_parameters(), *target.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise StateError(
+            f"{listing(empty, 3)} are on the meta device, so there is no base yet that could be adapted, and Lightning "
+            "would fill adapters with arbitrary values. Load the pretrained weights before fit, in __init__ or setup()."
+        )
+    name = type(trainer.strategy).__name__
+    init = LoraModel.plan(target, config).init
+    if init.changes_base:
+        raise StateError(f"The init {init.name!r} changes the base, which {name} would not keep. Choose another init.")
+    if not init.identity and trainer.state.fn != "fit":
+        raise StateError(
+            f"With {name} a module is adapted before a checkpoint is read, and the init {init.name!r} is no identity: "
+            f"without a checkpoint, {trainer.state.fn} would give results of neither. Use strategy='ddp' here."
+        )

@@ -1,0 +1,25 @@
+"""Training: optimizers, learning rates, the data of inits, averages, and an audit of what moves.
+
+Depends on `module`, `shims` and `strategies`.
+"""
+
+from lora_plugins.integrations.lightning.training.audit import Audit
+from lora_plugins.integrations.lightning.training.averages import copy_into_averages
+from lora_plugins.integrations.lightning.training.calibration_data import (
+    adapt_after_restoring,
+    calibrate_on_train_batches,
+    needs_data,
+)
+from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
+from lora_plugins.integrations.lightning.training.optimizer_groups import add_missing_parameters
+
+__all__ = [
+    "Audit",
+    "LearningRates",
+    "adapt_after_restoring",
+    "add_missing_parameters",
+    "calibrate_on_train_batches",
+    "copy_into_averages",
+    "needs_data",
+    "parameter_groups",
+]

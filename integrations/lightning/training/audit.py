@@ -1,0 +1,215 @@
+"""Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lora_plugins import StateError
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.module import frozen_tensors, trained_parameters
+
+STEPS = 2
+"""Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
+
+_NO_GRADIENT = (
+    "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
+    "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
+)
+
+
+class Audit:
+    """Watches a run from the start of its training: its first steps, and its frozen base throughout.
+
+    Args:
+        trainer: The trainer.
+        module: Its module, adapted.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        self._first: FirstSteps | None = FirstSteps(trained_parameters(module))
+        self._frozen = checksums(frozen_tensors(module))
+        self._steps = trainer.global_step
+        self._rates: list[float] = []
+        self._scale = 1.0
+
+    def before_batch(self, *, first_of_epoch: bool) -> None:
+        """Checks once an epoch that the base is still frozen, and notes the learning rates of the first batches.
+
+        Raises:
+            StateError: If something made it trainable.
+        """
+        if self._first is not None:  # before a scheduler changes them at the batch's end
+            self._rates = [float(g["lr"]) for optimizer in self._trainer.optimizers for g in optimizer.param_groups]
+            self._scale = loss_scale(self._trainer)
+        if first_of_epoch:
+            frozen = frozen_tensors(self._module)
+            check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
+
+    def before_step(self) -> None:
+        """Notes in the first steps what has a gradient."""
+        if self._first is not None:
+            self._first.before_step()
+
+    def after_batch(self) -> None:
+        """Checks in the first steps that everything trainable gets a gradient and moves.
+
+        Raises:
+            StateError: If nothing does.
+        """
+        if self._first is None:
+            return
+        steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
+        skipped = loss_scale(self._trainer) < self._scale  # after an overflow in float16
+        if not skipped and not self._first.after_batch(self._rates, steps):
+            self._first = None
+
+    def finish(self) -> None:
+        """Checks that the frozen base has not changed.
+
+        Raises:
+            StateError: If it has.
+        """
+        check_unchanged(self._frozen, frozen_tensors(self._module))
+
+
+class FirstSteps:
+    """Watches parameters until each has had a gradient and has moved.
+
+    Args:
+        trained: The parameters by name.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
+        self._trained = trained
+        self._without = set(trained)
+        self._start = {name: local(p).clone() for name, p in trained.items()}
+        self._steps = 0
+        self._checked = False
+
+    def before_step(self) -> None:
+        """Notes which parameters have a gradient, ahead of a step of an optimizer.
+
+        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
+        """
+        self._without -= {
+            name
+            for name in self._without
+            if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
+        }
+
+    def after_batch(self, learning_rates: Iterable[float], steps: int) -> bool:
+        """Looks at what a batch has done; returns whether there is more to watch.
+
+        Args:
+            learning_rates: Of all parameter groups, as the batch found them.
+            steps: How many optimizer steps the batch made, of all optimizers.
+
+        Raises:
+            StateError: If no trainable tensor got a gradient.
+        """
+        if steps:
+            self._check_gradients()
+            self._steps += min(learning_rates, default=0.0) > 0
+        if self._steps < STEPS:
+            return True
+        self._check_moved()
+        return False
+
+    def _check_gradients(self) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        if self._without and len(self._without) == len(self._start):
+            raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
+        if self._without:
+            rank_zero_warn(
+                f"{len(self._without)} of {len(self._start)} trainable tensors got no gradient in the first step: "
+                f"{listing(sorted(self._without))}. {_NO_GRADIENT} If that is meant, leave them out of the "
+                "adapter with exclude_modules."
+            )
+
+    def _check_moved(self) -> None:
+        unmoved = [
+            name
+            for name, start in self._start.items()
+            if name not in self._without and start.numel() and torch.equal(local(self._trained[name]), start)
+        ]
+        if unmoved:
+            rank_zero_warn(
+                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
+                f"have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
+                "gradients that are exactly zero."
+            )
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Returns the factor of the loss in `16-mixed`, which falls when a step is skipped; 1 elsewhere."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if isinstance(scaler, torch.amp.GradScaler) else 1.0
+
+
+def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Checks that tensors are still frozen.
+
+    Args:
+        parameters: The tensors that have to stay frozen, by name.
+
+    Raises:
+        StateError: If some were made trainable, naming them.
+    """
+    unfrozen = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if unfrozen:
+        raise StateError(
+            f"{len(unfrozen)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
+            f"does that) or by the module: {listing(unfrozen)}. An adapter's checkpoint does not hold them. To train "
+            "them, list their modules in modules_to_save; to keep them frozen, remove the callback."
+        )
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns a check sum of each tensor's bits: the sum of its bytes, weighted by position."""
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+
+
+def check_unchanged(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+    """Checks that the frozen base has not changed.
+
+    Raises:
+        StateError: If some tensors changed, naming them.
+    """
+    moved = [name for name, tensor in tensors.items() if name in before and _checksum(tensor) != before[name]]
+    if moved:
+        raise StateError(
+            f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
+            "hold them and would be put onto another base. Likely causes: a callback or a training step that writes "
+            "into weights, or a layer that updates statistics in a buffer while frozen."
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns a tensor, detached; of a distributed one, the part that this process holds."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.detach()
+
+
+def _checksum(tensor: Tensor) -> int:
+    data = local(tensor).contiguous().view(-1)
+    if data.numel() == 0:
+        return 0
+    words = _words(data)
+    half = words.numel() // 2
+    # Two sums, so that exchanged values are noticed too; both wrap around, which is harmless.
+    return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))
+
+
+def _words(data: Tensor) -> Tensor:
+    """Views a vector's memory as whole numbers, of eight bytes where it can be divided so: one fast pass."""
+    size = data.element_size()
+    if data.numel() * size % 8 == 0 and data.storage_offset() * size % 8 == 0:
+        return data.view(torch.int64)
+    return data.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])

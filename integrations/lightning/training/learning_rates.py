@@ -1,0 +1,154 @@
+"""Separate learning rates for A, B and what is trained in full.
+
+That B learns faster than A is LoRA+ (Hayou et al., arXiv 2402.12354), which suggests a ratio of about 16. Heads start
+from random values and often need another rate than adapters of a pretrained layer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_plugins import ConfigError, StateError
+from lora_plugins.adapter import adapter_tensors
+from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.integrations.lightning.training.optimizer_groups import flatten
+
+_GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""Entries of a parameter group that are learning rates; schedulers of torch write the last three."""
+
+_SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")
+"""Attributes of schedulers of torch 2.13 that have one learning rate for each group."""
+
+_SCHEDULER_ENTRIES = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
+"""Attributes that have something else for each group."""
+
+
+def parameter_groups(
+    module: nn.Module, *, lr: float, loraplus_lr_ratio: float = 1.0, heads_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Returns parameter groups with separate learning rates for A, B and what is trained in full.
+
+    For use in `configure_optimizers`, where the module is adapted already. `LoraCallback` has the same options, for
+    modules that are not to be changed and for YAML files.
+
+    Args:
+        module: The LightningModule.
+        lr: Learning rate of A.
+        loraplus_lr_ratio: Learning rate of B, as a multiple of that of A.
+        heads_lr_ratio: Learning rate of everything else that requires a gradient, as a multiple of that of A: heads,
+            biases, what lies outside the adapters' targets.
+
+    Returns:
+        The groups `A`, `B` and `heads`, under the key `name`; those that would be empty are left out.
+    """
+    members = _members(module, [p for p in module.parameters() if p.requires_grad])
+    rates = {"A": lr, "B": lr * loraplus_lr_ratio, "heads": lr * heads_lr_ratio}
+    return [{"name": name, "params": params, "lr": rates[name]} for name, params in members.items() if params]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """How far learning rates differ from what `configure_optimizers` says.
+
+    Args:
+        loraplus_lr_ratio: Learning rate of B, as a multiple of that of A.
+        heads_lr_ratio: Learning rate of heads, biases and what lies outside the adapters' targets, as a multiple too.
+
+    Raises:
+        ConfigError: If one of them is not above zero.
+    """
+
+    loraplus_lr_ratio: float = 1.0
+    heads_lr_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigError(f"{name} is {value!r}. It is a number above zero.")
+
+    def split_groups(self, module: nn.Module, configured: Any) -> None:
+        """Splits every parameter group of existing optimizers, and lets their schedulers drive all parts.
+
+        A stays in its group; B and the heads get new groups after the others, with the same options.
+
+        Args:
+            module: The adapted module.
+            configured: What its `configure_optimizers` returned.
+
+        Raises:
+            StateError: If a scheduler is not one of torch, which could not be told of the new groups.
+        """
+        if self == LearningRates():
+            return
+        _check_schedulers(configured)
+        schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
+        for optimizer in flatten(configured):
+            if isinstance(optimizer, Optimizer):
+                followers = [s for s in schedulers if s.optimizer is optimizer]
+                for index in range(len(optimizer.param_groups)):
+                    self._split(module, optimizer, index, followers)
+
+    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, schedulers: list[LRScheduler]) -> None:
+        group = optimizer.param_groups[index]
+        factors = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
+        members = {name: params for name, params in _members(module, group["params"]).items() if params}
+        (stays, group["params"]), *others = members.items() or [("A", [])]
+        for name, params in others:
+            optimizer.add_param_group({**group, **_scaled(group, factors[name]), "params": params})
+            for scheduler in schedulers:
+                _extend(scheduler, index, factors[name])
+        group.update(_scaled(group, factors[stays]))
+        for scheduler in schedulers:
+            _scale(scheduler, index, factors[stays])
+
+
+def _scaled(group: dict[str, Any], factor: float) -> dict[str, Any]:
+    return {key: group[key] * factor for key in _GROUP_RATES if key in group}
+
+
+def _extend(scheduler: LRScheduler, index: int, factor: float) -> None:
+    """Lets a scheduler know of a new group, which follows the one at `index` at a multiple of its rate."""
+    for part in _parts(scheduler):
+        for name in (*_SCHEDULER_RATES, *_SCHEDULER_ENTRIES):
+            entries = getattr(part, name, None)
+            if isinstance(entries, list):
+                entries.append(entries[index] * factor if name in _SCHEDULER_RATES else entries[index])
+
+
+def _scale(scheduler: LRScheduler, index: int, factor: float) -> None:
+    for part in _parts(scheduler):
+        for name in _SCHEDULER_RATES:
+            if isinstance(getattr(part, name, None), list):
+                getattr(part, name)[index] *= factor
+
+
+def _parts(scheduler: LRScheduler) -> list[LRScheduler]:
+    """Returns a scheduler and those that it is made of: SequentialLR and ChainedScheduler have some."""
+    return [scheduler, *(part for inner in getattr(scheduler, "_schedulers", ()) for part in _parts(inner))]
+
+
+def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """Sorts parameters into those of A, of B, and others."""
+    kinds = {
+        id(parameter): name.split(".")[-2].removeprefix("lora_")[:1]
+        for target in adapted_targets(module).values()
+        for name, parameter in adapter_tensors(target).items()
+    }
+    members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "heads": []}
+    for parameter in parameters:
+        members[kinds.get(id(parameter), "heads")].append(parameter)
+    return members
+
+
+def _check_schedulers(configured: Any) -> None:
+    """Checks that all schedulers are those of torch: others have numbers for each group where only they know."""
+    steppers = [leaf for leaf in flatten(configured) if hasattr(leaf, "step")]
+    unknown = [type(leaf).__name__ for leaf in steppers if not isinstance(leaf, Optimizer | LRScheduler)]
+    if unknown:
+        raise StateError(
+            f"{unknown[0]} is no LRScheduler of torch, and could not be told of the parameter groups that "
+            "loraplus_lr_ratio and heads_lr_ratio make. Use parameter_groups(...) in configure_optimizers instead."
+        )

@@ -1,0 +1,112 @@
+"""The program: the scripts `lora-plugins` and `lightning`, and `python -m lora_plugins`."""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+
+from lora_plugins.cli.commands import CORE_COMMANDS, Command, installed_commands
+from lora_plugins.cli.foreign import run_foreign
+from lora_plugins.cli.pipes import exit_on_closed_output
+from lora_plugins.errors import LoraError, PluginError, TargetError, near
+
+TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
+"""Environment variable; if it is set, errors are shown with their traceback."""
+
+
+@exit_on_closed_output
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: What follows the name of the program; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error that was printed.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except Exception as error:
+        ours = _lora_error(error)
+        if ours is None or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _print_plugin_failure(ours)
+        return _fail(str(ours))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in CORE_COMMANDS:
+        return _run(CORE_COMMANDS[name], arguments)
+    commands = installed_commands()
+    if name in ("-h", "--help"):
+        print(_overview(commands.table))
+        _print_problems(commands.problems)
+        return 0
+    command = _after_options(arguments, commands.table) if name.startswith("-") else commands.table.get(name)
+    if command is not None:
+        return _run(command, arguments)
+    code = run_foreign()
+    if code is not None:
+        return code
+    _print_problems(commands.problems)
+    return _fail(
+        f"there is no command {name!r}. {near(name, commands.table)} Other commands of the name `lightning` belong to "
+        "the package lightning-sdk, which is not installed."
+    )
+
+
+def _run(command: Command, arguments: list[str]) -> int:
+    try:
+        return command.run(arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in command.needs:
+            raise
+        return _fail(f"this command needs {missing}. Run: pip install '{command.requirement}'")
+
+
+def _after_options(arguments: list[str], commands: Mapping[str, Command]) -> Command | None:
+    """Returns the command that an option precedes: the one that is named, or the first that takes options first."""
+    able = {name: command for name, command in commands.items() if command.options_first}
+    named = [able[argument] for argument in arguments if argument in able]
+    return next(iter([*named, *able.values()]), None)
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
+    lines = [f"  {name:11}{command.summary}" for name, command in commands.items()]
+    return "\n".join(
+        [
+            "usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)",
+            "",
+            *lines,
+            "",
+            "COMMAND --help shows the arguments of a command; fit --print_config prints a whole YAML file.",
+        ]
+    )
+
+
+def _lora_error(error: BaseException) -> LoraError | None:
+    """Returns our error in a chain of errors: jsonargparse raises another from what a config's constructor raised."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, LoraError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _print_plugin_failure(error: LoraError) -> None:
+    """Prints the traceback of a plugin that failed, where its absence is what the error is about."""
+    if isinstance(error, PluginError | TargetError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+        print(file=sys.stderr)
+
+
+def _print_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1

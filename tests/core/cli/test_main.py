@@ -1,0 +1,252 @@
+"""The program: which commands it finds and runs, how it is started, and what is said where something is missing."""
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lora_plugins.cli import installed_commands
+from lora_plugins.cli.main import main
+
+OVERVIEW = """\
+usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)
+
+  fit        train, as a YAML file says
+  validate   measure on the validation split
+  test       measure on the test split
+  predict    predict
+  plan       print what fit would adapt, and train nothing
+  export     write a checkpoint's merged network as a plain .safetensors file
+  merge      write a checkpoint with its adapter merged, for load_from_checkpoint
+  plugins    list the installed plugins
+  doctor     check the installation, and say what to do
+  new-plugin write a package with a plugin of your own to start from
+
+COMMAND --help shows the arguments of a command; fit --print_config prints a whole YAML file.
+"""
+
+
+class TestOtherCommands:
+    def test_plugins(self, capsys):
+        assert main(["plugins"]) == 0
+        out = capsys.readouterr().out
+        for word in ("lora-plugins", "loaded", "loftq", metadata.version("lora-plugins")):
+            assert word in out
+
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+    def test_overview(self, capsys, arguments):
+        assert main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert all(f"  {name} " in out for name in installed_commands().table)
+        assert (out, err) == (OVERVIEW, "")
+
+    def test_unknown_command_offers_a_near_one(self, capsys):
+        assert main(["plugin"]) == 1
+        err = capsys.readouterr().err
+        assert "'plugins'" in err
+        assert "lightning-sdk" in err
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Puts a distribution with a module and entry points on the path of this test."""
+
+    def make(name, points, **modules):
+        for module, text in modules.items():
+            (tmp_path / f"{module}.py").write_text(text)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(points)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("commands_of_")]:
+        del sys.modules[name]
+
+
+FOREIGN = """
+def main():
+    import sys
+    print("foreign", sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def foreign(distribution):
+    """A real distribution, on the path of this test only, that owns a script called `lightning` too."""
+    distribution("foreign_sdk", "[console_scripts]\nlightning = foreign_cli:main\n", foreign_cli=FOREIGN)
+
+
+class TestOtherOwnerOfTheName:
+    def test_its_commands_are_handed_over(self, foreign, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["lightning", "login", "--now"])
+        assert main() == 0
+        assert capsys.readouterr().out == "foreign ['login', '--now']\n"
+
+    def test_ours_stay_ours(self, foreign, capsys):
+        assert main(["plugins"]) == 0
+        assert "Plugins of lora_plugins" in capsys.readouterr().out
+
+
+GREET = """
+from lora_plugins.cli import Command
+
+def run(arguments):
+    print("hello", arguments)
+    return 3
+
+def lack(arguments):
+    import no_such_library
+
+COMMANDS = {
+    "greet": Command("say hello", run),
+    "first": Command("take options first", run, options_first=True),
+    "lack": Command("need a library", lack, needs=("no_such_library",), requirement="polite[library]"),
+    "stumble": Command("need another library than it says", lack, needs=("other",), requirement="polite[other]"),
+}
+"""
+
+
+class TestCommandsOfOthers:
+    """A table of commands joins by an entry point, and no table takes another one's commands away."""
+
+    @pytest.fixture
+    def polite(self, distribution):
+        distribution(
+            "polite", "[lora_plugins.commands]\npolite = commands_of_polite:COMMANDS\n", commands_of_polite=GREET
+        )
+
+    def test_are_listed_run_and_offered(self, polite, capsys):
+        assert main([]) == 0
+        assert "  greet      say hello\n" in capsys.readouterr().out
+        assert main(["greet", "--loud"]) == 3
+        assert capsys.readouterr().out == "hello ['greet', '--loud']\n"
+        assert main(["gret"]) == 1
+        assert "Did you mean 'greet'" in capsys.readouterr().err
+
+    def test_take_options_first_where_they_say_so(self, polite, capsys):
+        assert main(["--config", "x", "first"]) == 3
+        assert capsys.readouterr().out == "hello ['--config', 'x', 'first']\n"
+
+    def test_a_library_that_is_missing_is_named_with_what_to_install(self, polite, capsys):
+        assert main(["lack"]) == 1
+        expected = "error: this command needs no_such_library. Run: pip install 'polite[library]'\n"
+        assert capsys.readouterr().err == expected
+        with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+            main(["stumble"])
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+            ("COMMANDS = {'greet': print}", "TypeError: it is not a mapping of names to lora_plugins.cli.Command"),
+            ("", "AttributeError: module 'commands_of_rude' has no attribute 'COMMANDS'"),
+        ],
+        ids=["import", "type", "name"],
+    )
+    def test_a_table_that_fails_stops_no_other_command(self, distribution, capsys, text, reason):
+        distribution("rude", "[lora_plugins.commands]\nrude = commands_of_rude:COMMANDS\n", commands_of_rude=text)
+        said = f"warning: The commands 'rude' of rude 1.0 cannot be loaded: {reason}\n"
+        assert main(["plugins"]) == 0
+        assert capsys.readouterr().err == ""
+        assert main([]) == 0
+        assert capsys.readouterr() == (OVERVIEW, said)
+        assert main(["greet"]) == 1
+        assert capsys.readouterr().err.startswith(f"{said}error: there is no command 'greet'.")
+        main(["doctor"])
+        assert f"[problem] {said.removeprefix('warning: ')}" in capsys.readouterr().out
+
+    def test_a_name_that_is_taken_stays_with_its_owner(self, distribution, capsys):
+        text = "from lora_plugins.cli import Command\nCOMMANDS = {n: Command('', print) for n in ('fit', 'doctor')}"
+        distribution("greedy", "[lora_plugins.commands]\nit = commands_of_greedy:COMMANDS\n", commands_of_greedy=text)
+        assert main([]) == 0
+        out, err = capsys.readouterr()
+        assert out == OVERVIEW
+        owners = {"fit": f"lora-plugins {metadata.version('lora-plugins')}", "doctor": "lora-plugins"}
+        assert err == "".join(
+            f"warning: The command {name!r} of greedy 1.0 is left out: {owner} has one of that name.\n"
+            for name, owner in owners.items()
+        )
+
+
+def script(name: str) -> list[str]:
+    return [str(Path(sys.executable).with_name(name))]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        script("lightning"),
+        script("lora-plugins"),
+        [sys.executable, "-m", "lora_plugins"],
+        [sys.executable, "-m", "lora_plugins.integrations.lightning"],
+    ],
+    ids=["lightning", "lora-plugins", "python-m", "python-m-integration"],
+)
+def test_promised_spellings(command):
+    """What the commands do is covered elsewhere; each spelling has to reach the same main."""
+    done = subprocess.run([*command, "plugins"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lora-plugins" in done.stdout
+
+
+def without(packages, *calls, cwd=None):
+    """Runs code in a process in which some packages cannot be imported, whether they are installed or not."""
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {packages!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from lora_plugins.cli.main import main\n" + "\n".join(calls)
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
+def test_missing_package_is_named_with_what_to_install(missing):
+    calls = ("assert main(['plugins']) == 0 and main([]) == 0", "sys.exit(main(['fit', '--config', 'x.yaml']))")
+    done = without((missing,), *calls)
+    assert done.returncode == 1
+    assert f"error: this command needs {missing}. Run: pip install 'lora-plugins[lightning]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class TestCoreAlone:
+    """Nothing that only extras bring can be imported."""
+
+    ABSENT = (
+        *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"),
+        *("jsonargparse", "rich", "yaml", "timm", "torchvision", "transformers", "PIL", "matplotlib", "sklearn"),
+    )
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["plugins"], "Plugins of lora_plugins"),
+            (["doctor"], "found."),
+            (["new-plugin", "mine"], "Wrote lora-plugins-mine"),
+            (["--help"], OVERVIEW),
+            (["new-plugin", "--help"], "usage: lora-plugins new-plugin"),
+        ],
+        ids=" ".join,
+    )
+    def test_commands_of_the_core_run(self, tmp_path, arguments, words):
+        done = without(self.ABSENT, f"sys.exit(main({arguments!r}))", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert words in done.stdout
+
+    @pytest.mark.parametrize("arguments", [[name] for name in ("fit", "plan", "export", "merge")] + [["--config", "x"]])
+    def test_commands_of_lightning_say_what_to_install(self, tmp_path, arguments):
+        done = without(self.ABSENT, f"sys.exit(main({arguments!r}))", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: this command needs ")
+        assert done.stderr.endswith(". Run: pip install 'lora-plugins[lightning]'\n")
+
+    def test_that_check_can_fail(self):
+        assert "No module named 'torch'" in without(("torch",), "main(['doctor'])").stderr

@@ -1,0 +1,165 @@
+"""A small file goes back onto the base, in a Trainer, or is refused."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from lora_plugins.integrations.lightning.checkpoint import KEY
+from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS, Late, by_trainer, callback
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, trainer, values
+
+
+@pytest.mark.parametrize("save", PATHS.values(), ids=PATHS.keys())
+def test_every_file_gives_the_trained_model_in_a_module_that_was_never_adapted(save, tmp_path):
+    path = save(tmp_path)
+    module = Classifier()
+    trainer(tmp_path, [callback()]).test(module, loader(), ckpt_path=path, verbose=False)
+    alone = load_from_checkpoint(Classifier, path)
+    expected = load(path)["state_dict"]
+    for loaded in (module, alone):
+        assert {key: values(loaded)[key] for key in expected}.keys() == expected.keys()
+        assert not differing({key: values(loaded)[key] for key in expected}, expected)
+        assert loaded.strict_loading is True
+
+
+class InSetup(Late):
+    def setup(self, stage):
+        self.build()
+
+
+class InConfigureModel(Late):
+    def configure_model(self):
+        self.build()
+
+
+class ReplacesHead(Classifier):
+    """Puts in another head and loads pretrained weights strictly, as many scripts do."""
+
+    def setup(self, stage):
+        pretrained = Classifier(base_seed=3).net
+        self.net[3] = nn.Linear(16, 3)
+        self.net.load_state_dict(pretrained.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("cls", [InSetup, InConfigureModel, ReplacesHead])
+def test_layers_that_are_built_late(cls, tmp_path):
+    module = cls()
+    run = trainer(tmp_path, [callback()])
+    run.fit(module, loader())
+    assert {p for p, t in module.named_parameters() if t.requires_grad} == ADAPTER_KEYS
+    assert all(p.abs().sum() > 0 for name, p in module.named_parameters() if ".lora_B." in name)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    again = cls()
+    trainer(tmp_path, [callback()], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
+    base = {key for key in module.state_dict() if "lora" not in key}
+    assert not base & differing(values(module), values(again))
+
+
+class TestRefused:
+    """Each bad file stops before training, says what to do, and leaves the trainer usable."""
+
+    def refused(self, tmp_path, path, match, module=None, **options):
+        module = module or Classifier()
+        run = trainer(tmp_path, [callback(**options)], max_epochs=4)
+        before = values(module)
+        with pytest.raises(AdapterFileError, match=match):
+            run.fit(module, loader(), ckpt_path=path)
+        assert {k for k in differing(before, values(module)) if k in before} == set()
+        return run, module
+
+    def test_resume_from_a_file_without_adapter(self, tmp_path):
+        run = trainer(tmp_path, [])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "plain.ckpt")
+        self.refused(tmp_path, tmp_path / "plain.ckpt", "holds no adapter")
+
+    def test_other_rank(self, tmp_path):
+        self.refused(tmp_path, by_trainer(tmp_path), "r is 2 in the file and 3 here", config=LoraConfig(
+            r=3, target_modules=["net.0", "net.3"]
+        ))  # fmt: skip
+
+    def test_other_adapter(self, tmp_path):
+        self.refused(tmp_path, by_trainer(tmp_path), "other.*adapter_name", adapter_name="other")
+
+    def test_other_base_of_the_same_shape(self, tmp_path):
+        self.refused(tmp_path, by_trainer(tmp_path), "another base", Classifier(base_seed=1))
+
+    def test_other_model(self, tmp_path):
+        self.refused(tmp_path, by_trainer(tmp_path), "another model", Classifier(width=8))
+
+    @pytest.mark.parametrize("missing", ["manifest", "tensors", "target", "active"])
+    def test_damaged_entry(self, tmp_path, missing):
+        path = by_trainer(tmp_path)
+        checkpoint = load(path)
+        del checkpoint[KEY]["adapters"][0][missing]
+        torch.save(checkpoint, path)
+        self.refused(tmp_path, path, "damaged")
+
+    def test_newer_format(self, tmp_path):
+        path = by_trainer(tmp_path)
+        checkpoint = load(path)
+        checkpoint[KEY]["format"] = 99
+        torch.save(checkpoint, path)
+        self.refused(tmp_path, path, "format 99.*upgrade")
+
+    @pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "head_only", "tail_missing"])
+    def test_truncated(self, tmp_path, size):
+        path = by_trainer(tmp_path)
+        path.write_bytes(path.read_bytes()[:size])
+        self.refused(tmp_path, path, "truncated")
+
+    def test_afterwards_the_same_trainer_tests_what_it_has(self, tmp_path):
+        run, module = self.refused(tmp_path, by_trainer(tmp_path), "another base", Classifier(base_seed=1))
+        expected = run.test(module, loader(), verbose=False)
+        assert run.test(module, loader(), verbose=False) == expected
+        reference = trainer(tmp_path, []).test(Classifier(base_seed=1), loader(), verbose=False)
+        assert expected[0]["val/loss"] == pytest.approx(reference[0]["val/loss"], rel=1e-6)
+
+    def test_test_with_another_base(self, tmp_path):
+        path = by_trainer(tmp_path)
+        module = Classifier(base_seed=1)
+        run = trainer(tmp_path, [callback()])
+        with pytest.raises(AdapterFileError, match="another base"):
+            run.test(module, loader(), ckpt_path=path)
+        assert type(module.net[0]) is nn.Linear
+
+
+def test_plain_file_in_test_takes_the_adapter_off(tmp_path):
+    plain = trainer(tmp_path, [])
+    plain.fit(Classifier(base_seed=2), loader())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    module = Classifier()
+    run = trainer(tmp_path, [callback()])
+    run.fit(module, loader())
+    run.test(module, loader(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
+    assert not differing(values(module), load(tmp_path / "plain.ckpt")["state_dict"])
+
+
+def test_two_callbacks_with_one_adapter_name_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="LoraCallback"):
+        Trainer(callbacks=[callback(), callback()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_base_changed_by_an_init_and_cast_by_the_precision_is_rebuilt(tmp_path, init, precision):
+    """The module is adapted in its own type, cast, and restored in its own type before it is cast again."""
+    config = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init)
+
+    def run(epochs):
+        lora = LoraCallback(config, merge_on_fit_end=False, print_plan=False)
+        return trainer(tmp_path, [lora], max_epochs=epochs, precision=precision)
+
+    half = run(1)
+    module = Classifier()
+    half.fit(module, loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Classifier()
+    run(1).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert not {name for name in differing(values(resumed), values(module)) if "lora_" not in name}
+    LoraModel(resumed).unload()
+    expected = {key: value.to(resumed.state_dict()[key]) for key, value in values(Classifier()).items()}
+    assert not {name for name in differing(values(resumed), expected) if "net.1." not in name}

@@ -1,0 +1,202 @@
+"""Two epochs and two more are four, bit for bit: weights, moments, scheduler, dropout, shuffling, statistics."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+
+from lora_plugins import LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+
+CASES = {
+    "plain": (CONFIG, {}),
+    "tracked_norm": (replace(CONFIG, norm="track"), {}),
+    "adapter_dropout": (replace(CONFIG, dropout=0.3), {}),
+    "head": (replace(CONFIG, target_modules=["net.0"], modules_to_save=["net.3"]), {}),
+    "biases": (replace(CONFIG, bias="all"), {}),
+    "loftq": (replace(CONFIG, init="loftq"), {}),
+    "accumulation": (CONFIG, {"accumulate_grad_batches": 3}),
+    "bf16_true": (CONFIG, {"precision": "bf16-true"}),
+    "bf16_mixed": (CONFIG, {"precision": "bf16-mixed"}),
+}
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+class StopAt(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise Stop
+
+
+def run(folder, config, epochs, *more, first=True, **options):
+    lora = LoraCallback(config, merge_on_fit_end=False)
+    callbacks = [lora, *more] if first else [*more, lora]
+    return trainer(folder, callbacks, max_epochs=epochs, **options)
+
+
+def same(first, second):
+    """The keys under which two checkpoints differ in weights, optimizer, scheduler or random numbers."""
+    a, b = load(first), load(second)
+    flat = [
+        {
+            **checkpoint["state_dict"],
+            **{
+                f"optimizer/{index}/{key}": torch.as_tensor(value)
+                for index, state in checkpoint["optimizer_states"][0]["state"].items()
+                for key, value in state.items()
+            },
+            **{
+                f"schedule/{k}": torch.tensor(v) for k, v in checkpoint["lr_schedulers"][0].items() if k != "lr_lambdas"
+            },
+            "random": next(state["random"] for state in checkpoint["callbacks"].values() if "random" in state),
+        }
+        for checkpoint in (a, b)
+    ]
+    return differing(*flat)
+
+
+@pytest.mark.filterwarnings("ignore:.*trainable tensors did not move")  # small steps in bfloat16
+@pytest.mark.parametrize(("config", "options"), CASES.values(), ids=CASES.keys())
+def test_resumed_run_is_the_straight_run(config, options, tmp_path):
+    torch.manual_seed(5)
+    straight = run(tmp_path, config, 4, **options)
+    straight.fit(Classifier(dropout=0.2), loader(shuffle=True))
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+
+    torch.manual_seed(5)
+    saver = ModelCheckpoint(tmp_path, filename="half")
+    run(tmp_path, config, 2, saver, **options).fit(Classifier(dropout=0.2), loader(shuffle=True))
+    torch.manual_seed(99)  # what the resumed process happens to draw does not matter
+    resumed = run(tmp_path, config, 4, first=False, **options)
+    resumed.fit(Classifier(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "half.ckpt")
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
+def test_resume_after_a_crash_in_a_new_process(tmp_path):
+    torch.manual_seed(5)
+    straight = run(tmp_path, CONFIG, 4)
+    straight.fit(Classifier(dropout=0.2), loader(shuffle=True))
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+
+    torch.manual_seed(5)
+    crashed = run(tmp_path, CONFIG, 4, ModelCheckpoint(tmp_path, filename="half", save_top_k=-1), StopAt(2))
+    with pytest.raises(Stop):
+        crashed.fit(Classifier(dropout=0.2), loader(shuffle=True))
+    path = next(path for path in tmp_path.glob("half*.ckpt") if load(path)["epoch"] == 1)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from tests.integrations.lightning.checkpoint.test_resume import CONFIG, Classifier, loader, run\n"
+        "again = run(sys.argv[1], CONFIG, 4)\n"
+        "again.fit(Classifier(dropout=0.2), loader(shuffle=True), ckpt_path=sys.argv[2])\n"
+        "again.save_checkpoint(sys.argv[1] + '/resumed.ckpt')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(path)], check=True, timeout=120)
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
+def test_exception_checkpoint_is_small_and_resumes(tmp_path):
+    crashed = run(tmp_path, CONFIG, 4, OnExceptionCheckpoint(tmp_path, "crash"), StopAt(2))
+    with pytest.raises(Stop):
+        crashed.fit(Classifier(), loader())
+    assert not set(load(tmp_path / "crash.ckpt")["state_dict"]) & set(Classifier().state_dict())
+    run(tmp_path, CONFIG, 4).fit(Classifier(), loader(), ckpt_path=tmp_path / "crash.ckpt")
+
+
+class Interrupt(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_and_fit_again(tmp_path):
+    module = Classifier()
+    with pytest.raises(SystemExit):
+        run(tmp_path, CONFIG, 2, Interrupt()).fit(module, loader())
+    keys = set(module.state_dict())
+    assert "setup" not in vars(module)
+    assert "configure_optimizers" not in vars(module)
+    run(tmp_path, CONFIG, 2).fit(module, loader())
+    assert set(module.state_dict()) == keys
+    assert len(LoraModel(module).adapters) == 1
+
+
+class TestSecondFit:
+    def test_new_trainer_goes_on_with_the_adapter_that_is_there(self, tmp_path):
+        module = Classifier()
+        run(tmp_path, CONFIG, 1).fit(module, loader())
+        first = values(module)
+        run(tmp_path, CONFIG, 1).fit(module, loader())
+        assert first.keys() == values(module).keys()
+        assert differing(first, values(module)) == {key for key in first if "lora" in key}
+
+    def test_other_configuration_under_the_same_name_is_refused(self, tmp_path):
+        module = Classifier()
+        run(tmp_path, CONFIG, 1).fit(module, loader())
+        before = values(module)
+        with pytest.raises(StateError, match=r"another configuration.*'r'"):
+            run(tmp_path, replace(CONFIG, r=4), 1).fit(module, loader())
+        assert not differing(before, values(module))
+
+    def test_validate_and_predict_first(self, tmp_path):
+        module = Classifier()
+        ours = run(tmp_path, CONFIG, 1)
+        ours.validate(module, loader(), verbose=False)
+        ours.predict(module, loader())
+        ours.fit(module, loader())
+        ours.test(module, loader(), verbose=False)
+        ours.fit_loop.max_epochs = 2
+        ours.fit(module, loader())
+
+    def test_callback_is_used_for_the_next_fold(self, tmp_path):
+        lora = LoraCallback(CONFIG)
+        folds = [Classifier(base_seed=seed) for seed in (0, 0)]
+        for module in folds:
+            torch.manual_seed(3)
+            trainer(tmp_path, [lora]).fit(module, loader())
+        assert not differing(values(folds[0]), values(folds[1]))
+        assert differing(values(folds[0]), values(Classifier()))
+
+
+class TestInjection:
+    def test_is_an_identity(self, tmp_path):
+        module = Classifier()
+        expected = trainer(tmp_path, []).validate(module, loader(), verbose=False)
+        watcher = FirstValidation()
+        trainer(tmp_path, [LoraCallback(CONFIG), watcher], num_sanity_val_steps=-1).fit(module, loader(), loader())
+        assert watcher.loss == expected[0]["val/loss"]
+
+    def test_does_not_shift_the_users_random_numbers(self, tmp_path):
+        orders = []
+        for callbacks in ([], [LoraCallback(CONFIG)]):
+            torch.manual_seed(11)
+            order = Order()
+            trainer(tmp_path, [*callbacks, order]).fit(Classifier(), loader(shuffle=True))
+            orders.append(torch.cat(order.seen))
+        assert torch.equal(*orders)
+
+
+class FirstValidation(Callback):
+    loss = None
+
+    def on_validation_end(self, trainer, pl_module):
+        if self.loss is None:
+            self.loss = float(trainer.callback_metrics["val/loss"])
+
+
+class Order(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch[0])

@@ -1,0 +1,97 @@
+"""What loads a small file without a Trainer."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
+from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, callback
+from tests.integrations.lightning.toys import Classifier, differing, loader, trainer, values
+
+
+def test_fresh_process_gives_the_same_predictions(tmp_path):
+    run = trainer(tmp_path, [callback()])
+    module = Classifier()
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    expected = torch.cat(trainer(tmp_path, []).predict(module, loader()))
+    code = (
+        "import sys, torch; from lora_plugins.integrations.lightning import load_from_checkpoint;"
+        "from tests.integrations.lightning.toys import Classifier, loader;"
+        "torch.set_num_threads(1); m = load_from_checkpoint(Classifier, sys.argv[1]).eval();"
+        "torch.save(torch.cat([m(x) for x, _ in loader()]).detach(), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "it.ckpt", tmp_path / "out.pt"], check=True, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+
+
+class TestOneLiner:
+    def test_class_is_the_users_own_and_arguments_come_from_the_file(self, tmp_path):
+        run = trainer(tmp_path, [callback()])
+        run.fit(Classifier(width=24), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        module = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+        assert type(module) is Classifier
+        assert module.net[0].out_features == 24
+        assert LoraModel(module).active_adapters == ("default",)
+
+    def test_mixin_makes_lightnings_own_method_do_it(self, tmp_path):
+        class Ours(LoraCheckpointMixin, Classifier):
+            pass
+
+        run = trainer(tmp_path, [callback()])
+        module = Ours()
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        assert not differing(values(Ours.load_from_checkpoint(tmp_path / "it.ckpt")), values(module))
+
+    def test_mixin_loads_plain_files_as_ever(self, tmp_path):
+        class Ours(LoraCheckpointMixin, Classifier):
+            pass
+
+        run = trainer(tmp_path, [])
+        module = Ours()
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        assert not differing(values(Ours.load_from_checkpoint(tmp_path / "it.ckpt")), values(module))
+
+    def test_class_itself_refuses_an_adapter_file(self, tmp_path):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            Classifier.load_from_checkpoint(by_trainer(tmp_path))
+
+    def test_plain_file_is_refused_with_what_to_call(self, tmp_path):
+        run = trainer(tmp_path, [])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        with pytest.raises(AdapterFileError, match=r"Classifier\.load_from_checkpoint"):
+            load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+
+    def test_other_base_is_refused(self, tmp_path):
+        with pytest.raises(AdapterFileError, match="another base"):
+            load_from_checkpoint(Classifier, by_trainer(tmp_path), base_seed=1)
+
+    @pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "head_only", "tail_missing"])
+    def test_truncated_file_is_refused(self, tmp_path, size):
+        path = by_trainer(tmp_path)
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(AdapterFileError, match="truncated"):
+            load_from_checkpoint(Classifier, path)
+
+
+def test_two_adapters_on_one_module(tmp_path):
+    def pair():
+        return [
+            callback(config=LoraConfig(r=2, target_modules=["net.0"]), adapter_name="first"),
+            callback(config=LoraConfig(r=1, target_modules=["net.0", "net.3"]), adapter_name="second"),
+        ]
+
+    module = Classifier()
+    run = trainer(tmp_path, pair())
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+    assert LoraModel(again).active_adapters == ("first", "second")
+    assert not differing(values(module), values(again))

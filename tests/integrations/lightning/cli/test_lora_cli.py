@@ -1,0 +1,180 @@
+"""The commands of LightningCLI, with the sections `lora:` and `lora_callback:`; most run in this process."""
+
+import inspect
+import re
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
+from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, values
+
+pytestmark = [
+    # The point of the section `optimizer:`.
+    pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning"),
+]
+
+
+class TestFit:
+    def test_prints_the_plan_and_where_the_adapter_is(self, config, tmp_path, capsys):
+        assert main(["fit", "--config", config()]) == 0
+        out = capsys.readouterr().out
+        assert "net.0" in out
+        assert "linear" in out
+        assert "2 layers adapted" in out
+        assert f"Adapter: {tmp_path / 'adapter'}" in out
+        LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter")
+
+    def test_checkpoint_goes_on_in_every_command(self, config, tmp_path):
+        path = config()
+        assert main(["fit", "--config", path]) == 0
+        assert not set(load(checkpoint(tmp_path))["state_dict"]) & set(Classifier().state_dict())
+        for command in ("validate", "test", "predict"):
+            assert main([command, "--config", path, "--ckpt_path", checkpoint(tmp_path)]) == 0
+        more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
+        assert main(["fit", "--config", path, *more]) == 0
+
+    def test_checkpoint_of_a_module_that_saves_its_own_hyperparameters_goes_on(self, config, tmp_path):
+        path = config(model={"class_path": f"{TOYS}.SavesItself", "init_args": {"width": 8}})
+        assert main(["fit", "--config", path]) == 0
+        assert load(checkpoint(tmp_path))["hyper_parameters"] == {"of_its_own": 8}
+        more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
+        for command in (["validate", *more[2:]], ["test", *more[2:]], ["fit", *more]):
+            assert main([*command, "--config", path]) == 0
+
+    def test_truncated_checkpoint_stops_with_what_to_do(self, config, tmp_path, capsys):
+        path = config()
+        assert main(["fit", "--config", path]) == 0
+        whole = Path(checkpoint(tmp_path))
+        whole.write_bytes(whole.read_bytes()[:2000])
+        capsys.readouterr()
+        assert main(["test", "--config", path, "--ckpt_path", str(whole)]) != 0
+        said = capsys.readouterr().err
+        assert "cannot be read as a checkpoint" in said
+        assert "Traceback" not in said
+
+    def test_checkpoint_of_the_command_line_loads_without_it(self, config, tmp_path):
+        assert main(["fit", "--config", config()]) == 0
+        module = load_from_checkpoint(Classifier, checkpoint(tmp_path))
+        assert type(module) is Classifier
+        assert module.net[0].out_features == 8
+
+    def test_lora_section_in_a_file_of_its_own(self, config, tmp_path):
+        (tmp_path / "lora.yaml").write_text(yaml.safe_dump({"r": 3, "target_modules": ["net.0"]}))
+        assert main(["fit", "--config", config(lora=str(tmp_path / "lora.yaml"))]) == 0
+        assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").adapters["default"].r == 3
+
+    def test_without_the_section_it_is_lightning(self, config, tmp_path):
+        assert main(["fit", "--config", config(lora=None)]) == 0
+        Classifier.load_from_checkpoint(checkpoint(tmp_path))
+
+    def test_callback_by_class_path(self, config, tmp_path):
+        callback = {
+            "class_path": "lora_plugins.integrations.lightning.LoraCallback",
+            "init_args": {"config": {"r": 2}, "save_adapter_to": str(tmp_path / "other")},
+        }
+        trainer = {**yaml.safe_load(Path(config()).read_text())["trainer"], "callbacks": [callback]}
+        assert main(["fit", "--config", config(lora=None, lora_callback=None, trainer=trainer)]) == 0
+        assert (tmp_path / "other" / "adapter.json").exists()
+
+
+def test_override_of_a_users_own_optimizer_is_said_and_that_of_our_tasks_is_not(config, tmp_path):
+    trainer_section = {"logger": False, "max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in ({"class_path": f"{TOYS}.Classifier"}, {"class_path": f"{__name__}.OfOurs"}):
+            LoraCLI(run=False, args=["--config", config(model=model, trainer=trainer_section)])
+    said = [str(w.message) for w in caught if "will be overridden" in str(w.message)]
+    assert [message.split(".")[0] for message in said] == ["`Classifier"]
+
+
+class OfOurs(Classifier):
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+    configure_optimizers.__module__ = "lora_plugins.tasks.base"
+
+
+class TestConfig:
+    def test_print_config_lists_every_field_and_help_explains_it(self, config, capsys):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", config(), "--print_config"])
+        assert list(yaml.safe_load(capsys.readouterr().out)["lora"]) == [field.name for field in fields(LoraConfig)]
+        with pytest.raises(SystemExit):
+            main(["fit", "--lora.help"])
+        out = " ".join(capsys.readouterr().out.split())
+        for field in fields(LoraConfig):
+            assert re.search(rf"--lora\.{field.name}\+? [^ ]+ [A-Z`]\w+[` -]", out), field.name
+
+    def test_print_config_with_comments_documents_every_field_and_is_a_config(self, config, capsys, tmp_path):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", config(), "--print_config=comments"])
+        printed = capsys.readouterr().out
+        sections = dict(re.findall(r"^(lora|lora_callback):\n(.*?)(?=^\w|\Z)", printed, flags=re.M | re.S))
+        names = [field.name for field in fields(LoraConfig)]
+        options = [name for name in inspect.signature(LoraCallback).parameters if name != "config"]
+        for section, keys in (("lora", names), ("lora_callback", options)):
+            for key in keys:
+                assert re.search(rf"^  # [^\n]+\n  {key}:", sections[section], flags=re.M), key
+        path = tmp_path / "printed.yaml"
+        path.write_text(printed)
+        assert main(["fit", "--config", str(path)]) == 0
+
+    def test_printed_config_runs_and_prints_the_same(self, config, capsys, tmp_path):
+        printed = []
+        path = config()
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                main(["fit", "--config", path, "--print_config"])
+            printed.append(capsys.readouterr().out)
+            path = str(tmp_path / "printed.yaml")
+            Path(path).write_text(printed[-1])
+        assert printed[0] == printed[1]
+        assert main(["fit", "--config", path]) == 0
+
+    @pytest.mark.parametrize(
+        ("changes", "message", "code"),
+        [
+            ({"lora": {"rank": 2}}, "rank", 2),
+            ({"lora": {"r": 0}}, "error: r is a rank, a whole number of at least 1, not 0.", 1),
+            ({"lora": {"bias": "some"}}, "bias", 2),
+            ({"lora_callback": {"adaptername": "x"}}, "adaptername", 2),
+            ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'", 1),
+            ({"loraa": {"r": 2}}, "loraa", 2),
+        ],
+        ids=["unknown_field", "rank_0", "choice", "callback_option", "export_name", "section"],
+    )
+    def test_wrong_value_ends_with_its_name(self, config, capsys, changes, message, code):
+        try:
+            ended = main(["fit", "--config", config(**changes)])
+        except SystemExit as stopped:  # what jsonargparse finds itself
+            ended = stopped.code
+        assert ended == code
+        assert message in capsys.readouterr().err
+
+
+def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    made = LoraCLI(
+        Classifier,
+        subclass_mode_model=False,
+        run=False,
+        args=[
+            *("--seed_everything", "1"),
+            *("--lora.r", "2"),
+            *("--trainer.max_epochs", "1"),
+            *("--trainer.accelerator", "cpu"),
+            *("--trainer.logger", "false"),
+            *("--trainer.enable_progress_bar", "false"),
+            *("--trainer.default_root_dir", str(tmp_path)),
+        ],
+    )
+    made.trainer.fit(made.model, loader())
+    assert differing(values(made.model), values(Classifier())) == {"net.0.weight", "net.3.weight"}

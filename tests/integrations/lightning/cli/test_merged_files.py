@@ -1,0 +1,58 @@
+"""A checkpoint becomes a file that needs no lora_plugins."""
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_plugins.cli.main import main
+from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, values
+
+pytestmark = [
+    # The point of the section `optimizer:`.
+    pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning"),
+]
+
+
+class TestFiles:
+    """A checkpoint becomes a file that needs no lora_plugins."""
+
+    @pytest.fixture
+    def trained(self, config, tmp_path):
+        callback = {"merge_on_fit_end": False, "target": "net", "export_to": str(tmp_path / "expected.safetensors")}
+        lora = {"r": 2, "target_modules": ["0", "3"]}
+        assert main(["fit", "--config", config(lora=lora, lora_callback=callback)]) == 0
+        return checkpoint(tmp_path), load_file(tmp_path / "expected.safetensors")
+
+    def test_export(self, trained, tmp_path, capsys):
+        path, expected = trained
+        out = str(tmp_path / "out" / "merged.safetensors")
+        assert main(["export", path, out, "--model", f"{TOYS}.Classifier"]) == 0
+        assert f"Merged model: {out}" in capsys.readouterr().out
+        assert not differing(load_file(out), expected)
+
+    def test_merge(self, trained, tmp_path):
+        path, expected = trained
+        out = str(tmp_path / "merged.ckpt")
+        assert main(["merge", path, out, "--model", f"{TOYS}.Classifier"]) == 0
+        module = Classifier.load_from_checkpoint(out)
+        assert not differing(values(module.net), expected)
+
+    @pytest.mark.parametrize(
+        ("output", "model", "message"),
+        [
+            ("x.bin", f"{TOYS}.Classifier", "ends in .safetensors"),
+            ("x.safetensors", f"{TOYS}.Clasifier", "'Classifier'"),
+            ("x.safetensors", "no_such_module.Classifier", "no module 'no_such_module'"),
+        ],
+        ids=["ending", "class", "module"],
+    )
+    def test_wrong_arguments(self, trained, tmp_path, capsys, output, model, message):
+        assert main(["export", trained[0], str(tmp_path / output), "--model", model]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / output).exists()
+
+    def test_plain_checkpoint(self, config, tmp_path, capsys):
+        assert main(["fit", "--config", config(lora=None, lora_callback=None)]) == 0
+        out = str(tmp_path / "x.safetensors")
+        assert main(["export", checkpoint(tmp_path), out, "--model", f"{TOYS}.Classifier"]) == 1
+        assert "holds no adapter" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Compiled modules, whole or in part: trained as eager ones are, and no trace of the compiler in files."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.nn.functional import cross_entropy
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+
+
+def lora(config=CONFIG, **options):
+    return LoraCallback(config, merge_on_fit_end=False, **options)
+
+
+class Quiet(Classifier):
+    """Without self.log, which lightning 2.6.6 cannot trace under torch 2.13."""
+
+    def _step(self, batch, stage):
+        return cross_entropy(self(batch[0]), batch[1])
+
+
+class CountGraphs(Callback):
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_end(self, *_):
+        self.counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class TestCompile:
+    def test_of_the_module_leaves_no_trace_in_files(self, tmp_path):
+        torch.manual_seed(1)
+        eager = Quiet()
+        trainer(tmp_path, [lora()]).fit(eager, loader())
+        torch.manual_seed(1)
+        module = Quiet()
+        run = trainer(tmp_path, [lora()])
+        run.fit(torch.compile(module, backend="eager"), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        assert not [key for key in load(tmp_path / "it.ckpt")["state_dict"] if "_orig_mod" in key]
+        again = load_from_checkpoint(Quiet, tmp_path / "it.ckpt")
+        assert not differing(values(again), values(module))
+        torch.testing.assert_close(values(eager), values(module))  # traced, the law is written out: other sums
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compiles_once_and_trains_as_eager_does(self, tmp_path, backend):
+        modules = []
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            torch.manual_seed(1)
+            module, graphs = Quiet(), CountGraphs()
+            run = trainer(tmp_path, [lora(), graphs])
+            run.fit(torch.compile(module, backend=backend) if compiled else module, loader())
+            assert (len(set(graphs.counts[2:])), graphs.counts[-1] > 0) == (1, compiled)
+            run.save_checkpoint(tmp_path / f"{compiled}.ckpt")
+            modules.append(module)
+        torch.testing.assert_close(values(modules[1]), values(modules[0]), rtol=1e-4, atol=1e-5)  # fused sums
+        eager, compiled = (load(tmp_path / f"{compiled}.ckpt") for compiled in (False, True))
+        assert eager["state_dict"].keys() == compiled["state_dict"].keys()
+
+    def test_adapter_folder_of_a_compiled_part_has_plain_names(self, tmp_path):
+        module = Classifier()
+        module.net = torch.compile(module.net, backend="eager")
+        folder = str(tmp_path / "adapter")
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        trainer(tmp_path, [lora(config, save_adapter_to=folder)]).fit(module, loader())
+        again = Classifier()
+        LoraModel.load_adapter(again, folder)
+        assert not differing({k.replace("_orig_mod.", ""): t for k, t in values(module).items()}, values(again))
+
+    def test_of_a_part_adapts_and_resumes(self, tmp_path):
+        def compiled():
+            module = Classifier()
+            module.net = torch.compile(module.net, backend="eager")
+            return module
+
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        run = trainer(tmp_path, [lora(config)])
+        module = compiled()
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        again = compiled()
+        trainer(tmp_path, [lora(config)], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
+        assert all(p.abs().sum() > 0 for name, p in again.named_parameters() if ".lora_B." in name)
+
+    def test_file_of_a_compiled_part_loads_into_the_eager_module_and_back(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        for first, second in ((True, False), (False, True)):
+            modules = []
+            for compile_it in (first, second):
+                module = Classifier()
+                if compile_it:
+                    module.net = torch.compile(module.net, backend="eager")
+                modules.append(module)
+            run = trainer(tmp_path, [lora(config)])
+            run.fit(modules[0], loader())
+            run.save_checkpoint(tmp_path / "it.ckpt")
+            trainer(tmp_path, [lora(config)]).test(modules[1], loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+            plain = [{key.replace("_orig_mod.", ""): t for key, t in values(m).items()} for m in modules]
+            assert not differing(*plain)

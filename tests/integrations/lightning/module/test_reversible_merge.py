@@ -1,0 +1,262 @@
+"""After fit the module is its own again with the adapter merged, and everything that comes later still works."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.checkpoint import KEY
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+
+
+def fitted(tmp_path, module=None, config=CONFIG, epochs=3, **options):
+    module = module or Classifier(lr=0.3)
+    saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1)
+    run = trainer(tmp_path, [LoraCallback(config, **options), saver], max_epochs=epochs)
+    run.fit(module, loader(), loader())
+    return run, module, saver
+
+
+def loss(run, module, **options):
+    return run.test(module, loader(), verbose=False, **options)[0]["val/loss"]
+
+
+def logged(saver, path):
+    return float(saver.best_k_models[path])
+
+
+def test_module_has_its_own_classes_and_keys_again(tmp_path):
+    _, module, _ = fitted(tmp_path)
+    fresh = Classifier()
+    assert [type(m) for m in module.modules()] == [type(m) for m in fresh.modules()]
+    assert values(module).keys() == values(fresh).keys()
+    assert differing(values(module), values(fresh)) == {"net.0.weight", "net.3.weight"}
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_saved_after_fit_is_a_plain_file(tmp_path):
+    run, module, _ = fitted(tmp_path)
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    assert KEY not in load(tmp_path / "merged.ckpt")
+    assert not differing(values(Classifier.load_from_checkpoint(tmp_path / "merged.ckpt")), values(module))
+
+
+# The merged weight is rounded once, so a loss may differ from the unmerged one in its last digits.
+CLOSE = {"rel": 1e-5}
+
+
+class TestAfterFit:
+    def test_without_a_checkpoint_the_merged_weights_are_tested(self, tmp_path):
+        run, module, saver = fitted(tmp_path)
+        assert loss(run, module) == pytest.approx(
+            logged(saver, saver.last_model_path or list(saver.best_k_models)[-1]), **CLOSE
+        )
+
+    @pytest.mark.parametrize("which", ["best", "each"])
+    def test_with_a_checkpoint_its_logged_metric_comes_out(self, tmp_path, which):
+        run, module, saver = fitted(tmp_path)
+        paths = [saver.best_model_path] if which == "best" else list(saver.best_k_models)
+        for path in paths:
+            given = "best" if which == "best" else path
+            assert loss(run, module, ckpt_path=given) == pytest.approx(logged(saver, path), rel=1e-6)
+            assert loss(run, module, ckpt_path=given) == pytest.approx(logged(saver, path), rel=1e-6)
+
+    def test_validate_and_predict_too(self, tmp_path):
+        run, module, saver = fitted(tmp_path)
+        found = run.validate(module, loader(), ckpt_path="best", verbose=False)[0]["val/loss"]
+        assert found == pytest.approx(float(saver.best_model_score), rel=1e-6)
+        assert len(run.predict(module, loader(), ckpt_path="best")) == 4
+
+    def test_second_fit_goes_on_from_the_adapter_not_from_the_merged_weights(self, tmp_path):
+        run, module, _ = fitted(tmp_path, epochs=1)
+        run.fit_loop.max_epochs = 2
+        run.fit(module, loader(), loader())
+        unmerged = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], max_epochs=1)
+        twin = Classifier(lr=0.3)
+        torch.manual_seed(0)
+        unmerged.fit(twin, loader(), loader())
+        unmerged.fit_loop.max_epochs = 2
+        unmerged.fit(twin, loader(), loader())
+        LoraModel(twin).merge_and_unload()
+        assert not differing(values(module), values(twin))
+
+    def test_fit_on_after_loading_the_best(self, tmp_path):
+        run, module, _ = fitted(tmp_path)
+        loss(run, module, ckpt_path="best")
+        run.fit_loop.max_epochs = 4
+        run.fit(module, loader(), loader())
+        assert differing(values(module), values(Classifier())) == {"net.0.weight", "net.3.weight"}
+
+    def test_merged_module_in_a_new_process_of_thought_is_another_base(self, tmp_path):
+        _, module, saver = fitted(tmp_path)
+        with pytest.raises(AdapterFileError, match="another base"):
+            trainer(tmp_path, [LoraCallback(CONFIG)]).test(module, loader(), ckpt_path=saver.best_model_path)
+
+
+def test_best_weights_are_merged_when_asked_for(tmp_path):
+    class Worsening(Classifier):
+        """Its rate grows until it diverges, so the last weights are not the best ones."""
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=40.0)]
+
+    run, module, saver = fitted(
+        tmp_path, Worsening(), merge_source="best", save_adapter_to=str(tmp_path / "adapter"), epochs=4
+    )
+    assert saver.best_model_path != list(saver.best_k_models)[-1]
+    assert loss(run, module) == pytest.approx(float(saver.best_model_score), **CLOSE)
+    again = Worsening()
+    LoraModel.load_adapter(again, tmp_path / "adapter")
+    found = loss(trainer(tmp_path, []), again)
+    assert found == pytest.approx(float(saver.best_model_score), rel=1e-6)
+
+
+def test_best_without_a_monitor_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="monitor"):
+        trainer(tmp_path, [LoraCallback(CONFIG, merge_source="best"), ModelCheckpoint(tmp_path)]).fit(
+            Classifier(), loader()
+        )
+
+
+class TestFiles:
+    def test_export_loads_strictly_where_no_lora_is_installed(self, tmp_path):
+        _, module, _ = fitted(
+            tmp_path, config=LoraConfig(r=2), target="net", export_to=str(tmp_path / "merged.safetensors")
+        )
+        code = (
+            "import sys, torch, safetensors.torch\n"
+            "from torch import nn\n"
+            "net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3), nn.Dropout(0.0))\n"
+            "net.load_state_dict(safetensors.torch.load_file(sys.argv[1]), strict=True)\n"
+            "torch.set_num_threads(1)\n"
+            "torch.save(net.eval()(torch.ones(2, 4)), sys.argv[2])\n"
+            "assert 'lora_plugins' not in sys.modules\n"
+        )
+        command = [sys.executable, "-c", code, tmp_path / "merged.safetensors", tmp_path / "out.pt"]
+        subprocess.run(command, check=True, timeout=60)
+        assert torch.equal(torch.load(tmp_path / "out.pt"), module.eval()(torch.ones(2, 4)))
+
+    def test_export_leaves_the_adapter_on_when_nothing_is_to_be_merged(self, tmp_path):
+        path = tmp_path / "merged.safetensors"
+        _, module, _ = fitted(tmp_path, merge_on_fit_end=False, export_to=str(path))
+        assert LoraModel(module).active_adapters == ("default",)
+        LoraModel(module).merge_and_unload()
+        assert not differing(values(module), safetensors.torch.load_file(path))
+
+    def test_adapter_folder_is_the_cores_own(self, tmp_path, capsys):
+        _, module, _ = fitted(tmp_path, save_adapter_to=str(tmp_path / "adapter"))
+        assert f"Adapter: {tmp_path / 'adapter'}" in capsys.readouterr().out
+        again = Classifier()
+        LoraModel.load_adapter(again, tmp_path / "adapter").merge_and_unload()
+        assert not differing(values(module), values(again))
+
+    def test_tied_weights_are_exported_under_both_names(self, tmp_path):
+        class Tied(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.other = nn.Linear(4, 16)
+                self.other.weight = self.net[0].weight
+
+        path = tmp_path / "merged.safetensors"
+        config = LoraConfig(r=2, target_modules=["net.0", "other"])
+        fitted(tmp_path, Tied(), config=config, export_to=str(path))
+        found = safetensors.torch.load_file(path)
+        assert torch.equal(found["other.weight"], found["net.0.weight"])
+
+    def test_fast_dev_run_writes_nothing(self, tmp_path):
+        lora = LoraCallback(CONFIG, save_adapter_to=str(tmp_path / "adapter"))
+        trainer(tmp_path, [lora], fast_dev_run=1).fit(Classifier(), loader())
+        assert not (tmp_path / "adapter").exists()
+
+    def test_other_ending_is_refused(self):
+        with pytest.raises(ConfigError, match=r"\.safetensors"):
+            LoraCallback(CONFIG, export_to="merged.bin")
+
+
+class TestHeadsAndBiases:
+    """What is trained in place stays after the merge and comes back with the adapter."""
+
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
+
+    def test_merge_keeps_them_and_taking_it_back_is_exact(self, tmp_path):
+        run, module, saver = fitted(tmp_path, config=self.config)
+        last = list(saver.best_k_models)[-1]
+        assert loss(run, module) == pytest.approx(logged(saver, last), **CLOSE)
+        for path in saver.best_k_models:
+            assert loss(run, module, ckpt_path=path) == pytest.approx(logged(saver, path), rel=1e-6)
+        assert not differing(values(LoraModel(module).unload()), values(Classifier()))
+
+
+def test_module_is_clean_after_fit(tmp_path):
+    run, module, _ = fitted(tmp_path)
+    assert vars(module).keys() == vars(Classifier()).keys()
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert not differing(values(copied), values(module))
+    pickle.loads(pickle.dumps(run.callbacks[0]))
+
+
+def test_adapted_module_is_clean_after_fit(tmp_path):
+    _, module, _ = fitted(tmp_path, merge_on_fit_end=False)
+    assert vars(module).keys() - vars(Classifier()).keys() == {"_lora_model"}
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert not differing(values(copied), values(module))
+
+
+@pytest.mark.parametrize("late", ["setup", "configure_model"])
+def test_module_that_is_built_again_for_every_fit(tmp_path, late):
+    from tests.integrations.lightning.checkpoint.checkpoint_cases import Late
+
+    def build(self, *_, **__):
+        self.net = Classifier().net
+
+    module = type("Rebuilt", (Late,), {late: build})()
+    lora = LoraCallback(CONFIG)
+    run = trainer(tmp_path, [lora], max_epochs=1)
+    run.fit(module, loader())
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader())
+    assert values(module).keys() == values(Classifier()).keys()
+
+
+def by_hook(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, by_hook])
+class TestWeightNorm:
+    """Its weights are computed, so a merge cannot be taken back: said before training, and possible by hand after."""
+
+    def make(self, normalize):
+        module = Classifier()
+        normalize(module.net[0])
+        return module
+
+    @pytest.mark.parametrize("options", [{}, {"merge_on_fit_end": False, "export_to": "x.safetensors"}])
+    def test_merge_is_refused_before_training(self, tmp_path, normalize, options):
+        steps = []
+        module = self.make(normalize)
+        module.on_train_batch_start = lambda *_: steps.append(1)
+        with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
+            trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
+        assert not steps
+
+    def test_trains_saves_and_merges_by_hand(self, tmp_path, normalize):
+        module = self.make(normalize)
+        trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)]).fit(module, loader())
+        module.eval()
+        x = torch.randn(4, 4)
+        expected = module(x).detach()
+        torch.testing.assert_close(LoraModel(module).merge_and_unload()(x).detach(), expected)
+        assert type(module.net[0]) is nn.Linear

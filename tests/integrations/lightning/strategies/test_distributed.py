@@ -1,0 +1,274 @@
+"""Two processes over gloo: equal weights on both ranks, small files, exact resume, or a refusal by name."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.nn.functional import cross_entropy
+
+from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from lora_plugins.integrations.lightning.cli import merge_checkpoint
+from tests.integrations.lightning.strategies.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
+from tests.integrations.lightning.toys import CONFIG, differing, load, loader, trainer, values
+
+
+def launch(name, folder, code=0):
+    command = [sys.executable, "-m", "tests.integrations.lightning.strategies.distributed_runs", name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+    return done.stderr
+
+
+def dump(folder, name, rank):
+    return torch.load(folder / f"{name}-{rank}.pt")
+
+
+def test_ddp(tmp_path):
+    launch("ddp", tmp_path)
+    trained = sum(tensor.numel() for tensor in dump(tmp_path, "straight", 0).values())
+    assert torch.load(tmp_path / "communicated.pt") == {"sent": [trained] * 4, "unused": False}
+    for name in ("straight", "half", "resumed", "merged", "merged-state"):
+        assert not differing(dump(tmp_path, name, 0), dump(tmp_path, name, 1)), name
+    assert not differing(dump(tmp_path, "straight", 0), dump(tmp_path, "resumed", 0))
+    assert set(load(tmp_path / "half.ckpt")["state_dict"]) == set(dump(tmp_path, "half", 0))
+    alone = load_from_checkpoint(NoNorm, tmp_path / "half.ckpt")
+    assert not differing({k: values(alone)[k] for k in dump(tmp_path, "half", 0)}, dump(tmp_path, "half", 0))
+    again = NoNorm()
+    LoraModel.load_adapter(again, tmp_path / "adapter").merge_and_unload()
+    assert not differing(values(again), dump(tmp_path, "merged-state", 0))
+
+
+def test_inits_that_learn_from_data_agree_on_all_ranks(tmp_path):
+    launch("learned", tmp_path)
+    for name, config in LEARNED.items():
+        first, second = dump(tmp_path, name, 0), dump(tmp_path, name, 1)
+        assert not differing(first, second)
+        # The ranks read half of the data each; the init saw the sum.
+        step = lambda module, batch: cross_entropy(module(batch[0]), batch[1])  # noqa: E731
+        alone = LoraModel(NoNorm(), config, init_data=InitData(loader(), step))
+        loaded = LoraModel.load_adapter(NoNorm(), tmp_path / f"{name}-0")
+        assert loaded.plans["default"].layers == alone.plans["default"].layers
+        assert not differing(values(loaded.model), first)
+        for key, value in values(alone.model).items():
+            if ".lora_" not in key:
+                torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ddp_names_what_is_unused(tmp_path):
+    error = launch("unused", tmp_path, code=1)
+    assert "spare" in error
+
+
+@pytest.mark.slow
+def test_spawned_processes_bring_the_merged_weights_back(tmp_path):
+    said = launch("spawned", tmp_path)
+    merged, lost = (torch.load(tmp_path / f"spawned-state-{merge}.pt") for merge in (True, False))
+    assert differing(merged, values(NoNorm())) == {"net.0.weight", "net.3.weight"}
+    assert not differing(lost, values(NoNorm()))
+    assert "will have no adapter" in said
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    launch("fsdp2", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """The folder of the runs of one kind, which are done once."""
+
+    def folder(kind):
+        if kind != "fsdp":
+            return request.getfixturevalue("fsdp2")
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            launch(kind, made[kind])
+        return made[kind]
+
+    made = {}
+    return folder
+
+
+def test_fsdp2_sends_the_gradients_of_the_adapter_only(fsdp2):
+    counted = torch.load(fsdp2 / "scattered.pt")
+    shapes = [tensor.shape for tensor in dump(fsdp2, "scattered", 0).values()]
+    padded = sum(-(-shape[0] // 2) * 2 * shape[1:].numel() for shape in shapes)  # rows are split among two ranks
+    assert counted["sent"] == padded * counted["steps"] > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "distributed", pytest.param("fsdp", marks=pytest.mark.slow)])
+class TestSharded:
+    """`ModelParallelStrategy` (FSDP2), with checkpoints of one file and of one file a process; `FSDPStrategy`."""
+
+    def test_ranks_hold_one_adapter(self, runs, kind):
+        folder = runs(kind)
+        for name in ("straight", "half", "resumed"):
+            assert not differing(dump(folder, f"{kind}-{name}", 0), dump(folder, f"{kind}-{name}", 1)), name
+
+    def test_it_is_that_of_one_process(self, runs, kind):
+        folder = runs(kind)
+        torch.manual_seed(1)
+        module = Sharded()
+        samples = [torch.cat(parts) for parts in zip(*loader(), strict=True)]
+        LoraModel(module, HEADED)
+        optimizer = module.configure_optimizers()[0][0]
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(0))  # of Lightning's DistributedSampler
+        batches = [torch.cat([order[rank::2][start : start + 8] for rank in (0, 1)]) for start in (0, 8)]
+        for batch in batches:
+            cross_entropy(module(samples[0][batch]), samples[1][batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = dump(folder, f"{kind}-half", 0)
+        for name, parameter in module.named_parameters():
+            if name in found:
+                torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-4, atol=1e-6)  # order of sums
+
+    def test_resumed_is_straight(self, runs, kind):
+        folder = runs(kind)
+        assert not differing(dump(folder, f"{kind}-straight", 0), dump(folder, f"{kind}-resumed", 0))
+        assert differing(dump(folder, f"{kind}-half", 0), dump(folder, f"{kind}-resumed", 0))
+
+    def test_checkpoint_holds_what_is_trained(self, runs, kind):
+        folder = runs(kind)
+        trained = set(dump(folder, f"{kind}-half", 0))
+        path = folder / f"{kind}.ckpt"
+        if kind == "full":
+            assert set(load(path)["state_dict"]) == trained
+        else:
+            keys = FileSystemReader(path).read_metadata().state_dict_metadata
+            prefix = "model." if kind == "fsdp" else "state_dict."
+            assert {k.removeprefix(prefix) for k in keys if k.startswith(prefix)} == trained
+        assert not list(folder.glob(".*"))
+
+    def test_adapter_folder_is_whole(self, runs, kind):
+        folder = runs(kind)
+        module = Sharded()
+        LoraModel.load_adapter(module, folder / f"{kind}-half-adapter")
+        trained = dump(folder, f"{kind}-half", 0)
+        assert not differing({key: values(module)[key] for key in trained}, trained)
+
+    def test_predictions_of_a_new_process_are_those_of_one_process(self, runs, kind):
+        folder = runs(kind)
+        module = Sharded()
+        LoraModel.load_adapter(module, folder / f"{kind}-half-adapter")
+        module.eval()
+        (x,) = [torch.cat([batch[0] for batch in loader()])]
+        parts = [torch.cat(torch.load(folder / f"{kind}-predictions-{rank}.pt")) for rank in (0, 1)]
+        torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), module(x).detach())
+
+
+def test_file_of_fsdp2_loads_merges_and_exports_in_one_process(fsdp2, tmp_path):
+    module = load_from_checkpoint(Sharded, fsdp2 / "full.ckpt")
+    trained = dump(fsdp2, "full-half", 0)
+    assert not differing({key: values(module)[key] for key in trained}, trained)
+    merged = Sharded.load_from_checkpoint(merge_checkpoint(Sharded, fsdp2 / "full.ckpt", tmp_path / "it.ckpt"))
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(merged(x), module(x))
+
+
+class BuiltLate(Sharded):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.built = self.net
+        del self._modules["net"]
+
+    def configure_model(self):
+        self.net = self._modules.pop("built")
+        super().configure_model()
+
+
+class OnMeta(Sharded):
+    def __init__(self, **options):
+        with torch.device("meta"):
+            super().__init__(**options)
+
+
+REFUSED = {
+    "merge": (Sharded, {"merge_on_fit_end": True}, "ModelParallelStrategy splits.*Set 'merge_on_fit_end=False'"),
+    "export": (Sharded, {"export_to": "x.safetensors"}, "ModelParallelStrategy splits.*export_to"),
+    "best": (Sharded, {"merge_source": "best"}, "ModelParallelStrategy splits.*merge_source"),
+    "sharded before injection": (BuiltLate, {}, "sharded before it was adapted.*'net.0'"),
+    "meta device": (OnMeta, {}, "'net.0.weight'.*meta device"),
+    "init that changes the base": (
+        Sharded,
+        {"config": LoraConfig(r=2, target_modules=["net.0"], init="loftq")},
+        "loftq",
+    ),
+    "init that learns from data": (
+        Sharded,
+        {"config": LoraConfig(r=2, target_modules=["net.0"], init="eva")},
+        "ModelParallelStrategy splits .* before an init can learn from data",
+    ),
+}
+
+
+@pytest.fixture
+def one_process():
+    yield lambda **options: ModelParallelStrategy(1, 1, process_group_backend="gloo", **options)
+    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_sharding_cannot_do_is_refused_by_name(tmp_path, one_process, cls, options, message):
+    lora = LoraCallback(options.pop("config", CONFIG), **{"merge_on_fit_end": False, **options})
+    with pytest.raises(StateError, match=message):
+        trainer(tmp_path, [lora], strategy=one_process()).fit(cls(), loader())
+
+
+WRONG_FILES = {
+    "no adapter": (lambda: (Sharded(), []), "holds no adapter"),
+    "another rank": (lambda: (Sharded(), [LoraCallback(LoraConfig(r=3, target_modules=["net.0"]))]), "r is 3 in the"),
+    "another base": (lambda: (Sharded(base_seed=1), [LoraCallback(CONFIG)]), "another base"),
+    "another model": (lambda: (Sharded(width=8), [LoraCallback(CONFIG)]), "another model"),
+    "another adapter": (lambda: (Sharded(), [LoraCallback(CONFIG, adapter_name="other")]), "adapter 'other'"),
+}
+
+
+@pytest.mark.parametrize(("made", "message"), WRONG_FILES.values(), ids=WRONG_FILES.keys())
+def test_wrong_file_is_refused_by_a_sharded_module(tmp_path, one_process, made, message):
+    module, callbacks = made()
+    module.configure_model = lambda: None
+    for lora in callbacks:
+        lora.merge_on_fit_end = False
+    writer = trainer(tmp_path, callbacks, max_epochs=1)
+    writer.fit(module, loader())
+    writer.save_checkpoint(tmp_path / "it.ckpt")
+    run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=one_process())
+    with pytest.raises(AdapterFileError, match=message):
+        run.fit(Sharded(), loader(), ckpt_path=tmp_path / "it.ckpt")
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "full"])
+def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, distributed):
+    lora = LoraCallback(CONFIG, merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=one_process(save_distributed_checkpoint=distributed), inference_mode=False)
+    module = Sharded()
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    trained = {name: whole(p) for name, p in module.named_parameters() if p.requires_grad}
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader())
+    run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert not differing({n: whole(p) for n, p in module.named_parameters() if p.requires_grad}, trained)
+
+
+@pytest.mark.filterwarnings("ignore:net has both parameters with requires_grad:UserWarning")  # on memory
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "FsdpOnCpu with state_dict_type='sharded' only"), ({"state_dict_type": "sharded"}, "wrapped 'net'.*policy")],
+    ids=["full state dict", "auto_wrap_policy"],
+)
+def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, message):
+    policy = {} if not options else {"auto_wrap_policy": {nn.Sequential}}
+    strategy = FsdpOnCpu(process_group_backend="gloo", **options, **policy)
+    with pytest.raises(StateError, match=message):
+        trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=strategy).fit(NoNorm(), loader())

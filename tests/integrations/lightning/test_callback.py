@@ -1,0 +1,105 @@
+"""With other callbacks and in other modes of Lightning: nothing lost, nothing silent."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+from torch.utils.checkpoint import checkpoint
+
+from lora_plugins import LoraModel
+from tests.integrations.lightning.toys import BASE, CONFIG, Classifier, differing, loader, lora, trainer, values
+
+
+class TestTuners:
+    class Watch(Callback):
+        """Notes the weights when the tuner is done and training has not begun."""
+
+        def on_train_start(self, trainer, pl_module):
+            self.start = values(pl_module)
+
+    # The tuner's own short runs come before any hook of ours.
+    pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
+
+    @pytest.mark.parametrize("norm", ["freeze", "track"])
+    def test_learning_rate_finder_leaves_adapter_and_statistics_as_they_were(self, tmp_path, norm):
+        finder = LearningRateFinder(num_training_steps=8, max_lr=0.5)
+        self.check(tmp_path, finder, norm)
+
+    @pytest.mark.parametrize("norm", ["freeze", "track"])
+    def test_batch_size_finder_leaves_adapter_and_statistics_as_they_were(self, tmp_path, norm):
+        finder = BatchSizeFinder(mode="power", steps_per_trial=2, init_val=4, max_trials=2, batch_arg_name="batch_size")
+        self.check(tmp_path, finder, norm)
+
+    def check(self, tmp_path, finder, norm):
+        torch.manual_seed(4)
+        module, watch = Sized(), self.Watch()
+        run = trainer(tmp_path, [lora(replace(CONFIG, norm=norm)), finder, watch], max_epochs=1)
+        run.fit(module)
+        torch.manual_seed(4)
+        untouched = Sized()
+        LoraModel(untouched, replace(CONFIG, norm=norm))
+        assert not differing(watch.start, values(untouched))
+        assert LoraModel(module).active_adapters == ("default",)
+
+
+class Sized(Classifier):
+    batch_size = 8
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(loader().dataset, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+def test_early_stopping_merges(tmp_path):
+    module = Classifier(lr=5.0)
+    run = trainer(
+        tmp_path,
+        [lora(merge_on_fit_end=True), EarlyStopping("val/loss", patience=1)],
+        max_epochs=20,
+    )
+    run.fit(module, loader(), loader())
+    assert run.current_epoch < 20
+    assert values(module).keys() == BASE
+
+
+class Deep(Classifier):
+    """Gradient checkpointing as it should be: without reentry."""
+
+    checkpointing = False
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False) if self.checkpointing else self.net(x)
+
+
+class Gradients(Callback):
+    def on_after_backward(self, trainer, pl_module):
+        self.found = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+def test_gradients_with_checkpointing_are_those_without(tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        module, watch = Deep(), Gradients()
+        module.checkpointing = checkpointing
+        trainer(tmp_path, [lora(), watch]).fit(module, loader())
+        found.append(watch.found)
+    assert not differing(*found)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions_train_merge_and_load(tmp_path, precision):
+    module = Classifier(lr=0.3)
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    run = trainer(tmp_path, [lora(merge_on_fit_end=True), saver], precision=precision)
+    run.fit(module, loader())
+    assert values(module).keys() == BASE
+    run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)

@@ -1,0 +1,93 @@
+"""What does not train, moves though it is frozen, or is made trainable, is said."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    ModelCheckpoint,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_plugins import LoraConfig, StateError
+from lora_plugins.integrations.lightning import load_from_checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+from tests.integrations.lightning.training.training_cases import fit
+
+
+class Checkpointed(Classifier):
+    """The first layer runs inside reentrant gradient checkpointing, whose input needs no gradient."""
+
+    def __init__(self, whole: bool):
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x):
+
+        if self.whole:
+            return checkpoint(self.net, x, use_reentrant=True)
+        return self.net[1:](checkpoint(self.net[0], x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # torch says it too
+class TestDeadAdapters:
+    def test_part_without_gradient_is_named(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"got no gradient.*net\.0\.lora_A.*use_reentrant=False"):
+            fit(tmp_path, Checkpointed(whole=False))
+
+    def test_nothing_with_a_gradient_stops(self, tmp_path):
+        with pytest.raises((StateError, RuntimeError), match=r"gradient|does not require grad"):
+            fit(tmp_path, Checkpointed(whole=True))
+
+    def test_layer_off_the_way_to_the_loss_is_named(self, tmp_path):
+        module = Classifier()
+        module.unused = nn.Linear(4, 4)
+        with pytest.warns(UserWarning, match=r"got no gradient.*unused\.lora_A.*exclude_modules"):
+            fit(tmp_path, module, LoraConfig(r=2))
+
+    def test_learning_rate_that_moves_nothing_is_said(self, tmp_path):
+        with pytest.warns(UserWarning, match="did not move"):
+            fit(tmp_path, Classifier(lr=1e-30))
+
+
+class WithBackbone(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
+def test_base_unfrozen_by_another_callback_is_refused_by_name(tmp_path):
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    with pytest.raises(StateError, match=r"made trainable.*(backbone|net\.0)\.weight"):
+        trainer(tmp_path, [lora(), finetuning], max_epochs=3).fit(WithBackbone(), loader())
+
+
+class Writes(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with torch.no_grad():
+            pl_module.net[1].weight.add_(1.0)
+
+
+def test_base_that_moved_is_said_at_the_end(tmp_path):
+    with pytest.raises(StateError, match=r"frozen tensors changed.*net\.1\.weight"):
+        trainer(tmp_path, [lora(), Writes()]).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize("start", [2.0**10, 2.0**40], ids=["fits", "overflows"])
+def test_float16_with_a_scaled_loss(tmp_path, start):
+    """Steps that are skipped after an overflow are no sign of tensors that do not move."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=start, backoff_factor=2.0**-10)
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    module = Classifier(lr=0.3)
+    run = trainer(tmp_path, [lora(), saver], plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=4)
+    run.fit(module, loader())
+    assert (scaler.get_scale() < start) == (start > 2.0**20)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+    assert not differing(values(again), values(module))

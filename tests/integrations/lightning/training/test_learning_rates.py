@@ -1,0 +1,118 @@
+"""Separate learning rates for A, B and heads: of the module's own optimizer, of the callback, and in YAML files."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.optim import lr_scheduler as schedulers
+
+from lora_plugins import ConfigError, LoraConfig, StateError
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, parameter_groups
+from tests.integrations.lightning.toys import CONFIG, Classifier, loader, trainer
+from tests.integrations.lightning.training.training_cases import cli, fit
+
+
+class Rates(Classifier):
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(parameter_groups(self, lr=0.01, loraplus_lr_ratio=16, heads_lr_ratio=0.2))
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_learning_rates_of_a_b_and_heads(tmp_path):
+    module = Rates()
+    run = fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"]))
+    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
+    names = {id(p): name for name, p in module.named_parameters()}
+    assert {key: [names[id(p)] for p in group["params"]] for key, group in groups.items()} == {
+        "A": ["net.0.lora_A.default"],
+        "B": ["net.0.lora_B.default"],
+        "heads": ["net.3.weight", "net.3.bias"],
+    }
+    rates = {key: group["lr"] for key, group in groups.items()}
+    assert rates == pytest.approx({"A": 0.01 / 4, "B": 0.16 / 4, "heads": 0.002 / 4})
+
+
+class Plain(Classifier):
+    """As written without any thought of LoRA, with a scheduler of the test's choice."""
+
+    groups = None
+
+    def configure_optimizers(self):
+        groups = self.groups(self) if self.groups else [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9)
+        scheduler = self.make(optimizer, [group["lr"] for group in optimizer.param_groups])
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+SCHEDULERS = {
+    "lambda": lambda o, _: schedulers.LambdaLR(o, lambda step: step / 20),  # starts at zero
+    "cosine": lambda o, _: schedulers.CosineAnnealingLR(o, 7),
+    "one_cycle": lambda o, rates: schedulers.OneCycleLR(o, rates, total_steps=20),
+    "cyclic": lambda o, rates: schedulers.CyclicLR(o, [r / 10 for r in rates], rates, step_size_up=2),
+    "sequential": lambda o, _: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=2), schedulers.ExponentialLR(o, 0.9)], [2]
+    ),
+    "chained": lambda o, _: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_rates_of_the_callback_are_those_of_parameter_groups(tmp_path, make):
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    ratios = {"loraplus_lr_ratio": 16.0, "heads_lr_ratio": 0.2}
+    modules = plain(make), plain(make, lambda module: parameter_groups(module, lr=0.001, **ratios))
+    seen = []
+    for module, options in zip(modules, (ratios, {}), strict=True):
+        monitor = RatesSeen()
+        lora = LoraCallback(config, merge_on_fit_end=False, print_plan=False, **options)
+        trainer(tmp_path, [lora, monitor], max_epochs=5).fit(module, loader())
+        seen.append(monitor.seen)
+    assert seen[0] == [pytest.approx(rates) for rates in seen[1]]
+    assert seen[0][2][1] == pytest.approx(16 * seen[0][2][0])
+    torch.testing.assert_close(dict(modules[0].named_parameters()), dict(modules[1].named_parameters()))
+
+
+def plain(make, groups=None):
+    module = Plain()
+    module.make, module.groups = make, groups
+    return module
+
+
+class RatesSeen(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+class StrangeScheduler:
+    def step(self):
+        pass
+
+
+def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
+    lora = LoraCallback(CONFIG, loraplus_lr_ratio=16.0)
+    with pytest.raises(StateError, match=r"StrangeScheduler is no LRScheduler.*parameter_groups"):
+        trainer(tmp_path, [lora]).fit(plain(lambda *_: StrangeScheduler()), loader())
+
+
+@pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
+def test_ratio_has_to_be_above_zero(option):
+    with pytest.raises(ConfigError, match=f"{option} is 0"):
+        LoraCallback(CONFIG, **{option: 0.0})
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning")
+def test_rates_from_yaml_survive_a_resume(tmp_path):
+    callback = {"merge_on_fit_end": False, "loraplus_lr_ratio": 4.0}
+    made = cli(LoraCLI, tmp_path, {"lora": CONFIG.to_dict(), "lora_callback": callback})
+    made.trainer.fit(made.model, loader())
+    made.trainer.save_checkpoint(tmp_path / "it.ckpt")
+    assert [g["lr"] for g in made.trainer.optimizers[0].param_groups] == pytest.approx([0.1 / 4, 0.4 / 4])
+    again = cli(LoraCLI, tmp_path, {"lora": CONFIG.to_dict(), "lora_callback": callback})
+    again.trainer.fit_loop.max_epochs = 3
+    again.trainer.fit(again.model, loader(), ckpt_path=tmp_path / "it.ckpt")
+    assert [g["lr"] for g in again.trainer.optimizers[0].param_groups] == pytest.approx([0.1 / 8, 0.4 / 8])

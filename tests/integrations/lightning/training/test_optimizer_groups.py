@@ -1,0 +1,132 @@
+"""Every trainable tensor sits in exactly one parameter group, or the run stops before the first batch."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from torch.nn.functional import cross_entropy
+
+from lora_plugins import StateError
+from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, values
+from tests.integrations.lightning.training.training_cases import cli, fit, lora_b
+
+
+def held(run: Trainer):
+    return [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_module_without_any_thought_of_lora_trains_its_adapters_only(tmp_path):
+    module = Classifier()
+    before = values(module)
+    run = fit(tmp_path, module)
+    after = values(module)
+    assert {key for key in differing(before, after) if key in before} == set()
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+    assert {id(p) for p in held(run)} == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+class AllParameters(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_optimizer_over_all_parameters_leaves_the_frozen_ones(tmp_path):
+    module = AllParameters()
+    before = values(module)
+    fit(tmp_path, module)
+    assert {key for key in differing(before, values(module)) if key in before} == set()
+
+
+class Early(Classifier):
+    """Takes its parameters when it is made, before there are adapters."""
+
+    def __init__(self, groups=1):
+        super().__init__()
+        parameters = list(self.parameters())
+        self.early = [parameters] if groups == 1 else [parameters[:2], parameters[2:]]
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([{"params": group} for group in self.early], lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_list_captured_in_init_is_completed_and_said_so(tmp_path):
+    module = Early()
+    with pytest.warns(UserWarning, match="built before the adapters existed"):
+        run = fit(tmp_path, module)
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+
+def test_where_missing_tensors_belong_is_not_guessed(tmp_path):
+    module = Early(groups=2)
+    with pytest.raises(StateError, match=r"in no optimizer.*net\.0\.lora_A"):
+        fit(tmp_path, module)
+    assert not any(p.grad is not None for p in module.parameters())
+
+
+class Twice(Classifier):
+    def configure_optimizers(self):
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [torch.optim.SGD(trained, lr=0.1), torch.optim.SGD(trained[:1], lr=0.1)]
+
+
+def test_tensor_in_two_groups_is_refused(tmp_path):
+    module = Twice()
+    module.automatic_optimization = False
+    with pytest.raises(StateError, match="more than one parameter group"):
+        fit(tmp_path, module)
+
+
+class TwoOptimizers(Classifier):
+    """Manual optimization, as for adversarial training: each optimizer has its own layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        halves = [[p for p in self.net[i].parameters() if p.requires_grad] for i in (0, 3)]
+        return [torch.optim.SGD(half, lr=0.1) for half in halves]
+
+
+def test_manual_optimization_with_two_toggled_optimizers(tmp_path):
+    module = TwoOptimizers()
+    fit(tmp_path, module)
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning")  # which is the point
+class TestYaml:
+    def test_optimizer_of_our_cli_trains_the_adapters_without_a_warning(self, tmp_path):
+        made = cli(LoraCLI, tmp_path, {"lora": CONFIG.to_dict(), "lora_callback": {"merge_on_fit_end": False}})
+        before = values(made.model)
+        made.trainer.fit(made.model, loader())
+        assert all(p.abs().sum() > 0 for p in lora_b(made.model).values())
+        assert {id(p) for p in held(made.trainer)} == {id(p) for p in made.model.parameters() if p.requires_grad}
+        assert {key for key in differing(before, values(made.model)) if key in before} == set()
+        assert made.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+    def test_optimizer_of_the_stock_cli_is_completed(self, tmp_path):
+        made = cli(LightningCLI, tmp_path)
+        made.trainer.callbacks.append(LoraCallback(CONFIG, merge_on_fit_end=False))
+        with pytest.warns(UserWarning, match="built before the adapters existed"):
+            made.trainer.fit(made.model, loader())
+        assert all(p.abs().sum() > 0 for p in lora_b(made.model).values())
+        assert made.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+    def test_our_cli_without_lora_is_lightning_cli(self, tmp_path):
+        made = cli(LoraCLI, tmp_path)
+        made.trainer.fit(made.model, loader())
+        assert not lora_b(made.model)
