@@ -23,7 +23,7 @@ from lora_plugins.tasks import (
     ModelConfig,
     SemanticSegmentationTask,
 )
-from lora_plugins.tasks.schedules import scheduler
+from lora_plugins.tasks.training import scheduler
 
 HALF = (0.5, 0.5, 0.5)
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]

@@ -16,10 +16,9 @@ from torchmetrics.classification import (
 from torchvision.transforms import v2
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.base import CONFUSION, VisionTask
 from lora_plugins.tasks.classification.metrics import OccurringAUROC
-from lora_plugins.tasks.losses import CROSS_ENTROPY
 from lora_plugins.tasks.models import CLASSIFIERS, ModelConfig, Source
+from lora_plugins.tasks.training import CONFUSION, CROSS_ENTROPY, VisionTask
 
 TOP = 5
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
 from lora_plugins.tasks.models.from_timm import check_name
+from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network, children_besides
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
 

@@ -16,9 +16,8 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
 )
 
-from lora_plugins.tasks.base import CONFUSION, VisionTask
-from lora_plugins.tasks.losses import CROSS_ENTROPY, FROM_SMP
 from lora_plugins.tasks.models import SEGMENTERS, Source
+from lora_plugins.tasks.training import CONFUSION, CROSS_ENTROPY, FROM_SMP, VisionTask
 
 
 class ClassIoU(MulticlassJaccardIndex):

@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask
-from lora_plugins.tasks.models import SEGMENTERS, build_network
-from lora_plugins.tasks.models.targets import default_targets
+from lora_plugins.tasks.models import SEGMENTERS, build_network, default_targets
 
 from .conftest import HALF, noise, tiny_segformer, tiny_vit
 
@@ -269,7 +268,7 @@ class TestHeads:
 
     @pytest.mark.parametrize("name", [*TRANSFORMERS, TORCHVISION[1]])
     def test_the_layers_that_depend_on_the_classes_are_found(self, name):
-        from lora_plugins.tasks.models.heads import class_dependent
+        from lora_plugins.tasks.models import class_dependent
 
         found = class_dependent(lambda classes: build_network(config(name, classes), SEGMENTERS).module, 4)
         expected = TRANSFORMERS[name][3:] if name in TRANSFORMERS else None

@@ -13,9 +13,8 @@ from lora_plugins.tasks import (
     ImageFolderDataModule,
     MaskFolderDataModule,
 )
-from lora_plugins.tasks.data import Batch
-from lora_plugins.tasks.handwriting import handwriting
-from lora_plugins.tasks.transforms import AUGMENTATIONS, IMAGES_ONLY, image_transform
+from lora_plugins.tasks.data import AUGMENTATIONS, IMAGES_ONLY, Batch, image_transform
+from lora_plugins.tasks.examples import handwriting
 
 from .conftest import noise, write_image
 

@@ -22,7 +22,7 @@ from lora_plugins.tasks import (
     MaskListDataModule,
 )
 from lora_plugins.tasks.data import Batch
-from lora_plugins.tasks.masks import MaskCode
+from lora_plugins.tasks.segmentation import MaskCode
 
 from .conftest import noise, tiny_vit, write_image
 

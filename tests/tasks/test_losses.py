@@ -12,9 +12,7 @@ from lora_plugins.tasks import (
     ImageClassificationTask,
     SemanticSegmentationTask,
 )
-from lora_plugins.tasks.losses import Objective, balanced_weights
-from lora_plugins.tasks.optimizers import OPTIMIZERS
-from lora_plugins.tasks.schedules import SCHEDULES
+from lora_plugins.tasks.training import OPTIMIZERS, SCHEDULES, Objective, balanced_weights
 
 from .conftest import tiny_segformer, tiny_vit
 

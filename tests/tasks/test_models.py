@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask, WeightsError
-from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, source_of
-from lora_plugins.tasks.models.weights import packaged_weights
+from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, packaged_weights, source_of
 
 from .conftest import HALF, TINY_SEGFORMER, tiny_segformer, tiny_vit
 

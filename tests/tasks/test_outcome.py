@@ -27,11 +27,11 @@ from lora_plugins.tasks import (
     load_task,
     merged_task,
 )
-from lora_plugins.tasks.export import main as export
+from lora_plugins.tasks.inference import export_main as export
+from lora_plugins.tasks.inference import mask_probabilities
+from lora_plugins.tasks.inference import predict_main as predict
 from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
-from lora_plugins.tasks.predict import main as predict
-from lora_plugins.tasks.segmentation.colors import class_colors
-from lora_plugins.tasks.sliding import mask_probabilities
+from lora_plugins.tasks.segmentation import class_colors
 
 from .conftest import noise, tiny_segformer, tiny_vit, write_image
 

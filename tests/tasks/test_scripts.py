@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from lora_plugins.tasks import compare, pretrain
+from lora_plugins.tasks.examples import RECIPES, WAYS, architecture, pretrain, run_comparison
 
 # The comparison gives its arguments to LightningCLI, which sees that pytest has arguments too.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
@@ -17,7 +17,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_pretraining_is_reproducible(tmp_path):
-    one, two = (pretrain.pretrain("digits_classifier", tmp_path / name, epochs=1) for name in "ab")
+    one, two = (pretrain("digits_classifier", tmp_path / name, epochs=1) for name in "ab")
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -25,8 +25,8 @@ def test_shipped_files_are_of_the_architecture_in_the_yaml(request):
     """Every tensor, head included, has the shape that pretraining would write."""
     from lora_plugins.tasks.models import source_of
 
-    for name, recipe in pretrain.RECIPES.items():
-        model = pretrain.architecture(recipe.configuration, num_classes=len(recipe.data().class_names), weights="none")
+    for name, recipe in RECIPES.items():
+        model = architecture(recipe.configuration, num_classes=len(recipe.data().class_names), weights="none")
         built = source_of(model, recipe.task.sources).build(model).module.state_dict()
         shipped = load_file(request.config.rootpath / "tasks" / "weights" / f"{name}.safetensors")
         assert {key: tensor.shape for key, tensor in shipped.items()} == {k: t.shape for k, t in built.items()}
@@ -34,7 +34,7 @@ def test_shipped_files_are_of_the_architecture_in_the_yaml(request):
 
 @pytest.mark.parametrize("configuration", ["cls", "seg"])
 def test_the_comparison_trains_what_it_says(configuration):
-    outcomes = {name: compare.run(configuration, way, *SHORT) for name, way in compare.WAYS.items()}
+    outcomes = {name: run_comparison(configuration, way, *SHORT) for name, way in WAYS.items()}
     frozen, lora, full = (outcomes[name] for name in ("frozen backbone", "LoRA", "full fine-tuning"))
     assert frozen.trained < lora.trained < full.trained == full.total
     assert frozen.total == lora.total == full.total
@@ -43,6 +43,6 @@ def test_the_comparison_trains_what_it_says(configuration):
 @pytest.mark.slow
 @pytest.mark.parametrize(("configuration", "gain", "within"), [("cls", 0.3, 0.05), ("seg", 0.3, 0.05)])
 def test_lora_is_far_above_a_frozen_backbone_and_near_full_fine_tuning(configuration, gain, within):
-    outcomes = {name: compare.run(configuration, way).value for name, way in compare.WAYS.items()}
+    outcomes = {name: run_comparison(configuration, way).value for name, way in WAYS.items()}
     assert outcomes["LoRA"] > outcomes["frozen backbone"] + gain
     assert outcomes["LoRA"] > outcomes["full fine-tuning"] - within

@@ -282,7 +282,7 @@ def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
 
 def test_shipped_weights_know_what_they_were_trained_for(trainer):
     """The shipped backbones, on what they were trained for: far above chance, which is one in four."""
-    from lora_plugins.tasks.pretrain import DIGITS, RECIPES, architecture
+    from lora_plugins.tasks.examples import DIGITS, RECIPES, architecture
 
     for name, recipe in RECIPES.items():
         data = recipe.data()

@@ -1,0 +1,303 @@
+"""What classification and segmentation share: the network, one step for every stage, metrics, the optimizer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
+from lora_plugins.tasks.models import ModelConfig, Source, build_network, default_targets, source_of
+from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
+from lora_plugins.tasks.training.optimizers import check_optimizer, make_optimizer
+from lora_plugins.tasks.training.provenance import KEY, describe_files, description
+from lora_plugins.tasks.training.schedules import check_schedule, scheduler
+
+CONFUSION = "confusion"
+
+
+class VisionTask(LoraCheckpointMixin):
+    """A network trained with a loss by name, and its metrics over whole splits.
+
+    Images are expected in [0, 1] and are normalized here, so that a task carries what its network expects. Metrics are
+    logged as `train/NAME`, `val/NAME` and `test/NAME`, the loss as `train/loss` and so on.
+    `load_from_checkpoint` takes checkpoints of a `LoraCallback`, which hold the adapter only, and plain ones.
+
+    Args:
+        model: Which network, with which weights.
+        loss: The loss, or a weighted sum of several: `cross_entropy + 0.5 * dice`.
+        label_smoothing: Share of the probability that cross entropy spreads over all classes.
+        class_weights: A weight for each class in cross entropy, or `balanced` to make up for how often each occurs in
+            the data module's train split.
+        optimizer: What trains the parameters that require gradients when training starts: `adamw`, `sgd` and others of
+            `lora_plugins.tasks.training`. The `optimizer:` of a YAML file takes its place.
+        optimizer_options: Further arguments of the optimizer.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        schedule: `constant`, or `cosine`, `linear` or `polynomial` down to nothing over the whole training.
+        warmup: Share of all steps over which the learning rate rises, from 0 to below 1.
+        ema: Decay of an exponential moving average of what is trained, which then is validated, saved and kept, such
+            as 0.99; 0 for none.
+        ignore_index: The label that loss and metrics leave out.
+        class_names: Names of the classes, for reports; by default their indices, or what the data module says. They
+            are saved in every file.
+
+    Attributes:
+        network: The network.
+        head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. These have to
+            be trained (and saved) whatever else stays frozen.
+        lora_targets: What is adapted where a `LoraConfig` names no `target_modules`.
+        image_size: Height and width of the images that the network was made for, or None.
+        interpolation: How its images were resized.
+        confusion: The confusion matrix (true, predicted) of the last epoch, by stage.
+
+    Raises:
+        ConfigError: For an unknown name anywhere, or numbers that do not go together.
+    """
+
+    sources: ClassVar[Mapping[str, Source]]
+    losses: ClassVar[Sequence[str]]
+    main_metric: ClassVar[str]
+    mean: Tensor
+    std: Tensor
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        loss: str = CROSS_ENTROPY,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | str | None = None,
+        optimizer: str = "adamw",
+        optimizer_options: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: str = "constant",
+        warmup: float = 0.0,
+        ema: float = 0.0,
+        ignore_index: int = -100,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        # A checkpoint keeps arguments as plain types, so that it can be read without unpickling objects.
+        model = ModelConfig(**model) if isinstance(model, Mapping) else model
+        names = None if class_names is None else list(class_names)
+        options = dict(optimizer_options or {})
+        self.save_hyperparameters(
+            {
+                "model": asdict(model),
+                "loss": loss,
+                "label_smoothing": label_smoothing,
+                "class_weights": class_weights,
+                "optimizer": optimizer,
+                "optimizer_options": options,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "warmup": warmup,
+                "ema": ema,
+                "ignore_index": ignore_index,
+                "class_names": names,
+            }
+        )
+        check_schedule(schedule, warmup)
+        check_optimizer(optimizer, options)
+        if names is not None and len(names) != model.num_classes:
+            raise ConfigError(f"{len(names)} class_names ({', '.join(names)}) for num_classes={model.num_classes}.")
+        if not 0 <= ema < 1:
+            raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
+        self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
+        self.lr, self.weight_decay, self.schedule, self.warmup = lr, weight_decay, schedule, warmup
+        self.optimizer_name, self.optimizer_options = optimizer, options
+        self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        self._weigh(class_weights)
+        self._build(model)
+        metrics = self.build_metrics()
+        self.train_metrics = self.build_train_metrics().clone(prefix="train/")
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self.confusion: dict[str, Tensor] = {}
+
+    def _weigh(self, class_weights: list[float] | str | None) -> None:
+        self.class_weights, classes = class_weights, self.model_config.num_classes
+        if class_weights is not None and not self.objective.weighable:
+            raise ConfigError("class_weights are for cross_entropy, which the loss does not hold.")
+        if isinstance(class_weights, str) and class_weights != BALANCED:
+            raise ConfigError(f"class_weights is {class_weights!r}; it is a list of {classes} numbers, or 'balanced'.")
+        given = class_weights if isinstance(class_weights, list) else None
+        if given is not None and (len(given) != classes or min(given) < 0):
+            raise ConfigError(f"class_weights holds {given}; it takes {classes} numbers of at least 0.")
+        self.register_buffer("weights", None if given is None else torch.tensor(given), persistent=False)
+
+    def _build(self, model: ModelConfig) -> None:
+        built = build_network(model, self.sources)
+        mean, std = model.mean or built.mean, model.std or built.std
+        if mean is None or std is None:
+            raise ConfigError(
+                f"The {model.source} model {model.name!r} does not say which mean and std its images should have: "
+                "set `mean` and `std` of the model."
+            )
+        self.network, self._network_logits = built.module, source_of(model, self.sources).logits
+        self.head_modules = tuple(f"network.{name}" for name in built.new_modules)
+        self.lora_targets = default_targets(built.module, built.new_modules)
+        self.image_size, self.interpolation, self.bgr = built.size, built.interpolation, built.bgr
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @abstractmethod
+    def build_metrics(self) -> MetricCollection:
+        """The metrics of one split, updated with what `judged` gives and with true labels.
+
+        One of them may be `confusion`, which is kept in the attribute of that name and not logged.
+        """
+
+    def build_train_metrics(self) -> MetricCollection:
+        """The metrics of the train split, while it is trained on; by default those of the others."""
+        return self.build_metrics()
+
+    def judged(self, logits: Tensor) -> Tensor:
+        """What metrics are given of logits (N, classes, ...): by default the predicted labels (N, ...)."""
+        return logits.argmax(1)
+
+    def raw_logits(self, images: Tensor) -> Tensor:
+        """Normalize images (N, channels, H, W) in [0, 1] and give what the network says of them."""
+        images = (images - self.mean) / self.std
+        return self._network_logits(self.network, images.flip(1) if self.bgr else images)
+
+    @abstractmethod
+    def logits_for(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Logits (N, classes, ...) laid out like the targets (N, ...)."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss over the labels that count; zero, not undefined, where none does."""
+        return self.objective(logits, targets, self.weights)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average, where one is asked for."""
+        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+
+    def setup(self, stage: str) -> None:
+        """Check that data and model agree on the classes, and take over the names of the classes.
+
+        Raises:
+            ConfigError: Where they do not agree.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, VisionDataModule):
+            if self.class_weights == BALANCED and stage == "fit":
+                raise ConfigError("class_weights is 'balanced', which takes a data module of lora_plugins to count.")
+            return
+        names = data.class_names
+        if len(names) != self.model_config.num_classes:
+            raise ConfigError(
+                f"The data has {len(names)} classes ({', '.join(names)}), the model num_classes="
+                f"{self.model_config.num_classes}. Set `model.num_classes` to {len(names)}."
+            )
+        if data.ignore_index not in (None, self.ignore_index):
+            raise ConfigError(
+                f"The data has ignore_index={data.ignore_index}, the task {self.ignore_index}: labels that the data "
+                f"does not count would be trained on. Set `ignore_index` of the task to {data.ignore_index}."
+            )
+        self.class_names = self.class_names or names
+        self.hparams["class_names"] = list(self.class_names)
+        if self.class_weights == BALANCED and (stage == "fit" or TRAIN in data.splits):
+            self.weights = balanced_weights(data.class_counts()).to(self.mean)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self._step(batch, "train", self.train_metrics)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch in the metrics of the val split."""
+        self._step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Count a batch in the metrics of the test split."""
+        self._step(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The predicted label of each image (N,), or of each of its pixels (N, H, W)."""
+        logits: Tensor = self(Batch.read(batch).images)
+        return logits.argmax(1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics over all batches of the epoch, and start afresh."""
+        self._log(self.train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over the whole val split, and start afresh."""
+        self._log(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over the whole test split, and start afresh."""
+        self._log(self.test_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what the checkpoint is of: the task, the model and the classes."""
+        checkpoint[KEY] = description(self)
+
+    def on_fit_end(self) -> None:
+        """Write into the files of a `LoraCallback` what they are of: the task, the model and the classes."""
+        describe_files(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the parameters that require gradients, with the schedule that was asked for."""
+        optimizer = make_optimizer(
+            self.optimizer_name,
+            [p for p in self.parameters() if p.requires_grad],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            options=self.optimizer_options,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler(optimizer, self.schedule, total, self.warmup),
+                "interval": "step",
+            },
+        }
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and targets to train on: by default as they are."""
+        return images, targets
+
+    def _step(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:
+        read = Batch.read(batch)
+        targets = check_targets(read, self.model_config.num_classes, self.ignore_index).long()
+        images, aims = self.mixed(read.images, targets) if stage == "train" else (read.images, targets)
+        logits = self.logits_for(images, targets)
+        loss = self.loss(logits, aims)
+        metrics.update(self.judged(logits.detach()), targets)
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def _log(self, metrics: MetricCollection) -> None:
+        prefix = metrics.prefix or ""
+        values = metrics.compute()
+        confusion = values.pop(f"{prefix}{CONFUSION}", None)
+        if confusion is not None:
+            self.confusion[prefix.rstrip("/")] = confusion.cpu()
+        for name, value in values.items():
+            for label, number in self._by_class(name, value).items():
+                self.log(label, number, prog_bar=label == f"{prefix}{self.main_metric}")
+        with torch.inference_mode(False):  # or a fit after a validation could not count on in these tensors
+            metrics.reset()
+
+    def _by_class(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A metric as single numbers: one, or one a class under the name of the class."""
+        if value.ndim == 0:
+            return {name: value}
+        classes = self.class_names or [str(i) for i in range(len(value))]
+        return {f"{name}/{label}": number for label, number in zip(classes, value, strict=True)}
