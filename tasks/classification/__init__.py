@@ -1,6 +1,6 @@
 """Image classification: the task, its metrics, and its data modules.
 
-A data module for each place that labeled images come from: folders, lists, data sets of Hugging Face.
+There is a data module for each source of labeled images: folders, lists, data sets of Hugging Face.
 """
 
 from lora_plugins.tasks.classification.from_folder import ImageFolderDataModule

@@ -1,4 +1,4 @@
-"""Images in one folder a class: `{train,val}/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` to be split."""
+"""Images in one folder per class: `{train,val}/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` to be split."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import TEST, TRAIN, VAL, Item, PictureDataModule, image_files, read_image, subfolders
+from lora_plugins.tasks.data import TEST, TRAIN, VAL, ImageDataModule, Item, image_files, read_image, subfolders
 
 
-class ImageFolderDataModule(PictureDataModule):
+class ImageFolderDataModule(ImageDataModule):
     """Images on disk, sorted into folders by class: `root/train/CLASS/...`, `root/val/CLASS/...`, perhaps `root/test`.
 
-    Where there is no `root/train`, the folders of `root` are the classes, and `val_share` says how many images are kept
-    for validation. The classes are the folders in alphabetical order.
+    If there is no `root/train`, the folders of `root` are the classes, and `val_share` says how many images become
+    the val split. The classes are the folders in alphabetical order.
 
     Args:
         root: The folder that holds `train` and `val`, or the classes.
-        **options: Those of `PictureDataModule`.
+        **options: The arguments of `ImageDataModule`.
     """
 
     def __init__(self, root: str, **options: Any) -> None:
@@ -28,12 +28,12 @@ class ImageFolderDataModule(PictureDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The folders of the train split."""
+        """The names of the folders in the train split."""
         self._classes = self._classes or subfolders(self._folder(TRAIN))
         return self._classes
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
-        """The images of all splits, and every folder that is empty or unknown to the train split."""
+        """The images of all splits, and the folders that are empty or not in the train split."""
         splits = [TRAIN]
         if self._folder(TRAIN) != self.root:
             splits += [VAL] if self.shares[VAL] == 0 or (self.root / VAL).is_dir() else []
@@ -42,12 +42,12 @@ class ImageFolderDataModule(PictureDataModule):
         return {split: self._items(split, problems) for split in splits}, problems
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Read an image; its class is known."""
+        """Read an image; its class is known from its folder."""
         return read_image(item.image), item.target
 
     def _folder(self, split: str) -> Path:
-        alone = self.shares[VAL] > 0 and not (self.root / TRAIN).is_dir()
-        return self.root if alone else self.root / split
+        flat = self.shares[VAL] > 0 and not (self.root / TRAIN).is_dir()
+        return self.root if flat else self.root / split
 
     def _items(self, split: str, problems: list[str]) -> list[Item]:
         folder = self._folder(split)

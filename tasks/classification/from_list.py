@@ -1,4 +1,4 @@
-"""Images with their labels in a list: CSV, or JSON lines."""
+"""Images and their labels from a list: CSV, or JSON lines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import Item, PictureDataModule, read_image, read_table, split_of
+from lora_plugins.tasks.data import ImageDataModule, Item, read_image, read_list, row_split
 from lora_plugins.tasks.errors import unknown
 
 
-class ImageListDataModule(PictureDataModule):
+class ImageListDataModule(ImageDataModule):
     """Images listed with their labels in a CSV or JSON lines file.
 
     Args:
         file: The list: `.csv` with a header, or `.jsonl`.
-        root: The folder that relative paths start from; by default that of the list.
+        root: The folder that paths are relative to; by default that of the list.
         image_column: The column with the path of the image.
-        label_column: The column with the label, as a word.
-        split_column: The column that says `train`, `val` or `test`. Where the rows have none, `val_share` splits them.
+        label_column: The column with the name of the class.
+        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
         classes: Names of the classes, in order; by default all labels, sorted.
-        **options: Those of `PictureDataModule`.
+        **options: The arguments of `ImageDataModule`.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class ImageListDataModule(PictureDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The names that were given, or all labels."""
+        """The given names, or all labels, sorted."""
         image, label, _ = self.columns
-        self._classes = self._classes or sorted({str(row[label]) for row in read_table(self.file, (image, label))})
+        self._classes = self._classes or sorted({str(row[label]) for row in read_list(self.file, (image, label))})
         return self._classes
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
-        """The rows by split, and those whose label is no class."""
+        """The rows by split, and the rows whose label is no class."""
         image, label, split = self.columns
         items: dict[str, list[Item]] = {}
         problems: list[str] = []
-        for number, row in enumerate(read_table(self.file, (image, label)), 1):
+        for number, row in enumerate(read_list(self.file, (image, label)), 1):
             where = f"Row {number} of {self.file}"
             if str(row[label]) not in self.class_names:
                 problems.append(f"{where}: {unknown('class', str(row[label]), self.class_names)}")
                 continue
             path = self.root / str(row[image])
             item = Item(path, self.class_names.index(str(row[label])), str(path))
-            items.setdefault(split_of(row, split, where), []).append(item)
+            items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Read an image; its class is known."""
+        """Read an image; its class is known from its row."""
         return read_image(item.image), item.target

@@ -3,29 +3,23 @@
 Data modules for labels are in `classification`, those for masks in `segmentation`; what both share is here.
 """
 
-from lora_plugins.tasks.data.hub_dataset import HubTable
+from lora_plugins.tasks.data.batch import Batch, check_targets
+from lora_plugins.tasks.data.hub_dataset import HubDataset
 from lora_plugins.tasks.data.image_io import (
     MASK_SUFFIXES,
-    existing_folder,
+    check_folder,
     image_files,
-    open_picture,
+    open_image,
+    read_errors,
     read_image,
     subfolders,
-    why_unreadable,
 )
-from lora_plugins.tasks.data.image_module import ERROR, PROBLEMS, SKIP, Item, PictureDataModule
-from lora_plugins.tasks.data.tables import read_table, split_of
+from lora_plugins.tasks.data.image_module import ERROR, PROBLEM_POLICIES, SKIP, ImageDataModule
+from lora_plugins.tasks.data.sample_lists import read_list, row_split
+from lora_plugins.tasks.data.samples import Item, TensorSamples
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
 from lora_plugins.tasks.data.transforms import AUGMENTATIONS, IMAGES_ONLY, INTERPOLATIONS, Size, image_transform
-from lora_plugins.tasks.data.vision_module import (
-    BALANCED,
-    TEST,
-    TRAIN,
-    VAL,
-    Batch,
-    TensorSamples,
-    VisionDataModule,
-    check_targets,
-)
+from lora_plugins.tasks.data.vision_module import BALANCED, VisionDataModule
 
 __all__ = [
     "AUGMENTATIONS",
@@ -34,26 +28,26 @@ __all__ = [
     "IMAGES_ONLY",
     "INTERPOLATIONS",
     "MASK_SUFFIXES",
-    "PROBLEMS",
+    "PROBLEM_POLICIES",
     "SKIP",
     "TEST",
     "TRAIN",
     "VAL",
     "Batch",
-    "HubTable",
+    "HubDataset",
+    "ImageDataModule",
     "Item",
-    "PictureDataModule",
     "Size",
     "TensorSamples",
     "VisionDataModule",
+    "check_folder",
     "check_targets",
-    "existing_folder",
     "image_files",
     "image_transform",
-    "open_picture",
+    "open_image",
+    "read_errors",
     "read_image",
-    "read_table",
-    "split_of",
+    "read_list",
+    "row_split",
     "subfolders",
-    "why_unreadable",
 ]

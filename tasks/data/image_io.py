@@ -1,4 +1,4 @@
-"""Finding and reading pictures on disk."""
+"""Find and read image files."""
 
 from __future__ import annotations
 
@@ -13,92 +13,96 @@ from lora_plugins.tasks.errors import DataError, unknown
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
-READERS = 4
+READER_THREADS = 4
 
-Thing = TypeVar("Thing")
+Source = TypeVar("Source")
 
 
-def existing_folder(folder: Path) -> Path:
-    """The folder, if it is there.
+def check_folder(folder: Path) -> Path:
+    """Check that a folder exists, and return it.
 
     Raises:
-        DataError: Where it is not, naming the folders beside it.
+        DataError: If it does not, with the folders beside it.
     """
     if folder.is_dir():
         return folder
-    there = folder.parent
-    while not there.is_dir():
-        there = there.parent
-    beside = [path.name for path in there.iterdir() if path.is_dir()]
-    wanted = folder.relative_to(there).parts[0]
-    hint = unknown("folder", wanted, beside) if beside else f"{there} holds no folder."
-    raise DataError(f"There is no folder {folder.absolute()}. In {there.absolute()}: {hint}")
+    parent = folder.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    siblings = [path.name for path in parent.iterdir() if path.is_dir()]
+    missing = folder.relative_to(parent).parts[0]
+    hint = unknown("folder", missing, siblings) if siblings else f"{parent} holds no folder."
+    raise DataError(f"There is no folder {folder.absolute()}. In {parent.absolute()}: {hint}")
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are left out.
+    """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
-        DataError: Where the folder is missing, or holds no folder.
+        DataError: If the folder is missing, or holds no folder.
     """
-    names = sorted(p.name for p in existing_folder(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in check_folder(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise DataError(f"{folder.absolute()} holds no folder; one a class is expected.")
     return names
 
 
 def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """The pictures in a folder, sorted; hidden files are left out.
+    """The image files in a folder, sorted, without hidden ones.
 
     Raises:
-        DataError: Where the folder is missing.
+        DataError: If the folder is missing.
     """
-    files = existing_folder(folder).iterdir()
+    files = check_folder(folder).iterdir()
     return sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture in color.
+    """Read an image file as RGB.
 
     Raises:
-        DataError: Where it cannot be read, naming the file.
+        DataError: If it cannot be read, with its path.
     """
-    return open_picture(path).convert("RGB")
+    return open_image(path).convert("RGB")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture in the mode in which it is stored.
+def open_image(path: Path) -> Image.Image:
+    """Read an image file in the mode in which it is stored.
 
     Raises:
-        DataError: Where it cannot be read.
+        DataError: If it cannot be read, with its path.
     """
-    return decoded(path, str(path))
+    return decode_image(path, str(path))
 
 
-def decoded(source: str | Path | IO[bytes], name: str) -> Image.Image:
-    """Decode a picture, turned upright as its EXIF data say: cameras store what the sensor saw, and how it was held.
+def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """Decode an image and rotate it as its EXIF orientation says.
+
+    Args:
+        source: The encoded image.
+        name: Its name in error messages.
 
     Raises:
-        DataError: Where it cannot be decoded, naming it.
+        DataError: If it cannot be decoded.
     """
     try:
-        with Image.open(source) as picture:
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture
+        with Image.open(source) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{name} cannot be read: {error}") from error
 
 
-def why_unreadable(things: Sequence[Thing], read: Callable[[Thing], object]) -> list[str | None]:
-    """Read all things, several at a time, and say of each why it cannot be read; None where it can."""
+def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> list[str | None]:
+    """Read all sources, in several threads, and return the error message of each; None if it can be read."""
 
-    def problem(thing: Thing) -> str | None:
+    def error_of(source: Source) -> str | None:
         try:
-            read(thing)
+            read(source)
         except DataError as error:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(problem, things))
+    with ThreadPoolExecutor(READER_THREADS) as threads:
+        return list(threads.map(error_of, sources))

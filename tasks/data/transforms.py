@@ -1,4 +1,4 @@
-"""From a picture on disk to what a network sees, and its mask along with it (torchvision transforms, version 2)."""
+"""Image transforms: resize, augment, and move a mask along with its image (torchvision transforms, version 2)."""
 
 from __future__ import annotations
 
@@ -21,49 +21,48 @@ INTERPOLATIONS: Mapping[str, InterpolationMode] = MappingProxyType(
         "bilinear": InterpolationMode.BILINEAR,
         "bicubic": InterpolationMode.BICUBIC,
         "nearest": InterpolationMode.NEAREST_EXACT,
-        # Tensors know no Lanczos; bicubic is its nearest relative.
-        "lanczos": InterpolationMode.BICUBIC,
-        "random": InterpolationMode.BILINEAR,  # timm's word for either of two
+        "lanczos": InterpolationMode.BICUBIC,  # the nearest that tensors have
+        "random": InterpolationMode.BILINEAR,  # timm's name for a random choice of two
     }
 )
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a policy needs to know: the size, how to interpolate, and what fills the corners of a turned mask."""
+class Resizing:
+    """What an augmentation policy needs to know: the size, the interpolation, and the fill of rotated corners."""
 
     size: Size
-    way: InterpolationMode
+    interpolation: InterpolationMode
     fill: Mapping[Any, float]
 
     def resize(self) -> Any:
-        """To the size, without keeping the proportions."""
-        return v2.Resize(self.size, interpolation=self.way, antialias=True)
+        """Resize without keeping the aspect ratio."""
+        return v2.Resize(self.size, interpolation=self.interpolation, antialias=True)
 
-    def crop(self, least: float) -> Any:
-        """A random part of at least this share of the area, enlarged to the size."""
-        return v2.RandomResizedCrop(self.size, scale=(least, 1.0), interpolation=self.way, antialias=True)
+    def random_crop(self, min_area: float) -> Any:
+        """Crop at random, at least this share of the area, and resize the crop."""
+        return v2.RandomResizedCrop(self.size, scale=(min_area, 1.0), interpolation=self.interpolation, antialias=True)
 
-    def turn(self, degrees: float) -> Any:
-        """A small random turn."""
+    def rotate(self, degrees: float) -> Any:
+        """Rotate by a random angle of at most so many degrees."""
         return v2.RandomRotation(degrees, interpolation=InterpolationMode.BILINEAR, fill=dict(self.fill))
 
 
-def _colors() -> Any:
+def _color_jitter() -> Any:
     return v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
 
-AUGMENTATIONS: Mapping[str, Callable[[Shape], list[Any]]] = MappingProxyType(
+AUGMENTATIONS: Mapping[str, Callable[[Resizing], list[Any]]] = MappingProxyType(
     {
         "none": lambda to: [to.resize()],
         "flip": lambda to: [to.resize(), v2.RandomHorizontalFlip()],
-        "crop_flip": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip()],
-        "crop_flip_color": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip(), _colors()],
-        "strong": lambda to: [to.crop(0.3), v2.RandomHorizontalFlip(), to.turn(10), _colors()],
-        "trivial": lambda to: [to.crop(0.5), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()],
+        "crop_flip": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip()],
+        "crop_flip_color": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), _color_jitter()],
+        "strong": lambda to: [to.random_crop(0.3), v2.RandomHorizontalFlip(), to.rotate(10), _color_jitter()],
+        "trivial": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()],
     }
 )
-"""`strong` turns by up to ten degrees and changes colors; `trivial` is TrivialAugment (arXiv 2103.10158)."""
+"""`strong` rotates by up to ten degrees and jitters colors; `trivial` is TrivialAugment (arXiv 2103.10158)."""
 
 IMAGES_ONLY = frozenset({"trivial"})
 
@@ -76,17 +75,17 @@ def image_transform(
     masks: bool = False,
     ignore_index: int | None = None,
 ) -> v2.Compose:
-    """A transform to float images in [0, 1] of one size; a mask given with an image moves with it, unblended.
+    """A transform to float images in [0, 1] of one size; masks move with their images, without blending labels.
 
     Args:
         size: Height and width.
         augmentation: A name in `AUGMENTATIONS`.
         interpolation: A name in `INTERPOLATIONS`.
         masks: Whether masks come with the images.
-        ignore_index: What fills a mask where a turned image has no pixel; by default 255.
+        ignore_index: Fills a mask where a rotated image has no pixel; by default 255.
 
     Raises:
-        ConfigError: For a name that is not there, or a policy that does not know what to do to a mask.
+        ConfigError: For an unknown name, or a policy that cannot transform masks.
     """
     if augmentation not in AUGMENTATIONS:
         raise unknown("augmentation", augmentation, AUGMENTATIONS)
@@ -96,6 +95,6 @@ def image_transform(
         usable = ", ".join(name for name in AUGMENTATIONS if name not in IMAGES_ONLY)
         raise ConfigError(f"The augmentation {augmentation!r} cannot move masks with their images; {usable} can.")
     fill = {tv_tensors.Image: 0.0, tv_tensors.Mask: 255 if ignore_index is None else ignore_index}
-    shape = Shape(size, INTERPOLATIONS[interpolation], fill)
+    resizing = Resizing(size, INTERPOLATIONS[interpolation], fill)
     to_unit = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
-    return v2.Compose([v2.ToImage(), *AUGMENTATIONS[augmentation](shape), to_unit, v2.ToPureTensor()])
+    return v2.Compose([v2.ToImage(), *AUGMENTATIONS[augmentation](resizing), to_unit, v2.ToPureTensor()])

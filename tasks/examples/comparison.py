@@ -1,8 +1,8 @@
 """Frozen backbone, LoRA and full fine-tuning side by side: `python -m lora_plugins.tasks compare`.
 
-On the data that is shipped. Each row is the run of `seg.yaml` or `cls.yaml` with the same seed, data and number of
-epochs. What differs is what is trained: the new head alone, the head and LoRA, or everything; and the learning rate,
-which for each of the three was chosen by a sweep on the val split.
+On the embedded data. Each row is a run of `seg.yaml` or `cls.yaml` with the same seed, data and number of epochs. The
+runs differ in what is trained (the new head alone, the head and LoRA, or everything), and in the learning rate, which
+was chosen for each of the three by a sweep on the val split.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -31,7 +32,7 @@ QUIET = (
     "--trainer.num_sanity_val_steps=0",
 )
 NO_LORA = ("--lora=null",)
-LORA_LEAVING_NOTHING = (
+LORA_WITHOUT_FILES = (
     "--lora_callback.save_adapter_to=null",
     "--lora_callback.export_to=null",
     "--lora_callback.print_plan=false",
@@ -39,13 +40,13 @@ LORA_LEAVING_NOTHING = (
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of fine-tuning.
+class Method:
+    """A method of fine-tuning.
 
     Attributes:
-        arguments: What it changes in the configuration.
-        prepare: What it does to the task before training.
-        rates: Learning rate for each configuration.
+        arguments: Command-line arguments that it adds to the configuration.
+        prepare: Called on the task before training.
+        rates: The learning rate for each configuration.
     """
 
     arguments: tuple[str, ...]
@@ -55,7 +56,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: the main metric on the val split, parameters trained and in all, seconds of training."""
+    """The result of a run: the main metric on the val split, trained and all parameters, seconds of training."""
 
     metric: str
     value: float
@@ -64,28 +65,28 @@ class Outcome:
     seconds: float
 
 
-def leave(task: VisionTask) -> None:
-    """Change nothing."""
+def unchanged(task: VisionTask) -> None:
+    """Leave the task as it is."""
 
 
 def freeze_backbone(task: VisionTask) -> None:
-    """Train the new head alone; normalization layers of what is frozen keep their statistics, as with LoRA."""
+    """Train the new head alone; frozen normalization layers keep their statistics, as with LoRA."""
     task.network.eval()
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{head}.") for head in task.head_modules))
 
 
-WAYS: Mapping[str, Way] = MappingProxyType(
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "frozen backbone": Way(NO_LORA, freeze_backbone, {"cls": 0.3, "seg": 0.1}),
-        "LoRA": Way(LORA_LEAVING_NOTHING, leave, {"cls": 0.005, "seg": 0.005}),
-        "full fine-tuning": Way(NO_LORA, leave, {"cls": 0.0005, "seg": 0.002}),
+        "frozen backbone": Method(NO_LORA, freeze_backbone, {"cls": 0.3, "seg": 0.1}),
+        "LoRA": Method(LORA_WITHOUT_FILES, unchanged, {"cls": 0.005, "seg": 0.005}),
+        "full fine-tuning": Method(NO_LORA, unchanged, {"cls": 0.0005, "seg": 0.002}),
     }
 )
 
 
 class CountTrained(Callback):
-    """Counts, when training starts, the parameters that are trained."""
+    """Counts the trained parameters when training starts."""
 
     def __init__(self) -> None:
         self.trained = 0
@@ -95,21 +96,21 @@ class CountTrained(Callback):
         self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
 
 
-def run(configuration: str, way: Way, *more: str) -> Outcome:
+def run(configuration: str, method: Method, *more: str) -> Outcome:
     """Train once.
 
     Args:
         configuration: `cls` or `seg`, the shipped YAML file of that name.
-        way: What is trained.
+        method: The method of fine-tuning.
         *more: Further command-line arguments, to change the configuration.
     """
     path = str(files("lora_plugins.tasks") / f"{configuration}.yaml")
-    rate = f"--optimizer.init_args.lr={way.rates[configuration]}"
-    cli = LoraCLI(args=["--config", path, *QUIET, *way.arguments, rate, *more], run=False)
+    rate = f"--optimizer.init_args.lr={method.rates[configuration]}"
+    cli = LoraCLI(args=["--config", path, *QUIET, *method.arguments, rate, *more], run=False)
     task, count = cli.model, CountTrained()
     total = sum(p.numel() for p in task.parameters())
-    way.prepare(task)
-    cli.trainer.callbacks.append(count)
+    method.prepare(task)
+    cast(Any, cli.trainer).callbacks.append(count)  # an attribute that its types lack
     start = time.perf_counter()
     cli.trainer.fit(task, datamodule=cli.datamodule)
     seconds = time.perf_counter() - start
@@ -118,15 +119,15 @@ def run(configuration: str, way: Way, *more: str) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all, and print the table; returns the exit code."""
+    """Run all methods and print the table; returns the exit code."""
     argparse.ArgumentParser(prog="python -m lora_plugins.tasks compare").parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     table = Table(title="What is trained, and what it comes to")
     for heading in ("run", "metric (val)", "trained", "share", "seconds"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for configuration in ("cls", "seg"):
-        for name, way in WAYS.items():
-            outcome = run(configuration, way)
+        for name, method in METHODS.items():
+            outcome = run(configuration, method)
             table.add_row(
                 f"{configuration}.yaml, {name}",
                 f"{outcome.metric} {outcome.value:.3f}",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from lora_plugins.tasks.data import Size, TensorSamples, VisionDataModule
-from lora_plugins.tasks.examples.handwritten_digits import Digits, handwriting
+from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
 
 
 class DigitsDataModule(VisionDataModule):
     """Single handwritten digits, as color images of three equal channels.
 
     Args:
-        digits: Which digits there are; the class of `digits[i]` is `i`.
-        image_size: Height and width; the 8x8 digits are enlarged to it.
-        dark_on_light: Dark ink on light paper, rather than light ink on a dark ground.
-        quarter_turns: By how many quarters of a turn each digit is rotated, counter-clockwise.
-        batch_size: Samples a batch.
-        num_workers: Processes that load data; the digits are in memory, so more than 0 seldom helps.
+        digits: The digits; the class of `digits[i]` is `i`.
+        image_size: Height and width to which the 8x8 digits are resized.
+        dark_on_light: Dark ink on light paper, instead of light ink on a dark background.
+        quarter_turns: The rotation of each digit in quarter turns, counterclockwise.
+        batch_size: Samples per batch.
+        num_workers: Worker processes that load data; the digits are in memory, so more than 0 rarely helps.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class DigitsDataModule(VisionDataModule):
         """Height and width of the images."""
         return self.image_size, self.image_size
 
-    def load(self) -> dict[str, Dataset[dict[str, object]]]:
+    def load(self) -> dict[str, Dataset[dict[str, Any]]]:
         """Draw the digits of the three splits."""
-        return {split: self._draw(samples) for split, samples in handwriting(self.digits).items()}
+        return {split: self._draw_split(samples) for split, samples in load_digit_splits(self.digits).items()}
 
-    def _draw(self, samples: Digits) -> TensorSamples:
+    def _draw_split(self, samples: DigitSamples) -> TensorSamples:
         size = (self.image_size, self.image_size)
         ink = interpolate(samples.ink[:, None], size=size, mode="bilinear", align_corners=False)
         ink = torch.rot90(ink, self.quarter_turns, (2, 3))

@@ -1,4 +1,4 @@
-"""Real handwritten digits that need no download: 1797 of them, 8x8 pixels, 16 gray levels, shipped with scikit-learn.
+"""Handwritten digits that need no download: 1797 of 8x8 pixels in 16 gray levels, shipped with scikit-learn.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,16 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.data import TEST, TRAIN, VAL
 
 SHARES = ((TRAIN, 0.0, 0.6), (VAL, 0.6, 0.8), (TEST, 0.8, 1.0))
-WHITEST = 16
+MAX_INK = 16
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitSamples:
     """Some handwritten digits.
 
     Attributes:
-        ink: (N, 8, 8), float: how much ink there is, from 0 to 1.
-        labels: (N,), the index of the digit in the list of digits that was asked for.
+        ink: (N, 8, 8), float, from 0 for paper to 1 for ink.
+        labels: (N,), the index of the digit in the requested list of digits.
         numbers: (N,), the number of each sample in scikit-learn's order.
     """
 
@@ -34,20 +35,20 @@ class Digits:
     numbers: Tensor
 
 
-def handwriting(digits: Sequence[int]) -> dict[str, Digits]:
-    """The samples of these digits in three disjoint splits: train, val and test, 60, 20 and 20 per cent of each digit.
+def load_digit_splits(digits: Sequence[int]) -> dict[str, DigitSamples]:
+    """The samples of these digits in three disjoint splits: train, val and test, 60, 20 and 20 % of each digit.
 
-    The splits are always the same, so no run can see the test digits of another one in training.
+    The splits are fixed, so a test digit of one run is never a training digit of another.
 
     Raises:
-        ConfigError: For a digit that is none, that comes twice, or where there are none.
+        ConfigError: If there are no digits, or one is not a digit or occurs twice.
     """
     from sklearn.datasets import load_digits
 
     if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
         raise ConfigError(f"digits is {list(digits)}; it takes some of 0 to 9, each once.")
     bunch = load_digits()
-    ink = torch.from_numpy(bunch.images).float() / WHITEST
+    ink = torch.from_numpy(bunch.images).float() / MAX_INK
     order = np.random.default_rng(0).permutation(len(bunch.target))
     of_digit = [order[bunch.target[order] == digit] for digit in digits]
     return {
@@ -56,7 +57,7 @@ def handwriting(digits: Sequence[int]) -> dict[str, Digits]:
     }
 
 
-def _take(ink: Tensor, numbers_by_label: Sequence[np.ndarray]) -> Digits:
+def _take(ink: Tensor, numbers_by_label: Sequence[np.ndarray[Any, Any]]) -> DigitSamples:
     labels = torch.cat([torch.full((len(n),), label) for label, n in enumerate(numbers_by_label)])
     numbers = torch.from_numpy(np.concatenate(numbers_by_label))
-    return Digits(ink[numbers], labels, numbers)
+    return DigitSamples(ink[numbers], labels, numbers)

@@ -1,7 +1,7 @@
 """Trains the backbones that are shipped: `python -m lora_plugins.tasks pretrain [FOLDER]`.
 
 Both learn the digits 0 to 3, upright, from random weights, and never see what the fine-tuning examples train on (4 to
-9, a quarter turned). It takes five to ten minutes on one core, and gives the same files again on the same machine.
+9, rotated by a quarter turn). It takes five to ten minutes on one core, and is reproducible on one machine.
 The architectures are those of `seg.yaml` and `cls.yaml`.
 """
 
@@ -35,11 +35,11 @@ class Recipe:
     """How one backbone is trained.
 
     Attributes:
-        configuration: The YAML file whose architecture it has.
-        task: The task it learns.
-        data: Makes what it learns from.
-        epochs: For how long.
-        lr: The highest learning rate, reached after a warm-up and followed by a cosine.
+        configuration: The YAML file with its architecture.
+        task: The class of the task.
+        data: Makes the data module.
+        epochs: The number of epochs.
+        lr: The peak learning rate, after a warm-up and before a cosine decay.
     """
 
     configuration: str
@@ -78,7 +78,7 @@ def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
     Args:
         name: A name in `RECIPES`.
         folder: Where `NAME.safetensors` is written.
-        epochs: For how long, if not as the recipe says.
+        epochs: The number of epochs, if not that of the recipe.
 
     Returns:
         The file.

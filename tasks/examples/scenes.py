@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import TEST, TRAIN, VAL, Size, TensorSamples, VisionDataModule
-from lora_plugins.tasks.examples.handwritten_digits import Digits, handwriting
+from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
 
 BACKGROUND = 0
 INK_THRESHOLD = 0.35
@@ -20,24 +21,24 @@ ATTEMPTS = 20
 
 
 class DigitScenesDataModule(VisionDataModule):
-    """Scenes of several handwritten digits on an uneven, noisy ground, and where each digit's strokes are.
+    """Scenes of several handwritten digits on an uneven, noisy background, with a mask of each digit's strokes.
 
-    Class 0 is the ground; the class of `digits[i]` is `i + 1`. Scenes of different splits are made of different digits,
-    The same arguments give the same scenes, bit for bit.
+    Class 0 is the background, named `ground`; the class of `digits[i]` is `i + 1`. Scenes of different splits have
+    different samples of the digits. The same arguments make the same scenes, bit for bit.
 
     Args:
-        digits: Which digits there are.
+        digits: The digits.
         canvas: Height and width of a scene.
-        digits_per_scene: How many digits are tried to be placed side by side, without overlap.
+        digits_per_scene: The number of digits to place without overlap; one that finds no room is left out.
         digit_sizes: Smallest and largest side of a digit, in pixels.
-        dark_on_light: Dark ink on light paper, rather than light ink on a dark ground.
-        quarter_turns: By how many quarters of a turn each digit is rotated, counter-clockwise.
+        dark_on_light: Dark ink on light paper, instead of light ink on a dark background.
+        quarter_turns: The rotation of each digit in quarter turns, counterclockwise.
         train_scenes: Number of scenes to train on.
         val_scenes: Number of scenes to validate on.
         test_scenes: Number of scenes to test on.
-        seed: Which scenes are composed.
-        batch_size: Scenes a batch.
-        num_workers: Processes that load data; the scenes are in memory, so more than 0 seldom helps.
+        seed: The seed of the scenes.
+        batch_size: Scenes per batch.
+        num_workers: Worker processes that load data; the scenes are in memory, so more than 0 rarely helps.
     """
 
     def __init__(
@@ -76,48 +77,48 @@ class DigitScenesDataModule(VisionDataModule):
         """Height and width of the scenes."""
         return self.canvas, self.canvas
 
-    def load(self) -> dict[str, Dataset[dict[str, object]]]:
+    def load(self) -> dict[str, Dataset[dict[str, Any]]]:
         """Compose the scenes of the three splits."""
-        splits = handwriting(self.digits)
+        splits = load_digit_splits(self.digits)
         return {
             split: self._compose_split(splits[split], split, count) for split, count in self.scenes.items() if count > 0
         }
 
-    def _compose_split(self, samples: Digits, split: str, count: int) -> TensorSamples:
-        # One stream a split, so that the number of scenes in one changes nothing in another.
+    def _compose_split(self, samples: DigitSamples, split: str, count: int) -> TensorSamples:
+        # A generator per split, so that the number of scenes in one split does not change another.
         generator = Generator().manual_seed(self.seed * len(self.scenes) + list(self.scenes).index(split))
         scenes = [self._compose(samples, generator) for _ in range(count)]
         images = torch.stack([image for image, _ in scenes])
         masks = torch.stack([mask for _, mask in scenes])
         return TensorSamples(images, masks, [f"{split} scene {i}" for i in range(count)])
 
-    def _compose(self, samples: Digits, generator: Generator) -> tuple[Tensor, Tensor]:
+    def _compose(self, samples: DigitSamples, generator: Generator) -> tuple[Tensor, Tensor]:
         """One scene: the image (3, canvas, canvas), 8-bit, and its mask (canvas, canvas)."""
         ink = torch.zeros(self.canvas, self.canvas)
         mask = torch.full((self.canvas, self.canvas), BACKGROUND)
         taken = torch.zeros(self.canvas, self.canvas, dtype=torch.bool)
         for _ in range(self.digits_per_scene):
-            side = _between(self.digit_sizes[0], self.digit_sizes[1], generator)
+            side = _randint(self.digit_sizes[0], self.digit_sizes[1], generator)
             place = self._free_place(taken, side, generator)
             if place is None:
                 continue
-            which = _between(0, len(samples.labels) - 1, generator)
-            stroke = _enlarged(samples.ink[which], side, self.quarter_turns)
+            which = _randint(0, len(samples.labels) - 1, generator)
+            stroke = _resized(samples.ink[which], side, self.quarter_turns)
             taken[place] = True
             ink[place] = stroke
             mask[place] = torch.where(stroke > INK_THRESHOLD, samples.labels[which] + 1, BACKGROUND)
-        return self._on_ground(ink, generator), mask
+        return self._on_background(ink, generator), mask
 
     def _free_place(self, taken: Tensor, side: int, generator: Generator) -> tuple[slice, slice] | None:
         for _ in range(ATTEMPTS):
-            top, left = (_between(0, self.canvas - side, generator) for _ in range(2))
+            top, left = (_randint(0, self.canvas - side, generator) for _ in range(2))
             place = (slice(top, top + side), slice(left, left + side))
             if not taken[place].any():
                 return place
         return None
 
-    def _on_ground(self, ink: Tensor, generator: Generator) -> Tensor:
-        """Ink on a ground whose brightness drifts over the canvas, with noise: (3, canvas, canvas), 8-bit."""
+    def _on_background(self, ink: Tensor, generator: Generator) -> Tensor:
+        """Ink on a background with a brightness gradient and noise: (3, canvas, canvas), 8-bit."""
         corners = torch.rand(1, 1, 2, 2, generator=generator) * 0.3
         size = (self.canvas, self.canvas)
         ground = interpolate(corners, size=size, mode="bilinear", align_corners=True)[0]
@@ -127,10 +128,10 @@ class DigitScenesDataModule(VisionDataModule):
         return ((1 - light if self.dark_on_light else light) * 255).round().byte()
 
 
-def _between(low: int, high: int, generator: Generator) -> int:
+def _randint(low: int, high: int, generator: Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _enlarged(ink: Tensor, side: int, quarter_turns: int) -> Tensor:
+def _resized(ink: Tensor, side: int, quarter_turns: int) -> Tensor:
     large = interpolate(ink[None, None], size=(side, side), mode="bilinear", align_corners=False)[0, 0]
     return torch.rot90(large, quarter_turns, (0, 1))

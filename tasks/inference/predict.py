@@ -1,6 +1,6 @@
-"""Labels or masks for a folder of images: `python -m lora_plugins.tasks predict MODEL IMAGES OUT`.
+"""Predict labels or masks for a folder of images: `python -m lora_plugins.tasks predict MODEL IMAGES OUT`.
 
-MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifier writes `OUT/labels.csv`; a segmenter
+MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifier writes `OUT/labels.csv`, a segmenter
 `OUT/masks/NAME.png`, 8-bit indices with a palette, and `OUT/overlays/NAME.png`.
 """
 
@@ -21,15 +21,15 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli.pipes import ending_quietly
 from lora_plugins.errors import ConfigError, LoraError, near
-from lora_plugins.tasks.data import ERROR, PROBLEMS, SKIP, Size, image_files, read_image, why_unreadable
+from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size, image_files, read_errors, read_image
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
-from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_picture
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
 
 LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
-MOST_INDICES = 256
+MAX_CLASSES = 256
 
 
 def predict_folder(
@@ -42,27 +42,26 @@ def predict_folder(
     flips: bool = False,
     on_problem: str = ERROR,
 ) -> list[Path]:
-    """Predict for every image in a folder, and write what was found.
+    """Predict for every image in a folder, and write the predictions.
 
     Args:
-        task: The task, in evaluation mode.
+        task: The task, in eval mode.
         images: The folder of images, of any size.
-        out: The folder to write into; it is made.
+        out: The folder to write into; it is created.
         window: For segmentation, see `mask_probabilities`.
         overlap: Likewise.
-        flips: Whether the mean over each image and its mirror image is taken.
+        flips: Whether to average over each image and its mirror image.
         on_problem: What happens to images that cannot be read: `error` stops, before anything is written, with a list
             of them, `skip` leaves them out with a warning that lists them.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
-        DataError: Where there are no images, some cannot be read, or the task has too many classes for a palette.
-        ConfigError: For a window where no mask is predicted, or another wrong option.
+        DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
+        ConfigError: For a window without masks, or another wrong option.
     """
-    segments = isinstance(task, SemanticSegmentationTask)
-    if window is not None and not segments:
+    if window is not None and not isinstance(task, SemanticSegmentationTask):
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
     paths = image_files(Path(images))
     if not paths:
@@ -70,7 +69,7 @@ def predict_folder(
     paths = _readable(paths, on_problem)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if segments:
+    if isinstance(task, SemanticSegmentationTask):
         return _write_masks(task, paths, out, window, overlap, flips)
     return [_write_labels(task, paths, out / LABELS, flips)]
 
@@ -83,48 +82,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", help="a folder of images, of any size")
     parser.add_argument("out", help="the folder to write into")
     parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that the next covers again")
-    parser.add_argument("--flips", action="store_true", help="the mean over each image and its mirror image")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
+    parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    given = parser.parse_args(arguments)
-    options = {
-        "window": None if given.window is None else (given.window[0], given.window[1]),
-        "overlap": given.overlap,
-        "flips": given.flips,
-        "on_problem": SKIP if given.skip else ERROR,
-    }
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to compute on")
+    options = parser.parse_args(arguments)
     try:
-        files = predict_folder(load_task(given.model).to(given.device), given.images, given.out, **options)
+        files = predict_folder(
+            load_task(options.model).to(options.device),
+            options.images,
+            options.out,
+            window=None if options.window is None else (options.window[0], options.window[1]),
+            overlap=options.overlap,
+            flips=options.flips,
+            on_problem=SKIP if options.skip else ERROR,
+        )
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {given.out}")
+    print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {options.out}")
     return 0
 
 
 def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
-    if on_problem not in PROBLEMS:
-        raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEMS)}")
-    found = why_unreadable(paths, read_image)
-    wrong = [problem for problem in found if problem]
-    said = f"{len(wrong)} of {len(paths)} images cannot be read:\n{listed(wrong)}"
-    if wrong and (on_problem == ERROR or len(wrong) == len(paths)):
-        raise DataError(f"{said}\nWith --skip (on_problem='skip'), such images are left out.")
-    if wrong:
-        rank_zero_warn(said)
-    return [path for path, problem in zip(paths, found, strict=True) if not problem]
+    if on_problem not in PROBLEM_POLICIES:
+        raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEM_POLICIES)}")
+    errors = read_errors(paths, read_image)
+    problems = [error for error in errors if error]
+    message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
+    if problems and (on_problem == ERROR or len(problems) == len(paths)):
+        raise DataError(f"{message}\nWith --skip (on_problem='skip'), such images are left out.")
+    if problems:
+        rank_zero_warn(message)
+    return [path for path, error in zip(paths, errors, strict=True) if not error]
 
 
 def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:
-    names = task.class_names or [str(i) for i in range(task.model_config.num_classes)]
+    names = task.class_labels
     with file.open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
         rows.writerow(["image", "label", "probability", *names])
         for path in paths:
-            found = label_probabilities(task, _tensor(path), flips=flips)
-            best = int(found.argmax())
-            rows.writerow([path.name, names[best], *(f"{float(p):.6f}" for p in (found[best], *found))])
+            probabilities = label_probabilities(task, _tensor(path), flips=flips)
+            best = int(probabilities.argmax())
+            columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
+            rows.writerow([path.name, names[best], *columns])
     return file
 
 
@@ -132,8 +134,8 @@ def _write_masks(
     task: SemanticSegmentationTask, paths: Sequence[Path], out: Path, window: Size | None, overlap: float, flips: bool
 ) -> list[Path]:
     classes = task.model_config.num_classes
-    if classes > MOST_INDICES:
-        raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MOST_INDICES}.")
+    if classes > MAX_CLASSES:
+        raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MAX_CLASSES}.")
     colors, written = class_colors(classes), []
     for folder in (MASKS, OVERLAYS):
         (out / folder).mkdir(exist_ok=True)
@@ -143,16 +145,17 @@ def _write_masks(
         mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"
-        pictures = {
-            MASKS: palette_picture(mask, colors),
+        outputs = {
+            MASKS: palette_image(mask, colors),
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
         }
-        for folder, picture in pictures.items():
-            picture.save(out / folder / name)
+        for folder, output in outputs.items():
+            output.save(out / folder / name)
             written.append(out / folder / name)
     return written
 
 
 def _tensor(path: Path) -> Tensor:
     """An image (3, H, W) in [0, 1]."""
-    return functional.pil_to_tensor(read_image(path)).float() / 255
+    pixels: Tensor = functional.pil_to_tensor(read_image(path))
+    return pixels.float() / 255

@@ -6,7 +6,7 @@
 from lora_plugins.tasks.models.lora_targets import default_targets
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
-from lora_plugins.tasks.models.new_head import class_dependent
+from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.sources import CLASSIFIERS, SEGMENTERS, Source, build_network, source_of
 from lora_plugins.tasks.models.weights import packaged_weights
 
@@ -17,7 +17,7 @@ __all__ = [
     "Network",
     "Source",
     "build_network",
-    "class_dependent",
+    "class_dependent_modules",
     "default_targets",
     "packaged_weights",
     "source_of",

@@ -1,8 +1,8 @@
-"""Which layers to adapt where a configuration names none: attention projections, or else the convolutions.
+"""The layers to adapt if a configuration names none: attention projections, or else the dense layers.
 
-Attention projections are what the LoRA paper adapts (Hu et al., arXiv 2106.09685, section 4.2). Networks without
-attention have their dense layers adapted: full convolutions, and the linear layers that stand for 1x1 convolutions in
-ConvNeXt and mixers. Depthwise convolutions are left alone: their few weights a channel leave a low rank little to save.
+Attention projections are what the LoRA paper adapts (Hu et al., arXiv 2106.09685, section 4.2). In networks without
+attention, dense layers are adapted: convolutions without groups, and the linear layers that act as 1x1 convolutions in
+ConvNeXt and mixers. Depthwise convolutions are left out: a low rank of their few weights per channel saves little.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from lora_plugins.tasks.models.network import is_inside
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-# Inside attention, but no projection of it: what turns relative positions into a bias.
-POSITIONS = re.compile("position|pos_|rel_|cpb|sequence_reduction|distance|meta_mlp", re.IGNORECASE)
+NOT_A_PROJECTION = re.compile("position|pos_|rel_|cpb|sequence_reduction|distance|meta_mlp", re.IGNORECASE)
+"""Layers inside attention that are no projection of it: they compute position biases, or reduce the sequence."""
 
 
 def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
@@ -27,27 +27,29 @@ def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
         heads: Names of the modules that are trained in full.
 
     Returns:
-        The names; none for a network in which there is nothing of either kind.
+        The names; none for a network with neither kind of layer.
     """
     layers = {name: layer for name, layer in network.named_modules() if name and not is_inside(f"{name}.", heads)}
-    chosen = [name for name, layer in layers.items() if _projects_attention(name, layer)]
+    chosen = [name for name, layer in layers.items() if _is_projection(name, layer)]
     chosen = chosen or [name for name, layer in layers.items() if _is_dense(layer)]
-    return _shortened(chosen, layers)
+    return _shortest_endings(chosen, layers)
 
 
-def _projects_attention(name: str, layer: nn.Module) -> bool:
-    inside = [part for part in name.split(".") if ATTENTION.search(part)]
+def _is_projection(name: str, layer: nn.Module) -> bool:
     if isinstance(layer, nn.MultiheadAttention):
         return True
-    projects = isinstance(layer, nn.Linear) and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return projects and bool(inside) and not POSITIONS.search(name)
+    # A subclass of Linear that nn.MultiheadAttention holds as `out_proj`: it goes with its parent.
+    if not isinstance(layer, nn.Linear) or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    in_attention = any(ATTENTION.search(part) for part in name.split("."))
+    return in_attention and not NOT_A_PROJECTION.search(name)
 
 
 def _is_dense(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-def _shortened(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
+def _shortest_endings(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
     """The shortest endings, in whole components, that match what was chosen and nothing else."""
     others = set(names) - set(chosen)
     endings: dict[str, None] = {}

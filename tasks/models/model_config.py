@@ -1,4 +1,4 @@
-"""What network a task trains, in values that a YAML file can hold."""
+"""Which network a task trains, in values that a YAML file can hold."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class ModelConfig:
         name: The architecture. For `timm` a model name, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`; for `transformers`
             a model type such as `segformer` (built from `options`), a hub name or a local folder with a `config.json`;
             for `smp` a decoder such as `Unet`; for `torchvision` a name such as `deeplabv3_resnet50`.
-        num_classes: The number of classes that the network tells apart.
+        num_classes: The number of classes.
         weights: `pretrained` for the hub's weights (for `smp`: of the encoder), the path of a safetensors file or of
             a folder with a `model.safetensors`, `package:NAME` for weights that are shipped with this package, and
             `none` for random ones.
-        head: What becomes of the layers whose shape depends on `num_classes`, where the weights have such layers for
-            as many classes. `auto` keeps them as they are, `train` keeps them and has them trained in full, `new`
-            starts them afresh. Where the weights have none that fit, they are new in any case.
+        head: What to do with the layers whose shape depends on `num_classes`, if the weights have such layers for the
+            same number of classes. `auto` keeps them as they are, `train` keeps them and trains them in full, `new`
+            initializes them anew. If the weights have none that fit, they are new in any case.
         options: Arguments of the architecture: keywords of `timm.create_model`, fields of the transformers
             configuration, or keywords of the decoder (`encoder_name: tu-resnet18`, ...).
-        mean: Mean of each channel, for images in [0, 1]. Left out, it is what the model's own configuration says.
+        mean: Mean of each channel, for images in [0, 1]. By default, what the model's own configuration says.
         std: Standard deviation of each channel, likewise.
 
     Raises:
-        ConfigError: For a class count below 1, an unknown `head`, or a `mean` and a `std` that do not belong together.
+        ConfigError: For a class count below 1, an unknown `head`, or a `mean` and a `std` that do not go together.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""The layers whose shape depends on the number of classes, found by building the network for one class more."""
+"""The head: the layers whose shape depends on the number of classes, kept, trained or started afresh."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def with_head(build: Build, config: ModelConfig) -> Network:
     """Build a network and treat its head as `config.head` says.
 
     Raises:
-        ConfigError: Where a head is asked for and nothing in the network depends on the number of classes.
+        ConfigError: If a head is asked for and nothing in the network depends on the number of classes.
     """
     network = build(config)
     if network.new_modules and config.weights != NONE:
-        _start_small(network.module, network.new_modules, config.num_classes)
+        _init_small(network.module, network.new_modules, config.num_classes)
     if config.head == AUTO or network.new_modules:
         return network
-    names = class_dependent(
+    names = class_dependent_modules(
         lambda classes: build(replace(config, weights=NONE, num_classes=classes)).module, config.num_classes
     )
     if not names:
@@ -39,15 +39,15 @@ def with_head(build: Build, config: ModelConfig) -> Network:
         fresh = build(replace(config, weights=NONE)).module.state_dict()
         own = network.module.state_dict()
         network.module.load_state_dict(own | {k: fresh[k] for k in own if is_inside(k, names)})
-        _start_small(network.module, names, config.num_classes)
+        _init_small(network.module, names, config.num_classes)
     return replace(network, new_modules=names)
 
 
-def _start_small(module: nn.Module, names: Sequence[str], classes: int) -> None:
-    """Let new classifiers over pretrained features start with logits near zero, and so with the loss of a guess.
+def _init_small(module: nn.Module, names: Sequence[str], classes: int) -> None:
+    """Initialize new classifiers over pretrained features so that logits start near zero, at the loss of a guess.
 
-    The start of some networks is made for training from scratch: that of timm's EfficientNet gives a loss of 16 on ten
-    classes, and the shortest way down from there is to ruin the features. See docs/tasks.md, "On real pictures".
+    The initialization of some networks is made for training from scratch: that of timm's EfficientNet gives a loss of
+    16 on ten classes, and the fastest descent from there ruins the features. See docs/tasks.md, "On real pictures".
     """
     for layer in (layer for name in names for layer in module.get_submodule(name).modules()):
         if isinstance(layer, nn.Linear) and layer.out_features == classes:
@@ -56,13 +56,15 @@ def _start_small(module: nn.Module, names: Sequence[str], classes: int) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def class_dependent(build: Callable[[int], nn.Module], classes: int) -> tuple[str, ...]:
+def class_dependent_modules(build: Callable[[int], nn.Module], classes: int) -> tuple[str, ...]:
     """Names of the modules with a parameter whose shape depends on the number of classes.
 
+    They are found by building the network for one class more, on the meta device.
+
     Args:
-        build: Builds the network for so many classes, without weights.
+        build: Builds the network for a number of classes, without weights.
         classes: The number of classes.
     """
     with torch.device("meta"):
-        here, there = (dict(build(number).named_parameters()) for number in (classes, classes + 1))
-    return tuple(sorted({name.rpartition(".")[0] for name, p in here.items() if p.shape != there[name].shape}))
+        one, other = (dict(build(number).named_parameters()) for number in (classes, classes + 1))
+    return tuple(sorted({name.rpartition(".")[0] for name, p in one.items() if p.shape != other[name].shape}))

@@ -1,4 +1,4 @@
-"""Networks by source and task: one table, one row for what each library can build."""
+"""Which library builds which network: one table per task, one row per library."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lora_plugins.tasks.models.new_head import with_head
 
 @dataclass(frozen=True)
 class Source:
-    """What a task needs of a library.
+    """What a task needs from a library.
 
     Attributes:
-        build: Builds the network a configuration describes.
-        logits: Calls such a network on a batch of images and gives its logits.
+        build: Builds the network that a configuration describes.
+        logits: Calls such a network on a batch of images and returns its logits.
     """
 
     build: Callable[[ModelConfig], Network]
@@ -47,17 +47,17 @@ def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network
     """Build the network that a configuration describes, with its head as the configuration says.
 
     Raises:
-        ConfigError: For names that are not known, or options that do not fit.
-        WeightsError: Where weights do not fit.
+        ConfigError: For unknown names, or options that do not fit.
+        WeightsError: If the weights do not fit.
     """
     return with_head(source_of(config, sources).build, config)
 
 
 def source_of(config: ModelConfig, sources: Mapping[str, Source]) -> Source:
-    """The row of a table that a configuration asks for.
+    """The source that a configuration names.
 
     Raises:
-        ConfigError: For a source the table does not hold, with the nearest that it does.
+        ConfigError: For a name that is not in the table, with near matches.
     """
     if config.source not in sources:
         raise unknown("source of models", config.source, sources)

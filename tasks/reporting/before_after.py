@@ -1,8 +1,9 @@
-"""What a fit has gained: the metrics of the val split before and after it, as a table."""
+"""The metrics of the val split before and after a fit, as a table."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +18,8 @@ PREFIX = "val/"
 class BeforeAfter(Callback):
     """Prints the metrics of the val split before training and after its last validation.
 
-    "Before" is Lightning's own check before training, which for this has to cover the whole split:
-    `num_sanity_val_steps: -1` of the trainer. With `fast_dev_run` there is no such check, and the column stays empty.
+    "Before" is Lightning's sanity check, which has to cover the whole split: `num_sanity_val_steps: -1` of the trainer.
+    With `fast_dev_run` there is no such check, and the column stays empty.
     """
 
     def __init__(self) -> None:
@@ -26,27 +27,28 @@ class BeforeAfter(Callback):
         self.after: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before anything is trained, that there will be something to compare with.
+        """Check, before training, that there will be something to compare with.
 
         Raises:
-            ConfigError: Where the check before training covers a part of the split only.
+            ConfigError: If the sanity check covers only a part of the split.
         """
         if stage != "fit":
             return
         self.before, self.after = {}, {}
-        if trainer.num_sanity_val_steps != math.inf and not trainer.fast_dev_run:
+        fast_dev_run = cast(Any, trainer).fast_dev_run  # an attribute that its types lack
+        if trainer.num_sanity_val_steps != math.inf and not fast_dev_run:
             raise ConfigError(
                 f"BeforeAfter compares the whole val split before and after training, but the trainer validates on "
                 f"{trainer.num_sanity_val_steps} batches before training. Set num_sanity_val_steps to -1."
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was just measured."""
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
+        """Store the metrics."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
         if trainer.sanity_checking:
-            self.before = found
+            self.before = metrics
         elif trainer.state.fn == "fit":
-            self.after = found
+            self.after = metrics
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

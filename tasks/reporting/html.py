@@ -1,4 +1,4 @@
-"""A page of tables and pictures that needs nothing beside it."""
+"""An HTML page of tables and figures, in one file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ figcaption { font-weight: 600; } summary { cursor: pointer; font-weight: 600; }
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a title; `folded` ones open at a click."""
+    """A table with a title; if `folded`, it opens at a click."""
 
     title: str
     header: Sequence[str]
@@ -35,19 +35,19 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture with a title, as a `data:` URL."""
+class Figure:
+    """A figure with a title, as a `data:` URL."""
 
     title: str
     url: str
 
     def html(self) -> str:
-        """The picture as HTML."""
+        """The figure as HTML."""
         title = escape(self.title)
         return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="{self.url}"></figure>'
 
 
-def page(title: str, parts: Sequence[Table | Picture], note: str) -> str:
+def render_page(title: str, parts: Sequence[Table | Figure], note: str) -> str:
     """The whole page, in the order of its parts."""
     body = "\n".join(part.html() for part in parts)
     return (

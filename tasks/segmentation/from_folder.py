@@ -1,4 +1,4 @@
-"""Images with a mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
+"""Images with one mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import MASK_SUFFIXES, TEST, TRAIN, VAL, Item, existing_folder, image_files, open_picture
+from lora_plugins.tasks.data import MASK_SUFFIXES, TEST, TRAIN, VAL, Item, check_folder, image_files, open_image
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
 class MaskFolderDataModule(MaskDataModule):
     """Images and masks on disk, paired by name: `root/images/train/a.jpg` with `root/masks/train/a.png`.
 
-    Splits are `train` and `val`, and `test` where there is such a folder. Where there is no `root/images/train`, the
-    pictures lie in `root/images` and `root/masks`, and `val_share` says how many are kept for validation.
+    The splits are `train` and `val`, and `test` if there is such a folder. If there is no `root/images/train`, the
+    files are in `root/images` and `root/masks`, and `val_share` says how many become the val split.
 
     Args:
         root: The folder that holds `images` and `masks`.
         images: Name of the folder of images.
         masks: Name of the folder of masks.
-        **options: Those of `MaskDataModule`.
+        **options: The arguments of `MaskDataModule`.
     """
 
     def __init__(self, root: str, *, images: str = "images", masks: str = "masks", **options: Any) -> None:
@@ -31,8 +31,8 @@ class MaskFolderDataModule(MaskDataModule):
         self.root, self.images, self.masks = Path(root), images, masks
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
-        """The pairs of all splits, and every file without a partner."""
-        existing_folder(self.root)
+        """The pairs of all splits, and the files without a partner."""
+        check_folder(self.root)
         folder = self.root / self.images
         splits: Sequence[str] = [TRAIN]
         if not self._flat():
@@ -41,28 +41,29 @@ class MaskFolderDataModule(MaskDataModule):
         problems: list[str] = []
         return {split: self._pairs(split, problems) for split in splits}, problems
 
-    def pictures(self, item: Item) -> tuple[Image.Image, Image.Image]:
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
         """Open the two files."""
-        return open_picture(item.image), open_picture(item.target)
+        return open_image(item.image), open_image(item.target)
 
     def _flat(self) -> bool:
         return self.shares[VAL] > 0 and not (self.root / self.images / TRAIN).is_dir()
 
     def _pairs(self, split: str, problems: list[str]) -> list[Item]:
-        folders = [self.root / kind / ("" if self._flat() else split) for kind in (self.images, self.masks)]
-        images = _by_stem(image_files(folders[0]), problems)
-        masks = _by_stem(image_files(folders[1], MASK_SUFFIXES), problems)
+        split_folder = "" if self._flat() else split
+        image_folder, mask_folder = (self.root / kind / split_folder for kind in (self.images, self.masks))
+        images = _by_stem(image_files(image_folder), problems)
+        masks = _by_stem(image_files(mask_folder, MASK_SUFFIXES), problems)
         if not images:
-            problems.append(f"{folders[0]} holds no image")
-        problems += [f"{p} has no mask {folders[1] / stem}.png" for stem, p in images.items() if stem not in masks]
-        problems += [f"{p} has no image in {folders[0]}" for stem, p in masks.items() if stem not in images]
+            problems.append(f"{image_folder} holds no image")
+        problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
+        problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
         return [Item(images[stem], masks[stem], str(masks[stem])) for stem in images if stem in masks]
 
 
 def _by_stem(paths: Sequence[Path], problems: list[str]) -> dict[str, Path]:
     count = Counter(path.stem for path in paths)
     problems += [
-        f"{path} is one of several files of one name, so that masks cannot be told"
+        f"{path} is one of several files of one name, so that its mask is ambiguous"
         for path in paths
         if count[path.stem] > 1
     ]

@@ -1,4 +1,4 @@
-"""Images with masks of Hugging Face `datasets`."""
+"""Images and their masks from Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import HubTable, Item
+from lora_plugins.tasks.data import HubDataset, Item
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -20,8 +20,8 @@ class HubMaskDataModule(MaskDataModule):
         splits: The data set's own name for each of our splits: `{train: train, val: validation}`.
         image_column: The column with the images.
         mask_column: The column with the masks.
-        check_files: As in `PictureDataModule`; off by default, for such data sets are large and seldom damaged.
-        **options: The others of `MaskDataModule`.
+        check_files: As in `ImageDataModule`; off by default, as such data sets are large and rarely damaged.
+        **options: The other arguments of `MaskDataModule`.
     """
 
     def __init__(
@@ -36,18 +36,19 @@ class HubMaskDataModule(MaskDataModule):
         **options: Any,
     ) -> None:
         super().__init__(check_files=check_files, **options)
-        self.name, self.subset, self.split_names = name, subset, splits
+        self.source, self.subset, self.split_names = name, subset, splits
         self.image_column, self.mask_column = image_column, mask_column
 
     @cached_property
-    def table(self) -> HubTable:
-        """The data set."""
-        return HubTable(self.name, self.subset, self.split_names, (self.image_column, self.mask_column))
+    def hub_dataset(self) -> HubDataset:
+        """The data set, loaded when it is first used."""
+        return HubDataset(self.source, self.subset, self.split_names, (self.image_column, self.mask_column))
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
         """The rows of all splits."""
-        return {split: self.table.items(split, [None] * len(table)) for split, table in self.table.tables.items()}, []
+        source = self.hub_dataset
+        return {split: source.items(split, [None] * len(table)) for split, table in source.tables.items()}, []
 
-    def pictures(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Decode the two pictures of a row."""
-        return self.table.picture(item, self.image_column), self.table.picture(item, self.mask_column)
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
+        """Decode the two images of a row."""
+        return self.hub_dataset.image(item, self.image_column), self.hub_dataset.image(item, self.mask_column)

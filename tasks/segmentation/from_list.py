@@ -1,4 +1,4 @@
-"""Images with their masks in a list: CSV, or JSON lines."""
+"""Images and their masks from a list: CSV, or JSON lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import Item, open_picture, read_table, split_of
+from lora_plugins.tasks.data import Item, open_image, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -16,11 +16,11 @@ class MaskListDataModule(MaskDataModule):
 
     Args:
         file: The list: `.csv` with a header, or `.jsonl`.
-        root: The folder that relative paths start from; by default that of the list.
+        root: The folder that paths are relative to; by default that of the list.
         image_column: The column with the path of the image.
         mask_column: The column with the path of the mask.
-        split_column: The column that says `train`, `val` or `test`. Where the rows have none, `val_share` splits them.
-        **options: Those of `MaskDataModule`.
+        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
+        **options: The arguments of `MaskDataModule`.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class MaskListDataModule(MaskDataModule):
         """The rows by split."""
         image, mask, split = self.columns
         items: dict[str, list[Item]] = {}
-        for number, row in enumerate(read_table(self.file, (image, mask)), 1):
-            paths = [self.root / str(row[column]) for column in (image, mask)]
-            where = split_of(row, split, f"Row {number} of {self.file}")
-            items.setdefault(where, []).append(Item(*paths, str(paths[1])))
+        for number, row in enumerate(read_list(self.file, (image, mask)), 1):
+            image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
+            name = row_split(row, split, f"Row {number} of {self.file}")
+            items.setdefault(name, []).append(Item(image_path, mask_path, str(mask_path)))
         return items, []
 
-    def pictures(self, item: Item) -> tuple[Image.Image, Image.Image]:
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
         """Open the two files."""
-        return open_picture(item.image), open_picture(item.target)
+        return open_image(item.image), open_image(item.target)

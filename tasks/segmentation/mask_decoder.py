@@ -1,8 +1,9 @@
-"""From the picture of a mask to class indices: 8-bit indices, palettes, and colors by a table."""
+"""From mask images to class indices: 8-bit indices, palettes, and colors by a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,24 +12,25 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import DataError
 
 INDEX_MODES = frozenset({"L", "P"})
-Color = tuple[int, int, int]
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+"""Class indices, (H, W)."""
 
 
-class MaskCode:
-    """How masks say which class a pixel has.
+class MaskDecoder:
+    """Decodes mask images to class indices.
 
-    Without colors, a mask is an 8-bit picture of class indices (of a palette picture, its indices count). With
-    colors, it is a picture in color, and the table says what each color means.
+    Without colors, a mask is an 8-bit image of class indices (for a palette image, the indices of its palette). With
+    colors, it is a color image, and the table says which class a color stands for.
 
     Args:
-        classes: Names of the classes, in the order of their indices. With colors it may be left out: then the table
-            names them, in its order.
-        ignore_index: What pixels of no class become, and the index that means this in a mask without colors.
-        colors: The color (r, g, b) of each class. A color whose name is not among the classes is ignored.
+        classes: Names of the classes, in the order of their indices. Optional with colors: the names in the table, in
+            their order, are the default.
+        ignore_index: The index of pixels without a class, in the result and in masks without colors.
+        colors: The color (r, g, b) of each class. A color whose name is not in `classes` is ignored.
         reduce_labels: Whether index 0 means no class, and class 0 is written as 1 (ADE20K).
 
     Raises:
-        ConfigError: Where classes and colors do not go together.
+        ConfigError: If the arguments do not go together.
     """
 
     def __init__(
@@ -48,19 +50,19 @@ class MaskCode:
             raise ConfigError(f"ignore_index is {ignore_index}, which is the class {self.classes[ignore_index]!r}.")
         self.colors = None if colors is None else self._table(colors)
 
-    def decode(self, mask: Image.Image, name: str) -> np.ndarray:
+    def decode(self, mask: Image.Image, name: str) -> Labels:
         """The classes of a mask, (H, W), 64-bit integers.
 
         Args:
-            mask: The picture.
-            name: What to call it in an error.
+            mask: The image.
+            name: Its name in error messages.
 
         Raises:
-            DataError: Where the picture is of another kind, or holds something that is no class.
+            DataError: If the image is of another kind, or holds an unknown class.
         """
-        return self._indices(mask, name) if self.colors is None else self._from_colors(mask, name)
+        return self._from_indices(mask, name) if self.colors is None else self._from_colors(mask, name)
 
-    def _indices(self, mask: Image.Image, name: str) -> np.ndarray:
+    def _from_indices(self, mask: Image.Image, name: str) -> Labels:
         if mask.mode not in INDEX_MODES:
             raise DataError(
                 f"{name} has the mode {mask.mode}; a mask is an 8-bit picture with one class index a pixel (mode L or "
@@ -76,15 +78,15 @@ class MaskCode:
             raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
         return indices
 
-    def _from_colors(self, mask: Image.Image, name: str) -> np.ndarray:
+    def _from_colors(self, mask: Image.Image, name: str) -> Labels:
         pixels = np.asarray(mask.convert("RGB")).astype(np.int64)
         packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
-        found, places = np.unique(packed, return_inverse=True)
+        values, places = np.unique(packed, return_inverse=True)
         table = self.colors or {}
-        wrong = [f"#{int(color):06x}" for color in found if int(color) not in table]
+        wrong = [f"#{int(color):06x}" for color in values if int(color) not in table]
         if wrong:
             raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
-        indices = np.array([table[int(color)] for color in found], dtype=np.int64)
+        indices = np.array([table[int(color)] for color in values], dtype=np.int64)
         return indices[places].reshape(packed.shape)
 
     def _table(self, colors: Mapping[str, Sequence[int]]) -> dict[int, int]:

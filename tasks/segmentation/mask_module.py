@@ -1,4 +1,4 @@
-"""What data modules with masks share."""
+"""The data module that all data modules with masks inherit from."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_plugins.tasks.data import Item, PictureDataModule
+from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.segmentation.mask_decoder import MaskCode
+from lora_plugins.tasks.segmentation.mask_decoder import MaskDecoder
 
 
-class MaskDataModule(PictureDataModule):
-    """A data module over images with a mask each.
+class MaskDataModule(ImageDataModule):
+    """A data module over images with one mask each.
 
     Args:
         classes: Names of the classes, in the order of their indices in the masks.
-        ignore_index: A value of the masks that stands for no class; the task must be given the same.
-        colors: For masks in color: the color (r, g, b) of each class. A color whose name is not among `classes` is
-            ignored; without `classes`, the table names them.
+        ignore_index: The value of the masks that stands for no class; the task needs the same.
+        colors: For masks in color: the color (r, g, b) of each class. A color whose name is not in `classes` is
+            ignored; without `classes`, the names in this table are the classes.
         reduce_labels: Whether index 0 means no class and class 0 is written as 1, as in ADE20K.
-        batch_size: Images a batch.
-        **options: Those of `PictureDataModule`.
+        batch_size: Images per batch.
+        **options: The arguments of `ImageDataModule`.
     """
 
     has_masks = True
@@ -41,28 +41,28 @@ class MaskDataModule(PictureDataModule):
     ) -> None:
         self.ignore_index = ignore_index
         super().__init__(batch_size=batch_size, **options)
-        self.code = MaskCode(classes, ignore_index, colors, reduce_labels)
+        self.decoder = MaskDecoder(classes, ignore_index, colors, reduce_labels)
 
     @property
     def class_names(self) -> list[str]:
-        """The names that were given."""
-        return self.code.classes
+        """The names of the classes, given or of the table."""
+        return self.decoder.classes
 
     @abstractmethod
-    def pictures(self, item: Item) -> tuple[Image.Image, Image.Image]:
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
         """The image and the mask of a sample, as they are stored."""
 
-    def read(self, item: Item) -> tuple[Image.Image, np.ndarray]:
+    def read(self, item: Item) -> tuple[Image.Image, np.ndarray[Any, Any]]:
         """Read a sample.
 
         Raises:
-            DataError: Where a picture cannot be read, the two differ in size, or the mask holds what is no class.
+            DataError: If an image cannot be read, the two differ in size, or the mask holds an unknown class.
         """
-        image, mask = self.pictures(item)
+        image, mask = self.open_pair(item)
         if image.size != mask.size:
-            raise DataError(f"{item.name} is {_by(mask)}, its image is {_by(image)} (height x width)")
-        return image.convert("RGB"), self.code.decode(mask, item.name)
+            raise DataError(f"{item.name} is {_dimensions(mask)}, its image is {_dimensions(image)} (height x width)")
+        return image.convert("RGB"), self.decoder.decode(mask, item.name)
 
 
-def _by(picture: Image.Image) -> str:
-    return f"{picture.height}x{picture.width}"
+def _dimensions(image: Image.Image) -> str:
+    return f"{image.height}x{image.width}"

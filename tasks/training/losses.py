@@ -1,4 +1,4 @@
-"""Losses by name, alone or added up: `cross_entropy`, `cross_entropy + dice`, `focal + 0.5 * lovasz`."""
+"""Losses by name, alone or as a weighted sum: `cross_entropy`, `cross_entropy + dice`, `focal + 0.5 * lovasz`."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def _lovasz(ignore_index: int) -> Any:
     return LovaszLoss("multiclass", ignore_index=ignore_index)
 
 
-FROM_SMP: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _focal, "dice": _dice, "lovasz": _lovasz})
+SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _focal, "dice": _dice, "lovasz": _lovasz})
 """Of segmentation-models-pytorch: focal (arXiv 1708.02002), Dice (arXiv 1606.04797), Lovász (arXiv 1705.08790)."""
 
 
 class Objective:
-    """A weighted sum of losses over the labels that count; zero, not undefined, where none does.
+    """A weighted sum of losses over all labels but `ignore_index`; zero, not nan, if there are no others.
 
     Args:
         text: Names joined by `+`, each with an optional factor: `cross_entropy + 0.5 * dice`.
-        allowed: The names that may occur.
-        ignore_index: The label that is left out.
+        allowed: The allowed names.
+        ignore_index: The label that is ignored.
         label_smoothing: Share of the probability that cross entropy spreads over all classes.
 
     Raises:
-        ConfigError: For a name that may not occur, or a sum that cannot be read.
+        ConfigError: For a name that is not allowed, or a sum that cannot be parsed.
     """
 
     def __init__(self, text: str, allowed: Collection[str], *, ignore_index: int, label_smoothing: float = 0.0) -> None:
@@ -60,24 +60,24 @@ class Objective:
             raise ConfigError(f"label_smoothing is {label_smoothing}; it is a share, from 0 to below 1.")
         if label_smoothing and CROSS_ENTROPY not in self.factors:
             raise ConfigError(f"label_smoothing is for cross_entropy, which the loss {text!r} does not hold.")
-        self._terms = {name: FROM_SMP[name](ignore_index) for name in self.factors if name != CROSS_ENTROPY}
+        self._terms = {name: SMP_LOSSES[name](ignore_index) for name in self.factors if name != CROSS_ENTROPY}
 
     @property
-    def weighable(self) -> bool:
-        """Whether class weights have something to act on: cross entropy."""
+    def takes_class_weights(self) -> bool:
+        """Whether one of the losses takes class weights: cross entropy."""
         return CROSS_ENTROPY in self.factors
 
     @property
-    def takes_shares(self) -> bool:
-        """Whether targets may be shares of classes, as mixing images makes them: cross entropy alone does."""
+    def takes_soft_targets(self) -> bool:
+        """Whether targets may be probabilities of classes, as mixup makes them: only cross entropy alone does."""
         return set(self.factors) == {CROSS_ENTROPY}
 
     def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The loss of logits (N, classes, ...) against labels (N, ...), or against shares (N, classes).
+        """The loss of logits (N, classes, ...) for labels (N, ...), or for soft targets (N, classes).
 
         Args:
             logits: The logits.
-            targets: The labels.
+            targets: The labels or soft targets.
             weights: A weight for each class, (classes,), for cross entropy.
         """
         if targets.is_floating_point():
@@ -86,8 +86,9 @@ class Objective:
             return logits.sum() * 0
         total = logits.new_zeros(())
         for name, factor in self.factors.items():
-            value = self._cross_entropy(logits, targets, weights) if name == CROSS_ENTROPY else None
-            total = total + factor * (self._terms[name](logits, targets) if value is None else value)
+            cross = name == CROSS_ENTROPY
+            term = self._cross_entropy(logits, targets, weights) if cross else self._terms[name](logits, targets)
+            total = total + factor * term
         return total
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -97,7 +98,7 @@ class Objective:
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
-    """A weight for each class that makes up for how often it occurs: `total / (classes * count)`, or 1 for never.
+    """Class weights inverse to frequency: `total / (classes * count)`, or 1 for a class that never occurs.
 
     Args:
         counts: How often each class occurs, (classes,).

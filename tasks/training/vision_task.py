@@ -1,9 +1,10 @@
-"""What classification and segmentation share: the network, one step for every stage, metrics, the optimizer."""
+"""The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError
@@ -20,25 +21,25 @@ from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, ch
 from lora_plugins.tasks.models import ModelConfig, Source, build_network, default_targets, source_of
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
 from lora_plugins.tasks.training.optimizers import check_optimizer, make_optimizer
-from lora_plugins.tasks.training.provenance import KEY, describe_files, description
+from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
 from lora_plugins.tasks.training.schedules import check_schedule, scheduler
 
 CONFUSION = "confusion"
 
 
 class VisionTask(LoraCheckpointMixin):
-    """A network trained with a loss by name, and its metrics over whole splits.
+    """A network, trained with a loss by name, with metrics over whole splits.
 
-    Images are expected in [0, 1] and are normalized here, so that a task carries what its network expects. Metrics are
-    logged as `train/NAME`, `val/NAME` and `test/NAME`, the loss as `train/loss` and so on.
-    `load_from_checkpoint` takes checkpoints of a `LoraCallback`, which hold the adapter only, and plain ones.
+    Images are expected in [0, 1] and are normalized here, as the network expects. Metrics are logged as `train/NAME`,
+    `val/NAME` and `test/NAME`, the loss as `train/loss` and so on. `load_from_checkpoint` loads plain checkpoints and
+    those of a `LoraCallback`, which hold only the adapter.
 
     Args:
         model: Which network, with which weights.
         loss: The loss, or a weighted sum of several: `cross_entropy + 0.5 * dice`.
         label_smoothing: Share of the probability that cross entropy spreads over all classes.
-        class_weights: A weight for each class in cross entropy, or `balanced` to make up for how often each occurs in
-            the data module's train split.
+        class_weights: A weight for each class in cross entropy, or `balanced` for weights inverse to how often each
+            class occurs in the data module's train split.
         optimizer: What trains the parameters that require gradients when training starts: `adamw`, `sgd` and others of
             `lora_plugins.tasks.training`. The `optimizer:` of a YAML file takes its place.
         optimizer_options: Further arguments of the optimizer.
@@ -46,23 +47,24 @@ class VisionTask(LoraCheckpointMixin):
         weight_decay: Weight decay.
         schedule: `constant`, or `cosine`, `linear` or `polynomial` down to nothing over the whole training.
         warmup: Share of all steps over which the learning rate rises, from 0 to below 1.
-        ema: Decay of an exponential moving average of what is trained, which then is validated, saved and kept, such
-            as 0.99; 0 for none.
-        ignore_index: The label that loss and metrics leave out.
-        class_names: Names of the classes, for reports; by default their indices, or what the data module says. They
+        ema: Decay of an exponential moving average of the trained parameters, such as 0.99; 0 for none. The average is
+            what is validated and saved.
+        ignore_index: The label that loss and metrics ignore.
+        class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
             are saved in every file.
 
     Attributes:
         network: The network.
-        head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. These have to
-            be trained (and saved) whatever else stays frozen.
-        lora_targets: What is adapted where a `LoraConfig` names no `target_modules`.
+        network_logits: Calls the network on normalized images and returns its logits.
+        head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. They are
+            trained and saved, whatever else is frozen.
+        lora_targets: The layers to adapt if a `LoraConfig` names no `target_modules`.
         image_size: Height and width of the images that the network was made for, or None.
         interpolation: How its images were resized.
         confusion: The confusion matrix (true, predicted) of the last epoch, by stage.
 
     Raises:
-        ConfigError: For an unknown name anywhere, or numbers that do not go together.
+        ConfigError: For an unknown name, or arguments that do not go together.
     """
 
     sources: ClassVar[Mapping[str, Source]]
@@ -71,6 +73,7 @@ class VisionTask(LoraCheckpointMixin):
     mean: Tensor
     std: Tensor
     weights: Tensor | None
+    network_logits: Callable[[nn.Module, Tensor], Tensor]
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class VisionTask(LoraCheckpointMixin):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        # A checkpoint keeps arguments as plain types, so that it can be read without unpickling objects.
+        # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
         model = ModelConfig(**model) if isinstance(model, Mapping) else model
         names = None if class_names is None else list(class_names)
         options = dict(optimizer_options or {})
@@ -121,26 +124,26 @@ class VisionTask(LoraCheckpointMixin):
         self.lr, self.weight_decay, self.schedule, self.warmup = lr, weight_decay, schedule, warmup
         self.optimizer_name, self.optimizer_options = optimizer, options
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
-        self._weigh(class_weights)
-        self._build(model)
+        self._set_class_weights(class_weights)
+        self._build_network(model)
         metrics = self.build_metrics()
         self.train_metrics = self.build_train_metrics().clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.confusion: dict[str, Tensor] = {}
 
-    def _weigh(self, class_weights: list[float] | str | None) -> None:
+    def _set_class_weights(self, class_weights: list[float] | str | None) -> None:
         self.class_weights, classes = class_weights, self.model_config.num_classes
-        if class_weights is not None and not self.objective.weighable:
+        if class_weights is not None and not self.objective.takes_class_weights:
             raise ConfigError("class_weights are for cross_entropy, which the loss does not hold.")
         if isinstance(class_weights, str) and class_weights != BALANCED:
             raise ConfigError(f"class_weights is {class_weights!r}; it is a list of {classes} numbers, or 'balanced'.")
-        given = class_weights if isinstance(class_weights, list) else None
-        if given is not None and (len(given) != classes or min(given) < 0):
-            raise ConfigError(f"class_weights holds {given}; it takes {classes} numbers of at least 0.")
-        self.register_buffer("weights", None if given is None else torch.tensor(given), persistent=False)
+        numbers = class_weights if isinstance(class_weights, list) else None
+        if numbers is not None and (len(numbers) != classes or min(numbers) < 0):
+            raise ConfigError(f"class_weights holds {numbers}; it takes {classes} numbers of at least 0.")
+        self.register_buffer("weights", None if numbers is None else torch.tensor(numbers), persistent=False)
 
-    def _build(self, model: ModelConfig) -> None:
+    def _build_network(self, model: ModelConfig) -> None:
         built = build_network(model, self.sources)
         mean, std = model.mean or built.mean, model.std or built.std
         if mean is None or std is None:
@@ -148,7 +151,7 @@ class VisionTask(LoraCheckpointMixin):
                 f"The {model.source} model {model.name!r} does not say which mean and std its images should have: "
                 "set `mean` and `std` of the model."
             )
-        self.network, self._network_logits = built.module, source_of(model, self.sources).logits
+        self.network, self.network_logits = built.module, source_of(model, self.sources).logits
         self.head_modules = tuple(f"network.{name}" for name in built.new_modules)
         self.lora_targets = default_targets(built.module, built.new_modules)
         self.image_size, self.interpolation, self.bgr = built.size, built.interpolation, built.bgr
@@ -157,43 +160,43 @@ class VisionTask(LoraCheckpointMixin):
 
     @abstractmethod
     def build_metrics(self) -> MetricCollection:
-        """The metrics of one split, updated with what `judged` gives and with true labels.
+        """The metrics of one split, updated with what `preds` returns and the true labels.
 
-        One of them may be `confusion`, which is kept in the attribute of that name and not logged.
+        One of them may be `confusion`: it is stored in the attribute of that name and not logged.
         """
 
     def build_train_metrics(self) -> MetricCollection:
-        """The metrics of the train split, while it is trained on; by default those of the others."""
+        """The metrics of the train split during training; by default those of the other splits."""
         return self.build_metrics()
 
-    def judged(self, logits: Tensor) -> Tensor:
-        """What metrics are given of logits (N, classes, ...): by default the predicted labels (N, ...)."""
+    def preds(self, logits: Tensor) -> Tensor:
+        """What metrics take of logits (N, classes, ...): by default the predicted labels (N, ...)."""
         return logits.argmax(1)
 
     def raw_logits(self, images: Tensor) -> Tensor:
-        """Normalize images (N, channels, H, W) in [0, 1] and give what the network says of them."""
+        """Normalize images (N, channels, H, W) in [0, 1] and call the network on them."""
         images = (images - self.mean) / self.std
-        return self._network_logits(self.network, images.flip(1) if self.bgr else images)
+        return self.network_logits(self.network, images.flip(1) if self.bgr else images)
 
     @abstractmethod
     def logits_for(self, images: Tensor, targets: Tensor) -> Tensor:
         """Logits (N, classes, ...) laid out like the targets (N, ...)."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss over the labels that count; zero, not undefined, where none does."""
+        """The loss over all labels but `ignore_index`; zero, not nan, if there are no others."""
         return self.objective(logits, targets, self.weights)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The moving average, where one is asked for."""
+        """The moving average, if there is one."""
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
-        """Check that data and model agree on the classes, and take over the names of the classes.
+        """Check that data and model agree on the classes, and adopt the names of the classes.
 
         Raises:
-            ConfigError: Where they do not agree.
+            ConfigError: If they do not agree.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self._datamodule()
         if not isinstance(data, VisionDataModule):
             if self.class_weights == BALANCED and stage == "fit":
                 raise ConfigError("class_weights is 'balanced', which takes a data module of lora_plugins to count.")
@@ -219,11 +222,11 @@ class VisionTask(LoraCheckpointMixin):
         return self._step(batch, "train", self.train_metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count a batch in the metrics of the val split."""
+        """Update the metrics of the val split."""
         self._step(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Count a batch in the metrics of the test split."""
+        """Update the metrics of the test split."""
         self._step(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -232,24 +235,24 @@ class VisionTask(LoraCheckpointMixin):
         return logits.argmax(1)
 
     def on_train_epoch_end(self) -> None:
-        """Log the metrics over all batches of the epoch, and start afresh."""
+        """Log and reset the metrics of the train split."""
         self._log(self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics over the whole val split, and start afresh."""
+        """Log and reset the metrics of the val split."""
         self._log(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics over the whole test split, and start afresh."""
+        """Log and reset the metrics of the test split."""
         self._log(self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what the checkpoint is of: the task, the model and the classes."""
-        checkpoint[KEY] = description(self)
+        """Write the provenance into a checkpoint."""
+        checkpoint[PROVENANCE_KEY] = self.provenance()
 
     def on_fit_end(self) -> None:
-        """Write into the files of a `LoraCallback` what they are of: the task, the model and the classes."""
-        describe_files(self)
+        """Write the provenance into the files of a `LoraCallback`."""
+        write_provenance(self.trainer, self.provenance)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the parameters that require gradients, with the schedule that was asked for."""
@@ -269,17 +272,37 @@ class VisionTask(LoraCheckpointMixin):
             },
         }
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and targets to train on: by default as they are."""
+    def mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and (soft) targets to train on: by default unchanged."""
         return images, targets
+
+    @property
+    def class_labels(self) -> Sequence[str]:
+        """Names of the classes, or else their indices."""
+        return self.class_names or [str(i) for i in range(self.model_config.num_classes)]
+
+    def provenance(self) -> dict[str, Any]:
+        """Which task this is, in plain types: class, arguments, names of the classes, size of the images."""
+        data = self._datamodule()
+        size = (data.size() if isinstance(data, VisionDataModule) else None) or self.image_size
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": json.loads(json.dumps(dict(self.hparams))),
+            "image_size": None if size is None else list(size),
+            "interpolation": self.interpolation,
+        }
+
+    def _datamodule(self) -> Any:
+        """The data module of the trainer, if there are both."""
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
     def _step(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:
         read = Batch.read(batch)
         targets = check_targets(read, self.model_config.num_classes, self.ignore_index).long()
-        images, aims = self.mixed(read.images, targets) if stage == "train" else (read.images, targets)
+        images, soft_targets = self.mixup(read.images, targets) if stage == "train" else (read.images, targets)
         logits = self.logits_for(images, targets)
-        loss = self.loss(logits, aims)
-        metrics.update(self.judged(logits.detach()), targets)
+        loss = self.loss(logits, soft_targets)
+        metrics.update(self.preds(logits.detach()), targets)
         self.log(f"{stage}/loss", loss, batch_size=len(targets), on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
@@ -290,14 +313,13 @@ class VisionTask(LoraCheckpointMixin):
         if confusion is not None:
             self.confusion[prefix.rstrip("/")] = confusion.cpu()
         for name, value in values.items():
-            for label, number in self._by_class(name, value).items():
-                self.log(label, number, prog_bar=label == f"{prefix}{self.main_metric}")
-        with torch.inference_mode(False):  # or a fit after a validation could not count on in these tensors
+            for label, scalar in self._scalars(name, value).items():
+                self.log(label, scalar, prog_bar=label == f"{prefix}{self.main_metric}")
+        with torch.inference_mode(False):  # or a fit after a validation could not update these tensors
             metrics.reset()
 
-    def _by_class(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """A metric as single numbers: one, or one a class under the name of the class."""
+    def _scalars(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A metric as scalars: one, or one per class under the name of the class."""
         if value.ndim == 0:
             return {name: value}
-        classes = self.class_names or [str(i) for i in range(len(value))]
-        return {f"{name}/{label}": number for label, number in zip(classes, value, strict=True)}
+        return {f"{name}/{label}": scalar for label, scalar in zip(self.class_labels, value, strict=True)}

@@ -268,9 +268,9 @@ class TestHeads:
 
     @pytest.mark.parametrize("name", [*TRANSFORMERS, TORCHVISION[1]])
     def test_the_layers_that_depend_on_the_classes_are_found(self, name):
-        from lora_plugins.tasks.models import class_dependent
+        from lora_plugins.tasks.models import class_dependent_modules
 
-        found = class_dependent(lambda classes: build_network(config(name, classes), SEGMENTERS).module, 4)
+        found = class_dependent_modules(lambda classes: build_network(config(name, classes), SEGMENTERS).module, 4)
         expected = TRANSFORMERS[name][3:] if name in TRANSFORMERS else None
         assert found == (expected or ("classifier.high_classifier", "classifier.low_classifier"))
 

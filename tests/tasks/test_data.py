@@ -14,7 +14,7 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
 )
 from lora_plugins.tasks.data import AUGMENTATIONS, IMAGES_ONLY, Batch, image_transform
-from lora_plugins.tasks.examples import handwriting
+from lora_plugins.tasks.examples import load_digit_splits
 
 from .conftest import noise, write_image
 
@@ -28,18 +28,18 @@ def loaded(data):
 
 class TestDigits:
     def test_every_digit_is_in_exactly_one_split(self):
-        splits = handwriting(range(10))
+        splits = load_digit_splits(range(10))
         numbers = torch.cat([split.numbers for split in splits.values()])
         assert sorted(numbers.tolist()) == list(range(1797))
 
     def test_the_split_of_a_digit_does_not_depend_on_which_digits_are_asked_for(self):
-        few, all_of_them = handwriting([7]), handwriting(range(10))
+        few, all_of_them = load_digit_splits([7]), load_digit_splits(range(10))
         assert set(few["test"].numbers.tolist()) < set(all_of_them["test"].numbers.tolist())
 
     def test_labels_follow_the_order_of_the_digits(self):
         from sklearn.datasets import load_digits
 
-        train = handwriting([8, 3])["train"]
+        train = load_digit_splits([8, 3])["train"]
         truth = torch.from_numpy(load_digits().target)[train.numbers]
         assert torch.equal(torch.tensor([8, 3])[train.labels], truth)
 

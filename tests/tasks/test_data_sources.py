@@ -22,7 +22,7 @@ from lora_plugins.tasks import (
     MaskListDataModule,
 )
 from lora_plugins.tasks.data import Batch
-from lora_plugins.tasks.segmentation import MaskCode
+from lora_plugins.tasks.segmentation import MaskDecoder
 
 from .conftest import noise, tiny_vit, write_image
 
@@ -123,31 +123,31 @@ class TestSplits:
             ImageFolderDataModule("data", val_share=0.6, test_share=0.4)
 
 
-class TestMaskCodes:
+class TestMaskDecoder:
     def picture(self, *colors):
         return Image.fromarray(np.array([colors], dtype=np.uint8))
 
     def test_colors_by_a_table(self):
-        code = MaskCode(["sky", "road"], 255, COLORS)
+        code = MaskDecoder(["sky", "road"], 255, COLORS)
         found = code.decode(self.picture([128, 64, 128], [0, 0, 255], [0, 0, 0]), "m")
         assert found.tolist() == [[1, 0, 255]]
 
     def test_the_table_names_the_classes(self):
-        assert MaskCode(None, 255, COLORS).classes == ["sky", "road", "void"]
+        assert MaskDecoder(None, 255, COLORS).classes == ["sky", "road", "void"]
 
     def test_an_unknown_color(self):
         with pytest.raises(DataError, match="m holds the colors #010203"):
-            MaskCode(None, 255, COLORS).decode(self.picture([1, 2, 3]), "m")
+            MaskDecoder(None, 255, COLORS).decode(self.picture([1, 2, 3]), "m")
 
     def test_a_palette_counts_by_its_indices(self):
         picture = Image.fromarray(np.array([[1, 0]], dtype=np.uint8)).convert("P")
         picture.putdata([1, 0])
         picture.putpalette([9, 9, 9, 7, 7, 7])
-        assert MaskCode(["a", "b"], 255).decode(picture, "m").tolist() == [[1, 0]]
+        assert MaskDecoder(["a", "b"], 255).decode(picture, "m").tolist() == [[1, 0]]
 
     def test_reduced_labels(self):
         picture = Image.fromarray(np.array([[0, 1, 2, 255]], dtype=np.uint8))
-        assert MaskCode(["a", "b"], 255, reduce_labels=True).decode(picture, "m").tolist() == [[255, 0, 1, 255]]
+        assert MaskDecoder(["a", "b"], 255, reduce_labels=True).decode(picture, "m").tolist() == [[255, 0, 1, 255]]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -162,7 +162,7 @@ class TestMaskCodes:
     )
     def test_wrong_tables(self, arguments, message):
         with pytest.raises(ConfigError, match=message):
-            MaskCode(*arguments)
+            MaskDecoder(*arguments)
 
 
 class TestProblems:

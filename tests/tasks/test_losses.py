@@ -92,7 +92,7 @@ class TestMixing:
     def test_it_trains_with_shares_of_classes(self, trainer):
         task = ImageClassificationTask(tiny_vit(), mixup=0.8, cutmix=1.0, label_smoothing=0.1)
         images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 3
-        mixed, shares = task.mixed(images, labels)
+        mixed, shares = task.mixup(images, labels)
         assert shares.shape == (8, 3)
         torch.testing.assert_close(shares.sum(1), torch.ones(8))
         assert not torch.equal(mixed, images)

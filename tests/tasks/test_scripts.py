@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from lora_plugins.tasks.examples import RECIPES, WAYS, architecture, pretrain, run_comparison
+from lora_plugins.tasks.examples import METHODS, RECIPES, architecture, pretrain, run_comparison
 
 # The comparison gives its arguments to LightningCLI, which sees that pytest has arguments too.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
@@ -34,7 +34,7 @@ def test_shipped_files_are_of_the_architecture_in_the_yaml(request):
 
 @pytest.mark.parametrize("configuration", ["cls", "seg"])
 def test_the_comparison_trains_what_it_says(configuration):
-    outcomes = {name: run_comparison(configuration, way, *SHORT) for name, way in WAYS.items()}
+    outcomes = {name: run_comparison(configuration, method, *SHORT) for name, method in METHODS.items()}
     frozen, lora, full = (outcomes[name] for name in ("frozen backbone", "LoRA", "full fine-tuning"))
     assert frozen.trained < lora.trained < full.trained == full.total
     assert frozen.total == lora.total == full.total
@@ -43,6 +43,6 @@ def test_the_comparison_trains_what_it_says(configuration):
 @pytest.mark.slow
 @pytest.mark.parametrize(("configuration", "gain", "within"), [("cls", 0.3, 0.05), ("seg", 0.3, 0.05)])
 def test_lora_is_far_above_a_frozen_backbone_and_near_full_fine_tuning(configuration, gain, within):
-    outcomes = {name: run_comparison(configuration, way).value for name, way in WAYS.items()}
+    outcomes = {name: run_comparison(configuration, method).value for name, method in METHODS.items()}
     assert outcomes["LoRA"] > outcomes["frozen backbone"] + gain
     assert outcomes["LoRA"] > outcomes["full fine-tuning"] - within

@@ -1,4 +1,4 @@
-"""Lists of samples: CSV files and JSON lines, one sample a row."""
+"""Lists of samples: CSV files and JSON lines, one sample per row."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_plugins.tasks.data.vision_module import TEST, TRAIN, VAL
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
 from lora_plugins.tasks.errors import DataError, unknown
 
 Row = Mapping[str, Any]
-SPLITS = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})
+SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})
 
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
-    return list(csv.DictReader(text.splitlines()))
+    return list[Row](csv.DictReader(text.splitlines()))
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -40,11 +40,11 @@ READERS: Mapping[str, Callable[[str, Path], list[Row]]] = MappingProxyType(
 )
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a CSV or JSON lines file, each with all the columns that are needed.
+def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Read the rows of a CSV or JSON lines file, and check that each has the required columns.
 
     Raises:
-        DataError: Where the file is missing, of another kind, empty, or a row lacks a column.
+        DataError: If the file is missing, of another kind or empty, or if a row lacks a column.
     """
     if path.suffix not in READERS:
         raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
@@ -62,15 +62,20 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def split_of(row: Row, column: str, where: str) -> str:
-    """The split that a row belongs to: what its column says, or train where the rows have no such column.
+def row_split(row: Row, column: str, where: str) -> str:
+    """The split of a row: the value of its split column, or train if there is none.
+
+    Args:
+        row: The row.
+        column: The name of the split column.
+        where: The row's name in error messages.
 
     Raises:
-        DataError: For another word than train, val, valid, validation and test.
+        DataError: For another value than train, val, valid, validation and test.
     """
     name = row.get(column)
     if name in (None, ""):
         return TRAIN
-    if name not in SPLITS:
-        raise DataError(f"{where}: {unknown('split', str(name), SPLITS)}")
-    return SPLITS[str(name)]
+    if name not in SPLIT_NAMES:
+        raise DataError(f"{where}: {unknown('split', str(name), SPLIT_NAMES)}")
+    return SPLIT_NAMES[str(name)]
