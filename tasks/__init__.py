@@ -42,11 +42,10 @@ if TYPE_CHECKING:
         MaskListDataModule,
         SemanticSegmentationTask,
     )
-    from lora_plugins.tasks.training import CpuThreads
+    from lora_plugins.tasks.training import warmup_cosine
 
 __all__ = [
     "BeforeAfter",
-    "CpuThreads",
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",
@@ -69,11 +68,11 @@ __all__ = [
     "load_task",
     "merged_task",
     "predict_folder",
+    "warmup_cosine",
 ]
 
 _ROOMS = {
     "BeforeAfter": "reporting",
-    "CpuThreads": "training",
     "DataError": "errors",
     "DigitScenesDataModule": "examples",
     "DigitsDataModule": "examples",
@@ -96,6 +95,7 @@ _ROOMS = {
     "load_task": "inference",
     "merged_task": "inference",
     "predict_folder": "inference",
+    "warmup_cosine": "training",
 }
 
 __getattr__ = lazily(__name__, _ROOMS)

@@ -22,13 +22,12 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     ModelConfig,
     SemanticSegmentationTask,
+    warmup_cosine,
 )
-from lora_plugins.tasks.training import scheduler
 
 HALF = (0.5, 0.5, 0.5)
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 VOID = 11
-SCHEDULE: Mapping[str, Any] = MappingProxyType({"schedule": "cosine", "warmup": 0.1})
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
         str(root / "cifar-mini"), image_size=(96, 96), augmentation="crop_flip", batch_size=16, check_files=False
     )
     model = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
-    return ImageClassificationTask(model, **SCHEDULE), data
+    return ImageClassificationTask(model, lr_scheduler=warmup_cosine), data
 
 
 def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
@@ -98,7 +97,7 @@ def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
     )
     options = {"encoder_name": "tu-tf_efficientnet_lite0", "decoder_channels": [64, 48, 32, 24, 16]}
     model = ModelConfig("smp", "Unet", len(CAMVID), str(weights), options, HALF, HALF)
-    return SemanticSegmentationTask(model, **SCHEDULE, ignore_index=VOID), data
+    return SemanticSegmentationTask(model, lr_scheduler=warmup_cosine, ignore_index=VOID), data
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,10 @@ def _prepare(task: Any, rank: int | None, tuning: Tuning) -> None:
         groups = [{"params": head, "lr": tuning.head_lr}, {"params": rest, "lr": tuning.lr}]
         optimizer = torch.optim.AdamW(groups if rank is None else groups[:1], weight_decay=task.weight_decay)
         steps = int(task.trainer.estimated_stepping_batches)
-        rates = scheduler(optimizer, task.schedule, steps, task.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": warmup_cosine(optimizer, steps), "interval": "step"},
+        }
 
     task.configure_optimizers = configure_optimizers
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 import yaml
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from lora_plugins.tasks.examples.digits import DigitsDataModule
 from lora_plugins.tasks.examples.scenes import DigitScenesDataModule
 from lora_plugins.tasks.models import ModelConfig
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
-from lora_plugins.tasks.training import CpuThreads, VisionTask
+from lora_plugins.tasks.training import VisionTask, warmup_cosine
 
 DIGITS = (0, 1, 2, 3)
 SEED = 0
@@ -87,11 +89,10 @@ def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
     seed_everything(SEED)
     data = recipe.data()
     model = architecture(recipe.configuration, num_classes=len(data.class_names), weights="none")
-    task = recipe.task(model, lr=recipe.lr, schedule="cosine", warmup=0.05)
+    task = recipe.task(model, lr=recipe.lr, lr_scheduler=partial(warmup_cosine, warmup=0.05))
     trainer = Trainer(
         max_epochs=epochs or recipe.epochs,
         accelerator="cpu",
-        callbacks=[CpuThreads(1)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folder", type=Path, nargs="?", default=own, help="where to write; by default the package itself"
     )
     folder = parser.parse_args(arguments).folder
+    torch.set_num_threads(1)  # networks as small as these gain nothing from more, and the files stay the same
     for name in RECIPES:
         pretrain(name, folder)
     return 0

@@ -1,4 +1,4 @@
-"""The head: the layers whose shape depends on the number of classes, kept, trained or started afresh."""
+"""The head: the layers whose shape depends on the number of classes, kept, trained, or initialized anew."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class HtmlReport(Callback):
             ConfigError: For another module.
         """
         if stage == "fit" and not isinstance(pl_module, VisionTask):
-            raise ConfigError(f"HtmlReport reports on our tasks; {type(pl_module).__name__} is none.")
+            raise ConfigError(f"HtmlReport reports on tasks of lora_plugins; {type(pl_module).__name__} is not one.")
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -44,7 +44,7 @@ class TensorBoardImages(Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, VisionTask):
-            raise ConfigError(f"TensorBoardImages draws our tasks; {type(pl_module).__name__} is none.")
+            raise ConfigError(f"TensorBoardImages draws tasks of lora_plugins; {type(pl_module).__name__} is not one.")
         # Without any logger (`logger: false`) nothing is to be logged; with only other loggers, images would be lost.
         others = trainer.loggers and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         if others and not cast(Any, trainer).fast_dev_run:  # an attribute that its types lack

@@ -65,7 +65,7 @@ class MaskDecoder:
     def _from_indices(self, mask: Image.Image, name: str) -> Labels:
         if mask.mode not in INDEX_MODES:
             raise DataError(
-                f"{name} has the mode {mask.mode}; a mask is an 8-bit picture with one class index a pixel (mode L or "
+                f"{name} has the mode {mask.mode}; a mask is an 8-bit image with one class index a pixel (mode L or "
                 "P). For masks in color give the table `colors`."
             )
         indices = np.asarray(mask).astype(np.int64)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +21,16 @@ from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import ModelConfig, Source, build_network, default_targets, source_of
+from lora_plugins.tasks.training.compat import is_earlier_file
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
-from lora_plugins.tasks.training.optimizers import check_optimizer, make_optimizer
+from lora_plugins.tasks.training.optimization import (
+    LR,
+    WEIGHT_DECAY,
+    OptimizerCallable,
+    SchedulerCallable,
+    check_optimizer,
+)
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
-from lora_plugins.tasks.training.schedules import check_schedule, scheduler
 
 CONFUSION = "confusion"
 
@@ -40,18 +48,19 @@ class VisionTask(LoraCheckpointMixin):
         label_smoothing: Share of the probability that cross entropy spreads over all classes.
         class_weights: A weight for each class in cross entropy, or `balanced` for weights inverse to how often each
             class occurs in the data module's train split.
-        optimizer: What trains the parameters that require gradients when training starts: `adamw`, `sgd` and others of
-            `lora_plugins.tasks.training`. The `optimizer:` of a YAML file takes its place.
-        optimizer_options: Further arguments of the optimizer.
-        lr: Learning rate.
-        weight_decay: Weight decay.
-        schedule: `constant`, or `cosine`, `linear` or `polynomial` down to nothing over the whole training.
-        warmup: Share of all steps over which the learning rate rises, from 0 to below 1.
+        optimizer: Makes the optimizer of the parameters that require gradients when training starts, such as
+            `functools.partial(torch.optim.SGD, lr=0.1)`; by default AdamW. The `optimizer:` of a YAML file replaces it.
+        lr: Learning rate of the default optimizer.
+        weight_decay: Weight decay of the default optimizer.
+        lr_scheduler: Makes a scheduler of the optimizer and the number of all its steps, such as
+            `torch.optim.lr_scheduler.CosineAnnealingLR` or `lora_plugins.tasks.warmup_cosine`. It is stepped after
+            every optimizer step. By default the learning rate is constant.
         ema: Decay of an exponential moving average of the trained parameters, such as 0.99; 0 for none. The average is
             what is validated and saved.
         ignore_index: The label that loss and metrics ignore.
         class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
             are saved in every file.
+        **retired: Arguments of earlier versions, in files that they wrote; they are dropped with a warning.
 
     Attributes:
         network: The network.
@@ -82,47 +91,41 @@ class VisionTask(LoraCheckpointMixin):
         loss: str = CROSS_ENTROPY,
         label_smoothing: float = 0.0,
         class_weights: list[float] | str | None = None,
-        optimizer: str = "adamw",
-        optimizer_options: dict[str, Any] | None = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        schedule: str = "constant",
-        warmup: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        lr: float = LR,
+        weight_decay: float = WEIGHT_DECAY,
+        lr_scheduler: SchedulerCallable | None = None,
         ema: float = 0.0,
         ignore_index: int = -100,
         class_names: Sequence[str] | None = None,
+        **retired: Any,
     ) -> None:
         super().__init__()
+        if is_earlier_file(optimizer, retired):
+            optimizer = None
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
         model = ModelConfig(**model) if isinstance(model, Mapping) else model
         names = None if class_names is None else list(class_names)
-        options = dict(optimizer_options or {})
         self.save_hyperparameters(
             {
                 "model": asdict(model),
                 "loss": loss,
                 "label_smoothing": label_smoothing,
                 "class_weights": class_weights,
-                "optimizer": optimizer,
-                "optimizer_options": options,
                 "lr": lr,
                 "weight_decay": weight_decay,
-                "schedule": schedule,
-                "warmup": warmup,
                 "ema": ema,
                 "ignore_index": ignore_index,
                 "class_names": names,
             }
         )
-        check_schedule(schedule, warmup)
-        check_optimizer(optimizer, options)
+        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
         if names is not None and len(names) != model.num_classes:
             raise ConfigError(f"{len(names)} class_names ({', '.join(names)}) for num_classes={model.num_classes}.")
         if not 0 <= ema < 1:
             raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
         self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
-        self.lr, self.weight_decay, self.schedule, self.warmup = lr, weight_decay, schedule, warmup
-        self.optimizer_name, self.optimizer_options = optimizer, options
+        self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
         self._set_class_weights(class_weights)
         self._build_network(model)
@@ -255,21 +258,22 @@ class VisionTask(LoraCheckpointMixin):
         write_provenance(self.trainer, self.provenance)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the parameters that require gradients, with the schedule that was asked for."""
-        optimizer = make_optimizer(
-            self.optimizer_name,
-            [p for p in self.parameters() if p.requires_grad],
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            options=self.optimizer_options,
-        )
-        total = int(self.trainer.estimated_stepping_batches)
+        """The optimizer of the parameters that require gradients, and its scheduler, if there is one.
+
+        Raises:
+            ConfigError: If a scheduler is to follow a training without end.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        make = self.optimizer or partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = make(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler(optimizer, self.schedule, total, self.warmup),
-                "interval": "step",
-            },
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer, int(steps)), "interval": "step"},
         }
 
     def mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Losses, optimizers and schedules by name."""
+"""Losses by name, their sums, and class weights."""
 
 import pytest
 import torch
@@ -8,15 +8,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     DigitScenesDataModule,
-    DigitsDataModule,
     ImageClassificationTask,
     SemanticSegmentationTask,
 )
-from lora_plugins.tasks.training import OPTIMIZERS, SCHEDULES, Objective, balanced_weights
+from lora_plugins.tasks.training import Objective, balanced_weights
 
-from .conftest import tiny_segformer, tiny_vit
+from ..conftest import tiny_segformer, tiny_vit
 
 ALL = ("cross_entropy", "focal", "dice", "lovasz")
+
+
 IGNORED = 255
 
 
@@ -80,32 +81,16 @@ def test_wrong_sums(text, message):
         objective(text)
 
 
+def scenes():
+    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=2, batch_size=2)
+
+
 @pytest.mark.parametrize("text", [*ALL, "focal + 0.5 * lovasz"])
 def test_segmentation_trains_with_each(text, trainer):
     data = DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=2, batch_size=2)
     run = trainer()
     run.fit(SemanticSegmentationTask(tiny_segformer(), loss=text), datamodule=data)
     assert run.callback_metrics["train/loss"] > 0
-
-
-class TestMixing:
-    def test_it_trains_with_shares_of_classes(self, trainer):
-        task = ImageClassificationTask(tiny_vit(), mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-        images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 3
-        mixed, shares = task.mixup(images, labels)
-        assert shares.shape == (8, 3)
-        torch.testing.assert_close(shares.sum(1), torch.ones(8))
-        assert not torch.equal(mixed, images)
-        trainer().fit(task, datamodule=DigitsDataModule([0, 1, 2]))
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [({"mixup": 0.2, "loss": "focal"}, "only cross_entropy"), ({"mixup": -1.0}, "at least 0")],
-        ids=["focal", "negative"],
-    )
-    def test_what_does_not_go_together(self, options, message):
-        with pytest.raises(ConfigError, match=message):
-            ImageClassificationTask(tiny_vit(), **options)
 
 
 class TestWeights:
@@ -133,47 +118,3 @@ class TestWeights:
     def test_wrong_ones(self, options, message):
         with pytest.raises(ConfigError, match=message):
             ImageClassificationTask(tiny_vit(), **options)
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=2, batch_size=2)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_trains(name, trainer):
-    task, run = ImageClassificationTask(tiny_vit(), optimizer=name, lr=1e-3), trainer(max_steps=2)
-    run.fit(task, datamodule=DigitsDataModule([0, 1, 2]))
-    assert type(run.optimizers[0]) is OPTIMIZERS[name]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"optimizer": "adamv"}, "Did you mean 'adam"), ({"optimizer_options": {"momentum": 0.9}}, "does not take")],
-    ids=["name", "option"],
-)
-def test_wrong_optimizers(options, message):
-    with pytest.raises(ConfigError, match=message):
-        ImageClassificationTask(tiny_vit(), **options)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_start_at_the_rate(name):
-    assert SCHEDULES[name](0.0) == 1
-    assert SCHEDULES[name](1.0) == pytest.approx(1 if name == "constant" else 0)
-
-
-def test_the_average_is_what_is_validated_and_kept(trainer):
-    """An average over many steps lags behind: it has moved less than the last weights of the same run."""
-    moved = {}
-    for ema in (0.0, 0.99):
-        torch.manual_seed(0)
-        task = ImageClassificationTask(tiny_vit(), lr=0.01, ema=ema)
-        before = task.network.head.weight.detach().clone()
-        trainer(max_epochs=2).fit(task, datamodule=DigitsDataModule([0, 1, 2]))
-        moved[ema] = float((task.network.head.weight - before).norm().detach())
-    assert 0 < moved[0.99] < 0.9 * moved[0.0]
-
-
-def test_an_average_is_a_share():
-    with pytest.raises(ConfigError, match="ema is 1"):
-        ImageClassificationTask(tiny_vit(), ema=1.0)

@@ -1,78 +1,16 @@
-"""Every family of segmenters: it builds from a tiny random configuration, trains with LoRA, and predicts."""
+"""Every family of networks: it builds from a tiny random configuration, trains with LoRA, and predicts."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask
-from lora_plugins.tasks.models import SEGMENTERS, build_network, default_targets
+from lora_plugins.tasks.models import build_network
 
-from .conftest import HALF, noise, tiny_segformer, tiny_vit
-
-FOUR = {
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 32,
-    "patch_size": 8,
-}
-CONVNEXT = {
-    "model_type": "convnext",
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [8, 8, 16, 16],
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
-MOBILEVIT = {
-    "hidden_sizes": [8, 8, 16],
-    "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16],
-    "num_attention_heads": 2,
-    "image_size": 128,  # of 64, the last stage would attend to a single patch
-    "aspp_out_channels": 8,
-    "initializer_range": 0.2,  # at 0.02, the signal fades on its way through random convolutions
-}
-TRANSFORMERS = {  # model type: options, side of the images, what is adapted by default, the head's last layer
-    "beit": (
-        {**FOUR, "out_indices": [1, 2, 3, 4]},
-        32,
-        ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "decode_head.classifier",
-    ),
-    "data2vec-vision": ({**FOUR, "out_indices": [0, 1, 2, 3]}, 32, None, "decode_head.classifier"),
-    "dpt": (
-        {
-            **FOUR,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "neck_hidden_sizes": [8, 8, 16, 16],
-            "fusion_hidden_size": 16,
-        },
-        32,
-        ["query", "key", "value", "attention.output.dense"],
-        "head.head.4",
-    ),
-    "upernet": (
-        {"hidden_size": 16, "backbone_config": CONVNEXT},
-        64,
-        ["patch_embeddings", "pwconv1", "pwconv2", "downsampling_layer.1"],
-        "decode_head.classifier",
-    ),
-    "mobilevit": (
-        MOBILEVIT,
-        128,
-        ["query", "key", "value", "attention.output.dense"],
-        "segmentation_head.classifier.convolution",
-    ),
-}
-TORCHVISION = ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "fcn_resnet50")
-
-
-def config(name, classes=4, **changes):
-    if name in TORCHVISION:
-        return ModelConfig("torchvision", name, classes, **({"weights": "none"} | changes))
-    return ModelConfig("transformers", name, classes, "none", TRANSFORMERS[name][0], HALF, HALF, **changes)
+from ..conftest import HALF, noise
+from .architectures import CONVNEXT, MOBILEVIT, TORCHVISION, TRANSFORMERS, config
 
 
 def pairs(side, count=4):
@@ -105,14 +43,10 @@ def test_it_trains_with_the_default_targets(name, trainer):
     assert task.eval()(torch.rand(1, 3, side, side)).shape == (1, 4, side, side)
 
 
-@pytest.mark.parametrize("name", [name for name, row in TRANSFORMERS.items() if row[2]])
-def test_default_targets_are_attention_or_else_dense_layers(name):
-    network = build_network(config(name), SEGMENTERS)
-    assert default_targets(network.module, network.new_modules) == TRANSFORMERS[name][2]
-
-
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 SMALL |= {"image_size": 32, "patch_size": 8}
+
+
 TRANSFORMERS_CLASSIFIERS = {  # model type: options, the head
     "vit": (SMALL, ["classifier"]),
     "deit": (SMALL, ["classifier"]),  # two classes of models share the type
@@ -176,107 +110,10 @@ def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
         SemanticSegmentationTask(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
-CLASSIFIERS = {
-    "vit_tiny_patch16_224": ["qkv", "attn.proj"],
-    "swinv2_cr_tiny_224": ["qkv", "attn.proj"],
-    "convnext_atto": ["stem.0", "fc1", "fc2", "downsample.1"],
-    "resnet18": ["conv1", "conv2", "downsample.0"],
-    "efficientnet_lite0": ["conv_stem", "conv_pw", "conv_pwl", "conv_head"],
-}
-
-
-@pytest.mark.parametrize(("name", "targets"), CLASSIFIERS.items(), ids=CLASSIFIERS)
-def test_default_targets_of_classifiers(name, targets):
-    import timm
-
-    with torch.device("meta"):
-        network = timm.create_model(name, num_classes=3)
-    heads = [network.pretrained_cfg["classifier"]]
-    assert default_targets(network, heads) == targets
-
-
-def test_targets_of_a_configuration_come_first(trainer):
-    task = ImageClassificationTask(tiny_vit())
-    callback = LoraCallback(LoraConfig(r=2, target_modules=["fc1"]), target="network")
-    assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"fc1"}
-    callback = LoraCallback(LoraConfig(r=2), target="network")
-    assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"qkv", "proj"}
-
-
-def test_an_auxiliary_head_of_a_file_is_left_aside(tmp_path):
-    from transformers import BeitConfig, BeitForSemanticSegmentation
-
-    whole = BeitForSemanticSegmentation(BeitConfig(**TRANSFORMERS["beit"][0], num_labels=4))
-    assert any(key.startswith("auxiliary_head.") for key in whole.state_dict())
-    whole.save_pretrained(tmp_path)
-    named = ModelConfig("transformers", str(tmp_path), 4, "pretrained", {}, HALF, HALF)
-    network = build_network(named, SEGMENTERS)
-    assert network.new_modules == ()
-    assert torch.equal(network.module.decode_head.classifier.weight, whole.decode_head.classifier.weight)
-
-
 def test_an_auxiliary_head_is_not_asked_for():
     options = {**TRANSFORMERS["beit"][0], "use_auxiliary_head": True}
     with pytest.raises(ConfigError, match="main head"):
         SemanticSegmentationTask(ModelConfig("transformers", "beit", 4, "none", options, HALF, HALF))
-
-
-class TestTorchvisionFiles:
-    def written(self, path, classes):
-        from torchvision.models import get_model
-
-        name = TORCHVISION[1]
-        state = get_model(name, weights=None, weights_backbone=None, num_classes=classes).state_dict()
-        save_file(state, path)
-        return state
-
-    @pytest.mark.parametrize(
-        ("classes", "new"),
-        [(4, ()), (7, ("classifier.high_classifier", "classifier.low_classifier"))],
-        ids=["same classes", "other classes"],
-    )
-    def test_weights_from_a_file(self, tmp_path, classes, new):
-        state = self.written(tmp_path / "w.safetensors", classes)
-        network = build_network(config(TORCHVISION[1], weights=str(tmp_path / "w.safetensors")), SEGMENTERS)
-        assert network.new_modules == new
-        key = "backbone.0.0.weight"
-        assert torch.equal(network.module.state_dict()[key], state[key])
-
-    def test_an_unknown_name(self):
-        with pytest.raises(ConfigError, match="Did you mean 'deeplabv3_resnet50'"):
-            SemanticSegmentationTask(ModelConfig("torchvision", "deeplab_resnet50", 4, "none"))
-
-
-class TestHeads:
-    """A head whose class count happens to equal that of the weights is trained when asked."""
-
-    def written(self, make, path):
-        network = build_network(make(), SEGMENTERS)
-        save_file(network.module.state_dict(), path)
-        return network.module.state_dict()
-
-    @pytest.mark.parametrize("head", ["auto", "train", "new"])
-    def test_of_as_many_classes(self, tmp_path, head):
-        from dataclasses import replace
-
-        path = tmp_path / "w.safetensors"
-        state = self.written(tiny_segformer, path)
-        network = build_network(replace(tiny_segformer(weights=str(path)), head=head), SEGMENTERS)
-        assert network.new_modules == (() if head == "auto" else ("decode_head.classifier",))
-        key = "decode_head.classifier.weight"
-        assert torch.equal(network.module.state_dict()[key], state[key]) == (head != "new")
-
-    @pytest.mark.parametrize("name", [*TRANSFORMERS, TORCHVISION[1]])
-    def test_the_layers_that_depend_on_the_classes_are_found(self, name):
-        from lora_plugins.tasks.models import class_dependent_modules
-
-        found = class_dependent_modules(lambda classes: build_network(config(name, classes), SEGMENTERS).module, 4)
-        expected = TRANSFORMERS[name][3:] if name in TRANSFORMERS else None
-        assert found == (expected or ("classifier.high_classifier", "classifier.low_classifier"))
-
-    def test_an_unknown_word(self):
-        with pytest.raises(ConfigError, match="Did you mean 'train'"):
-            ModelConfig("timm", "resnet18", 3, "none", head="trian")
 
 
 def test_a_local_folder_of_timm(tmp_path):
