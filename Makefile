@@ -13,7 +13,7 @@ run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded 
 	$(BIN)/lightning fit --config $(CONFIG)
 
 compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by side.
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks.compare
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks compare
 
 test: $(VENV)/dev ## The fast tests.
 	$(BIN)/pytest

@@ -18,31 +18,34 @@ if __name__ != "lora_plugins.tasks":
     )
 
 if TYPE_CHECKING:
-    from lora_plugins.tasks.before_after import BeforeAfter
-    from lora_plugins.tasks.classification.digits import DigitsDataModule
-    from lora_plugins.tasks.classification.folder import ImageFolderDataModule
-    from lora_plugins.tasks.classification.hub import HubImageDataModule
-    from lora_plugins.tasks.classification.listed import ImageListDataModule
-    from lora_plugins.tasks.classification.task import ImageClassificationTask
+    from lora_plugins.tasks.classification import (
+        HubImageDataModule,
+        ImageClassificationTask,
+        ImageFolderDataModule,
+        ImageListDataModule,
+    )
     from lora_plugins.tasks.data import VisionDataModule
     from lora_plugins.tasks.errors import DataError, WeightsError
-    from lora_plugins.tasks.export import export_task
-    from lora_plugins.tasks.loading import load_task, merged_task
+    from lora_plugins.tasks.examples import DigitScenesDataModule, DigitsDataModule
+    from lora_plugins.tasks.inference import export_task, load_task, merged_task, predict_folder
     from lora_plugins.tasks.models import ModelConfig
-    from lora_plugins.tasks.predict import predict_folder
-    from lora_plugins.tasks.report import HtmlReport
-    from lora_plugins.tasks.segmentation.folder import MaskFolderDataModule
-    from lora_plugins.tasks.segmentation.hub import HubMaskDataModule
-    from lora_plugins.tasks.segmentation.listed import MaskListDataModule
-    from lora_plugins.tasks.segmentation.picture import PredictionPicture, draw_predictions
-    from lora_plugins.tasks.segmentation.scenes import DigitScenesDataModule
-    from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
-    from lora_plugins.tasks.tensorboard import TensorBoardImages
-    from lora_plugins.tasks.threads import CpuThreads
+    from lora_plugins.tasks.reporting import (
+        BeforeAfter,
+        HtmlReport,
+        PredictionPicture,
+        TensorBoardImages,
+        draw_predictions,
+    )
+    from lora_plugins.tasks.segmentation import (
+        HubMaskDataModule,
+        MaskFolderDataModule,
+        MaskListDataModule,
+        SemanticSegmentationTask,
+    )
+    from lora_plugins.tasks.training import warmup_cosine
 
 __all__ = [
     "BeforeAfter",
-    "CpuThreads",
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",
@@ -65,33 +68,34 @@ __all__ = [
     "load_task",
     "merged_task",
     "predict_folder",
+    "warmup_cosine",
 ]
 
-_MODULES = {
-    "BeforeAfter": "before_after",
-    "CpuThreads": "threads",
+_ROOMS = {
+    "BeforeAfter": "reporting",
     "DataError": "errors",
-    "DigitScenesDataModule": "segmentation.scenes",
-    "DigitsDataModule": "classification.digits",
-    "HtmlReport": "report",
-    "HubImageDataModule": "classification.hub",
-    "HubMaskDataModule": "segmentation.hub",
-    "ImageClassificationTask": "classification.task",
-    "ImageFolderDataModule": "classification.folder",
-    "ImageListDataModule": "classification.listed",
-    "MaskFolderDataModule": "segmentation.folder",
-    "MaskListDataModule": "segmentation.listed",
+    "DigitScenesDataModule": "examples",
+    "DigitsDataModule": "examples",
+    "HtmlReport": "reporting",
+    "HubImageDataModule": "classification",
+    "HubMaskDataModule": "segmentation",
+    "ImageClassificationTask": "classification",
+    "ImageFolderDataModule": "classification",
+    "ImageListDataModule": "classification",
+    "MaskFolderDataModule": "segmentation",
+    "MaskListDataModule": "segmentation",
     "ModelConfig": "models",
-    "PredictionPicture": "segmentation.picture",
-    "SemanticSegmentationTask": "segmentation.task",
-    "TensorBoardImages": "tensorboard",
+    "PredictionPicture": "reporting",
+    "SemanticSegmentationTask": "segmentation",
+    "TensorBoardImages": "reporting",
     "VisionDataModule": "data",
     "WeightsError": "errors",
-    "draw_predictions": "segmentation.picture",
-    "export_task": "export",
-    "load_task": "loading",
-    "merged_task": "loading",
-    "predict_folder": "predict",
+    "draw_predictions": "reporting",
+    "export_task": "inference",
+    "load_task": "inference",
+    "merged_task": "inference",
+    "predict_folder": "inference",
+    "warmup_cosine": "training",
 }
 
-__getattr__ = lazily(__name__, _MODULES)
+__getattr__ = lazily(__name__, _ROOMS)

@@ -1,4 +1,4 @@
-"""Errors that say what was wrong and offer the nearest name."""
+"""Errors of the tasks, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from lora_plugins.errors import ConfigError, LoraError, near
 
-SHOWN = 20
+MAX_LISTED = 20
 
 
 class DataError(LoraError, ValueError):
-    """A data set on disk, or a label in a batch, is not what the task can train on."""
+    """A data set on disk, or a label in a batch, cannot be used by the task."""
 
 
 class WeightsError(LoraError, ValueError):
@@ -18,21 +18,18 @@ class WeightsError(LoraError, ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that a table does not hold.
+    """The error for an unknown name, with near matches; the caller raises it.
 
     Args:
-        kind: What the name stands for, as it should read in the sentence.
-        name: The name that was asked for.
-        known: The names that would have been understood.
-
-    Returns:
-        An error (to be raised by the caller) with near matches.
+        kind: What the name stands for, as it reads in the sentence.
+        name: The unknown name.
+        known: The known names.
     """
     return ConfigError(f"Unknown {kind} {name!r}. {near(name, known)}")
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The problems as an indented list, one a line, cut off after the first twenty with a count of the rest."""
-    rest = len(problems) - SHOWN
-    lines = [f"  {problem}" for problem in problems[:SHOWN]]
+    """An indented list of problems, one per line: the first twenty, and the number of the others."""
+    rest = len(problems) - MAX_LISTED
+    lines = [f"  {problem}" for problem in problems[:MAX_LISTED]]
     return "\n".join(lines + ([f"  ... and {rest} more"] if rest > 0 else []))

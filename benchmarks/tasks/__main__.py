@@ -17,17 +17,17 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from benchmarks.tasks.halves import write_halves
-from benchmarks.tasks.runs import CASES, Outcome, Tuning, Way, run
+from benchmarks.tasks.runs import CASES, Method, Outcome, Tuning, run
 from benchmarks.tasks.weights import write_weights
 
 FROZEN, FULL = "frozen backbone", "full fine-tuning"
 LORA = {"classification": Tuning(3e-3, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
-WAYS = {
-    FROZEN: Way(0, {"classification": Tuning(3e-3), "segmentation": Tuning(1e-2, norm="track")}),
-    "LoRA, r=2": Way(2, LORA),
-    "LoRA, r=8": Way(8, LORA),
-    "LoRA, r=32": Way(32, LORA),
-    FULL: Way(None, {"classification": Tuning(3e-3, 1e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
+METHODS = {
+    FROZEN: Method(0, {"classification": Tuning(3e-3), "segmentation": Tuning(1e-2, norm="track")}),
+    "LoRA, r=2": Method(2, LORA),
+    "LoRA, r=8": Method(8, LORA),
+    "LoRA, r=32": Method(32, LORA),
+    FULL: Method(None, {"classification": Tuning(3e-3, 1e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
 }
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
@@ -55,41 +55,41 @@ def main() -> None:
 
 
 def _try_rates(halves: list[Path], weights: dict[str, Path], cases: list[str], epochs: int | None) -> None:
-    for case, name, way in tried(cases):
-        metrics = [run(half, weights, case, way, RATES_SEED, epochs).metric for half in halves]
-        line = {"case": case, "way": name, **asdict(way.tuning[case]), "metric": statistics.mean(metrics)}
+    for case, name, method in tried(cases):
+        metrics = [run(half, weights, case, method, RATES_SEED, epochs).metric for half in halves]
+        line = {"case": case, "method": name, **asdict(method.tuning[case]), "metric": statistics.mean(metrics)}
         print(json.dumps(line), flush=True)
 
 
 def _fill_table(given: argparse.Namespace, weights: dict[str, Path]) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
-    for case, name, seed, way in planned(given.case or list(CASES)):
-        if runs and (case, name, seed) in made(runs):
+    for case, name, seed, method in planned(given.case or list(CASES)):
+        if runs and (case, name, seed) in recorded_runs(runs):
             continue
-        outcome = run(given.data, weights, case, way, seed, given.epochs)
-        line = {"case": case, "way": name, "seed": seed, **asdict(way.tuning[case]), **asdict(outcome)}
+        outcome = run(given.data, weights, case, method, seed, given.epochs)
+        line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}
         print(json.dumps(line), flush=True)
         if runs:
             with runs.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            found = kept(runs)
+            found = recorded_outcomes(runs)
             given.out.write_text("\n".join([*table(found), "", *differences(found)]) + "\n", encoding="utf-8")
 
 
-def planned(cases: list[str]) -> Iterator[tuple[str, str, int, Way]]:
+def planned(cases: list[str]) -> Iterator[tuple[str, str, int, Method]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
     for seed in SEEDS:
         for case in cases:
-            for name, way in WAYS.items():
-                yield case, name, seed, way
+            for name, method in METHODS.items():
+                yield case, name, seed, method
 
 
-def tried(cases: list[str]) -> Iterator[tuple[str, str, Way]]:
-    """The settings that are tried, as many for each way."""
+def tried(cases: list[str]) -> Iterator[tuple[str, str, Method]]:
+    """The settings that are tried, as many for each method."""
     for case in cases:
-        for name, way in WAYS.items():
+        for name, method in METHODS.items():
             for factor in FACTORS:
-                yield case, name, replace(way, tuning={case: _scaled(way.tuning[case], factor)})
+                yield case, name, replace(method, tuning={case: _scaled(method.tuning[case], factor)})
 
 
 def _scaled(tuning: Tuning, factor: float) -> Tuning:
@@ -97,18 +97,18 @@ def _scaled(tuning: Tuning, factor: float) -> Tuning:
     return replace(tuning, lr=tuning.lr * factor) if tuning.lr else replace(tuning, head_lr=tuning.head_lr * factor)
 
 
-def made(runs: Path) -> set[tuple[str, str, int]]:
-    """The runs that a file has, which are not made again: what was cut short goes on."""
+def recorded_runs(runs: Path) -> set[tuple[str, str, int]]:
+    """The runs in a file; they are not run again, so that an interrupted benchmark resumes."""
     lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
-    return {(line["case"], line["way"], line["seed"]) for line in map(json.loads, lines)}
+    return {(line["case"], line["method"], line["seed"]) for line in map(json.loads, lines)}
 
 
-def kept(runs: Path) -> dict[tuple[str, str], list[Outcome]]:
-    """The outcomes in a file of runs, by task and way."""
-    outcomes: dict[tuple[str, str], list[Outcome]] = {(case, way): [] for case in CASES for way in WAYS}
+def recorded_outcomes(runs: Path) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes in a file of runs, by task and method."""
+    outcomes: dict[tuple[str, str], list[Outcome]] = {(case, method): [] for case in CASES for method in METHODS}
     for line in map(json.loads, runs.read_text(encoding="utf-8").splitlines()):
         outcome = Outcome(**{field.name: line[field.name] for field in fields(Outcome)})
-        outcomes[line["case"], line["way"]].append(outcome)
+        outcomes[line["case"], line["method"]].append(outcome)
     return {key: found for key, found in outcomes.items() if found}
 
 

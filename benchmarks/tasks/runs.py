@@ -1,4 +1,4 @@
-"""One run: a task, a way of fine-tuning it, a seed; and what it came to."""
+"""One run: a task, a method of fine-tuning it, a seed; and the result."""
 
 import multiprocessing
 import resource
@@ -22,18 +22,17 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     ModelConfig,
     SemanticSegmentationTask,
+    warmup_cosine,
 )
-from lora_plugins.tasks.schedules import scheduler
 
 HALF = (0.5, 0.5, 0.5)
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 VOID = 11
-SCHEDULE: Mapping[str, Any] = MappingProxyType({"schedule": "cosine", "warmup": 0.1})
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tuned for a way of fine-tuning on a task.
+    """What was tuned for a method of fine-tuning on a task.
 
     Attributes:
         head_lr: Learning rate of the new head.
@@ -50,8 +49,8 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of fine-tuning: the rank of LoRA, 0 for the head alone, None for everything; and its tuning by task."""
+class Method:
+    """A method of fine-tuning: the rank of LoRA, 0 for the head alone, None for everything; and its tuning by task."""
 
     rank: int | None
     tuning: Mapping[str, Tuning]
@@ -59,7 +58,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         metric: Accuracy or mean IoU on the val split after the last epoch.
@@ -83,7 +82,7 @@ def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
         str(root / "cifar-mini"), image_size=(96, 96), augmentation="crop_flip", batch_size=16, check_files=False
     )
     model = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
-    return ImageClassificationTask(model, **SCHEDULE), data
+    return ImageClassificationTask(model, lr_scheduler=warmup_cosine), data
 
 
 def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
@@ -98,7 +97,7 @@ def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
     )
     options = {"encoder_name": "tu-tf_efficientnet_lite0", "decoder_channels": [64, 48, 32, 24, 16]}
     model = ModelConfig("smp", "Unet", len(CAMVID), str(weights), options, HALF, HALF)
-    return SemanticSegmentationTask(model, **SCHEDULE, ignore_index=VOID), data
+    return SemanticSegmentationTask(model, lr_scheduler=warmup_cosine, ignore_index=VOID), data
 
 
 @dataclass(frozen=True)
@@ -140,20 +139,22 @@ class Watch(Callback):
             self.seconds.append(time.perf_counter() - self._start)
 
 
-def run(root: Path, weights: Mapping[str, Path], case: str, way: Way, seed: int, epochs: int | None = None) -> Outcome:
-    """Make one run in a process of its own, whose peak memory is then that of the run.
+def run(
+    root: Path, weights: Mapping[str, Path], case: str, method: Method, seed: int, epochs: int | None = None
+) -> Outcome:
+    """Run once in a process of its own, whose peak memory is then that of the run.
 
     Args:
         root: The folder of data sets.
         weights: What `write_weights` wrote.
         case: A name in `CASES`.
-        way: How it is fine-tuned.
+        method: How it is fine-tuned.
         seed: The seed of everything.
         epochs: For how long, if not as the case says.
     """
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
-        return pool.apply(_run, (root, weights, case, way.rank, way.tuning[case], seed, epochs))
+        return pool.apply(_run, (root, weights, case, method.rank, method.tuning[case], seed, epochs))
 
 
 def _run(
@@ -200,7 +201,7 @@ def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
 
 
 def _prepare(task: Any, rank: int | None, tuning: Tuning) -> None:
-    """The two ways without adapters: the new head alone, or everything, with a rate of its own for the new head."""
+    """The two methods without adapters: the new head alone, or everything, with a rate of its own for the new head."""
     heads = tuple(f"{head}." for head in task.head_modules)
     named = dict(task.named_parameters())
     head = [p for name, p in named.items() if name.startswith(heads)]
@@ -215,8 +216,10 @@ def _prepare(task: Any, rank: int | None, tuning: Tuning) -> None:
         groups = [{"params": head, "lr": tuning.head_lr}, {"params": rest, "lr": tuning.lr}]
         optimizer = torch.optim.AdamW(groups if rank is None else groups[:1], weight_decay=task.weight_decay)
         steps = int(task.trainer.estimated_stepping_batches)
-        rates = scheduler(optimizer, task.schedule, steps, task.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": warmup_cosine(optimizer, steps), "interval": "step"},
+        }
 
     task.configure_optimizers = configure_optimizers
 

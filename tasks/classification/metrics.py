@@ -1,4 +1,4 @@
-"""A metric of classification that is defined for splits without some of the classes."""
+"""Metrics of classification."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torchmetrics.classification import MulticlassAUROC
 
 
 class OccurringAUROC(MulticlassAUROC):
-    """Area under the curve of each class against the others, mean over the classes that have both.
+    """One-versus-rest AUROC, mean over the classes with both positive and negative samples.
 
-    torchmetrics warns about classes without positive or without negative samples, and counts them as 0.
+    torchmetrics warns about the other classes, and counts them as 0.
     """
 
-    def compute(self) -> Tensor:
-        """The mean, or nan where no class has both."""
+    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics' own AUROC returns a Tensor, and has this too
+        """The mean; nan if there is no such class."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No (positive|negative) samples")
             values: Tensor = super().compute()

@@ -1,66 +1,24 @@
-"""Networks by source and task: one table, one row for what each library can build."""
+"""Networks of timm, transformers, torchvision and segmentation-models-pytorch, with weights and a new head.
 
-from __future__ import annotations
+`build_network` builds what a `ModelConfig` describes, and says which modules are new and what its images look like.
+"""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-
-from torch import Tensor, nn
-
-from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models import from_smp, from_timm, from_torchvision, from_transformers
-from lora_plugins.tasks.models.config import ModelConfig
-from lora_plugins.tasks.models.heads import with_head
+from lora_plugins.tasks.models.lora_targets import default_targets
+from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
+from lora_plugins.tasks.models.new_head import class_dependent_modules
+from lora_plugins.tasks.models.sources import CLASSIFIERS, SEGMENTERS, Source, build_network, source_of
+from lora_plugins.tasks.models.weights import packaged_weights
 
-__all__ = ["CLASSIFIERS", "SEGMENTERS", "ModelConfig", "Network", "Source", "build_network", "source_of"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a task needs of a library.
-
-    Attributes:
-        build: Builds the network a configuration describes.
-        logits: Calls such a network on a batch of images and gives its logits.
-    """
-
-    build: Callable[[ModelConfig], Network]
-    logits: Callable[[nn.Module, Tensor], Tensor]
-
-
-CLASSIFIERS: Mapping[str, Source] = MappingProxyType(
-    {
-        "timm": Source(from_timm.build_classifier, from_timm.logits),
-        "transformers": Source(from_transformers.build_classifier, from_transformers.logits),
-    }
-)
-SEGMENTERS: Mapping[str, Source] = MappingProxyType(
-    {
-        "smp": Source(from_smp.build_segmenter, from_smp.logits),
-        "torchvision": Source(from_torchvision.build_segmenter, from_torchvision.logits),
-        "transformers": Source(from_transformers.build_segmenter, from_transformers.logits),
-    }
-)
-
-
-def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network:
-    """Build the network that a configuration describes, with its head as the configuration says.
-
-    Raises:
-        ConfigError: For names that are not known, or options that do not fit.
-        WeightsError: Where weights do not fit.
-    """
-    return with_head(source_of(config, sources).build, config)
-
-
-def source_of(config: ModelConfig, sources: Mapping[str, Source]) -> Source:
-    """The row of a table that a configuration asks for.
-
-    Raises:
-        ConfigError: For a source the table does not hold, with the nearest that it does.
-    """
-    if config.source not in sources:
-        raise unknown("source of models", config.source, sources)
-    return sources[config.source]
+__all__ = [
+    "CLASSIFIERS",
+    "SEGMENTERS",
+    "ModelConfig",
+    "Network",
+    "Source",
+    "build_network",
+    "class_dependent_modules",
+    "default_targets",
+    "packaged_weights",
+    "source_of",
+]

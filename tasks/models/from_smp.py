@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
 from lora_plugins.tasks.models.from_timm import check_name
-from lora_plugins.tasks.models.network import Network, children_besides
-from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.network import Network, children_except
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
 TIMM = "tu-"
 ENCODER = "encoder"
@@ -26,13 +26,13 @@ def build_segmenter(config: ModelConfig) -> Network:
 
     Raises:
         ConfigError: For an unknown decoder or encoder, or for options that the decoder does not take.
-        WeightsError: Where a file's weights do not fit.
+        WeightsError: If the weights of a file do not fit.
     """
     module = _create(config)
-    heads = children_besides(module, ENCODER)
+    heads = children_except(module, ENCODER)
     if config.weights not in (NONE, PRETRAINED):
         state = read_weights(config.weights)
-        heads = load_exactly(module, state, heads=heads, base=ENCODER, where=repr(config.weights))
+        heads = load_strict(module, state, heads=heads, base=ENCODER, where=repr(config.weights))
     return Network(module.train(), heads, *_own_normalization(config))
 
 
@@ -65,7 +65,7 @@ def _create(config: ModelConfig) -> nn.Module:
 
 
 def _check_options(config: ModelConfig, decoder: type) -> None:
-    # What a decoder does not take it hands to its encoder: timm's refuse what they do not know, smp's own drop it.
+    # A decoder passes unknown options on to its encoder: timm's encoders refuse them, smp's own ignore them.
     options = set(signature(decoder).parameters)
     for option in config.options.keys() - options:
         if not _encoder(config).startswith(TIMM):
@@ -86,7 +86,7 @@ def _encoder(config: ModelConfig) -> str:
 
 
 def _own_normalization(config: ModelConfig) -> tuple[Any, Any]:
-    """Mean and std of the encoder's pretrained weights; those of smp's own encoders lie on the hub beside them."""
+    """Mean and std of the encoder's pretrained weights; smp's own encoders have theirs on the hub."""
     encoder = _encoder(config)
     if encoder.startswith(TIMM):
         import timm

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
-from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
 
 def build_classifier(config: ModelConfig) -> Network:
@@ -18,7 +18,7 @@ def build_classifier(config: ModelConfig) -> Network:
 
     Raises:
         ConfigError: For a name that timm does not know, or options that the architecture does not take.
-        WeightsError: Where a file's weights do not fit.
+        WeightsError: If the weights of a file do not fit.
     """
     if config.weights == PRETRAINED:
         module, new = _pretrained(config)
@@ -33,10 +33,10 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_name(name: str) -> None:
-    """Raise an error with near matches for a model name that timm does not know.
+    """Check that timm knows a model name. Names with a scheme (`hf-hub:...`, `local-dir:...`) are left to timm.
 
     Raises:
-        ConfigError: As said. Names with a scheme (`hf-hub:...`, `local-dir:...`) are left to timm.
+        ConfigError: If it does not, with near matches.
     """
     import timm
 
@@ -60,7 +60,7 @@ def _create(config: ModelConfig, **keywords: Any) -> Any:
 
 
 def _pretrained(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
-    # With the class count of its weights timm loads strictly; asked for another one it would load with gaps allowed.
+    # timm loads strictly only if the number of classes is that of its weights, so the head is replaced afterwards.
     module = _create(config, pretrained=True)
     if module.num_classes == config.num_classes:
         return module, ()
@@ -73,16 +73,15 @@ def _from_file(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:
     heads = _classifier_names(module)
     if config.weights == NONE:
         return module, heads
-    return module, load_exactly(
-        module, read_weights(config.weights), heads=heads, base=None, where=repr(config.weights)
-    )
+    return module, load_strict(module, read_weights(config.weights), heads=heads, base=None, where=repr(config.weights))
 
 
 def _preprocessing(module: Any, config: ModelConfig) -> dict[str, Any]:
-    """What timm says of the images that the network wants; an `img_size` among the options has the last word."""
-    from timm.data import resolve_model_data_config
+    """How timm says that images are preprocessed; an `img_size` among the options takes precedence."""
+    from timm.data.config import resolve_model_data_config
 
-    own = resolve_model_data_config(module)
+    resolve: Any = resolve_model_data_config  # has no types
+    own = resolve(module)
     size = config.options.get("img_size", own["input_size"][-2:])
     size = (size, size) if isinstance(size, int) else tuple(size)
     return {"mean": own["mean"], "std": own["std"], "size": size, "interpolation": own["interpolation"]}

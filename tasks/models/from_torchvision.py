@@ -1,6 +1,6 @@
 """Semantic segmenters of torchvision: DeepLabV3, FCN and LR-ASPP (https://docs.pytorch.org/vision/stable/models.html).
 
-Their auxiliary classifier, which only serves a second loss, is left out.
+Their auxiliary classifier, which is only for a second loss, is left out.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
-from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_exactly, read_weights
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
 HEAD, BACKBONE, AUXILIARY = "classifier", "backbone", "aux_classifier"
 
@@ -24,13 +24,14 @@ def build_segmenter(config: ModelConfig) -> Network:
 
     Raises:
         ConfigError: For an unknown name, options that the architecture does not take, or weights out of reach.
-        WeightsError: Where a file's weights do not fit.
+        WeightsError: If the weights of a file do not fit.
     """
-    module, new = _create(config), (HEAD,)
+    module = _create(config)
+    new: tuple[str, ...] = (HEAD,)
     if config.weights != NONE:
-        state = _published(config.name) if config.weights == PRETRAINED else read_weights(config.weights)
+        state = _published_weights(config.name) if config.weights == PRETRAINED else read_weights(config.weights)
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{AUXILIARY}.")}
-        new = load_exactly(module, state, heads=new, base=BACKBONE, where=repr(config.weights))
+        new = load_strict(module, state, heads=new, base=BACKBONE, where=repr(config.weights))
     own = _default_weights(config.name).transforms()
     side = int(own.resize_size[0])
     return Network(module.train(), new, tuple(own.mean), tuple(own.std), (side, side), own.interpolation.value)
@@ -65,7 +66,7 @@ def _default_weights(name: str) -> Any:
     return get_model_weights(name).DEFAULT
 
 
-def _published(name: str) -> dict[str, Tensor]:
+def _published_weights(name: str) -> dict[str, Tensor]:
     try:
         return dict(_default_weights(name).get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError) as error:

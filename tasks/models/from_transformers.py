@@ -1,7 +1,7 @@
 """Image classifiers and semantic segmenters of transformers (https://github.com/huggingface/transformers).
 
-Weights go through the library's own loader, which knows older names of tensors, and are then held to the same exact
-account as everywhere else: its report of missing, unexpected and mismatched keys is read, never ignored.
+Weights go through the library's own loader, which knows older names of tensors. Its report of missing, unexpected and
+mismatched keys is then checked as strictly as for any other source.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.config import ModelConfig
-from lora_plugins.tasks.models.heads import class_dependent
-from lora_plugins.tasks.models.network import Network, children_besides
+from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.network import Network, children_except
+from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.weights import (
     NONE,
     PRETRAINED,
@@ -31,15 +31,15 @@ from lora_plugins.tasks.models.weights import (
 AUXILIARY_OPTION, AUXILIARY = "use_auxiliary_head", "auxiliary_head."
 PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Names of PIL's numbers for the ways of interpolation that tensors know."""
+"""Names of PIL's numbers for the interpolations that exist for tensors."""
 
 
 def build_classifier(config: ModelConfig) -> Network:
-    """Build what `AutoModelForImageClassification` gives, with `config.num_classes` labels.
+    """Build a model of `AutoModelForImageClassification` with `config.num_classes` labels.
 
     Raises:
         ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
-        WeightsError: Where weights do not fit.
+        WeightsError: If weights do not fit.
     """
     from transformers import AutoModelForImageClassification
 
@@ -47,11 +47,11 @@ def build_classifier(config: ModelConfig) -> Network:
 
 
 def build_segmenter(config: ModelConfig) -> Network:
-    """Build what `AutoModelForSemanticSegmentation` gives, with `config.num_classes` labels.
+    """Build a model of `AutoModelForSemanticSegmentation` with `config.num_classes` labels.
 
     Raises:
         ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
-        WeightsError: Where weights do not fit.
+        WeightsError: If weights do not fit.
     """
     from transformers import AutoModelForSemanticSegmentation
 
@@ -65,7 +65,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 def _build(config: ModelConfig, auto: Any) -> Network:
     architecture = _architecture(config, auto)
-    with _quiet():
+    with _quiet_library():
         module, new = _load(config, auto, architecture)
     return Network(module.train(), new, **_preprocessing(config, architecture))
 
@@ -73,14 +73,14 @@ def _build(config: ModelConfig, auto: Any) -> Network:
 def _architecture(config: ModelConfig, auto: Any) -> Any:
     """The transformers configuration that `name` and `options` describe, without an auxiliary head.
 
-    The library feeds an auxiliary head only to a loss of its own, which leaves out the options of ours.
+    The library uses an auxiliary head only in its own loss, which does not have the options of ours.
     """
     if config.options.get(AUXILIARY_OPTION):
         raise ConfigError(f"{config.name}: {AUXILIARY_OPTION} is true; tasks train on the main head's logits alone.")
     architecture = _named_architecture(config, auto)
     if hasattr(architecture, AUXILIARY_OPTION):
         setattr(architecture, AUXILIARY_OPTION, False)
-    # Where a model type has several classes of models, the library asks this list for one, and it may not be None.
+    # For a model type with several model classes, the library looks into this list, which must not be None.
     architecture.architectures = architecture.architectures or []
     return architecture
 
@@ -118,17 +118,17 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
     if config.weights == NONE:
         module = _random(config, auto, architecture)
         return module, _heads(module, config, auto)
-    report_it = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    reporting = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if config.weights == PRETRAINED:
-        module, info = _pretrained(config.name, auto, config=architecture, **report_it)
+        module, info = _pretrained(config.name, auto, config=architecture, **reporting)
     else:
         cls = type(_random(config, auto, architecture))
         state = read_weights(config.weights)
-        module, info = cls.from_pretrained(None, config=architecture, state_dict=state, **report_it)
+        module, info = cls.from_pretrained(None, config=architecture, state_dict=state, **reporting)
     difference = Difference(
         missing=frozenset(info["missing_keys"]),
-        surplus=frozenset(key for key in info["unexpected_keys"] if not key.startswith(AUXILIARY)),
-        reshaped=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
+        unexpected=frozenset(key for key in info["unexpected_keys"] if not key.startswith(AUXILIARY)),
+        mismatched=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
     )
     where = repr(config.name if config.weights == PRETRAINED else config.weights)
     heads, keys = _heads(module, config, auto), module.state_dict()
@@ -145,10 +145,10 @@ def _random(config: ModelConfig, auto: Any, architecture: Any) -> Any:
 
 
 def _heads(module: nn.Module, config: ModelConfig, auto: Any) -> tuple[str, ...]:
-    """The parts that may be a new head: those beside the base, or else what depends on the number of classes."""
+    """The parts that may be a new head: all but the base, or else what depends on the number of classes."""
     base = _base(module)
-    beside = () if base is None else children_besides(module, base)
-    return beside or class_dependent(
+    parts = () if base is None else children_except(module, base)
+    return parts or class_dependent_modules(
         lambda classes: auto.from_config(_architecture(replace(config, num_classes=classes), auto)),
         config.num_classes,
     )
@@ -169,7 +169,7 @@ def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
 
 
 def _base(module: nn.Module) -> str | None:
-    """Name of the child that is no head; UperNet, over any backbone, says none, and CLIP's says that of its parent."""
+    """Name of the child that is no head: UperNet's prefix is empty, and CLIP's is that of its parent."""
     for name in (module.base_model_prefix, "backbone", "vision_model"):
         if name and hasattr(module, str(name)):
             return str(name)
@@ -177,18 +177,19 @@ def _base(module: nn.Module) -> str | None:
 
 
 def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:
-    """What the image processor beside the configuration says, if there is one; else the configuration's image size."""
+    """What the model's image processor says, if there is one; else the image size of the configuration."""
     from transformers import AutoImageProcessor
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     local = Path(config.name)
     if config.name in CONFIG_MAPPING or (local.is_dir() and not (local / PROCESSOR).is_file()):
         return {"mean": None, "std": None, "size": _pair(getattr(architecture, "image_size", None))}
-    processor = AutoImageProcessor.from_pretrained(config.name)
+    load: Any = AutoImageProcessor.from_pretrained  # has no types
+    processor = load(config.name)
     own, channels = processor.to_dict(), int(getattr(architecture, "num_channels", 3))
-    # MobileViT's has a mean that it does not use: it leaves `do_normalize` open, and an open one is left out of files.
+    # MobileViT's processor has a mean that it does not use: its `do_normalize` is None, which files leave out.
     normalized = bool(getattr(processor, "do_normalize", False))
-    divided = 2 if own.get("include_top") else 1  # EfficientNet's divides twice, as in its training
+    divided = 2 if own.get("include_top") else 1  # EfficientNet's divides by std twice, as in its training
     return {
         "mean": tuple(own["image_mean"]) if normalized else (0.0,) * channels,
         "std": tuple(s**divided for s in own["image_std"]) if normalized else (1.0,) * channels,
@@ -199,8 +200,9 @@ def _preprocessing(config: ModelConfig, architecture: Any) -> dict[str, Any]:
 
 
 def _processed_size(own: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width that a processor brings images to: of its crop, if there is one, or of its resizing."""
-    size = own.get("crop_size") if own.get("do_center_crop") and own.get("crop_size") else own.get("size") or {}
+    """Height and width that a processor resizes or crops images to."""
+    crop = own.get("crop_size") if own.get("do_center_crop") else None
+    size: dict[str, Any] = crop or own.get("size") or {}
     if "height" in size:
         return int(size["height"]), int(size["width"])
     return _pair(size.get("shortest_edge"))
@@ -213,9 +215,11 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's progress bar and its own load report off the terminal: the account here says it all."""
-    from transformers.utils import logging
+def _quiet_library() -> Iterator[None]:
+    """Silence the library's progress bar and load report, which say less than the errors raised here."""
+    from transformers.utils import logging as library_logging
+
+    logging: Any = library_logging  # has no types
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

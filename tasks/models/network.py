@@ -1,4 +1,4 @@
-"""The outcome of building a network, the same for every source."""
+"""The result of building a network, the same for every source."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Network:
     Attributes:
         module: The network, in training mode.
         new_modules: Names, relative to `module`, of the modules whose parameters are newly initialized.
-        mean: Mean of each channel that the network expects of images in [0, 1], or None where its source says none.
+        mean: Mean of each channel that the network expects of images in [0, 1]; None if its source does not say.
         std: Standard deviation of each channel, likewise.
-        size: Height and width of the images that the network was made for, or None where any will do.
-        interpolation: How its images were brought to that size: `bilinear`, `bicubic` or `nearest`.
-        bgr: Whether it wants blue, green and red in this order.
+        size: Height and width of the images that the network was made for; None if any will do.
+        interpolation: How its images were resized: `bilinear`, `bicubic` or `nearest`.
+        bgr: Whether it expects the channels in the order blue, green, red.
     """
 
     module: nn.Module
@@ -31,20 +31,20 @@ class Network:
     bgr: bool = False
 
 
-def children_besides(module: nn.Module, base: str) -> tuple[str, ...]:
-    """Names of the children with parameters of their own, leaving out `base`: the parts that may be a new head."""
-    names = [name for name, child in module.named_children() if name != base]
-    return tuple(own for name in names for own in _unmistakable(module, name))
+def children_except(module: nn.Module, base: str) -> tuple[str, ...]:
+    """Names of the children with parameters, without `base`: the parts that may be a new head."""
+    names = [name for name, _ in module.named_children() if name != base]
+    return tuple(part for name in names for part in _unambiguous(module, name))
 
 
-def _unmistakable(module: nn.Module, name: str) -> list[str]:
-    """A module with parameters by a name that no other's ends in (DPT has `head` and `head.head`): it, or its parts."""
-    part = module.get_submodule(name)
-    if not any(True for _ in part.parameters()):
+def _unambiguous(module: nn.Module, name: str) -> list[str]:
+    """A module with parameters, or its parts if another module's name ends in its name (DPT: `head`, `head.head`)."""
+    child = module.get_submodule(name)
+    if not any(True for _ in child.parameters()):
         return []
-    parts = [f"{name}.{child}" for child, _ in part.named_children()]
+    parts = [f"{name}.{part}" for part, _ in child.named_children()]
     if parts and any(other.endswith(f".{name}") for other, _ in module.named_modules()):
-        return [own for inner in parts for own in _unmistakable(module, inner)]
+        return [inner for part in parts for inner in _unambiguous(module, part)]
     return [name]
 
 

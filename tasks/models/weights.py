@@ -1,7 +1,7 @@
-"""Finding weights, and loading them with an exact account of what fits and what does not.
+"""Find weights and load them strictly.
 
 A new head is the only thing that a file may lack. Which modules can be a head is known before the file is opened;
-everything else that is missing, left over or of another shape is an error that lists the keys.
+every other key that is missing, unexpected or of another shape is an error that lists it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ TASK_PREFIX = "network."
 
 @dataclass(frozen=True)
 class Difference:
-    """How a state dict differs from the network that should take it.
+    """How a state dict differs from the network that should load it.
 
     Attributes:
         missing: Keys of the network that the file lacks.
-        surplus: Keys of the file that the network lacks.
-        reshaped: Key, shape in the file and shape in the network, where the two shapes differ.
+        unexpected: Keys of the file that the network lacks.
+        mismatched: Key, shape in the file and shape in the network, if the two shapes differ.
     """
 
     missing: frozenset[str]
-    surplus: frozenset[str]
-    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unexpected: frozenset[str]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
     def between(cls, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Difference:
@@ -43,19 +43,19 @@ class Difference:
         pairs = ((key, tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state)
         return cls(
             missing=frozenset(own.keys() - state.keys()),
-            surplus=frozenset(state.keys() - own.keys()),
-            reshaped=tuple(pair for pair in pairs if pair[1] != pair[2]),
+            unexpected=frozenset(state.keys() - own.keys()),
+            mismatched=tuple(pair for pair in pairs if pair[1] != pair[2]),
         )
 
 
 def new_modules(
     difference: Difference, keys: Iterable[str], *, heads: Sequence[str], base: str | None, where: str
 ) -> tuple[str, ...]:
-    """The modules that a file leaves to be initialized, if these can be a new head and nothing else is wrong.
+    """The modules that a file does not hold, if they can be a new head and nothing else is wrong.
 
-    A head is new when the file has none of it, or when shapes in it differ; then the modules that hold those tensors
-    are new. A file written for another task may bring that task's head: its keys lie outside `base`, and are left
-    aside where a head of ours is new.
+    A head is new if the file has none of it, or if shapes in it differ; then the modules that hold those tensors are
+    new. A file written for another task may have that task's head: its keys lie outside `base`, and are ignored if a
+    head of ours is new.
 
     Args:
         difference: How the file differs from the network.
@@ -65,19 +65,19 @@ def new_modules(
         where: The file's name, for the error.
 
     Raises:
-        WeightsError: With every key that is missing, left over or reshaped without being part of a new head.
+        WeightsError: With every key that is missing, unexpected or mismatched without being part of a new head.
     """
     owned = list(keys)
     absent = [head for head in heads if difference.missing.issuperset(k for k in owned if is_inside(k, [head]))]
-    reshaped = {key.rpartition(".")[0] for key, _, _ in difference.reshaped if is_inside(key, heads)}
-    new = [*absent, *sorted(name for name in reshaped if not is_inside(f"{name}.", absent))]
-    foreign = {k for k in difference.surplus if base is not None and absent and not is_inside(k, [base])}
+    mismatched = {key.rpartition(".")[0] for key, _, _ in difference.mismatched if is_inside(key, heads)}
+    new = [*absent, *sorted(name for name in mismatched if not is_inside(f"{name}.", absent))]
+    foreign = {k for k in difference.unexpected if base is not None and absent and not is_inside(k, [base])}
     problems = [
         *(f"missing in the file: {key}" for key in sorted(difference.missing) if not is_inside(key, new)),
-        *(f"not in the network: {key}" for key in sorted(difference.surplus - foreign)),
+        *(f"not in the network: {key}" for key in sorted(difference.unexpected - foreign)),
         *(
             f"another shape: {key} is {list(theirs)} in the file and {list(ours)} in the network"
-            for key, theirs, ours in sorted(difference.reshaped)
+            for key, theirs, ours in sorted(difference.mismatched)
             if not is_inside(key, new)
         ),
     ]
@@ -90,31 +90,31 @@ def new_modules(
     return tuple(new)
 
 
-def load_exactly(
+def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], *, heads: Sequence[str], base: str | None, where: str
 ) -> tuple[str, ...]:
-    """Load a state dict into a network, leaving a new head as it is.
+    """Load a state dict into a network, except for a new head.
 
     Returns:
-        The names of the modules that keep their random start, see `new_modules`.
+        The names of the modules that stay newly initialized, see `new_modules`.
 
     Raises:
-        WeightsError: Where anything but a new head differs; the network is then untouched.
+        WeightsError: If anything but a new head differs; the network is then untouched.
     """
     own = module.state_dict()
     new = new_modules(Difference.between(state, own), own, heads=heads, base=base, where=where)
-    kept = {key: tensor for key, tensor in state.items() if key in own and not is_inside(key, new)}
-    module.load_state_dict(kept | {key: own[key] for key in own if is_inside(key, new)})
+    loaded = {key: tensor for key, tensor in state.items() if key in own and not is_inside(key, new)}
+    module.load_state_dict(loaded | {key: own[key] for key in own if is_inside(key, new)})
     return new
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
     """Read the tensors that `weights` names: a file, a folder with a `model.safetensors`, or `package:NAME`.
 
-    A file of a whole task, in which every key starts with `network.`, is read as the file of its network.
+    A file of a whole task, whose keys all start with `network.`, is read as that of its network.
 
     Raises:
-        WeightsError: Where there is no such file, or where it is not a safetensors file.
+        WeightsError: If there is no such file, or if it is not a safetensors file.
     """
     if weights.startswith(PACKAGE):
         return _read_packaged(weights.removeprefix(PACKAGE))
@@ -139,8 +139,8 @@ def _read_packaged(name: str) -> dict[str, Tensor]:
 
 
 def _not_found(weights: str, path: Path) -> WeightsError:
-    words = unknown("weights", weights, (NONE, PRETRAINED, *(PACKAGE + name for name in packaged_weights())))
-    return WeightsError(f"There is no file {path}. {words} The path of a safetensors file or of a folder is fine too.")
+    hint = unknown("weights", weights, (NONE, PRETRAINED, *(PACKAGE + name for name in packaged_weights())))
+    return WeightsError(f"There is no file {path}. {hint} The path of a safetensors file or of a folder is fine too.")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

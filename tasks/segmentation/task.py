@@ -16,38 +16,26 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
 )
 
-from lora_plugins.tasks.base import CONFUSION, VisionTask
-from lora_plugins.tasks.losses import CROSS_ENTROPY, FROM_SMP
 from lora_plugins.tasks.models import SEGMENTERS, Source
-
-
-class ClassIoU(MulticlassJaccardIndex):
-    """Intersection over union of each class, one value a class; undefined (nan) for a class that never occurs."""
-
-    def __init__(self, num_classes: int, ignore_index: int) -> None:
-        super().__init__(num_classes, average="none", ignore_index=ignore_index, validate_args=False)
-
-    def compute(self) -> Tensor:
-        """The values, (classes,)."""
-        occurs = self.confmat.sum(0) + self.confmat.sum(1) > 0
-        return torch.where(occurs, super().compute(), torch.nan)
+from lora_plugins.tasks.segmentation.metrics import ClassIoU
+from lora_plugins.tasks.training import CONFUSION, CROSS_ENTROPY, SMP_LOSSES, VisionTask
 
 
 class SemanticSegmentationTask(VisionTask):
-    """One label a pixel, by any segmenter of transformers or torchvision, or decoder of segmentation-models-pytorch.
+    """One label per pixel: segmenters of transformers and torchvision, decoders of segmentation-models-pytorch.
 
-    Metrics, all from the counts over the whole split: `mean_iou` (intersection over union, mean over the classes that
+    Metrics, all from counts over the whole split: `mean_iou` (intersection over union, mean over the classes that
     occur in masks or predictions), `iou/NAME` for each class, `dice` (mean over the same classes) and `pixel_accuracy`.
-    Logits of a network that answers at another resolution, as SegFormer does, are brought to the size of the mask.
+    Logits at another resolution, such as SegFormer's, are resized to that of the mask.
     Arguments and attributes are those of `VisionTask`; losses are `cross_entropy`, `focal`, `dice`, `lovasz` and sums.
     """
 
     sources: ClassVar[Mapping[str, Source]] = SEGMENTERS
-    losses: ClassVar[Sequence[str]] = (CROSS_ENTROPY, *FROM_SMP)
+    losses: ClassVar[Sequence[str]] = (CROSS_ENTROPY, *SMP_LOSSES)
     main_metric: ClassVar[str] = "mean_iou"
 
     def build_metrics(self) -> MetricCollection:
-        """All of them, from the predicted labels."""
+        """All metrics, from the predicted labels."""
         classes, ignored = self.model_config.num_classes, self.ignore_index
         shared: dict[str, Any] = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
         metrics: dict[str, Metric | MetricCollection] = {
@@ -69,7 +57,7 @@ class SemanticSegmentationTask(VisionTask):
         return self.logits_at(images, targets.shape[-2:])
 
     def logits_at(self, images: Tensor, size: torch.Size) -> Tensor:
-        """Logits (N, classes, *size), resized where the network answers at another resolution."""
+        """Logits (N, classes, *size), resized if the network's are of another size."""
         logits = self.raw_logits(images)
         if logits.shape[-2:] == size:
             return logits

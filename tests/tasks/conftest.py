@@ -1,10 +1,12 @@
 """What the tests of the tasks share: tiny models, a quiet Trainer, and data sets written to disk."""
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from lora_plugins.tasks import ModelConfig
@@ -18,6 +20,7 @@ TINY_SEGFORMER = {
     "mlp_ratios": [2, 2, 2, 2],
 }
 HALF = (0.5, 0.5, 0.5)
+SIZE = {"image_size": (8, 8)}
 
 
 LIGHTNING_WARNINGS = [
@@ -47,6 +50,42 @@ def tiny_vit(num_classes=3, weights="none", **changes):
 def tiny_segformer(num_classes=4, weights="none", **changes):
     """A SegFormer of transformers with a few thousand parameters."""
     return ModelConfig("transformers", "segformer", num_classes, weights, TINY_SEGFORMER | changes, HALF, HALF)
+
+
+def loaded(data):
+    """A data module that is set up."""
+    data.setup("fit")
+    return data
+
+
+def written(path, rows):
+    """The path of a list of samples, CSV or JSON lines, as it was written."""
+    with path.open("w", newline="") as file:
+        if path.suffix == ".csv":
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+class Recorder(Callback):
+    """Keeps what the network says of every validation batch."""
+
+    def __init__(self):
+        self.predicted, self.true, self.losses = [], [], []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        images, targets = (batch["image"], batch["target"]) if isinstance(batch, dict) else batch
+        self.predicted.append(pl_module(images).argmax(1))
+        self.true.append(targets)
+
+
+def unet(num_classes=3, weights="none", decoder="Unet", **options):
+    """A U-Net of smp over a tiny encoder of timm."""
+    small = {"encoder_name": "tu-test_resnet", "encoder_depth": 3, "decoder_channels": [8, 8, 8]}
+    return ModelConfig("smp", decoder, num_classes, weights, small | options)
 
 
 @pytest.fixture

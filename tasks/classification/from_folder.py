@@ -1,0 +1,63 @@
+"""Images in one folder per class: `{train,val}/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` to be split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.data import TEST, TRAIN, VAL, ImageDataModule, Item, image_files, read_image, subfolders
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images on disk, sorted into folders by class: `root/train/CLASS/...`, `root/val/CLASS/...`, perhaps `root/test`.
+
+    If there is no `root/train`, the folders of `root` are the classes, and `val_share` says how many images become
+    the val split. The classes are the folders in alphabetical order.
+
+    Args:
+        root: The folder that holds `train` and `val`, or the classes.
+        **options: The arguments of `ImageDataModule`.
+    """
+
+    def __init__(self, root: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = Path(root)
+        self._classes: list[str] = []
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the folders in the train split."""
+        self._classes = self._classes or subfolders(self._folder(TRAIN))
+        return self._classes
+
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The images of all splits, and the folders that are empty or not in the train split."""
+        splits = [TRAIN]
+        if self._folder(TRAIN) != self.root:
+            splits += [VAL] if self.shares[VAL] == 0 or (self.root / VAL).is_dir() else []
+            splits += [TEST] if (self.root / TEST).is_dir() else []
+        problems: list[str] = []
+        return {split: self._items(split, problems) for split in splits}, problems
+
+    def read(self, item: Item) -> tuple[Image.Image, int]:
+        """Read an image; its class is known from its folder."""
+        return read_image(item.image), item.target
+
+    def _folder(self, split: str) -> Path:
+        flat = self.shares[VAL] > 0 and not (self.root / TRAIN).is_dir()
+        return self.root if flat else self.root / split
+
+    def _items(self, split: str, problems: list[str]) -> list[Item]:
+        folder = self._folder(split)
+        items: list[Item] = []
+        for name in subfolders(folder):
+            paths = image_files(folder / name)
+            if not paths:
+                problems.append(f"{folder / name} holds no image")
+            if name not in self.class_names:
+                problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
+                continue
+            items += [Item(path, self.class_names.index(name), str(path)) for path in paths]
+        return items

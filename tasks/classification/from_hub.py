@@ -1,0 +1,70 @@
+"""Images and their labels from Hugging Face `datasets`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.data import HubDataset, ImageDataModule, Item
+
+
+class HubImageDataModule(ImageDataModule):
+    """Images and labels of a data set of the Hugging Face hub, or of a local one in its format.
+
+    Args:
+        name: A hub name such as `ethz/food101`, or a folder.
+        subset: The configuration of the data set, for those that have several.
+        splits: The data set's own name for each of our splits: `{train: train, val: validation}`.
+        image_column: The column with the images.
+        label_column: The column with the labels.
+        check_files: As in `ImageDataModule`; off by default, as such data sets are large and rarely damaged.
+        **options: The other arguments of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        subset: str | None = None,
+        splits: dict[str, str] | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        check_files: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(check_files=check_files, **options)
+        self.source, self.subset, self.split_names = name, subset, splits
+        self.image_column, self.label_column = image_column, label_column
+
+    @cached_property
+    def hub_dataset(self) -> HubDataset:
+        """The data set, loaded when it is first used."""
+        loaded = HubDataset(self.source, self.subset, self.split_names, (self.image_column,))
+        loaded.check_column(self.label_column)
+        return loaded
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names that the data set gives its labels, or all labels, sorted."""
+        names = getattr(self.hub_dataset.features[self.label_column], "names", None)
+        return list(names) if names else [str(label) for label in self._labels]
+
+    @cached_property
+    def _labels(self) -> list[Any]:
+        return sorted({label for table in self.hub_dataset.tables.values() for label in table[self.label_column]})
+
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The rows of all splits."""
+        named = hasattr(self.hub_dataset.features[self.label_column], "names")
+        index = {label: i for i, label in enumerate([] if named else self._labels)}
+        items = {}
+        for split, table in self.hub_dataset.tables.items():
+            labels = [int(label) if named else index[label] for label in table[self.label_column]]
+            items[split] = self.hub_dataset.items(split, labels)
+        return items, []
+
+    def read(self, item: Item) -> tuple[Image.Image, int]:
+        """Decode an image; its class is known from its row."""
+        return self.hub_dataset.image(item, self.image_column).convert("RGB"), item.target

@@ -1,0 +1,69 @@
+"""Images and their labels from a list: CSV, or JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.data import ImageDataModule, Item, read_image, read_list, row_split
+from lora_plugins.tasks.errors import unknown
+
+
+class ImageListDataModule(ImageDataModule):
+    """Images listed with their labels in a CSV or JSON lines file.
+
+    Args:
+        file: The list: `.csv` with a header, or `.jsonl`.
+        root: The folder that paths are relative to; by default that of the list.
+        image_column: The column with the path of the image.
+        label_column: The column with the name of the class.
+        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
+        classes: Names of the classes, in order; by default all labels, sorted.
+        **options: The arguments of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        *,
+        root: str | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        split_column: str = "split",
+        classes: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.file = Path(file)
+        self.root = self.file.parent if root is None else Path(root)
+        self.columns = (image_column, label_column, split_column)
+        self._classes = [] if classes is None else list(classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The given names, or all labels, sorted."""
+        image, label, _ = self.columns
+        self._classes = self._classes or sorted({str(row[label]) for row in read_list(self.file, (image, label))})
+        return self._classes
+
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The rows by split, and the rows whose label is no class."""
+        image, label, split = self.columns
+        items: dict[str, list[Item]] = {}
+        problems: list[str] = []
+        for number, row in enumerate(read_list(self.file, (image, label)), 1):
+            where = f"Row {number} of {self.file}"
+            if str(row[label]) not in self.class_names:
+                problems.append(f"{where}: {unknown('class', str(row[label]), self.class_names)}")
+                continue
+            path = self.root / str(row[image])
+            item = Item(path, self.class_names.index(str(row[label])), str(path))
+            items.setdefault(row_split(row, split, where), []).append(item)
+        return items, problems
+
+    def read(self, item: Item) -> tuple[Image.Image, int]:
+        """Read an image; its class is known from its row."""
+        return read_image(item.image), item.target

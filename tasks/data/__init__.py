@@ -1,0 +1,53 @@
+"""Data: from files, lists and data sets of Hugging Face to batches of images with their labels or masks.
+
+Data modules for labels are in `classification`, those for masks in `segmentation`; what both share is here.
+"""
+
+from lora_plugins.tasks.data.batch import Batch, check_targets
+from lora_plugins.tasks.data.hub_dataset import HubDataset
+from lora_plugins.tasks.data.image_io import (
+    MASK_SUFFIXES,
+    check_folder,
+    image_files,
+    open_image,
+    read_errors,
+    read_image,
+    subfolders,
+)
+from lora_plugins.tasks.data.image_module import ERROR, PROBLEM_POLICIES, SKIP, ImageDataModule
+from lora_plugins.tasks.data.sample_lists import read_list, row_split
+from lora_plugins.tasks.data.samples import Item, TensorSamples
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
+from lora_plugins.tasks.data.transforms import AUGMENTATIONS, IMAGES_ONLY, INTERPOLATIONS, Size, image_transform
+from lora_plugins.tasks.data.vision_module import BALANCED, VisionDataModule
+
+__all__ = [
+    "AUGMENTATIONS",
+    "BALANCED",
+    "ERROR",
+    "IMAGES_ONLY",
+    "INTERPOLATIONS",
+    "MASK_SUFFIXES",
+    "PROBLEM_POLICIES",
+    "SKIP",
+    "TEST",
+    "TRAIN",
+    "VAL",
+    "Batch",
+    "HubDataset",
+    "ImageDataModule",
+    "Item",
+    "Size",
+    "TensorSamples",
+    "VisionDataModule",
+    "check_folder",
+    "check_targets",
+    "image_files",
+    "image_transform",
+    "open_image",
+    "read_errors",
+    "read_image",
+    "read_list",
+    "row_split",
+    "subfolders",
+]

@@ -1,0 +1,108 @@
+"""Data sets of Hugging Face `datasets` (https://huggingface.co/docs/datasets), by hub name or from a local folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data.image_io import decode_image
+from lora_plugins.tasks.data.samples import Item
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
+from lora_plugins.tasks.errors import DataError, unknown
+
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}
+)
+
+
+class HubDataset:
+    """The splits of a data set, whose images are decoded only when they are read.
+
+    Args:
+        name: A hub name such as `ethz/food101`, a folder that `save_to_disk` wrote, or one that `load_dataset` reads.
+        subset: The configuration of the data set, for those that have several.
+        splits: The data set's own name for each of our splits, such as `{val: validation}`; by default the usual ones.
+        image_columns: The columns with images.
+
+    Raises:
+        ConfigError: If `datasets` is not installed, or a column or split does not exist.
+        DataError: If the data set cannot be loaded.
+    """
+
+    def __init__(
+        self, name: str, subset: str | None, splits: Mapping[str, str] | None, image_columns: Sequence[str]
+    ) -> None:
+        self.name = name
+        loaded = _load(name, subset)
+        self.tables = {split: loaded[own] for split, own in self._own_splits(loaded, splits).items()}
+        self.features = self.tables[TRAIN].features
+        from datasets import Image as ImageFeature
+
+        for column in image_columns:
+            self.check_column(column)
+            encoded = ImageFeature(decode=False)
+            self.tables = {split: table.cast_column(column, encoded) for split, table in self.tables.items()}
+
+    def check_column(self, column: str) -> None:
+        """Check that a column exists.
+
+        Raises:
+            ConfigError: If it does not, with near matches.
+        """
+        if column not in self.features:
+            raise unknown(f"column of {self.name}:", column, self.features)
+
+    def items(self, split: str, targets: Sequence[Any]) -> list[Item]:
+        """The rows of a split as samples that are not read yet."""
+        return [Item((split, i), target, f"row {i} of {self.name}, {split}") for i, target in enumerate(targets)]
+
+    def image(self, item: Item, column: str) -> Image.Image:
+        """Decode an image of a row.
+
+        Raises:
+            DataError: If it cannot be decoded.
+        """
+        split, row = item.image
+        stored = self.tables[split][row][column]
+        if stored is None:
+            raise DataError(f"{item.name} has no {column}. Splits without it can be left out: see `splits`.")
+        source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+        return decode_image(source, f"{column} in {item.name}")
+
+    def _own_splits(self, loaded: Any, splits: Mapping[str, str] | None) -> dict[str, str]:
+        if splits is None:
+            usual = {split: next((n for n in names if n in loaded), None) for split, names in USUAL_NAMES.items()}
+            splits = {split: own for split, own in usual.items() if own is not None}
+        for split, own in splits.items():
+            if split not in USUAL_NAMES:
+                raise unknown("split", split, USUAL_NAMES)
+            if own not in loaded:
+                raise unknown(f"split of {self.name}:", own, loaded)
+        if TRAIN not in splits:
+            raise ConfigError(f"{self.name} has no train split, only {', '.join(loaded)}. Name one in `splits`.")
+        return dict(splits)
+
+
+def _load(name: str, subset: str | None) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "Data sets of the hub need the package datasets: pip install 'lora-plugins[datasets]'"
+        ) from error
+    folder = Path(name)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)
+        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+            return {TRAIN: datasets.load_from_disk(name)}
+        return datasets.load_dataset(name, subset)
+    # A data set that is a script, which `datasets` no longer runs, is a RuntimeError.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"The data set {name!r} could not be loaded: {error}") from error

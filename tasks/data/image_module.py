@@ -1,0 +1,158 @@
+"""The data module that all data modules over image files inherit from: find, check, split and transform images."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lora_plugins import ConfigError
+from lora_plugins.errors import near
+from lora_plugins.tasks.data.image_io import read_errors
+from lora_plugins.tasks.data.samples import Item, LazySamples
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL, check_shares, hold_out
+from lora_plugins.tasks.data.transforms import Size, image_transform
+from lora_plugins.tasks.data.vision_module import VisionDataModule
+from lora_plugins.tasks.errors import DataError, listed
+
+ERROR, SKIP = "error", "skip"
+PROBLEM_POLICIES = (ERROR, SKIP)
+
+
+class ImageDataModule(VisionDataModule):
+    """A data module over images and their labels or masks.
+
+    Args:
+        image_size: Height and width to which all images (and masks) are resized; by default what the trained model
+            says.
+        interpolation: How images are resized: `bilinear`, `bicubic`, `nearest`; by default what the model says.
+        augmentation: How training images are augmented, a name in `lora_plugins.tasks.data.AUGMENTATIONS`.
+        val_share: Share of the train split that becomes the val split, if the data has none.
+        test_share: Likewise for the test split.
+        split_seed: Selects one of the many possible splits.
+        check_files: Whether every image is read once before training, to list all that cannot be used.
+        on_problem: What happens to samples that cannot be used: `error` stops with a list of them, `skip` leaves them
+            out with a warning that lists them.
+        batch_size: Samples per batch.
+        num_workers: Worker processes that load images; 0 loads in the training process.
+        sampler: `shuffle`, or `balanced` to draw each class equally often (classification).
+    """
+
+    has_masks = False
+
+    def __init__(
+        self,
+        *,
+        image_size: Size | None = None,
+        interpolation: str | None = None,
+        augmentation: str = "flip",
+        val_share: float = 0.0,
+        test_share: float = 0.0,
+        split_seed: int = 0,
+        check_files: bool = True,
+        on_problem: str = ERROR,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        sampler: str = "shuffle",
+    ) -> None:
+        super().__init__(batch_size, num_workers, sampler)
+        check_shares(val_share, test_share)
+        if on_problem not in PROBLEM_POLICIES:
+            raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEM_POLICIES)}")
+        self.image_size, self.interpolation, self.augmentation = image_size, interpolation, augmentation
+        self.shares, self.split_seed = {VAL: val_share, TEST: test_share}, split_seed
+        self.check_files, self.on_problem = check_files, on_problem
+        self._transform((8, 8), augmentation)  # an unknown name is an error now, not after an hour of checking files
+
+    @abstractmethod
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The samples by split, and a list of problems with the samples that were left out."""
+
+    @abstractmethod
+    def read(self, item: Item) -> tuple[Image.Image, Any]:
+        """Read a sample: its image, and its class index or mask (H, W).
+
+        Raises:
+            DataError: If it cannot be used.
+        """
+
+    def targets(self, split: str) -> Iterator[Tensor]:
+        """The targets of a split, sample by sample, flattened; masks are read as they are on disk."""
+        for item in cast(LazySamples, self.splits[split]).items:
+            known = isinstance(item.target, int)
+            yield torch.as_tensor(item.target if known else self.read(item)[1]).reshape(-1)
+
+    def stratum(self, item: Item) -> Hashable:
+        """The stratum of a sample when splits are made: its class, for samples with one class each."""
+        return item.target if isinstance(item.target, int) else 0
+
+    def load(self) -> dict[str, Dataset[Any]]:
+        """Find the samples, check them, and split them.
+
+        Raises:
+            DataError: With a list of what cannot be used, or if nothing is left.
+        """
+        items, problems = self.find()
+        if self.check_files:
+            items, unreadable = self._readable(items)
+            problems = [*problems, *unreadable]
+        if problems:
+            self._report(problems)
+        items = hold_out(items, self.shares, seed=self.split_seed, name=lambda i: i.name, stratum=self.stratum)
+        for split in (TRAIN, VAL):
+            if not items.get(split):
+                raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
+        plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
+        return {
+            split: LazySamples(members, self.read, augmented if split == TRAIN else plain)
+            for split, members in items.items()
+        }
+
+    def size(self) -> Size:
+        """Height and width of the images.
+
+        Raises:
+            ConfigError: If neither the arguments nor the model say.
+        """
+        size = self.image_size or self._of_model("image_size")
+        if size is None:
+            raise ConfigError(f"Set `image_size` of {type(self).__name__}: the model does not say what it should be.")
+        return int(size[0]), int(size[1])
+
+    def plain_transform(self) -> Any:
+        """The transform without augmentation, for all splits but train."""
+        return self._transform(self.size(), "none")
+
+    def _transform(self, size: Size, augmentation: str) -> Any:
+        return image_transform(
+            size,
+            augmentation,
+            interpolation=self.interpolation or self._of_model("interpolation") or "bilinear",
+            masks=self.has_masks,
+            ignore_index=self.ignore_index,
+        )
+
+    def _of_model(self, attribute: str) -> Any:
+        """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""
+        return None if self.trainer is None else getattr(self.trainer.lightning_module, attribute, None)
+
+    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str]]:
+        flat = [item for members in items.values() for item in members]
+        wrong = {id(item): error for item, error in zip(flat, read_errors(flat, self.read), strict=True) if error}
+        good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
+        return good, list(wrong.values())
+
+    def _report(self, problems: Sequence[str]) -> None:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        if self.on_problem == ERROR:
+            raise DataError(
+                f"The data cannot be used ({count}):\n{listed(problems)}\nWith on_problem: skip, such samples are left "
+                "out."
+            )
+        rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")

@@ -1,0 +1,81 @@
+"""Lists of samples: CSV files and JSON lines, one sample per row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
+from lora_plugins.tasks.errors import DataError, unknown
+
+Row = Mapping[str, Any]
+SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})
+
+
+def _csv_rows(text: str, path: Path) -> list[Row]:
+    return list[Row](csv.DictReader(text.splitlines()))
+
+
+def _json_rows(text: str, path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"Line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"Line {number} of {path} is no JSON object.")
+        rows.append(row)
+    return rows
+
+
+READERS: Mapping[str, Callable[[str, Path], list[Row]]] = MappingProxyType(
+    {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+)
+
+
+def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Read the rows of a CSV or JSON lines file, and check that each has the required columns.
+
+    Raises:
+        DataError: If the file is missing, of another kind or empty, or if a row lacks a column.
+    """
+    if path.suffix not in READERS:
+        raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    rows = READERS[path.suffix](text, path)
+    if not rows:
+        raise DataError(f"{path} holds no row.")
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) in (None, ""):
+                raise DataError(f"Row {number} of {path}: {unknown('column', column, row)}")
+    return rows
+
+
+def row_split(row: Row, column: str, where: str) -> str:
+    """The split of a row: the value of its split column, or train if there is none.
+
+    Args:
+        row: The row.
+        column: The name of the split column.
+        where: The row's name in error messages.
+
+    Raises:
+        DataError: For another value than train, val, valid, validation and test.
+    """
+    name = row.get(column)
+    if name in (None, ""):
+        return TRAIN
+    if name not in SPLIT_NAMES:
+        raise DataError(f"{where}: {unknown('split', str(name), SPLIT_NAMES)}")
+    return SPLIT_NAMES[str(name)]

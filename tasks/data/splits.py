@@ -1,0 +1,62 @@
+"""The names of the splits, and splits that come out the same again: by sample name and seed, not by file order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from hashlib import sha256
+from typing import TypeVar
+
+from lora_plugins import ConfigError
+
+TRAIN, VAL, TEST = "train", "val", "test"
+
+Sample = TypeVar("Sample")
+
+
+def check_shares(val_share: float, test_share: float) -> None:
+    """Check that the shares leave something to train on.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    if val_share < 0 or test_share < 0 or val_share + test_share >= 1:
+        raise ConfigError(f"val_share is {val_share} and test_share {test_share}; together they stay below 1.")
+
+
+def hold_out(
+    samples: Mapping[str, Sequence[Sample]],
+    shares: Mapping[str, float],
+    *,
+    seed: int,
+    name: Callable[[Sample], str],
+    stratum: Callable[[Sample], Hashable],
+) -> dict[str, list[Sample]]:
+    """Take missing splits out of the train split, stratified.
+
+    Each stratum (each class, say) gives its share, rounded, to every missing split. Within a stratum, samples are drawn
+    in the order of a hash of their names and the seed, so a split is the same on every machine.
+
+    Args:
+        samples: Samples by split.
+        shares: The share of the train split that each missing split takes.
+        seed: Selects one of the many possible splits.
+        name: The name of a sample, unique among them.
+        stratum: The stratum of a sample.
+    """
+    missing = {split: share for split, share in shares.items() if share > 0 and split not in samples}
+    strata: dict[Hashable, list[Sample]] = defaultdict(list)
+    for sample in samples[TRAIN]:
+        strata[stratum(sample)].append(sample)
+    held_out: dict[int, str] = {}
+    for members in strata.values():
+        shuffled = sorted(members, key=lambda sample: sha256(f"{seed}:{name(sample)}".encode()).digest())
+        start = 0
+        for split, share in missing.items():
+            end = start + round(share * len(members))
+            held_out |= {id(sample): split for sample in shuffled[start:end]}
+            start = end
+    result = {split: list(members) for split, members in samples.items()}
+    for split in (TRAIN, *missing):
+        result[split] = [sample for sample in samples[TRAIN] if held_out.get(id(sample), TRAIN) == split]
+    return {split: result[split] for split in (TRAIN, VAL, TEST) if split in result}

@@ -1,0 +1,27 @@
+"""The embedded examples: handwritten digits that need no download, the weights shipped for them, a comparison.
+
+`pretrain_main` and `compare_main` are the commands `pretrain` and `compare` of `python -m lora_plugins.tasks`.
+"""
+
+from lora_plugins.tasks.examples.comparison import METHODS
+from lora_plugins.tasks.examples.comparison import main as compare_main
+from lora_plugins.tasks.examples.comparison import run as run_comparison
+from lora_plugins.tasks.examples.digits import DigitsDataModule
+from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+from lora_plugins.tasks.examples.pretraining import DIGITS, RECIPES, architecture, pretrain
+from lora_plugins.tasks.examples.pretraining import main as pretrain_main
+from lora_plugins.tasks.examples.scenes import DigitScenesDataModule
+
+__all__ = [
+    "DIGITS",
+    "METHODS",
+    "RECIPES",
+    "DigitScenesDataModule",
+    "DigitsDataModule",
+    "architecture",
+    "compare_main",
+    "load_digit_splits",
+    "pretrain",
+    "pretrain_main",
+    "run_comparison",
+]

@@ -1,0 +1,63 @@
+"""Handwritten digits that need no download: 1797 of 8x8 pixels in 16 gray levels, shipped with scikit-learn.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data import TEST, TRAIN, VAL
+
+SHARES = ((TRAIN, 0.0, 0.6), (VAL, 0.6, 0.8), (TEST, 0.8, 1.0))
+MAX_INK = 16
+
+
+@dataclass(frozen=True)
+class DigitSamples:
+    """Some handwritten digits.
+
+    Attributes:
+        ink: (N, 8, 8), float, from 0 for paper to 1 for ink.
+        labels: (N,), the index of the digit in the requested list of digits.
+        numbers: (N,), the number of each sample in scikit-learn's order.
+    """
+
+    ink: Tensor
+    labels: Tensor
+    numbers: Tensor
+
+
+def load_digit_splits(digits: Sequence[int]) -> dict[str, DigitSamples]:
+    """The samples of these digits in three disjoint splits: train, val and test, 60, 20 and 20 % of each digit.
+
+    The splits are fixed, so a test digit of one run is never a training digit of another.
+
+    Raises:
+        ConfigError: If there are no digits, or one is not a digit or occurs twice.
+    """
+    from sklearn.datasets import load_digits
+
+    if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
+        raise ConfigError(f"digits is {list(digits)}; it takes some of 0 to 9, each once.")
+    bunch = load_digits()
+    ink = torch.from_numpy(bunch.images).float() / MAX_INK
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    of_digit = [order[bunch.target[order] == digit] for digit in digits]
+    return {
+        split: _take(ink, [numbers[int(len(numbers) * a) : int(len(numbers) * b)] for numbers in of_digit])
+        for split, a, b in SHARES
+    }
+
+
+def _take(ink: Tensor, numbers_by_label: Sequence[np.ndarray[Any, Any]]) -> DigitSamples:
+    labels = torch.cat([torch.full((len(n),), label) for label, n in enumerate(numbers_by_label)])
+    numbers = torch.from_numpy(np.concatenate(numbers_by_label))
+    return DigitSamples(ink[numbers], labels, numbers)

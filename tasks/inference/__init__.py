@@ -1,0 +1,22 @@
+"""A fitted task in use: load it from what a fit has left, predict for a folder of images, export it.
+
+`predict_main` and `export_main` are the commands `predict` and `export` of `python -m lora_plugins.tasks`.
+"""
+
+from lora_plugins.tasks.inference.export import export_task
+from lora_plugins.tasks.inference.export import main as export_main
+from lora_plugins.tasks.inference.loading import load_task, merged_task
+from lora_plugins.tasks.inference.predict import main as predict_main
+from lora_plugins.tasks.inference.predict import predict_folder
+from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
+
+__all__ = [
+    "export_main",
+    "export_task",
+    "label_probabilities",
+    "load_task",
+    "mask_probabilities",
+    "merged_task",
+    "predict_folder",
+    "predict_main",
+]

@@ -1,0 +1,143 @@
+"""Export a merged network for other runtimes: `python -m lora_plugins.tasks export MODEL OUT.pt2` (or `OUT.onnx`).
+
+The exported network takes images (N, channels, H, W) in [0, 1] of one size, by default the size that the task was
+trained with, normalizes them, and returns logits; N is dynamic. The file is loaded again, and removed if its logits
+differ from those of the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lora_plugins import ConfigError
+from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.errors import LoraError
+from lora_plugins.tasks.data import Size
+from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.inference.loading import merged_task
+from lora_plugins.tasks.training import VisionTask
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
+
+
+class _ExportedNetwork(nn.Module):
+    """A task's network from images in [0, 1] to logits, without the task.
+
+    Args:
+        task: The task, with plain layers only.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, task: VisionTask) -> None:
+        super().__init__()
+        self.network, self.bgr = task.network, task.bgr
+        self.network_logits = task.network_logits
+        self.register_buffer("mean", task.mean.clone())
+        self.register_buffer("std", task.std.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) or (N, classes, H, W) of images (N, channels, H, W)."""
+        size = images.shape[-2:]
+        images = (images - self.mean) / self.std
+        logits = self.network_logits(self.network, images.flip(1) if self.bgr else images)
+        if logits.ndim == 4 and logits.shape[-2:] != size:
+            logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits
+
+
+def export_task(task: VisionTask, path: str | Path, size: Size | None = None) -> float:
+    """Export a task with plain layers, in the format that the suffix of the file says.
+
+    Args:
+        task: The task, see `merged_task`.
+        path: A `.pt2` file for `torch.export.load`, or an `.onnx` file.
+        size: Height and width of the images; by default the size that the task was trained with.
+
+    Returns:
+        The largest difference between the file's logits and the task's, relative to the largest logit.
+
+    Raises:
+        ConfigError: For another suffix, an unknown image size, or a missing package.
+        WeightsError: If the logits of the file differ from those of the task; the file is then removed.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join(FORMATS)}.")
+    size = size or task.image_size
+    if size is None:
+        raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
+    images = _test_images(len(task.mean), size)
+    network = _ExportedNetwork(task).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        expected: Tensor = network(images)
+        shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
+        exported = FORMATS[path.suffix](program, path)
+        cases = ((images, expected), (images[:1], expected[:1]))  # two batch sizes
+        scale = expected.abs().max()
+        difference = max(float((exported(batch) - logits).abs().max() / scale) for batch, logits in cases)
+    if not difference <= TOLERANCE:
+        path.unlink()
+        raise WeightsError(f"{path} answers differently: by {difference:.2e} of the largest logit. It was removed.")
+    return difference
+
+
+@exit_on_closed_output
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks export")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("out", help="the file to write: .pt2 or .onnx")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
+    )
+    options = parser.parse_args(arguments)
+    size = None if options.size is None else (options.size[0], options.size[1])
+    try:
+        difference = export_task(merged_task(options.model), options.out, size)
+    except LoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: logits as the task's, within {difference:.1e} of the largest")
+    return 0
+
+
+def _test_images(channels: int, size: Size) -> Tensor:
+    """Two images, one of noise and one that is smooth: on noise alone, a network may answer nothing."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = nn.functional.interpolate(torch.rand(1, channels, 4, 4, generator=generator), size=size, mode="bilinear")
+    return torch.cat([torch.rand(1, channels, *size, generator=generator), smooth])
+
+
+def _to_pt2(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _to_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"ONNX needs {error.name}: pip install 'lora-plugins[onnx]'") from error
+    torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+FORMATS: Mapping[str, Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]] = MappingProxyType(
+    {".pt2": _to_pt2, ".onnx": _to_onnx}
+)

@@ -1,0 +1,101 @@
+"""Load a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lora_plugins import LoraModel
+from lora_plugins.files import MANIFEST
+from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
+
+REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
+
+
+def load_task(path: str | Path) -> VisionTask:
+    """Load a task with its weights, ready to predict.
+
+    Args:
+        path: A checkpoint (`.ckpt`), an adapter folder, or a merged file (`.safetensors`) of one of our tasks. The base
+            of an adapter, in a checkpoint or a folder, is read from where the task had it from.
+
+    Returns:
+        The task in eval mode; its `image_size` and `interpolation` are those that it was trained with.
+
+    Raises:
+        WeightsError: If there is no such file, or if it has no provenance.
+        AdapterFileError: If an adapter does not fit its base.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+    if path.is_dir():
+        provenance = _checked(_manifest(path / MANIFEST).get(PROVENANCE_KEY), path)
+        task = _task_class(provenance, path)(**provenance["arguments"])
+        target = task.get_submodule(provenance.get("target") or "")
+        LoraModel.load_adapter(target, path)
+    elif path.suffix == ".safetensors":
+        provenance = _checked(_metadata(path), path)
+        arguments = provenance["arguments"]
+        model = {**arguments["model"], "weights": str(path), "head": "auto"}
+        task = _task_class(provenance, path)(**{**arguments, "model": model})
+    else:
+        provenance = _checked(read_checkpoint(path).get(PROVENANCE_KEY), path)
+        task = _task_class(provenance, path).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    size = provenance["image_size"]
+    task.image_size, task.interpolation = None if size is None else (size[0], size[1]), provenance["interpolation"]
+    return task.eval()
+
+
+def merged_task(path: str | Path) -> VisionTask:
+    """As `load_task`, with the adapters merged, so that all layers are plain."""
+    task = load_task(path)
+    for module in adapted_targets(task).values():
+        LoraModel(module).merge_and_unload()
+    return task
+
+
+def _checked(provenance: Any, path: Path) -> Provenance:
+    if not isinstance(provenance, Mapping) or not provenance.keys() >= REQUIRED:
+        raise WeightsError(
+            f"{path} does not say which task it is of. Files that a task's fit has written do: a checkpoint, or what "
+            "`save_adapter_to` and `export_to` of the LoraCallback name."
+        )
+    return provenance
+
+
+def _task_class(provenance: Provenance, path: Path) -> type[VisionTask]:
+    """The class: ours, or of a module that is imported already, since a file must not choose what is imported."""
+    module, _, name = str(provenance["class"]).rpartition(".")
+    own = module.startswith("lora_plugins.tasks.")
+    cls = getattr(importlib.import_module(module) if own else sys.modules.get(module), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, VisionTask)):
+        raise WeightsError(
+            f"{path} is of the task {provenance['class']}, which is not imported. Import it, and load again."
+        )
+    return cls
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    return manifest if isinstance(manifest, Mapping) else {}
+
+
+def _metadata(path: Path) -> Any:
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from error

@@ -1,0 +1,161 @@
+"""Predict labels or masks for a folder of images: `python -m lora_plugins.tasks predict MODEL IMAGES OUT`.
+
+MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifier writes `OUT/labels.csv`, a segmenter
+`OUT/masks/NAME.png`, 8-bit indices with a palette, and `OUT/overlays/NAME.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.errors import ConfigError, LoraError, near
+from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size, image_files, read_errors, read_image
+from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.inference.loading import load_task
+from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
+from lora_plugins.tasks.training import VisionTask
+
+LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
+MAX_CLASSES = 256
+
+
+def predict_folder(
+    task: VisionTask,
+    images: str | Path,
+    out: str | Path,
+    *,
+    window: Size | None = None,
+    overlap: float = 0.25,
+    flips: bool = False,
+    on_problem: str = ERROR,
+) -> list[Path]:
+    """Predict for every image in a folder, and write the predictions.
+
+    Args:
+        task: The task, in eval mode.
+        images: The folder of images, of any size.
+        out: The folder to write into; it is created.
+        window: For segmentation, see `mask_probabilities`.
+        overlap: Likewise.
+        flips: Whether to average over each image and its mirror image.
+        on_problem: What happens to images that cannot be read: `error` stops, before anything is written, with a list
+            of them, `skip` leaves them out with a warning that lists them.
+
+    Returns:
+        The written files.
+
+    Raises:
+        DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
+        ConfigError: For a window without masks, or another wrong option.
+    """
+    if window is not None and not isinstance(task, SemanticSegmentationTask):
+        raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
+    paths = image_files(Path(images))
+    if not paths:
+        raise DataError(f"{Path(images).absolute()} holds no image.")
+    paths = _readable(paths, on_problem)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(task, SemanticSegmentationTask):
+        return _write_masks(task, paths, out, window, overlap, flips)
+    return [_write_labels(task, paths, out / LABELS, flips)]
+
+
+@exit_on_closed_output
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks predict")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("images", help="a folder of images, of any size")
+    parser.add_argument("out", help="the folder to write into")
+    parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
+    parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
+    parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to compute on")
+    options = parser.parse_args(arguments)
+    try:
+        files = predict_folder(
+            load_task(options.model).to(options.device),
+            options.images,
+            options.out,
+            window=None if options.window is None else (options.window[0], options.window[1]),
+            overlap=options.overlap,
+            flips=options.flips,
+            on_problem=SKIP if options.skip else ERROR,
+        )
+    except LoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {options.out}")
+    return 0
+
+
+def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
+    if on_problem not in PROBLEM_POLICIES:
+        raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEM_POLICIES)}")
+    errors = read_errors(paths, read_image)
+    problems = [error for error in errors if error]
+    message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
+    if problems and (on_problem == ERROR or len(problems) == len(paths)):
+        raise DataError(f"{message}\nWith --skip (on_problem='skip'), such images are left out.")
+    if problems:
+        rank_zero_warn(message)
+    return [path for path, error in zip(paths, errors, strict=True) if not error]
+
+
+def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:
+    names = task.class_labels
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["image", "label", "probability", *names])
+        for path in paths:
+            probabilities = label_probabilities(task, _tensor(path), flips=flips)
+            best = int(probabilities.argmax())
+            columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
+            rows.writerow([path.name, names[best], *columns])
+    return file
+
+
+def _write_masks(
+    task: SemanticSegmentationTask, paths: Sequence[Path], out: Path, window: Size | None, overlap: float, flips: bool
+) -> list[Path]:
+    classes = task.model_config.num_classes
+    if classes > MAX_CLASSES:
+        raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MAX_CLASSES}.")
+    colors, written = class_colors(classes), []
+    for folder in (MASKS, OVERLAYS):
+        (out / folder).mkdir(exist_ok=True)
+    stems = Counter(path.stem for path in paths)
+    for path in paths:
+        image = _tensor(path)
+        mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"
+        outputs = {
+            MASKS: palette_image(mask, colors),
+            OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
+        }
+        for folder, output in outputs.items():
+            output.save(out / folder / name)
+            written.append(out / folder / name)
+    return written
+
+
+def _tensor(path: Path) -> Tensor:
+    """An image (3, H, W) in [0, 1]."""
+    pixels: Tensor = functional.pil_to_tensor(read_image(path))
+    return pixels.float() / 255

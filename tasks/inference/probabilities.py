@@ -1,0 +1,101 @@
+"""Class probabilities of one image of any size: whole, or by sliding window, and averaged with its mirror image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.transforms.v2 import functional
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data import INTERPOLATIONS, Size
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask
+from lora_plugins.tasks.training import VisionTask
+
+WINDOWS_PER_BATCH = 4
+
+
+def label_probabilities(task: VisionTask, image: Tensor, *, flips: bool = False) -> Tensor:
+    """The probability of each class, (classes,).
+
+    Args:
+        task: The task, in eval mode.
+        image: (channels, H, W) in [0, 1], of any size; it is resized to the size that the task was trained with.
+        flips: Whether to average over the image and its mirror image.
+    """
+    return _probabilities(task, _resized(task, image)[None], flips)[0]
+
+
+def mask_probabilities(
+    task: SemanticSegmentationTask,
+    image: Tensor,
+    *,
+    window: Size | None = None,
+    overlap: float = 0.25,
+    flips: bool = False,
+) -> Tensor:
+    """The probability of each class at each pixel, (classes, H, W).
+
+    Args:
+        task: The task, in eval mode.
+        image: (channels, H, W) in [0, 1], of any size.
+        window: Height and width of a window that slides over the image at its own resolution; overlapping windows are
+            averaged. By default the whole image is resized to the size that the task was trained with.
+        overlap: Share of a window that overlaps with the next one.
+        flips: Whether to average over the image and its mirror image.
+
+    Raises:
+        ConfigError: For an overlap or a window out of range.
+    """
+    if window is not None and min(window) < 1:
+        raise ConfigError(f"window is {window[0]}x{window[1]}; both are at least 1.")
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"overlap is {overlap}; it is a share of the window, from 0 to below 1.")
+    height, width = image.shape[-2:]
+    if window is None:
+        probabilities = _probabilities(task, _resized(task, image)[None], flips)
+        return interpolate(probabilities, size=(height, width), mode="bilinear", align_corners=False)[0]
+    # An image that is smaller than a window is padded with its edge pixels.
+    padded = pad(image[None], (0, max(0, window[1] - width), 0, max(0, window[0] - height)), mode="replicate")[0]
+    total = padded.new_zeros(task.model_config.num_classes, *padded.shape[-2:])
+    count = padded.new_zeros(padded.shape[-2:])
+    windows = list(_windows(padded.shape[-2], padded.shape[-1], window, overlap))
+    for start in range(0, len(windows), WINDOWS_PER_BATCH):
+        batch = windows[start : start + WINDOWS_PER_BATCH]
+        results = _probabilities(task, torch.stack([padded[:, rows, columns] for rows, columns in batch]), flips)
+        for (rows, columns), probabilities in zip(batch, results, strict=True):
+            total[:, rows, columns] += probabilities
+            count[rows, columns] += 1
+    return (total / count)[:, :height, :width]
+
+
+@torch.inference_mode()
+def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
+    images = images.to(task.device)
+    probabilities: Tensor = task(images).float().softmax(1)
+    if flips:
+        mirrored = task(images.flip(-1)).float().softmax(1)
+        probabilities = (probabilities + (mirrored.flip(-1) if mirrored.ndim == 4 else mirrored)) / 2
+    return probabilities.cpu()
+
+
+def _resized(task: VisionTask, image: Tensor) -> Tensor:
+    if task.image_size is None:
+        return image
+    interpolation = INTERPOLATIONS[task.interpolation]
+    resized: Tensor = functional.resize(image, list(task.image_size), interpolation=interpolation, antialias=True)
+    return resized.clamp(0, 1)
+
+
+def _windows(height: int, width: int, window: Size, overlap: float) -> Iterator[tuple[slice, slice]]:
+    for top in _offsets(height, window[0], overlap):
+        for left in _offsets(width, window[1], overlap):
+            yield slice(top, top + window[0]), slice(left, left + window[1])
+
+
+def _offsets(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows start: at even steps, and the last one so that it ends at the edge."""
+    step = max(1, round(window * (1 - overlap)))
+    return [*range(0, length - window, step), length - window]

@@ -1,0 +1,64 @@
+"""Which library builds which network: one table per task, one row per library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.models import from_smp, from_timm, from_torchvision, from_transformers
+from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.network import Network
+from lora_plugins.tasks.models.new_head import with_head
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a task needs from a library.
+
+    Attributes:
+        build: Builds the network that a configuration describes.
+        logits: Calls such a network on a batch of images and returns its logits.
+    """
+
+    build: Callable[[ModelConfig], Network]
+    logits: Callable[[nn.Module, Tensor], Tensor]
+
+
+CLASSIFIERS: Mapping[str, Source] = MappingProxyType(
+    {
+        "timm": Source(from_timm.build_classifier, from_timm.logits),
+        "transformers": Source(from_transformers.build_classifier, from_transformers.logits),
+    }
+)
+SEGMENTERS: Mapping[str, Source] = MappingProxyType(
+    {
+        "smp": Source(from_smp.build_segmenter, from_smp.logits),
+        "torchvision": Source(from_torchvision.build_segmenter, from_torchvision.logits),
+        "transformers": Source(from_transformers.build_segmenter, from_transformers.logits),
+    }
+)
+
+
+def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network:
+    """Build the network that a configuration describes, with its head as the configuration says.
+
+    Raises:
+        ConfigError: For unknown names, or options that do not fit.
+        WeightsError: If the weights do not fit.
+    """
+    return with_head(source_of(config, sources).build, config)
+
+
+def source_of(config: ModelConfig, sources: Mapping[str, Source]) -> Source:
+    """The source that a configuration names.
+
+    Raises:
+        ConfigError: For a name that is not in the table, with near matches.
+    """
+    if config.source not in sources:
+        raise unknown("source of models", config.source, sources)
+    return sources[config.source]

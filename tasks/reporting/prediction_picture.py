@@ -1,0 +1,78 @@
+"""A picture of predicted masks beside the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data import Batch
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask
+
+
+def draw_predictions(
+    task: SemanticSegmentationTask, loader: DataLoader[Any], indices: Sequence[int], path: str | Path
+) -> Path:
+    """Write a PNG with a row for each of the given samples: image, true mask, predicted mask, overlay.
+
+    Args:
+        task: The task; it predicts in eval mode, and its mode is restored.
+        loader: The loader whose data set holds the samples.
+        indices: The indices of the samples in the data set.
+        path: The file to write; its folder is created.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If the samples have no masks.
+    """
+    batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
+    if batch.targets is None:
+        raise DataError("A picture of predictions needs samples with masks.")
+    predicted = eval_logits(task, batch.images).argmax(1)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    masks_figure(task, batch.images, batch.targets, predicted).savefig(path, dpi=100)
+    return path
+
+
+class PredictionPicture(Callback):
+    """Writes a picture of predicted masks beside the true ones at the end of a fit, and prints its path.
+
+    Args:
+        path: The PNG to write.
+        samples: The number of samples of the val split to show, evenly spaced over it.
+    """
+
+    def __init__(self, path: str, samples: int = 4) -> None:
+        if samples < 1:
+            raise ConfigError(f"samples is {samples}; a picture shows at least one.")
+        self.path, self.samples = path, samples
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before training, that there will be masks to draw.
+
+        Raises:
+            ConfigError: For a module that does not segment.
+        """
+        if not isinstance(pl_module, SemanticSegmentationTask):
+            raise ConfigError(
+                f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
+            )
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the picture for samples of the first val loader."""
+        loader = first_val_loader(trainer)
+        indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
+        path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)
+        Console().print(f"Picture of predictions: [bold]{path}[/bold]", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""Images in TensorBoard: predictions and the confusion matrix, after each validation."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data import Batch
+from lora_plugins.tasks.reporting.figures import (
+    confusion_figure,
+    eval_logits,
+    evenly_spaced,
+    examples_figure,
+    first_val_loader,
+)
+from lora_plugins.tasks.training import VisionTask
+
+
+class TensorBoardImages(Callback):
+    """Adds predictions for some samples, and the confusion matrix, to TensorBoard after each validation of a fit.
+
+    Curves need no callback: tasks log their metrics.
+
+    Args:
+        samples: The number of samples of the val split to show, evenly spaced over it.
+        every: The number of validations from one time to the next.
+    """
+
+    def __init__(self, samples: int = 4, every: int = 1) -> None:
+        if samples < 1 or every < 1:
+            raise ConfigError(f"samples is {samples} and every {every}; both are at least 1.")
+        self.samples, self.every, self._validations = samples, every, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a task to draw and a TensorBoard to draw in.
+
+        Raises:
+            ConfigError: If one of the two is missing.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, VisionTask):
+            raise ConfigError(f"TensorBoardImages draws tasks of lora_plugins; {type(pl_module).__name__} is not one.")
+        # Without any logger (`logger: false`) nothing is to be logged; with only other loggers, images would be lost.
+        others = trainer.loggers and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        if others and not cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+            raise ConfigError("TensorBoardImages needs a TensorBoardLogger among the trainer's loggers.")
+        self._validations = 0
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figures and add them."""
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not writers:
+            return
+        self._validations += 1
+        if (self._validations - 1) % self.every:
+            return
+        task = cast(VisionTask, pl_module)
+        for name, figure in self._figures(trainer, task).items():
+            for writer in writers:
+                cast(Any, writer).add_figure(name, figure, trainer.global_step, close=False)
+
+    def _figures(self, trainer: Trainer, task: VisionTask) -> dict[str, Any]:
+        loader = first_val_loader(trainer)
+        indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
+        batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
+        figures = {}
+        if batch.targets is not None:
+            predicted = eval_logits(task, batch.images).argmax(1)
+            figures["val/examples"] = examples_figure(task, batch.images, batch.targets, predicted)
+        if "val" in task.confusion:
+            figures["val/confusion"] = confusion_figure(task.confusion["val"], task.class_labels)
+        return figures

@@ -1,0 +1,70 @@
+"""Images with one mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.data import MASK_SUFFIXES, TEST, TRAIN, VAL, Item, check_folder, image_files, open_image
+from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
+
+
+class MaskFolderDataModule(MaskDataModule):
+    """Images and masks on disk, paired by name: `root/images/train/a.jpg` with `root/masks/train/a.png`.
+
+    The splits are `train` and `val`, and `test` if there is such a folder. If there is no `root/images/train`, the
+    files are in `root/images` and `root/masks`, and `val_share` says how many become the val split.
+
+    Args:
+        root: The folder that holds `images` and `masks`.
+        images: Name of the folder of images.
+        masks: Name of the folder of masks.
+        **options: The arguments of `MaskDataModule`.
+    """
+
+    def __init__(self, root: str, *, images: str = "images", masks: str = "masks", **options: Any) -> None:
+        super().__init__(**options)
+        self.root, self.images, self.masks = Path(root), images, masks
+
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The pairs of all splits, and the files without a partner."""
+        check_folder(self.root)
+        folder = self.root / self.images
+        splits: Sequence[str] = [TRAIN]
+        if not self._flat():
+            splits = [TRAIN, *([VAL] if self.shares[VAL] == 0 or (folder / VAL).is_dir() else [])]
+            splits += [TEST] if (folder / TEST).is_dir() else []
+        problems: list[str] = []
+        return {split: self._pairs(split, problems) for split in splits}, problems
+
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
+        """Open the two files."""
+        return open_image(item.image), open_image(item.target)
+
+    def _flat(self) -> bool:
+        return self.shares[VAL] > 0 and not (self.root / self.images / TRAIN).is_dir()
+
+    def _pairs(self, split: str, problems: list[str]) -> list[Item]:
+        split_folder = "" if self._flat() else split
+        image_folder, mask_folder = (self.root / kind / split_folder for kind in (self.images, self.masks))
+        images = _by_stem(image_files(image_folder), problems)
+        masks = _by_stem(image_files(mask_folder, MASK_SUFFIXES), problems)
+        if not images:
+            problems.append(f"{image_folder} holds no image")
+        problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
+        problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
+        return [Item(images[stem], masks[stem], str(masks[stem])) for stem in images if stem in masks]
+
+
+def _by_stem(paths: Sequence[Path], problems: list[str]) -> dict[str, Path]:
+    count = Counter(path.stem for path in paths)
+    problems += [
+        f"{path} is one of several files of one name, so that its mask is ambiguous"
+        for path in paths
+        if count[path.stem] > 1
+    ]
+    return {path.stem: path for path in paths if count[path.stem] == 1}

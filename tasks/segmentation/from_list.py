@@ -1,0 +1,53 @@
+"""Images and their masks from a list: CSV, or JSON lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.data import Item, open_image, read_list, row_split
+from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
+
+
+class MaskListDataModule(MaskDataModule):
+    """Images listed with their masks in a CSV or JSON lines file.
+
+    Args:
+        file: The list: `.csv` with a header, or `.jsonl`.
+        root: The folder that paths are relative to; by default that of the list.
+        image_column: The column with the path of the image.
+        mask_column: The column with the path of the mask.
+        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
+        **options: The arguments of `MaskDataModule`.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        *,
+        root: str | None = None,
+        image_column: str = "image",
+        mask_column: str = "mask",
+        split_column: str = "split",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.file = Path(file)
+        self.root = self.file.parent if root is None else Path(root)
+        self.columns = (image_column, mask_column, split_column)
+
+    def find(self) -> tuple[dict[str, list[Item]], list[str]]:
+        """The rows by split."""
+        image, mask, split = self.columns
+        items: dict[str, list[Item]] = {}
+        for number, row in enumerate(read_list(self.file, (image, mask)), 1):
+            image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
+            name = row_split(row, split, f"Row {number} of {self.file}")
+            items.setdefault(name, []).append(Item(image_path, mask_path, str(mask_path)))
+        return items, []
+
+    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
+        """Open the two files."""
+        return open_image(item.image), open_image(item.target)

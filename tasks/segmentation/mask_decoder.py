@@ -1,0 +1,104 @@
+"""From mask images to class indices: 8-bit indices, palettes, and colors by a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import DataError
+
+INDEX_MODES = frozenset({"L", "P"})
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+"""Class indices, (H, W)."""
+
+
+class MaskDecoder:
+    """Decodes mask images to class indices.
+
+    Without colors, a mask is an 8-bit image of class indices (for a palette image, the indices of its palette). With
+    colors, it is a color image, and the table says which class a color stands for.
+
+    Args:
+        classes: Names of the classes, in the order of their indices. Optional with colors: the names in the table, in
+            their order, are the default.
+        ignore_index: The index of pixels without a class, in the result and in masks without colors.
+        colors: The color (r, g, b) of each class. A color whose name is not in `classes` is ignored.
+        reduce_labels: Whether index 0 means no class, and class 0 is written as 1 (ADE20K).
+
+    Raises:
+        ConfigError: If the arguments do not go together.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None,
+        ignore_index: int,
+        colors: Mapping[str, Sequence[int]] | None = None,
+        reduce_labels: bool = False,
+    ) -> None:
+        if classes is None and colors is None:
+            raise ConfigError("Name the `classes`, or give the `colors` that stand for them.")
+        self.classes = list(colors or {}) if classes is None else list(classes)
+        self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
+        if colors is not None and reduce_labels:
+            raise ConfigError("reduce_labels counts indices down; masks with `colors` have none.")
+        if 0 <= ignore_index < len(self.classes):
+            raise ConfigError(f"ignore_index is {ignore_index}, which is the class {self.classes[ignore_index]!r}.")
+        self.colors = None if colors is None else self._table(colors)
+
+    def decode(self, mask: Image.Image, name: str) -> Labels:
+        """The classes of a mask, (H, W), 64-bit integers.
+
+        Args:
+            mask: The image.
+            name: Its name in error messages.
+
+        Raises:
+            DataError: If the image is of another kind, or holds an unknown class.
+        """
+        return self._from_indices(mask, name) if self.colors is None else self._from_colors(mask, name)
+
+    def _from_indices(self, mask: Image.Image, name: str) -> Labels:
+        if mask.mode not in INDEX_MODES:
+            raise DataError(
+                f"{name} has the mode {mask.mode}; a mask is an 8-bit image with one class index a pixel (mode L or "
+                "P). For masks in color give the table `colors`."
+            )
+        indices = np.asarray(mask).astype(np.int64)
+        if self.reduce_labels:
+            indices = np.where(indices == 0, self.ignore_index, indices - (indices != self.ignore_index))
+        wrong = [int(v) for v in np.unique(indices) if not 0 <= v < len(self.classes) and v != self.ignore_index]
+        if wrong:
+            allowed = f"0 to {len(self.classes) - 1}, and {self.ignore_index} for what is ignored"
+            reduced = " (after reduce_labels)" if self.reduce_labels else ""
+            raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
+        return indices
+
+    def _from_colors(self, mask: Image.Image, name: str) -> Labels:
+        pixels = np.asarray(mask.convert("RGB")).astype(np.int64)
+        packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
+        values, places = np.unique(packed, return_inverse=True)
+        table = self.colors or {}
+        wrong = [f"#{int(color):06x}" for color in values if int(color) not in table]
+        if wrong:
+            raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
+        indices = np.array([table[int(color)] for color in values], dtype=np.int64)
+        return indices[places].reshape(packed.shape)
+
+    def _table(self, colors: Mapping[str, Sequence[int]]) -> dict[int, int]:
+        missing = [name for name in self.classes if name not in colors]
+        if missing:
+            raise ConfigError(f"`colors` has no color for the classes {', '.join(missing)}.")
+        table: dict[int, int] = {}
+        for name, color in colors.items():
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ConfigError(f"The color of {name!r} is {list(color)}; it takes three numbers from 0 to 255.")
+            packed = (color[0] << 16) | (color[1] << 8) | color[2]
+            if packed in table:
+                raise ConfigError(f"The color {list(color)} of {name!r} stands for another name too.")
+            table[packed] = self.classes.index(name) if name in self.classes else self.ignore_index
+        return table

@@ -1,0 +1,24 @@
+"""Training: the base of all tasks, with losses, optimization, and the provenance that a fit writes into its files.
+
+From that provenance, `inference` loads a task again.
+"""
+
+from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
+from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable, warmup_cosine
+from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
+from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
+
+__all__ = [
+    "CONFUSION",
+    "CROSS_ENTROPY",
+    "METADATA_KEY",
+    "PROVENANCE_KEY",
+    "SMP_LOSSES",
+    "Objective",
+    "OptimizerCallable",
+    "Provenance",
+    "SchedulerCallable",
+    "VisionTask",
+    "balanced_weights",
+    "warmup_cosine",
+]

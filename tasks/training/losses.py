@@ -1,0 +1,123 @@
+"""Losses by name, alone or as a weighted sum: `cross_entropy`, `cross_entropy + dice`, `focal + 0.5 * lovasz`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.errors import unknown
+
+CROSS_ENTROPY = "cross_entropy"
+TERM = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*)?\s*(\w+)\s*")
+
+
+def _focal(ignore_index: int) -> Any:
+    from segmentation_models_pytorch.losses import FocalLoss
+
+    return FocalLoss("multiclass", ignore_index=ignore_index)
+
+
+def _dice(ignore_index: int) -> Any:
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    return DiceLoss("multiclass", ignore_index=ignore_index)
+
+
+def _lovasz(ignore_index: int) -> Any:
+    from segmentation_models_pytorch.losses import LovaszLoss
+
+    return LovaszLoss("multiclass", ignore_index=ignore_index)
+
+
+SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _focal, "dice": _dice, "lovasz": _lovasz})
+"""Of segmentation-models-pytorch: focal (arXiv 1708.02002), Dice (arXiv 1606.04797), Lovász (arXiv 1705.08790)."""
+
+
+class Objective:
+    """A weighted sum of losses over all labels but `ignore_index`; zero, not nan, if there are no others.
+
+    Args:
+        text: Names joined by `+`, each with an optional factor: `cross_entropy + 0.5 * dice`.
+        allowed: The allowed names.
+        ignore_index: The label that is ignored.
+        label_smoothing: Share of the probability that cross entropy spreads over all classes.
+
+    Raises:
+        ConfigError: For a name that is not allowed, or a sum that cannot be parsed.
+    """
+
+    def __init__(self, text: str, allowed: Collection[str], *, ignore_index: int, label_smoothing: float = 0.0) -> None:
+        self.factors = _parsed(text, allowed)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is {label_smoothing}; it is a share, from 0 to below 1.")
+        if label_smoothing and CROSS_ENTROPY not in self.factors:
+            raise ConfigError(f"label_smoothing is for cross_entropy, which the loss {text!r} does not hold.")
+        self._terms = {name: SMP_LOSSES[name](ignore_index) for name in self.factors if name != CROSS_ENTROPY}
+
+    @property
+    def takes_class_weights(self) -> bool:
+        """Whether one of the losses takes class weights: cross entropy."""
+        return CROSS_ENTROPY in self.factors
+
+    @property
+    def takes_soft_targets(self) -> bool:
+        """Whether targets may be probabilities of classes, as mixup makes them: only cross entropy alone does."""
+        return set(self.factors) == {CROSS_ENTROPY}
+
+    def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of logits (N, classes, ...) for labels (N, ...), or for soft targets (N, classes).
+
+        Args:
+            logits: The logits.
+            targets: The labels or soft targets.
+            weights: A weight for each class, (classes,), for cross entropy.
+        """
+        if targets.is_floating_point():
+            return cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+        if not (targets != self.ignore_index).any():
+            return logits.sum() * 0
+        total = logits.new_zeros(())
+        for name, factor in self.factors.items():
+            cross = name == CROSS_ENTROPY
+            term = self._cross_entropy(logits, targets, weights) if cross else self._terms[name](logits, targets)
+            total = total + factor * term
+        return total
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        return cross_entropy(
+            logits, targets, weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+        )
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Class weights inverse to frequency: `total / (classes * count)`, or 1 for a class that never occurs.
+
+    Args:
+        counts: How often each class occurs, (classes,).
+    """
+    occurs = counts > 0
+    weights = counts.sum() / (occurs.sum() * counts.clamp(min=1))
+    return torch.where(occurs, weights, 1.0)
+
+
+def _parsed(text: str, allowed: Collection[str]) -> dict[str, float]:
+    factors: dict[str, float] = {}
+    for part in text.split("+"):
+        match = TERM.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"The loss {text!r} cannot be read; join names by +, such as cross_entropy + dice.")
+        factor, name = match.groups()
+        if name not in allowed:
+            raise unknown("loss", name, allowed)
+        if name in factors:
+            raise ConfigError(f"The loss {text!r} holds {name} twice.")
+        factors[name] = 1.0 if factor is None else float(factor)
+    return factors

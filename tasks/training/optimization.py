@@ -1,0 +1,65 @@
+"""How a task is optimized: its default optimizer, what replaces it, and a schedule with warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lora_plugins import ConfigError
+
+LR, WEIGHT_DECAY = 1e-3, 0.01
+"""Of the default optimizer, AdamW."""
+
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""Makes an optimizer of parameters: a class of torch.optim, or `functools.partial` of one."""
+
+SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
+"""Makes a scheduler of an optimizer and the number of all its steps."""
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LRScheduler:
+    """A linear warm-up, then half a cosine down to 0 (SGDR without restarts, arXiv 1608.03983), as a `LambdaLR`.
+
+    Args:
+        optimizer: The optimizer.
+        steps: The number of all its steps.
+        warmup: The share of the steps that the warm-up takes.
+
+    Raises:
+        ConfigError: If `warmup` is not from 0 to below 1.
+    """
+    if not 0 <= warmup < 1:
+        raise ConfigError(f"warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
+    rise = round(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        progress = min(1.0, (step - rise) / max(1, steps - rise))
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def check_optimizer(optimizer: object, *, lr: float, weight_decay: float) -> None:
+    """Check the argument `optimizer` of a task.
+
+    Raises:
+        ConfigError: If it is not callable, or if arguments of the default optimizer are given beside it.
+    """
+    if optimizer is None:
+        return
+    if not callable(optimizer):
+        raise ConfigError(
+            f"optimizer is {optimizer!r}. It is called with the parameters to train and makes an optimizer: "
+            "torch.optim.AdamW, or functools.partial(torch.optim.SGD, lr=0.1). In YAML, give its class_path."
+        )
+    if (lr, weight_decay) != (LR, WEIGHT_DECAY):
+        raise ConfigError(
+            f"lr={lr} and weight_decay={weight_decay} are of the default optimizer, which `optimizer` replaces. Set "
+            "them in `optimizer`: functools.partial(torch.optim.AdamW, lr=1e-3)."
+        )

@@ -1,0 +1,329 @@
+"""The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
+from lora_plugins.tasks.models import ModelConfig, Source, build_network, default_targets, source_of
+from lora_plugins.tasks.training.compat import is_earlier_file
+from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
+from lora_plugins.tasks.training.optimization import (
+    LR,
+    WEIGHT_DECAY,
+    OptimizerCallable,
+    SchedulerCallable,
+    check_optimizer,
+)
+from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
+
+CONFUSION = "confusion"
+
+
+class VisionTask(LoraCheckpointMixin):
+    """A network, trained with a loss by name, with metrics over whole splits.
+
+    Images are expected in [0, 1] and are normalized here, as the network expects. Metrics are logged as `train/NAME`,
+    `val/NAME` and `test/NAME`, the loss as `train/loss` and so on. `load_from_checkpoint` loads plain checkpoints and
+    those of a `LoraCallback`, which hold only the adapter.
+
+    Args:
+        model: Which network, with which weights.
+        loss: The loss, or a weighted sum of several: `cross_entropy + 0.5 * dice`.
+        label_smoothing: Share of the probability that cross entropy spreads over all classes.
+        class_weights: A weight for each class in cross entropy, or `balanced` for weights inverse to how often each
+            class occurs in the data module's train split.
+        optimizer: Makes the optimizer of the parameters that require gradients when training starts, such as
+            `functools.partial(torch.optim.SGD, lr=0.1)`; by default AdamW. The `optimizer:` of a YAML file replaces it.
+        lr: Learning rate of the default optimizer.
+        weight_decay: Weight decay of the default optimizer.
+        lr_scheduler: Makes a scheduler of the optimizer and the number of all its steps, such as
+            `torch.optim.lr_scheduler.CosineAnnealingLR` or `lora_plugins.tasks.warmup_cosine`. It is stepped after
+            every optimizer step. By default the learning rate is constant.
+        ema: Decay of an exponential moving average of the trained parameters, such as 0.99; 0 for none. The average is
+            what is validated and saved.
+        ignore_index: The label that loss and metrics ignore.
+        class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
+            are saved in every file.
+        **retired: Arguments of earlier versions, in files that they wrote; they are dropped with a warning.
+
+    Attributes:
+        network: The network.
+        network_logits: Calls the network on normalized images and returns its logits.
+        head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. They are
+            trained and saved, whatever else is frozen.
+        lora_targets: The layers to adapt if a `LoraConfig` names no `target_modules`.
+        image_size: Height and width of the images that the network was made for, or None.
+        interpolation: How its images were resized.
+        confusion: The confusion matrix (true, predicted) of the last epoch, by stage.
+
+    Raises:
+        ConfigError: For an unknown name, or arguments that do not go together.
+    """
+
+    sources: ClassVar[Mapping[str, Source]]
+    losses: ClassVar[Sequence[str]]
+    main_metric: ClassVar[str]
+    mean: Tensor
+    std: Tensor
+    weights: Tensor | None
+    network_logits: Callable[[nn.Module, Tensor], Tensor]
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        loss: str = CROSS_ENTROPY,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr: float = LR,
+        weight_decay: float = WEIGHT_DECAY,
+        lr_scheduler: SchedulerCallable | None = None,
+        ema: float = 0.0,
+        ignore_index: int = -100,
+        class_names: Sequence[str] | None = None,
+        **retired: Any,
+    ) -> None:
+        super().__init__()
+        if is_earlier_file(optimizer, retired):
+            optimizer = None
+        # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
+        model = ModelConfig(**model) if isinstance(model, Mapping) else model
+        names = None if class_names is None else list(class_names)
+        self.save_hyperparameters(
+            {
+                "model": asdict(model),
+                "loss": loss,
+                "label_smoothing": label_smoothing,
+                "class_weights": class_weights,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "ema": ema,
+                "ignore_index": ignore_index,
+                "class_names": names,
+            }
+        )
+        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
+        if names is not None and len(names) != model.num_classes:
+            raise ConfigError(f"{len(names)} class_names ({', '.join(names)}) for num_classes={model.num_classes}.")
+        if not 0 <= ema < 1:
+            raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
+        self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
+        self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
+        self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        self._set_class_weights(class_weights)
+        self._build_network(model)
+        metrics = self.build_metrics()
+        self.train_metrics = self.build_train_metrics().clone(prefix="train/")
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self.confusion: dict[str, Tensor] = {}
+
+    def _set_class_weights(self, class_weights: list[float] | str | None) -> None:
+        self.class_weights, classes = class_weights, self.model_config.num_classes
+        if class_weights is not None and not self.objective.takes_class_weights:
+            raise ConfigError("class_weights are for cross_entropy, which the loss does not hold.")
+        if isinstance(class_weights, str) and class_weights != BALANCED:
+            raise ConfigError(f"class_weights is {class_weights!r}; it is a list of {classes} numbers, or 'balanced'.")
+        numbers = class_weights if isinstance(class_weights, list) else None
+        if numbers is not None and (len(numbers) != classes or min(numbers) < 0):
+            raise ConfigError(f"class_weights holds {numbers}; it takes {classes} numbers of at least 0.")
+        self.register_buffer("weights", None if numbers is None else torch.tensor(numbers), persistent=False)
+
+    def _build_network(self, model: ModelConfig) -> None:
+        built = build_network(model, self.sources)
+        mean, std = model.mean or built.mean, model.std or built.std
+        if mean is None or std is None:
+            raise ConfigError(
+                f"The {model.source} model {model.name!r} does not say which mean and std its images should have: "
+                "set `mean` and `std` of the model."
+            )
+        self.network, self.network_logits = built.module, source_of(model, self.sources).logits
+        self.head_modules = tuple(f"network.{name}" for name in built.new_modules)
+        self.lora_targets = default_targets(built.module, built.new_modules)
+        self.image_size, self.interpolation, self.bgr = built.size, built.interpolation, built.bgr
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @abstractmethod
+    def build_metrics(self) -> MetricCollection:
+        """The metrics of one split, updated with what `preds` returns and the true labels.
+
+        One of them may be `confusion`: it is stored in the attribute of that name and not logged.
+        """
+
+    def build_train_metrics(self) -> MetricCollection:
+        """The metrics of the train split during training; by default those of the other splits."""
+        return self.build_metrics()
+
+    def preds(self, logits: Tensor) -> Tensor:
+        """What metrics take of logits (N, classes, ...): by default the predicted labels (N, ...)."""
+        return logits.argmax(1)
+
+    def raw_logits(self, images: Tensor) -> Tensor:
+        """Normalize images (N, channels, H, W) in [0, 1] and call the network on them."""
+        images = (images - self.mean) / self.std
+        return self.network_logits(self.network, images.flip(1) if self.bgr else images)
+
+    @abstractmethod
+    def logits_for(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Logits (N, classes, ...) laid out like the targets (N, ...)."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss over all labels but `ignore_index`; zero, not nan, if there are no others."""
+        return self.objective(logits, targets, self.weights)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average, if there is one."""
+        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+
+    def setup(self, stage: str) -> None:
+        """Check that data and model agree on the classes, and adopt the names of the classes.
+
+        Raises:
+            ConfigError: If they do not agree.
+        """
+        data = self._datamodule()
+        if not isinstance(data, VisionDataModule):
+            if self.class_weights == BALANCED and stage == "fit":
+                raise ConfigError("class_weights is 'balanced', which takes a data module of lora_plugins to count.")
+            return
+        names = data.class_names
+        if len(names) != self.model_config.num_classes:
+            raise ConfigError(
+                f"The data has {len(names)} classes ({', '.join(names)}), the model num_classes="
+                f"{self.model_config.num_classes}. Set `model.num_classes` to {len(names)}."
+            )
+        if data.ignore_index not in (None, self.ignore_index):
+            raise ConfigError(
+                f"The data has ignore_index={data.ignore_index}, the task {self.ignore_index}: labels that the data "
+                f"does not count would be trained on. Set `ignore_index` of the task to {data.ignore_index}."
+            )
+        self.class_names = self.class_names or names
+        self.hparams["class_names"] = list(self.class_names)
+        if self.class_weights == BALANCED and (stage == "fit" or TRAIN in data.splits):
+            self.weights = balanced_weights(data.class_counts()).to(self.mean)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self._step(batch, "train", self.train_metrics)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the metrics of the val split."""
+        self._step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the metrics of the test split."""
+        self._step(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The predicted label of each image (N,), or of each of its pixels (N, H, W)."""
+        logits: Tensor = self(Batch.read(batch).images)
+        return logits.argmax(1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log and reset the metrics of the train split."""
+        self._log(self.train_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and reset the metrics of the val split."""
+        self._log(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log and reset the metrics of the test split."""
+        self._log(self.test_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the provenance into a checkpoint."""
+        checkpoint[PROVENANCE_KEY] = self.provenance()
+
+    def on_fit_end(self) -> None:
+        """Write the provenance into the files of a `LoraCallback`."""
+        write_provenance(self.trainer, self.provenance)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the parameters that require gradients, and its scheduler, if there is one.
+
+        Raises:
+            ConfigError: If a scheduler is to follow a training without end.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        make = self.optimizer or partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = make(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer, int(steps)), "interval": "step"},
+        }
+
+    def mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and (soft) targets to train on: by default unchanged."""
+        return images, targets
+
+    @property
+    def class_labels(self) -> Sequence[str]:
+        """Names of the classes, or else their indices."""
+        return self.class_names or [str(i) for i in range(self.model_config.num_classes)]
+
+    def provenance(self) -> dict[str, Any]:
+        """Which task this is, in plain types: class, arguments, names of the classes, size of the images."""
+        data = self._datamodule()
+        size = (data.size() if isinstance(data, VisionDataModule) else None) or self.image_size
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": json.loads(json.dumps(dict(self.hparams))),
+            "image_size": None if size is None else list(size),
+            "interpolation": self.interpolation,
+        }
+
+    def _datamodule(self) -> Any:
+        """The data module of the trainer, if there are both."""
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def _step(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:
+        read = Batch.read(batch)
+        targets = check_targets(read, self.model_config.num_classes, self.ignore_index).long()
+        images, soft_targets = self.mixup(read.images, targets) if stage == "train" else (read.images, targets)
+        logits = self.logits_for(images, targets)
+        loss = self.loss(logits, soft_targets)
+        metrics.update(self.preds(logits.detach()), targets)
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def _log(self, metrics: MetricCollection) -> None:
+        prefix = metrics.prefix or ""
+        values = metrics.compute()
+        confusion = values.pop(f"{prefix}{CONFUSION}", None)
+        if confusion is not None:
+            self.confusion[prefix.rstrip("/")] = confusion.cpu()
+        for name, value in values.items():
+            for label, scalar in self._scalars(name, value).items():
+                self.log(label, scalar, prog_bar=label == f"{prefix}{self.main_metric}")
+        with torch.inference_mode(False):  # or a fit after a validation could not update these tensors
+            metrics.reset()
+
+    def _scalars(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A metric as scalars: one, or one per class under the name of the class."""
+        if value.ndim == 0:
+            return {name: value}
+        return {f"{name}/{label}": scalar for label, scalar in zip(self.class_labels, value, strict=True)}

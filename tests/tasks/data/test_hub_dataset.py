@@ -1,0 +1,62 @@
+"""Data sets of Hugging Face."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    DataError,
+    HubImageDataModule,
+    HubMaskDataModule,
+)
+
+from ..conftest import SIZE, loaded, noise
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def needs_datasets(self):
+        pytest.importorskip("datasets")
+
+    def test_labels(self, labeled_rows):
+        data = loaded(HubImageDataModule(str(labeled_rows), check_files=True, **SIZE))
+        assert data.class_names == ["cat", "dog"]
+        assert [len(data.splits[split]) for split in ("train", "val")] == [6, 2]
+        assert data.splits["val"][1]["target"] == 1
+
+    def test_masks(self, masked_rows):
+        data = loaded(
+            HubMaskDataModule(
+                str(masked_rows), classes=["a", "b", "c"], reduce_labels=True, check_files=True, image_size=(20, 24)
+            )
+        )
+        raw = np.random.default_rng(0).integers(0, 4, (20, 24), dtype=np.uint8)
+        expected = np.where(raw == 0, 255, raw.astype(int) - 1)
+        assert np.array_equal(data.splits["val"][0]["target"].numpy(), expected)
+
+    def test_an_unknown_column(self, labeled_rows):
+        with pytest.raises(ConfigError, match="Did you mean 'image'"):
+            loaded(HubImageDataModule(str(labeled_rows), image_column="imag", **SIZE))
+
+    def test_an_unknown_split(self, labeled_rows):
+        with pytest.raises(ConfigError, match="Did you mean 'validation'"):
+            loaded(HubImageDataModule(str(labeled_rows), splits={"train": "train", "val": "validatio"}, **SIZE))
+
+    def test_a_split_without_masks(self, masked_rows):
+        from datasets import Dataset, load_from_disk
+
+        splits, folder = load_from_disk(str(masked_rows)), masked_rows.parent / "all"
+        rows = {"image": [Image.fromarray(noise())], "annotation": [None]}
+        splits["test"] = Dataset.from_dict(rows, features=splits["train"].features)
+        splits.save_to_disk(folder)
+        data = loaded(HubMaskDataModule(str(folder), classes=["a", "b", "c", "d"], **SIZE))
+        with pytest.raises(DataError, match=r"row 0 of .*, test has no annotation"):
+            data.splits["test"][0]
+
+    def test_a_script(self, tmp_path):
+        """As scene_parse_150 of PEFT's guide is one: `datasets` says so, and no release from 4 on runs it."""
+        (tmp_path / "scenes").mkdir()
+        (tmp_path / "scenes" / "scenes.py").write_text("raise AssertionError('nobody asked for this')")
+        with pytest.raises(DataError, match=r"could not be loaded: .*script"):
+            loaded(HubImageDataModule(str(tmp_path / "scenes"), **SIZE))

@@ -1,0 +1,64 @@
+"""Files that cannot be used, and sampling."""
+
+import pytest
+import torch
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    DataError,
+    ImageFolderDataModule,
+    MaskFolderDataModule,
+)
+from lora_plugins.tasks.data import Batch
+
+from ..conftest import SIZE, loaded, noise, write_image
+
+
+class TestProblems:
+    def damage(self, class_folders):
+        for name in ("cat", "dog"):
+            (class_folders / "train" / name / "0.jpg").write_bytes(b"no picture")
+
+    def test_all_are_listed_in_one_pass(self, class_folders):
+        self.damage(class_folders)
+        with pytest.raises(DataError, match="2 problems") as error:
+            loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+        assert all(f"{name}/0.jpg cannot be read" in str(error.value) for name in ("cat", "dog"))
+
+    def test_they_are_left_out_when_asked(self, class_folders):
+        self.damage(class_folders)
+        with pytest.warns(UserWarning, match="2 problems"):
+            data = loaded(ImageFolderDataModule(str(class_folders), on_problem="skip", **SIZE))
+        assert len(data.splits["train"]) == 6
+
+    def test_unpaired_masks_are_left_out_when_asked(self, mask_folders):
+        (mask_folders / "masks" / "train" / "0.png").unlink()
+        with pytest.warns(UserWarning, match="has no mask"):
+            data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], on_problem="skip", **SIZE))
+        assert len(data.splits["train"]) == 3
+
+    def test_an_unknown_word(self):
+        with pytest.raises(ConfigError, match="Did you mean 'skip'"):
+            ImageFolderDataModule("data", on_problem="skipp")
+
+
+class TestSampling:
+    def test_balanced_draws_each_class_equally_often(self, tmp_path):
+        for name, count in (("many", 45), ("few", 5)):
+            for i in range(count):
+                write_image(tmp_path / "data" / "train" / name / f"{i}.png", noise(8, 8, seed=i))
+            write_image(tmp_path / "data" / "val" / name / "0.png", noise(8, 8))
+        torch.manual_seed(0)
+        data = loaded(ImageFolderDataModule(str(tmp_path / "data"), sampler="balanced", batch_size=10, **SIZE))
+        drawn = torch.cat([Batch.read(batch).targets for _ in range(8) for batch in data.train_dataloader()])
+        assert 0.4 < float((drawn == 0).float().mean()) < 0.6
+        assert data.class_counts().tolist() == [5, 45]
+
+    def test_masks_have_many_classes(self, mask_folders):
+        data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], sampler="balanced", **SIZE))
+        with pytest.raises(ConfigError, match="one class a sample"):
+            data.train_dataloader()
+
+    def test_a_last_batch_of_one_is_left_out(self, class_folders):
+        data = loaded(ImageFolderDataModule(str(class_folders), batch_size=7, **SIZE))
+        assert [len(Batch.read(batch).images) for batch in data.train_dataloader()] == [7]

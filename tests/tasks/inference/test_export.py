@@ -1,0 +1,46 @@
+"""Exported networks answer as the task does."""
+
+import pytest
+import torch
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    export_task,
+    load_task,
+    merged_task,
+)
+from lora_plugins.tasks.inference import export_main as export
+
+
+class TestExport:
+    @pytest.mark.parametrize(("kind", "size"), [("labels", (16, 16)), ("masks", (64, 64))])
+    def test_torch_export(self, fitted, tmp_path, kind, size):
+        """At the size of the data, embedded or not, which the files know."""
+        task = merged_task(fitted[kind][1]["adapter"])
+        assert export_task(task, tmp_path / "m.pt2") < 1e-5
+        images = torch.rand(3, 3, *size)
+        found = torch.export.load(tmp_path / "m.pt2").module()(images)
+        torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
+
+    def test_another_size(self, fitted, tmp_path, capsys):
+        files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "m.pt2")]
+        assert export([*files, "--size", "32", "96"]) == 0
+        assert "logits as the task's, within" in capsys.readouterr().out
+        found = torch.export.load(files[1]).module()(torch.rand(1, 3, 32, 96))
+        assert found.shape == (1, 4, 32, 96)
+
+    def test_a_size_is_needed(self, fitted, tmp_path):
+        task = load_task(fitted["masks"][1]["merged"])
+        task.image_size = None
+        with pytest.raises(ConfigError, match="--size HEIGHT WIDTH"):
+            export_task(task, tmp_path / "m.pt2")
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of onnxscript
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_onnx(self, fitted, tmp_path, kind):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        assert export_task(merged_task(fitted[kind][1]["adapter"]), tmp_path / "m.onnx") < 1e-4

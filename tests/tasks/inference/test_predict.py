@@ -1,0 +1,96 @@
+"""The command that predicts for a folder of images."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_plugins.tasks.inference import mask_probabilities
+from lora_plugins.tasks.inference import predict_main as predict
+from lora_plugins.tasks.segmentation import class_colors
+
+from ..conftest import noise, write_image
+
+KINDS = ["checkpoint", "adapter", "merged"]
+
+
+class TestPredict:
+    @pytest.mark.parametrize("file", KINDS)
+    def test_labels(self, fitted, tmp_path, file, capsys):
+        task, files = fitted["labels"]
+        for i, size in enumerate(((20, 24), (90, 33))):
+            write_image(tmp_path / "images" / f"{i}.png", noise(*size, seed=i))
+        task.image_size = (16, 16)
+        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), "--flips"]) == 0
+        rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
+        assert [row["image"] for row in rows] == ["0.png", "1.png"]
+        for row in rows:
+            shares = [float(row[name]) for name in task.class_names]
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert task.class_names[int(np.argmax(shares))] == row["label"]
+
+    @pytest.mark.parametrize("file", KINDS)
+    @pytest.mark.parametrize(
+        ("options", "meant"),
+        [
+            ([], {}),
+            (
+                ["--window", "64", "64", "--overlap", "0.5", "--flips"],
+                {"window": (64, 64), "overlap": 0.5, "flips": True},
+            ),
+        ],
+        ids=["whole", "windows and flips"],
+    )
+    def test_masks(self, fitted, tmp_path, file, options, meant):
+        task, files = fitted["masks"]
+        sizes = {"a": (150, 100), "b": (30, 70)}
+        for name, size in sizes.items():
+            write_image(tmp_path / "images" / f"{name}.png", noise(*size))
+        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), *options]) == 0
+        task.image_size = (64, 64)
+        for name, (height, width) in sizes.items():
+            image = torch.from_numpy(noise(height, width)).permute(2, 0, 1).float() / 255
+            expected = mask_probabilities(task, image, **meant).argmax(0).numpy()
+            with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as mask:
+                assert (mask.mode, mask.size) == ("P", (width, height))
+                assert len(np.unique(expected)) > 1
+                assert (np.asarray(mask) == expected).mean() > 0.999  # but for ties that a merge decides otherwise
+                assert mask.getpalette()[: 3 * len(task.class_names)] == class_colors(4).ravel().tolist()
+            with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
+                assert (picture.mode, picture.size) == ("RGB", (width, height))
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "message"),
+        [
+            ("labels", ["--window", "8", "8"], "A window is for masks"),
+            ("masks", ["--window", "0", "8"], "window is 0x8"),
+            ("masks", ["--overlap", "1"], "share of the window"),
+        ],
+        ids=["window of labels", "window of nothing", "overlap"],
+    )
+    def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
+        write_image(tmp_path / "images" / "a.png", noise())
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        assert predict([*files, *options]) == 1
+        assert message in capsys.readouterr().err
+
+    def test_images_that_cannot_be_read(self, fitted, tmp_path, capsys):
+        write_image(tmp_path / "images" / "b.png", noise())
+        for name in ("a", "c"):
+            (tmp_path / "images" / f"{name}.png").write_bytes(b"no picture")
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        assert predict(files) == 1
+        said = capsys.readouterr().err
+        assert "2 of 3 images cannot be read" in said
+        assert "a.png" in said
+        assert "c.png" in said
+        assert not (tmp_path / "out").exists()
+        with pytest.warns(UserWarning, match="2 of 3 images"):
+            assert predict([*files, "--skip"]) == 0
+        assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
+
+    def test_an_error_is_one_line(self, tmp_path, capsys):
+        assert predict([str(tmp_path / "nothing"), str(tmp_path), str(tmp_path)]) == 1
+        assert capsys.readouterr().err.startswith("error: There is no")

@@ -1,0 +1,19 @@
+"""Probabilities by sliding window and with mirror images."""
+
+import torch
+
+from lora_plugins.tasks.inference import mask_probabilities
+
+
+class TestMasks:
+    def test_one_window_over_all_is_the_network_itself(self, fitted):
+        task, _ = fitted["masks"]
+        image = torch.rand(3, 64, 64)
+        found = mask_probabilities(task, image, window=(64, 64))
+        torch.testing.assert_close(found, task(image[None]).softmax(1)[0].detach())
+
+    def test_flips_make_the_answer_a_mirror_of_that_of_the_mirror_image(self, fitted):
+        task, _ = fitted["masks"]
+        image = torch.rand(3, 64, 96)
+        one, two = (mask_probabilities(task, i, window=(64, 64), flips=True) for i in (image, image.flip(-1)))
+        torch.testing.assert_close(one, two.flip(-1), atol=1e-5, rtol=1e-4)

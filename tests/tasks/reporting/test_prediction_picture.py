@@ -1,0 +1,56 @@
+"""The picture of predicted masks."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    DigitScenesDataModule,
+    DigitsDataModule,
+    ImageClassificationTask,
+    PredictionPicture,
+    SemanticSegmentationTask,
+    draw_predictions,
+)
+
+from ..conftest import tiny_segformer, tiny_vit
+
+
+def scenes():
+    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=5, batch_size=2)
+
+
+class TestPicture:
+    def test_it_is_written_when_the_fit_ends_and_its_place_is_printed(self, trainer, tmp_path, capsys):
+        path = tmp_path / "new folder" / "seen.png"
+        run = trainer(callbacks=[PredictionPicture(str(path), samples=3)])
+        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert picture.height > picture.width * 0.75  # three rows of four
+        assert str(path) in capsys.readouterr().out
+
+    def test_it_shows_the_colors_of_the_classes(self, tmp_path):
+        """A network that always answers class 2 is drawn in its color in the third of four columns."""
+        task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes()
+        with torch.no_grad():
+            task.network.decode_head.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1e3, 0.0]))
+        data.setup("fit")
+        before = {name: module.training for name, module in task.named_modules()}
+        path = draw_predictions(task, data.val_dataloader(), [0, 4], tmp_path / "p.png")
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        third_column = pixels[:, int(pixels.shape[1] * 0.52) : int(pixels.shape[1] * 0.73)].reshape(-1, 3)
+        colors, counts = np.unique(third_column, axis=0, return_counts=True)
+        assert colors[counts.argmax()].max() > colors[counts.argmax()].min() + 100
+        assert {name: module.training for name, module in task.named_modules()} == before
+
+    def test_only_segmentation_has_one(self, trainer, tmp_path):
+        run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))])
+        with pytest.raises(ConfigError, match="ImageClassificationTask is no SemanticSegmentationTask"):
+            run.fit(ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2]))
+
+    def test_it_shows_at_least_one_sample(self):
+        with pytest.raises(ConfigError, match="at least one"):
+            PredictionPicture("p.png", samples=0)

@@ -1,0 +1,55 @@
+"""From mask images to class indices."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    DataError,
+)
+from lora_plugins.tasks.segmentation import MaskDecoder
+
+COLORS = {"sky": [0, 0, 255], "road": [128, 64, 128], "void": [0, 0, 0]}
+
+
+class TestMaskDecoder:
+    def picture(self, *colors):
+        return Image.fromarray(np.array([colors], dtype=np.uint8))
+
+    def test_colors_by_a_table(self):
+        code = MaskDecoder(["sky", "road"], 255, COLORS)
+        found = code.decode(self.picture([128, 64, 128], [0, 0, 255], [0, 0, 0]), "m")
+        assert found.tolist() == [[1, 0, 255]]
+
+    def test_the_table_names_the_classes(self):
+        assert MaskDecoder(None, 255, COLORS).classes == ["sky", "road", "void"]
+
+    def test_an_unknown_color(self):
+        with pytest.raises(DataError, match="m holds the colors #010203"):
+            MaskDecoder(None, 255, COLORS).decode(self.picture([1, 2, 3]), "m")
+
+    def test_a_palette_counts_by_its_indices(self):
+        picture = Image.fromarray(np.array([[1, 0]], dtype=np.uint8)).convert("P")
+        picture.putdata([1, 0])
+        picture.putpalette([9, 9, 9, 7, 7, 7])
+        assert MaskDecoder(["a", "b"], 255).decode(picture, "m").tolist() == [[1, 0]]
+
+    def test_reduced_labels(self):
+        picture = Image.fromarray(np.array([[0, 1, 2, 255]], dtype=np.uint8))
+        assert MaskDecoder(["a", "b"], 255, reduce_labels=True).decode(picture, "m").tolist() == [[255, 0, 1, 255]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((None, 255), "Name the `classes`"),
+            ((["a"], 255, COLORS), "no color for the classes a"),
+            ((["a", "b"], 1), "is the class 'b'"),
+            ((None, 255, {"a": [1, 2]}), "three numbers"),
+            ((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name"),
+        ],
+        ids=["nothing", "no color", "ignored class", "short", "twice"],
+    )
+    def test_wrong_tables(self, arguments, message):
+        with pytest.raises(ConfigError, match=message):
+            MaskDecoder(*arguments)

@@ -1,0 +1,117 @@
+"""The rooms of the tasks: which may import which, and only through their doors."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_plugins.tasks
+
+PACKAGE = "lora_plugins.tasks"
+ROOT = Path(lora_plugins.tasks.__file__).parent
+MAY_IMPORT = {
+    "errors": set(),
+    "data": {"errors"},
+    "models": {"errors"},
+    "training": {"data", "errors", "models"},
+    "classification": {"data", "errors", "models", "training"},
+    "segmentation": {"data", "errors", "models", "training"},
+    "reporting": {"data", "errors", "segmentation", "training"},
+    "inference": {"data", "errors", "segmentation", "training"},
+    "examples": {"classification", "data", "errors", "models", "segmentation", "training"},
+}
+"""The arrows: by room, the rooms that it may import. A room is a folder, or the file `errors`."""
+
+FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), ROOT / "errors.py"])
+
+
+def imported(path):
+    """The modules of the tasks that a file imports, for types alone or inside functions too."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith(PACKAGE))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if node.module.startswith(PACKAGE):
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from [name if is_module(name) else node.module for name in inner]
+
+
+def is_module(name):
+    parts = name.removeprefix(f"{PACKAGE}.").split(".")
+    return ROOT.joinpath(*parts).with_suffix(".py").is_file()
+
+
+def room_of(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def test_every_folder_and_file_is_known():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"}
+    assert folders | files == set(MAY_IMPORT)
+
+
+def test_the_arrows_have_no_circle():
+    left = dict(MAY_IMPORT)
+    while left:
+        ready = [room for room, others in left.items() if not others & left.keys()]
+        assert ready, f"a circle among {sorted(left)}"
+        left = {room: others for room, others in left.items() if room not in ready}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_other_rooms_are_imported_as_the_arrows_say_and_through_their_doors(path):
+    for name in imported(path):
+        room, *inside = name.removeprefix(f"{PACKAGE}.").split(".")
+        if room != room_of(path):
+            assert room in MAY_IMPORT[room_of(path)], f"{path} imports {name}"
+            assert not inside, f"{path} imports {name}, past the door of {room}"
+        else:
+            assert inside or path.name == "errors.py", f"{path} imports its own door"
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if room != "errors"])
+def test_the_files_of_a_room_have_no_circle(room):
+    arrows = {}
+    for path in (path for path in FILES if room_of(path) == room and path.name != "__init__.py"):
+        prefix = f"{PACKAGE}.{room}."
+        arrows[path.stem] = {name.removeprefix(prefix) for name in imported(path) if name.startswith(prefix)}
+    while arrows:
+        ready = [name for name, others in arrows.items() if not others & arrows.keys()]
+        assert ready, f"a circle among {sorted(arrows)}"
+        arrows = {name: others for name, others in arrows.items() if name not in ready}
+
+
+def test_a_file_name_means_one_thing():
+    """Names that occur in two rooms: the same thing for labels and for masks."""
+    names = [path.name for path in FILES if path.name != "__init__.py"]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == {"from_folder.py", "from_hub.py", "from_list.py", "metrics.py", "task.py"}
+    for name in twice:
+        assert {room_of(path) for path in FILES if path.name == name} == {"classification", "segmentation"}
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if room != "errors"])
+def test_a_door_says_what_the_room_is_for_and_names_what_it_gives(room):
+    tree = ast.parse((ROOT / room / "__init__.py").read_text())
+    assert len(ast.get_docstring(tree).splitlines()) == 3
+    (names,) = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    given = [
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert sorted(names) == sorted(given)
+    assert not any(name.startswith("_") for name in names)
+
+
+def test_importing_the_tasks_is_cheap():
+    code = f"import sys, {PACKAGE}; print(sorted({{'lightning', 'torchvision', 'timm'}} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_sorted():
+    assert lora_plugins.tasks.__all__ == sorted(lora_plugins.tasks.__all__)
+    assert [name for name in lora_plugins.tasks.__all__ if not hasattr(lora_plugins.tasks, name)] == []

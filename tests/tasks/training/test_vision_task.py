@@ -1,0 +1,61 @@
+"""What all tasks share: labels are checked, checkpoints are plain."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks import (
+    DataError,
+    DigitsDataModule,
+    ImageClassificationTask,
+    MaskFolderDataModule,
+    SemanticSegmentationTask,
+)
+
+from ..conftest import tiny_segformer, tiny_vit
+
+
+def digits(**changes):
+    return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
+
+
+class TestLabels:
+    def test_a_label_out_of_range_names_the_file(self, trainer, mask_folders):
+        data = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(32, 32), batch_size=4)
+        data.setup("fit")
+        task = SemanticSegmentationTask(tiny_segformer(3))  # whose ignore_index is not that of the data
+        with pytest.raises(DataError, match=r"Label 255 in .*masks.train.\d\.png.*labels are 0 to 2, or -100"):
+            trainer().fit(task, data.train_dataloader(), data.val_dataloader())
+
+    def test_another_ignore_index_than_the_data_is_refused_before_training(self, trainer, mask_folders):
+        data = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(32, 32))
+        with pytest.raises(ConfigError, match="Set `ignore_index` of the task to 255"):
+            trainer().fit(SemanticSegmentationTask(tiny_segformer(3)), datamodule=data)
+
+    def test_a_label_out_of_range_of_plain_pairs(self, trainer):
+        loader = DataLoader(TensorDataset(torch.rand(3, 3, 16, 16), torch.tensor([0, 3, -1])), batch_size=3)
+        with pytest.raises(DataError, match="Label -1, 3 in sample 1 of the batch, sample 2 of the batch"):
+            trainer().validate(ImageClassificationTask(tiny_vit()), loader)
+
+    def test_other_batches_are_refused(self, trainer):
+        images = torch.rand(2, 3, 16, 16)
+        loader = DataLoader(TensorDataset(images, torch.zeros(2), torch.zeros(2)))
+        with pytest.raises(DataError, match="a pair"):
+            trainer().validate(ImageClassificationTask(tiny_vit()), loader)
+
+    def test_data_of_other_classes_are_refused_before_training(self, trainer):
+        with pytest.raises(ConfigError, match=r"4 classes \(6, 7, 8, 9\).*num_classes=3"):
+            trainer().fit(ImageClassificationTask(tiny_vit()), datamodule=digits(digits=[6, 7, 8, 9]))
+
+
+def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
+    task, run = ImageClassificationTask(tiny_vit(), lr=0.5), trainer(max_steps=1)
+    run.fit(task, datamodule=digits())
+    run.save_checkpoint(tmp_path / "task.ckpt")
+    torch.load(tmp_path / "task.ckpt", weights_only=True)
+    again = ImageClassificationTask.load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True)
+    assert again.model_config == task.model_config
+    assert again.lr == 0.5
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.eval()(images), task.eval()(images))
