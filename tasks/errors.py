@@ -1,7 +1,5 @@
 """Errors of the tasks, and helpers for their messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from lora_plugins.errors import ConfigError, LoraError, near

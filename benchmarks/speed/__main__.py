@@ -16,6 +16,7 @@ from benchmarks.speed.growth import draw
 from benchmarks.speed.measure import input_bytes, kept_bytes, ratio, seconds
 from benchmarks.speed.others import rows
 from benchmarks.speed.variants import build, installed
+from lora_plugins.kernels import disabled_kernels
 
 MIB = 2**20
 
@@ -24,8 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the table and draws the figure."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    torch.backends.mkldnn.enabled = not options.without_onednn
-    device = torch.device(options.device)
+    with disabled_kernels(*(["onednn"] if options.without_onednn else [])):
+        _measure(options, torch.device(options.device))
+    return 0
+
+
+def _measure(options: argparse.Namespace, device: torch.device) -> None:
     table = Table("model", "dropout", "variant", "time / floor", "step (ms)", "kept (MiB)", "kept / full")
     for name in options.case:
         for dropout in options.dropout:
@@ -40,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(others)
     if options.growth:
         draw(options.growth, options.rounds, device)
-    return 0
 
 
 def _rows(case: Case, dropout: float, names: list[str], rounds: int, device: torch.device) -> Iterator[list[str]]:
@@ -77,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--without-onednn", action="store_true", help="products and convolutions by MKL alone")
+    parser.add_argument(
+        "--without-onednn", action="store_true", help="products of adapted layers by MKL, as those of the others"
+    )
     parser.add_argument("--others", action="store_true", help="also injection, merging, inference and mixed batches")
     parser.add_argument("--growth", type=Path, help="also draw how the cost grows with rank, batch and depth")
     return parser

@@ -16,7 +16,8 @@ import lora_plugins
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
-from lora_plugins.errors import PluginError, listing, near
+from lora_plugins.errors import ConfigError, PluginError, listing, near
+from lora_plugins.kernels import DISABLE_VARIABLE, kernel_report
 from lora_plugins.plugins import (
     ALLOW_VARIABLE,
     BLOCK_VARIABLE,
@@ -135,6 +136,18 @@ def _plugin(info: PluginInfo) -> Finding:
     return Finding("ok", f"plugin {info.owner}: provides {provides}")
 
 
+def _kernels() -> Iterator[Finding]:
+    try:
+        report = kernel_report()
+    except ConfigError as error:
+        yield Finding("problem", str(error), f"Correct {DISABLE_VARIABLE}; until then no adapted layer computes.")
+        return
+    for kernel in report:
+        used = "yes" if kernel.used else f"no, because {kernel.reason}"
+        mark: Literal["ok", "note"] = "ok" if kernel.used else "note"
+        yield Finding(mark, f"kernel {kernel.name} ({', '.join(kernel.operations)}), used here: {used}")
+
+
 def _lightning_command() -> Iterator[Finding]:
     points = metadata.entry_points(group="console_scripts", name="lightning")
     owners = sorted({point.dist.name for point in points if point.dist} - {DISTRIBUTION})
@@ -158,6 +171,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Installation": _installation,
     "Optional packages": _optional,
     "Plugins": _plugins,
+    "Kernels": _kernels,
     "The command `lightning`": _lightning_command,
 }
 """What is looked at, in order."""

@@ -1,22 +1,15 @@
-"""How the kernel of a convolution moves over images, and the gradients that follow from it.
+"""How the kernel of a convolution moves over images, and the gradients that follow from it."""
 
-On a CPU, libraries are made for depthwise kernels of 3x3; for larger ones the kernel's gradient takes ten times as long
-as the convolution. But `dK[c, i] = Σ dy[n, c, p] · x[n, c, stride · p + dilation · i]` is a depthwise convolution, too:
-of the channels of all images with `dy` as kernels, where stride and dilation have changed places. That takes a fraction
-of the time.
-"""
-
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_AT_ONCE = 2**20
-"""Elements that are laid out anew at a time; more of them would not find their memory in use already."""
+from lora_plugins.kernels._operation import operation
 
-_FEW = 400
-"""Positions up to which the gradient of a kernel that moves by one is faster from contiguous images (measured)."""
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+"""By the number of dimensions that a kernel moves in."""
 
 
 @dataclass(frozen=True)
@@ -37,42 +30,26 @@ class Geometry:
 
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolves `(batch, in, *size)` with `(out, in / groups, *kernel_size)`."""
-        zeros = (0,) * len(self.stride)
-        return torch.convolution(
-            x, kernel, bias, self.stride, self.padding, self.dilation, transposed=False, output_padding=zeros,
-            groups=self.groups,
-        )  # fmt: skip
+        convolve = _CONVOLUTIONS[len(self.stride)]
+        return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def gradients(
         self, dy: Tensor, x: Tensor, kernel: Tensor, *, of_x: bool, of_kernel: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns the gradients of input and kernel."""
-        large = of_kernel and self.is_large_depthwise(x, kernel)
-        dx, dkernel, _ = torch.ops.aten.convolution_backward.default(
-            dy, x, kernel, None, self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups,
-            (of_x, of_kernel and not large, False),
-        )  # fmt: skip
-        return dx, self._depthwise_gradient(dy, x, kernel.shape) if large else dkernel
+        fast = of_kernel and self.has_fast_gradient(x, kernel)
+        dx, dkernel = self._backward(dy, x, kernel, of_x, of_kernel and not fast)
+        return dx, kernel_gradient(x, kernel, self, dy) if fast else dkernel
+
+    def has_fast_gradient(self, x: Tensor, kernel: Tensor) -> bool:
+        """Whether a kernel of `kernel_gradient` computes it in place of torch's library."""
+        return kernel_gradient.find(x, kernel, self) is not None
 
     def is_pointwise(self, kernel: Tensor) -> bool:
         """Whether the kernel sees one position at a time."""
         return kernel.shape[2:].numel() == 1 and not any(self.padding) and self.groups == 1
 
-    def is_large_depthwise(self, x: Tensor, kernel: Tensor) -> bool:
-        """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3 and moves by one or two.
-
-        Not where it has one position to go to: the output's gradient, as kernels of one position, would be very slow.
-        """
-        depthwise = self.groups == x.shape[1] == kernel.shape[0]
-        large = kernel.ndim == 4 and max(kernel.shape[2:]) > 3 and max(self.stride) <= 2
-        return depthwise and large and x.is_cpu and len(x) > 0 and self._moves(x, kernel)
-
-    def _moves(self, x: Tensor, kernel: Tensor) -> bool:
-        """Whether the output has more than one position."""
-        moves = zip(x.shape[2:], kernel.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        return any(size + 2 * pad - dilation * (k - 1) > stride for size, k, stride, pad, dilation in moves)
-
-    def seen(self, x: Tensor) -> Tensor:
+    def visible(self, x: Tensor) -> Tensor:
         """Returns the positions that a pointwise kernel sees; a view."""
         if max(self.stride) == 1:
             return x
@@ -80,31 +57,30 @@ class Geometry:
             x = x[(slice(None),) * axis + (slice(None, None, stride),)]
         return x
 
-    def _depthwise_gradient(self, dy: Tensor, x: Tensor, size: torch.Size) -> Tensor:
-        images = max(1, _AT_ONCE // x[0].numel())
-        wide = torch.promote_types(x.dtype, torch.float32)
-        few = x.shape[2] * x.shape[3] <= _FEW and max(self.stride) == 1
-        parts = []
-        for some_x, some_dy in zip(x.split(images), dy.to(x.dtype).split(images), strict=True):  # type: ignore[no-untyped-call]
-            channels = some_x.shape[0] * some_x.shape[1]
-            swapped = Geometry(self.dilation, self.padding, self.stride, channels)
-            as_one = _contiguous_as_one if few or some_x.is_contiguous() else _channels_last_as_one
-            each = swapped.convolve(as_one(some_x), some_dy.reshape(channels, 1, *dy.shape[2:]))
-            # More is seen where the last stride does not reach the end of the image.
-            each = each[..., : size[2], : size[3]].reshape(-1, *size)
-            parts.append(each.sum(0, dtype=wide))
-        return functools.reduce(Tensor.add_, parts).to(x.dtype)
+    def _backward(
+        self, dy: Tensor, x: Tensor, kernel: Tensor, of_x: bool, of_kernel: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the gradients of input and kernel by torch's library."""
+        dx, dkernel, _ = torch.ops.aten.convolution_backward.default(
+            dy, x, kernel, None, self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups,
+            (of_x, of_kernel, False),
+        )  # fmt: skip
+        return dx, dkernel
 
 
-def _contiguous_as_one(images: Tensor) -> Tensor:
-    """Returns one image with the channels of all, `(1, batch * channels, height, width)`, contiguous."""
-    return images.reshape(1, -1, *images.shape[2:])
+@operation
+def kernel_gradient(x: Tensor, kernel: Tensor, geometry: Geometry, dy: Tensor) -> Tensor:
+    """Returns the gradient of a kernel. Whether a kernel of this operation applies must not depend on `dy`.
 
-
-def _channels_last_as_one(images: Tensor) -> Tensor:
-    """Returns one image with the channels of all, `(1, batch * channels, height, width)`, its channels last."""
-    height, width = images.shape[2:]
-    return images.permute(2, 3, 0, 1).reshape(1, height, width, -1).permute(0, 3, 1, 2)
+    Args:
+        x: The input, `(batch, in, *size)`.
+        kernel: `(out, in / groups, *kernel_size)`.
+        geometry: How the kernel moves.
+        dy: The gradient of the output.
+    """
+    _, gradient = geometry._backward(dy, x, kernel, of_x=False, of_kernel=True)
+    assert gradient is not None
+    return gradient
 
 
 def pointwise(dimensions: int) -> Geometry:

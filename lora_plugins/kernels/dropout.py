@@ -1,35 +1,36 @@
 """Dropout masks that are drawn again from a seed instead of being stored.
 
-Drawing is most of the cost of dropout on a CPU, so it is spared twice. One number of 64 bits serves eight elements:
-each takes a byte, and is dropped if the byte is below `256 p`, rounded. The share that is dropped is therefore a
-multiple of 1/256; where that is more than two per cent off (a small p), each element takes two bytes and the share is a
-multiple of 1/65536. Outputs are scaled by the share that is really kept, so their mean is exact.
-
-And on a CPU only the first numbers come from torch's generator, which makes one at a time. The others follow from them
-by a shift register, `n[i] = n[i - 4423] xor n[i - 4152]` (Lewis and Payne, Journal of the ACM 20, 1973;
-`x^4423 + x^271 + 1` is primitive modulo 2: Zierler, Information and Control 15, 1969). Its square says that the lags
-may be doubled, so that blocks of numbers grow with what is there. Any two elements of a mask are independent; three are
-not where they are just these distances apart, or a power of two times them.
+Drawing is most of the cost of dropout on a CPU, so one number of 64 bits serves eight elements: each takes a byte, and
+is dropped if the byte is below `256 p`, rounded. The share that is dropped is therefore a multiple of 1/256; where that
+is more than two per cent off (a small p), each element takes two bytes and the share is a multiple of 1/65536. Outputs
+are scaled by the share that really survives, so their mean is exact.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels.channels import channels_last
+from lora_plugins.kernels._channels import channels_last
+from lora_plugins.kernels._operation import operation
 
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
-_LONG_LAG, _SHORT_LAG = 4423, 4152
-_AT_ONCE = 2**20
+_CHUNK_ELEMENTS = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
 Part = slice | None
 """Some images of a batch; None for all of them."""
+
+
+@operation
+def random_words(count: int, generator: torch.Generator) -> Tensor:
+    """Returns `count` random numbers of 64 bits, which depend on the state of the generator only."""
+    words = torch.empty(count, dtype=torch.int64, device=generator.device)
+    return words.random_(_FULL_RANGE, None, generator=generator)
 
 
 def part_of(images: Tensor, part: Part) -> Tensor:
@@ -45,11 +46,13 @@ class Dropout:
         seed: Where the masks come from.
         threshold: An element is dropped if its random number is below this one.
         bits: Of the random number of an element, 8 or 16.
+        words: Makes the random numbers.
     """
 
     seed: int
     threshold: int
     bits: int
+    words: Callable[[int, torch.Generator], Tensor] = field(compare=False)
 
     @classmethod
     def draw(cls, p: float) -> "Dropout":
@@ -60,16 +63,16 @@ class Dropout:
         """
         bits = 8 if abs(round(256 * p) / 256 - p) <= _ROUNDING * p else 16
         threshold = max(1, min(round(2**bits * p), 2**bits - 1))
-        return cls(int(torch.randint(2**62, ())), threshold, bits)
+        return cls(int(torch.randint(2**62, ())), threshold, bits, random_words.pinned())
 
     @property
     def scale(self) -> float:
-        """What the kept elements are multiplied by, so that the mean stays."""
-        kept = 1 - self.threshold / float(2**self.bits)
-        return 1 / kept
+        """What surviving elements are multiplied by, so that the mean stays."""
+        survivors = 1 - self.threshold / float(2**self.bits)
+        return 1 / survivors
 
     def mask_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the mask of a tensor, 1 where an element is kept and 0 where not, in its memory format.
+        """Returns the mask of a tensor, 1 where an element survives and 0 where not, in its memory format.
 
         Args:
             x: The tensor.
@@ -86,7 +89,7 @@ class Dropout:
             dtype: Of the masks.
         """
         numbers, each = self._numbers(x), x.numel() // max(len(x), 1)
-        count = -(-len(x) // max(_AT_ONCE // max(each, 1), 1))
+        count = -(-len(x) // max(_CHUNK_ELEMENTS // max(each, 1), 1))
         if count <= 1 or not x.is_cpu or not (x.is_contiguous() or channels_last(x)):
             yield None, self._mask(x, dtype, numbers)
             return
@@ -97,7 +100,7 @@ class Dropout:
             yield part, self._fill(mask[: len(x) - start], numbers[start * each :])
 
     def _numbers(self, x: Tensor) -> Tensor:
-        words = _words(-(-x.numel() * self.bits // 64), torch.Generator(x.device).manual_seed(self.seed))
+        words = self.words(-(-x.numel() * self.bits // 64), torch.Generator(x.device).manual_seed(self.seed))
         return words.view(torch.uint8 if self.bits == 8 else torch.int16)
 
     def _mask(self, x: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
@@ -136,21 +139,6 @@ def dropped_parts(
             yield part, mask.mul_(some), None
 
 
-def total(gradients: Sequence[Tensor | None]) -> Tensor:
+def sum_of_parts(gradients: Sequence[Tensor | None]) -> Tensor:
     """Returns the sum of what came from parts of a batch."""
     return functools.reduce(torch.add, cast(Sequence[Tensor], gradients))
-
-
-def _words(count: int, generator: torch.Generator) -> Tensor:
-    words = torch.empty(count, dtype=torch.int64, device=generator.device)
-    done = min(count, _LONG_LAG) if generator.device.type == "cpu" else count
-    words[:done].random_(_FULL_RANGE, None, generator=generator)
-    long_lag, short_lag = _LONG_LAG, _SHORT_LAG
-    while done < count:
-        if 2 * long_lag <= done:
-            long_lag, short_lag = 2 * long_lag, 2 * short_lag
-        size = min(count - done, short_lag)
-        long, short, new = (words[done - lag : done - lag + size] for lag in (long_lag, short_lag, 0))
-        torch.bitwise_xor(long, short, out=new)
-        done += size
-    return words

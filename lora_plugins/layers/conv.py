@@ -10,11 +10,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from lora_plugins.kernels.conv import lora_conv
-from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.eager import is_eager
+from lora_plugins.kernels import Geometry, lora_conv
 from lora_plugins.plugins import (
     BranchUse,
     ColumnMajorPlugin,
@@ -52,7 +51,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         """Convolves `x` with the updated kernel, or with the untouched one and the dropped `x` with each update."""
         weight = base["weight"]
         geometry = _geometry(layer)
-        term = joined(terms) if geometry is not None and x.ndim == weight.ndim and is_eager(x) else None
+        term = joined(terms) if geometry is not None and x.ndim == weight.ndim and not is_compiling() else None
         if term is not None and geometry is not None:
             return lora_conv(
                 x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, geometry, low_memory=term.low_memory

@@ -5,12 +5,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_plugins.kernels.eager import is_eager
-from lora_plugins.kernels.linear import lora_linear
-from lora_plugins.kernels.matmul import linear
+from lora_plugins.kernels import linear_2d, lora_linear
 from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, StackedAdapters, Term, joined
 from lora_plugins.utils import autocast_dtype
 
@@ -67,7 +66,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
         weight = base["weight"]
-        term = joined(terms) if is_eager(x) else None
+        term = None if is_compiling() else joined(terms)
         if term is not None:
             return lora_linear(
                 x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, low_memory=term.low_memory
@@ -79,8 +78,8 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         weight = base["weight"]
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
-        if is_eager(x) and autocast_dtype(x) is None:
-            y = linear(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], len(weight))
+        if autocast_dtype(x) is None:
+            y = linear_2d(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], len(weight))
         else:
             y = F.linear(x, weight, layer.bias)
         update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
-from lora_plugins.kernels.linear import updated
-from lora_plugins.kernels.matmul import contract, linear
+from lora_plugins.kernels import effective_weight, linear_2d, transposed_product
 from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.utils import in_full
 
@@ -47,7 +46,7 @@ class WeightDelta:
         matrix = self.plugin.to_matrix(weight)
         with in_full(weight):
             if term.delta is None:
-                matrix = updated(matrix, term.A, term.B, term.scaling, weight.dtype)
+                matrix = effective_weight(matrix, term.A, term.B, term.scaling, weight.dtype)
             else:
                 matrix = add_delta(matrix, term.delta)
         laid_out = self.plugin.from_matrix(matrix, weight.shape)
@@ -113,7 +112,7 @@ def _norm(term: Term) -> float:
         return float(torch.linalg.vector_norm(term.delta))
     for dtype in (torch.promote_types(term.A.dtype, torch.float32), torch.float64):
         A, B = term.A.to(dtype), term.B.to(dtype)
-        of_A, of_B = linear(A, A), contract(B, B)
+        of_A, of_B = linear_2d(A, A), transposed_product(B, B)
         square = float((of_A * of_B).sum())
         if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
             break

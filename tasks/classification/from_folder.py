@@ -1,7 +1,5 @@
 """Images in one folder per class: `{train,val}/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` to be split."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

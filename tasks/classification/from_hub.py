@@ -1,7 +1,5 @@
 """Images and their labels from Hugging Face `datasets`."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images and their labels from a list: CSV, or JSON lines."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics of classification."""
 
-from __future__ import annotations
-
 import warnings
 
 from torch import Tensor

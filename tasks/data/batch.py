@@ -4,8 +4,6 @@ A sample is a dict: `image`, float in [0, 1], (channels, H, W); `target`, a clas
 indices; `name`, its file or scene, for error messages. Tasks also take plain (image, target) pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self

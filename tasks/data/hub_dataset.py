@@ -1,7 +1,5 @@
 """Data sets of Hugging Face `datasets` (https://huggingface.co/docs/datasets), by hub name or from a local folder."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The data module that all data modules over image files inherit from: find, check, split and transform images."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Lists of samples: CSV files and JSON lines, one sample per row."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence

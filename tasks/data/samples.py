@@ -1,7 +1,5 @@
 """Data sets of samples: held in memory, or read when they are needed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

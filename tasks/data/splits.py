@@ -1,7 +1,5 @@
 """The names of the splits, and splits that come out the same again: by sample name and seed, not by file order."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from hashlib import sha256

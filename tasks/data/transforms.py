@@ -1,7 +1,5 @@
 """Image transforms: resize, augment, and move a mask along with its image (torchvision transforms, version 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

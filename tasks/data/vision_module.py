@@ -1,7 +1,5 @@
 """The data module that all data modules here inherit from."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, cast

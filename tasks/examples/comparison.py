@@ -5,8 +5,6 @@ runs differ in what is trained (the new head alone, the head and LoRA, or everyt
 was chosen for each of the three by a sweep on the val split.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import time

@@ -1,7 +1,5 @@
 """The embedded data set for classification: single handwritten digits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

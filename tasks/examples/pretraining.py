@@ -5,8 +5,6 @@ Both learn the digits 0 to 3, upright, from random weights, and never see what t
 The architectures are those of `seg.yaml` and `cls.yaml`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

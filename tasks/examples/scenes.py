@@ -1,7 +1,5 @@
 """The embedded data set for segmentation: scenes composed of handwritten digits, with the mask that goes with each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ trained with, normalizes them, and returns logits; N is dynamic. The file is loa
 differ from those of the task.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Load a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -4,8 +4,6 @@ MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifie
 `OUT/masks/NAME.png`, 8-bit indices with a palette, and `OUT/overlays/NAME.png`.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import sys

@@ -1,7 +1,5 @@
 """Class probabilities of one image of any size: whole, or by sliding window, and averaged with its mirror image."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -3,8 +3,6 @@
 https://github.com/qubvel-org/segmentation_models.pytorch; an encoder of timm is written `tu-` and its timm name.
 """
 
-from __future__ import annotations
-
 from inspect import signature
 from typing import Any, cast
 

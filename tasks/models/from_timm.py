@@ -1,7 +1,5 @@
 """Classifiers of timm (https://github.com/huggingface/pytorch-image-models)."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Their auxiliary classifier, which is only for a second loss, is left out.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 from urllib.error import URLError
 

@@ -4,8 +4,6 @@ Weights go through the library's own loader, which knows older names of tensors.
 mismatched keys is then checked as strictly as for any other source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

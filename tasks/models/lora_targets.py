@@ -5,8 +5,6 @@ attention, dense layers are adapted: convolutions without groups, and the linear
 ConvNeXt and mixers. Depthwise convolutions are left out: a low rank of their few weights per channel saves little.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

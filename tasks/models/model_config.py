@@ -1,7 +1,5 @@
 """Which network a task trains, in values that a YAML file can hold."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The result of building a network, the same for every source."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

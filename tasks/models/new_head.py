@@ -1,7 +1,5 @@
 """The head: the layers whose shape depends on the number of classes, kept, trained, or initialized anew."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Which library builds which network: one table per task, one row per library."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

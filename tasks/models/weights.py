@@ -4,8 +4,6 @@ A new head is the only thing that a file may lack. Which modules can be a head i
 every other key that is missing, unexpected or of another shape is an error that lists it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -38,7 +36,7 @@ class Difference:
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     @classmethod
-    def between(cls, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Difference:
+    def between(cls, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> "Difference":
         """Compare a file's tensors with a network's own."""
         pairs = ((key, tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state)
         return cls(

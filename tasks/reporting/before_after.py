@@ -1,7 +1,5 @@
 """The metrics of the val split before and after a fit, as a table."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 

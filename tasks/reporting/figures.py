@@ -1,7 +1,5 @@
 """Figures of a fit: predictions, the confusion matrix, curves."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """An HTML page of tables and figures, in one file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape

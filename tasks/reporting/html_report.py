@@ -1,7 +1,5 @@
 """A report of a fit: one HTML file with metrics, curves, the plan, costs, and the best and worst examples."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -1,7 +1,5 @@
 """A picture of predicted masks beside the true ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast

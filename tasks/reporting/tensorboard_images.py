@@ -1,7 +1,5 @@
 """Images in TensorBoard: predictions and the confusion matrix, after each validation."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only

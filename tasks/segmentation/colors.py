@@ -1,7 +1,5 @@
 """The colors of classes, and masks drawn in them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Images with one mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images and their masks from Hugging Face `datasets`."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

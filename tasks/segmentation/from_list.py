@@ -1,7 +1,5 @@
 """Images and their masks from a list: CSV, or JSON lines."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

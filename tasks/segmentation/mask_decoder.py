@@ -1,7 +1,5 @@
 """From mask images to class indices: 8-bit indices, palettes, and colors by a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The data module that all data modules with masks inherit from."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics of segmentation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex

@@ -1,7 +1,5 @@
 """Arguments that tasks no longer have, and that files of earlier versions still hold."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 

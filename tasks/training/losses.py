@@ -1,7 +1,5 @@
 """Losses by name, alone or as a weighted sum: `cross_entropy`, `cross_entropy + dice`, `focal + 0.5 * lovasz`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """How a task is optimized: its default optimizer, what replaces it, and a schedule with warm-up."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

@@ -4,8 +4,6 @@ An adapter folder holds it in its manifest, a merged safetensors file in its met
 `lora_plugins.tasks.inference` builds the task again from any of the three.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

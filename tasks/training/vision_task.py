@@ -1,7 +1,5 @@
 """The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
-from __future__ import annotations
-
 import json
 import math
 from abc import abstractmethod

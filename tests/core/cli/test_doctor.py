@@ -8,6 +8,7 @@ from importlib import metadata
 import pytest
 
 from lora_plugins.cli.main import main
+from lora_plugins.kernels import DISABLE_VARIABLE, disabled_kernels, kernel_report
 from lora_plugins.plugins import default_registry
 
 BROKEN = "import no_such_library\n"
@@ -78,6 +79,30 @@ class TestDoctor:
         lacking = "'inits', 'layers', 'variants', 'lora_plugins.commands'"
         assert f"[problem] lora-plugins itself lacks the entry points {lacking}" in out
         assert "pip install --force-reinstall --no-deps lora-plugins" in out
+
+    def test_kernels_are_listed_with_the_reason(self, capsys):
+        statuses = kernel_report()
+        with disabled_kernels(statuses[0].name):
+            _, out = doctor(capsys)
+        wanted = {s.name: "yes" if s.used else f"no, because {s.reason}" for s in statuses}
+        wanted[statuses[0].name] = "no, because switched off by disabled_kernels"
+        lines = [line for line in out.splitlines() if "] kernel " in line]
+        for line, status in zip(lines, statuses, strict=True):
+            assert f"kernel {status.name} ({', '.join(status.operations)})" in line
+            assert line.endswith(f"used here: {wanted[status.name]}")
+
+    def test_a_kernel_that_does_not_exist_is_a_problem(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_plugins", "doctor"],
+            env={**os.environ, DISABLE_VARIABLE: "fused_conf"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"[problem] {DISABLE_VARIABLE} names 'fused_conf', which is not a kernel." in done.stdout
+        assert f"Correct {DISABLE_VARIABLE}" in done.stdout
 
     def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
         distribution("good", WORKING.format(name="mine", override=False))

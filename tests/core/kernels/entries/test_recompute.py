@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, StateError
+from tests.core.kernels.needs import needs
+
+pytest.importorskip("lora_plugins.kernels.entries.recompute")
+pytestmark = needs("recompute", "fused_linear", "fused_conv")
 
 
 class Transposed(nn.Module):

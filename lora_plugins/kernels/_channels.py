@@ -7,8 +7,8 @@ Convolutions with few channels are slow, and what a low-rank update needs of the
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels import matmul as products
 from lora_plugins.kernels.conv_geometry import pointwise
+from lora_plugins.kernels.matmul import transposed_product
 
 
 def channels_last(image: Tensor) -> bool:
@@ -16,13 +16,13 @@ def channels_last(image: Tensor) -> bool:
     return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
 
 
-def rows(tensor: Tensor, axis: int = 1) -> Tensor:
+def as_rows(tensor: Tensor, axis: int = 1) -> Tensor:
     """Returns `(batch * positions, channels)`; a view where the channels, at an axis, are innermost in memory."""
     innermost = tensor if axis == -1 else tensor.movedim(axis, -1)
     return innermost.reshape(-1, tensor.shape[axis])
 
 
-def mix(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
+def mix_channels(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
     """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`.
 
     Args:
@@ -38,21 +38,21 @@ def mix(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
     return mixed.view(image.shape[0], matrix.shape[0], *image.shape[2:])
 
 
-def mix_into(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> None:
-    """Adds `alpha * mix(matrix, image)` to a target, in one operation where their formats and types agree."""
+def add_mixed_channels(target: Tensor, matrix: Tensor, image: Tensor, alpha: float) -> None:
+    """Adds `alpha * mix_channels(matrix, image)` to a target, in one operation where formats and types agree."""
     one_type = target.dtype == image.dtype
     if one_type and channels_last(target) and channels_last(image):
-        rows(target).addmm_(rows(image), matrix.T, alpha=alpha)
+        as_rows(target).addmm_(as_rows(image), matrix.T, alpha=alpha)
     elif one_type and target.is_contiguous():
         target.flatten(2).baddbmm_(_for_each(image, matrix), image.flatten(2), alpha=alpha)
     else:
-        target.add_(mix(matrix, image), alpha=alpha)
+        target.add_(mix_channels(matrix, image), alpha=alpha)
 
 
-def contract(few: Tensor, many: Tensor) -> Tensor:
+def channel_products(few: Tensor, many: Tensor) -> Tensor:
     """Returns the products of two images' channels, summed over batch and positions: `(few, many)` channels."""
     if channels_last(few) and channels_last(many):
-        return products.contract(rows(few), rows(many))
+        return transposed_product(as_rows(few), as_rows(many))
     return torch.bmm(few.flatten(2), many.flatten(2).mT).sum(0)
 
 

@@ -1,8 +1,8 @@
-"""Inputs that need not be kept, since what they were computed from is kept anyway.
+"""Inputs that need not be saved, since what they were computed from is saved anyway.
 
 `memory="low"` in the config: an input that is the output of a normalization or an activation is computed again in the
-backward from what autograd keeps for that operation itself. It costs one elementwise pass; nothing is approximated. An
-input of another origin is kept as ever.
+backward from what autograd saves for that operation itself, under private names. It costs one elementwise pass; nothing
+is approximated. An input of another origin is saved as ever.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,24 +14,33 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
-Recompute = Callable[[], Tensor]
+from lora_plugins.kernels._autograd import Recompute
+from lora_plugins.kernels._kernel import Kernel, missing_from_torch
+
 Rule = Callable[[Any, Tensor], Recompute | None]
 
 
-def recomputation(x: Tensor) -> Recompute | None:
-    """Returns what computes `x` again while the graph behind it is alive; None if `x` itself has to be kept."""
-    if x.grad_fn is None or x.output_nr or _is_checkpointed():
-        return None
-    return _again(x.grad_fn, x)
+def _available() -> str:
+    return missing_from_torch("_C._autograd._top_saved_tensors_default_hooks")
+
+
+def _has_history(x: Tensor) -> bool:
+    """Whether the graph behind the input stays alive until the backward, and may be read there."""
+    return x.grad_fn is not None and not x.output_nr and not _is_checkpointed()
+
+
+def _recomputation(x: Tensor) -> Recompute | None:
+    """Returns what computes `x` again while the graph behind it is alive; None if `x` itself has to be saved."""
+    return _of_node(x.grad_fn, x)
 
 
 def _is_checkpointed() -> bool:
-    """Whether gradient checkpointing keeps nothing here anyway; what it computes again may be read once only."""
+    """Whether gradient checkpointing saves nothing here anyway; what it computes again may be read once only."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return bool(hooks) and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
-def _again(node: Any, x: Tensor) -> Recompute | None:
+def _of_node(node: Any, x: Tensor) -> Recompute | None:
     rule = _RULES.get(node.name())
     return None if rule is None else rule(node, x)
 
@@ -40,8 +49,8 @@ def _view(node: Any, x: Tensor) -> Recompute | None:
     parent, output = node.next_functions[0]
     if parent is None or output:
         return None
-    again, shape = _again(parent, x), x.shape
-    return None if again is None else lambda: again().view(shape)
+    recompute, shape = _of_node(parent, x), x.shape
+    return None if recompute is None else lambda: recompute().view(shape)
 
 
 def _rule(compute: Callable[[Any], Tensor]) -> Rule:
@@ -66,3 +75,6 @@ _RULES: Mapping[str, Rule] = {
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,
 }
+
+
+KERNELS = (Kernel("recompute", "recomputation", _available, _has_history, _recomputation),)

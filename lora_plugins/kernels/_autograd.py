@@ -1,0 +1,113 @@
+"""What the functions with a hand-written gradient have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import StateError
+from lora_plugins.kernels._operation import operation
+from lora_plugins.kernels._path import Path
+from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.utils import autocast_dtype, in_full
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of x, A and B, where they are needed."""
+
+Recompute = Callable[[], Tensor]
+
+
+@operation
+def recomputation(x: Tensor) -> Recompute | None:
+    """Returns what computes `x` again in the backward; None if `x` itself has to be saved.
+
+    Args:
+        x: The input of an adapted layer.
+    """
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything about a call that is not a tensor.
+
+    Args:
+        scaling: Factor of the update.
+        dropout: The masks of the branch's input; None without dropout.
+        path: How output and gradients are computed.
+        recompute_input: Computes the input again, which is then not saved.
+    """
+
+    scaling: float
+    dropout: Dropout | None
+    path: Path
+    recompute_input: Recompute | None
+
+    @property
+    def scale(self) -> float:
+        """The scaling, and what makes up for dropped elements."""
+        return self.scaling * (self.dropout.scale if self.dropout else 1.0)
+
+
+def save(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
+    """Saves what the backward needs, except an input that can be computed again."""
+    ctx.options = options
+    ctx.save_for_backward(None if options.recompute_input else x, *others)
+    if options.recompute_input:
+        ctx.dtype, ctx.stride = x.dtype, x.stride()
+
+
+def saved(ctx: Any) -> tuple[Tensor, ...]:
+    """Returns the tensors that `save` was given.
+
+    Raises:
+        StateError: In a second derivative, if the input was not saved: it would be cut off from what it came from.
+    """
+    tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    if ctx.options.recompute_input is None:
+        return tensors
+    if torch.is_grad_enabled():
+        raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
+    x = ctx.options.recompute_input().to(ctx.dtype)
+    if x.stride() != ctx.stride:  # the order of a mask is that of the memory of its input
+        x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)
+    return x, *tensors[1:]
+
+
+def call_under_autocast(
+    compute: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    options: Options,
+) -> Tensor:
+    """Computes the output; under autocast in its type, except that an update is added to a wide weight in full."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return compute(x, weight, bias, A, B, options)
+    if not options.path.effective_weight_first:
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    with in_full(x):
+        return compute(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+
+
+def law_gradients(
+    law: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Returns the gradients of a law written in ordinary operations, themselves differentiable.
+
+    Args:
+        law: Computes the output from `inputs`.
+        inputs: Its tensors, or None where an option is not given.
+        needed: Which of them need a gradient.
+        gradient: Of the output.
+    """
+    with torch.enable_grad():
+        output = law(*inputs)
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+    return [next(found) if need else None for need in needed]

@@ -1,0 +1,43 @@
+"""Whether plain eager mode is at work, in which functions with a hand-written gradient may be used.
+
+torch has no public way of asking this: all of its private names for it are in this file.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_plugins.kernels._kernel import missing_from_torch
+
+
+def eager_is_unknown() -> str:
+    """Says why `is_eager` cannot tell; empty if it can. A kernel that needs it is not available otherwise."""
+    return missing_from_torch(
+        "_C._are_functorch_transforms_active",
+        "autograd.forward_ad._current_level",
+        "utils._python_dispatch._get_current_dispatch_mode",
+    )
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether operations on `x` run now, one by one: no transform, dual numbers or meta tensors.
+
+    The dispatch of an operation has already excluded compilers and `torch.jit.trace`.
+    """
+    return not (
+        x.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+    )
+
+
+def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Returns what applies a function in eager mode.
+
+    `Function.apply` itself first looks for wrappers of functorch, of which `is_eager` has said that there are none.
+    """
+    return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)  # type: ignore[misc]

@@ -1,0 +1,57 @@
+"""The linear function: both paths, in parts, in the format of its input, with nothing saved but that."""
+
+import pytest
+import torch
+
+from lora_plugins.kernels import dropout as masks
+from lora_plugins.kernels import lora_linear
+from lora_plugins.kernels._path import effective_weight_is_cheaper
+from tests.core.kernels.linear_cases import MANY, SHAPES, UNUSUAL, drops, seeded, shapes, tensors
+from tests.core.kernels.needs import needs
+
+fused_linear = pytest.importorskip("lora_plugins.kernels.entries.fused_linear")
+pytestmark = needs("fused_linear")
+
+
+def test_the_shapes_take_both_paths():
+    for outputs in (5, 9):
+        assert effective_weight_is_cheaper(48, 6, outputs)
+        assert not effective_weight_is_cheaper(2, 6, outputs)
+    high = {
+        name: fused_linear._rank_is_high(48, torch.empty(n, 6), torch.empty(r, 6)) for name, (_, n, r) in SHAPES.items()
+    }
+    assert [name for name in SHAPES if high[name] and "first" in name] == ["effective_weight_first_and_high_rank"]
+
+
+@shapes
+@pytest.mark.parametrize("at_once", [1, 60], ids=["row_by_row", "some_rows"])
+@pytest.mark.parametrize("adapter", [torch.float64, torch.float32], ids=str)
+def test_rows_may_be_dropped_in_parts(lead, outputs, r, at_once, adapter, monkeypatch):
+    x, weight, bias, *factors = tensors(lead, outputs, r)
+    inputs = [x, weight, bias, *(factor.detach().to(adapter).requires_grad_() for factor in factors)]
+    found, gradient = [], torch.randn(*lead, outputs, dtype=torch.float64)
+    for elements in (at_once, 2**20):
+        monkeypatch.setattr(masks, "_CHUNK_ELEMENTS", elements)
+        output = seeded(0.3)(*inputs)
+        found.append([output, *torch.autograd.grad(output, inputs, gradient)])
+    error = 64 * torch.finfo(adapter).eps  # of sums of up to 48 rows
+    torch.testing.assert_close(*found, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("make", [UNUSUAL["transposed"], UNUSUAL["permuted"]], ids=["transposed", "permuted"])
+@drops
+def test_the_gradient_of_the_input_has_its_memory_format(make, dropout):
+    _, *others = tensors(MANY, 5, 1, torch.float32)
+    x = make().requires_grad_()
+    (gradient,) = torch.autograd.grad(lora_linear(x, *others, 1.7, dropout).sum(), x)
+    assert gradient.stride() == x.stride()
+
+
+@drops
+def test_only_the_input_is_kept(dropout):
+    inputs = tensors(MANY, 9, 1, torch.float32)
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(*inputs, 1.7, dropout)
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
