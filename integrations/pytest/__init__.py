@@ -25,42 +25,20 @@ import pytest
 if __name__ != "pytest_lora_plugins":
     raise ImportError(f"This package was imported as {__name__!r}. Import it as 'pytest_lora_plugins'.")
 
+SUFFIX = "_check"
+"""What the names of our fixtures end with; the kind of plugins stands before it."""
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Makes one test of each check, for tests that use a fixture of ours."""
-    for fixture in {"layer_check", "init_check", "variant_check"} & set(metafunc.fixturenames):
-        from lora_plugins import testing  # noqa: PLC0415
+    if not any(name.endswith(SUFFIX) for name in metafunc.fixturenames):
+        return
+    from lora_plugins.testing import KITS  # noqa: PLC0415
 
-        checks = {
-            "layer_check": list(testing.LAYER_CHECKS),
-            "init_check": list(testing.INIT_CHECKS),
-            "variant_check": list(testing.VARIANT_CHECKS),
-        }
-        metafunc.parametrize(fixture, checks[fixture], indirect=True)
-
-
-@pytest.fixture
-def layer_check(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`lora_plugins.testing.check_layer_plugin`, which runs one check in each test."""
-    from lora_plugins.testing import check_layer_plugin  # noqa: PLC0415
-
-    return partial(_one_check, check_layer_plugin, request.param)
-
-
-@pytest.fixture
-def init_check(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`lora_plugins.testing.check_init_plugin`, which runs one check in each test."""
-    from lora_plugins.testing import check_init_plugin  # noqa: PLC0415
-
-    return partial(_one_check, check_init_plugin, request.param)
-
-
-@pytest.fixture
-def variant_check(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`lora_plugins.testing.check_variant_plugin`, which runs one check in each test."""
-    from lora_plugins.testing import check_variant_plugin  # noqa: PLC0415
-
-    return partial(_one_check, check_variant_plugin, request.param)
+    for kit in KITS:
+        if kit.fixture in metafunc.fixturenames:
+            runs = [partial(_one_check, kit.check, name) for name in kit.checks]
+            metafunc.parametrize(kit.fixture, runs, ids=list(kit.checks))
 
 
 def _one_check(

@@ -12,14 +12,17 @@ same arguments.
 
 from lora_plugins.testing.check import CheckError
 from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
+from lora_plugins.testing.kits import KITS, Kit
 from lora_plugins.testing.layers import LAYER_CHECKS, check_layer_plugin
 from lora_plugins.testing.variants import VARIANT_CHECKS, check_variant_plugin
 
 __all__ = [
     "INIT_CHECKS",
+    "KITS",
     "LAYER_CHECKS",
     "VARIANT_CHECKS",
     "CheckError",
+    "Kit",
     "check_init_plugin",
     "check_layer_plugin",
     "check_variant_plugin",
