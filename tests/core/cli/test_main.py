@@ -9,6 +9,7 @@ import pytest
 
 from lora_plugins.cli import installed_commands
 from lora_plugins.cli.main import main
+from tests.core.cli.blocked_packages import without
 
 OVERVIEW = """\
 usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)
@@ -191,30 +192,6 @@ def test_promised_spellings(command):
     done = subprocess.run([*command, "plugins"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora-plugins" in done.stdout
-
-
-def without(packages, *calls, cwd=None):
-    """Runs code in a process in which some packages cannot be imported, whether they are installed or not."""
-    code = (
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {packages!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
-        "from lora_plugins.cli.main import main\n" + "\n".join(calls)
-    )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
-
-
-@pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
-def test_missing_package_is_named_with_what_to_install(missing):
-    calls = ("assert main(['plugins']) == 0 and main([]) == 0", "sys.exit(main(['fit', '--config', 'x.yaml']))")
-    done = without((missing,), *calls)
-    assert done.returncode == 1
-    assert f"error: this command needs {missing}. Run: pip install 'lora-plugins[lightning]'" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 class TestCoreAlone:

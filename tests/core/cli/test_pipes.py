@@ -13,7 +13,8 @@ from lora_plugins.cli import exit_on_closed_output
 @pytest.mark.parametrize("arguments", [["plugins"], ["--help"]], ids=" ".join)
 def test_a_command_ends_quietly_when_its_reader_goes_away(arguments, unbuffered):
     """The reader is gone before the first line, as under `| head -0`."""
-    command = [sys.executable, "-m", "lora_plugins", *arguments]
+    numpy = "ignore:Failed to initialize NumPy"  # torch's warning, where it is not installed
+    command = [sys.executable, "-W", numpy, "-m", "lora_plugins", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

@@ -9,6 +9,7 @@ import pytest
 from lora_plugins import LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import load_from_checkpoint
+from tests.core.cli.blocked_packages import without
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
 from tests.integrations.lightning.toys import Classifier
 
@@ -68,6 +69,15 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     assert main(["plan", "--config", config(model={"class_path": "users_own.Classifier"})]) == 0
+
+
+@pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
+def test_missing_package_is_named_with_what_to_install(missing):
+    calls = ("assert main(['plugins']) == 0 and main([]) == 0", "sys.exit(main(['fit', '--config', 'x.yaml']))")
+    done = without((missing,), *calls)
+    assert done.returncode == 1
+    assert f"error: this command needs {missing}. Run: pip install 'lora-plugins[lightning]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
