@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 .PHONY: run compare test test-slow lint docs clean
 
 run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
-	$(BIN)/lightning fit --config $(CONFIG)
+	$(if $(filter tasks/cls.yaml tasks/seg.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
 
 compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by side.
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks compare
