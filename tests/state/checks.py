@@ -103,6 +103,7 @@ def check_state(model: Zoo, reference: Reference) -> None:
     if not reference.adapters:
         left = [name for name, module in model.named_modules() if type(module).__name__.startswith(("Lora", "Frozen"))]
         left += [name for name, module in model.named_modules() if any("_lora" in key for key in vars(module))]
+        left += [key for key in ("_forward_pre_hooks", "_load_state_dict_pre_hooks") if getattr(model, key)]
         _same("left over after unloading", left, [])
 
 

@@ -198,7 +198,7 @@ _WEIGHTS: dict[str, float | Callable[[Machine], float]] = {
     "unload": _idle(0.5),
     "merge_and_unload": _adapted(0.6),
     "disable": _idle(2),
-    "mixed": lambda machine: _idle(3 if _plain(machine, mixing=True) and not machine.reference.training else 0.3)(
+    "mixed": lambda machine: _idle(5 if _plain(machine, mixing=True) and not machine.reference.training else 0.3)(
         machine
     ),
     "close": lambda machine: 6 if machine.reference.contexts else 0,

@@ -10,9 +10,9 @@ from tests.state.rules import Step
 
 CHANGES = frozenset(
     {"add", "load", "set", "delete", "merge", "unmerge", "unload", "merge_and_unload", "combine"}
-    | {"load_base", "load_own", "train_step"}
+    | {"load_base", "load_own"}
 )
-"""Calls that a context refuses, and training inside of it."""
+"""Calls that a context refuses."""
 
 
 def _third_party_branch(machine: Machine, step: Step) -> bool:
@@ -26,6 +26,7 @@ def _third_party_branch(machine: Machine, step: Step) -> bool:
 
 
 def _half_precision(machine: Machine, step: Step) -> bool:
+    """A head or bias that is trained in half precision takes another type than the model has it in."""
     if machine.dtype.itemsize > 2:
         return False
     if step.kind == "add":
@@ -35,10 +36,12 @@ def _half_precision(machine: Machine, step: Step) -> bool:
 
 
 def _base_state_dict(machine: Machine, step: Step) -> bool:
+    """A base state dict changes what is the adapter's, and leaves fingerprints and stored bases as they were."""
     return step.kind == "load_base" and bool(machine.reference.adapters)
 
 
 def _inside(machine: Machine, step: Step) -> bool:
+    """Calls inside of a context are not refused, a copy stays inside, an inner context ends `mixed_batch`."""
     if not machine.reference.contexts:
         return False
     mixed = any(context is not None for context in machine.reference.contexts)
@@ -47,11 +50,13 @@ def _inside(machine: Machine, step: Step) -> bool:
 
 
 def _repeated(machine: Machine, step: Step) -> bool:
+    """A repeated name counts twice."""
     names = step.arguments.get("names") or ()
     return step.kind in ("set", "merge") and len(set(names)) < len(names)
 
 
 def _backward(machine: Machine, step: Step) -> bool:
+    """A backward after a change of state lacks gradients or gives those of the state after it, silently."""
     changes = {
         "add",
         "load",
@@ -69,6 +74,7 @@ def _backward(machine: Machine, step: Step) -> bool:
 
 
 def _whole_and_parts(machine: Machine, step: Step) -> bool:
+    """An adapter of a whole layer and one of its parts: KeyError."""
     if step.kind != "combine":
         return False
     adapters = machine.reference.adapters
@@ -78,11 +84,13 @@ def _whole_and_parts(machine: Machine, step: Step) -> bool:
 
 
 def _tied_saved(machine: Machine, step: Step) -> bool:
+    """A module that is to be trained in full, and whose weight another one names first: it is not trained."""
     spec = step.arguments.get("spec")
-    return bool(spec and "tied.b" in spec.saves)
+    return bool(spec and {"tied.b", "tokens.out"} & set(spec.saves))
 
 
 def _tied_bias(machine: Machine, step: Step) -> bool:
+    """Of layers that share a weight, `lora_only` trains the bias of the first alone."""
     spec = step.arguments.get("spec")
     return bool(spec and spec.bias == "lora_only" and {"tied.a", "tied.b"} <= set(spec.sites))
 
@@ -97,6 +105,7 @@ def _tied_combined(machine: Machine, step: Step) -> bool:
 
 
 def _thawed(machine: Machine, step: Step) -> bool:
+    """The norms that the adapters that are left freeze move, until the next change."""
     reference = machine.reference
     name = step.arguments.get("name")
     if step.kind != "delete" or not set(reference.active) <= {name}:
@@ -107,6 +116,7 @@ def _thawed(machine: Machine, step: Step) -> bool:
 
 
 def _fused_above(machine: Machine, step: Step) -> bool:
+    """The parts of a layer are asked of the layers below it too."""
     if step.kind != "combine":
         return False
     found = [machine.reference.adapters.get(name) for name in step.arguments["adapters"]]
@@ -116,6 +126,7 @@ def _fused_above(machine: Machine, step: Step) -> bool:
 
 
 def _separate_parts(machine: Machine, step: Step) -> bool:
+    """Parts of an attention with separate projections are combined as if they were the whole: KeyError."""
     if step.kind != "combine":
         return False
     found = [machine.reference.adapters.get(name) for name in step.arguments["adapters"]]
@@ -123,10 +134,12 @@ def _separate_parts(machine: Machine, step: Step) -> bool:
 
 
 def _saved_inside(machine: Machine, step: Step) -> bool:
+    """The first save of an adapter inside of `mixed_batch` puts the active adapter's heads in place."""
     return step.kind == "save" and bool(machine.reference.contexts)
 
 
 def _dropped_tie(machine: Machine, step: Step) -> bool:
+    """Dropout on a layer that another adapter forms the weight of: refused in the backward, for another reason."""
     if step.kind != "set":
         return False
     reference = machine.reference

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins import LoraError, LoraModel
 from tests.state import checks
@@ -83,6 +83,7 @@ class Machine:
         self.saved: dict[int, Saved] = {}
         self.snapshot: tuple[dict[str, Tensor], Reference, object] | None = None
         self.pending: Pending | None = None
+        self.objects: dict[str, nn.Parameter] = {}
 
     @property
     def handle(self) -> LoraModel:
@@ -91,8 +92,12 @@ class Machine:
             raise NoHandleError
         return self.lora
 
-    def do(self, step: Step) -> str:
+    def do(self, step: Step, compare: bool = True) -> str:
         """Carries out one step and compares everything.
+
+        Args:
+            step: What to do.
+            compare: False where only later steps are of interest.
 
         Returns:
             `done` or `refused`.
@@ -102,6 +107,7 @@ class Machine:
         """
         allowed = errors_of(step, self.reference, self.saved)
         call = getattr(self, step.kind)(**step.arguments)
+        drawn = torch.get_rng_state()
         try:
             next(call)
         except LoraError as error:
@@ -122,12 +128,24 @@ class Machine:
                 raise DivergenceError(f"{step.kind} not refused", f"expected {names}")
             next(call, None)
             outcome = "done"
+        if not torch.equal(torch.get_rng_state(), drawn) and not checks.drops(self.reference):
+            raise DivergenceError("random numbers", f"{step.kind} drew from the global generator")
+        self._check_objects()
         if self.pending and outcome == "done" and step.kind != "forward":
             self.pending.changes.add(step.kind)
         if self.pending and self.reference.moves():
             self.pending = None  # the comparison below moves statistics, which torch itself does not notice
-        checks.check(self.model, self.lora, self.reference, self.inputs)
+        if compare:
+            checks.check(self.model, self.lora, self.reference, self.inputs)
         return outcome
+
+    def _check_objects(self) -> None:
+        """An optimizer holds parameters: as long as a name is there, it means the same one."""
+        objects = dict(self.model.named_parameters())
+        other = [name for name, parameter in self.objects.items() if objects.get(name, parameter) is not parameter]
+        if other:
+            raise DivergenceError("identity", f"{other} are other parameters than before")
+        self.objects = objects
 
     def close_all(self) -> None:
         """Leaves all contexts, whatever they do."""
@@ -510,7 +528,7 @@ class Machine:
         lora = self.kind.load_adapter(model, self.folder / str(slot), registry=registry())
         yield
         training = self.reference.training
-        self.model, self.lora, self.snapshot = model, lora, None
+        self.model, self.lora, self.snapshot, self.objects = model, lora, None, {}
         plain = fresh(self.blocks, found.base, found.plain, self.reference.requires_grad)
         self.reference = Reference(plain, self.blocks, found.plain)
         self.reference.training = training
@@ -577,4 +595,4 @@ class Machine:
                     tensor.zero_()  # nothing of it may be the original's
             return
         # The pending forward and the kept state dict are those of the model that was left.
-        self.model, self.lora, self.reference, self.snapshot = model, lora, other, None
+        self.model, self.lora, self.reference, self.snapshot, self.objects = model, lora, other, None, {}

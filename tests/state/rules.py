@@ -80,11 +80,18 @@ def _add(reference: Reference, saved: Any, name: str, spec: Spec, **_: Any) -> E
 
 
 def _look(reference: Reference, saved: Any, spec: Spec) -> Errors:
-    # That a shared weight cannot be replaced is found when that is about to happen.
-    yield from (error for error in _fits(reference, spec) if error is not MergeError)
+    yield from _plans(reference, spec)
+    if any(_starts(reference, spec)):
+        yield MaybeError  # a plan need not know what the init finds
 
 
 def _fits(reference: Reference, spec: Spec) -> Errors:
+    yield from _plans(reference, spec)
+    yield from _starts(reference, spec)
+
+
+def _plans(reference: Reference, spec: Spec) -> Errors:
+    """What stands against an adapter before anything is computed."""
     if any(name not in reference.sites for name in spec.sites):
         yield TargetError
         return
@@ -99,13 +106,19 @@ def _fits(reference: Reference, spec: Spec) -> Errors:
         yield TargetError
     if spec.dropout and any(len(group) > 1 or not reference.sites[group[0]].drops for group in groups):
         yield TargetError
-    if spec.init == "orthogonal" and any(slot.r % 2 for slot in adapter.slots):
+    if spec.init in CHANGING and any(reference.is_computed(slot.site) for slot in adapter.slots):
+        yield TargetError
+
+
+def _starts(reference: Reference, spec: Spec) -> Errors:
+    """What stands against the first values of an adapter."""
+    if any(name not in reference.sites for name in spec.sites):
+        return
+    slots = reference.plan(spec).slots
+    if spec.init == "orthogonal" and any(slot.r % 2 for slot in slots):
         yield TargetError  # it splits the rank in two
-    if spec.init in CHANGING:
-        if any(reference.is_computed(slot.site) for slot in adapter.slots):
-            yield TargetError
-        if any(reference.sharing(slot) - set(slot.targets) for slot in adapter.slots):
-            yield MergeError
+    if spec.init in CHANGING and any(reference.sharing(slot) - set(slot.targets) for slot in slots):
+        yield MergeError
 
 
 def _set(reference: Reference, saved: Any, names: tuple[str, ...], **_: Any) -> Errors:

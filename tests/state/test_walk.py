@@ -17,7 +17,7 @@ from tests.state.machine import Machine
 from tests.state.script import script
 from tests.state.shrink import Case
 
-RUNS = 4
+RUNS = 3
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -62,7 +62,7 @@ class Calls(RuleBasedStateMachine):
 
 TestCalls = Calls.TestCase
 TestCalls.settings = settings(
-    max_examples=10,
+    max_examples=8,
     stateful_step_count=20,  # what a call draws of its arguments adds up; hypothesis discards what is longer
     deadline=None,
     derandomize=True,

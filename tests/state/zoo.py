@@ -141,9 +141,9 @@ class EmbeddingBlock(Block):
     sites = (Site("embed", columns=True, biases=(), lookup=True, drops=False),)
     saves = ("embed",)
 
-    def __init__(self) -> None:
+    def __init__(self, **options: int | bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(5, 4, padding_idx=0)
+        self.embed = nn.Embedding(5, 4, **options)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self.embed(tokens)
@@ -216,6 +216,7 @@ class TokensBlock(Block):
         Site("embed", columns=True, biases=(), lookup=True, drops=False),
         Site("out", biases=()),
     )
+    saves = ("embed", "out")
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +243,10 @@ class TwiceBlock(Block):
 
 
 class NormBlock(Block):
-    """Running statistics between two layers. The large eps keeps small variances from magnifying rounding."""
+    """Running statistics between two layers. The large eps keeps small variances from magnifying rounding.
+
+    Nothing has a kink, where rounding decides about a gradient.
+    """
 
     sites = (Site("inner"), Site("outer"))
     saves = ("norm",)
@@ -253,7 +257,7 @@ class NormBlock(Block):
         self.norm = nn.BatchNorm1d(4, eps=0.5)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.outer(torch.relu(self.norm(self.inner(x.view(-1, 3, 4)).mT).mT))
+        return self.outer(F.gelu(self.norm(self.inner(x.view(-1, 3, 4)).mT).mT))
 
 
 class GroupBlock(Block):
@@ -310,7 +314,8 @@ BLOCKS = {
     "depthwise": lambda: ConvBlock(nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 2, 2)),
     "circular": lambda: ConvBlock(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular", bias=False), (3, 2, 2)),
     "transposed": lambda: TransposedBlock(nn.ConvTranspose1d(2, 4, 3, stride=2, groups=2), (2, 6)),
-    "embedding": EmbeddingBlock,
+    "embedding": lambda: EmbeddingBlock(padding_idx=0),
+    "frequency": lambda: EmbeddingBlock(scale_grad_by_freq=True),
     "attention": AttentionBlock,
     "cross": CrossBlock,
     "tied": TiedBlock,
