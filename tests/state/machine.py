@@ -1,0 +1,598 @@
+"""Carries out calls on a model and on the reference, and compares both after each.
+
+A call is a generator: up to its `yield` it calls lora_plugins, which may refuse; after it the reference follows.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraError, LoraModel
+from tests.state import checks
+from tests.state.checks import DivergenceError
+from tests.state.plugins import registry
+from tests.state.reference import ORIGINALS, Adapter, PlannedSlot, Reference, fresh, row_norms, without_contexts
+from tests.state.rules import MaybeError, Saved, Step, errors_of
+from tests.state.spec import Spec
+from tests.state.zoo import batch, build
+
+Call = Iterator[None]
+
+IDENTITIES = frozenset({"kaiming", "gaussian", "orthogonal"})
+"""The inits that start at the untouched model."""
+
+
+READS = frozenset({"save", "snap", "mode", "copy", "look"})
+"""The calls that change nothing that a backward could need."""
+
+
+@dataclass
+class Pending:
+    """A forward whose backward has not come yet.
+
+    Args:
+        loss: Its loss.
+        parameters: What was trained at that moment, by name, and the input.
+        expected: The gradients that the backward has to give.
+        allowed: The tolerance of an output.
+        dropped: Whether dropout acted.
+        changes: The kinds of calls since.
+    """
+
+    loss: Tensor
+    parameters: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    allowed: float
+    dropped: bool
+    changes: set[str] = field(default_factory=set)
+
+
+class NoHandleError(Exception):
+    """A call needs a handle, and there was never one."""
+
+
+class Machine:
+    """A model and its reference.
+
+    Args:
+        blocks: The blocks of the model.
+        dtype: Its type.
+        seed: Of its weights.
+        folder: Where adapters are saved.
+        kind: The class of the handles, so that one with a defect can be tried.
+    """
+
+    def __init__(
+        self, blocks: tuple[str, ...], dtype: torch.dtype, seed: int, folder: Path, kind: type[LoraModel] = LoraModel
+    ) -> None:
+        torch.manual_seed(seed)
+        self.kind = kind
+        self.blocks, self.dtype, self.folder = blocks, dtype, folder
+        self.model = build(blocks, dtype, seed)
+        self.reference = Reference(self.model, blocks)
+        self.lora: LoraModel | None = None
+        self.inputs = batch(dtype, seed)
+        self.contexts: list[AbstractContextManager[Any]] = []
+        self.saved: dict[int, Saved] = {}
+        self.snapshot: tuple[dict[str, Tensor], Reference, object] | None = None
+        self.pending: Pending | None = None
+        self.objects: dict[str, nn.Parameter] = {}
+
+    @property
+    def handle(self) -> LoraModel:
+        """The handle, which outlives the adapters."""
+        if self.lora is None:
+            raise NoHandleError
+        return self.lora
+
+    def do(self, step: Step, compare: bool = True) -> str:
+        """Carries out one step and compares everything.
+
+        Args:
+            step: What to do.
+            compare: False where only later steps are of interest.
+
+        Returns:
+            `done` or `refused`.
+
+        Raises:
+            DivergenceError: If the model is not what the reference says.
+        """
+        allowed = errors_of(step, self.reference, self.saved)
+        call = getattr(self, step.kind)(**step.arguments)
+        drawn = torch.get_rng_state()
+        try:
+            next(call)
+        except LoraError as error:
+            if not allowed:
+                raise DivergenceError(f"{step.kind} refused", f"{type(error).__name__}: {error}") from error
+            if MaybeError not in allowed and not isinstance(error, tuple(allowed)):
+                raise DivergenceError(
+                    f"{step.kind} refused by another error", f"{type(error).__name__}: {error}"
+                ) from error
+            outcome = "refused"
+        except (DivergenceError, NoHandleError):
+            raise
+        except Exception as error:
+            raise DivergenceError(f"{step.kind} raised", f"{type(error).__name__}: {error}") from error
+        else:
+            if allowed and MaybeError not in allowed:
+                names = ", ".join(sorted(error.__name__ for error in allowed))
+                raise DivergenceError(f"{step.kind} not refused", f"expected {names}")
+            next(call, None)
+            outcome = "done"
+        if not torch.equal(torch.get_rng_state(), drawn) and not checks.drops(self.reference):
+            raise DivergenceError("random numbers", f"{step.kind} drew from the global generator")
+        self._check_objects()
+        if self.pending and outcome == "done" and step.kind != "forward":
+            self.pending.changes.add(step.kind)
+        if self.pending and self.reference.moves():
+            self.pending = None  # the comparison below moves statistics, which torch itself does not notice
+        if compare:
+            checks.check(self.model, self.lora, self.reference, self.inputs)
+        return outcome
+
+    def _check_objects(self) -> None:
+        """An optimizer holds parameters: as long as a name is there, it means the same one."""
+        objects = dict(self.model.named_parameters())
+        other = [name for name, parameter in self.objects.items() if objects.get(name, parameter) is not parameter]
+        if other:
+            raise DivergenceError("identity", f"{other} are other parameters than before")
+        self.objects = objects
+
+    def close_all(self) -> None:
+        """Leaves all contexts, whatever they do."""
+        while self.contexts:
+            with suppress(Exception):
+                self.contexts.pop().__exit__(None, None, None)
+
+    # Adding and removing
+
+    def add(self, name: str, spec: Spec, new: bool = False) -> Call:
+        if self.lora is None or new:
+            self.lora = self.kind(self.model, spec.config(), name, registry=registry())
+        else:
+            self.handle.add_adapter(name, spec.config())
+        yield
+        adapter = self.reference.plan(spec)
+        self._first_values(name, adapter)
+        self._join(name, adapter)
+
+    def _join(self, name: str, adapter: Adapter) -> None:
+        if not self.reference.adapters:
+            self.reference.active, self.reference.trainable = (name,), True
+        self.reference.adapters[name] = adapter
+
+    def _first_values(self, name: str, adapter: Adapter) -> None:
+        """Reads what an init gave, and checks what it promises."""
+        base = self.reference.base
+        self._read_factors(name, adapter)
+        adapter.values = {key: base[key].clone() for key in (*adapter.trained, *adapter.buffers)}
+        identity = adapter.spec.init in IDENTITIES
+        for slot in adapter.slots:
+            product = slot.scaling * adapter.tensors[slot.key("B")].double() @ adapter.tensors[slot.key("A")].double()
+            if identity:
+                checks.near("init", slot.site, product, torch.zeros_like(product), checks.tolerance(torch.float32))
+            if adapter.changes_base:
+                self._changed_base(adapter, slot, product)
+        for slot in adapter.slots:
+            self._first_own(adapter, slot)
+
+    def _read_factors(self, name: str, adapter: Adapter) -> None:
+        found = self.model.state_dict()
+        for slot in adapter.slots:
+            for factor in self.reference.factors(adapter):
+                key = slot.key(factor)
+                if f"{key}.{name}" not in found:
+                    raise DivergenceError("state dict keys", f"{key}.{name} is missing")
+                adapter.tensors[key] = found[f"{key}.{name}"].clone()
+                expected = torch.promote_types(self.dtype, torch.float32)
+                if adapter.tensors[key].dtype != expected:
+                    raise DivergenceError("type", f"{key}.{name} is {adapter.tensors[key].dtype}, expected {expected}")
+
+    def _changed_base(self, adapter: Adapter, slot: PlannedSlot, product: Tensor) -> None:
+        name = self.reference.first[slot.weight]
+        original = self.reference.base[name]
+        weight = adapter.values.get(name, original.clone()).clone()
+        matrix = slot.matrix(original).double()
+        if adapter.spec.init == "loftq":
+            # One scale for all, as no weight here is larger than a block; ties of rounding are left open.
+            scale = matrix.abs().max() / 127
+            changed = (matrix / scale).round() * scale
+        else:
+            changed = matrix - product
+        slot.matrix(weight).copy_(changed)
+        adapter.values[name] = weight
+        adapter.unseen.add(name)
+
+    def _first_own(self, adapter: Adapter, slot: PlannedSlot) -> None:
+        if adapter.spec.variant == "dora":
+            name = self.reference.first.get(slot.weight)
+            weight = adapter.values.get(name, self.reference.base[name]) if name else self._computed(slot.site)
+            product = slot.scaling * adapter.tensors[slot.key("B")].double() @ adapter.tensors[slot.key("A")].double()
+            expected = row_norms(slot.matrix(weight.double()) + product)
+            checks.near(
+                "first magnitude",
+                slot.site,
+                adapter.tensors[slot.key("magnitude")],
+                expected,
+                checks.tolerance(self.dtype),
+            )
+        if adapter.spec.variant == "gated":
+            checks.near("first gate", slot.site, adapter.tensors[slot.key("gate")], torch.ones(1), 0.0)
+
+    def _computed(self, site: str) -> Tensor:
+        magnitude, direction = (self.reference.base[f"{site}.{key}"].double() for key in ORIGINALS)
+        return magnitude * direction / direction.norm(dim=1, keepdim=True)
+
+    def delete(self, name: str) -> Call:
+        self.handle.delete_adapter(name)
+        yield
+        reference = self.reference
+        if len(reference.adapters) == 1:
+            self._emptied()
+            return
+        del reference.adapters[name]
+        reference.active = tuple(other for other in reference.active if other != name)
+
+    def unload(self) -> Call:
+        self.handle.unload()
+        yield
+        self._emptied()
+
+    def _emptied(self) -> None:
+        reference = self.reference
+        reference.adapters, reference.active, reference.merged, reference.merged_weights = {}, (), (), {}
+
+    def merge_and_unload(self, max_error: float = 0.1) -> Call:
+        reference = self.reference
+        acting = reference.active
+        unmerged = tuple(name for name in acting if name not in reference.merged)
+        expected = self._with_deltas(unmerged)
+        in_place = {name: reference.value(name).clone() for name in reference.base}
+        sites = {slot.site for name in acting for slot in reference.adapters[name].slots}
+        computed = {f"{site}.weight": None for site in sorted(sites) if reference.is_computed(site)}
+        weights = reference.effective(acting, {})
+        self.handle.merge_and_unload(max_error=max_error)
+        yield
+        found = self.model.state_dict()
+        self._emptied()
+        reference.base = in_place
+        for weight in computed:
+            if weight not in found:
+                raise DivergenceError("state dict keys", f"{weight} is still computed")
+            for part in ORIGINALS:
+                del reference.base[f"{weight.removesuffix('.weight')}.{part}"]
+            expected[weight] = weights[weight]
+        reference.make_plain(computed)
+        reference.read_structure(self.model)
+        required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        reference.requires_grad |= {name: required[name] for name in computed}
+        self._take_weights(found, expected, reference.base)
+
+    # Acting
+
+    def set(self, names: tuple[str, ...], trainable: bool = True) -> Call:
+        self.handle.set_adapter(names[0] if len(names) == 1 else list(names), trainable=trainable)
+        yield
+        self.reference.active, self.reference.trainable = names, trainable
+
+    def merge(self, names: tuple[str, ...] | None, max_error: float = 0.1) -> Call:
+        reference = self.reference
+        chosen = tuple(name for name in reference.active if name not in reference.merged) if names is None else names
+        known = [name for name in chosen if name in reference.adapters]
+        expected = self._with_deltas(tuple(known))
+        self.handle.merge_adapter(names, max_error=max_error)
+        yield
+        reference.merged = (*reference.merged, *chosen)
+        self._take_weights(self.model.state_dict(), expected, reference.merged_weights)
+
+    def _with_deltas(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Returns the weights with the updates of some adapters, in float64."""
+        reference = self.reference
+        deltas = reference.deltas(names)
+        return {
+            reference.first[name]: reference.value(reference.first[name]).double() + delta
+            for name, delta in deltas.items()
+            if name in reference.first
+        }
+
+    def _take_weights(self, found: dict[str, Tensor], expected: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+        """Compares merged weights, and takes over their bits."""
+        for name, weight in expected.items():
+            if found[name].dtype != self.dtype:
+                raise DivergenceError("type", f"merged {name} is {found[name].dtype}, expected {self.dtype}")
+            checks.near("merged weight", name, found[name], weight, checks.tolerance(self.dtype))
+            into[name] = found[name].clone()
+
+    def unmerge(self) -> Call:
+        self.handle.unmerge_adapter()
+        yield
+        self.reference.merged, self.reference.merged_weights = (), {}
+
+    def disable(self) -> Call:
+        context = self.handle.disable_adapter()
+        context.__enter__()
+        yield
+        self.contexts.append(context)
+        self.reference.contexts.append(None)
+
+    def mixed(self, rows: tuple[str | None, ...]) -> Call:
+        context = self.handle.mixed_batch(list(rows))
+        context.__enter__()
+        yield
+        self.contexts.append(context)
+        self.reference.contexts.append(rows)
+
+    def close(self) -> Call:
+        if self.contexts:
+            self.contexts.pop().__exit__(None, None, None)
+        yield
+        if self.reference.contexts:
+            self.reference.contexts.pop()
+
+    def mode(self, training: bool) -> Call:
+        self.model.train(training)
+        yield
+        self.reference.training = training
+
+    def look(self, spec: Spec) -> Call:
+        """What reads only is allowed everywhere."""
+        self.kind.plan(self.model, spec.config(), registry=registry())
+        if self.reference.adapters:
+            _ = self.handle.plans, self.handle.adapters, self.handle.active_adapters, self.handle.merged_adapters
+        repr(self.model)
+        yield
+
+    # Training
+
+    def scramble(self, name: str, seed: int) -> Call:
+        """Gives an adapter random values, as training would in time; of what is in place only what it trains."""
+        reference = self.reference
+        generator = torch.Generator().manual_seed(seed)
+        if name in reference.adapters and not reference.merged:
+            adapter = reference.adapters[name]
+            keys = {
+                f"{slot.key(factor)}.{name}": slot.key(factor)
+                for slot in adapter.slots
+                for factor in reference.factors(adapter)
+            }
+            own = {key for key in adapter.trained if reference.owners().get(key) == name}
+            named = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for key in (*keys, *sorted(own)):
+                    values = torch.randn(named[key].shape, generator=generator) * 0.5
+                    named[key].copy_(values + (1 if "gate" in key or "magnitude" in key else 0))
+                    target = adapter.tensors if key in keys else adapter.values
+                    target[keys.get(key, key)] = named[key].detach().clone()
+        yield
+
+    def train_step(self) -> Call:
+        """A step of SGD that moves nothing by more than a twentieth, so that nothing grows without bound."""
+        reference = self.reference
+        if reference.contexts or (reference.merged and reference.training):
+            yield
+            return
+        dropped = checks.drops(reference)
+        parameters = checks.trained(self.model)
+        for parameter in parameters.values():
+            parameter.grad = None
+        _, loss = checks.forward(self.model, self.inputs)
+        result = reference.run(*self.inputs, training=reference.training)
+        checks.take_buffers(self.model, reference, result)
+        if loss.requires_grad:
+            loss.backward()
+        found = {name: parameter.grad for name, parameter in parameters.items()}
+        if not dropped:
+            allowed = checks.tolerance(self.dtype, result.size)
+            checks.compare_gradients(found, checks.expected_gradients(result, tuple(found)), allowed)
+        largest = max((float(gradient.abs().max()) for gradient in found.values() if gradient is not None), default=0)
+        lr = 0.05 / (1 + largest)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if parameters:
+            torch.optim.SGD(parameters.values(), lr=lr).step()
+        yield
+        for name, value in before.items():
+            gradient = found[name]
+            self._assign(name, value if gradient is None else torch.add(value, gradient, alpha=-lr))
+            parameters[name].grad = None
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        """Gives a trained tensor of the reference its new bits."""
+        key, _, adapter = name.rpartition(".")
+        if "lora_" in key:
+            self.reference.adapters[adapter].tensors[key] = value
+        else:
+            self.reference.set_value(name, value)
+
+    def forward(self) -> Call:
+        """Goes forward and keeps the loss, for a `backward` in time."""
+        reference = self.reference
+        mixed = bool(reference.contexts) and not reference.disabled
+        if mixed or (reference.merged and reference.training):
+            yield
+            return
+        x = self.inputs[0].clone().requires_grad_()
+        parameters = checks.trained(self.model) | {"input": x}
+        outputs, loss = checks.forward(self.model, (x, self.inputs[1]))
+        result = reference.run(*self.inputs, training=reference.training)
+        checks.take_buffers(self.model, reference, result)
+        checks.compare_outputs("output with gradients", outputs, result, self.dtype, checks.drops(reference))
+        expected = checks.expected_gradients(result, tuple(parameters))
+        yield
+        allowed = checks.tolerance(self.dtype, result.size)
+        self.pending = Pending(loss, parameters, expected, allowed, checks.drops(reference))
+
+    def backward(self) -> Call:
+        """Gradients of the state at the forward, or torch's error about a tensor that has changed."""
+        pending, self.pending = self.pending, None
+        yield
+        if pending is None or not pending.loss.requires_grad:
+            return
+        for parameter in pending.parameters.values():
+            parameter.grad = None
+        try:
+            pending.loss.backward()
+        except RuntimeError as error:
+            if not (pending.changes - READS and "modified by an inplace operation" in str(error)):
+                raise DivergenceError("backward raised", f"{type(error).__name__}: {error}") from error
+            return
+        found = {name: parameter.grad for name, parameter in pending.parameters.items()}
+        for parameter in pending.parameters.values():
+            parameter.grad = None
+        try:
+            checks.compare_gradients(found, pending.expected, pending.allowed, pending.dropped)
+        except DivergenceError as divergence:
+            raise DivergenceError(f"{divergence.check} after a change", divergence.detail) from divergence
+
+    # Files, state dicts and copies
+
+    def combine(self, adapters: tuple[str, ...], weights: tuple[float, ...], name: str, way: str = "cat") -> Call:
+        reference = self.reference
+        found = self.handle.add_weighted_adapter(list(adapters), list(weights), name, way)
+        yield
+        exact: dict[str, Tensor] = {}
+        for source, weight in zip(adapters, weights, strict=True):
+            for target, delta in reference.deltas((source,)).items():
+                exact[target] = exact.get(target, 0) + weight * delta
+        config = self.handle.adapters[name]
+        sources = [reference.adapters[adapter] for adapter in adapters]
+        sites = {site for source in sources for site in source.spec.sites}
+        parts = {site: part for source in sources for site, part in source.spec.parts.items()}
+        spec = Spec(
+            tuple(site for site in reference.sites if site in sites),
+            bias=config.bias,
+            saves=tuple(config.modules_to_save),
+            parts=parts,
+            norm=config.norm,
+        )
+        adapter = reference.plan(spec)
+        adapter.slots = tuple(replace(slot, scaling=1.0) for slot in adapter.slots)
+        self._read_factors(name, adapter)
+        self._combined_values(adapter, sources, weights)
+        self._join(name, adapter)
+        self._compare_sum(name, exact, found, way)
+
+    def _combined_values(self, adapter: Adapter, sources: list[Adapter], weights: tuple[float, ...]) -> None:
+        for key in (*adapter.trained, *adapter.buffers):
+            base = self.reference.base[key]
+            owned = [
+                (source.values[key], w) for source, w in zip(sources, weights, strict=True) if key in source.values
+            ]
+            if not base.is_floating_point():
+                adapter.values[key] = (owned[0][0] if owned else base).clone()
+                continue
+            total = base.double() + sum(w * (value.double() - base.double()) for value, w in owned)
+            adapter.values[key] = total.to(base.dtype)
+            adapter.unseen.add(key)
+
+    def _compare_sum(self, name: str, exact: dict[str, Tensor], error: float, way: str) -> None:
+        deltas = self.reference.deltas((name,))
+        for target in exact.keys() | deltas.keys():
+            some = next(value for value in (exact.get(target), deltas.get(target)) if value is not None)
+            want, got = exact.get(target, torch.zeros_like(some)), deltas.get(target, torch.zeros_like(some))
+            off = float((want - got).norm() / max(float(want.norm()), 1e-9)) if bool((want - got).any()) else 0.0
+            # A and B are float32 where the model has half precision.
+            bound = error * 1.001 + checks.tolerance(torch.promote_types(self.dtype, torch.float32))
+            if off > bound and float((want - got).norm()) > bound:
+                raise DivergenceError("combination", f"{way} of {target} is off by {off:.3g}, told was {error:.3g}")
+
+    def save(self, slot: int, name: str | None) -> Call:
+        self.handle.save_adapter(self.folder / str(slot), name)
+        yield
+        reference = self.reference
+        name = reference.active[0] if name is None else name
+        base = {key: tensor.clone() for key, tensor in reference.base.items()}
+        self.saved[slot] = Saved(name, deepcopy(reference.adapters[name]), base, reference.plain)
+
+    def load(self, slot: int, name: str | None) -> Call:
+        found = self.saved[slot]
+        handle = self.kind.load_adapter(self.model, self.folder / str(slot), name, registry=registry())
+        yield
+        self.lora = self.lora or handle
+        self._join(found.name if name is None else name, deepcopy(found.adapter))
+
+    def move(self, slot: int) -> Call:
+        """Loads a saved adapter onto a new model with the base that it was saved on, and goes on with that."""
+        found = self.saved[slot]
+        self.close_all()
+        model = fresh(self.blocks, found.base, found.plain, self.reference.requires_grad)
+        model.train(self.reference.training)
+        lora = self.kind.load_adapter(model, self.folder / str(slot), registry=registry())
+        yield
+        training = self.reference.training
+        self.model, self.lora, self.snapshot, self.objects = model, lora, None, {}
+        plain = fresh(self.blocks, found.base, found.plain, self.reference.requires_grad)
+        self.reference = Reference(plain, self.blocks, found.plain)
+        self.reference.training = training
+        self._join(found.name, deepcopy(found.adapter))
+
+    def load_base(self, seed: int | None) -> Call:
+        """Loads a state dict of the base model: its own, or that of another one."""
+        reference = self.reference
+        if seed is None:
+            base = {name: tensor.clone() for name, tensor in reference.base.items()}
+        else:
+            shaped = {name: torch.zeros_like(tensor) for name, tensor in reference.base.items()}
+            other = fresh(self.blocks, shaped, reference.plain, {})
+            source = build(self.blocks, self.dtype, seed).state_dict()
+            with torch.no_grad():
+                for name, tensor in other.state_dict().items():
+                    tensor.copy_(source[name] if name in source else torch.full_like(tensor, 0.1))
+            base = {reference.first[name]: tensor.clone() for name, tensor in other.state_dict().items()}
+        self.model.load_state_dict({name: base[first] for name, first in reference.first.items()})
+        yield
+        reference.base = base
+
+    def snap(self) -> Call:
+        """Keeps the model's own state dict."""
+        yield
+        if not self.reference.contexts and not self.reference.merged:
+            tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.snapshot = tensors, self.reference.copy(), self._structure()
+
+    def _structure(self) -> object:
+        reference = self.reference
+        adapters = [(name, id(adapter)) for name, adapter in reference.adapters.items()]
+        return adapters, reference.active, reference.plain
+
+    def load_own(self) -> Call:
+        """Loads the state dict that was kept, if the model has the same adapters, and the same active ones."""
+        if self.snapshot is None or self.snapshot[2] != self._structure():
+            self.snap()
+            tensors, then = dict(self.model.state_dict()), None
+        else:
+            tensors, then, _ = self.snapshot
+        self.model.load_state_dict(tensors)
+        yield
+        if then is None:
+            return
+        for name in self.reference.base:
+            self.reference.set_value(name, then.value(name).clone())
+        for name, adapter in self.reference.adapters.items():
+            adapter.tensors = {key: tensor.clone() for key, tensor in then.adapters[name].tensors.items()}
+
+    def copy(self, way: str, keep: str) -> Call:
+        """Copies the model. What is copied inside of a context is not inside of it."""
+        reference = self.reference
+        if "computed" in self.blocks:
+            way = "deepcopy"  # torch pickles neither parametrizations nor the hook that weight norm leaves behind
+        model = deepcopy(self.model) if way == "deepcopy" else pickle.loads(pickle.dumps(self.model))
+        lora = self.kind(model, registry=registry()) if reference.adapters else None
+        yield
+        other = without_contexts(reference)
+        checks.check(model, lora, other, self.inputs)
+        if reference.contexts or keep == "original":
+            with torch.no_grad():
+                for tensor in model.state_dict().values():
+                    tensor.zero_()  # nothing of it may be the original's
+            return
+        # The pending forward and the kept state dict are those of the model that was left.
+        self.model, self.lora, self.reference, self.snapshot, self.objects = model, lora, other, None, {}

@@ -1,0 +1,297 @@
+"""Which calls are allowed in which state: the semantics that the judge holds against.
+
+For each kind of call, a function yields the errors that fit the present state; any of them is right, and none at all
+means that the call has to succeed. `MaybeError` stands for a limit of what is built, such as a layer type that cannot
+mix: there the call may be refused, and if it is not, what it gives is judged like anything else.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_plugins import AdapterFileError, ConfigError, LoraError, MergeError, StateError, TargetError
+from tests.state.reference import Adapter, Reference
+from tests.state.spec import CHANGING, Spec
+
+
+class MaybeError(LoraError):
+    """Stands for any refusal of lora_plugins, which may come and may not."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call, as plain data.
+
+    Args:
+        kind: Which one; the name of a method of `Machine` and of a rule.
+        arguments: What it is called with.
+    """
+
+    kind: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return ", ".join(
+            [f"Step({self.kind!r}", f"dict({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())}))"]
+        )
+
+
+@dataclass
+class Saved:
+    """An adapter that was saved: what it was, and the base that it was saved on."""
+
+    name: str
+    adapter: Adapter
+    base: dict[str, torch.Tensor]
+    plain: frozenset[str]
+
+
+Errors = Iterator[type[LoraError]]
+
+
+def errors_of(step: Step, reference: Reference, saved: dict[int, Saved]) -> set[type[LoraError]]:
+    """Returns the errors that a call may be refused with; empty if it has to succeed."""
+    rule = _RULES.get(step.kind)
+    return set(rule(reference, saved, **step.arguments)) if rule else set()
+
+
+def _idle(reference: Reference, *, merged: bool = True) -> Errors:
+    """What all calls have in common that change the adapters: not in a context, mostly not while merged."""
+    if reference.contexts or (merged and reference.merged):
+        yield StateError
+
+
+def _known(reference: Reference, *names: str | None) -> Errors:
+    if any(name is not None and name not in reference.adapters for name in names) or not reference.adapters:
+        yield StateError
+
+
+def _new(reference: Reference, name: str) -> Errors:
+    if name in reference.adapters or not name.replace("-", "").replace("_", "").isalnum():
+        yield ConfigError
+
+
+def _add(reference: Reference, saved: Any, name: str, spec: Spec, **_: Any) -> Errors:
+    yield from _idle(reference)
+    yield from _new(reference, name)
+    yield from _fits(reference, spec)
+
+
+def _look(reference: Reference, saved: Any, spec: Spec) -> Errors:
+    yield from _plans(reference, spec)
+    if any(_starts(reference, spec)):
+        yield MaybeError  # a plan need not know what the init finds
+
+
+def _fits(reference: Reference, spec: Spec) -> Errors:
+    yield from _plans(reference, spec)
+    yield from _starts(reference, spec)
+
+
+def _plans(reference: Reference, spec: Spec) -> Errors:
+    """What stands against an adapter before anything is computed."""
+    if any(name not in reference.sites for name in spec.sites):
+        yield TargetError
+        return
+    adapter = reference.plan(spec)
+    groups = reference.groups(spec.sites)
+    saved = {alias for root in spec.saves for alias in reference.aliases.get(root, (root,))}
+    if any(name == root or name.startswith(f"{root}.") for name in spec.sites for root in saved):
+        yield TargetError  # it is trained in full, so it is no target
+    if {reference.first.get(slot.weight) for slot in adapter.slots} & set(adapter.trained):
+        yield TargetError
+    if spec.variant != "lora" and any(slot.columns for slot in adapter.slots):
+        yield TargetError
+    if spec.dropout and any(len(group) > 1 or not reference.sites[group[0]].drops for group in groups):
+        yield TargetError
+    if spec.init in CHANGING and any(reference.is_computed(slot.site) for slot in adapter.slots):
+        yield TargetError
+
+
+def _starts(reference: Reference, spec: Spec) -> Errors:
+    """What stands against the first values of an adapter."""
+    if any(name not in reference.sites for name in spec.sites):
+        return
+    slots = reference.plan(spec).slots
+    if spec.init == "orthogonal" and any(slot.r % 2 for slot in slots):
+        yield TargetError  # it splits the rank in two
+    if spec.init in CHANGING and any(reference.sharing(slot) - set(slot.targets) for slot in slots):
+        yield MergeError
+
+
+def _set(reference: Reference, saved: Any, names: tuple[str, ...], **_: Any) -> Errors:
+    yield from _idle(reference)
+    yield from _known(reference, *names)
+    if len(set(names)) < len(names):
+        yield ConfigError
+    values = [set(reference.adapters[name].values) for name in dict.fromkeys(names) if name in reference.adapters]
+    if sum(map(len, values)) > len(set().union(*values)):
+        yield StateError
+
+
+def _delete(reference: Reference, saved: Any, name: str) -> Errors:
+    yield from _idle(reference)
+    yield from _known(reference, name)
+
+
+def _merge(reference: Reference, saved: Any, names: tuple[str, ...] | None, **_: Any) -> Errors:
+    yield from _idle(reference, merged=False)
+    yield from _known(reference, *(names or ()))
+    chosen = tuple(name for name in reference.active if name not in reference.merged) if names is None else names
+    if len(set(chosen)) < len(chosen):
+        yield ConfigError
+    if any(name not in reference.active or name in reference.merged for name in chosen):
+        yield StateError
+    if not chosen:
+        yield MaybeError
+    yield from _writes(reference, chosen)
+
+
+def _writes(reference: Reference, names: tuple[str, ...]) -> Errors:
+    """What stands against writing updates into the weights."""
+    chosen = [reference.adapters[name] for name in names if name in reference.adapters]
+    variants = any(reference.adapters[name].spec.variant != "lora" for name in reference.active)
+    if variants and set(reference.active) not in (set(names), set(reference.merged)):
+        yield StateError  # the update of a variant depends on the untouched weight
+    for adapter in chosen:
+        if any(reference.sharing(slot) - set(slot.targets) for slot in adapter.slots):
+            yield MergeError
+    if _may_be_lost(reference, tuple(name for name in names if name in reference.adapters)):
+        yield MaybeError
+
+
+def _may_be_lost(reference: Reference, names: tuple[str, ...]) -> bool:
+    """Whether rounding may take a tenth of an update: it is small against its weight."""
+    share = 32 * torch.finfo(reference.dtype).eps
+    weights = reference.effective((), {})
+    return any(
+        0 < float(delta.norm()) < share * float(weights[name].detach().norm())
+        for name, delta in reference.deltas(names).items()
+    )
+
+
+def _unmerge(reference: Reference, saved: Any) -> Errors:
+    yield from _idle(reference, merged=False)
+    if not reference.merged:
+        yield StateError
+
+
+def _unload(reference: Reference, saved: Any) -> Errors:
+    yield from _idle(reference, merged=False)
+    yield from _known(reference)
+
+
+def _merge_and_unload(reference: Reference, saved: Any, **_: Any) -> Errors:
+    yield from _unload(reference, saved)
+    yield from _writes(reference, tuple(name for name in reference.active if name not in reference.merged))
+
+
+def _disable(reference: Reference, saved: Any) -> Errors:
+    yield from _known(reference)
+    if reference.merged:
+        yield StateError
+
+
+def _mixed(reference: Reference, saved: Any, rows: tuple[str | None, ...]) -> Errors:
+    yield from _known(reference, *rows)
+    if reference.merged or reference.training:
+        yield StateError
+    for name in set(rows) & set(reference.adapters):
+        adapter = reference.adapters[name]
+        if adapter.values or adapter.spec.variant != "lora" or not all_mix(reference, adapter):
+            yield MaybeError
+
+
+def all_mix(reference: Reference, adapter: Adapter) -> bool:
+    """Whether all layers of an adapter can have other adapters for other rows."""
+    groups = reference.groups(adapter.spec.sites)
+    return all(len(group) == 1 and reference.sites[group[0]].mixes for group in groups)
+
+
+def _combine(
+    reference: Reference, saved: Any, adapters: tuple[str, ...], weights: tuple[float, ...], name: str, **_: Any
+) -> Errors:
+    yield from _idle(reference)
+    yield from _known(reference, *adapters)
+    yield from _new(reference, name)
+    found = [reference.adapters[adapter] for adapter in adapters if adapter in reference.adapters]
+    if any(adapter.changes_base or adapter.spec.variant != "lora" for adapter in found):
+        yield StateError
+    places: dict[str, list[tuple[str, ...]]] = {}
+    for adapter in found:
+        for site in {slot.site for slot in adapter.slots}:
+            places.setdefault(site, []).append(tuple(slot.suffix for slot in adapter.slots if slot.site == site))
+    if any(len(set(parts)) > 1 for parts in places.values()):
+        yield ConfigError
+    shared: dict[str, set[tuple[str, ...]]] = {}
+    for slot in (slot for adapter in found for slot in adapter.slots):
+        shared.setdefault(reference.first.get(slot.weight, slot.weight), set()).add(slot.targets)
+    if any(len(targets) > 1 for targets in shared.values()):
+        yield MaybeError  # one adapts layers that share a weight together, another one of them alone
+    if found:
+        sites = tuple({site for adapter in found for site in adapter.spec.sites})
+        saves = tuple({root for adapter in found for root in adapter.spec.saves})
+        yield from _fits(reference, Spec(sites, saves=saves))
+
+
+def _save(reference: Reference, saved: Any, name: str | None, **_: Any) -> Errors:
+    yield from _known(reference, name)
+    if reference.merged or (name is None and len(reference.active) != 1):
+        yield StateError
+    if name is None and reference.contexts:
+        yield MaybeError  # it is not said what is active inside of a context
+
+
+def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | None) -> Errors:
+    found = saved[slot]
+    yield from _idle(reference)
+    yield from _new(reference, found.name if name is None else name)
+    if found.plain != reference.plain:
+        yield AdapterFileError
+        yield MaybeError
+        return
+    for weight in {slot.weight for slot in found.adapter.slots}:
+        yield from _same_base(reference, found, weight)
+
+
+def _same_base(reference: Reference, found: Saved, weight: str) -> Errors:
+    """A fingerprint tells weights apart that differ by more than a hundredth; in between nothing is promised."""
+    names = [name for name in reference.base if name == weight or name.startswith(weight.rpartition(".")[0])]
+    names = [reference.first.get(weight, "")] if weight in reference.first else names
+    here, there = ([base[name].double() for name in names] for base in (reference.base, found.base))
+    off = max(float((a - b).norm() / max(a.norm(), b.norm(), 1e-9)) for a, b in zip(here, there, strict=True))
+    if off > 0.3:
+        yield AdapterFileError
+    elif off > 0:
+        yield MaybeError
+
+
+def _load_base(reference: Reference, saved: Any, **_: Any) -> Errors:
+    yield from _idle(reference)
+    if any(adapter.changes_base for adapter in reference.adapters.values()):
+        yield StateError
+
+
+def _load_own(reference: Reference, saved: Any) -> Errors:
+    yield from _idle(reference)
+
+
+_RULES: dict[str, Callable[..., Errors]] = {
+    "add": _add,
+    "look": _look,
+    "set": _set,
+    "delete": _delete,
+    "merge": _merge,
+    "unmerge": _unmerge,
+    "unload": _unload,
+    "merge_and_unload": _merge_and_unload,
+    "disable": _disable,
+    "mixed": _mixed,
+    "combine": _combine,
+    "save": _save,
+    "load": _load,
+    "load_base": _load_base,
+    "load_own": _load_own,
+}

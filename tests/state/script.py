@@ -1,0 +1,80 @@
+"""Writes a case as a plain script that needs nothing of the judge but the model and the third party's plugins."""
+
+from collections.abc import Callable
+
+from tests.state.checks import DivergenceError
+from tests.state.rules import Step
+from tests.state.shrink import Case
+from tests.state.spec import Spec
+
+_HEADER = """\
+import copy, pickle, tempfile
+import torch
+from lora_plugins import LoraConfig, LoraModel
+from tests.state.checks import loss_of
+from tests.state.plugins import registry
+from tests.state.zoo import batch, build
+
+folder = tempfile.mkdtemp()
+model = build({blocks!r}, {dtype}, seed={seed})
+x, tokens = batch({dtype}, {seed})
+contexts = []
+"""
+
+_LINES: dict[str, Callable[..., str]] = {
+    "add": lambda name, spec, **_: f"lora = LoraModel(model, {_config(spec)}, {name!r}, registry=registry())",
+    "look": lambda spec: f"LoraModel.plan(model, {_config(spec)}, registry=registry())",
+    "set": lambda names, trainable=True: f"lora.set_adapter({list(names)!r}, trainable={trainable})",
+    "delete": lambda name: f"lora.delete_adapter({name!r})",
+    "merge": lambda names, max_error=0.1: f"lora.merge_adapter({names!r}, max_error={max_error})",
+    "unmerge": lambda: "lora.unmerge_adapter()",
+    "unload": lambda: "lora.unload()",
+    "merge_and_unload": lambda max_error=0.1: f"lora.merge_and_unload(max_error={max_error})",
+    "disable": lambda: "contexts.append(lora.disable_adapter()); contexts[-1].__enter__()",
+    "mixed": lambda rows: f"contexts.append(lora.mixed_batch({list(rows)!r})); contexts[-1].__enter__()",
+    "close": lambda: "contexts.pop().__exit__(None, None, None)",
+    "mode": lambda training: f"model.train({training})",
+    "scramble": lambda name, seed: (
+        f"with torch.no_grad():\n    torch.manual_seed({seed})\n    for key, parameter in model.named_parameters():\n"
+        f"        if parameter.requires_grad or key.endswith('.{name}'):\n"
+        f"            parameter.copy_(torch.randn(parameter.shape) * 0.5)"
+    ),
+    "train_step": lambda: (
+        "parameters = [p for p in model.parameters() if p.requires_grad]\n"
+        "optimizer = torch.optim.SGD(parameters, lr=0.05)\n"
+        "optimizer.zero_grad(); loss_of(model(x, tokens)).backward(); optimizer.step()"
+    ),
+    "forward": lambda: "input = x.clone().requires_grad_(); loss = loss_of(model(input, tokens))",
+    "backward": lambda: "loss.backward()  # then read `.grad` of what was trained at the forward, and of `input`",
+    "combine": lambda adapters, weights, name, way="cat": (
+        f"lora.add_weighted_adapter({list(adapters)!r}, {list(weights)!r}, {name!r}, {way!r})"
+    ),
+    "save": lambda slot, name: f"lora.save_adapter(folder + '/{slot}', {name!r})",
+    "load": lambda slot, name: (
+        f"lora = LoraModel.load_adapter(model, folder + '/{slot}', {name!r}, registry=registry())"
+    ),
+    "move": lambda slot: (
+        f"# a new model with the base of slot {slot}\n"
+        f"lora = LoraModel.load_adapter(model, folder + '/{slot}', registry=registry())"
+    ),
+    "load_base": lambda seed: f"model.load_state_dict(build(model_blocks, model_dtype, seed={seed}).state_dict())",
+    "snap": lambda: "kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}",
+    "load_own": lambda: "model.load_state_dict(kept if 'kept' in globals() else model.state_dict())",
+    "copy": lambda way, keep: (
+        "other = "
+        + ("copy.deepcopy(model)" if way == "deepcopy" else "pickle.loads(pickle.dumps(model))")
+        + (f"  # and go on with the {keep}" if keep == "copy" else "")
+    ),
+}
+
+
+def script(case: Case, step: Step, divergence: DivergenceError) -> str:
+    """Returns the source of a script."""
+    lines = [_HEADER.format(blocks=case.blocks, dtype=case.dtype, seed=case.seed)]
+    lines += [_LINES[step.kind](**step.arguments) for step in case.steps]
+    lines += [f"# After {step.kind}: {divergence}"]
+    return "\n".join(lines) + "\n"
+
+
+def _config(spec: Spec) -> str:
+    return f"LoraConfig({', '.join(f'{key}={value!r}' for key, value in spec.arguments().items())})"
