@@ -28,7 +28,7 @@ from lora_plugins.adapter.state import (
     model_state,
     without_adapters,
 )
-from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_new, delete, set_active, strip
+from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, strip
 
 __all__ = [
     "ADAPTER_NAME",
@@ -51,6 +51,7 @@ __all__ = [
     "base_in_place",
     "calibrate",
     "changed_bases",
+    "check_names",
     "check_new",
     "check_shared",
     "close_state",

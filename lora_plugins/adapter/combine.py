@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.content import SlotTensors
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError, near
+from lora_plugins.errors import ConfigError, StateError, listing, near
 from lora_plugins.inplace import factors
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
@@ -115,14 +115,13 @@ def combine(
                 f"The adapter {name!r} is of the variant {source.config.variant!r}, whose updates do not add up; it "
                 "cannot be combined."
             )
+    _check_alike(sources)
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     error = 0.0
     layers: dict[str, PlannedLayer] = {}
     for source in sources:
         for layer, slot, _ in source.slots():
-            first = layers.setdefault(layer.name, layer)
-            if first.slots != layer.slots:
-                raise ConfigError(f"The adapters have different parts of {layer.name!r}; they cannot be combined.")
+            layers.setdefault(layer.name, layer)
             if (layer.name, slot.suffix) in results:
                 continue
             module = model.get_submodule(layer.name)
@@ -137,6 +136,27 @@ def combine(
             error = max(error, relative)
     plan = make_plan(model, _config(sources, layers, results), registry)
     return Combination(plan, _padded(results, plan), _values(model, state, adapters, weights), error)
+
+
+def _check_alike(sources: Sequence[Plan]) -> None:
+    """Checks that adapters of one layer adapt the same of it, and of what shares its weight."""
+    layers: dict[str, PlannedLayer] = {}
+    for layer in (layer for source in sources for layer in source.layers):
+        first = layers.setdefault(layer.name, layer)
+        if first.slots != layer.slots:
+            raise ConfigError(f"The adapters have different parts of {layer.name!r}; they cannot be combined.")
+        if {tie.layer for tie in first.ties} != {tie.layer for tie in layer.ties}:
+            others = listing(tie.layer for tie in (*first.ties, *layer.ties))
+            raise ConfigError(
+                f"Only one of the adapters adapts {others} with {layer.name!r}, whose weight they share; they "
+                "cannot be combined."
+            )
+    tied = {tie.layer: layer.name for layer in layers.values() for tie in layer.ties}
+    for name in tied.keys() & layers.keys():
+        raise ConfigError(
+            f"One adapter adapts {name!r} alone, and another one with {tied[name]!r}, whose weight it shares; they "
+            "cannot be combined."
+        )
 
 
 @dataclass(frozen=True)
@@ -219,7 +239,7 @@ def _config(
         fused_parts={
             exact_pattern(name): [slot.part for slot in layer.slots]
             for name, layer in layers.items()
-            if any(slot.rows is not None for slot in layer.slots)
+            if any(slot.part for slot in layer.slots)
         },
         norm="track" if any(config.norm == "track" for config in configs) else "freeze",
         allow_plugins=configs[0].allow_plugins,

@@ -138,23 +138,17 @@ def with_own_tensors(
 def trained_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Copies what the adapter will train or move in place: its first values.
 
-    Parameters are float32, as everything trained is, unless the whole model is bfloat16.
+    They keep the type that the model has them in, so that the model computes with them as it did without.
     """
     values: dict[str, Tensor] = {}
-    all_bfloat16 = _all_bfloat16(model)
     for name in plan.trained:
         module, key = holder_of(model, name)
         parameter = module._parameters[key]
         assert parameter is not None
-        dtype = parameter.dtype if all_bfloat16 else factor_dtype(parameter)
-        values[name] = parameter.detach().to(dtype, copy=True)
+        values[name] = parameter.detach().clone()
     for name in plan.saved_buffers:
         module, key = holder_of(model, name)
         buffer = module._buffers[key]
         assert buffer is not None
         values[name] = buffer.detach().clone()
     return values
-
-
-def _all_bfloat16(model: nn.Module) -> bool:
-    return all(p.dtype == torch.bfloat16 for p in model.parameters() if p.dtype.is_floating_point)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import own_tensor
+from lora_plugins.utils import mark_changed
 
 
 @dataclass
@@ -55,8 +56,15 @@ class OwnedTensors:
                         f"of {name!r}. Activate one of them, or combine them with add_weighted_adapter."
                     )
 
-    def activate(self, model: nn.Module, adapters: Iterable[str]) -> None:
-        """Puts the values of these adapters in place, and the base's value of every other tensor."""
+    def activate(self, model: nn.Module, adapters: Iterable[str], *, lasting: bool = False) -> None:
+        """Puts the values of these adapters in place, and the base's value of every other tensor.
+
+        Args:
+            model: The model.
+            adapters: Names of adapters.
+            lasting: Whether they stay there, so that a backward through an earlier forward has to end in an error.
+                Inside a block the values of before come back, and with them what that backward needs.
+        """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         for name, base in self.base.items():
             present, owner = self.owner.get(name), wanted.get(name)
@@ -69,6 +77,8 @@ class OwnedTensors:
             dtype = value.dtype if tensor.dtype == stale.dtype else tensor.dtype
             self._keep(name, present, tensor.data)
             tensor.data = value.to(tensor.device, dtype)
+            if lasting:
+                mark_changed(tensor)
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner

@@ -12,8 +12,9 @@ from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_te
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.errors import StateError, listing, near
-from lora_plugins.inplace import freeze, model_modules, own_tensors, state_of, thaw
+from lora_plugins.inplace import freeze, is_shard, model_modules, own_tensor, own_tensors, state_of, thaw
 from lora_plugins.plan import Plan
+from lora_plugins.utils import mark_changed
 
 MODEL_STATE = "_lora_model"
 """Attribute of an adapted model that holds its `ModelState`."""
@@ -198,7 +199,7 @@ def _owners(state: ModelState) -> tuple[str, ...]:
 
 
 def _apply_block(model: nn.Module, state: ModelState) -> None:
-    state.values.activate(model, _owners(state))
+    state.values.activate(model, _owners(state), lasting=not state.blocks)
     acting = state.acting
     for layer in adapted_layers(model).values():
         activate(layer, acting.adapters, acting.rows)
@@ -215,13 +216,19 @@ def _apply_norms(model: nn.Module, state: ModelState) -> None:
 
 
 def _apply_gradients(model: nn.Module, state: ModelState) -> None:
+    if state.blocks and state.blocks[-1].rows is not None:
+        return  # what is trained has nothing to do with rows of a batch, which are for inference
     trained = state.acting.adapters if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
     for name, parameter in own_tensors(model, model_modules(model), "_parameters").items():
+        if parameter.requires_grad and name not in names and not state.blocks:
+            mark_changed(parameter)
         parameter.requires_grad_(name in names)
     for layer in adapted_layers(model).values():
         for adapter in state.adapters:
             for parameter in adapter_parameters(layer, adapter):
+                if parameter.requires_grad and adapter not in trained and not state.blocks:
+                    mark_changed(parameter)  # it would get no gradient, without a word
                 parameter.requires_grad_(adapter in trained)
 
 
@@ -233,7 +240,32 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
     state.check("load_state_dict")
     tensors = {prefix + name: tensor for name, tensor in adapter_tensors(model).items()}
     if not tensors.keys() & state_dict.keys():
+        _check_unchanged(state, prefix, state_dict)
+        _keep_owned(model, state, prefix, state_dict)
         state_dict.update(tensors)
+    if not any(is_shard(layer, name) for layer in adapted_layers(model).values() for name in layer._parameters):
+        for adapter in state.adapters.values():
+            adapter.fingerprints.clear()  # of the base that was
+
+
+def _check_unchanged(state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
+    """Refuses a base for adapters whose init has changed the base."""
+    for name, adapter in state.adapters.items():
+        if adapter.plan.init.changes_base and any(prefix + key in state_dict for key in state.values.of(name)):
+            raise StateError(
+                f"The adapter {name!r} was started by {adapter.plan.init.name!r}, which changed the base; another base "
+                "would undo that. Load the base before the adapter is added, or take it off first: unload()."
+            )
+
+
+def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
+    """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
+    for name in state.values.owner:
+        key, own = prefix + name, own_tensor(model, name)
+        if key in state_dict and state_dict[key].shape == own.shape:
+            base = state.values.base[name]
+            state.values.base[name] = state_dict[key].detach().to(base.device, base.dtype, copy=True)
+            state_dict[key] = own.detach()
 
 
 def _check_training(model: nn.Module, _: Any) -> None:

@@ -19,7 +19,7 @@ from lora_plugins.adapter.state import (
     close_state,
     open_state,
 )
-from lora_plugins.errors import ConfigError
+from lora_plugins.errors import ConfigError, StateError, listing
 from lora_plugins.inplace import layer_state, strip_adapters
 from lora_plugins.plan import Plan
 
@@ -45,6 +45,20 @@ def check_new(state: ModelState | None, adapter: str) -> None:
     state.check("add_adapter")
     if adapter in state.adapters:
         raise ConfigError(f"The model has an adapter {adapter!r} already. Delete it, or choose another name.")
+
+
+def check_names(state: ModelState, adapters: Sequence[str]) -> None:
+    """Checks that all adapters are there, and each is named once.
+
+    Raises:
+        ConfigError: If a name is repeated: its update would count twice.
+        StateError: If there is no adapter of a name.
+    """
+    for name in adapters:
+        state.adapter(name)
+    repeated = sorted({name for name in adapters if list(adapters).count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{listing(repeated)} is named more than once; name each adapter once.")
 
 
 def add(
@@ -93,11 +107,22 @@ def set_active(model: nn.Module, state: ModelState, adapters: Sequence[str], *, 
         StateError: If a name is unknown, something is merged, or two adapters have a value of one tensor.
     """
     state.check("set_adapter")
-    for name in adapters:
-        state.adapter(name)
+    check_names(state, adapters)
     state.values.check(adapters)
+    _check_dropout(model, adapters)
     state.active, state.trainable = tuple(adapters), trainable
     apply_state(model, state)
+
+
+def _check_dropout(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Checks that the dropout of an adapter can act where another one is active."""
+    for name, layer in adapted_layers(model).items():
+        planned = [layer_state(layer).adapters[each] for each in adapters if each in layer_state(layer).adapters]
+        if any(each.settings.dropout for each in planned) and any(each.branch_use == "never" for each in planned):
+            raise StateError(
+                f"The adapters {listing(adapters)} cannot be active together: one has dropout on {name!r}, where "
+                "another one needs the effective weight, on which dropout cannot act. Set dropout=0."
+            )
 
 
 def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
@@ -115,6 +140,7 @@ def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
         if adapter in layer_state(layer).adapters:
             detach(layer, adapter)
     del state.adapters[adapter]
+    apply_state(model, state)  # the norms that the others freeze
 
 
 def strip(model: nn.Module, state: ModelState) -> None:

@@ -20,7 +20,7 @@ from lora_plugins.inplace.modules import (
 )
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
 from lora_plugins.inplace.strip import strip_adapters
-from lora_plugins.inplace.weights import detached_weight, frozen_statistics, raw_weight, weight_key
+from lora_plugins.inplace.weights import detached_weight, frozen_statistics, is_shard, raw_weight, weight_key
 
 __all__ = [
     "STATE",
@@ -36,6 +36,7 @@ __all__ = [
     "full_name",
     "has_statistics",
     "holder_of",
+    "is_shard",
     "layer_state",
     "make_plain",
     "model_modules",

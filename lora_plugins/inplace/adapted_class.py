@@ -103,6 +103,11 @@ def _forward(base: type[nn.Module]) -> Any:
             return base.forward(layer, *args, **kwargs)
         weights: Mapping[str, Tensor] = {tensor: weight_with_merged(layer, tensor) for tensor in branch.tensors}
         if state.rows is not None:
+            if training:
+                raise StateError(
+                    f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call "
+                    "model.eval() first."
+                )
             adapters = stacked_adapters(layer, state, state.rows, args[0])
             return branch.plugin.mixed(layer, weights, adapters, *args, **kwargs)
         terms = [term_of(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]

@@ -66,7 +66,7 @@ def planned(
     saved = saved_modules(config, survey)
     targets = target_sites(config, survey, registry, saved)
     layers = _layers(config, targets, init, variant)
-    trained = _trained(config, survey, saved, layers)
+    trained = _trained(config, survey, saved, targets)
     _check_trained(survey, trained, layers)
     norms = [site.name for site in survey.sites if site.has_statistics and not within(site.name, saved)]
     tracked = set(norms) if config.norm == "track" else set()
@@ -106,7 +106,7 @@ def _layers(
     names = [name for site in sites for name in site.names]
     ranks = patterns.PatternMap("rank_pattern", config.rank_pattern, names)
     alphas = patterns.PatternMap("alpha_pattern", config.alpha_pattern, names)
-    fused = patterns.PatternMap("fused_parts", config.fused_parts, names)
+    fused = patterns.PatternMap("fused_parts", config.fused_parts, names, at_end=True)
     layers: list[tuple[Site, PlannedLayer]] = []
     refused: list[str] = []
     for target in grouped(sites):
@@ -153,11 +153,9 @@ def _shape(site: Site, slot: Slot) -> tuple[int, int]:
     return (slot.rows[1] - slot.rows[0] if slot.rows else rows), columns
 
 
-def _trained(
-    config: LoraConfig, survey: Survey, saved: set[str], layers: Sequence[tuple[Site, PlannedLayer]]
-) -> list[str]:
+def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Sequence[Site]) -> list[str]:
     """Names of the model's own parameters to train, in the order of the model."""
-    adapted = {full_name(site.name, bias) for site, _ in layers for bias in site.biases}
+    adapted = {full_name(site.name, bias) for site in targets for bias in site.biases}
     chosen: Mapping[str, Callable[[str], bool]] = {
         "none": lambda name: False,
         "all": lambda name: name.rpartition(".")[2] == "bias" or name.endswith("_bias"),
@@ -167,7 +165,7 @@ def _trained(
     return [
         name
         for name, parameter in survey.parameters.items()
-        if parameter.floating and (within(name, saved) or is_bias(name))
+        if parameter.floating and any(within(each, saved) or is_bias(each) for each in (name, *parameter.aliases))
     ]
 
 

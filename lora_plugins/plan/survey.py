@@ -15,6 +15,7 @@ from lora_plugins.inplace import (
     NamedModule,
     base_class_of,
     detached_weight,
+    full_name,
     has_statistics,
     model_modules,
     own_tensors,
@@ -96,12 +97,14 @@ class OwnParameter:
         size: Its number of elements.
         floating: Whether its type is a floating one.
         lazy: Whether it has no shape yet.
+        aliases: Its other full names, where modules share it.
     """
 
     key: WeightKey
     size: int
     floating: bool = True
     lazy: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,21 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
     """
     modules = model_modules(model)
     parameters = own_tensors(model, modules, "_parameters")
+    aliases: dict[int, list[str]] = {}
+    for entry in modules:
+        for key, parameter in entry.module._parameters.items():
+            aliases.setdefault(id(parameter), []).append(full_name(entry.name, key))
     return Survey(
         tuple(_site(entry, registry) for entry in modules),
-        {name: _parameter(parameter) for name, parameter in parameters.items()},
+        {name: _parameter(parameter, aliases[id(parameter)][1:]) for name, parameter in parameters.items()},
         tuple(persistent_buffers(model, modules)),
     )
 
 
-def _parameter(parameter: Tensor) -> OwnParameter:
+def _parameter(parameter: Tensor, aliases: list[str]) -> OwnParameter:
     lazy = is_lazy(parameter)
-    return OwnParameter(id(parameter), 0 if lazy else parameter.numel(), parameter.dtype.is_floating_point, lazy)
+    size, floating = 0 if lazy else parameter.numel(), parameter.dtype.is_floating_point
+    return OwnParameter(id(parameter), size, floating, lazy, tuple(aliases))
 
 
 def _site(entry: NamedModule, registry: Registry) -> Site:

@@ -18,7 +18,7 @@ from lora_plugins import LoraError, LoraModel
 from tests.state import checks
 from tests.state.checks import DivergenceError
 from tests.state.plugins import registry
-from tests.state.reference import ORIGINALS, Adapter, PlannedSlot, Reference, fresh, row_norms, without_contexts
+from tests.state.reference import ORIGINALS, Adapter, PlannedSlot, Reference, fresh, row_norms
 from tests.state.rules import MaybeError, Saved, Step, errors_of
 from tests.state.spec import Spec
 from tests.state.zoo import batch, build
@@ -580,16 +580,16 @@ class Machine:
             adapter.tensors = {key: tensor.clone() for key, tensor in then.adapters[name].tensors.items()}
 
     def copy(self, way: str, keep: str) -> Call:
-        """Copies the model. What is copied inside of a context is not inside of it."""
+        """Copies the model; refused inside of a context."""
         reference = self.reference
         if "computed" in self.blocks:
             way = "deepcopy"  # torch pickles neither parametrizations nor the hook that weight norm leaves behind
         model = deepcopy(self.model) if way == "deepcopy" else pickle.loads(pickle.dumps(self.model))
         lora = self.kind(model, registry=registry()) if reference.adapters else None
         yield
-        other = without_contexts(reference)
+        other = reference.copy()
         checks.check(model, lora, other, self.inputs)
-        if reference.contexts or keep == "original":
+        if keep == "original":
             with torch.no_grad():
                 for tensor in model.state_dict().values():
                     tensor.zero_()  # nothing of it may be the original's

@@ -39,7 +39,7 @@ class GatedVariant(VariantPlugin):
     def first_values(self, weight, A, B, scaling):
         return {"gate": torch.ones(1)}
 
-    def update(self, weight, A, B, scaling, own):
+    def delta_weight(self, weight, A, B, scaling, own):
         return own["gate"] * scaling * (B @ A)
 
 

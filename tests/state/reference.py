@@ -391,13 +391,6 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
-def without_contexts(reference: Reference) -> Reference:
-    """Returns the reference of a copy of the model that is made inside of contexts."""
-    other = reference.copy()
-    other.contexts = []
-    return other
-
-
 def fresh(
     blocks: tuple[str, ...], base: Mapping[str, Tensor], plain: frozenset[str], required: Mapping[str, bool]
 ) -> Zoo:

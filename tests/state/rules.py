@@ -15,6 +15,9 @@ from lora_plugins import AdapterFileError, ConfigError, LoraError, MergeError, S
 from tests.state.reference import Adapter, Reference
 from tests.state.spec import CHANGING, Spec
 
+THIRD_PARTY = "bilinear.form"
+"""The layer of a third party's type, whose branch does not take the matrix of a variant."""
+
 
 class MaybeError(LoraError):
     """Stands for any refusal of lora_plugins, which may come and may not."""
@@ -106,6 +109,8 @@ def _plans(reference: Reference, spec: Spec) -> Errors:
         yield TargetError
     if spec.dropout and any(len(group) > 1 or not reference.sites[group[0]].drops for group in groups):
         yield TargetError
+    if spec.dropout and spec.variant != "lora" and THIRD_PARTY in spec.sites:
+        yield TargetError  # its branch does not take the matrix of a variant, so dropout has no place to act
     if spec.init in CHANGING and any(reference.is_computed(slot.site) for slot in adapter.slots):
         yield TargetError
 
@@ -128,6 +133,27 @@ def _set(reference: Reference, saved: Any, names: tuple[str, ...], **_: Any) -> 
         yield ConfigError
     values = [set(reference.adapters[name].values) for name in dict.fromkeys(names) if name in reference.adapters]
     if sum(map(len, values)) > len(set().union(*values)):
+        yield StateError
+    if any(_needs_effective_weight(reference, names, site) for site in _dropped(reference, names)):
+        yield StateError  # dropout cannot act on a weight
+
+
+def _dropped(reference: Reference, names: tuple[str, ...]) -> set[str]:
+    """The layers on which an adapter has dropout."""
+    specs = [reference.adapters[name].spec for name in names if name in reference.adapters]
+    return {site for spec in specs if spec.dropout for site in spec.sites}
+
+
+def _needs_effective_weight(reference: Reference, names: tuple[str, ...], site: str) -> bool:
+    """Whether an adapter of a layer is tied there, or of a variant that the layer's branch does not know."""
+    specs = [reference.adapters[name].spec for name in names if name in reference.adapters]
+    tied = [group for spec in specs for group in reference.groups(spec.sites) if len(group) > 1]
+    variants = [spec for spec in specs if spec.variant != "lora" and site in spec.sites]
+    return any(site in group for group in tied) or (site == THIRD_PARTY and bool(variants))
+
+
+def _copy(reference: Reference, saved: Any, way: str, keep: str) -> Errors:
+    if reference.contexts:
         yield StateError
 
 
@@ -282,6 +308,7 @@ _RULES: dict[str, Callable[..., Errors]] = {
     "add": _add,
     "look": _look,
     "set": _set,
+    "copy": _copy,
     "delete": _delete,
     "merge": _merge,
     "unmerge": _unmerge,

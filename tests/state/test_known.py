@@ -1,7 +1,4 @@
-"""One reproduction of each divergence that random walks pass over; each fails as long as its cause is there.
-
-Once one passes, its mark goes, and with it the entry in `known.py` that it belongs to; the case stays.
-"""
+"""What random walks found, as short sequences: repaired, and judged again each time, or known and passed over."""
 
 import pytest
 import torch
@@ -133,14 +130,24 @@ CASES = {
 }
 
 
+OPEN = {"S7-disable", "S7-mixed"}
+"""Those that are not repaired yet; random walks pass them over, see `known.py`."""
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OPEN])
+def test_repaired(name):
+    found = replay(CASES[name])
+    assert found is None, found
+
+
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="known and not repaired yet")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(OPEN))
 def test_known(name):
     found = replay(CASES[name])
     assert found is None, found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(OPEN))
 def test_walks_pass_over_what_is_known(name, tmp_path):
     """Exactly those steps, so that nothing else is hidden: what comes before them agrees with the reference."""
     wanted, machine = CASES[name], Machine(CASES[name].blocks, CASES[name].dtype, 0, tmp_path)
@@ -155,4 +162,4 @@ def test_walks_pass_over_what_is_known(name, tmp_path):
 
 
 def test_every_known_divergence_has_a_case():
-    assert {name.partition("-")[0] for name in CASES} == set(KNOWN)
+    assert {name.partition("-")[0] for name in OPEN} == set(KNOWN)
