@@ -40,7 +40,8 @@ class LoraConfig:
             name, or a regular expression over the name. The key with most path components wins; a tie is an error.
         alpha_pattern: Alphas of single layers or blocks; keys as in `rank_pattern`.
         fused_parts: For layers that hold query, key and value in one matrix: which of `q`, `k` and `v` are adapted,
-            each with its own A and B, by the end of the layer's name: `{"attn.qkv": ["q", "v"]}`.
+            each with its own A and B, by layer pattern: `{"attn.qkv": ["q", "v"]}`. A path that ends the
+            name of a layer means that layer, not those below it.
         init: Name of the plugin that sets the first A and B: `kaiming`, `gaussian`, `orthogonal`, `pissa`, `olora`,
             `loftq`, `eva` and `lora_ga` (both learn from data), `none` (not an identity, for debugging), or that of an
             installed plugin.

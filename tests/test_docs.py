@@ -161,3 +161,10 @@ def test_the_site_is_built_strictly(tmp_path: Path):
     for page in tmp_path.rglob("*.html"):
         fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert not fetched, f"{page.name} fetches {fetched}"
+
+
+def test_the_table_of_states_is_the_one_that_is_executed():
+    from lora_plugins.adapter import CALLS
+
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", (DOCS / "states.md").read_text(), re.MULTILINE)
+    assert rows == [(name, call.effect, ", ".join(call.refused) or "-") for name, call in CALLS.items()]

@@ -153,11 +153,18 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {entry.name: entry.module for entry in model_modules(model) if state_of(entry.module) is not None}
 
 
-def apply_state(model: nn.Module, state: ModelState) -> None:
-    """Makes layers, values, norm statistics and gradients what the state says."""
-    _apply_block(model, state)
+def apply_state(model: nn.Module, state: ModelState, *, lasting: bool = True) -> None:
+    """Makes layers, values, norm statistics and gradients what the state says.
+
+    Args:
+        model: The model.
+        state: Its state.
+        lasting: Whether it stays so, and a backward through an earlier forward has to end in an error. A block is taken
+            back, and such a backward is right after it.
+    """
+    _apply_acting(model, state, lasting)
     _apply_norms(model, state)
-    _apply_gradients(model, state)
+    _apply_gradients(model, state, lasting)
 
 
 @contextmanager
@@ -177,11 +184,11 @@ def block(model: nn.Module, state: ModelState, opened: Block) -> Iterator[None]:
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         state.blocks = (*blocks, opened)
-        apply_state(model, state)
+        apply_state(model, state, lasting=False)
         yield
     finally:
         state.blocks = blocks
-        apply_state(model, state)
+        apply_state(model, state, lasting=False)
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
 
@@ -198,8 +205,8 @@ def _owners(state: ModelState) -> tuple[str, ...]:
     return () if state.blocks[-1].rows is not None else state.blocks[-1].adapters
 
 
-def _apply_block(model: nn.Module, state: ModelState) -> None:
-    state.values.activate(model, _owners(state), lasting=not state.blocks)
+def _apply_acting(model: nn.Module, state: ModelState, lasting: bool) -> None:
+    state.values.activate(model, _owners(state), lasting=lasting)
     acting = state.acting
     for layer in adapted_layers(model).values():
         activate(layer, acting.adapters, acting.rows)
@@ -215,20 +222,20 @@ def _apply_norms(model: nn.Module, state: ModelState) -> None:
             thaw(entry.module)
 
 
-def _apply_gradients(model: nn.Module, state: ModelState) -> None:
+def _apply_gradients(model: nn.Module, state: ModelState, lasting: bool) -> None:
     if state.blocks and state.blocks[-1].rows is not None:
         return  # what is trained has nothing to do with rows of a batch, which are for inference
     trained = state.acting.adapters if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
     for name, parameter in own_tensors(model, model_modules(model), "_parameters").items():
-        if parameter.requires_grad and name not in names and not state.blocks:
-            mark_changed(parameter)
+        if parameter.requires_grad and name not in names and lasting:
+            mark_changed(parameter)  # it would get no gradient, without a word
         parameter.requires_grad_(name in names)
     for layer in adapted_layers(model).values():
         for adapter in state.adapters:
             for parameter in adapter_parameters(layer, adapter):
-                if parameter.requires_grad and adapter not in trained and not state.blocks:
-                    mark_changed(parameter)  # it would get no gradient, without a word
+                if parameter.requires_grad and adapter not in trained and lasting:
+                    mark_changed(parameter)
                 parameter.requires_grad_(adapter in trained)
 
 
@@ -260,12 +267,14 @@ def _check_unchanged(state: ModelState, prefix: str, state_dict: dict[str, Any])
 
 def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
     """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name in state.values.owner:
-        key, own = prefix + name, own_tensor(model, name)
-        if key in state_dict and state_dict[key].shape == own.shape:
-            base = state.values.base[name]
-            state.values.base[name] = state_dict[key].detach().to(base.device, base.dtype, copy=True)
-            state_dict[key] = own.detach()
+        own, base = own_tensor(model, name), state.values.base[name]
+        keys = [prefix + alias for alias, tensor in named if tensor is own and prefix + alias in state_dict]
+        for key in keys:  # of a shared tensor the last one counts, as for torch
+            if state_dict[key].shape == own.shape:
+                state.values.base[name] = state_dict[key].detach().to(base.device, base.dtype, copy=True)
+                state_dict[key] = own.detach()
 
 
 def _check_training(model: nn.Module, _: Any) -> None:

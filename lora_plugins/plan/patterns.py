@@ -83,7 +83,7 @@ class PatternMap(Generic[Value]):
         field: Name of the field, for errors.
         values: The patterns and their values.
         names: The names of all adapted layers.
-        at_end: Whether a path has to be the end of a name, as for what only one layer can have.
+        at_end: Whether a path that ends the name of a layer means that layer alone, and not those below it.
 
     Raises:
         TargetError: If a pattern matches none of the names.
@@ -92,8 +92,11 @@ class PatternMap(Generic[Value]):
     def __init__(self, field: str, values: Mapping[str, Value], names: Iterable[str], *, at_end: bool = False) -> None:
         self._field = field
         self._values = values
-        self._tests = {key: _key_test(field, key, at_end) for key in values}
         names = list(names)
+        self._tests = {
+            key: _ends_with(key) if at_end and any(map(_ends_with(key), names)) else _key_test(field, key)
+            for key in values
+        }
         for key, test in self._tests.items():
             if not any(test(name) for name in names):
                 raise TargetError(f"{field}: {key!r} matches none of the adapted layers. {nearest(key, names)}")
@@ -181,9 +184,9 @@ def _ends_with(pattern: str) -> Callable[[str], bool]:
     return lambda name: ends_with(pattern, name)
 
 
-def _key_test(field: str, key: str, at_end: bool) -> Callable[[str], bool]:
+def _key_test(field: str, key: str) -> Callable[[str], bool]:
     if _LITERAL.fullmatch(key):
-        return _ends_with(key) if at_end else lambda name: contains(key, name)
+        return lambda name: contains(key, name)
     expression = compiled(field, rf"(?:.*\.)?(?:{key})" if not key.startswith("^") else key)
     return lambda name: expression.fullmatch(name) is not None
 

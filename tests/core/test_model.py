@@ -207,12 +207,19 @@ class TestNorm:
 
 
 class TestTypes:
-    def test_half_precision_bases_have_float32_trainables(self):
-        model = Net().half()
-        LoraModel(model, config(modules_to_save=["head"], bias="all"))
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        LoraModel(model).unload()
-        assert {p.dtype for p in model.parameters()} == {torch.float16}
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    def test_factors_are_float32_at_least_and_what_is_the_models_own_keeps_its_type(self, dtype):
+        model = Net().to(dtype).eval()
+        lora = LoraModel(model, config(), "plain")  # whose float32 tensors do not count for the next one
+        lora.add_adapter("headed", config(modules_to_save=["head"], bias="all"))
+        lora.set_adapter("headed")
+        trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        wide = torch.promote_types(dtype, torch.float32)
+        assert trained == {name: wide if "lora_" in name else dtype for name in trained}
+        model(X.to(dtype)).sum().backward()
+        lora.merge_and_unload(max_error=1.0)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model(X.to(dtype)).dtype == dtype
 
     def test_a_bfloat16_run_stays_runnable(self):
         model = Net().bfloat16().eval()

@@ -61,6 +61,7 @@ CASES = {
     "S2-second": case(add("b", Spec(("head.body",))), HEADED, act("a"), blocks=("head",), dtype=torch.bfloat16),
     "S3-fingerprint": case(A, SAVE, OTHER, SAVE, UNLOAD, LOAD),
     "S3-changed-base": case(add("a", Spec(("linear.proj",), init="pissa")), SAME),
+    "S3-shared": case(add("a", Spec(("twice.first",), bias="all")), OTHER, blocks=("twice",)),
     "S3-head": case(HEADED, SCRAMBLE, OTHER, blocks=("head",)),
     "S4-disable-in-mixed": case(A, B, MIXED, DISABLE, CLOSE),
     "S4-mixed-in-mixed": case(A, B, MIXED, Step("mixed", {"rows": ("b", "b", None)}), CLOSE),
