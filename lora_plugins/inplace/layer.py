@@ -151,7 +151,8 @@ class AdaptedLayer(nn.Module):
 
 def state_of(layer: nn.Module) -> LayerState | None:
     """Returns the adapter state of a layer; None if it is not adapted."""
-    return cast(LayerState | None, layer.__dict__.get(STATE))
+    state: LayerState | None = layer.__dict__.get(STATE)  # not a cast: torch.compile of 2.8 knows no `X | None`
+    return state
 
 
 def layer_state(layer: nn.Module) -> LayerState:
