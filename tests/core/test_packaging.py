@@ -66,7 +66,7 @@ def test_entry_points_and_marker_are_in_the_wheel(wheel):
     assert "lora_plugins/py.typed" in wheel
 
 
-def test_the_core_needs_three_packages():
+def test_the_core_needs_four_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
-    assert names == {"pluggy", "safetensors", "torch"}
+    assert names == {"numpy", "pluggy", "safetensors", "torch"}
