@@ -1,13 +1,21 @@
-# Every target makes its own virtual environment; nothing but Python 3.11, pip and make is needed.
+# Every target makes its own virtual environment; nothing but Python 3.11 or newer, pip and make is needed.
 
 PYTHON ?= python3
 VENV ?= .venv
 # What is installed into it: this checkout, or a built wheel (`make test PACKAGE=dist/lora_plugins-0.1.0-py3-none-any.whl`).
 PACKAGE ?= -e .
+# Options of pip, such as `-c .ci/floor.txt`.
+PIP_OPTIONS ?=
 CONFIG ?= tasks/seg.yaml
-BIN = $(VENV)/bin
+BIN = $(abspath $(VENV))/bin
 
-.PHONY: run compare test test-slow lint docs clean
+# Environments beside the usual one, in folders of their own.
+CORE_VENV ?= .venv-core
+FLOOR_VENV ?= .venv-floor
+# What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
+FLOOR_TESTS ?= tests/core
+
+.PHONY: run compare test test-slow test-core test-floor lint types docs clean
 
 run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
 	$(if $(filter tasks/cls.yaml tasks/seg.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
@@ -21,10 +29,23 @@ test: $(VENV)/dev ## The fast tests.
 test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
 
-lint: $(VENV)/dev docs ## The linters, and the strict build of the docs.
+test-core: ## The tests of the core, where nothing but the core and pytest is installed.
+	$(MAKE) VENV=$(CORE_VENV) $(CORE_VENV)/testing
+	$(CORE_VENV)/bin/pytest tests/core
+
+test-floor: ## The same with the oldest versions that are allowed; downloads some 3 GB.
+	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing
+	$(FLOOR_VENV)/bin/pytest $(FLOOR_TESTS)
+
+lint: $(VENV)/dev docs types ## The linters, and the strict build of the docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+# mypy reads a copy that lies as an installation does: it finds neither the folders that pyproject.toml maps into the
+# package nor, where the checkout is installed for editing, the package itself.
+types: $(VENV)/dev ## The type checker.
+	$(BIN)/python docs/layout.py build/sources
+	cd build/sources && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 docs: $(VENV)/dev ## The site, in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -32,8 +53,8 @@ docs: $(VENV)/dev ## The site, in build/site.
 # One file for each set of extras that is installed; made again when the project file changes.
 $(VENV)/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PACKAGE)[$*]
+	$(BIN)/pip install --quiet $(PIP_OPTIONS) $(PACKAGE)[$*]
 	touch $@
 
 clean: ## Remove what the targets made.
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CORE_VENV) $(FLOOR_VENV) build dist *.egg-info

@@ -1,8 +1,12 @@
-"""What mkdocs needs to know of this repository: where the package is, and what its public names are."""
+"""What mkdocs needs to know of this repository: where the package is, and what its public names are.
+
+Run as a script, it copies the package into a folder as an installation has it, for other tools that read sources.
+"""
 
 import ast
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,3 +62,8 @@ def public_names(sources: Path, module: str) -> list[str]:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             return list(ast.literal_eval(node.value))
     raise ValueError(f"{module} has no __all__")
+
+
+if __name__ == "__main__":
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    copy_package(Path(sys.argv[1]))

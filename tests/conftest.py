@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ for _name in ("tests", "benchmarks"):
 sys.path.append(_BESIDE.name)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_BESIDE.name, os.environ.get("PYTHONPATH"))))
 os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def pytest_addoption(parser):
+    """Knows the option `timeout` of pyproject.toml where pytest-timeout, which reads it, is not installed."""
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds for a test; read by pytest-timeout")
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2dSame
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from tests.core.libraries import Conv1D, Conv2dSame, ScaledStdConv2d, StdConv2dSame
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,7 @@ import time
 
 import pytest
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
 from torch import nn
-from transformers import (
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 
@@ -303,16 +295,18 @@ class TestGuides:
     """
 
     def test_vit_base_on_food101(self, capsys):
-        model = ViTForImageClassification(ViTConfig(num_labels=101))
+        transformers = pytest.importorskip("transformers")
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=101))
         fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
         LoraModel(model, LoraConfig(r=16, alpha=16, dropout=0.1, **fields)).print_trainable_parameters()
         assert capsys.readouterr().out.startswith("trainable params: 667,493 ||")
 
     @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks the old way
     def test_segformer_b0_on_scene_parse_150(self, capsys):
-        model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
+        transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+        model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=150))
         fields = {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only", "modules_to_save": ["decode_head"]}
-        reference = get_peft_model(copy.deepcopy(model), PeftConfig(r=32, lora_alpha=32, **fields))
+        reference = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=32, lora_alpha=32, **fields))
         expected, _ = reference.get_nb_trainable_parameters()
         LoraModel(model, LoraConfig(r=32, alpha=32, **fields)).print_trainable_parameters()
         assert capsys.readouterr().out.startswith(f"trainable params: {expected:,} ||")

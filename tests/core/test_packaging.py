@@ -72,7 +72,7 @@ def test_entry_points_and_marker_are_in_the_wheel(wheel):
     assert "lora_plugins/py.typed" in wheel
 
 
-def test_the_core_needs_four_packages():
+def test_the_core_needs_five_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
-    assert names == {"packaging", "pluggy", "safetensors", "torch"}
+    assert names == {"numpy", "packaging", "pluggy", "safetensors", "torch"}

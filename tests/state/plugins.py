@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_plugins import RowMajorPlugin, VariantPlugin, hookimpl
-from lora_plugins.plugins.manager import build_registry
+from lora_plugins.plugins import build_registry
 
 
 class BilinearPlugin(RowMajorPlugin):

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from transformers.pytorch_utils import Conv1D
 
 from lora_plugins import (
     Calibration,
@@ -25,6 +24,7 @@ from lora_plugins import (
     hookimpl,
 )
 from lora_plugins.plugins import INITS, build_registry, default_registry
+from tests.core.libraries import Conv1D
 
 
 class Net(nn.Module):

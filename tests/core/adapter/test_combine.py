@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from tests.core.layer_cases import LAYER_CASES
+from tests.core.libraries import of_library
 
 LAYERS = [
     case for case in LAYER_CASES if case.id in ("linear", "transformers_conv1d", "embedding", "conv2d-std-timm")
@@ -59,7 +59,9 @@ def test_svd_is_the_best_approximation_and_says_its_error():
     assert torch.linalg.matrix_rank(update_of(lora, "c")) == 2
 
 
-PEFT = {"magnitude_prune": magnitude_prune, "ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties}
+PEFT = {
+    kind: of_library("peft.utils.merge_utils", kind) for kind in ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+}
 
 
 @pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")  # of PEFT

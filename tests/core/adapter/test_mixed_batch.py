@@ -1,11 +1,11 @@
 """One batch whose rows have different adapters computes what each row would compute with its adapter alone."""
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
+from tests.core.libraries import create_model
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -37,7 +37,7 @@ MODELS = {
     "conv-circular": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), images),
     "embedding": (Words, lambda: torch.randint(9, (5, 7))),
     "vit": (
-        lambda: timm.create_model(
+        lambda: create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
         ),
         images,

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.inits.quantize import levels, quantize_dequantize
+from tests.core.libraries import kstest
 
 LAYERS = {
     "linear": lambda: nn.Linear(64, 96),
@@ -45,17 +45,17 @@ def test_starts_as_an_identity(kind, init):
 def test_kaiming_has_the_distribution_of_the_reference(kind):
     _, A, B = adapted(kind, init="kaiming")
     if kind == "embedding":  # microsoft/LoRA: nn.init.normal_(lora_B)
-        assert stats.kstest(B.flatten().numpy(), "norm").pvalue > 0.01
+        assert kstest(B.flatten().numpy(), "norm").pvalue > 0.01
     else:  # nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         bound = 1 / math.sqrt(A.shape[1])
-        assert stats.kstest(A.flatten().numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 0.01
+        assert kstest(A.flatten().numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 0.01
 
 
 @layers
 def test_gaussian_has_a_deviation_of_one_over_r(kind):
     _, A, B = adapted(kind, init="gaussian")
     random = B if kind == "embedding" else A
-    assert stats.kstest(random.flatten().numpy(), "norm", args=(0, 1 / 16)).pvalue > 0.01
+    assert kstest(random.flatten().numpy(), "norm", args=(0, 1 / 16)).pvalue > 0.01
 
 
 @layers

@@ -5,10 +5,8 @@ import json
 import math
 import warnings
 
-import peft
 import pytest
 import torch
-from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +68,7 @@ NAMES = ("first", "second", "third")
 
 
 def peft_eva(model, data, r=3, **options):
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=r, lora_alpha=6, target_modules=list(NAMES), init_lora_weights="eva", eva_config=peft.EvaConfig(**options)
     )
@@ -121,12 +120,13 @@ class TestEvaAgainstPeft:
 
 def peft_lora_ga(model, data, **options):
     """PEFT's layers from seed 0; ours draw from a seed of each layer, which makes no difference beyond rounding."""
+    peft, lora = pytest.importorskip("peft"), pytest.importorskip("peft.tuners.lora")
     config = peft.LoraConfig(
         r=3,
         lora_alpha=6,
         target_modules=list(NAMES),
         init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(**options),
+        lora_ga_config=lora.LoraGAConfig(**options),
     )
     model = copy.deepcopy(model)
 
@@ -136,7 +136,7 @@ def peft_lora_ga(model, data, **options):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        preprocess_loraga(model, config, step)
+        lora.preprocess_loraga(model, config, step)
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, config)
     return {name: adapted.base_model.model.get_submodule(name) for name in NAMES}

@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -47,6 +46,7 @@ def fill(init: str, layer: nn.Linear, r: int, scaling: float, **options) -> tupl
 
 def peft_layer(layer: nn.Linear, init, r: int, alpha: int, **fields):
     """PEFT's layer around a copy of ours."""
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=init, **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

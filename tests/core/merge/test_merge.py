@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
+from tests.core.libraries import Conv1D
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

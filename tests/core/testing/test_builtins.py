@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
+from tests.core.libraries import Conv1D
 
 
 def values(*shape):

@@ -144,7 +144,7 @@ class HoldsALock(Good):
 
 class AsksForAValue(Good):
     def update(self, term, x):
-        return super().update(term, x) if float(x.detach().sum()) > -1e9 else None
+        return super().update(term, x) if x.detach().sum() > -1e9 else None
 
 
 class NamedByIdentity(Good):
@@ -177,7 +177,7 @@ VIOLATIONS = {
     "device": (OnDefaultDevice, "meta"),
     "deepcopy": (CopiesWrongly, "the output of the copy differs"),
     "pickle": (HoldsALock, "cannot pickle '_thread.lock' object"),
-    "compile": (AsksForAValue, "data-dependent"),
+    "compile": (AsksForAValue, "Data-dependent branching"),
     "files": (NamedByIdentity, "has slots"),
     "stateless": (Counts, "'calls': 0"),
 }

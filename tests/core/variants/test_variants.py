@@ -4,7 +4,6 @@ import copy
 import pickle
 from collections.abc import Mapping
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +113,7 @@ def test_dropout_acts_on_the_input_of_the_update(make, inputs):
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_peft_computes_the_same(name):
+    peft = pytest.importorskip("peft")
     make, inputs = LAYERS[name]
     lora, x = adapted(make), inputs().double()
     torch.manual_seed(0)
