@@ -33,6 +33,7 @@ def is_earlier_file(optimizer: object, retired: Mapping[str, object]) -> bool:
             "matter for training only; give `optimizer` and `lr_scheduler` to train on."
         )
         return True
-    for name in retired:
+    if retired:
+        name = next(iter(retired))
         raise ConfigError(f"A task has no argument {name!r} any more. Use {REPLACEMENTS[name]}.")
     return False

@@ -18,6 +18,7 @@ from tests.state.machine import Machine
 from tests.state.rules import Step
 from tests.state.script import script
 from tests.state.shrink import Case, replay, shrink, signature
+from tests.state.zoo import BLOCKS
 
 TYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -40,6 +41,7 @@ def walk(
     steps: int = 50,
     ignored: frozenset[str] = frozenset(),
     kind: type[LoraModel] = LoraModel,
+    blocks: tuple[str, ...] = (),
 ) -> None:
     """Makes one run, up to its first divergence.
 
@@ -50,9 +52,10 @@ def walk(
         steps: Calls at most.
         ignored: Known divergences not to pass over.
         kind: As in `Machine`.
+        blocks: The blocks of the model; by default some at random.
     """
     random = Random(seed)
-    blocks, weights = draw_blocks(random), random.randrange(1000)
+    blocks, weights = blocks or draw_blocks(random), random.randrange(1000)
     tally.blocks.update(blocks)
     done: list[Step] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", default="0")
     parser.add_argument("--dtype", nargs="+", choices=TYPES, default=TYPES, help="types, taken in turn")
     parser.add_argument("--known", nargs="*", default=[], help=f"do not pass these over: {', '.join(KNOWN)}; or `all`")
+    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=[], help="of the model; by default at random")
     parser.add_argument("--no-shrink", action="store_true")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -108,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     for run in range(given.first, given.first + given.runs):
         dtype = getattr(torch, given.dtype[run % len(given.dtype)])
         try:
-            walk(f"{given.seed}.{run}", dtype, tally, given.steps, ignored)
+            walk(f"{given.seed}.{run}", dtype, tally, given.steps, ignored, blocks=tuple(given.blocks))
         except Exception:
             print(f"the judge itself failed in run {run} of seed {given.seed}", file=sys.stderr)
             raise

@@ -151,6 +151,7 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     "merge_and_unload": lambda random, machine: {"max_error": random.choice((0.1, 1e9))},
     "mixed": _mixed,
     "mode": lambda random, machine: {"training": random.random() < 0.5},
+    "forward": lambda random, machine: {"of_input": random.random() < 0.5},
     "scramble": lambda random, machine: {"name": _adapter(random, machine), "seed": random.randrange(1000)},
     "combine": _combine,
     "save": lambda random, machine: {

@@ -412,15 +412,18 @@ class Machine:
         else:
             self.reference.set_value(name, value)
 
-    def forward(self) -> Call:
-        """Goes forward and keeps the loss, for a `backward` in time."""
+    def forward(self, of_input: bool = True) -> Call:
+        """Goes forward and keeps the loss, for a `backward` in time.
+
+        Without the gradient of the input fewer tensors are kept, whose change torch would notice.
+        """
         reference = self.reference
         mixed = bool(reference.contexts) and not reference.disabled
         if mixed or (reference.merged and reference.training):
             yield
             return
-        x = self.inputs[0].clone().requires_grad_()
-        parameters = checks.trained(self.model) | {"input": x}
+        x = self.inputs[0].clone().requires_grad_(of_input)
+        parameters = checks.trained(self.model) | ({"input": x} if of_input else {})
         outputs, loss = checks.forward(self.model, (x, self.inputs[1]))
         result = reference.run(*self.inputs, training=reference.training)
         checks.take_buffers(self.model, reference, result)

@@ -149,7 +149,7 @@ def _needs_effective_weight(reference: Reference, names: tuple[str, ...], site: 
     specs = [reference.adapters[name].spec for name in names if name in reference.adapters]
     tied = [group for spec in specs for group in reference.groups(spec.sites) if len(group) > 1]
     variants = [spec for spec in specs if spec.variant != "lora" and site in spec.sites]
-    return any(site in group for group in tied) or (site == THIRD_PARTY and bool(variants))
+    return any(site in group[1:] for group in tied) or (site == THIRD_PARTY and bool(variants))
 
 
 def _copy(reference: Reference, saved: Any, way: str, keep: str) -> Errors:

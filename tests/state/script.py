@@ -44,7 +44,9 @@ _LINES: dict[str, Callable[..., str]] = {
         "optimizer = torch.optim.SGD(parameters, lr=0.05)\n"
         "optimizer.zero_grad(); loss_of(model(x, tokens)).backward(); optimizer.step()"
     ),
-    "forward": lambda: "input = x.clone().requires_grad_(); loss = loss_of(model(input, tokens))",
+    "forward": lambda of_input=True: (
+        f"input = x.clone().requires_grad_({of_input}); loss = loss_of(model(input, tokens))"
+    ),
     "backward": lambda: "loss.backward()  # then read `.grad` of what was trained at the forward, and of `input`",
     "combine": lambda adapters, weights, name, way="cat": (
         f"lora.add_weighted_adapter({list(adapters)!r}, {list(weights)!r}, {name!r}, {way!r})"

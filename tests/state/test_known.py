@@ -125,6 +125,13 @@ CASES = {
         add("a", Spec(("cross.mha",), parts={"cross.mha": ("k",)})), combine("a"), blocks=("cross",)
     ),
     "N6-save-in-mixed": case(HEADED, SCRAMBLE, Step("mixed", {"rows": (None,) * 3}), SAVE, blocks=("head",)),
+    "N7-dropout-beside-variant": case(
+        add("a", bilinear(variant="dora")),
+        add("b", bilinear(dropout=1e-9)),
+        act("a", "b"),
+        TRAIN,
+        blocks=("bilinear",),
+    ),
     "N7-dropout-beside-tie": case(
         add("a", tied("b", dropout=1e-9)), add("b", tied("a", "b")), act("a", "b"), TRAIN, blocks=("tied",)
     ),
