@@ -12,10 +12,11 @@ BIN = $(abspath $(VENV))/bin
 # Environments beside the usual one, in folders of their own.
 CORE_VENV ?= .venv-core
 FLOOR_VENV ?= .venv-floor
+RELEASE_VENV ?= .venv-release
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
 
-.PHONY: run compare test test-slow test-core test-floor lint types docs clean
+.PHONY: run compare test test-slow test-core test-floor coverage lint types docs release clean
 
 run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
 	$(if $(filter tasks/cls.yaml tasks/seg.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
@@ -37,6 +38,13 @@ test-floor: ## The same with the oldest versions that are allowed; downloads som
 	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing
 	$(FLOOR_VENV)/bin/pytest $(FLOOR_TESTS)
 
+coverage: $(VENV)/dev ## The fast tests, and which lines and branches they miss, in build/coverage.
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report --skip-covered
+
 lint: $(VENV)/dev docs types ## The linters, and the strict build of the docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +58,15 @@ types: $(VENV)/dev ## The type checker.
 docs: $(VENV)/dev ## The site, in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+release: $(RELEASE_VENV)/bin/twine ## The files of a release, in dist, checked up to the upload.
+	rm -rf dist
+	$(RELEASE_VENV)/bin/python -m build --quiet --outdir dist .
+	$(RELEASE_VENV)/bin/twine check --strict dist/*
+
+$(RELEASE_VENV)/bin/twine:
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/pip install --quiet build towncrier twine
+
 # One file for each set of extras that is installed; made again when the project file changes.
 $(VENV)/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,4 +74,4 @@ $(VENV)/%: pyproject.toml
 	touch $@
 
 clean: ## Remove what the targets made.
-	rm -rf $(VENV) $(CORE_VENV) $(FLOOR_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CORE_VENV) $(FLOOR_VENV) $(RELEASE_VENV) build dist *.egg-info .coverage*

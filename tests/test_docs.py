@@ -25,7 +25,7 @@ from lora_plugins.plugins import hookspecs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "changelog.d" / "README.md", *sorted(DOCS.rglob("*.md"))]
 PUBLIC = ("lora_plugins", "lora_plugins.integrations.lightning", "lora_plugins.tasks", "lora_plugins.testing")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -88,7 +88,7 @@ def test_commands_exist(page: Path):
 
 @pages
 def test_links_lead_somewhere(page: Path):
-    """The build checks the pages of the site; the README is not one of them."""
+    """The build checks the pages of the site; those at the top of the repository are not among them."""
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

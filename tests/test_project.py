@@ -1,12 +1,18 @@
 """What the files at the top of the repository say of the project, held against the project."""
 
+import re
 import tomllib
 from pathlib import Path
 
+import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOWNCRIER = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["towncrier"]
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def oldest(requirement: str) -> tuple[str, str]:
@@ -27,3 +33,35 @@ def test_the_floor_is_the_lower_end_of_every_range():
     padded = {name: f"{version}{'.0' * (pins[name].count('.') - width[name])}" for name, version in expected.items()}
     assert pins == padded
     assert list(pins) == sorted(pins)
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+
+
+@pytest.mark.parametrize("job", ["test", "core"])
+def test_the_workflow_runs_every_python_that_is_claimed(job):
+    prefix = "Programming Language :: Python :: "
+    claimed = [line.removeprefix(prefix) for line in PROJECT["classifiers"] if line.startswith(prefix)]
+    assert WORKFLOW["jobs"][job]["strategy"]["matrix"]["python"] == claimed
+
+
+def test_the_workflow_makes_what_the_makefile_has():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    steps = [step.get("run", "") for job in WORKFLOW["jobs"].values() for step in job["steps"]]
+    made = {word for run in steps for word in re.findall(r"\bmake ([\w-]+)", run)}
+    assert made - targets == set()
+    assert {"lint", "test", "test-core", "test-floor"} <= made
+
+
+def test_every_room_of_the_core_has_a_line():
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "lora_plugins").glob("*/__init__.py")}
+    table = "\n".join(line.partition("|")[2].partition("|")[0] for line in CONTRIBUTING.splitlines() if line[:1] == "|")
+    assert rooms - set(re.findall(r"`([\w]+/)`", table)) == set()
+
+
+def test_changelog_fragments_have_a_kind():
+    kinds = "|".join(kind["directory"] for kind in TOWNCRIER["type"])
+    names = [path.name for path in (ROOT / "changelog.d").iterdir() if path.name != "README.md"]
+    assert [name for name in names if not re.fullmatch(rf"\+[\w-]+\.({kinds})\.md", name)] == []
