@@ -43,7 +43,8 @@ class TestTheReport:
             assert {status.reason for status in kernel_report()} <= {"switched off by disabled_kernels"}
             assert not any(status.used for status in kernel_report())
 
-    def test_it_says_why_a_kernel_is_not_for_this_machine(self):
+    def test_it_says_why_a_kernel_is_not_for_this_machine(self, monkeypatch):
+        monkeypatch.delenv(DISABLE_VARIABLE, raising=False)
         unfit = Kernel("triton", "linear_2d", lambda: "there is no GPU", lambda *_: True, torch.mm)
         fit = replace(unfit, name="other", available=lambda: "")
         switches = _Switches([unfit, fit, replace(fit, operation="scaled_product")])
@@ -119,6 +120,8 @@ class TestDisabledKernels:
 
 class TestOperations:
     def test_the_first_kernel_that_applies_computes_a_call(self, monkeypatch):
+        monkeypatch.delenv(DISABLE_VARIABLE, raising=False)
+
         @operation
         def double(x: Tensor, times: int = 1) -> Tensor:
             return 2 * x

@@ -56,6 +56,7 @@ def test_only_the_input_is_kept_and_what_is_an_eighth_of_it(case: Case):
     assert len(extra) == (case.id in WITH_SOMETHING_SMALL)
 
 
+@needs("recompute")
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
 def test_nothing_small_is_kept_where_the_input_is_computed_again(dropout: float):
     x = F.silu(torch.randn(2, 16, 31, 30, requires_grad=True))
@@ -81,6 +82,7 @@ def test_it_is_the_law_in_the_format_of_its_input(case: Case, last: bool):
         assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs("fused_linear")
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no_dropout", "dropout"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dimensions", [1, 2, 3], ids=["1d", "2d", "3d"])

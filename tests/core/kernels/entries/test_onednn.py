@@ -45,6 +45,7 @@ PATHS = {
 }
 
 
+@needs("fused_linear")
 @pytest.mark.parametrize(("rows", "inputs", "r", "dropout"), PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("axis", [-1, 1], ids=["rows", "image"])
 def test_a_large_layer_in_float32_computes_the_law(rows, inputs, r, dropout, axis, calls):
