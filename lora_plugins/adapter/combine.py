@@ -134,7 +134,7 @@ def combine(
             A, B, relative = _combined(terms, combination_type, options)
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
-    plan = make_plan(model, _config(sources, layers, results), registry)
+    plan = make_plan(model, _config(model, sources, layers, results), registry)
     return Combination(plan, _padded(results, plan), _values(model, state, adapters, weights), error)
 
 
@@ -219,6 +219,7 @@ def _cat(terms: list[_Term]) -> tuple[Tensor, Tensor]:
 
 
 def _config(
+    model: nn.Module,
     sources: list[Plan],
     layers: Mapping[str, PlannedLayer],
     results: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
@@ -239,7 +240,7 @@ def _config(
         fused_parts={
             exact_pattern(name): [slot.part for slot in layer.slots]
             for name, layer in layers.items()
-            if any(slot.part for slot in layer.slots)
+            if layer.slots != tuple(layer.plugin.slots(model.get_submodule(name)))
         },
         norm="track" if any(config.norm == "track" for config in configs) else "freeze",
         allow_plugins=configs[0].allow_plugins,

@@ -21,5 +21,5 @@ def test_each_package_of_an_extra_is_listed_with_its_versions(extra):
 
 def test_a_package_of_the_core_is_installed_and_quoted_for_a_shell():
     (torch,) = [needed for needed in requirements("") if needed.name == "torch"]
-    assert (torch.quoted, torch.trouble) == ("'torch>=2.6'", "")
+    assert (torch.quoted, torch.trouble) == ("'torch>=2.8'", "")
     assert torch.installed
