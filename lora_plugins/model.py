@@ -182,13 +182,7 @@ class LoraModel:
         Raises:
             StateError: If there is no such adapter, or something is merged.
         """
-        state = self._state
-        state.adapter(adapter_name)
-        state.check("delete_adapter")
-        if len(state.adapters) == 1:
-            self.unload()
-        else:
-            delete(self.model, state, adapter_name)
+        delete(self.model, self._state, adapter_name)
 
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
@@ -207,7 +201,7 @@ class LoraModel:
                 merged then.
             StateError: If an adapter is unknown, not active, or merged already.
         """
-        names = _names(adapter_names) if adapter_names is not None else self._unmerged()
+        names = _names(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
     def unmerge_adapter(self) -> None:
@@ -354,9 +348,6 @@ class LoraModel:
         if state is None:
             raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
         return state
-
-    def _unmerged(self) -> tuple[str, ...]:
-        return tuple(name for name in self._state.active if name not in self._state.merged)
 
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:

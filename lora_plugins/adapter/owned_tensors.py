@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import own_tensor
-from lora_plugins.utils import mark_changed
 
 
 @dataclass
@@ -78,7 +78,7 @@ class OwnedTensors:
             self._keep(name, present, tensor.data)
             tensor.data = value.to(tensor.device, dtype)
             if lasting:
-                mark_changed(tensor)
+                increment_version(tensor)
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner

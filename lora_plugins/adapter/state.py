@@ -7,14 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_tensors
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.errors import StateError, listing, near
-from lora_plugins.inplace import freeze, is_shard, model_modules, own_tensor, own_tensors, state_of, thaw
+from lora_plugins.inplace import (
+    NamedModule,
+    freeze,
+    is_shard,
+    model_modules,
+    own_tensor,
+    own_tensors,
+    state_of,
+    thaw,
+)
 from lora_plugins.plan import Plan
-from lora_plugins.utils import mark_changed
 
 MODEL_STATE = "_lora_model"
 """Attribute of an adapted model that holds its `ModelState`."""
@@ -91,10 +100,14 @@ class ModelState:
         return self.adapters[name]
 
     @property
+    def unmerged(self) -> tuple[str, ...]:
+        """The active adapters whose update is not in the weights."""
+        return tuple(name for name in self.active if name not in self.merged)
+
+    @property
     def acting(self) -> Block:
         """What acts now: the innermost block, or else the active adapters that are not merged."""
-        unmerged = tuple(name for name in self.active if name not in self.merged)
-        return self.blocks[-1] if self.blocks else Block("", unmerged)
+        return self.blocks[-1] if self.blocks else Block("", self.unmerged)
 
     def check(self, call: str) -> None:
         """Consults the table of calls.
@@ -126,7 +139,7 @@ def open_state(model: nn.Module) -> ModelState:
     """Returns the adapters of a model, after giving it an empty set of them if it has none."""
     state = model_state(model)
     if state is None:
-        parameters = own_tensors(model, model_modules(model), "_parameters")
+        parameters = own_tensors(model_modules(model), "_parameters")
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
         model.register_load_state_dict_pre_hook(_accept_base_checkpoint)  # type: ignore[no-untyped-call]
@@ -143,14 +156,18 @@ def close_state(model: nn.Module) -> None:
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)
-    for name, parameter in own_tensors(model, modules, "_parameters").items():
+    for name, parameter in own_tensors(modules, "_parameters").items():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
     del model.__dict__[MODEL_STATE]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers that have an adapter, by name."""
-    return {entry.name: entry.module for entry in model_modules(model) if state_of(entry.module) is not None}
+    return _adapted(model_modules(model))
+
+
+def _adapted(modules: list[NamedModule]) -> dict[str, nn.Module]:
+    return {entry.name: entry.module for entry in modules if state_of(entry.module) is not None}
 
 
 def apply_state(model: nn.Module, state: ModelState, *, lasting: bool = True) -> None:
@@ -162,9 +179,13 @@ def apply_state(model: nn.Module, state: ModelState, *, lasting: bool = True) ->
         lasting: Whether it stays so, and a backward through an earlier forward has to end in an error. A block is taken
             back, and such a backward is right after it.
     """
-    _apply_acting(model, state, lasting)
-    _apply_norms(model, state)
-    _apply_gradients(model, state, lasting)
+    modules = model_modules(model)
+    state.values.activate(model, _owners(state), lasting=lasting)
+    acting = state.acting
+    for layer in _adapted(modules).values():
+        activate(layer, acting.adapters, acting.rows)
+    _apply_norms(modules, state)
+    _apply_gradients(modules, state, lasting)
 
 
 @contextmanager
@@ -205,38 +226,33 @@ def _owners(state: ModelState) -> tuple[str, ...]:
     return () if state.blocks[-1].rows is not None else state.blocks[-1].adapters
 
 
-def _apply_acting(model: nn.Module, state: ModelState, lasting: bool) -> None:
-    state.values.activate(model, _owners(state), lasting=lasting)
-    acting = state.acting
-    for layer in adapted_layers(model).values():
-        activate(layer, acting.adapters, acting.rows)
-
-
-def _apply_norms(model: nn.Module, state: ModelState) -> None:
+def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
     frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
     keep = set.intersection(*frozen) if frozen else set()
-    for entry in model_modules(model):
+    for entry in modules:
         if entry.name in keep:
             freeze(entry.module)
         else:
             thaw(entry.module)
 
 
-def _apply_gradients(model: nn.Module, state: ModelState, lasting: bool) -> None:
+def _apply_gradients(modules: list[NamedModule], state: ModelState, lasting: bool) -> None:
     if state.blocks and state.blocks[-1].rows is not None:
         return  # what is trained has nothing to do with rows of a batch, which are for inference
     trained = state.acting.adapters if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
-    for name, parameter in own_tensors(model, model_modules(model), "_parameters").items():
-        if parameter.requires_grad and name not in names and lasting:
-            mark_changed(parameter)  # it would get no gradient, without a word
-        parameter.requires_grad_(name in names)
-    for layer in adapted_layers(model).values():
+    for name, parameter in own_tensors(modules, "_parameters").items():
+        _require_gradient(parameter, name in names, lasting)
+    for layer in _adapted(modules).values():
         for adapter in state.adapters:
-            for parameter in adapter_parameters(layer, adapter):
-                if parameter.requires_grad and adapter not in trained and lasting:
-                    mark_changed(parameter)
-                parameter.requires_grad_(adapter in trained)
+            for factor in adapter_parameters(layer, adapter):
+                _require_gradient(factor, adapter in trained, lasting)
+
+
+def _require_gradient(parameter: Tensor, required: bool, lasting: bool) -> None:
+    if parameter.requires_grad and not required and lasting:
+        increment_version(parameter)  # in a backward to come it would get no gradient, without a word
+    parameter.requires_grad_(required)
 
 
 def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

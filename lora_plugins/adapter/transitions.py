@@ -126,13 +126,16 @@ def _check_dropout(model: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
-    """Removes an adapter that is not the last one.
+    """Removes an adapter; the last one leaves the untouched model.
 
     Raises:
         StateError: If there is no such adapter, or something is merged.
     """
     state.adapter(adapter)
     state.check("delete_adapter")
+    if len(state.adapters) == 1:
+        strip(model, state)
+        return
     state.active = tuple(name for name in state.active if name != adapter)
     apply_state(model, state)
     state.values.release(model, adapter)

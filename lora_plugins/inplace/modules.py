@@ -59,12 +59,11 @@ def full_name(module: str, key: str) -> str:
     return f"{module}.{key}" if module else key
 
 
-def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
+def own_tensors(modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
     """Returns the model's own parameters or buffers by full name, a tied one under its first name only.
 
     Args:
-        model: The model.
-        modules: Its modules.
+        modules: The model's modules.
         kind: `_parameters` or `_buffers`.
     """
     found: dict[str, Tensor] = {}
@@ -77,7 +76,7 @@ def own_tensors(model: nn.Module, modules: list[NamedModule], kind: str) -> dict
     return found
 
 
-def persistent_buffers(model: nn.Module, modules: list[NamedModule]) -> dict[str, Tensor]:
+def persistent_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
     """Returns the buffers that a state dict has, by full name."""
     keys = {
         full_name(entry.name, key)
@@ -85,7 +84,7 @@ def persistent_buffers(model: nn.Module, modules: list[NamedModule]) -> dict[str
         for key in entry.module._buffers
         if key not in entry.module._non_persistent_buffers_set
     }
-    return {name: tensor for name, tensor in own_tensors(model, modules, "_buffers").items() if name in keys}
+    return {name: tensor for name, tensor in own_tensors(modules, "_buffers").items() if name in keys}
 
 
 def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

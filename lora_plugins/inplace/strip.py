@@ -3,11 +3,11 @@
 from typing import Any
 
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.parametrized import make_plain
-from lora_plugins.utils import mark_changed
 
 
 def strip_adapters(layer: nn.Module) -> None:
@@ -19,7 +19,7 @@ def strip_adapters(layer: nn.Module) -> None:
             computed[name] = value
         else:
             parameter.data = value
-            mark_changed(parameter)
+            increment_version(parameter)  # so that an earlier forward has no backward of other weights
     base: Any = state.base_class
     layer.__class__ = base
     for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:

@@ -35,6 +35,11 @@ def is_eager(x: Tensor) -> bool:
     )
 
 
+def applies_in_eager_mode(x: Tensor, *_: object, **__: object) -> bool:
+    """The checker of a kernel that computes any call in plain eager mode."""
+    return is_eager(x)
+
+
 def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Returns what applies a function in eager mode.
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_names, check_shared
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.inplace import holder_of, layer_state, recompute, state_of
 from lora_plugins.merge.weight_delta import weight_deltas
 from lora_plugins.plugins import PLAIN
-from lora_plugins.utils import mark_changed
 
 DEFAULT_MAX_ERROR = 0.1
 """Share of an update's norm that a merge may lose to rounding without being told to."""
@@ -74,7 +74,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         else:
             state.kept.setdefault(delta.name, parameter.data)
             parameter.data = weight
-            mark_changed(parameter)
+            increment_version(parameter)
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
     return report
@@ -94,7 +94,7 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
         parameter = module._parameters[key]
         assert parameter is not None
         parameter.data = weight.to(parameter)
-        mark_changed(parameter)
+        increment_version(parameter)
     for layer in adapted_layers(model).values():
         layer_state(layer).merged.clear()
     state.kept = {}

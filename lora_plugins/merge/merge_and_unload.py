@@ -25,7 +25,7 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float) -> N
     """
     state.check("merge_and_unload")
     layers = adapted_layers(model)
-    adapters = tuple(name for name in state.active if name not in state.merged)
+    adapters = state.unmerged
     checked(model, layers, state, adapters, max_error)
     _check_computed(layers, adapters)
     for group in _sharing(layers):

@@ -130,7 +130,7 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
         registry: The layer types there are.
     """
     modules = model_modules(model)
-    parameters = own_tensors(model, modules, "_parameters")
+    parameters = own_tensors(modules, "_parameters")
     aliases: dict[int, list[str]] = {}
     for entry in modules:
         for key, parameter in entry.module._parameters.items():
@@ -138,7 +138,7 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
     return Survey(
         tuple(_site(entry, registry) for entry in modules),
         {name: _parameter(parameter, aliases[id(parameter)][1:]) for name, parameter in parameters.items()},
-        tuple(persistent_buffers(model, modules)),
+        tuple(persistent_buffers(modules)),
     )
 
 

@@ -8,14 +8,12 @@ from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
-from lora_plugins.utils.versions import mark_changed
 
 __all__ = [
     "autocast_dtype",
     "in_full",
     "lazily",
     "low_rank",
-    "mark_changed",
     "own_randomness",
     "replace_file",
     "run_seed",

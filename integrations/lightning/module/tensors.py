@@ -67,9 +67,9 @@ def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
     changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
     norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
     modules = model_modules(target)
-    for name, tensor in own_tensors(target, modules, "_parameters").items():
+    for name, tensor in own_tensors(modules, "_parameters").items():
         if name not in changing:
             yield tensor
-    for name, tensor in own_tensors(target, modules, "_buffers").items():
+    for name, tensor in own_tensors(modules, "_buffers").items():
         if name.rpartition(".")[0] in norms and name not in changing:
             yield tensor

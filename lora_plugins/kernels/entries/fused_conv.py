@@ -24,7 +24,7 @@ from lora_plugins.kernels._autograd import (
     saved,
 )
 from lora_plugins.kernels._channels import add_mixed_channels, channel_products, channels_last, mix_channels
-from lora_plugins.kernels._eager import eager_is_unknown, is_eager, raw_apply
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_form_effective_weight
 from lora_plugins.kernels.conv_geometry import Geometry
@@ -48,11 +48,6 @@ class ConvOptions(Options):
     """
 
     geometry: Geometry
-
-
-def applies(x: Tensor, *_: object, **__: object) -> bool:
-    """Whether the function may be used: in eager mode."""
-    return is_eager(x)
 
 
 def fused_conv(
@@ -303,4 +298,4 @@ def _law(options: ConvOptions) -> Callable[..., Tensor]:
     return law
 
 
-KERNELS = (Kernel("fused_conv", "lora_conv", eager_is_unknown, applies, fused_conv),)
+KERNELS = (Kernel("fused_conv", "lora_conv", eager_is_unknown, applies_in_eager_mode, fused_conv),)

@@ -23,7 +23,7 @@ from lora_plugins.kernels._autograd import (
     saved,
 )
 from lora_plugins.kernels._channels import as_rows
-from lora_plugins.kernels._eager import eager_is_unknown, is_eager, raw_apply
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_form_effective_weight
 from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
@@ -39,11 +39,6 @@ class LinearOptions(Options):
     """
 
     axis: int
-
-
-def applies(x: Tensor, *_: object, **__: object) -> bool:
-    """Whether the function may be used: in eager mode."""
-    return is_eager(x)
 
 
 def fused_linear(
@@ -217,4 +212,4 @@ def _law(options: LinearOptions) -> Callable[..., Tensor]:
     return law
 
 
-KERNELS = (Kernel("fused_linear", "lora_linear", eager_is_unknown, applies, fused_linear),)
+KERNELS = (Kernel("fused_linear", "lora_linear", eager_is_unknown, applies_in_eager_mode, fused_linear),)
