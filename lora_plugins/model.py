@@ -1,8 +1,10 @@
 """`LoraModel`, the handle to an adapted model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -10,6 +12,7 @@ from lora_plugins.adapter import (
     Calibration,
     InitData,
     ModelState,
+    Within,
     add,
     allocated,
     base_in_place,
@@ -22,6 +25,7 @@ from lora_plugins.adapter import (
     model_state,
     set_active,
     strip,
+    whole,
     without_adapters,
 )
 from lora_plugins.config import LoraConfig
@@ -30,6 +34,18 @@ from lora_plugins.files import PackedAdapter, pack, read, rebuilt_bases, saved_n
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import Registry, SlotCalibration
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _whole(method: Method) -> Method:
+    """Makes a method change the model whole or, where it is stopped, not at all."""
+
+    @functools.wraps(method)
+    def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
+        return whole(self.model, functools.partial(method, self, *args, **kwargs))
+
+    return cast(Method, changed)
 
 
 class LoraModel:
@@ -106,6 +122,7 @@ class LoraModel:
         """The names of the adapters whose update is in the weights."""
         return self._state.merged
 
+    @_whole
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
@@ -128,6 +145,7 @@ class LoraModel:
         with self._adding(adapter_name):
             add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
 
+    @_whole
     def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Makes one or several adapters active, and no other; the updates of several add up.
 
@@ -140,20 +158,15 @@ class LoraModel:
         """
         set_active(self.model, self._state, _names(adapter_names), trainable=trainable)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[nn.Module]:
+    def disable_adapter(self) -> Within:
         """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.
 
         Raises:
             StateError: If something is merged.
         """
-        state = self._state
-        state.check("disable_adapter")
-        with without_adapters(self.model, state):
-            yield self.model
+        return without_adapters(self.model)
 
-    @contextmanager
-    def mixed_batch(self, adapter_names: Sequence[str | None]) -> Iterator[nn.Module]:
+    def mixed_batch(self, adapter_names: Sequence[str | None]) -> Within:
         """Lets each row of a batch have an adapter of its own for the time of a `with` block; for inference.
 
         All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.
@@ -173,9 +186,9 @@ class LoraModel:
             ...     model(torch.ones(3, 4)).shape
             torch.Size([3, 2])
         """
-        with mixed_batch(self.model, self._state, tuple(adapter_names)):
-            yield self.model
+        return mixed_batch(self.model, tuple(adapter_names))
 
+    @_whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; the last one leaves the untouched model.
 
@@ -184,6 +197,7 @@ class LoraModel:
         """
         delete(self.model, self._state, adapter_name)
 
+    @_whole
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
     ) -> MergeReport:
@@ -204,6 +218,7 @@ class LoraModel:
         names = _names(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
+    @_whole
     def unmerge_adapter(self) -> None:
         """Takes all merged updates out of the weights again, bit for bit.
 
@@ -212,6 +227,7 @@ class LoraModel:
         """
         unmerge(self.model, self._state)
 
+    @_whole
     def unload(self) -> nn.Module:
         """Removes all adapters and returns the model as it was before, bit for bit."""
         state = self._state
@@ -234,6 +250,7 @@ class LoraModel:
         merge_and_unload(self.model, self._state, max_error)
         return self.model
 
+    @_whole
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -263,6 +280,7 @@ class LoraModel:
             add(self.model, adapter_name, result.plan, result.content, result.values)
         return result.relative_error
 
+    @_whole
     def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
         """Writes an adapter into a folder; see `lora_plugins.files.folder` for what it holds.
 
@@ -322,13 +340,17 @@ class LoraModel:
         """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry
-        name = saved_name(packed) if adapter_name is None else adapter_name
-        with handle._adding(name):
-            unpacked = unpack(model, packed, handle._registry)
-            changed = rebuilt_bases(model, unpacked, packed)
-            add(model, name, unpacked.plan, unpacked.content, unpacked.values, changed)
+        handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name)
         return handle
 
+    @_whole
+    def _add_packed(self, packed: PackedAdapter, adapter_name: str) -> None:
+        with self._adding(adapter_name):
+            unpacked = unpack(self.model, packed, self._registry)
+            changed = rebuilt_bases(self.model, unpacked, packed)
+            add(self.model, adapter_name, unpacked.plan, unpacked.content, unpacked.values, changed)
+
+    @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:
         """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes."""
         self._state.check("save_adapter")
