@@ -5,7 +5,7 @@ a backward that reaches it ends in an error.
 """
 
 import weakref
-from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -30,19 +30,16 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     if id(tensor) in guards:
         guards.pop(id(tensor)).remove()
     if not required:
-        guards[id(tensor)] = tensor.register_hook(_Guard(weakref.ref(tensor), name))  # type: ignore[no-untyped-call]
+        guard = partial(_refuse, weakref.ref(tensor), name)
+        guards[id(tensor)] = tensor.register_hook(guard)  # type: ignore[no-untyped-call]
     tensor.requires_grad_(required)
 
 
-@dataclass(frozen=True)
-class _Guard:
-    tensor: weakref.ref[Tensor]
-    name: str
-
-    def __call__(self, gradient: Tensor) -> None:
-        tensor = self.tensor()
-        if tensor is not None and not tensor.requires_grad:
-            raise StateError(
-                f"This backward would give no gradient to {self.name!r}, which was trained in the forward and is "
-                "frozen now. Run the backward before what acts in the model is changed, or the forward again after it."
-            )
+def _refuse(reference: weakref.ref[Tensor], name: str, _: Tensor) -> None:
+    """Ends a backward in an error where its gradient would be lost; the user may have thawed the tensor since."""
+    tensor = reference()
+    if tensor is not None and not tensor.requires_grad:
+        raise StateError(
+            f"This backward would give no gradient to {name!r}, which was trained in the forward and is frozen now. "
+            "Run the backward before what acts in the model is changed, or the forward again after it."
+        )

@@ -1,21 +1,14 @@
 """A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_plugins.adapter.owned_tensors import OwnedTensors
-from lora_plugins.adapter.state import MODEL_STATE, ModelState
-from lora_plugins.inplace import STATE, LayerState
+from lora_plugins.adapter.state import MODEL_STATE
+from lora_plugins.inplace import STATE, AdapterTensors
 
 T = TypeVar("T")
-
-_REACHED = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
-"""The dictionaries of a module that changes of ours reach."""
-
-_WRITTEN = (ModelState, OwnedTensors, LayerState)
-"""What we know of a model and its layers, as far as it is not frozen."""
 
 
 def whole(model: nn.Module, change: Callable[[], T]) -> T:
@@ -43,12 +36,15 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        modules = _modules(model)
         self._classes = [(module, module.__class__) for module in modules]
         self._contents = [(content, content.copy()) for module in modules for content in _contents(module)]
-        kinds = [kind for module in modules for kind in (module._parameters, module._buffers)]
-        tensors = {id(tensor): tensor for kind in kinds for tensor in kind.values() if tensor is not None}
-        self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors.values()]
+        self._contents += [
+            (hooks, hooks.copy()) for hooks in (model._forward_pre_hooks, model._load_state_dict_pre_hooks)
+        ]
+        tensors = [(tensor, module) for module in modules for tensor in _tensors(module)]
+        self._gradients = [(tensor, tensor.requires_grad) for tensor, _ in tensors]
+        self._values = [(tensor, tensor.data) for tensor, holder in tensors if not isinstance(holder, AdapterTensors)]
 
     def put_back(self) -> None:
         for content, copy in self._contents:
@@ -57,24 +53,39 @@ class _Before:
         for module, cls in self._classes:
             if module.__class__ is not cls:
                 module.__class__ = cls
-        for tensor, value, requires_grad in self._values:
+        for tensor, value in self._values:
             tensor.data = value
+        for tensor, requires_grad in self._gradients:
             tensor.requires_grad_(requires_grad)
 
 
-def _contents(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    """Yields the dictionaries in which a module, and what we know of it, is written down."""
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Lists a module and those below it; in no order, and faster than `modules()`."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor for kind in (module._parameters, module._buffers) for tensor in kind.values() if tensor is not None]
+
+
+def _contents(module: nn.Module) -> list[dict[Any, Any]]:
+    """Returns the dictionaries in which a module, and what we know of it, is written down."""
+    if isinstance(module, AdapterTensors):
+        return [module._parameters]
     attributes = vars(module)
-    yield attributes
-    yield from (attributes[name] for name in _REACHED if isinstance(attributes.get(name), dict))
-    for name in (STATE, MODEL_STATE):
-        yield from _written(attributes.get(name))
-
-
-def _written(value: Any) -> Iterator[dict[Any, Any]]:
-    if isinstance(value, _WRITTEN):
-        value = vars(value)
-    if isinstance(value, dict):
-        yield value
-        for part in value.values():
-            yield from _written(part)
+    found = [attributes, module._modules]
+    if module._buffers:
+        found.append(module._buffers)
+    if (layer := attributes.get(STATE)) is not None:
+        found += [vars(layer), layer.adapters, layer.merged]
+    if (state := attributes.get(MODEL_STATE)) is not None:
+        values = state.values
+        found += [vars(state), state.adapters, state.kept, state.requires_grad, state.guards]
+        found += [vars(values), values.base, values.owner, values.values, *values.values.values()]
+    return found
