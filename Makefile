@@ -24,8 +24,8 @@ run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded 
 compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by side.
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks compare
 
-test: $(VENV)/dev ## The fast tests.
-	$(BIN)/pytest
+test: $(VENV)/dev ## The fast tests, on all cores.
+	$(BIN)/pytest -n auto
 
 test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
