@@ -137,11 +137,12 @@ class ModelState:
         Raises:
             StateError: If the call is refused in the model's state.
         """
-        holds: Mapping[Condition, bool] = {
+        # Anything that is true or not: torch.compile of torch 2.8 does not know `bool` of a tuple.
+        holds: Mapping[Condition, object] = {
             "leaving": self.leaving,
-            "in a block": bool(self.blocks),
+            "in a block": self.blocks,
             "in a mixed batch": self.acting.rows is not None,
-            "merged": bool(self.merged),
+            "merged": self.merged,
         }
         for condition, message in CONDITIONS.items():
             if holds[condition] and condition in CALLS[call].refused:
