@@ -67,10 +67,11 @@ $(RELEASE_VENV)/bin/twine:
 	$(PYTHON) -m venv $(RELEASE_VENV)
 	$(RELEASE_VENV)/bin/pip install --quiet build towncrier twine
 
-# One file for each set of extras that is installed; made again when the project file changes.
+# One file for each set of extras that is installed; made again when the project file changes. Tests of the core build
+# packages, for which the setuptools that Python 3.11 brings is too old; newer Pythons bring none.
 $(VENV)/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_OPTIONS) $(PACKAGE)[$*]
+	$(BIN)/pip install --quiet $(PIP_OPTIONS) "setuptools>=77" $(PACKAGE)[$*]
 	touch $@
 
 clean: ## Remove what the targets made.
