@@ -34,7 +34,7 @@ test-core: ## The tests of the core, where nothing but the core and pytest is in
 	$(MAKE) VENV=$(CORE_VENV) $(CORE_VENV)/testing
 	$(CORE_VENV)/bin/pytest tests/core
 
-test-floor: ## The same with the oldest versions that are allowed; downloads some 3 GB.
+test-floor: ## The same with the oldest versions that are allowed; downloads 3 to 4 GB.
 	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing
 	$(FLOOR_VENV)/bin/pytest $(FLOOR_TESTS)
 
