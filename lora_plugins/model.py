@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,6 @@ from lora_plugins.adapter import (
     Calibration,
     InitData,
     ModelState,
-    Within,
     add,
     allocated,
     base_in_place,
@@ -158,7 +157,7 @@ class LoraModel:
         """
         set_active(self.model, self._state, _names(adapter_names), trainable=trainable)
 
-    def disable_adapter(self) -> Within:
+    def disable_adapter(self) -> AbstractContextManager[nn.Module]:
         """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.
 
         Raises:
@@ -166,7 +165,7 @@ class LoraModel:
         """
         return without_adapters(self.model)
 
-    def mixed_batch(self, adapter_names: Sequence[str | None]) -> Within:
+    def mixed_batch(self, adapter_names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
         """Lets each row of a batch have an adapter of its own for the time of a `with` block; for inference.
 
         All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.

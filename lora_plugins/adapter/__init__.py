@@ -5,7 +5,7 @@ adapters are here too.
 """
 
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
-from lora_plugins.adapter.blocks import Within, without_adapters
+from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
 from lora_plugins.adapter.combine import COMBINATIONS, Combination, combine
 from lora_plugins.adapter.content import (
@@ -43,7 +43,6 @@ __all__ = [
     "InitData",
     "ModelState",
     "SlotTensors",
-    "Within",
     "adapted_layers",
     "adapter_parameters",
     "adapter_tensors",

@@ -56,7 +56,8 @@ class _Before:
         for tensor, value in self._values:
             tensor.data = value
         for tensor, requires_grad in self._gradients:
-            tensor.requires_grad_(requires_grad)
+            if tensor.requires_grad != requires_grad:  # torch 2.8 refuses any call on a parameter without a shape
+                tensor.requires_grad_(requires_grad)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
