@@ -117,6 +117,11 @@ class LoraModel:
         return self._state.active
 
     @property
+    def active_weights(self) -> dict[str, float]:
+        """What the updates of the active adapters are multiplied by, by name."""
+        return {name: self._state.weights.get(name, 1.0) for name in self._state.active}
+
+    @property
     def merged_adapters(self) -> tuple[str, ...]:
         """The names of the adapters whose update is in the weights."""
         return self._state.merged
@@ -145,17 +150,35 @@ class LoraModel:
             add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
 
     @_whole
-    def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
+    def set_adapter(
+        self,
+        adapter_names: str | Sequence[str],
+        *,
+        weights: Sequence[float] | None = None,
+        trainable: bool = True,
+    ) -> None:
         """Makes one or several adapters active, and no other; the updates of several add up.
 
         Args:
             adapter_names: A name, or several.
+            weights: What the update of each is multiplied by, in training, inference and merging; 1 by default. An
+                adapter is saved without its weight.
             trainable: Whether they are trained from now on.
 
         Raises:
-            StateError: If a name is unknown, something is merged, or two adapters trained the same head or bias.
+            ConfigError: If a name is repeated, or the weights are not one finite number for each adapter.
+            StateError: If a name is unknown, something is merged, two adapters trained the same head or bias, or an
+                adapter that trained one is to be weighted.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 2))
+            >>> lora = LoraModel(model, LoraConfig(r=2), "a")
+            >>> lora.add_adapter("b", LoraConfig(r=1))
+            >>> lora.set_adapter(["a", "b"], weights=[0.7, 0.3])
+            >>> lora.active_weights
+            {'a': 0.7, 'b': 0.3}
         """
-        set_active(self.model, self._state, _names(adapter_names), trainable=trainable)
+        set_active(self.model, self._state, _names(adapter_names), weights, trainable=trainable)
 
     def disable_adapter(self) -> AbstractContextManager[nn.Module]:
         """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.

@@ -1,6 +1,7 @@
 """Puts adapters on layers and takes them off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
@@ -58,17 +59,23 @@ def detach(layer: nn.Module, adapter: str) -> None:
         del layer.__dict__[STATE]
 
 
-def activate(layer: nn.Module, adapters: tuple[str, ...], rows: tuple[str | None, ...] | None = None) -> None:
+def activate(
+    layer: nn.Module,
+    adapters: tuple[str, ...],
+    rows: tuple[str | None, ...] | None = None,
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Makes those of `adapters` that a layer has its active ones, in this order.
 
     Args:
         layer: An adapted layer.
         adapters: Names of adapters.
         rows: The adapter of each row of a mixed batch; None where all rows have all of them.
+        weights: What the updates of adapters are multiplied by, where that is not 1.
     """
     state = layer_state(layer)
     state.active = tuple(name for name in adapters if name in state.adapters)
-    state.rows = rows
+    state.rows, state.weights = rows, {name: weights[name] for name in state.active if name in weights}
     refresh_class(layer)
 
 

@@ -81,6 +81,7 @@ class ModelState:
     Args:
         adapters: The adapters by name.
         active: Those whose update acts, in order; merged ones included.
+        weights: What the updates of active adapters are multiplied by, where that is not 1.
         merged: Those of the active ones whose update is in the weights.
         trainable: Whether active adapters are trained.
         kept: The untouched weights while something is merged, by full name.
@@ -94,6 +95,7 @@ class ModelState:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
     merged: tuple[str, ...] = ()
     trainable: bool = True
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -204,7 +206,7 @@ def let_act(modules: list[NamedModule], state: ModelState) -> None:
     """Makes layers and norm statistics what acts now, in a block or outside."""
     acting = state.acting
     for layer in _adapted(modules).values():
-        activate(layer, acting.adapters, acting.rows)
+        activate(layer, acting.adapters, acting.rows, {} if state.blocks else state.weights)
     _apply_norms(modules, state)
 
 

@@ -3,6 +3,7 @@
 `lifecycle` says which call is allowed when.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -100,18 +101,48 @@ def add(
     apply_state(model, state)
 
 
-def set_active(model: nn.Module, state: ModelState, adapters: Sequence[str], *, trainable: bool) -> None:
+def set_active(
+    model: nn.Module,
+    state: ModelState,
+    adapters: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    trainable: bool,
+) -> None:
     """Makes adapters active, and no other.
 
     Raises:
-        StateError: If a name is unknown, something is merged, or two adapters have a value of one tensor.
+        ConfigError: If a name is repeated, or the weights are not one finite number for each.
+        StateError: If a name is unknown, something is merged, two adapters have a value of one tensor, or one that has
+            values of its own is to be weighted.
     """
     state.check("set_adapter")
     check_names(state, adapters)
     state.values.check(adapters)
     _check_dropout(model, adapters)
-    state.active, state.trainable = tuple(adapters), trainable
+    given = _weights(state, adapters, weights)
+    state.active, state.weights, state.trainable = tuple(adapters), given, trainable
     apply_state(model, state)
+
+
+def _weights(state: ModelState, adapters: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
+    """Returns the weights that are not 1, by adapter."""
+    if weights is None:
+        return {}
+    numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and math.isfinite(weight)]
+    if len(numbers) != len(weights) or len(weights) != len(adapters):
+        raise ConfigError(
+            f"weights={list(weights)!r} for {listing(adapters)}: give one finite number for each of the "
+            f"{len(adapters)} adapters."
+        )
+    given = {name: weight for name, weight in zip(adapters, numbers, strict=True) if weight != 1}
+    for name in given:
+        if own := state.values.of(name):
+            raise StateError(
+                f"The adapter {name!r} has its own value of {listing(own)}, which cannot be weighted. Give it the "
+                "weight 1."
+            )
+    return given
 
 
 def _check_dropout(model: nn.Module, adapters: Sequence[str]) -> None:
@@ -137,6 +168,7 @@ def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
         strip(model, state)
         return
     state.active = tuple(name for name in state.active if name != adapter)
+    state.weights = {name: weight for name, weight in state.weights.items() if name != adapter}
     apply_state(model, state)
     state.values.release(model, adapter)
     for layer in adapted_layers(model).values():

@@ -1,5 +1,6 @@
 """The updates of an adapted layer: as terms for a branch, as `ΔW`, and added to the weight."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -41,7 +42,11 @@ def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *
         with in_full(weight):
             own = own_tensors_of(layer, adapter, slot)
             delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
-    return Term(slot, A, B, planned.settings, training, delta)
+    weight_of = layer_state(layer).weights.get(adapter, 1.0)
+    if weight_of == 1:
+        return Term(slot, A, B, planned.settings, training, delta)
+    settings = replace(planned.settings, scaling=planned.scaling * weight_of)
+    return Term(slot, A, B, settings, training, None if delta is None else delta * weight_of)
 
 
 def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:

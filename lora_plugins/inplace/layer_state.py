@@ -1,6 +1,6 @@
 """What an adapted layer knows of its adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class LayerState:
         base_class: The class of the untouched layer.
         adapters: By adapter name, what was planned for the layer; active or not.
         active: Names of those whose update is added at each forward.
+        weights: What the update of an active adapter is multiplied by, where that is not 1.
         merged: Weights with merged updates that are not written into a parameter: since something computes them, or
             not yet.
         branch: What computes the active updates, if not the layer's own forward.
@@ -54,6 +55,7 @@ class LayerState:
     base_class: type[nn.Module]
     adapters: dict[str, PlannedLayer] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
     merged: dict[str, Tensor] = field(default_factory=dict)
     branch: Branch | None = None
     rows: tuple[str | None, ...] | None = None

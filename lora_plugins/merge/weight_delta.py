@@ -116,4 +116,4 @@ def _norm(term: Term) -> float:
         square = float((of_A * of_B).sum())
         if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
             break
-    return term.scaling * math.sqrt(max(square, 0.0))
+    return abs(term.scaling) * math.sqrt(max(square, 0.0))

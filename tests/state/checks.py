@@ -67,6 +67,8 @@ def check_handle(lora: LoraModel | None, reference: Reference) -> None:
     _same("adapters", sorted(lora.adapters), sorted(reference.adapters))
     if not reference.contexts:
         _same("active_adapters", lora.active_adapters, reference.active)
+        weights = {name: reference.weights.get(name, 1.0) for name in reference.active}
+        _same("active_weights", lora.active_weights, weights)
         _same("merged_adapters", lora.merged_adapters, reference.merged)
 
 

@@ -95,7 +95,10 @@ def _set(random: Random, machine: Machine) -> dict:
     names = [_adapter(random, machine) for _ in range(random.choice((1, 1, 1, 2, 2, 3)))]
     if random.random() < 0.95:
         names = list(dict.fromkeys(names))
-    return {"names": tuple(names), "trainable": random.random() < 0.8}
+    found = {"names": tuple(names), "trainable": random.random() < 0.8}
+    if random.random() < 0.4:
+        found["weights"] = tuple(random.choice((1.0, 0.5, -1.25, 0.0)) for _ in names)
+    return found
 
 
 def _merge(random: Random, machine: Machine) -> dict:

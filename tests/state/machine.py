@@ -172,7 +172,7 @@ class Machine:
 
     def _join(self, name: str, adapter: Adapter) -> None:
         if not self.reference.adapters:
-            self.reference.active, self.reference.trainable = (name,), True
+            self.reference.active, self.reference.trainable, self.reference.weights = (name,), True, {}
         self.reference.adapters[name] = adapter
 
     def _first_values(self, name: str, adapter: Adapter) -> None:
@@ -284,10 +284,11 @@ class Machine:
 
     # Acting
 
-    def set(self, names: tuple[str, ...], trainable: bool = True) -> Call:
-        self.handle.set_adapter(names[0] if len(names) == 1 else list(names), trainable=trainable)
+    def set(self, names: tuple[str, ...], trainable: bool = True, weights: tuple[float, ...] | None = None) -> Call:
+        self.handle.set_adapter(names[0] if len(names) == 1 else list(names), weights=weights, trainable=trainable)
         yield
         self.reference.active, self.reference.trainable = names, trainable
+        self.reference.weights = dict(zip(names, weights or (), strict=False))
 
     def merge(self, names: tuple[str, ...] | None, max_error: float = 0.1) -> Call:
         reference = self.reference
@@ -302,7 +303,7 @@ class Machine:
     def _with_deltas(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Returns the weights with the updates of some adapters, in float64."""
         reference = self.reference
-        deltas = reference.deltas(names)
+        deltas = reference.deltas(names, weighted=True)
         return {
             reference.first[name]: reference.value(reference.first[name]).double() + delta
             for name, delta in deltas.items()

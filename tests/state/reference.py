@@ -137,6 +137,7 @@ class Reference:
         self.norms = [name[: -len(".running_mean")] for name in self.base if name.endswith(".running_mean")]
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
+        self.weights: dict[str, float] = {}
         self.trainable = True
         self.merged: tuple[str, ...] = ()
         self.merged_weights: dict[str, Tensor] = {}
@@ -348,9 +349,13 @@ class Reference:
                 if adapter in self.merged and not self.is_computed(slot.site):
                     continue
                 for target in slot.targets:
-                    update = self.update(adapter, slot, raw[target], leaf)
+                    update = self.share(adapter) * self.update(adapter, slot, raw[target], leaf)
                     weights[target] = weights[target] + slot.placed(update, raw[target])
         return weights
+
+    def share(self, adapter: str) -> float:
+        """Returns what the update of an acting adapter is multiplied by."""
+        return 1.0 if self.contexts else self.weights.get(adapter, 1.0)
 
     def update(self, name: str, slot: PlannedSlot, weight: Tensor, leaf=lambda _, tensor: tensor.double()) -> Tensor:
         """Returns by what the part of a weight changes, as `(out, in)`."""
@@ -368,7 +373,7 @@ class Reference:
             return (get["magnitude"] / row_norms(direction.detach()))[:, None] * direction - matrix
         return product
 
-    def deltas(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def deltas(self, names: tuple[str, ...], weighted: bool = False) -> dict[str, Tensor]:
         """Returns the sum of the updates of some adapters to each weight that they change."""
         raw = self.effective((), {})
         found: dict[str, Tensor] = {}
@@ -376,6 +381,7 @@ class Reference:
             for slot in self.adapters[name].slots:
                 for target in slot.targets:
                     update = slot.placed(self.update(name, slot, raw[target].detach()), raw[target]).detach()
+                    update = self.share(name) * update if weighted else update
                     found[target] = found[target] + update if target in found else update
         return found
 

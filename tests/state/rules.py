@@ -126,8 +126,13 @@ def _starts(reference: Reference, spec: Spec) -> Errors:
         yield MergeError
 
 
-def _set(reference: Reference, saved: Any, names: tuple[str, ...], **_: Any) -> Errors:
+def _set(
+    reference: Reference, saved: Any, names: tuple[str, ...], weights: tuple[float, ...] | None = None, **_: Any
+) -> Errors:
     yield from _idle(reference)
+    for name, weight in zip(names, weights or (), strict=False):
+        if weight != 1 and name in reference.adapters and reference.adapters[name].values:
+            yield StateError  # a head has no weight
     yield from _known(reference, *names)
     if len(set(names)) < len(names):
         yield ConfigError
@@ -194,7 +199,7 @@ def _may_be_lost(reference: Reference, names: tuple[str, ...]) -> bool:
     weights = reference.effective((), {})
     return any(
         0 < float(delta.norm()) < share * float(weights[name].detach().norm())
-        for name, delta in reference.deltas(names).items()
+        for name, delta in reference.deltas(names, weighted=True).items()
     )
 
 

@@ -24,7 +24,9 @@ contexts = []
 _LINES: dict[str, Callable[..., str]] = {
     "add": lambda name, spec, **_: f"lora = LoraModel(model, {_config(spec)}, {name!r}, registry=registry())",
     "look": lambda spec: f"LoraModel.plan(model, {_config(spec)}, registry=registry())",
-    "set": lambda names, trainable=True: f"lora.set_adapter({list(names)!r}, trainable={trainable})",
+    "set": lambda names, trainable=True, weights=None: (
+        f"lora.set_adapter({list(names)!r}, weights={weights}, trainable={trainable})"
+    ),
     "delete": lambda name: f"lora.delete_adapter({name!r})",
     "merge": lambda names, max_error=0.1: f"lora.merge_adapter({names!r}, max_error={max_error})",
     "unmerge": lambda: "lora.unmerge_adapter()",

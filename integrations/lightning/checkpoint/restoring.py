@@ -62,7 +62,7 @@ def _attach_or_overwrite(
         _overwrite(target, name, packed)
     else:
         LoraModel.load_packed(target, packed, name)
-    _set_active(target, name, adapter["active"])
+    _set_active(target, name, adapter["active"], adapter.get("weight", 1.0))
     return [] if present else [(target, name)]
 
 
@@ -79,13 +79,13 @@ def _overwrite(target: nn.Module, name: str, packed: PackedAdapter) -> None:
             tensor.copy_(packed.tensors[key])
 
 
-def _set_active(target: nn.Module, name: str, active: bool) -> None:
+def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> None:
     lora = LoraModel(target)
-    now = lora.active_adapters
-    if active and name not in now:
-        lora.set_adapter((*now, name))
-    elif not active and name in now:
-        lora.set_adapter([other for other in now if other != name])
+    now = lora.active_weights
+    others = {other: share for other, share in now.items() if other != name}
+    wanted = {**now, name: weight} if active else others
+    if wanted != now:
+        lora.set_adapter([*wanted], weights=[*wanted.values()])
 
 
 def _with_base(module: nn.Module, checkpoint: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> 
         yield {
             "target": plain_name(path),
             "active": name in lora.active_adapters,
+            "weight": lora.active_weights.get(name, 1.0),
             "manifest": with_shapes(packed.manifest, shapes),
             "tensors": {key: tensor for key, tensor in packed.tensors.items() if key not in shapes},
         }

@@ -38,7 +38,7 @@ def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibrat
         return
     lora = LoraModel(target)
     lora.add_adapter(name, config, init_data=data)
-    lora.set_adapter((*lora.active_adapters, name))
+    lora.set_adapter((*lora.active_adapters, name), weights=(*lora.active_weights.values(), 1.0))
 
 
 def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
@@ -58,7 +58,7 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
     if lora.merged_adapters:
         lora.unmerge_adapter()
     if name not in lora.active_adapters:
-        lora.set_adapter((*lora.active_adapters, name))
+        lora.set_adapter((*lora.active_adapters, name), weights=(*lora.active_weights.values(), 1.0))
     check_not_replaced(target, name)
 
 

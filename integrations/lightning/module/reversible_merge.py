@@ -27,14 +27,14 @@ class ReversibleMerge:
         layers: The layers that were adapted, by name.
         base: The raw value of every tensor that merging or training in place changed, by full name.
         adapters: The adapters, in the order in which they were added.
-        active: Names of the active ones.
+        active: The active ones by name, with what their updates are multiplied by.
     """
 
     target: "weakref.ref[nn.Module]"
     layers: "dict[str, weakref.ref[nn.Module]]"
     base: dict[str, Tensor]
     adapters: dict[str, PackedAdapter]
-    active: tuple[str, ...]
+    active: dict[str, float]
 
     def is_of(self, target: nn.Module) -> bool:
         """Whether `target` is the merged module, with its layers still in place."""
@@ -52,8 +52,8 @@ class ReversibleMerge:
             tensor.data = value.to(tensor.device)
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
-        if lora.active_adapters != self.active:
-            lora.set_adapter(self.active)
+        if lora.active_weights != self.active:
+            lora.set_adapter([*self.active], weights=[*self.active.values()])
 
 
 def merge_reversibly(target: nn.Module) -> ReversibleMerge:
@@ -70,7 +70,7 @@ def merge_reversibly(target: nn.Module) -> ReversibleMerge:
     check_mergeable(target)
     layers = adapted_layers(target)
     adapters = {name: lora.pack(name) for name in lora.adapters}
-    active = lora.active_adapters
+    active = lora.active_weights
     weights = {
         full_name(layer, tensor)
         for plan in lora.plans.values()
