@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from lora_plugins.adapter.content import factor_dtype, slot_matrix
 from lora_plugins.errors import ConfigError, TargetError, listing
-from lora_plugins.inplace import FrozenNorm
+from lora_plugins.inplace import FrozenNorm, base_class_of, by_position, positional_names
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
 
@@ -63,6 +63,7 @@ class _Sums:
     gram: Tensor | None = None
 
     def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        args, kwargs = by_position(positional_names(base_class_of(module)), args, kwargs)
         x = self.layer.plugin.inputs(module, self.slot, *args, **kwargs).detach()
         if x.dim() != 2 or x.shape[1] != self.width:
             raise TargetError(

@@ -4,7 +4,7 @@ The names and modules of a model, normalization layers that stand still, and wei
 here too.
 """
 
-from lora_plugins.inplace.adapted_class import refresh_class
+from lora_plugins.inplace.adapted_class import by_position, positional_names, refresh_class
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.inplace.frozen_norm import FrozenNorm, freeze, has_statistics, thaw
@@ -29,6 +29,7 @@ __all__ = [
     "LayerState",
     "NamedModule",
     "base_class_of",
+    "by_position",
     "detached_weight",
     "factors",
     "freeze",
@@ -44,6 +45,7 @@ __all__ = [
     "own_tensors",
     "own_tensors_of",
     "persistent_buffers",
+    "positional_names",
     "raw_weight",
     "recompute",
     "refresh_class",

@@ -6,6 +6,7 @@ active, so the layer's own forward, and anyone else who reads the weight, comput
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,12 +96,41 @@ class _RefuseDropout:
         )
 
 
+def positional_names(base: type[nn.Module]) -> tuple[str, ...]:
+    """Returns the names of what a layer's own forward takes by position or by keyword, in order."""
+    parameters = [*inspect.signature(base.forward).parameters.values()][1:]
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
+def by_position(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call as a plugin gets them, whose own names for them may be others.
+
+    Args:
+        names: As `positional_names` gives them.
+        args: The arguments by position.
+        kwargs: The arguments by keyword.
+    """
+    given: list[Any] = [*args]
+    named = dict(kwargs)
+    for name in names[len(args) :]:
+        if name not in named:
+            break
+        given.append(named.pop(name))
+    return tuple(given), named
+
+
 def _forward(base: type[nn.Module]) -> Any:
+    names = positional_names(base)
+
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         state, training = layer_state(layer), layer.training
         branch = state.branch
         if branch is None or not branch.acts(training):
             return base.forward(layer, *args, **kwargs)
+        if kwargs:
+            args, kwargs = by_position(names, args, kwargs)
         weights: Mapping[str, Tensor] = {tensor: weight_with_merged(layer, tensor) for tensor in branch.tensors}
         if state.rows is not None:
             if training:

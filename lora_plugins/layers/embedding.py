@@ -50,7 +50,7 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         if layer.max_norm is not None:
             raise NotImplementedError("Embedding with max_norm renormalizes one table; it cannot mix adapters.")
         y = F.embedding(input, weight, layer.padding_idx)
-        indices = input.flatten(1)
+        indices = input.reshape(len(input), input.shape[1:].numel())
         rows = adapters.A.mT[adapters.index[:, None], indices]
         return y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
 

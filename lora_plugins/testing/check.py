@@ -1,6 +1,8 @@
 """What a check is, how it fails, and how checks are run."""
 
+import gc
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -14,6 +16,13 @@ Case = TypeVar("Case")
 
 TIGHT = 1e-10
 """What sums in another order may differ by in float64, as a share of the largest value."""
+
+MODES: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
+    "": nullcontext,
+    " without gradients": torch.no_grad,
+    " in inference mode": torch.inference_mode,
+}
+"""How a layer is run, by what messages say of it."""
 
 
 class CheckError(AssertionError):
@@ -147,3 +156,22 @@ def require_same_state(what: str, got: Mapping[str, Tensor], expected: Mapping[s
     require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")
     for key, value in expected.items():
         require_close(f"{key!r} of {what}", got[key], value, 0)
+
+
+def require_nothing_kept(call: Callable[[int], object]) -> None:
+    """Raises a `MismatchError` if calls leave tensors in memory once their inputs and outputs are gone.
+
+    Args:
+        call: Makes a call; it is handed its number.
+    """
+    call(0)
+    call(1)  # the first calls may fill a cache
+    gc.collect()
+    gc.freeze()  # looks at new objects alone, of which there are few
+    try:
+        call(2)
+        gc.collect()
+        left = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
+    require(not left, f"a call leaves {left} tensors in memory")

@@ -1,6 +1,8 @@
 """The conformance kit for inits: one call that checks a plugin over its options."""
 
 import copy
+import random
+import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +15,11 @@ from torch import Tensor
 from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext, InitPlugin, SlotCalibration
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import Check, by_name, chosen, refuse, require, require_close, require_same_state
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
+from lora_plugins.utils import own_randomness
 
 
 def _registration(case: InitCase) -> None:
@@ -79,10 +82,26 @@ def _reproducible(case: InitCase) -> None:
     first, second = case.model(), case.model()
     case.adapt(first)
     torch.rand(7)
-    state = torch.get_rng_state()
+    random.random()
+    before = _random_states()
     case.adapt(second)
-    require(torch.equal(torch.get_rng_state(), state), "the random numbers of the process were moved")
+    moved = [name for name, state in _random_states().items() if state != before[name]]
+    require(not moved, f"the random numbers of {', '.join(moved)} were moved")
     require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
+    there, back = _started(case, 0), _started(case, 0, backwards=True)
+    for one, other in zip(there, back, strict=True):
+        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
+            require_close(f"{name} of {one.layer!r}, started after other layers,", factor, expected, 0)
+
+
+def _random_states() -> dict[str, Any]:
+    numpy = sys.modules.get("numpy.random")
+    numbers = numpy.get_state(legacy=False)["state"] if numpy else {}
+    return {
+        "the process": torch.get_rng_state().tolist(),
+        "Python": random.getstate(),
+        "NumPy": (numbers.get("pos"), str(numbers.get("key"))),
+    }
 
 
 def _seed(case: InitCase) -> None:
@@ -92,12 +111,29 @@ def _seed(case: InitCase) -> None:
         require(not same, f"{first.layer!r} starts the same with another seed and another weight")
 
 
-def _started(case: InitCase, seed: int) -> Sequence[InitContext]:
+def _started(case: InitCase, seed: int, *, backwards: bool = False) -> Sequence[InitContext]:
     contexts = case.contexts(case.model(seed=seed), seed)
     with torch.no_grad():
-        for context in contexts:
+        for context in reversed(contexts) if backwards else contexts:
             case.init.fill(context)
     return contexts
+
+
+def _pure(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        before = copy.deepcopy((dict(context.options), context.calibration))
+        weight = context.weight.clone()
+        with torch.no_grad():
+            case.init.fill(context)
+        require_close(f"the weight of {context.layer!r} after fill", context.weight, weight, 0)
+        require(dict(context.options) == before[0], f"the options were {before[0]} and are {dict(context.options)}")
+        for got, expected in zip(_tensors(context.calibration), _tensors(before[1]), strict=True):
+            require_close(f"the calibration of {context.layer!r} after fill", got, expected, 0)
+
+
+def _tensors(calibration: SlotCalibration) -> list[Tensor]:
+    moments = [calibration.inputs.total, calibration.inputs.gram] if calibration.inputs else []
+    return moments if calibration.gradient is None else [*moments, calibration.gradient]
 
 
 def _base(case: InitCase) -> None:
@@ -125,10 +161,15 @@ def _recipe(case: InitCase) -> None:
         original = context.weight.clone()
         with torch.no_grad():
             recipe = case.init.fill(context)
-        require_close(f"the weight of {context.layer!r} after fill", context.weight, original, 0)
         shared = {context.A.data_ptr(), context.B.data_ptr()} & {tensor.data_ptr() for tensor in recipe.values()}
         require(not shared, "the recipe is A or B itself, which training will move, and not a copy")
-        bases = [case.init.changed_base(original, recipe, context.scaling, plan.init_options) for _ in range(2)]
+        kept = {name: tensor.clone() for name, tensor in recipe.items()}
+        weight, bases = original.clone(), []
+        for seed in (0, 1):
+            with own_randomness(seed):
+                bases.append(case.init.changed_base(weight, recipe, context.scaling, plan.init_options).clone())
+            require_close(f"the weight of {context.layer!r} after changed_base", weight, original, 0)
+            require_same_state(f"the recipe of {context.layer!r} after changed_base", recipe, kept)
         require_close(f"the base of {context.layer!r}, computed again,", bases[1], bases[0], 0)
 
 
@@ -209,8 +250,15 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "reproducible",
         _reproducible,
-        "the same model starts with the same bits whatever was drawn before, and the process's random numbers stay",
-        "a function is called without generator=context.generator.",
+        "the same model starts with the same bits whatever was drawn before and in whatever order its layers are "
+        "started, and the random numbers of the process, Python's and NumPy's stay",
+        "a function is called without generator=context.generator, or the plugin keeps something between calls.",
+    ),
+    Check(
+        "pure",
+        _pure,
+        "fill leaves the weight, the options and the calibration as they are",
+        "an operation in place on context.weight or context.calibration: work on a copy.",
     ),
     Check(
         "seed",
@@ -227,7 +275,7 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "recipe",
         _recipe,
-        "fill leaves the weight alone, its recipe is a copy, and changed_base gives the same bits each time",
+        "the recipe is a copy, and changed_base gives the same bits each time, and changes neither weight nor recipe",
         "the recipe holds context.A instead of context.A.clone(), or changed_base draws random numbers.",
     ),
     Check(

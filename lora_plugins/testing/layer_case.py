@@ -1,6 +1,6 @@
 """A layer plugin with one choice of its layer's options: what the checks build, adapt and run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.inplace import detached_weight, factors, layer_state
+from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot
+from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -22,9 +22,9 @@ class Holder(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the layer."""
-        return self.layer(*inputs)
+        return self.layer(*inputs, **named)
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,70 @@ class LayerCase:
         """Returns the slots of a whole-layer adapter."""
         return self.plugin.slots(self.model().layer)
 
+    @property
+    def has_branch(self) -> bool:
+        """Whether the plugin has a branch for the class of the layer."""
+        known = {class_path(cls) for cls in self.plugin.branch_types}
+        return self.plugin.branch_use != "never" and class_path(base_class_of(self.model().layer)) in known
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether rows of a batch of the layer can have adapters of their own."""
+        mixes = type(self.plugin).mixed is not LayerPlugin.mixed
+        return mixes and self.has_branch and self.plugin.branch_use == "always"
+
     def selections(self) -> list[dict[str, list[str]]]:
         """Returns the values of `fused_parts` to check: the whole layer, and each of its parts alone."""
         return [{}, *({"layer": [part]} for part in self.plugin.parts(self.model().layer))]
 
 
-def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1) -> Any:
+def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1, **named: Any) -> Any:
     """Calls a module, with the same random numbers each time, for layers that draw some themselves."""
     with own_randomness(seed):
-        return module(*inputs)
+        return module(*inputs, **named)
+
+
+def runs(module: nn.Module, inputs: Sequence[Any], **named: Any) -> bool:
+    """Whether an untouched layer can run at all in this type, on this device or on such inputs."""
+    try:
+        call(module, inputs, **named)
+    except Exception:  # torch and the layer's author have no class for all that can go wrong here
+        return False
+    return True
+
+
+def config_like(lora: LoraModel, **fields: Any) -> LoraConfig:
+    """Returns the configuration of the adapter `default` with other fields."""
+    return LoraConfig(**{**lora.adapters["default"].to_dict(), **fields})
+
+
+def moved(model: Holder) -> Holder:
+    """Moves all tensors of the adapters, a variant's own too, as training would."""
+    with torch.no_grad():
+        for tensor in adapter_leaves(model.layer):
+            tensor.mul_(1.25).add_(0.03)
+    return model
+
+
+def mapped(inputs: Sequence[Any], function: Callable[[Tensor], Tensor], which: Iterable[Any] = ()) -> tuple[Any, ...]:
+    """Applies a function to the tensors among the inputs, once to one that stands there twice.
+
+    Args:
+        inputs: What a layer is called with.
+        function: What is applied.
+        which: Whether to apply it, for each of the inputs; to all tensors if empty.
+    """
+    chosen = list(which) or [isinstance(x, Tensor) for x in inputs]
+    results = {id(x): function(x) for x, each in zip(inputs, chosen, strict=True) if each}
+    return tuple(results.get(id(x), x) for x in inputs)
+
+
+def batched(inputs: Sequence[Any]) -> list[bool]:
+    """Whether each of the inputs has the batch as its first dimension: all tensors as long as the first."""
+    first = inputs[0]
+    if not isinstance(first, Tensor) or not first.dim():
+        return [False for _ in inputs]
+    return [isinstance(x, Tensor) and x.dim() > 0 and len(x) == len(first) for x in inputs]
 
 
 def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -107,6 +162,11 @@ def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, fl
             base = found.get(slot.tensor, detached_weight(layer, slot.tensor))
             A, B = factors(layer, name, slot)
             matrix = weight * adapter.scaling * (B @ A)
+            if adapter.variant is not None:
+                part = plugin.to_matrix(detached_weight(layer, slot.tensor)).to(A.dtype)
+                part = part if slot.rows is None else part[slot.rows[0] : slot.rows[1]]
+                own = own_tensors_of(layer, name, slot)
+                matrix = weight * adapter.variant.delta_weight(part.clone(), A, B, adapter.scaling, own)
             if slot.rows is not None:
                 start, stop, total = slot.rows
                 matrix = torch.cat([matrix.new_zeros(start, matrix.shape[1]), matrix])
@@ -127,11 +187,15 @@ def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None =
 
 
 def adapter_leaves(layer: nn.Module) -> list[nn.Parameter]:
-    """Returns A and B of every slot of every adapter of a layer."""
-    state = layer_state(layer)
-    return [
-        factor
-        for name, adapter in state.adapters.items()
+    """Returns A and B of every slot of every adapter of a layer, and what variants have besides."""
+    return [*named_leaves(layer).values()]
+
+
+def named_leaves(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the tensors of every slot of every adapter of a layer, by their names in its state dict."""
+    return {
+        f"lora_{factor}{slot.suffix}.{name}": tensor
+        for name, adapter in layer_state(layer).adapters.items()
         for slot in adapter.slots
-        for factor in factors(layer, name, slot)
-    ]
+        for factor, tensor in slot_tensors(layer, name, slot).items()
+    }

@@ -1,17 +1,27 @@
 """Checks of the law: what an adapted layer computes, and its gradients."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import TargetError
-from lora_plugins.inplace import base_class_of, detached_weight
-from lora_plugins.model import LoraModel
-from lora_plugins.plugins import LayerPlugin, class_path
-from lora_plugins.testing.check import Check, refuse, require, require_all_close, require_close, tensors_of
-from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
+from lora_plugins.inplace import detached_weight, layer_state
+from lora_plugins.plugins import Slot, class_path
+from lora_plugins.testing.check import MODES, Check, require, require_all_close, require_close, tensors_of
+from lora_plugins.testing.layer_case import (
+    Holder,
+    LayerCase,
+    call,
+    config_like,
+    lawful,
+    named_leaves,
+    updated,
+)
+
+_SETTINGS: tuple[dict[str, Any], ...] = ({}, {"use_rslora": True}, {"memory": "low"})
+"""Fields of a config that change the settings of a term."""
 
 
 def _registration(case: LayerCase) -> None:
@@ -39,38 +49,77 @@ def _layout(case: LayerCase) -> None:
         require(
             0 <= start < stop <= total == rows, f"the slot of {name} has rows={slot.rows}, and its matrix {rows} rows"
         )
+    for first, second in combinations(case.plugin.parts(layer).values(), 2):
+        require(not _overlap(first, second), f"the parts {first.part!r} and {second.part!r} have rows in common")
+
+
+def _overlap(one: Slot, other: Slot) -> bool:
+    if one.tensor != other.tensor:
+        return False
+    return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
 def _law(case: LayerCase) -> None:
     for parts in case.selections():
-        for training in (False, True):
-            model = case.adapted(fused_parts=parts).train(training)
-            inputs = case.arguments(model.layer)
-            where = f"in {'training' if training else 'eval'} mode{f', of {parts}' if parts else ''}"
-            require_all_close(f"the output {where}", call(model, inputs), call(lawful(case, model), inputs))
+        for fields in _SETTINGS:
+            model = case.model()
+            lora = case.adapt(model, fused_parts=parts, **fields)
+            for training in (False, True):
+                _follows_the_law(case, model.train(training), f"of {parts or 'the whole layer'} with {fields}")
+            lora.set_adapter("default", trainable=False)
+            _follows_the_law(case, model.eval(), "of an adapter that is not trained")
             for name, value in updated(case.plugin, model.layer, {"default": 1.0}).items():
                 require_close(f"layer.{name}, read from outside,", getattr(model.layer, name), value)
 
 
+def _follows_the_law(case: LayerCase, model: Holder, what: str) -> None:
+    inputs, reference = case.arguments(model.layer), lawful(case, model)
+    where = f"in {'training' if model.training else 'eval'} mode"
+    for name, context in MODES.items():
+        with context():
+            got, expected = call(model, inputs), call(reference, inputs)
+        require_all_close(f"the output {where}{name}, {what},", got, expected)
+
+
 def _gradients(case: LayerCase) -> None:
     for parts in case.selections():
-        model = case.adapted(fused_parts=parts).train()
-        _compare_gradients(model, lawful(case, model), case.arguments(model.layer), adapter_leaves(model.layer))
+        for fields in _SETTINGS:
+            model = case.adapted(fused_parts=parts, **fields).train()
+            _compare_gradients(case, model, lawful(case, model))
 
 
-def _compare_gradients(
-    model: nn.Module, reference: nn.Module, inputs: Sequence[Any], leaves: Sequence[nn.Parameter]
-) -> None:
-    inputs = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
-    free = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    named = {f"lora_{'AB'[i % 2]}": leaf for i, leaf in enumerate(leaves)}
-    expected = _gradients_of(reference, inputs, [*leaves, *free])
-    got = _gradients_of(model, inputs, [*leaves, *free])
-    names = [*(list(named) * (len(leaves) // max(len(named), 1))), *["an input"] * len(free)]
-    for name, first, second in zip(names, got, expected, strict=True):
-        require_close(f"the gradient of {name}", first, second)
-    for name, gradient in zip(names, got[: len(leaves)], strict=False):
-        require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
+def _compare_gradients(case: LayerCase, model: Holder, reference: Holder) -> None:
+    """Requires the gradients of the law, whether the inputs need some or not."""
+    inputs = case.arguments(model.layer)
+    leaves = named_leaves(model.layer)
+    others = _trained_beside(model.layer)
+    same = dict(reference.layer.named_parameters())
+    for free in ([], [x.requires_grad_() for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]):
+        names = [*leaves, *others, *["an input" for _ in free]]
+        expected = _gradients_of(reference, inputs, [*leaves.values(), *(same[name] for name in others), *free])
+        got = _gradients_of(model, inputs, [*leaves.values(), *others.values(), *free])
+        for name, first, second in zip(names, got, expected, strict=True):
+            require_close(f"the gradient of {name}", first, second)
+        for name, gradient in zip(leaves, got, strict=False):
+            require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
+
+
+def _trained_beside(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Lets the parameters of a layer that have no update, as biases, be trained; returns them by name."""
+    adapted = set(_updated_names(layer))
+    others = {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("lora_") and name not in adapted and parameter.is_floating_point()
+    }
+    for parameter in others.values():
+        parameter.requires_grad_()
+    return others
+
+
+def _updated_names(layer: nn.Module) -> list[str]:
+    """Returns the attribute names of the weights of a layer that have an update."""
+    return [slot.tensor for adapter in layer_state(layer).adapters.values() for slot in adapter.slots]
 
 
 def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -79,91 +128,38 @@ def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Ten
     loss = torch.stack(
         [(tensor * torch.linspace(-1, 2, tensor.numel()).view(tensor.shape)).sum() for tensor in outputs]
     )
-    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    # The reference is the same tensors each time: its weights were computed once.
+    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)]
 
 
 def _several(case: LayerCase) -> None:
     model = case.model()
     lora = case.adapt(model)
-    lora.add_adapter("second", _config(lora, r=2, alpha=1.0))
+    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
     lora.set_adapter(["default", "second"])
-    reference = lawful(case, model, {"default": 1.0, "second": 1.0})
+    both = {"default": 1.0, "second": 1.0}
     inputs = case.arguments(model.layer)
+    reference = lawful(case, model, both)
     require_all_close("the output with two adapters", call(model, inputs), call(reference, inputs))
-    _compare_gradients(model, reference, inputs, adapter_leaves(model.layer))
+    _compare_gradients(case, model.train(), lawful(case, model, both))
     lora.add_weighted_adapter(["default", "second"], [0.5, 2.0], "combined")
     reference = lawful(case, model, {"default": 0.5, "second": 2.0})
     lora.set_adapter("combined")
     require_all_close("the output of a weighted combination", call(model, inputs), call(reference, inputs))
+    _several_parts(case)
 
 
-def _config(lora: LoraModel, **fields: Any) -> Any:
-    config = lora.adapters["default"]
-    return type(config)(**{**config.to_dict(), **fields})
-
-
-def _dropout(case: LayerCase) -> None:
-    base = base_class_of(case.model().layer)
-    plugin = case.plugin
-    known = class_path(base) in {class_path(cls) for cls in plugin.branch_types}
-    if not known or plugin.branch_use == "never" or plugin.lookup:
-        _dropout_is_refused(case)
-        return
-    model = case.adapted(dropout=0.5).train()
-    inputs = case.arguments(model.layer)
-    outputs = [tensors_of(call(model, inputs, seed))[0].detach() for seed in range(300)]
-    require(any(not torch.equal(outputs[0], other) for other in outputs), "with dropout=0.5 every output is the same")
-    untouched = tensors_of(call(case.model().train(), inputs))[0].detach()
-    branch = tensors_of(call(lawful(case, model), inputs))[0].detach() - untouched
-    mean = torch.stack(outputs).mean(0) - untouched
-    size = float(branch.abs().mean())
-    error = float((mean - branch).abs().mean())
-    # Dropping is linear in the branch's input, so its mean over many draws is the branch; 0.25 is over four deviations.
-    require(error < 0.25 * size, f"the mean over 300 draws is off by {error / size:.0%} of the branch")
-    idle = case.adapted(dropout=0.5).train()
-    with torch.no_grad():
-        for parameter in adapter_leaves(idle.layer):
-            parameter.zero_()
-    require_close("the output with dropout=0.5 and an update of zero", tensors_of(call(idle, inputs))[0], untouched)
-    model.eval()
-    require_all_close("the output in eval mode", call(model, inputs), call(lawful(case, model), inputs))
-
-
-def _dropout_is_refused(case: LayerCase) -> None:
-    model = case.model()
-    try:
-        case.adapt(model, dropout=0.5)
-    except TargetError:
-        require(type(model.layer) is type(case.model().layer), "the refusal changed the layer")
-        return
-    refuse("a layer without a branch accepted dropout=0.5")
-
-
-def _inputs(case: LayerCase) -> None:
-    if type(case.plugin).inputs is LayerPlugin.inputs:
-        return
-    model: Holder = case.model().eval()
-    arguments = case.arguments(model.layer)
-    slots = case.slots()
-    weights = [model.layer.get_parameter(slot.tensor) for slot in slots]
-    output = torch.cat([tensor.flatten() for tensor in tensors_of(call(model, arguments)) if tensor.requires_grad])
-    gradients = torch.autograd.grad((output * torch.randn_like(output)).sum(), weights)
-    for slot, gradient in zip(slots, gradients, strict=True):
-        matrix = case.plugin.to_matrix(gradient)
-        start, stop, _ = slot.rows or (0, len(matrix), len(matrix))
-        vectors = case.plugin.inputs(model.layer, slot, *arguments).detach()
-        require(
-            vectors.dim() == 2 and vectors.shape[1] == matrix.shape[1],
-            f"inputs() gave {tuple(vectors.shape)}, where the weight's matrix has {matrix.shape[1]} columns",
-        )
-        # The gradient of M in M @ x is a sum of outer products with x: its rows are combinations of the inputs.
-        rows = matrix[start:stop]
-        rest = rows - rows @ torch.linalg.pinv(vectors) @ vectors
-        require(
-            float(rest.abs().max()) <= 1e-8 * float(rows.abs().max()),
-            "the weight's gradient is no combination of the vectors that inputs() gave",
-        )
+def _several_parts(case: LayerCase) -> None:
+    """Requires that adapters of other parts of a layer add up too."""
+    parts = case.selections()[1:]
+    for first, second in combinations(parts, 2):
+        model = case.model()
+        lora = case.adapt(model, fused_parts=first)
+        lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, fused_parts=second))
+        lora.set_adapter(["default", "second"])
+        inputs, reference = case.arguments(model.layer), lawful(case, model, {"default": 1.0, "second": 1.0})
+        require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
 
 
 LAW_CHECKS: tuple[Check[LayerCase], ...] = (
@@ -184,13 +180,13 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
         "law",
         _law,
         "the adapted layer computes in float64 what the untouched layer computes with W + scaling * B @ A",
-        "branch leaves out an option of the layer (bias, stride, padding, groups), the scaling or a slot's rows; or "
+        "branch leaves out an option of the layer (bias, stride, padding, groups), term.scaling or a slot's rows; or "
         "branch_types has a class whose forward does more.",
     ),
     Check(
         "gradients",
         _gradients,
-        "A, B and the inputs get the gradients that the law gives them, not zero for A and B",
+        "A, B, biases and inputs get the gradients that the law gives them, not zero for A and B",
         "branch detaches something, works in place on a tensor that autograd needs, or has an autograd function with a "
         "wrong backward.",
     ),
@@ -198,19 +194,6 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
         "several",
         _several,
         "several active adapters add up, and a weighted combination is the sum of their weighted updates",
-        "branch uses terms[0] instead of looping over all terms.",
-    ),
-    Check(
-        "dropout",
-        _dropout,
-        "in training mode dropout acts on the branch's input and on nothing else; in eval mode not at all; a layer "
-        "without a branch for its class refuses it",
-        "branch does not call term.drop(x), drops the input of the base as well, or drops something other than x.",
-    ),
-    Check(
-        "inputs",
-        _inputs,
-        "inputs() gives the vectors (n, in) that the weight's matrix is multiplied by, if the plugin has it",
-        "the vectors have another order of dimensions than the columns of to_matrix(weight).",
+        "branch uses terms[0], or its slot, instead of looping over all terms.",
     ),
 )

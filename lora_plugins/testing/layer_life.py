@@ -1,4 +1,4 @@
-"""Checks of what an adapted layer goes through: merging, unloading, copies, files, other types, compiling."""
+"""Checks of what an adapted layer goes through: merging, unloading, copies, files, devices, compiling."""
 
 import copy
 import pickle
@@ -13,10 +13,7 @@ from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot
 from lora_plugins.testing.check import Check, require, require_all_close, require_close, require_same_state, tensors_of
-from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, updated
-
-HALF = 0.05
-"""What an output in half precision may be off by, as a share of the largest value: a few times its rounding."""
+from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, runs, updated
 
 
 def _merge(case: LayerCase) -> None:
@@ -101,44 +98,13 @@ def _keys(case: LayerCase) -> None:
     require_same_state("the model after its base was loaded", {k: model.state_dict()[k] for k in base}, base)
 
 
-def _dtype(case: LayerCase) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        model = case.adapted(dtype).eval()
-        kinds = {parameter.dtype for parameter in adapter_leaves(model.layer)}
-        require(kinds == {torch.float32}, f"A and B on a base of {dtype} are of {kinds}")
-        inputs = case.arguments(model.layer)
-        if _runs(case.model(dtype).eval(), inputs):
-            _near(f"the output of a base of {dtype}", call(model, inputs), call(lawful(case, model), inputs))
-    model = case.adapted(torch.float32).double().eval()
-    inputs = case.arguments(model.layer)
-    require_all_close("the output after model.double()", call(model, inputs), call(lawful(case, model), inputs))
-    model, untouched = case.adapted(torch.float32).eval(), case.model(torch.float32).eval()
-    inputs = case.arguments(model.layer)
-    with torch.autocast("cpu", torch.bfloat16):
-        if _runs(untouched, inputs):
-            _near("the output under autocast", call(model, inputs), call(lawful(case, model), inputs))
-
-
-def _near(what: str, got: Any, expected: Any) -> None:
-    require_all_close(what, got, expected, HALF)
-
-
-def _runs(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether the untouched layer can run at all in this type or on this device."""
-    try:
-        call(module, inputs)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
-
-
 def _device(case: LayerCase) -> None:
     model, untouched = case.adapted().train(), case.model().train()
     inputs = case.arguments(model.layer)
     expected = call(lawful(case, model), inputs)
     # A tensor that is made without saying where lands on the default device, which is none here.
     with torch.device("meta"):
-        if _runs(untouched, inputs):
+        if runs(untouched, inputs):
             got = tensors_of(call(model, inputs))
             require(
                 not any(tensor.is_meta for tensor in got), "the output is on the default device, not on the layer's"
@@ -249,13 +215,6 @@ LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
         _keys,
         "the state dict keeps every key of the base and gains lora_A and lora_B of each slot, which alone are trained",
         "two slots have the same part, or a part is no identifier.",
-    ),
-    Check(
-        "dtype",
-        _dtype,
-        "A and B are float32 on a base in half precision, the output keeps the base's type, also under autocast, and "
-        "A and B follow model.double()",
-        "branch returns the type of A instead of that of the untouched output: end with y + update.to(y.dtype).",
     ),
     Check(
         "device",

@@ -7,11 +7,17 @@ from torch import nn
 
 from lora_plugins.plugins import LayerPlugin
 from lora_plugins.testing.check import Check, by_name, chosen, run
+from lora_plugins.testing.layer_answers import ANSWER_CHECKS
+from lora_plugins.testing.layer_calls import CALL_CHECKS
 from lora_plugins.testing.layer_case import LayerCase
+from lora_plugins.testing.layer_dropout import DROPOUT_CHECKS
+from lora_plugins.testing.layer_dtypes import DTYPE_CHECKS
 from lora_plugins.testing.layer_law import LAW_CHECKS
 from lora_plugins.testing.layer_life import LIFE_CHECKS
 
-LAYER_CHECKS: dict[str, Check[LayerCase]] = by_name(LAW_CHECKS, LIFE_CHECKS)
+LAYER_CHECKS: dict[str, Check[LayerCase]] = by_name(
+    LAW_CHECKS, DROPOUT_CHECKS, ANSWER_CHECKS, CALL_CHECKS, DTYPE_CHECKS, LIFE_CHECKS
+)
 """All checks of a layer plugin by name, in the order they are run."""
 
 

@@ -12,19 +12,30 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
-from lora_plugins.inplace import factors, layer_state, own_tensors_of
+from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import VARIANTS, Registry, VariantPlugin
+from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    MODES,
+    Check,
+    by_name,
+    chosen,
+    require,
+    require_close,
+    require_nothing_kept,
+    require_same_state,
+)
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 5),
     "conv2d": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "two parts of a linear": lambda: nn.Linear(6, 9),
 }
-INPUTS = {"linear": (3, 6), "conv2d": (3, 4, 5, 5)}
+INPUTS = {"linear": (3, 6), "conv2d": (3, 4, 5, 5), "two parts of a linear": (3, 6)}
+PARTS = {"two parts of a linear": {"0": ["q", "v"]}}
 
 
 @dataclass(frozen=True)
@@ -54,22 +65,45 @@ class VariantCase:
 
     def adapt(self, model: nn.Module, **fields: Any) -> LoraModel:
         """Puts an adapter of the variant on the model."""
-        config = LoraConfig(**{"r": 2, "alpha": 3.0, "variant": self.variant.name, **fields})
+        parts = PARTS.get(self.layer, {})
+        config = LoraConfig(**{"r": 2, "alpha": 3.0, "variant": self.variant.name, "fused_parts": parts, **fields})
         return LoraModel(model, config, registry=self.registry())
 
-    def trained(self, dtype: torch.dtype = torch.float64) -> LoraModel:
+    def trained(self, dtype: torch.dtype = torch.float64, **fields: Any) -> LoraModel:
         """An adapted model whose tensors are no longer what they were at the start."""
-        lora = self.adapt(self.model(dtype), init="none")
+        return move(self.adapt(self.model(dtype), init="none", **fields))
+
+    def expected(self, lora: LoraModel) -> Tensor:
+        """Returns the output of the untouched layer with the weight that the variant makes of it."""
+        layer = lora.model[0]  # type: ignore[index]
+        reference: Any = self.model()
+        planned = lora.plans["default"].layers[0]
+        weight = detached_weight(layer, "weight")
+        matrix = planned.plugin.to_matrix(weight).clone()
+        for each in deltas(lora).values():
+            matrix += each.delta_weight().detach()
         with torch.no_grad():
-            for parameter in adapter_parameters(lora.model[0], "default"):  # type: ignore[index]
-                parameter.mul_(1.25).add_(0.03)
-        return lora
+            reference[0].weight.copy_(planned.plugin.from_matrix(matrix, weight.shape))
+        return self.run(reference)
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns the output for one batch."""
         with own_randomness(1):
             x = torch.randn(INPUTS[self.layer], dtype=torch.float64).to(dtype)
         return torch.as_tensor(model(x))
+
+
+def move(lora: LoraModel) -> LoraModel:
+    """Moves all tensors of the adapter, as training would."""
+    with torch.no_grad():
+        for parameter in adapter_parameters(lora.model[0], "default"):  # type: ignore[index]
+            parameter.mul_(1.25).add_(0.03)
+    return lora
+
+
+def deltas(lora: LoraModel) -> dict[str, Term]:
+    """Returns what the variant says of each slot of the layer, by the slot's suffix."""
+    return {term.slot.suffix: term for term in terms_of(lora.model[0], "weight", "default")}  # type: ignore[index]
 
 
 def _registration(case: VariantCase) -> None:
@@ -79,14 +113,18 @@ def _registration(case: VariantCase) -> None:
 def _shapes(case: VariantCase) -> None:
     lora = case.adapt(case.model())
     layer = lora.plans["default"].layers[0]
-    (slot,) = layer.slots
     module = lora.model.get_submodule(layer.name)
-    own, shapes = own_tensors_of(module, "default", slot), layer.own_shapes(slot)
-    names = [name for name in own if not name.isidentifier() or name in ("A", "B")]
-    require(not names, f"tensors are called {names}")
-    for name, tensor in own.items():
-        require(tensor.shape == torch.Size(shapes[name]), f"{name!r} is {tuple(tensor.shape)}, not {shapes[name]}")
-        require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite")
+    for slot, shape in zip(layer.slots, layer.shapes, strict=True):
+        own, shapes = own_tensors_of(module, "default", slot), layer.own_shapes(slot)
+        names = [name for name in own if not name.isidentifier() or name in ("A", "B")]
+        require(not names, f"tensors are called {names}")
+        for name, tensor in own.items():
+            require(tensor.shape == torch.Size(shapes[name]), f"{name!r} is {tuple(tensor.shape)}, not {shapes[name]}")
+            require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite")
+        for dtype in (torch.float32, torch.float64):
+            delta = deltas(case.trained(dtype))[slot.suffix].delta
+            found = None if delta is None else (tuple(delta.shape), delta.dtype)
+            require(found == (shape, dtype), f"delta_weight gives {found} for a weight of {(shape, dtype)}")
     total = sum(p.numel() for p in lora.model.parameters() if p.requires_grad)
     require(lora.plans["default"].trainable == total, f"the plan counts {lora.plans['default'].trainable} of {total}")
 
@@ -100,13 +138,112 @@ def _identity(case: VariantCase) -> None:
 
 def _gradients(case: VariantCase) -> None:
     lora = case.trained()
-    (slot,) = lora.plans["default"].layers[0].slots
     layer = lora.model.get_submodule(lora.plans["default"].layers[0].name)
     case.run(lora.model).sin().sum().backward()  # type: ignore[no-untyped-call]
-    tensors = dict(zip("AB", factors(layer, "default", slot), strict=True))
-    for name, tensor in {**tensors, **own_tensors_of(layer, "default", slot)}.items():
-        moved = tensor.grad is not None and bool(tensor.grad.abs().max() > 0)
-        require(moved, f"{name!r} gets no gradient")
+    for slot in lora.plans["default"].layers[0].slots:
+        for name, tensor in slot_tensors(layer, "default", slot).items():
+            moved = tensor.grad is not None and bool(tensor.grad.abs().max() > 0)
+            require(moved, f"{name!r} gets no gradient")
+
+
+def _scaling(case: VariantCase) -> None:
+    for alpha in (0.5, 64.0):
+        model = case.model()
+        before = case.run(model)
+        case.adapt(model, alpha=alpha)
+        require_close(f"the output at the start with alpha={alpha}", case.run(model), before)
+    one, other = (deltas(case.trained(alpha=alpha)) for alpha in (3.0, 6.0))
+    for suffix, term in one.items():
+        assert term.delta is not None
+        same = torch.equal(term.delta, torch.as_tensor(other[suffix].delta))
+        require(not same, "the update is the same with another alpha")
+
+
+def _branch(case: VariantCase) -> None:
+    for dropout in (0.0, 0.5):
+        lora = case.trained(dropout=dropout)
+        expected = case.expected(lora)
+        for name, context in MODES.items():
+            with context():
+                require_close(f"the output{name}", case.run(lora.model), expected)
+        if not dropout:
+            require_close("the output in training mode", case.run(lora.model.train()), expected)
+            continue
+        lora.model.train()
+        draws = torch.stack([case.run(lora.model).detach() for _ in range(300)])
+        update = (expected - case.run(case.model())).detach()
+        error = float((draws.mean(0) - expected.detach()).abs().mean() / update.abs().mean())
+        # Of the order of the deviation of a mean over 300 draws, a few per cent of the update.
+        require(error < 0.25, f"with dropout, the mean over 300 draws is off by {error:.0%} of the update")
+
+
+def _pure(case: VariantCase) -> None:
+    before = torch.get_rng_state()
+    lora = case.trained()
+    _stands(before)
+    state = {key: value.clone() for key, value in lora.model.state_dict().items()}
+    first = case.run(lora.model)
+    before = torch.get_rng_state()
+    case.run(lora.model.train())
+    case.run(lora.model.eval())
+    _stands(before)
+    require_same_state("the model after two calls", lora.model.state_dict(), state)
+    require_close("the output, computed again,", case.run(lora.model), first, 0)
+    require_nothing_kept(lambda _: case.run(lora.model))
+    earlier = deltas(lora)
+    for suffix, term in deltas(move(lora)).items():
+        same = torch.equal(torch.as_tensor(term.delta), torch.as_tensor(earlier[suffix].delta))
+        require(not same, "the update is the same after A, B and the variant's own tensors moved")
+
+
+def _stands(random: Tensor) -> None:
+    require(torch.equal(torch.get_rng_state(), random), "the random numbers of the process were moved")
+
+
+def _zeros(case: VariantCase) -> None:
+    """Layers that start at zero, as those that are added to a trained model do, have rows without a direction."""
+    model = case.model()
+    with torch.no_grad():
+        model[0].weight[:2].zero_()  # type: ignore[index]
+    before = case.run(model)
+    lora = case.adapt(model)
+    require_close("the output at the start, where two rows of the weight are zero,", case.run(model), before)
+    case.run(move(lora).model).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in adapter_parameters(model[0], "default"):
+        found = torch.as_tensor(parameter.grad)
+        require(bool(found.isfinite().all()), "where two rows of the weight are zero, a gradient is not finite")
+
+
+def _ranks(case: VariantCase) -> None:
+    for r in (1, 9):
+        model = case.model()
+        before = case.run(model)
+        lora = case.adapt(model, r=r)
+        require_close(f"the output at the start with r={r}", case.run(model), before)
+        move(lora)
+        output = case.run(model)
+        require(bool(output.isfinite().all()), f"with r={r} the output is not finite")
+        factors = {suffix: (term.A, term.B) for suffix, term in deltas(lora).items()}
+        for at in range(r):
+            before_delta = deltas(lora)
+            with torch.no_grad():
+                for A, _ in factors.values():
+                    A[at] *= 2
+            for suffix, term in deltas(lora).items():
+                same = torch.equal(torch.as_tensor(term.delta), torch.as_tensor(before_delta[suffix].delta))
+                require(not same, f"with r={r} the update does not depend on the rank {at}")
+
+
+def _device(case: VariantCase) -> None:
+    lora = case.trained()
+    expected = case.expected(lora)
+    with own_randomness(1):
+        x = torch.randn(INPUTS[case.layer], dtype=torch.float64)
+    # A tensor that is made without saying where lands on the default device, which is none here.
+    with torch.device("meta"):
+        got = lora.model(x)
+    require(not got.is_meta, "the output is on the default device, not on the layer's")
+    require_close("the output with another default device", got, expected)
 
 
 def _base_untouched(case: VariantCase) -> None:
@@ -181,6 +318,37 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
         "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad().",
     ),
     Check(
+        "scaling",
+        _scaling,
+        "the start does not depend on alpha, and the update does",
+        "first_values or delta_weight leaves the scaling out.",
+    ),
+    Check(
+        "branch",
+        _branch,
+        "the layer computes W + delta_weight with gradients and without, in training and, with dropout, on average",
+        "delta_weight gives something else in another mode.",
+    ),
+    Check(
+        "pure",
+        _pure,
+        "delta_weight and first_values change nothing that they are handed, draw no random numbers and keep nothing",
+        "an operation in place on A, B or an own tensor, or a tensor kept from an earlier call.",
+    ),
+    Check(
+        "zeros",
+        _zeros,
+        "rows of zeros in the weight start and learn like others",
+        "a division by the norm of a row.",
+    ),
+    Check("ranks", _ranks, "any rank works, and each rank counts", "delta_weight counts on a number of ranks."),
+    Check(
+        "device",
+        _device,
+        "what is made is where the weight is",
+        "torch.ones(n) where A.new_ones(n) is meant.",
+    ),
+    Check(
         "base",
         _base_untouched,
         "delta_weight leaves the weight that it is handed alone",
@@ -208,7 +376,7 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
         "dtype",
         _dtype,
         "A, B and own tensors are float32 on a base in half precision, whose type the output keeps",
-        "a constant of a fixed type or device, as torch.ones(n) where A.new_ones(n) is meant.",
+        "a constant of a fixed type, as torch.ones(n) where A.new_ones(n) is meant.",
     ),
 )
 
@@ -219,7 +387,7 @@ VARIANT_CHECKS: dict[str, Check[VariantCase]] = by_name(_CHECKS)
 def check_variant_plugin(
     variant: VariantPlugin, *, only: Collection[str] | None = None, skip: Collection[str] = ()
 ) -> None:
-    """Checks a variant on a linear layer and a grouped convolution; it need not be registered or installed.
+    """Checks a variant on a linear layer, whole and in parts, and a grouped convolution; it need not be installed.
 
     Args:
         variant: The plugin.

@@ -385,3 +385,16 @@ class TestRefusals:
         plan = LoraModel.plan(model, LoraConfig(r=2, target_modules=["head"], init="eva"))
         with pytest.raises(StateError, match="Calibrating"):
             calibrate(model, plan, InitData(batches()))
+
+
+def test_layers_that_are_called_with_keywords_are_observed():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    data = InitData([torch.randn(12, 6)])
+    LoraModel(Named(), LoraConfig(r=2, target_modules=["layer"], init="eva"), init_data=data)

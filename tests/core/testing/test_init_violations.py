@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_plugins import ConfigError, InitPlugin
 from lora_plugins.testing import INIT_CHECKS, CheckError, check_init_plugin
+from tests.core.testing.test_planted_inits import WritesItsOptions
 
 
 class Good(InitPlugin):
@@ -137,6 +138,7 @@ VIOLATIONS = {
     "identity": (NoIdentity, "the output differs by up to"),
     "scaling": (ForgetsScaling, "and the changed base alone by"),
     "reproducible": (DrawsFromTheProcess, "the random numbers of the process were moved"),
+    "pure": (WritesItsOptions, "the options were {'gains': [1.0"),
     "seed": (SeedsItself, "'embedding' starts the same with another seed and another weight"),
     "base": (WritesTheWeight, "changes_base=False, and"),
     "recipe": (SharesItsRecipe, "the recipe is A or B itself"),
@@ -154,7 +156,7 @@ ALSO = {
     "filled": {"reproducible", "dtype", "ranks", "files", "identity", "scaling"},
     # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
     "identity": {"scaling"},
-    "base": {"identity", "scaling", "files"},
+    "base": {"identity", "scaling", "files", "pure"},
     "recipe": {"files"},
     # The start is compared in float64.
     "dtype": {"identity", "scaling"},

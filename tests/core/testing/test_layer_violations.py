@@ -11,6 +11,14 @@ from torch.nn import functional as F
 
 from lora_plugins import ConfigError, RowMajorPlugin, Slot
 from lora_plugins.testing import LAYER_CHECKS, CheckError, check_layer_plugin
+from tests.core.testing.test_planted_layers import (
+    DrawsInTheBranch,
+    IgnoresDelta,
+    MixedFirstOnly,
+    NoBiases,
+    OnlyBatches,
+    ReadsTheRawWeight,
+)
 
 
 class Good(RowMajorPlugin):
@@ -164,8 +172,8 @@ class Counts(Good):
 VIOLATIONS = {
     "registration": (OtherClass, "a torch.nn.modules.linear.Linear was built"),
     "layout": (Transposed, "from_matrix(to_matrix(W))"),
-    "law": (NoScaling, "the output in eval mode differs by up to"),
-    "gradients": (Detached, "the gradient of lora_A differs"),
+    "law": (NoScaling, "the output in eval mode, of the whole layer with {}, differs by up to"),
+    "gradients": (Detached, "the gradient of lora_A.default differs"),
     "several": (FirstOnly, "the output with two adapters differs"),
     "dropout": (DropsAll, "dropout=0.5 and an update of zero differs"),
     "inputs": (SwappedInputs, "no combination of the vectors that inputs() gave"),
@@ -180,18 +188,29 @@ VIOLATIONS = {
     "compile": (AsksForAValue, "Data-dependent branching"),
     "files": (NamedByIdentity, "has slots"),
     "stateless": (Counts, "'calls': 0"),
+    "variant": (IgnoresDelta, "a draw gives an update that is neither"),
+    "biases": (NoBiases, "['bias'] is added to the output whatever the input is, and biases() names []"),
+    "calls": (OnlyBatches, "shape"),
+    "pure": (DrawsInTheBranch, "changes ['the random numbers of the process']"),
+    "base": (ReadsTheRawWeight, "'weight'"),
+    "mixed": (MixedFirstOnly, "the output of a mixed batch of rows differs"),
 }
 """By check: a plugin that breaks it, and what the message says came."""
 
 ALSO = {
     # What everything else stands on.
-    "registration": set(LAYER_CHECKS) - {"layout", "inputs"},
-    "law": {"gradients", "several", "dropout", "merge", "aliases", "dtype", "deepcopy", "pickle", "compile", "device"},
+    "registration": set(LAYER_CHECKS) - {"layout", "inputs", "biases"},
+    "law": set(LAYER_CHECKS)
+    - {"registration", "layout", "inputs", "biases", "variant", "mixed", "unload", "keys", "files", "stateless"},
     # Merging views the weight as a matrix.
-    "layout": {"merge", "aliases"},
-    # Two adapters have gradients too, and a layer under two names is merged.
-    "gradients": {"several"},
-    "merge": {"aliases"},
+    "layout": {"merge", "aliases", "base"},
+    # Two adapters have gradients too, those in half precision are gradients, and a layer under two names is merged.
+    "gradients": {"several", "dtype"},
+    # One of two adapters is merged.
+    "several": {"base"},
+    "merge": {"aliases", "base"},
+    # What was remembered of a whole batch is no output of a part of it.
+    "aliases": {"calls", "pure"},
 }
 """The other checks that a violation cannot but break."""
 

@@ -9,6 +9,14 @@ from torch import Tensor
 from lora_plugins import ConfigError
 from lora_plugins.testing import VARIANT_CHECKS, CheckError, check_variant_plugin
 from lora_plugins.variants.dora import DoraVariant
+from tests.core.testing.test_planted_variants import (
+    KeepsItsUpdate,
+    NoScaling,
+    NotFiniteForAZeroRow,
+    OnDefaultDevice,
+    OnlyRankTwo,
+    WrongWithoutGradients,
+)
 
 
 def test_dora(variant_check):
@@ -84,6 +92,12 @@ VIOLATIONS = {
     "shapes": WrongShape,
     "identity": NotAtTheStart,
     "gradients": Detached,
+    "scaling": NoScaling,
+    "branch": WrongWithoutGradients,
+    "pure": KeepsItsUpdate,
+    "zeros": NotFiniteForAZeroRow,
+    "ranks": OnlyRankTwo,
+    "device": OnDefaultDevice,
     "base": InPlace,
     "merging": Remembers,
     "copies": ForgetsWhenCopied,

@@ -1,0 +1,187 @@
+"""Checks of what a plugin says of a layer: the vectors that its weight is multiplied by, and its biases."""
+
+from collections.abc import Collection, Iterator, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.inplace import detached_weight
+from lora_plugins.plugins import LayerPlugin, Slot
+from lora_plugins.testing.check import Check, require, require_close, tensors_of
+from lora_plugins.testing.layer_case import Holder, LayerCase, batched, call, mapped, runs
+
+_OUTPUTS = 12
+"""How many elements of the output are looked at."""
+
+
+def _inputs(case: LayerCase) -> None:
+    if type(case.plugin).inputs is LayerPlugin.inputs:
+        return
+    model = case.model().eval()
+    arguments = case.arguments(model.layer)
+    output = _flat(call(model, arguments))
+    for slot in case.slots():
+        vectors = case.plugin.inputs(model.layer, slot, *arguments).detach()
+        columns = case.plugin.to_matrix(detached_weight(model.layer, slot.tensor)).shape[1]
+        require(
+            vectors.dim() == 2 and vectors.shape[1] == columns,
+            f"inputs() gave {tuple(vectors.shape)}, where the weight's matrix has {columns} columns",
+        )
+        # The gradient of M in M @ x is a sum of outer products with x: its rows are combinations of the inputs.
+        rows = _gradient(case, model, slot, (output * torch.randn_like(output)).sum())
+        rest = rows - rows @ torch.linalg.pinv(vectors) @ vectors
+        require(
+            float(rest.abs().max()) <= 1e-8 * float(rows.abs().max()),
+            "the weight's gradient is no combination of the vectors that inputs() gave",
+        )
+        _of_each_row(case, model, slot, vectors)
+        _size(case, model, slot, output, vectors)
+
+
+def _flat(output: Any) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors_of(output) if tensor.requires_grad])
+
+
+def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:
+    """Returns the gradient of a slot's rows of the weight's matrix."""
+    (gradient,) = torch.autograd.grad(value, [model.layer.get_parameter(slot.tensor)], retain_graph=True)
+    matrix = case.plugin.to_matrix(gradient)
+    start, stop, _ = slot.rows or (0, len(matrix), len(matrix))
+    return matrix[start:stop]
+
+
+def _of_each_row(case: LayerCase, model: Holder, slot: Slot, vectors: Tensor) -> None:
+    """Requires that the vectors of a batch are those of its rows together, in whatever order."""
+    arguments = case.arguments(model.layer)
+    rows = range(_rows(arguments))
+    single = [mapped(arguments, itemgetter(slice(at, at + 1)), batched(arguments)) for at in rows]
+    if not single or not all(runs(model, each) for each in single):
+        return
+    each = torch.cat([case.plugin.inputs(model.layer, slot, *row).detach() for row in single])
+    require_close("the sum of the squares of the vectors that inputs() gave", vectors.T @ vectors, each.T @ each, 1e-8)
+
+
+def _rows(arguments: Sequence[Any]) -> int:
+    return len(arguments[0]) if any(batched(arguments)) else 0
+
+
+def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: Tensor) -> None:
+    """Requires that the vectors have the right size, which the bias tells: it is multiplied by 1 where W is by x.
+
+    That holds where the output is a sum of products with W. Where it is not, or there is no bias to compare with, or
+    the weight meets a sum of several vectors, nothing is required.
+    """
+    biases = [model.layer._parameters.get(name) for name in case.plugin.biases(model.layer)]
+    given = [bias for bias in biases if bias is not None]
+    if not given or not _is_linear_in(case, slot):
+        return
+    lengths = vectors.square().sum(1)
+    for value in _spread(output):
+        ones = torch.autograd.grad(value, given, retain_graph=True, allow_unused=True)
+        one = sum(float(each.sum()) for each in ones if each is not None)
+        for row in _gradient(case, model, slot, value):
+            products = vectors @ row
+            along = products.square() >= (1 - 1e-9) * lengths * row.square().sum()
+            factors = products[along & (lengths > 0)] / lengths[along & (lengths > 0)]
+            if one and bool(row.any()) and len(factors):
+                factor = float(factors[(factors - one).abs().argmin()])
+                require(
+                    abs(factor - one) <= 1e-6 * abs(one),
+                    f"an output has {factor:.4g} times a vector of inputs() as the gradient of the weight, and "
+                    f"{one:.4g} as that of the bias",
+                )
+
+
+def _spread(output: Tensor) -> Iterator[Tensor]:
+    yield from output[torch.linspace(0, len(output) - 1, min(_OUTPUTS, len(output))).long()]
+
+
+def _is_linear_in(case: LayerCase, slot: Slot) -> bool:
+    """Whether the output is a sum of something and something times the weight."""
+    outputs = [
+        _flat(call(_scaled(case, slot.tensor, factor), case.arguments(case.model().layer))) for factor in (0, 1, 2)
+    ]
+    return torch.allclose(outputs[2] - outputs[1], outputs[1] - outputs[0])
+
+
+def _scaled(case: LayerCase, tensor: str, factor: float) -> Holder:
+    model = case.model().eval()
+    with torch.no_grad():
+        model.layer.get_parameter(tensor).mul_(factor)
+    return model
+
+
+def _biases(case: LayerCase) -> None:
+    layer = case.model().layer
+    names = list(case.plugin.biases(layer))
+    weights = {slot.tensor for slot in (*case.slots(), *case.plugin.parts(layer).values())}
+    for name in names:
+        require(name not in weights, f"biases() names {name!r}, which is the weight of a slot")
+    # The default names a bias that a layer without any need not have.
+    if type(case.plugin).biases is not LayerPlugin.biases:
+        missing = [name for name in names if not _has(layer, name)]
+        require(not missing, f"biases() names {missing}, and the layer has the parameters {list(layer._parameters)}")
+    added = [name for name in _vectors(layer) if name not in weights and _is_added(case, name, weights)]
+    left_out = [name for name in added if name not in names]
+    require(not left_out, f"{left_out} is added to the output whatever the input is, and biases() names {names}")
+    factors = [name for name in names if name in _vectors(layer) and _is_a_factor(case, name, weights)]
+    require(not factors, f"biases() names {factors}, by which the output is multiplied")
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    path, _, key = name.rpartition(".")
+    return key in layer.get_submodule(path)._parameters
+
+
+def _vectors(layer: nn.Module) -> list[str]:
+    """Returns the names of a layer's own parameters that are vectors."""
+    parameters = layer._parameters.items()
+    return [name for name, p in parameters if p is not None and p.dim() == 1 and p.is_floating_point()]
+
+
+def _is_added(case: LayerCase, name: str, weights: set[str]) -> bool:
+    """Whether a parameter is added to the output: its gradient knows neither the inputs nor the weights."""
+    first = _gradient_of(case, name, seed=0, factor=1)
+    others = [_gradient_of(case, name, seed, factor, weights) for seed, factor in ((0, 2), (1, 1))]
+    return (
+        first is not None
+        and bool(first.any())
+        and all(other is not None and torch.allclose(other, first) for other in others)
+    )
+
+
+def _is_a_factor(case: LayerCase, name: str, weights: set[str]) -> bool:
+    """Whether an output that is linear in the weights is multiplied by a parameter."""
+    if not all(_is_linear_in(case, slot) for slot in case.slots()):
+        return False
+    first, second = (_gradient_of(case, name, 0, factor, weights) for factor in (1, 2))
+    return first is not None and second is not None and not torch.allclose(first, second)
+
+
+def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: Collection[str] = ()) -> Tensor | None:
+    model = case.model().eval()
+    with torch.no_grad():
+        for weight in weights:
+            model.layer.get_parameter(weight).mul_(factor)
+    output = _flat(call(model, case.arguments(model.layer, seed)))
+    loss = (output * torch.linspace(-1, 2, len(output), dtype=output.dtype)).sum()
+    (found,) = torch.autograd.grad(loss, [model.layer.get_parameter(name)], allow_unused=True)
+    return found
+
+
+ANSWER_CHECKS: tuple[Check[LayerCase], ...] = (
+    Check(
+        "inputs",
+        _inputs,
+        "inputs() gives all the vectors (n, in) that the weight's matrix is multiplied by, if the plugin has it",
+        "the vectors have another order of dimensions than the columns of to_matrix(weight), or are scaled.",
+    ),
+    Check(
+        "biases",
+        _biases,
+        "biases() names the parameters of the layer that are added to its output, and no others",
+        "the layer calls its bias otherwise than 'bias', or biases() names something else.",
+    ),
+)

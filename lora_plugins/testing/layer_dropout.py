@@ -1,0 +1,159 @@
+"""Checks of dropout and of variants: what a branch is there for besides speed."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import TargetError
+from lora_plugins.plugins import RowMajorPlugin
+from lora_plugins.testing.check import (
+    TIGHT,
+    Check,
+    refuse,
+    require,
+    require_all_close,
+    require_close,
+    tensors_of,
+)
+from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, mapped, moved
+
+_VARIANT = "dora"
+"""The variant that layer types are checked with: its update is no product of two factors."""
+
+
+def _dropout(case: LayerCase) -> None:
+    if not case.has_branch or case.plugin.lookup:
+        _is_refused(case)
+        return
+    idle = case.adapted(dropout=0.5).train()
+    with torch.no_grad():
+        for parameter in adapter_leaves(idle.layer):
+            parameter.zero_()
+    inputs = case.arguments(idle.layer)
+    untouched = tensors_of(call(case.model().train(), inputs))[0]
+    require_close("the output with dropout=0.5 and an update of zero", tensors_of(call(idle, inputs))[0], untouched)
+    _drops_the_input(case)
+
+
+def _is_refused(case: LayerCase, **fields: Any) -> None:
+    model = case.model()
+    try:
+        case.adapt(model, dropout=0.5, **fields)
+    except TargetError:
+        require(type(model.layer) is type(case.model().layer), "the refusal changed the layer")
+        return
+    refuse("a layer without a branch accepted dropout=0.5")
+
+
+def _drops_the_input(case: LayerCase, **fields: Any) -> None:
+    """Requires that dropout drops single elements of the branch's input in training, and nothing in eval mode."""
+    model = moved(case.adapted(dropout=0.5, **fields)).train()
+    inputs = case.arguments(model.layer)
+    outputs = [tensors_of(call(model, inputs, seed))[0].detach() for seed in range(300)]
+    require(any(not torch.equal(outputs[0], other) for other in outputs), "with dropout=0.5 every output is the same")
+    branch = _update(case, model, inputs)
+    mean = torch.stack(outputs).mean(0) - tensors_of(call(case.model().train(), inputs))[0].detach()
+    size = float(branch.abs().mean())
+    error = float((mean - branch).abs().mean())
+    # Dropping is linear in the branch's input, so its mean over many draws is the branch; 0.25 is over four deviations.
+    require(error < 0.25 * size, f"the mean over 300 draws is off by {error / size:.0%} of the branch")
+    _drops_single_elements(case, model, inputs)
+    model.eval()
+    require_all_close("the output in eval mode", call(model, inputs), call(lawful(case, model), inputs))
+
+
+def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
+    """Returns what the update adds to the output if nothing is dropped."""
+    untouched = tensors_of(call(case.model().train(), inputs))[0]
+    return (tensors_of(call(lawful(case, model), inputs))[0] - untouched).detach()
+
+
+def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> None:
+    """Requires that two elements of the input, all others zero, are dropped each by itself, and scaled if kept."""
+    for first, second in _pairs(inputs):
+        both = _only(inputs, (first, second))
+        one, other = (_update(case, model, _only(inputs, (each,))) for each in (first, second))
+        untouched = tensors_of(call(case.model().train(), both))[0].detach()
+        if not _add_up(_update(case, model, both), one, other):
+            continue  # the update is no sum over these two, as with the products of a bilinear layer
+        seen = set()
+        outcomes = {kept: 2 * (kept[0] * one + kept[1] * other) for kept in product((0, 1), repeat=2)}
+        size = max(float(outcome.abs().max()) for outcome in outcomes.values())
+        for seed in range(64):  # all four outcomes are missing one with a probability of 4e-8
+            got = tensors_of(call(model, both, seed))[0].detach() - untouched
+            fits = [kept for kept, outcome in outcomes.items() if float((got - outcome).abs().max()) <= TIGHT * size]
+            require(
+                bool(fits),
+                "of an input of two elements, a draw gives an update that is neither of one nor of the other, of both, "
+                "or of none",
+            )
+            seen |= {*fits}
+        require(len(seen) == len(outcomes), "two elements of the input are always dropped together, or never")
+
+
+def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields positions that differ in one dimension of the first floating input."""
+    shape = next(x.shape for x in inputs if _is_values(x))
+    for axis, size in enumerate(shape):
+        if size > 1:
+            yield (0,) * len(shape), tuple(size - 1 if at == axis else 0 for at in range(len(shape)))
+
+
+def _only(inputs: Sequence[Any], positions: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+    """Returns the inputs with zeros everywhere but at some positions, in each of them as far as it has them."""
+
+    def masked(x: Tensor) -> Tensor:
+        mask = torch.zeros_like(x)
+        for position in positions:
+            mask[tuple(min(at, size - 1) for at, size in zip(position, x.shape, strict=False))] = 1
+        return x * mask
+
+    return mapped(inputs, masked, [_is_values(x) for x in inputs])
+
+
+def _is_values(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _add_up(both: Tensor, one: Tensor, other: Tensor) -> bool:
+    size = float(both.abs().max())
+    alike = float((one - other).abs().max()) <= 1e-3 * size
+    distinct = bool(one.any()) and bool(other.any()) and not alike
+    return distinct and float((both - one - other).abs().max()) <= TIGHT * size
+
+
+def _variant(case: LayerCase) -> None:
+    if not isinstance(case.plugin, RowMajorPlugin):
+        return  # refused by name when it is planned
+    for parts in case.selections():
+        model = moved(case.adapted(variant=_VARIANT, fused_parts=parts))
+        inputs = case.arguments(model.layer)
+        for training in (False, True):
+            model.train(training)
+            require_all_close(f"the output with {_VARIANT}", call(model, inputs), call(lawful(case, model), inputs))
+    if case.has_branch and case.plugin.branch_takes_delta and not case.plugin.lookup:
+        _drops_the_input(case, variant=_VARIANT)
+    else:
+        _is_refused(case, variant=_VARIANT)
+
+
+DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
+    Check(
+        "dropout",
+        _dropout,
+        "in training mode dropout drops single elements of the branch's input and nothing else; in eval mode nothing; "
+        "a layer without a branch for its class refuses it",
+        "branch does not call term.drop(x), drops the input of the base as well, or drops something other than x, such "
+        "as A(x) or the update.",
+    ),
+    Check(
+        "variant",
+        _variant,
+        "with a variant, whose update is any matrix, the layer computes W + that matrix, with dropout too if the "
+        "plugin says branch_takes_delta=True",
+        "branch does not add term.delta where a term has one, or drops nothing of its input then.",
+    ),
+)

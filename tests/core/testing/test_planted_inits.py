@@ -1,0 +1,175 @@
+"""Defects that an author of an init may build in: the kit finds each of them, in the check that says so."""
+
+import random
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import InitPlugin
+from lora_plugins.testing import CheckError, check_init_plugin
+
+
+class Plain(InitPlugin):
+    """A normal A and a zero B."""
+
+    name = "plain"
+    options: ClassVar = {"gains": [1.0]}
+
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=context.generator)
+        context.B.zero_()
+        return {}
+
+
+class Changing(Plain):
+    """Takes a rank-one piece out of the base and gives it to the adapter."""
+
+    name = "changing"
+    changes_base = True
+
+    def fill(self, context):
+        nn.init.normal_(context.A, std=0.1, generator=context.generator)
+        nn.init.normal_(context.B, std=0.1, generator=context.generator)
+        return {"A": context.A.clone(), "B": context.B.clone()}
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return (weight.double() - scaling * recipe["B"].double() @ recipe["A"].double()).to(weight.dtype)
+
+
+class DrawsFromPython(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.mul_(1 + random.random())
+        return {}
+
+
+class DrawsFromNumpy(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.mul_(1 + np.random.rand())
+        return {}
+
+
+class MovesPythonsNumbers(Plain):
+    """Seeds what it draws from, and leaves it so."""
+
+    def fill(self, context):
+        random.seed(0)
+        return super().fill(context)
+
+
+class DependsOnTheOrder(Plain):
+    """Scales the first layer of a model, whichever comes first."""
+
+    last: ClassVar[list] = []
+
+    def fill(self, context):
+        super().fill(context)
+        if not self.last or self.last[-1] == "conv2d":
+            context.A.mul_(2)
+        self.last.append(context.layer)
+        return {}
+
+
+class DrawsFromOneGenerator(Plain):
+    """A generator of the plugin, which goes on from layer to layer."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=self.generator)
+        context.B.zero_()
+        return {}
+
+
+class WritesItsOptions(Plain):
+    def fill(self, context):
+        context.options["gains"].append(2.0)
+        return super().fill(context)
+
+
+class WritesTheCalibration(Plain):
+    needs = "inputs"
+
+    def fill(self, context):
+        context.calibration.inputs.gram.div_(context.calibration.inputs.count)
+        return super().fill(context)
+
+
+class RandomBase(Changing):
+    def changed_base(self, weight, recipe, scaling, options):
+        return super().changed_base(weight, recipe, scaling, options) + 1e-3 * torch.rand(weight.shape)
+
+
+class SeededRandomBase(Changing):
+    """The same each time, from a seed that is the process's."""
+
+    def changed_base(self, weight, recipe, scaling, options):
+        noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(torch.initial_seed() % 2**31))
+        return super().changed_base(weight, recipe, scaling, options) + 1e-6 * noise
+
+
+class ChangedInPlace(Changing):
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight.sub_((scaling * recipe["B"].double() @ recipe["A"].double()).to(weight.dtype))
+
+
+class WritesTheRecipe(Changing):
+    def changed_base(self, weight, recipe, scaling, options):
+        recipe["B"].mul_(scaling)
+        return weight - recipe["B"] @ recipe["A"]
+
+
+class CountsBases(Changing):
+    """Right for the first two computations of a base, and no more."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def changed_base(self, weight, recipe, scaling, options):
+        self.calls += 1
+        return super().changed_base(weight, recipe, scaling, options) + (self.calls > 6) * 1e-3
+
+
+class Remembers(Plain):
+    """Starts a layer as the layer of that name that it started last."""
+
+    kept: ClassVar[dict] = {}
+
+    def fill(self, context):
+        super().fill(context)
+        context.A.copy_(self.kept.setdefault((context.layer, context.A.shape, context.A.dtype), context.A.clone()))
+        return {}
+
+
+PLANTED = {
+    DrawsFromPython: "reproducible",
+    DrawsFromNumpy: "reproducible",
+    MovesPythonsNumbers: "reproducible",
+    DependsOnTheOrder: "reproducible",
+    DrawsFromOneGenerator: "reproducible",
+    WritesItsOptions: "pure",
+    WritesTheCalibration: "pure",
+    RandomBase: "recipe",
+    SeededRandomBase: "recipe",
+    ChangedInPlace: "recipe",
+    WritesTheRecipe: "recipe",
+    CountsBases: "recipe",
+    Remembers: "seed",
+}
+"""By defect, the check that is about it; others may find it too."""
+
+
+@pytest.mark.parametrize("cls", [Plain, Changing])
+def test_nothing_is_found_where_nothing_is_wrong(cls):
+    check_init_plugin(cls())
+
+
+@pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)
+def test_a_planted_defect_is_found(cls):
+    with pytest.raises(CheckError):
+        check_init_plugin(cls(), only=[PLANTED[cls]])

@@ -1,0 +1,376 @@
+"""Defects that an author of a layer plugin may build in: the kit finds each of them, in the check that says so."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_plugins import RowMajorPlugin, Slot
+from lora_plugins.layers.linear import LinearPlugin
+from lora_plugins.testing import CheckError, check_layer_plugin
+
+
+class Complete(RowMajorPlugin):
+    """A plugin for nn.Linear that has everything a layer plugin can have, in plain operations."""
+
+    name = "complete"
+    module_type = nn.Linear
+    branch_types = (nn.Linear,)
+    branch_use = "always"
+    branch_takes_delta = True
+    parts = LinearPlugin.parts
+
+    def inputs(self, layer, slot, x):
+        return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        for term in terms:
+            y = y + self.placed(term, self.update(term, x)).to(y.dtype)
+        return y
+
+    def update(self, term, x):
+        x = term.drop(x).to(term.A.dtype)
+        return F.linear(x, term.delta) if term.delta is not None else self.low_rank(term, x)
+
+    def low_rank(self, term, x):
+        return F.linear(F.linear(x, term.A), term.B) * term.scaling
+
+    def placed(self, term, update):
+        start, stop, total = term.slot.rows or (0, update.shape[-1], update.shape[-1])
+        return F.pad(update, (start, total - stop))
+
+    def mixed(self, layer, base, adapters, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        A, B = adapters.A[adapters.index], adapters.B[adapters.index]
+        rows = x.reshape(len(x), x.shape[1:-1].numel(), x.shape[-1]).to(A.dtype)
+        return y + (rows @ A.mT @ B.mT).reshape(y.shape).to(y.dtype)
+
+
+class MixedFirstOnly(Complete):
+    def mixed(self, layer, base, adapters, x):
+        return super().mixed(layer, base, replace(adapters, index=torch.zeros_like(adapters.index)), x)
+
+
+class MixedWithoutBaseRows(Complete):
+    """Takes the last adapter where a row has none."""
+
+    def mixed(self, layer, base, adapters, x):
+        return super().mixed(layer, base, replace(adapters, index=adapters.index.clamp(max=len(adapters.A) - 2)), x)
+
+
+class MixedWithoutBias(Complete):
+    def mixed(self, layer, base, adapters, x):
+        y = super().mixed(layer, base, adapters, x)
+        return y if layer.bias is None else y - layer.bias
+
+
+class MixedInHalf(Complete):
+    def mixed(self, layer, base, adapters, x):
+        return super().mixed(layer, base, replace(adapters, A=adapters.A.to(x.dtype), B=adapters.B.to(x.dtype)), x)
+
+
+class MixedReturnsFloat(Complete):
+    def mixed(self, layer, base, adapters, x):
+        return super().mixed(layer, base, adapters, x).to(adapters.A.dtype)
+
+
+class DetachedBias(Complete):
+    def branch(self, layer, base, terms, x):
+        y = super().branch(layer, base, terms, x)
+        return y if layer.bias is None else y - layer.bias + layer.bias.detach()
+
+
+class DropsAfterA(Complete):
+    def update(self, term, x):
+        return F.linear(term.drop(F.linear(x.to(term.A.dtype), term.A)), term.B) * term.scaling
+
+
+class DropsTheUpdate(Complete):
+    def update(self, term, x):
+        return term.drop(super().update(replace(term, training=False), x))
+
+
+class OneMaskForAllRows(Complete):
+    def update(self, term, x):
+        mask = term.drop(torch.ones_like(x.flatten(0, -2)[0]))
+        return super().update(replace(term, training=False), x * mask)
+
+
+class DoubledInputs(Complete):
+    def inputs(self, layer, slot, x):
+        return 2 * super().inputs(layer, slot, x)
+
+
+class FewerInputs(Complete):
+    """Leaves the vectors of the last row out, which the others happen to span."""
+
+    def inputs(self, layer, slot, x):
+        return super().inputs(layer, slot, x[:-1])
+
+
+class NoBiases(Complete):
+    def biases(self, layer):
+        return ()
+
+
+class MisspeltBiases(Complete):
+    def biases(self, layer):
+        return ("bais",)
+
+
+class WeightAsBias(Complete):
+    def biases(self, layer):
+        return ("weight", "bias")
+
+
+class CastsDown(Complete):
+    def low_rank(self, term, x):
+        half = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+        return super().low_rank(replace(term, A=term.A.to(half).to(x.dtype), B=term.B.to(half).to(x.dtype)), x)
+
+
+class CastsTheMiddleDown(Complete):
+    """In float64 it is right; on a base in half precision, A(x) is rounded."""
+
+    def branch(self, layer, base, terms, x):
+        self_dtype = x.dtype
+        y = F.linear(x, base["weight"], layer.bias)
+        for term in terms:
+            if term.delta is not None:
+                y = y + self.placed(term, self.update(term, x)).to(y.dtype)
+                continue
+            middle = F.linear(term.drop(x).to(term.A.dtype), term.A).to(self_dtype)
+            y = y + self.placed(term, F.linear(middle.to(term.B.dtype), term.B) * term.scaling).to(y.dtype)
+        return y
+
+
+class WrongWithoutGradients(Complete):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) * (1 if torch.is_grad_enabled() else 1.01)
+
+
+class WrongInInference(Complete):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) * (1.01 if torch.is_inference_mode_enabled() else 1)
+
+
+class IgnoresDelta(Complete):
+    def update(self, term, x):
+        return self.low_rank(term, term.drop(x).to(term.A.dtype))
+
+
+class DropsNothingOfADelta(Complete):
+    def update(self, term, x):
+        return F.linear(x.to(term.A.dtype), term.delta) if term.delta is not None else super().update(term, x)
+
+
+# Invented: what else an author may get wrong.
+
+
+class OtherScalingInTraining(Complete):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) * (1.5 if term.training else 1)
+
+
+class ScalesByAlphaOverR(Complete):
+    """Right for the usual scaling, wrong with rsLoRA."""
+
+    def low_rank(self, term, x):
+        alpha = term.settings.alpha
+        return F.linear(F.linear(x, term.A), term.B) * (alpha / len(term.A))
+
+
+class WritesIntoItsInput(Complete):
+    def branch(self, layer, base, terms, x):
+        y = super().branch(layer, base, terms, x)
+        with torch.no_grad():
+            x.mul_(1.001)
+        return y
+
+
+class AddsIntoItsInput(Complete):
+    """A square layer's output takes the place of its input."""
+
+    def branch(self, layer, base, terms, x):
+        y = super().branch(layer, base, terms, x)
+        if not torch.is_grad_enabled() and y.shape == x.shape:
+            return x.copy_(y)
+        return y
+
+
+STORED = {}
+
+
+class KeepsTheBaseWeight(Complete):
+    """Copies the weight of a layer once, and never looks again."""
+
+    def branch(self, layer, base, terms, x):
+        if torch.compiler.is_compiling():
+            return super().branch(layer, base, terms, x)
+        owner, weight = STORED.get(id(terms[0].A), (None, None))
+        if owner is None or owner() is not terms[0].A or weight.dtype != x.dtype:
+            owner, weight = STORED[id(terms[0].A)] = (weakref.ref(terms[0].A), base["weight"].clone())
+        return super().branch(layer, {"weight": weight}, terms, x)
+
+
+class ReadsTheRawWeight(Complete):
+    """Past `base`, which may hold merged updates."""
+
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, {"weight": layer._parameters["weight"]}, terms, x)
+
+
+class FailsUnderAutocast(Complete):
+    """Adds what autocast computed in bfloat16 into a tensor of the input's type."""
+
+    def low_rank(self, term, x):
+        y = super().low_rank(term, x)
+        return x.new_zeros(y.shape).index_add(0, torch.arange(len(y), device=y.device), y)
+
+
+class BatchOfAtLeastOne(Complete):
+    def low_rank(self, term, x):
+        x.flatten(0, -2).max()
+        return super().low_rank(term, x)
+
+
+class OnlyBatches(Complete):
+    def low_rank(self, term, x):
+        batch, *_ = x.shape[:-1]
+        return super().low_rank(term, x.reshape(batch, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class ViewsItsInput(Complete):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x.view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+class DrawsInTheBranch(Complete):
+    def low_rank(self, term, x):
+        if not torch.compiler.is_compiling():
+            torch.rand(1)
+        return super().low_rank(term, x)
+
+
+class ForgetsTheRows(Complete):
+    """Puts the update of a part on the first rows, wherever the part lies."""
+
+    def placed(self, term, update):
+        total = term.slot.rows[2] if term.slot.rows else update.shape[-1]
+        return F.pad(update, (0, total - update.shape[-1]))
+
+
+class OneSlotForAllTerms(Complete):
+    """Right while all adapters have the same parts."""
+
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, [replace(term, slot=terms[0].slot) for term in terms], x)
+
+
+KEPT = []
+
+
+class KeepsItsInputs(Complete):
+    def low_rank(self, term, x):
+        KEPT.append(x)
+        return super().low_rank(term, x)
+
+
+class SwitchesGradientsOff(Complete):
+    def branch(self, layer, base, terms, x):
+        y = super().branch(layer, base, terms, x)
+        if not torch.compiler.is_compiling():
+            torch.set_grad_enabled(True)
+        return y
+
+
+class WritesIntoA(Complete):
+    def low_rank(self, term, x):
+        y = super().low_rank(term, x)
+        with torch.no_grad():
+            term.A.mul_(1.0001)
+        return y
+
+
+class OverlappingParts(Complete):
+    def parts(self, layer):
+        return {
+            "q": Slot("weight", "q", (0, 4, layer.out_features)),
+            "k": Slot("weight", "k", (3, 6, layer.out_features)),
+        }
+
+
+class FailsOnChannelsThatDoNotNeedGradients(Complete):
+    """Saves for the backward what only a training forward has."""
+
+    def low_rank(self, term, x):
+        if torch.is_grad_enabled() and not term.A.requires_grad:
+            raise RuntimeError("no A to train")
+        return super().low_rank(term, x)
+
+
+PLANTED = {
+    MixedFirstOnly: "mixed",
+    MixedWithoutBaseRows: "mixed",
+    MixedWithoutBias: "mixed",
+    MixedInHalf: "mixed",
+    MixedReturnsFloat: "mixed",
+    DetachedBias: "gradients",
+    DropsAfterA: "dropout",
+    DropsTheUpdate: "dropout",
+    OneMaskForAllRows: "dropout",
+    DoubledInputs: "inputs",
+    FewerInputs: "inputs",
+    NoBiases: "biases",
+    MisspeltBiases: "biases",
+    WeightAsBias: "biases",
+    CastsDown: "dtype",
+    CastsTheMiddleDown: "dtype",
+    WrongWithoutGradients: "law",
+    WrongInInference: "law",
+    IgnoresDelta: "variant",
+    DropsNothingOfADelta: "variant",
+    OtherScalingInTraining: "law",
+    ScalesByAlphaOverR: "law",
+    WritesIntoItsInput: "pure",
+    AddsIntoItsInput: "pure",
+    KeepsTheBaseWeight: "pure",
+    ReadsTheRawWeight: "base",
+    FailsUnderAutocast: "dtype",
+    BatchOfAtLeastOne: "calls",
+    OnlyBatches: "calls",
+    ViewsItsInput: "calls",
+    DrawsInTheBranch: "pure",
+    ForgetsTheRows: "law",
+    OneSlotForAllTerms: "several",
+    KeepsItsInputs: "pure",
+    SwitchesGradientsOff: "pure",
+    WritesIntoA: "pure",
+    OverlappingParts: "layout",
+    FailsOnChannelsThatDoNotNeedGradients: "law",
+}
+"""By defect, the check that is about it; others may find it too."""
+
+
+def check(plugin, *names):
+    check_layer_plugin(
+        plugin,
+        lambda **options: nn.Linear(9, 9, **options),
+        lambda layer: torch.randn(4, 3, 9),
+        options=[{}, {"bias": False}],
+        only=names or None,
+    )
+
+
+def test_nothing_is_found_where_nothing_is_wrong():
+    check(Complete())
+
+
+@pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)
+def test_a_planted_defect_is_found(cls):
+    with pytest.raises(CheckError):
+        check(cls(), PLANTED[cls])

@@ -1,0 +1,135 @@
+"""Defects that an author of a variant may build in: the kit finds each of them, in the check that says so."""
+
+import pytest
+import torch
+
+from lora_plugins.testing import CheckError, check_variant_plugin
+from lora_plugins.variants.dora import DoraVariant
+
+
+class NoScaling(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return super().first_values(weight, A, B, 1.0)
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, 1.0, own)
+
+
+class DrawsFromTheProcess(DoraVariant):
+    """Noise in training, of a size that no tolerance sees."""
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own) + 1e-14 * torch.rand(())
+
+
+class DrawsFirstValues(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        torch.rand(1)
+        return super().first_values(weight, A, B, scaling)
+
+
+class WrongWithoutGradients(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own) * (1 if torch.is_grad_enabled() else 1.01)
+
+
+class KeepsItsUpdate(DoraVariant):
+    """Computes an update once for each shape."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        key = (weight.shape, weight.dtype, A.requires_grad)
+        if key not in self.kept:
+            self.kept[key] = super().delta_weight(weight, A, B, scaling, own).detach()
+        fresh = super().delta_weight(weight, A, B, scaling, own)
+        return fresh - fresh.detach() + self.kept[key]
+
+
+class WritesIntoA(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        with torch.no_grad():
+            A.mul_(1 + 1e-12)
+        return super().delta_weight(weight, A, B, scaling, own)
+
+
+class WritesIntoItsOwn(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        with torch.no_grad():
+            own["magnitude"].clamp_(min=1.0)
+        return super().delta_weight(weight, A, B, scaling, own)
+
+
+class OtherType(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own).double()
+
+
+class NotFiniteForAZeroRow(DoraVariant):
+    """A layer that starts at zero, as those of ControlNet do, has rows without a direction."""
+
+    def first_values(self, weight, A, B, scaling):
+        return {"magnitude": weight.norm(dim=1)}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        direction = weight + scaling * B @ A
+        return own["magnitude"][:, None] * direction / direction.detach().norm(dim=1, keepdim=True) - weight
+
+
+class OnlySquare(DoraVariant):
+    """Takes columns for rows, which a part of a fused weight shows."""
+
+    def shapes(self, rows, columns, r):
+        return {"magnitude": (max(rows, 5),)}
+
+
+class OnlyRankTwo(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        direction = weight + scaling * (torch.outer(B[:, 0], A[0]) + torch.outer(B[:, 1], A[1]))
+        return own["magnitude"][:, None] * direction / direction.detach().norm(dim=1, keepdim=True) - weight
+
+
+class KeepsTensors(DoraVariant):
+    kept: list = []  # noqa: RUF012
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        self.kept.append(weight)
+        return super().delta_weight(weight, A, B, scaling, own)
+
+
+class DetachedA(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A.detach(), B, scaling, own)
+
+
+class OnDefaultDevice(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own) * torch.ones(weight.shape, dtype=weight.dtype)
+
+
+PLANTED = {
+    NoScaling: "scaling",
+    DrawsFromTheProcess: "pure",
+    DrawsFirstValues: "pure",
+    WrongWithoutGradients: "branch",
+    KeepsItsUpdate: "pure",
+    WritesIntoA: "pure",
+    WritesIntoItsOwn: "pure",
+    OtherType: "shapes",
+    NotFiniteForAZeroRow: "zeros",
+    OnlySquare: "shapes",
+    OnlyRankTwo: "ranks",
+    KeepsTensors: "pure",
+    DetachedA: "gradients",
+    OnDefaultDevice: "device",
+}
+
+
+@pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)
+def test_a_planted_defect_is_found(cls):
+    with pytest.raises(CheckError):
+        check_variant_plugin(cls(), only=[PLANTED[cls]])
