@@ -1,10 +1,14 @@
 """One batch whose rows have different adapters computes what each row would compute with its adapter alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins import LayerPlugin, LoraConfig, LoraModel, StateError
+from lora_plugins import plugins as kinds
+from lora_plugins.plugins import default_registry
 from tests.core.libraries import create_model
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -45,9 +49,9 @@ MODELS = {
 }
 
 
-def adapted(make, **fields) -> LoraModel:
+def adapted(make, dtype=torch.float64, **fields) -> LoraModel:
     torch.manual_seed(0)
-    model = make().double().eval()
+    model = make().to(dtype).eval()
     lora = LoraModel(model, LoraConfig(r=2, init="none", **fields), "a")
     lora.add_adapter("b", LoraConfig(r=3, alpha=2, init="none"))
     lora.add_adapter("c", LoraConfig(r=1, init="none"))
@@ -150,3 +154,57 @@ def test_any_number_of_dimensions_may_follow_the_rows(shape: tuple[int, ...]):
     lora = adapted(lambda: nn.Sequential(nn.Linear(6, 4)))
     with torch.no_grad(), lora.mixed_batch(["a", "c", None, "b", "a"]) as model:
         assert model(torch.randn(shape, dtype=torch.float64)).shape == (*shape[:-1], 4)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 8), (5, 3, 6)),
+    "linear-rows": (lambda: nn.Linear(6, 8, bias=False), (5, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 8, 3), (5, 4, 9)),
+    "conv1d-groups": (lambda: nn.Conv1d(4, 8, 3, groups=2), (5, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 8, 3, stride=2), (5, 4, 9, 9)),
+    "conv2d-pointwise": (lambda: nn.Conv2d(4, 8, 1), (5, 4, 9, 9)),
+    "conv2d-groups": (lambda: nn.Conv2d(4, 8, 3, groups=2), (5, 4, 9, 9)),
+    "conv2d-depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (5, 4, 9, 9)),
+    "conv2d-reflect": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), (5, 4, 9, 9)),
+    "conv2d-groups-reflect": (lambda: nn.Conv2d(4, 8, 3, groups=2, padding=1, padding_mode="reflect"), (5, 4, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 8, 2), (5, 4, 5, 5, 5)),
+    "conv3d-groups": (lambda: nn.Conv3d(4, 8, 2, groups=2), (5, 4, 5, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 6), (5, 7)),
+    "embedding-one_each": (lambda: nn.Embedding(9, 6, padding_idx=0), (5,)),
+}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""The share of the norm that a few roundings in a type take."""
+
+
+def test_every_layer_type_that_can_mix_is_here():
+    registry = default_registry()
+    able = {
+        name for name, owned in registry.of(kinds.LAYERS).items() if type(owned.plugin).mixed is not LayerPlugin.mixed
+    }
+    assert {name.partition("-")[0] for name in LAYERS} == able
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_each_row_is_right_in_every_type(make, shape, dtype, autocast):
+    torch.manual_seed(0)
+    untouched = nn.Sequential(make()).to(dtype).eval()
+    lora = adapted(lambda: copy.deepcopy(untouched), dtype)
+    exact = copy.deepcopy(lora.model).double()
+    x = torch.randint(9, shape) if isinstance(lora.model[0], nn.Embedding) else torch.randn(shape).to(dtype)
+    rows = ["a", "b", None, "c", "a"]
+    wide = x.double() if x.is_floating_point() else x
+    with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        try:
+            plain = untouched(x)
+        except RuntimeError as error:
+            pytest.skip(f"torch cannot run the untouched layer: {error}")
+        with lora.mixed_batch(rows) as model:
+            mixed = model(x)
+    with torch.no_grad(), LoraModel(exact).mixed_batch(rows) as model:
+        expected = model(wide)
+    assert mixed.dtype == plain.dtype
+    # Autocast leaves float64 alone, and an embedding in its type.
+    rounding = ROUNDING[dtype] if dtype == torch.float64 else max(ROUNDING[dtype], ROUNDING[autocast or dtype])
+    assert (mixed.double() - expected).norm() < rounding * expected.norm()

@@ -63,6 +63,20 @@ def test_forward_and_gradients_follow_the_law(case: LayerCase):
 
 
 @all_layers
+def test_autocast_leaves_float64_alone(case: LayerCase):
+    model, inputs = make(case).eval(), case.inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        untouched = model(*inputs)
+    adapt(model)
+    expected = model(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*inputs)
+    assert got.dtype == untouched.dtype
+    if got.dtype == torch.float64:  # not where the layer itself casts
+        torch.testing.assert_close(got, expected, **TIGHT)
+
+
+@all_layers
 def test_the_meta_device_computes_shapes(case: LayerCase):
     model = make(case)
     adapt(model)
