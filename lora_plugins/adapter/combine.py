@@ -15,17 +15,19 @@ The last four are not of low rank; they are approximated at `rank`, by default t
 Trained heads and biases are combined by the weighted sum of their differences from the base.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.content import SlotTensors
+from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
-from lora_plugins.inplace import factors
+from lora_plugins.inplace import detached_weight, factors
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
 from lora_plugins.utils import low_rank
@@ -104,6 +106,7 @@ def combine(
 ) -> Combination:
     """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`."""
     _check(adapters, weights, combination_type, options)
+    weights = [_finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
     sources = [state.adapter(name).plan for name in adapters]
     for name, source in zip(adapters, sources, strict=True):
         if source.init.changes_base:
@@ -126,12 +129,14 @@ def combine(
                 continue
             module = model.get_submodule(layer.name)
             terms = [
-                _Term(A.detach().double(), B.detach().double() * found.scaling, float(weight))
+                _Term(A.detach().double(), B.detach().double() * found.scaling, weight)
                 for name, weight, plan in zip(adapters, weights, sources, strict=True)
                 if (found := next((item for item in plan.layers if item.name == layer.name), None))
                 for A, B in [factors(module, name, slot)]
             ]
             A, B, relative = _combined(terms, combination_type, options)
+            largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
+            _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
     plan = make_plan(model, _config(model, sources, layers, results), registry)
@@ -177,12 +182,37 @@ def _check(
     for key in options:
         if key not in known:
             raise ConfigError(f"{combination_type!r} has no option {key!r}. {near(key, known)}")
-    if "density" in known and not 0 < options.get("density", -1) <= 1:
+    numbers = {key: _finite(key, value) for key, value in options.items()}
+    if "density" in known and not 0 < numbers.get("density", -1) <= 1:
         raise ConfigError(
             f"{combination_type!r} needs a density: the share of elements to keep, above 0 and at most 1."
         )
-    if not options.get("rank", 1) >= 1:
+    rank = numbers.get("rank", 1)
+    if rank < 1 or rank != int(rank):
         raise ConfigError(f"rank is a whole number of at least 1, not {options['rank']!r}.")
+
+
+def _finite(what: str, value: Any) -> float:
+    """Returns a number that the caller gave.
+
+    Raises:
+        ConfigError: If it is none, or not finite, naming it.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{what} is {value!r}. It has to be a finite number.")
+    return number
+
+
+def _check_range(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
+    if not all(bool(tensor.to(dtype).isfinite().all()) for tensor in tensors):
+        raise ConfigError(
+            f"The combination of {name!r} has values that are not finite in {dtype}: a weight is too large, or an "
+            "adapter has such values itself."
+        )
 
 
 def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, float]:
@@ -192,6 +222,8 @@ def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tu
     if kind == "cat" or (kind == "linear" and A.shape[0] <= full):
         return A, B, 0.0
     exact = B @ A
+    if not bool(exact.isfinite().all()):
+        return A, torch.full_like(B, math.inf), 0.0  # which is refused by name
     if kind in PRUNED:
         updates = torch.stack([term.B @ term.A for term in terms])
         factor = torch.tensor([term.weight for term in terms], dtype=torch.float64).view(-1, 1, 1)
@@ -281,4 +313,5 @@ def _values(
         for value, weight in owned:
             total = total + weight * (value.double() - base.double())
         values[name] = total.to(owned[0][0].dtype)
+        _check_range(name, values[name].dtype, values[name])
     return values

@@ -1,6 +1,7 @@
 """Weighted combination happens on the updates: exact where it can be, and never with cross terms."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -155,6 +156,32 @@ def test_refuses(arguments, options, error, message):
     lora = two_adapters()
     with pytest.raises(error, match=message):
         lora.add_weighted_adapter(*arguments, **options)
+    assert list(lora.adapters) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+@pytest.mark.parametrize("weight", [math.nan, -math.inf, None, "2", True, 10**400, [1.0]], ids=repr)
+def test_a_weight_that_is_no_finite_number_is_named(weight, kind):
+    lora = two_adapters()
+    with pytest.raises(ConfigError, match=r"The weight of 'b' is .* has to be a finite number"):
+        lora.add_weighted_adapter(["a", "b"], [1.0, weight], "c", kind)
+    assert list(lora.adapters) == ["a", "b"]
+
+
+@pytest.mark.parametrize("options", [{"rank": 1.5}, {"rank": math.inf}, {"rank": "two"}, {"rank": None}], ids=str)
+def test_a_rank_that_is_none_is_refused(options):
+    with pytest.raises(ConfigError, match="rank is"):
+        two_adapters().add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "svd", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("cat", {}), ("linear", {}), ("svd", {}), ("ties", {"density": 0.5})], ids=str
+)
+def test_a_combination_beyond_the_range_of_the_factors_is_refused(kind, options):
+    lora = two_adapters(lambda: nn.Linear(6, 5))
+    lora.model.float()
+    with pytest.raises(ConfigError, match=r"The combination of 'layer' has values that are not finite in torch.float32"):
+        lora.add_weighted_adapter(["a", "b"], [1e300, 1.0], "c", kind, **options)
     assert list(lora.adapters) == ["a", "b"]
 
 

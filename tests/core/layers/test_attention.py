@@ -96,3 +96,10 @@ class TestMultiheadAttention:
             assert not torch.allclose(fast, before)
             lora.merge_adapter()
             torch.testing.assert_close(model(x), slow, **TIGHT)
+
+
+def test_parts_of_an_attention_are_not_asked_of_its_output_projection():
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(12, 2)})
+    config = LoraConfig(r=2, target_modules=["mha", "mha.out_proj"], fused_parts={"mha": ["q", "v"]})
+    found = {layer.name: [slot.part for slot in layer.slots] for layer in LoraModel.plan(model, config).layers}
+    assert found == {"mha": ["q", "v"], "mha.out_proj": [""]}
