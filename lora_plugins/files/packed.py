@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora_plugins.adapter import ModelState, base_in_place
 from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.origins import origin
 from lora_plugins.inplace import slot_tensors
-from lora_plugins.plugins import INITS, LAYERS, PlannedLayer, Registry, registry_of
+from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PlannedLayer, Registry, registry_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
         "lora_plugins": metadata.version("lora-plugins"),
         "adapter_name": adapter_name,
         "config": plan.config.to_dict(),
-        "init": {"name": plan.init.name, **_origin(registry.of(INITS), plan.init.name)},
+        "init": {"name": plan.init.name, **origin(registry, INITS, plan.init.name)},
+        "variant": {"name": plan.config.variant, **origin(registry, VARIANTS, plan.config.variant)},
         "layers": {layer.name: _describe(layer, registry) for layer in plan.layers},
         **({"ranks": dict(plan.ranks)} if plan.ranks else {}),
         "tensors": {
@@ -74,17 +76,12 @@ def saved_name(packed: PackedAdapter) -> str:
 def _describe(layer: PlannedLayer, registry: Registry) -> dict[str, Any]:
     return {
         "plugin": layer.plugin.name,
-        **_origin(registry.of(LAYERS), layer.plugin.name),
+        **origin(registry, LAYERS, layer.plugin.name),
         "r": layer.r,
         "alpha": layer.alpha,
         "scaling": layer.scaling,
         "slots": [[slot.tensor, slot.part] for slot in layer.slots],
     }
-
-
-def _origin(owners: Mapping[str, Any], name: str) -> dict[str, str]:
-    owned = owners.get(name)
-    return {"distribution": owned.info.distribution, "version": owned.info.version} if owned else {}
 
 
 def _changed(model: nn.Module, state: ModelState, adapter_name: str) -> dict[str, str]:

@@ -11,10 +11,11 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.origins import check_origins
 from lora_plugins.files.packed import PackedAdapter
 from lora_plugins.inplace import own_tensor
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import PlannedLayer, Registry, Slot
+from lora_plugins.plugins import PlannedLayer, Registry, Slot, registry_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,13 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
     manifest = checked_manifest(packed.manifest)
     _compare_tensors(manifest["tensors"], packed.tensors)
     try:
-        plan = make_plan(model, LoraConfig.from_dict(manifest["config"]), registry)
+        config = LoraConfig.from_dict(manifest["config"])
+        registry = registry or registry_of(config)
+        check_origins(manifest, config, registry)
+        plan = make_plan(model, config, registry)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+    except AdapterFileError:
+        raise
     except (LoraError, TypeError) as error:
         raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
     _compare_layers(manifest["layers"], plan)
@@ -81,6 +87,7 @@ def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAda
             f"adapter: {type(error).__name__}: {error}. Copy the adapter again."
         ) from error
     sums = packed.manifest["changed"]
+    _difference("changed base", sums, changed, "the manifest", "what the init changes")
     wrong = [name for name, tensor in changed.items() if not has_checksum(tensor, str(sums.get(name)))]
     if wrong:
         raise AdapterFileError(

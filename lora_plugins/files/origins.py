@@ -1,0 +1,65 @@
+"""The plugins that an adapter was made with, and whether they are here."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PluginKind, Registry
+
+Origin = Mapping[str, Any]
+"""The name of a plugin's object, and the distribution and version that it came from, as far as they were known."""
+
+
+def origin(registry: Registry, kind: PluginKind[Any], name: str) -> dict[str, str]:
+    """Returns what a manifest says of where an object of a plugin came from."""
+    owned = registry.of(kind).get(name)
+    return {"distribution": owned.info.distribution, "version": owned.info.version} if owned else {}
+
+
+def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> None:
+    """Checks that the plugins of an adapter are here, and that its manifest is of one mind about them.
+
+    Raises:
+        AdapterFileError: If one is missing, naming the distribution that brought it, or the manifest's entries are not
+            those of its config.
+    """
+    for key, asked in (("init", config.init), ("variant", config.variant)):
+        name = _entry(manifest, key).get("name", asked)
+        if name != asked:
+            raise AdapterFileError(
+                f"The manifest says that the adapter was made with the {key} {name!r}, and its config {asked!r}: one "
+                "of them was changed. Copy the adapter again."
+            )
+    missing = dict.fromkeys(
+        f"the {kind.title} {found['name']!r} of {_whose(found)}"
+        for kind, found in _origins(manifest, config)
+        if found["name"] not in registry.of(kind) and found["name"] not in kind.reserved
+    )
+    if missing:
+        raise AdapterFileError(
+            f"The adapter was made with {', '.join(missing)}, which is not here. Install it, or let it load."
+            f"{registry.absent()}"
+        ) from registry.cause()
+
+
+def _origins(manifest: Mapping[str, Any], config: LoraConfig) -> Iterator[tuple[PluginKind[Any], Origin]]:
+    yield INITS, {**_entry(manifest, "init"), "name": config.init}
+    yield VARIANTS, {**_entry(manifest, "variant"), "name": config.variant}
+    for layer in manifest["layers"].values():
+        if isinstance(layer.get("plugin"), str):
+            yield LAYERS, {**layer, "name": layer["plugin"]}
+
+
+def _entry(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Returns an entry of a manifest, empty if an older release did not write it."""
+    entry = manifest.get(key, {})
+    if not isinstance(entry, dict):
+        raise AdapterFileError(f"The manifest has no proper entry {key!r}; it is damaged. Copy the adapter again.")
+    return entry
+
+
+def _whose(found: Origin) -> str:
+    if not found.get("distribution"):
+        return "an unknown distribution"
+    return f"{found['distribution']} {found.get('version', '')}".strip()

@@ -1,0 +1,98 @@
+"""An adapter whose plugins are not here names who brought them; one that contradicts itself is refused."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, RowMajorPlugin, hookimpl
+from lora_plugins.files import MANIFEST
+from lora_plugins.inits.gaussian import GaussianInit
+from lora_plugins.plugins import build_registry
+from lora_plugins.variants.dora import DoraVariant
+from tests.core.file_cases import adapt, build, manifest_of, rewrite, write_manifest
+
+
+class OtherInit(GaussianInit):
+    name = "other_init"
+
+
+class OtherVariant(DoraVariant):
+    name = "other_variant"
+
+
+class OtherLayer(RowMajorPlugin):
+    name = "other_layer"
+    module_type = nn.Bilinear
+
+
+class Others:
+    @hookimpl
+    def lora_plugins_register_layers(self, registrar):
+        registrar.add(OtherLayer())
+
+    @hookimpl
+    def lora_plugins_register_inits(self, registrar):
+        registrar.add(OtherInit())
+
+    @hookimpl
+    def lora_plugins_register_variants(self, registrar):
+        registrar.add(OtherVariant())
+
+
+def model() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"plain": nn.Linear(4, 3), "pairs": nn.Bilinear(2, 3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"target_modules": ["plain"], "init": "other_init"}, "init 'other_init'"),
+        ({"target_modules": ["plain"], "variant": "other_variant"}, "variant 'other_variant'"),
+        ({"target_modules": ["pairs"]}, "layer type 'other_layer'"),
+    ],
+    ids=["init", "variant", "layer type"],
+)
+def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tmp_path):
+    registry = build_registry([("others", Others())])
+    LoraModel(model(), LoraConfig(r=2, **fields), registry=registry).save_adapter(tmp_path)
+    text = (tmp_path / MANIFEST).read_text().replace("(given in code)", "their-package")
+    (tmp_path / MANIFEST).write_text(text.replace('"version": "-"', '"version": "1.2"'))
+    with pytest.raises(AdapterFileError, match=rf"made with the {what} of their-package 1\.2, which is not here"):
+        LoraModel.load_adapter(model(), tmp_path)
+    LoraModel.load_adapter(model(), tmp_path, registry=registry)
+
+
+@pytest.mark.parametrize(("key", "other"), [("init", "kaiming"), ("variant", "dora")])
+def test_a_config_that_is_not_the_one_of_the_manifest_is_refused(key, other, tmp_path):
+    adapt(build(), init="gaussian").save_adapter(tmp_path)
+    manifest = manifest_of(tmp_path)
+    manifest["config"][key] = other
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(AdapterFileError, match=rf"made with the {key} '.*', and its config {other!r}"):
+        LoraModel.load_adapter(build(), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_an_adapter_of_a_changed_base_does_not_load_on_an_unchanged_one(init, tmp_path):
+    """Whoever edits both places is told by the sums of the changed weights, or by the tensors."""
+    adapt(build(), init="loftq").save_adapter(tmp_path)
+
+    def change(manifest, tensors):
+        manifest["config"]["init"] = manifest["init"]["name"] = init
+        for key in [key for key in tensors if key.startswith("recipe/")]:
+            del tensors[key], manifest["tensors"][key]
+
+    rewrite(tmp_path, change)
+    with pytest.raises(AdapterFileError):
+        LoraModel.load_adapter(build(), tmp_path)
+
+
+def test_an_adapter_of_a_release_that_wrote_no_variant_loads(tmp_path):
+    adapt(build()).save_adapter(tmp_path)
+    manifest = manifest_of(tmp_path)
+    del manifest["variant"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    LoraModel.load_adapter(build(), tmp_path)
