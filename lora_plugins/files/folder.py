@@ -8,6 +8,7 @@ leaves the old adapter or the new one.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from safetensors import SafetensorError
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest
 from lora_plugins.files.packed import PackedAdapter
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import check_regular, remove_leftovers, replace_file
+
+_WRITTEN = re.compile(f"{TENSOR_FILE.pattern}|{re.escape(MANIFEST)}")
+"""The names of the files in an adapter folder."""
 
 
 def write(folder: Path, packed: PackedAdapter) -> Path:
@@ -32,7 +36,8 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != name:
-            old.unlink()
+            old.unlink(missing_ok=True)
+    remove_leftovers(folder, _WRITTEN)
     return folder
 
 
@@ -51,10 +56,11 @@ def read(folder: Path) -> PackedAdapter:
         )
     path = folder / name
     try:
+        check_regular(path)
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise AdapterFileError(
-            f"{path} cannot be read: {error.strerror}. Copy the whole adapter folder again."
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}. Copy the whole adapter folder again."
         ) from error
     if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise AdapterFileError(
@@ -69,10 +75,11 @@ def read(folder: Path) -> PackedAdapter:
 
 def _manifest(path: Path) -> Mapping[str, Any]:
     try:
+        check_regular(path)
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterFileError(f"{path} does not exist. An adapter is the folder that save_adapter wrote.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise AdapterFileError(f"{path} cannot be read as JSON: {error}. Copy the adapter folder again.") from error
     if not isinstance(manifest, dict):
         raise AdapterFileError(f"{path} does not hold a JSON object. Copy the adapter folder again.")

@@ -3,22 +3,25 @@
 Every other room may use them.
 """
 
-from lora_plugins.utils.atomic_file import replace_file
+from lora_plugins.utils.atomic_file import remove_leftovers, replace_file
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
+from lora_plugins.utils.regular_file import check_regular
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins
 
 __all__ = [
     "Versions",
     "autocast_dtype",
+    "check_regular",
     "in_full",
     "lazily",
     "low_rank",
     "mark_restored",
     "mark_stand_ins",
     "own_randomness",
+    "remove_leftovers",
     "replace_file",
     "run_seed",
     "seeded",

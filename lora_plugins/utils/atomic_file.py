@@ -1,13 +1,26 @@
 """Files that are whole or not there."""
 
 import os
+import re
 import secrets
+import socket
+import time
 from pathlib import Path
+from zlib import crc32
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d+)-)?[0-9a-f]{8}")
+"""The name of a temporary file; that of an older release has no host and process."""
+
+_DAY = 24 * 60 * 60.0
+"""Seconds after which a temporary file is a left-over whoever wrote it."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file so that a process killed at any moment leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Writes a file so that a process killed at any moment leaves the old one or the new one.
+
+    What processes left that were killed on their way to this file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -17,3 +30,46 @@ def replace_file(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Removes the temporary files of processes that were killed while they wrote into a folder.
+
+    Those of a process that runs, which may be writing, and of another machine, of which one cannot know, are left for a
+    day.
+
+    Args:
+        folder: The folder.
+        names: Matches the names of the files that were to be written.
+    """
+    for path in folder.glob(".*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is not None and names.fullmatch(found["name"]) and _is_left_over(path, found):
+            path.unlink(missing_ok=True)
+
+
+def _is_left_over(path: Path, found: re.Match[str]) -> bool:
+    if found["host"] == _host() and not _runs(int(found["process"])):
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > _DAY
+    except FileNotFoundError:  # its process has finished it
+        return False
+
+
+def _host() -> str:
+    return f"{crc32(socket.gethostname().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs; True where one cannot ask."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

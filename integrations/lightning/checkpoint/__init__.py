@@ -5,7 +5,7 @@ Depends on `module`. The format is described in `entry.py`.
 
 from lora_plugins.integrations.lightning.checkpoint.comparison import check_adapters
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
-from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint, reading_errors
+from lora_plugins.integrations.lightning.checkpoint.reading import check_whole, read_checkpoint, reading_errors
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.integrations.lightning.checkpoint.shrinking import shrink
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key
@@ -15,6 +15,7 @@ __all__ = [
     "KEY",
     "LoraCheckpointMixin",
     "check_adapters",
+    "check_whole",
     "load_from_checkpoint",
     "read_checkpoint",
     "reading_errors",

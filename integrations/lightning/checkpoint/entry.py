@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_plugins import AdapterFileError
+from lora_plugins.errors import LoraError
 
 KEY = "lora_plugins"
 """Key of the entry in a checkpoint."""
@@ -46,11 +47,13 @@ def entry_errors() -> Iterator[None]:
     """Reports an entry whose parts have the wrong type or are missing as damaged.
 
     Raises:
-        AdapterFileError: If the block looks for something that the entry does not have.
+        AdapterFileError: If the block trips over something in the entry.
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except LoraError:
+        raise
+    except Exception as error:  # a third of Python's errors, by what was damaged
         raise AdapterFileError(
             f"The entry {KEY!r} of the checkpoint is damaged: {error!r}. Copy the file again."
         ) from error

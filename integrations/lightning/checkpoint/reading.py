@@ -1,6 +1,6 @@
 """Reads checkpoints without unpickling objects, and says of a damaged file that it is damaged."""
 
-import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,22 +9,31 @@ from typing import Any
 import torch
 
 from lora_plugins import AdapterFileError
+from lora_plugins.errors import LoraError, listing
+from lora_plugins.integrations.lightning.checkpoint.entry import KEY
+from lora_plugins.utils import check_regular
+
+_PICKLE = "data.pkl"
+"""The end of the name of the record that says what else is in a checkpoint."""
 
 
 @contextmanager
 def reading_errors(path: object) -> Iterator[None]:
-    """Turns what torch raises while it reads a damaged file into an error that names the file.
+    """Turns what is raised while a damaged file is read into an error that names the file.
 
     Raises:
         AdapterFileError: If what is read inside the block is not a whole checkpoint.
     """
     try:
+        if isinstance(path, str | Path):
+            check_regular(Path(path))
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, LoraError):
         raise
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a flipped bit in a pickle ends in almost any of them
         raise AdapterFileError(
-            f"{path} cannot be read as a checkpoint: {error}. It may be truncated: use another one."
+            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}. It may be truncated or damaged: "
+            "use another one."
         ) from error
 
 
@@ -32,10 +41,47 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """Reads a checkpoint without unpickling objects.
 
     Raises:
-        AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read.
+        AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read, or it is damaged.
     """
     with reading_errors(path):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    check_whole(path, checkpoint)
+    return dict(checkpoint)
+
+
+def check_whole(path: object, checkpoint: Any) -> None:
+    """Checks the sums of a local file that torch wrote, which `torch.load` does not do.
+
+    Args:
+        path: The file.
+        checkpoint: What was read from it. Of a checkpoint without adapters, which may be large and is not ours, only
+            the record is read that would say if there were some.
+
+    Raises:
+        AdapterFileError: If a part of the file is not what was written, or it is no checkpoint.
+    """
     if not isinstance(checkpoint, dict):
         raise AdapterFileError(f"{path} is not a checkpoint of Lightning.")
-    return checkpoint
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return
+    with reading_errors(path):
+        if not zipfile.is_zipfile(path):
+            return  # of a release of torch that wrote no zip files
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if KEY in checkpoint or name.endswith(_PICKLE)]
+            damaged = [name for name in names if not _is_whole(file, name)]
+            # torch writes no sums at all after torch.serialization.set_crc32_options(False).
+            if damaged and any(_is_whole(file, name) for name in file.namelist()):
+                raise AdapterFileError(
+                    f"{path} is damaged: {listing(damaged)} in it are not what was written. Use another checkpoint."
+                )
+
+
+def _is_whole(file: zipfile.ZipFile, name: str) -> bool:
+    try:
+        with file.open(name) as record:
+            while record.read(2**20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True

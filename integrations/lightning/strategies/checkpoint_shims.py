@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.integrations.lightning.checkpoint import KEY, reading_errors, restore, shrink
+from lora_plugins.integrations.lightning.checkpoint import KEY, check_whole, reading_errors, restore, shrink
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
@@ -102,6 +102,7 @@ class CheckpointShims:
             return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
         with reading_errors(checkpoint_path):
             checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
+        check_whole(checkpoint_path, checkpoint)
         if KEY not in checkpoint:
             self._prepare_for_plain(checkpoint_path)
             return checkpoint

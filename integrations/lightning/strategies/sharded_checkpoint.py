@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
-from lora_plugins.integrations.lightning.checkpoint import KEY, check_adapters, reading_errors, state_key
+from lora_plugins.integrations.lightning.checkpoint import KEY, check_adapters, check_whole, reading_errors, state_key
 from lora_plugins.integrations.lightning.module import frozen_keys, plain_name
 
 _META = "meta.pt"
@@ -129,6 +129,7 @@ def _load_shards(trainer: Trainer, path: Path, name: str, saved: set[str], entri
 def _load_file(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict[str, Any]:
     with reading_errors(path):
         whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    check_whole(path, whole)
     _check(trainer, path, whole, set(whole["state_dict"]))
     module = trainer.lightning_module
     strict = module.strict_loading

@@ -3,6 +3,9 @@
 import json
 import os
 import struct
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -229,6 +232,32 @@ class TestKilledWhileWriting:
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
         lora.save_adapter(tmp_path)
         assert len(list(tmp_path.iterdir())) == 2
+
+    def test_what_killed_processes_left_is_removed_by_the_next_save(self, tmp_path):
+        lora = adapt(build())
+        lora.save_adapter(tmp_path)
+        for stops in ("replace", "fsync"):
+            code = f"import os; os.{stops} = lambda *_: os._exit(1)\n" + textwrap.dedent(
+                f"""
+                from pathlib import Path
+                from lora_plugins.utils import replace_file
+                for name in {[path.name for path in tmp_path.glob("[!.]*")]}:
+                    if os.fork() == 0:
+                        replace_file(Path({str(tmp_path)!r}) / name, b"half")
+                    os.wait()
+                """
+            )
+            subprocess.run([sys.executable, "-c", code], check=True)
+        old = tmp_path / ".adapter.json.0123abcd"  # of an older release, which named no process
+        old.write_bytes(b"half")
+        os.utime(old, (0, 0))
+        running = tmp_path / f".adapter.json.{'0' * 8}-1-0123abcd"  # of another machine
+        foreign = tmp_path / ".notes.txt.0123abcd"
+        for path in (running, foreign):
+            path.write_bytes(b"theirs")
+        assert len(list(tmp_path.iterdir())) == 9
+        lora.save_adapter(tmp_path)
+        assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {running.name, foreign.name}
 
     def test_a_full_disk_leaves_the_old_adapter(self, tmp_path, monkeypatch):
         model = build()

@@ -76,11 +76,11 @@ class TestExactDifference:
             pytest.param(lambda m, t: m["layers"].update(new={}), "only in the adapter .'new'.", id="layer surplus"),
             pytest.param(lambda m, t: m["layers"]["qkv"].update(r=2), "'qkv' has r 2 .* would have 3", id="rank"),
             pytest.param(lambda m, t: m["layers"]["qkv"].update(scaling=1.0), "'qkv' has scaling", id="scaling"),
-            pytest.param(lambda m, t: m["layers"]["qkv"].update(plugin="conv"), "layer type 'conv' of lora-plugins", id="plugin"),
+            pytest.param(lambda m, t: m["layers"]["qkv"].update(plugin="conv"), "type 'conv' of lora-", id="plugin"),
             pytest.param(lambda m, t: m["config"].update(alpha=9), "has scaling", id="alpha"),
             pytest.param(lambda m, t: m["config"].update(bias="all"), "only in this model", id="bias"),
             pytest.param(lambda m, t: m["config"].update(ranks=9), "no field 'ranks'", id="config field"),
-            pytest.param(lambda m, t: m["config"].update(init="gone"), "made with the init 'none', and its config 'gone'", id="init"),
+            pytest.param(lambda m, t: m["config"].update(init="gone"), "its config 'gone'", id="init"),
             pytest.param(lambda m, t: m["base"].pop("qkv.weight"), "'qkv.weight'", id="fingerprint missing"),
         ],
     )  # fmt: skip
