@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -134,34 +135,46 @@ Check = Callable[[str, Any], None]
 """Raises a ConfigError for a value that the field of that name cannot have."""
 
 
+MAX_RANK = 2**16
+"""The largest rank that is taken: more than the smaller side of any weight that is trained in practice."""
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
 def _check_rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is a rank, a whole number of at least 1, not {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{name} is a rank, a whole number from 1 to {MAX_RANK}, not {shown(value)}.")
 
 
 def _check_alpha(name: str, value: Any) -> None:
     if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{name} is a positive, finite number, not {value!r}.")
+        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
 
 
 def _check_dropout(name: str, value: Any) -> None:
     if not _is_number(value) or not 0 <= value < 1:
-        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {value!r}.")
+        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {shown(value)}.")
 
 
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is True or False, not {value!r}.")
+        raise ConfigError(f"{name} is True or False, not {shown(value)}.")
 
 
 def _check_name(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} holds {value!r}, which is not a name.")
+        raise ConfigError(f"{name} holds {shown(value)}, which is not a name.")
 
 
 def _check_names(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{name} is a list of names, not {value!r}.")
+        raise ConfigError(f"{name} is a list of names, not {shown(value)}.")
     for entry in value:
         _check_name(name, entry)
 
@@ -188,14 +201,16 @@ def _check_optional_patterns(name: str, value: Any) -> None:
 
 def _check_blocks(name: str, value: Any) -> None:
     for block in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-        index = isinstance(block, int) and not isinstance(block, bool) and block >= 0
+        index = isinstance(block, int) and not isinstance(block, bool) and 0 <= block <= sys.maxsize
         if not index and not (isinstance(block, str) and block):
-            raise ConfigError(f"{name} holds {block!r}. A block is a number from 0 on, or a path such as 'blocks.2'.")
+            raise ConfigError(
+                f"{name} holds {shown(block)}. A block is a number from 0 on, or a path such as 'blocks.2'."
+            )
 
 
 def _check_options(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} maps names to values; it is not {value!r}.")
+        raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
     for key in value:
         _check_name(name, key)
 
@@ -212,7 +227,7 @@ def _map_of(check: Check) -> Check:
 def _choice_of(*choices: str) -> Check:
     def check_choice(name: str, value: Any) -> None:
         if value not in choices:
-            raise ConfigError(f"{name} is {value!r}. {near(str(value), choices)}")
+            raise ConfigError(f"{name} is {shown(value)}. {near(shown(value), choices)}")
 
     return check_choice
 

@@ -30,17 +30,20 @@ from lora_plugins.adapter import (
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.files import PackedAdapter, pack, read, rebuilt_bases, saved_name, unpack, write
+from lora_plugins.inplace import RESERVED
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import Registry, SlotCalibration
+from lora_plugins.utils import outside_inference
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _whole(method: Method) -> Method:
-    """Makes a method change the model whole or, where it is stopped, not at all."""
+    """Makes a method change the model whole or, where it is stopped, not at all; and outside of inference mode."""
 
     @functools.wraps(method)
+    @outside_inference
     def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
         return whole(self.model, functools.partial(method, self, *args, **kwargs))
 
@@ -259,6 +262,7 @@ class LoraModel:
         strip(self.model, state)
         return self.model
 
+    @outside_inference
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
         """Writes the updates of all active adapters into the weights for good, and removes the adapters.
 
@@ -326,6 +330,7 @@ class LoraModel:
         return write(Path(path), pack(self.model, state, adapter_name, self._registry))
 
     @classmethod
+    @outside_inference
     def load_adapter(
         cls,
         model: nn.Module,
@@ -351,6 +356,7 @@ class LoraModel:
         return cls.load_packed(model, read(Path(path)), adapter_name, registry=registry)
 
     @classmethod
+    @outside_inference
     def load_packed(
         cls,
         model: nn.Module,
@@ -397,6 +403,8 @@ class LoraModel:
     def _adding(self, adapter_name: str) -> Iterator[None]:
         """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
         state = model_state(self.model)
+        if adapter_name in RESERVED:
+            raise ConfigError(f"{adapter_name!r} cannot name an adapter: every module has an attribute of that name.")
         check_new(state, adapter_name)
         if state is None:
             yield

@@ -30,8 +30,9 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
             tensors = content[layer.name, slot.suffix]
             weight = detached_weight(module, slot.tensor)
             for factor, value in {"A": tensors.A, "B": tensors.B, **tensors.own}.items():
+                tensor = value.clone() if value.is_inference() else value  # which autograd would refuse
                 _container(module, factor, slot)[adapter] = nn.Parameter(
-                    value.to(weight.device, factor_dtype(weight)), requires_grad=False
+                    tensor.to(weight.device, factor_dtype(weight)), requires_grad=False
                 )
         for tie in layer.ties:
             other, tied = model.get_submodule(tie.layer), layer.tied(tie)

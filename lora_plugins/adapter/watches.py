@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from lora_plugins.adapter.content import factor_dtype, slot_matrix
 from lora_plugins.errors import ConfigError, TargetError, listing
-from lora_plugins.inplace import FrozenNorm, base_class_of, by_position, positional_names
+from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
 
@@ -100,7 +100,7 @@ def mean_gradients(
     used = dict.fromkeys(weights, 0)
     model.train()
     for module in model.modules():
-        if isinstance(module, FrozenNorm):  # for another adapter, which may hold other layers still than this one will
+        if is_frozen(module):  # for another adapter, which may hold other layers still than this one will
             module.training = True
     for name in plan.frozen_norms:
         model.get_submodule(name).eval()

@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Any
 
 from lora_plugins.adapter import ADAPTER_NAME
+from lora_plugins.config import MAX_RANK
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files.fingerprint import KEYS
 from lora_plugins.plugins import PlannedLayer, Slot
@@ -60,7 +61,7 @@ def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RANK
 
 
 def _is_fingerprint(value: Any) -> bool:

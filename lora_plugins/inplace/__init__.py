@@ -4,10 +4,10 @@ The names and modules of a model, normalization layers that stand still, and wei
 here too.
 """
 
-from lora_plugins.inplace.adapted_class import by_position, positional_names, refresh_class
-from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.inplace.adapted_class import by_position, class_reason, positional_names, refresh_class
+from lora_plugins.inplace.container import RESERVED, AdapterTensors
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
-from lora_plugins.inplace.frozen_norm import FrozenNorm, freeze, has_statistics, thaw
+from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
 from lora_plugins.inplace.modules import (
     NamedModule,
@@ -23,13 +23,14 @@ from lora_plugins.inplace.strip import strip_adapters
 from lora_plugins.inplace.weights import detached_weight, frozen_statistics, is_shard, raw_weight, weight_key
 
 __all__ = [
+    "RESERVED",
     "STATE",
     "AdapterTensors",
-    "FrozenNorm",
     "LayerState",
     "NamedModule",
     "base_class_of",
     "by_position",
+    "class_reason",
     "detached_weight",
     "factors",
     "freeze",
@@ -37,6 +38,7 @@ __all__ = [
     "full_name",
     "has_statistics",
     "holder_of",
+    "is_frozen",
     "is_shard",
     "layer_state",
     "make_plain",

@@ -19,18 +19,17 @@ from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.weights import weight_with_merged
 
 
-class AdaptedLayer(nn.Module):
-    """What generated classes have in common; comes before the base class in their MRO."""
+def _reduce(layer: nn.Module, protocol: Any) -> Any:
+    # The generated class has no import path; it is made again from its base class.
+    state = layer_state(layer)
+    return _rebuild, (state.base_class, state.weight_names, state.has_branch), layer.__dict__
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The generated class has no import path; it is made again from its base class.
-        state = layer_state(self)
-        return _rebuild, (state.base_class, state.weight_names, state.has_branch), self.__dict__
 
-    def extra_repr(self) -> str:
-        """Adds the adapters to what the base class shows."""
-        adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in layer_state(self).adapters.items())
-        return f"{super().extra_repr()}, lora[{adapters}]".removeprefix(", ")
+def _extra_repr(layer: nn.Module) -> str:
+    """Adds the adapters to what the base class shows."""
+    state = layer_state(layer)
+    adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in state.adapters.items())
+    return f"{state.base_class.extra_repr(layer)}, lora[{adapters}]".removeprefix(", ")
 
 
 def refresh_class(layer: nn.Module) -> None:
@@ -52,12 +51,25 @@ def adapted_class(base: Any, weights: tuple[str, ...], has_branch: bool) -> type
         has_branch: Whether a plugin's branch may replace the base class's forward.
     """
     namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
+    namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
     if has_branch:
         namespace["forward"] = _forward(base)
-    return type(f"Lora{base.__name__}", (AdaptedLayer, base), namespace)
+    # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
+    # class has a base without __dict__, as abstract ones often do, would have another layout.
+    return type(f"Lora{base.__name__}", (base,), namespace)
+
+
+@functools.cache
+def class_reason(base: Any) -> str:
+    """Returns why a layer of some class cannot be given the class of an adapted one; empty if it can."""
+    try:
+        object.__new__(base).__class__ = adapted_class(base, (), has_branch=False)
+    except Exception as error:  # of whoever wrote the class or its metaclass
+        return f"its class {base.__name__} cannot be extended: {error}"
+    return ""
 
 
 def _weight_property(name: str) -> property:

@@ -4,9 +4,12 @@ from typing import cast
 
 from torch import nn
 
+RESERVED = frozenset({"training"})
+"""Names that no adapter can have: what everyone sets on every module by its name."""
+
 
 class AdapterTensors(nn.Module):
-    """The tensors of one factor of a layer, by adapter name; any name that a parameter can have is allowed."""
+    """The tensors of one factor of a layer, by adapter name; any name but those in `RESERVED` is allowed."""
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
         # Where FSDP has put a whole tensor in a parameter's place, for the time of a forward, it is an attribute.

@@ -12,16 +12,20 @@ _BASE_CLASS = "_lora_norm_class"
 _TRAINING = "_lora_norm_training"
 
 
-class FrozenNorm(nn.Module):
-    """What generated classes of frozen normalization layers have in common."""
+def _train(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for."""
+    module.__dict__[_TRAINING] = mode
+    base: type[nn.Module] = module.__dict__[_BASE_CLASS]
+    return base.train(module, False)
 
-    def train(self, mode: bool = True) -> "FrozenNorm":
-        """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for."""
-        self.__dict__[_TRAINING] = mode
-        return super().train(False)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.__dict__[_BASE_CLASS],), self.__dict__
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    return _rebuild, (module.__dict__[_BASE_CLASS],), module.__dict__
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a normalization layer is kept in eval mode."""
+    return _BASE_CLASS in module.__dict__
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -50,7 +54,8 @@ def thaw(module: nn.Module) -> None:
 
 @functools.cache
 def _frozen_class(base: Any) -> type[nn.Module]:
-    return type(f"Frozen{base.__name__}", (FrozenNorm, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "train": _train, "__reduce_ex__": _reduce}
+    return type(f"Frozen{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
 
 
 def _rebuild(base: Any) -> nn.Module:

@@ -50,6 +50,8 @@ def _honors_dropout(site: Site, variant: VariantPlugin | None) -> bool:
 def _layer_reason(site: Site, slots: tuple[Slot, ...]) -> str:
     if site.scripted:
         return "it is a TorchScript module; adapt the Python module, before torch.jit.script"
+    if site.fixed_class:
+        return site.fixed_class
     occupied = [name for slot in slots if (name := f"lora_A{slot.suffix}") in site.foreign]
     if occupied:
         return f"it has an attribute {occupied[0]!r} already; remove the other LoRA library's adapter first"
@@ -65,6 +67,8 @@ def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin) -> str
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
         if not weight.dtype.is_floating_point:
             return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
+        if weight.problem:
+            return f"{slot.tensor!r} {weight.problem}"
         if weight.on_meta:
             return f"{slot.tensor!r} is on the meta device; load its values first"
     return ""

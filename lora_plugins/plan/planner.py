@@ -154,7 +154,21 @@ def _shape(site: Site, slot: Slot) -> tuple[int, int]:
 
 
 def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Sequence[Site]) -> list[str]:
-    """Names of the model's own parameters to train, in the order of the model."""
+    """Names of the model's own parameters to train, in the order of the model.
+
+    Raises:
+        TargetError: If `modules_to_save` names one that cannot be trained.
+    """
+    integers = [
+        f"{name} of {parameter.dtype}"
+        for name, parameter in survey.parameters.items()
+        if not parameter.floating and any(within(each, saved) for each in (name, *parameter.aliases))
+    ]
+    if integers:
+        raise TargetError(
+            f"modules_to_save names modules whose parameters cannot be trained: {listing(integers)}, as in quantized "
+            "layers. Take them out, or load the model unquantized."
+        )
     adapted = {full_name(site.name, bias) for site in targets for bias in site.biases}
     chosen: Mapping[str, Callable[[str], bool]] = {
         "none": lambda name: False,

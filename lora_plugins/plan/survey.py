@@ -5,7 +5,7 @@ Everything after it is a function of these records, so plans can be made, and te
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lora_plugins.inplace import (
     NamedModule,
     base_class_of,
+    class_reason,
     detached_weight,
     full_name,
     has_statistics,
@@ -39,6 +40,7 @@ class Weight:
         dtype: Its type.
         computed: Whether a parametrization or a hook computes it.
         on_meta: Whether it has no values yet.
+        problem: Why an update cannot be added to it.
     """
 
     key: WeightKey
@@ -46,6 +48,7 @@ class Weight:
     dtype: torch.dtype = torch.float32
     computed: bool = False
     on_meta: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Site:
         scripted: Whether it is a TorchScript module.
         foreign: Attributes of another LoRA library that stand where ours would go.
         failure: What the plugin raised when it was asked about the layer.
+        fixed_class: Why the layer cannot be given another class.
     """
 
     names: tuple[str, ...]
@@ -81,6 +85,7 @@ class Site:
     scripted: bool = False
     foreign: tuple[str, ...] = ()
     failure: Exception | None = None
+    fixed_class: str = ""
 
     @property
     def name(self) -> str:
@@ -96,6 +101,7 @@ class OwnParameter:
         key: Which weight it is.
         size: Its number of elements.
         floating: Whether its type is a floating one.
+        dtype: Its type.
         lazy: Whether it has no shape yet.
         aliases: Its other full names, where modules share it.
     """
@@ -103,6 +109,7 @@ class OwnParameter:
     key: WeightKey
     size: int
     floating: bool = True
+    dtype: torch.dtype = torch.float32
     lazy: bool = False
     aliases: tuple[str, ...] = ()
 
@@ -145,7 +152,7 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
 def _parameter(parameter: Tensor, aliases: list[str]) -> OwnParameter:
     lazy = is_lazy(parameter)
     size, floating = 0 if lazy else parameter.numel(), parameter.dtype.is_floating_point
-    return OwnParameter(id(parameter), size, floating, lazy, tuple(aliases))
+    return OwnParameter(id(parameter), size, floating, parameter.dtype, lazy, tuple(aliases))
 
 
 def _site(entry: NamedModule, registry: Registry) -> Site:
@@ -160,7 +167,7 @@ def _site(entry: NamedModule, registry: Registry) -> Site:
         has_parameters=bool(module._parameters),
         has_statistics=has_statistics(module),
         scripted=isinstance(module, torch.jit.ScriptModule),
-        **({} if plugin is None else _served(entry, plugin)),
+        **({} if plugin is None else {"fixed_class": class_reason(cast(Any, base)), **_served(entry, plugin)}),
     )
 
 
@@ -186,7 +193,20 @@ def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
 def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight:
     weight, key = detached_weight(entry.module, tensor), weight_key(entry.module, tensor)
     rows, columns = plugin.to_matrix(weight).shape
-    return Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta)
+    problem = _problem(weight)
+    return Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta, problem)
+
+
+def _problem(weight: Tensor) -> str:
+    """Tries to add to a weight of a type that is not torch's own, as those of quantization libraries are."""
+    if type(weight) in (Tensor, nn.Parameter) or not weight.dtype.is_floating_point:
+        return ""
+    try:
+        with torch.no_grad():
+            weight + torch.zeros_like(weight)
+    except Exception as error:  # of whoever wrote the type
+        return f"is a {type(weight).__name__}, to which nothing can be added ({type(error).__name__}: {error})"
+    return ""
 
 
 def _foreign(module: nn.Module, slots: Sequence[Slot]) -> tuple[str, ...]:

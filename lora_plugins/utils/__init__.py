@@ -5,6 +5,7 @@ Every other room may use them.
 
 from lora_plugins.utils.atomic_file import remove_leftovers, replace_file
 from lora_plugins.utils.autocast import autocast_dtype, in_full
+from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
@@ -20,6 +21,7 @@ __all__ = [
     "low_rank",
     "mark_restored",
     "mark_stand_ins",
+    "outside_inference",
     "own_randomness",
     "remove_leftovers",
     "replace_file",

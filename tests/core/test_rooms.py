@@ -24,7 +24,7 @@ ARROWS = {
     "adapter": {"plan", "inplace", "plugins", "config", *BASIS},
     "merge": {"adapter", "inplace", "plugins", "kernels", *BASIS},
     "files": {"adapter", "plan", "inplace", "plugins", "config", *BASIS},
-    "model": {"files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
+    "model": {"files", "merge", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "": {"model", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
     "layers": {"kernels", "plugins", *BASIS},
     "inits": {"plugins", *BASIS},

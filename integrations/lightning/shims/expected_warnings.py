@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule
 
-from lora_plugins.inplace import FrozenNorm
+from lora_plugins.inplace import is_frozen
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def expecting_eval_mode(module: LightningModule) -> Iterator[None]:
     """Silences the warning of modules in eval mode, if all of them are frozen normalization layers."""
     in_eval = [child for child in module.modules() if not child.training]
     with warnings.catch_warnings():
-        if in_eval and all(isinstance(child, FrozenNorm) for child in in_eval):
+        if in_eval and all(is_frozen(child) for child in in_eval):
             warnings.filterwarnings("ignore", message=rf"Found {len(in_eval)} module\(s\) in eval mode at the start")
         yield
 

@@ -93,9 +93,7 @@ class TestAllOrNothing:
         with untouched(model), pytest.raises(ValueError, match="has an adapter 'one' already"):
             lora.add_adapter("one", LoraConfig(r=2))
 
-    @pytest.mark.parametrize(
-        "name", ["weight", "bias", "training", "half", "lora_A", "default", "T", "0", "größe", "a-1"]
-    )
+    @pytest.mark.parametrize("name", ["weight", "bias", "half", "lora_A", "default", "T", "0", "größe", "a-1"])
     def test_every_other_name_works(self, name, tmp_path):
         model, fresh = build(), build()
         lora = LoraModel(model, LoraConfig(r=2, init="none", modules_to_save=["norm"]), name)

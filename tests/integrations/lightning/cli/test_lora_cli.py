@@ -143,7 +143,7 @@ class TestConfig:
         ("changes", "message", "code"),
         [
             ({"lora": {"rank": 2}}, "rank", 2),
-            ({"lora": {"r": 0}}, "error: r is a rank, a whole number of at least 1, not 0.", 1),
+            ({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0.", 1),
             ({"lora": {"bias": "some"}}, "bias", 2),
             ({"lora_callback": {"adaptername": "x"}}, "adaptername", 2),
             ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'", 1),

@@ -1,0 +1,80 @@
+"""What is called in inference mode leaves a model that can be trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.files import PackedAdapter
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    config = LoraConfig(**{"r": 2, "target_modules": ["0"], "modules_to_save": ["3"], "bias": "lora_only", **fields})
+    return model, config
+
+
+def adapted():
+    model, config = build()
+    lora = LoraModel(model, config)
+    lora.add_adapter("other", config)
+    return lora
+
+
+def learns(model):
+    model.train()
+    model(torch.randn(5, 4)).sum().backward()
+    return all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "loftq"])
+def test_adding_and_loading(init, tmp_path):
+    model, config = build(init=init)
+    with torch.inference_mode():
+        lora = LoraModel(model, config)
+    lora.save_adapter(tmp_path)
+    assert learns(model)
+    other, _ = build()
+    with torch.inference_mode():
+        LoraModel.load_adapter(other, tmp_path)
+    assert learns(other)
+
+
+def test_tensors_that_were_made_there():
+    packed = adapted().pack("default")
+    with torch.inference_mode():
+        packed = PackedAdapter(packed.manifest, {key: tensor.clone() for key, tensor in packed.tensors.items()})
+    model, _ = build()
+    LoraModel.load_packed(model, packed)
+    assert learns(model)
+
+
+CALLS = {
+    "set": lambda lora: (lora.set_adapter("other"), lora.set_adapter("default")),
+    "delete": lambda lora: lora.delete_adapter("other"),
+    "merge": lambda lora: (lora.merge_adapter(), lora.unmerge_adapter()),
+    "combine": lambda lora: (
+        lora.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both"),
+        lora.set_adapter("both"),
+        lora.set_adapter("default"),
+    ),
+    "unload": lambda lora: lora.unload(),
+    "merge for good": lambda lora: lora.merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_changing(call):
+    lora = adapted()
+    with torch.inference_mode():
+        CALLS[call](lora)
+    assert not any(tensor.is_inference() for tensor in lora.model.state_dict().values())
+    assert learns(lora.model)
+
+
+def test_disabling():
+    lora = adapted()
+    with torch.inference_mode(), lora.disable_adapter() as model:
+        model.eval()(torch.randn(2, 4))
+    assert learns(lora.model)
