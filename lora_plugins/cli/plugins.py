@@ -4,18 +4,23 @@ import argparse
 from collections.abc import Sequence
 
 from lora_plugins.cli.text import table
-from lora_plugins.plugins import PluginInfo, Registry, default_registry
+from lora_plugins.errors import PluginError
+from lora_plugins.plugins import PluginInfo, Registry, found_plugins
 
 
 def run(arguments: Sequence[str]) -> int:
     """Prints all plugins.
 
     Raises:
-        PluginError: If two plugins claim one name or module class, or a file that was asked for fails.
+        PluginError: If two plugins claim one name or module class, naming all that do, after the table; or a file that
+            was asked for fails.
     """
     argparse.ArgumentParser(prog="lora-plugins plugins", description="List all plugins.").parse_args(arguments)
     print("Plugins of lora_plugins\n")
-    print(listed(default_registry()))
+    registry, clashes = found_plugins()
+    print(listed(registry))
+    if clashes:
+        raise PluginError("\n".join(clashes))
     return 0
 
 

@@ -9,7 +9,7 @@ from lora_plugins.plugins.hookspecs import KINDS, InitRegistrar, LayerRegistrar,
 from lora_plugins.plugins.init import INITS, InitContext, InitPlugin, InputMoments, RankRequest, SlotCalibration
 from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
-from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, registry_of
+from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, found_plugins, registry_of
 from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
@@ -56,6 +56,7 @@ __all__ = [
     "build_registry",
     "class_path",
     "default_registry",
+    "found_plugins",
     "hookimpl",
     "joined",
     "names_in",

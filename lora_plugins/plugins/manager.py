@@ -1,8 +1,10 @@
 """Loads plugins one by one, and builds the registry."""
 
+import difflib
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +65,26 @@ def build_registry(
         files: Python files to load as plugins, besides those that the environment variable LORA_PLUGINS_LOAD names.
 
     Raises:
-        PluginError: If two plugins claim one name or one module class, naming both; or if a file fails, from its error.
+        PluginError: If two plugins claim one name or one module class, naming both, for each such clash; or if a file
+            fails, from its error.
+    """
+    registry, clashes = found_plugins(extra, allow=allow, block=block, files=files)
+    if clashes:
+        raise PluginError("\n".join(clashes))
+    return registry
+
+
+def found_plugins(
+    extra: Iterable[tuple[str, Any]] = (),
+    *,
+    allow: Sequence[str] | None = None,
+    block: Sequence[str] = (),
+    files: Iterable[Path] = (),
+) -> tuple[Registry, list[str]]:
+    """Returns what `build_registry` does, and a sentence for each clash; with one, the registry is only good to list.
+
+    Raises:
+        PluginError: If a file fails, from its error.
     """
     manager = _manager()
     infos: list[PluginInfo] = []
@@ -81,16 +102,27 @@ def build_registry(
             continue
         for registrar in registrars:
             owned[registrar.kind.name] += registrar.owned
+    _warn_of_misspelt({"allow_plugins": allow or (), "block_plugins": block}, [info.name for info in infos])
     notes: list[_Note] = []
+    clashes: list[str] = []
     for kind in KINDS:
-        owned[kind.name], more = _settled(kind, owned[kind.name])
+        owned[kind.name], more, found = _settled(kind, owned[kind.name])
         notes += more
+        clashes += found
     complete = {info: _completed(info, owned, notes) for info in infos}
     by_kind = {
         kind: {each.plugin.name: replace(each, info=complete[each.info]) for each in all_of_kind}
         for kind, all_of_kind in owned.items()
     }
-    return Registry(tuple(complete.values()), by_kind)
+    return Registry(tuple(complete.values()), by_kind), clashes
+
+
+def _warn_of_misspelt(fields: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:
+    """Warns of a name that is not installed and looks like one that is; others may be installed elsewhere."""
+    for field, given in fields.items():
+        for name in given:
+            if name not in names and difflib.get_close_matches(name, names):
+                warnings.warn(f"{field} names {name!r}, which is not installed. {near(name, names)}", stacklevel=4)
 
 
 def _manager() -> pluggy.PluginManager:
@@ -140,16 +172,16 @@ _Note = tuple[PluginInfo, str]
 """A plugin, and what its listing says of it."""
 
 
-def _settled(kind: PluginKind[Any], owned: list[Owned[Any]]) -> tuple[list[Owned[Any]], list[_Note]]:
-    """Returns what is left, and what to say of a plugin that replaces something and of the one it replaces."""
-    pairs = replaced(kind, owned)
+def _settled(kind: PluginKind[Any], owned: list[Owned[Any]]) -> tuple[list[Owned[Any]], list[_Note], list[str]]:
+    """Returns what is left, what to say of a plugin that replaces something and of the one it replaces, and clashes."""
+    pairs, clashes = replaced(kind, owned)
     gone = {id(loser) for loser, _ in pairs}
     notes = []
     for loser, winner in pairs:
         what = f"{kind.title} {loser.plugin.name!r}"
         notes.append((winner.info, f"replaces {what} of {loser.info.owner}"))
         notes.append((loser.info, f"its {what} is replaced by {winner.info.owner}"))
-    return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes))
+    return [each for each in owned if id(each) not in gone], list(dict.fromkeys(notes)), clashes
 
 
 def _completed(info: PluginInfo, owned: Mapping[str, list[Owned[Any]]], notes: list[_Note]) -> PluginInfo:

@@ -132,6 +132,16 @@ class TestDoctor:
         assert "[problem] Two plugins own the init 'kaiming'" in out
         assert "rival 1.5" in out
 
+    def test_plugins_lists_all_and_every_clash(self, capsys, distribution):
+        distribution("rival", WORKING.format(name="kaiming", override=False))
+        distribution("other", WORKING.format(name="gaussian", override=False))
+        assert main(["plugins"]) == 1
+        out, error = capsys.readouterr()
+        assert "of_rival" in out
+        assert "of_other" in out
+        assert "init 'kaiming'" in error
+        assert "init 'gaussian'" in error
+
     def test_a_replacement_is_noted(self, capsys, distribution):
         distribution("better", WORKING.format(name="kaiming", override=True))
         _, out = doctor(capsys)

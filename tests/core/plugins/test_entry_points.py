@@ -114,7 +114,10 @@ class TestExample:
         lora = LoraModel(model, LoraConfig(r=2, target_modules=["bilinear"]), registry=build_registry())
         folder = lora.save_adapter(tmp_path / "adapter")
         fresh = Pair()
-        with untouched(fresh), pytest.raises(Exception, match=r"'bilinear'.*no plugin adapts"):
+        with (
+            untouched(fresh),
+            pytest.raises(Exception, match=r"'bilinear' of lora-plugins-example 1\.2\.3, which is not here"),
+        ):
             LoraModel.load_adapter(fresh, folder)
 
 
@@ -143,6 +146,13 @@ class TestClash:
             build_registry()
         for words in ("torch.nn.modules.linear.Linear", "lora-plugins 0", "lora-plugins-clash 3.0"):
             assert words in str(caught.value)
+
+    def test_every_clash_is_told(self, with_plugins):
+        with_plugins("plugin_clash")
+        with pytest.raises(PluginError) as caught:
+            build_registry()
+        assert "'torch.nn.modules.linear.Linear'" in str(caught.value)
+        assert "init 'kaiming'" in str(caught.value)
 
     def test_a_clashing_name_is_found_when_no_class_clashes(self, with_plugins, monkeypatch):
         with_plugins("plugin_clash")
@@ -196,6 +206,15 @@ class TestBlocking:
             LoraModel(
                 Pair(), LoraConfig(init="orthonormal", block_plugins=["example", "other_kaiming", "other_linear"])
             )
+
+    @pytest.mark.parametrize("field", ["allow_plugins", "block_plugins"])
+    def test_a_misspelt_name_is_warned_of(self, with_plugins, field):
+        with_plugins("plugin_example")
+        with pytest.warns(
+            UserWarning, match=rf"{field} names 'exampel', which is not installed. Did you mean 'example'"
+        ):
+            LoraModel(Pair(), LoraConfig(r=2, **{field: ["exampel"]}))
+        LoraModel(Pair(), LoraConfig(r=2, block_plugins=["of_another_machine"]))
 
     def test_our_own_plugins_cannot_be_blocked(self, monkeypatch):
         monkeypatch.setenv(BLOCK_VARIABLE, "layers,inits")
