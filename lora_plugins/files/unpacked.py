@@ -10,10 +10,11 @@ from lora_plugins.adapter import AdapterContent, SlotTensors, changed_bases
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
+from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import check_origins
 from lora_plugins.files.packed import PackedAdapter
-from lora_plugins.inplace import own_tensor
+from lora_plugins.inplace import model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import PlannedLayer, Registry, Slot, registry_of
 
@@ -51,6 +52,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         config = LoraConfig.from_dict(manifest["config"])
         registry = registry or registry_of(config)
         check_origins(manifest, config, registry)
+        check_patterns(config, [name for entry in model_modules(model) for name in entry.names])
         plan = make_plan(model, config, registry)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
     except AdapterFileError:

@@ -1,6 +1,8 @@
 """Every kind of damage to an adapter folder, and every other base, is refused with the model untouched."""
 
 import hashlib
+import os
+import shutil
 import struct
 
 import pytest
@@ -154,6 +156,19 @@ class TestWrongModel:
         lora = LoraModel.load_adapter(model, saved[0], "second")
         lora.set_adapter("second")
         assert torch.equal(output(model), saved[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+class TestFilesWithoutAnEnd:
+    @pytest.mark.parametrize("what", ["pipe", "device"])
+    @pytest.mark.parametrize("file", ["manifest", "tensors"])
+    def test_they_are_refused(self, saved, untouched, tmp_path, file, what):
+        folder = tmp_path / "copy"
+        shutil.copytree(saved[0], folder)
+        path = folder / MANIFEST if file == "manifest" else tensor_file(folder)
+        path.unlink()
+        os.mkfifo(path) if what == "pipe" else path.symlink_to("/dev/zero")
+        refused(folder, untouched, "not a regular file")
 
 
 class TestDamage:

@@ -1,0 +1,69 @@
+"""Regular expressions of a file, tried out in a process of their own: one can take longer than anyone lives."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError
+
+_SECONDS = 10.0
+"""How long all expressions of a config may take; a fair one takes less than a millisecond for each name."""
+
+_PROGRAM = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+for expression in expressions:
+    for name in names:
+        re.fullmatch(expression, name)
+"""
+
+_REPEAT = re.compile(r"[*+}]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
+
+def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
+    """Checks that the regular expressions of a config that came with a file come to an end.
+
+    Matching cannot be stopped from within Python. Expressions that repeat at most twice, and no group, are left to
+    `make_plan` at once: they take at most a time that is cubic in the length of a name.
+
+    Args:
+        config: The config.
+        names: The names that `make_plan` will match.
+
+    Raises:
+        AdapterFileError: If they do not within ten seconds.
+    """
+    risky = [expression for expression in _expressions(config) if _is_risky(expression)]
+    if not risky or not sys.executable:
+        return
+    given = json.dumps([risky, list(names)]).encode()
+    try:
+        # Without anything of the user's: no site packages, no environment. An error in an expression is told later.
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROGRAM],
+            input=given,
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AdapterFileError(
+            f"The regular expressions of the adapter's config take more than {_SECONDS:g} seconds on this model's "
+            f"names: {', '.join(map(repr, risky))}. Do not load it unless you trust who made it; who does can write "
+            "simpler ones into the manifest."
+        ) from error
+
+
+def _expressions(config: LoraConfig) -> list[str]:
+    patterns = [config.target_modules, config.exclude_modules]
+    whole = [pattern for pattern in patterns if isinstance(pattern, str)]
+    maps: Sequence[Iterable[str]] = (config.rank_pattern, config.alpha_pattern, config.fused_parts)
+    return [*whole, *(f"(?:.*\\.)?(?:{key})" for keys in maps for key in keys if _REPEAT.search(key))]
+
+
+def _is_risky(expression: str) -> bool:
+    return len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None
