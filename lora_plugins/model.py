@@ -1,8 +1,9 @@
 """`LoraModel`, the handle to an adapted model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,10 +27,10 @@ from lora_plugins.adapter import (
 )
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
-from lora_plugins.files import PackedAdapter, pack, read, rebuilt_bases, saved_name, unpack, write
+from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import Registry, SlotCalibration
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
 
 
 class LoraModel:
@@ -263,18 +264,30 @@ class LoraModel:
             add(self.model, adapter_name, result.plan, result.content, result.values)
         return result.relative_error
 
-    def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
-        """Writes an adapter into a folder; see `lora_plugins.files.folder` for what it holds.
+    def save_adapter(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        format: str = OWN_FORMAT,
+        format_options: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Writes an adapter into a folder or file.
 
         Args:
-            path: The folder; it is made if it does not exist.
+            path: The folder, which is made if it does not exist, or the file where the format has files.
             adapter_name: Which adapter; by default the only active one.
+            format: `lora_plugins`, our own folder (see `lora_plugins.files.folder`), `peft`, `diffusers`, `kohya`, or
+                the name of an installed format.
+            format_options: Options of that format.
 
         Returns:
-            The folder.
+            The folder or file.
 
         Raises:
             StateError: If something is merged, or no name is given and not exactly one adapter is active.
+            AdapterFileError: If the format cannot express the adapter. Nothing is written.
+            PluginError: If there is no such format.
         """
         state = self._state
         state.check("save_adapter")
@@ -283,7 +296,11 @@ class LoraModel:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
             (adapter_name,) = state.active
         state.adapter(adapter_name)
-        return write(Path(path), pack(self.model, state, adapter_name, self._registry))
+        chosen = (self._registry or default_registry()).get(FORMATS, format)
+        options = options_of(chosen, format_options)
+        packed = pack(self.model, state, adapter_name, self._registry)
+        with base_in_place(self.model, state):
+            return chosen.write(Path(path), packed, self.model, self._registry, options)
 
     @classmethod
     def load_adapter(
@@ -292,23 +309,34 @@ class LoraModel:
         path: str | Path,
         adapter_name: str | None = None,
         *,
+        format: str | None = None,
+        format_options: Mapping[str, Any] | None = None,
         registry: Registry | None = None,
     ) -> "LoraModel":
         """Puts a saved adapter on a model, adapted or not.
 
         Args:
             model: The base model that the adapter was trained on, with untouched weights.
-            path: The folder that `save_adapter` wrote.
+            path: The folder or file.
             adapter_name: Name of the adapter on this model; by default the one it was saved under.
+            format: The format of it; by default the one that recognizes it.
+            format_options: Options of that format.
             registry: The plugins to use; by default those that are installed and that the adapter's config lets load.
 
         Returns:
             A handle. The adapter is active if it is the model's first.
 
         Raises:
-            AdapterFileError: If the folder is damaged or belongs to another model. The model is untouched.
+            AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
+                here. The model is untouched.
         """
-        return cls.load_packed(model, read(Path(path)), adapter_name, registry=registry)
+        found = Path(path)
+        chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
+        options = options_of(chosen, format_options)
+        state = model_state(model)
+        with base_in_place(model, state) if state else nullcontext():
+            packed = chosen.read(found, model, registry, options)
+        return cls.load_packed(model, packed, adapter_name, registry=registry)
 
     @classmethod
     def load_packed(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest
-from lora_plugins.files.packed import PackedAdapter
+from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import replace_file
 
 

@@ -11,10 +11,9 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
-from lora_plugins.files.packed import PackedAdapter
 from lora_plugins.inplace import own_tensor
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import PlannedLayer, Registry, Slot
+from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
 
 
 @dataclass(frozen=True)

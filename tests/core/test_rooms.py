@@ -29,6 +29,7 @@ ARROWS = {
     "layers": {"kernels", "plugins", *BASIS},
     "inits": {"plugins", *BASIS},
     "variants": {"plugins", *BASIS},
+    "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", *BASIS},
     "cli": {"", "plugins", "kernels", *BASIS},
     "__main__": {"cli"},

@@ -1,0 +1,156 @@
+"""A file of PEFT, held against a model: former names, missing layers, and what PEFT would compute otherwise."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.peft_config import PeftConfig
+from lora_plugins.formats.peft_keys import PeftTensors
+from lora_plugins.formats.places import tensor_names
+from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
+from lora_plugins.plan import current_name, former_names
+
+_ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+"""The layers that PEFT adapts where its config names them; `Conv1D` of transformers is told by its name."""
+
+
+def for_model(
+    model: nn.Module, adapter: PortableAdapter, config: PeftConfig, found: PeftTensors, out_proj: str | None
+) -> PortableAdapter:
+    """Returns an adapter of a file with the names of a model, after it was found to be complete and to mean one thing.
+
+    Args:
+        model: The model, with the base's own values in place.
+        adapter: The adapter, with the names of the file.
+        config: The file's config.
+        found: The file's tensors.
+        out_proj: How often an update of an attention's output projection was said to count.
+
+    Raises:
+        AdapterFileError: If a layer that the config targets is missing, an unchanged weight in the file is not the
+            model's, or a layer means one thing merged and another unmerged.
+    """
+    modules = {name: entry.module for entry in model_modules(model) for name in entry.names}
+    names = {name: _present(model, modules, name) for name in (*sorted(adapter.layers), *_owners(adapter.values))}
+    saved = {_saved_root(config, owner) for owner in _owners(adapter.values)} - {""}
+    adapter = replace(
+        adapter,
+        layers={names[name]: adapter.layers[name] for name in sorted(adapter.layers)},
+        values={_renamed(name, names): value for name, value in adapter.values.items()},
+        saved_modules=sorted({_present(model, modules, root) for root in saved}),
+    )
+    renamed = any(old != new for old, new in names.items())
+    _check_complete(model, adapter, config, renamed)
+    _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
+    if out_proj is None:
+        _check_meaning(modules, adapter)
+    _check_started(modules, adapter)
+    _warn_of_branches(modules, adapter)
+    return adapter
+
+
+def _present(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
+    return name if name in modules else current_name(model)(name)
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Returns the present name of a tensor."""
+    owner, _, own = name.rpartition(".")
+    return full_name(names.get(owner, owner), own)
+
+
+def _owners(values: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in values}
+
+
+def _saved_root(config: PeftConfig, owner: str) -> str:
+    """Returns the outermost module around a value that was trained in full; empty if there is none."""
+    parts = owner.split(".")
+    paths = (".".join(parts[: at + 1]) for at in range(len(parts)))
+    return next((path for path in paths if path and config.is_saved(path)), "")
+
+
+def _check_complete(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, renamed: bool) -> None:
+    former = former_names(model) if renamed else {}
+    first = {name: entry.name for entry in model_modules(model) for name in entry.names}
+    present = {first[name] for name in adapter.layers if name in first}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name not in present
+        and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
+        and config.is_target(former.get(entry.name, entry.name))
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
+            "PEFT would leave them as they start. If that is meant, name the layers it has in target_modules of "
+            "adapter_config.json."
+        )
+
+
+def _check_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    known = tensor_names(model)
+    wrong = [
+        name
+        for name, tensor in copies.items()
+        if name not in known or not _same_weight(own_tensor(model, known[name]), tensor)
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"The adapter comes with its own {listing(wrong)}, which is not the model's: it was resized or trained "
+            "there. Load that weight into the model first."
+        )
+
+
+def _same_weight(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and torch.equal(own.detach().to(other.device, other.dtype), other)
+
+
+def _check_meaning(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged."""
+    alone = [
+        name
+        for name, layer in adapter.layers.items()
+        if not layer.in_attention
+        and name.rpartition(".")[2] == "out_proj"
+        and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if alone:
+        raise AdapterFileError(
+            f"{listing(alone)} has two meanings: PEFT ignores the output projection of an attention until it is "
+            "merged. To load what it is when merged, say format_options={'out_proj': 'once'}."
+        )
+
+
+def _check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    if adapter.init == "kaiming":
+        return
+    others = [name for name in adapter.layers if name in modules and not isinstance(modules[name], nn.Linear)]
+    if others:
+        raise AdapterFileError(
+            f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
+            "none. Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
+            "untouched base."
+        )
+
+
+def _warn_of_branches(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Says where PEFT's second path beside a layer is not the layer: what is loaded is what PEFT computes merged."""
+    others = [
+        name
+        for name in adapter.layers
+        if getattr(modules.get(name), "padding_mode", "zeros") != "zeros"
+        or getattr(modules.get(name), "max_norm", None) is not None
+    ]
+    if others:
+        warnings.warn(
+            f"{listing(others)}: PEFT computes something else before merging than after, as its branch leaves the "
+            "padding mode or max_norm of the layer out. The adapter is loaded as what it is when merged.",
+            stacklevel=2,
+        )
