@@ -4,6 +4,8 @@ None of them imports the library that it is named after. A format of layers with
 which needs to know names and nothing of models.
 """
 
+from lora_plugins.formats.diffusers import DiffusersFormat
+from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.own import OwnFormat
 from lora_plugins.formats.peft import PeftFormat
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
@@ -16,5 +18,5 @@ __all__ = ["PortableAdapter", "PortableFormat", "PortableLayer"]
 @hookimpl
 def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
     """Registers every built-in format."""
-    for plugin in (OwnFormat(), PeftFormat()):
+    for plugin in (OwnFormat(), PeftFormat(), DiffusersFormat(), KohyaFormat()):
         registrar.add(plugin)

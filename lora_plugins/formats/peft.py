@@ -4,7 +4,6 @@ PEFT up to 0.21.2 applies the update of an attention's `out_proj` twice where th
 (huggingface/peft#3774): such a file means twice its product, which is read and written so.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fie
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model
 from lora_plugins.formats.peft_values import values_for_peft
-from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_json, write_tensors
 
@@ -83,8 +82,7 @@ class PeftFormat(PortableFormat):
         """Writes a folder; see `PortableFormat`."""
         layers = with_attention(adapter)
         values = values_for_peft(adapter, model)
-        ((r, _),) = Counter(layer.r for layer in layers.values()).most_common(1)
-        ((alpha, _),) = Counter(layer.alpha for layer in layers.values()).most_common(1)
+        r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
         targets = {name: layer for name, layer in layers.items() if not layer.in_attention}
         types = {layer.layer_type for layer in layers.values()}
         fields = config_fields(

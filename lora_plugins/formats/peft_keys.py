@@ -115,12 +115,17 @@ def _is_copy(found: PeftTensors, name: str) -> bool:
     return own == "weight" and path in found.factors
 
 
-def layer_keys(layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
-    """Returns the tensors of adapted layers by PEFT's keys."""
+def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dict[str, Tensor]:
+    """Returns the tensors of adapted layers by PEFT's keys.
+
+    Args:
+        layers: By full name.
+        prefix: What the keys start with.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         path, _, own = name.rpartition(".")
-        place = PREFIX + (f"{path}.{_WRAPPER}.{own}" if layer.in_attention else name)
+        place = prefix + (f"{path}.{_WRAPPER}.{own}" if layer.in_attention else name)
         A, B = ("lora_embedding_A", "lora_embedding_B") if layer.layer_type == "embedding" else _LINEAR
         tensors |= {f"{place}.{A}": layer.A, f"{place}.{B}": layer.B}
         if layer.magnitude is not None:

@@ -11,7 +11,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import tensor_names
-from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
 from lora_plugins.plan import current_name, former_names
 
@@ -44,8 +44,7 @@ def for_model(
         values={_renamed(name, names): value for name, value in adapter.values.items()},
         saved_modules=sorted({_present(model, modules, root) for root in saved}),
     )
-    renamed = any(old != new for old, new in names.items())
-    _check_complete(model, adapter, config, renamed)
+    check_complete(model, adapter.layers, config, renamed=any(old != new for old, new in names.items()))
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
     if out_proj is None:
         _check_meaning(modules, adapter)
@@ -75,10 +74,36 @@ def _saved_root(config: PeftConfig, owner: str) -> str:
     return next((path for path in paths if path and config.is_saved(path)), "")
 
 
-def _check_complete(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, renamed: bool) -> None:
+def in_model(
+    model: nn.Module, layers: Mapping[str, PortableLayer], config: PeftConfig | None
+) -> dict[str, PortableLayer]:
+    """Returns layers of a file by the names of a model, after they were found to be complete.
+
+    Raises:
+        AdapterFileError: If a layer that the config targets is missing.
+    """
+    modules = {name: entry.module for entry in model_modules(model) for name in entry.names}
+    names = {name: _present(model, modules, name) for name in sorted(layers)}
+    if config is not None:
+        check_complete(model, names.values(), config, renamed=any(old != new for old, new in names.items()))
+    return {names[name]: layers[name] for name in names}
+
+
+def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that an adapter has all layers of a model that its config targets.
+
+    Args:
+        model: The model.
+        layers: Names of the layers that it has.
+        config: The config.
+        renamed: Whether the config speaks of the modules by their former names.
+
+    Raises:
+        AdapterFileError: If some are missing.
+    """
     former = former_names(model) if renamed else {}
     first = {name: entry.name for entry in model_modules(model) for name in entry.names}
-    present = {first[name] for name in adapter.layers if name in first}
+    present = {first[name] for name in layers if name in first}
     lacking = [
         entry.name
         for entry in model_modules(model)
@@ -89,8 +114,8 @@ def _check_complete(model: nn.Module, adapter: PortableAdapter, config: PeftConf
     if lacking:
         raise AdapterFileError(
             f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
-            "PEFT would leave them as they start. If that is meant, name the layers it has in target_modules of "
-            "adapter_config.json."
+            "PEFT would leave them as they start. If that is meant, name the layers it has in the target_modules of "
+            "its config."
         )
 
 

@@ -1,11 +1,20 @@
 """An adapter in the terms that the formats of others share: layers by name, each with A, B and an alpha."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
+
+Value = TypeVar("Value", int, float)
+
+
+def commonest(values: Iterable[Value]) -> Value:
+    """Returns the value that occurs most often, the first of those."""
+    ((value, _),) = Counter(values).most_common(1)
+    return value
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,25 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """Returns the object that a text holds.
+
+    Args:
+        text: JSON.
+        what: What messages call it.
+
+    Raises:
+        AdapterFileError: If it is not one.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{what} cannot be read as JSON: {error}. Copy the file again.") from error
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{what} does not hold a JSON object. Copy the file again.")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object of a JSON file.
 
@@ -82,14 +101,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_HEADER:
             raise AdapterFileError(f"{path} has {path.stat().st_size:,} bytes; at most {LARGEST_HEADER:,} are read.")
-        found = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} cannot be read as JSON: {error}. Copy it again.") from error
-    if not isinstance(found, dict):
-        raise AdapterFileError(f"{path} does not hold a JSON object. Copy it again.")
-    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,7 +13,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listing
 from lora_plugins.files import checksum, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.places import placed_layers, placed_values
-from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PackedAdapter, PlannedLayer, Registry, registry_of
@@ -90,8 +89,7 @@ def _config(adapter: PortableAdapter, bias: Literal["none", "all", "lora_only"],
     """Returns a config that names every layer in full."""
     ranks = {name: layer.r for name, layer in adapter.layers.items()}
     alphas = {name: layer.alpha for name, layer in adapter.layers.items()}
-    ((r, _),) = Counter(ranks.values()).most_common(1)
-    ((alpha, _),) = Counter(alphas.values()).most_common(1)
+    r, alpha = commonest(ranks.values()), commonest(alphas.values())
     return LoraConfig(
         r=r,
         alpha=alpha,

@@ -29,7 +29,7 @@ def former_names(model: nn.Module) -> dict[str, str]:
         renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(part))]
         for name, _ in part.named_modules():
             former = _renamed(name, renamings)
-            if former != name:
+            if name and former != name:
                 found[_joined(path, name)] = _joined(path, former)
     return found
 
