@@ -66,6 +66,7 @@ class KohyaFormat(PortableFormat):
     """
 
     name = "kohya"
+    full_names = False
     options: ClassVar[Mapping[str, Any]] = {"component": None}
 
     def recognizes(self, path: Path) -> bool:

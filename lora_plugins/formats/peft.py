@@ -17,7 +17,7 @@ from lora_plugins.files import PICKLED
 from lora_plugins.formats.peft_attention import with_attention
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
-from lora_plugins.formats.peft_model import for_model
+from lora_plugins.formats.peft_model import for_model, saved_modules
 from lora_plugins.formats.peft_values import values_for_peft
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
@@ -53,6 +53,7 @@ class PeftFormat(PortableFormat):
         for name, factors in found.factors.items():
             within = name in found.in_attention
             layer = _layer(config, name, factors, name.rpartition(".")[0] if within else name)
+            layer = replace(layer, layer_type=found.layer_types.get(name, ""))
             layers[name] = replace(layer, B=layer.B * times, in_attention=True) if within else layer
         adapter = PortableAdapter(
             layers=layers,
@@ -62,6 +63,7 @@ class PeftFormat(PortableFormat):
             dropout=float(config.fields.get("lora_dropout") or 0.0),
             init=config.init,
             bias=config.fields.get("bias") or "none",
+            saved_modules=saved_modules(config, found.values),
             details=_details(config),
         )
         return adapter if model is None else for_model(model, adapter, config, found, options["out_proj"])

@@ -52,12 +52,14 @@ class PeftTensors:
         values: Heads, biases and statistics by full name.
         copies: Copies of tensors of the untouched model, by full name.
         in_attention: The layers that are output projections of an `nn.MultiheadAttention` which is adapted as well.
+        layer_types: The types of layers that keys tell, by name.
     """
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     in_attention: set[str] = field(default_factory=set)
+    layer_types: dict[str, str] = field(default_factory=dict)
 
 
 def sorted_tensors(tensors: Mapping[str, Tensor]) -> PeftTensors:
@@ -99,6 +101,9 @@ def _place(found: PeftTensors, key: str, tensor: Tensor) -> str:
     layer = name.removesuffix(ending)
     if f".{_WRAPPER}.out_proj." in f".{'.'.join(components)}.":
         found.in_attention.add(layer)
+        found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"
+    if "lora_embedding_" in ending:
+        found.layer_types[layer] = "embedding"
     return _put(found.factors.setdefault(layer, {}), _FACTORS[ending], tensor, key)
 
 

@@ -37,12 +37,11 @@ def for_model(
     """
     modules = {name: entry.module for entry in model_modules(model) for name in entry.names}
     names = {name: _present(model, modules, name) for name in (*sorted(adapter.layers), *_owners(adapter.values))}
-    saved = {_saved_root(config, owner) for owner in _owners(adapter.values)} - {""}
     adapter = replace(
         adapter,
         layers={names[name]: adapter.layers[name] for name in sorted(adapter.layers)},
         values={_renamed(name, names): value for name, value in adapter.values.items()},
-        saved_modules=sorted({_present(model, modules, root) for root in saved}),
+        saved_modules=[_present(model, modules, root) for root in adapter.saved_modules],
     )
     check_complete(model, adapter.layers, config, renamed=any(old != new for old, new in names.items()))
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
@@ -65,6 +64,11 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 def _owners(values: Iterable[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in values}
+
+
+def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
+    """Returns the modules of a file that were trained in full, by the names of their tensors."""
+    return sorted({_saved_root(config, owner) for owner in _owners(values)} - {""})
 
 
 def _saved_root(config: PeftConfig, owner: str) -> str:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,7 +14,13 @@ from lora_plugins.plugins import AdapterFormat, AdapterSummary, LayerSummary, Pa
 
 
 class PortableFormat(AdapterFormat):
-    """A format of layers with an A and a B: `class MyFormat(PortableFormat)` with `load` and `save`."""
+    """A format of layers with an A and a B: `class MyFormat(PortableFormat)` with `load` and `save`.
+
+    Attributes:
+        full_names: Whether a file has the full names of layers, so that it can be converted without a model.
+    """
+
+    full_names: ClassVar[bool] = True
 
     @abstractmethod
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:

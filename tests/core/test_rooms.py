@@ -31,7 +31,7 @@ ARROWS = {
     "variants": {"plugins", *BASIS},
     "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", *BASIS},
-    "cli": {"", "plugins", "kernels", *BASIS},
+    "cli": {"", "formats", "files", "plugins", "kernels", *BASIS},
     "__main__": {"cli"},
 }
 """By room of the core, the rooms that it may import. The empty name is the package's own door, `lora_plugins`."""
