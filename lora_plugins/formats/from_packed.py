@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
+from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import detached_weight, model_modules
 from lora_plugins.plan import Plan, make_plan
@@ -59,8 +60,8 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
     names = (*plan.trained, *plan.saved_buffers)
     return PortableAdapter(
-        layers={layer.name: _layer(source, layer) for layer in plan.layers},
-        values={name: packed.tensors[value_key(name)] for name in names},
+        layers={plain_name(layer.name): _layer(source, layer) for layer in plan.layers},
+        values={plain_name(name): packed.tensors[value_key(name)] for name in names},
         name=manifest["adapter_name"],
         use_rslora=config.use_rslora,
         dropout=config.dropout,
@@ -72,7 +73,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
 def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Returns the full names of the modules that are trained in full, without those inside another one."""
     names = [entry.name for entry in model_modules(model) for pattern in patterns if _ends_with(entry.names, pattern)]
-    return sorted({name for name in names if not any(name.startswith(f"{other}.") for other in names)})
+    return sorted({plain_name(name) for name in names if not any(name.startswith(f"{other}.") for other in names)})
 
 
 def _ends_with(names: Sequence[str], pattern: str) -> bool:

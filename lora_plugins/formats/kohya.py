@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
 from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
+from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
@@ -198,7 +199,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     former = former_names(model)
     for entry in model_modules(model):
-        for name in dict.fromkeys((*entry.names, former.get(entry.name, entry.name))):
+        for name in {plain_name(each): None for each in (*entry.names, former.get(entry.name, entry.name))}:
             places = found.setdefault(name.replace(".", "_"), [])
             if entry.name not in places:
                 places.append(entry.name)

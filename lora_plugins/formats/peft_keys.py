@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableLayer
 
 PREFIX = "base_model.model."
@@ -20,9 +21,6 @@ _SAVED = "modules_to_save"
 
 _UNTRAINED = "original_module"
 """The component by which it names the head of before, of which PEFT saves the biases too."""
-
-_COMPILED = "_orig_mod"
-"""The component that `torch.compile` puts into names, which PEFT keeps and then cannot find."""
 
 _FACTORS: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -91,7 +89,8 @@ def _place(found: PeftTensors, key: str, tensor: Tensor) -> str:
     reason = next((reason for ending, reason in _REFUSED.items() if key.endswith(ending)), None)
     if reason or not key.startswith(PREFIX):
         return f"{key!r}: {reason or f'it does not start with {PREFIX!r}'}"
-    components = [part for part in key.removeprefix(PREFIX).split(".") if part != _COMPILED]
+    # torch.compile puts a component into names, which PEFT keeps, and then cannot find.
+    components = plain_name(key.removeprefix(PREFIX)).split(".")
     name = ".".join(part for part in components if part not in (_WRAPPER, _SAVED, _UNTRAINED))
     ending = next((ending for ending in _FACTORS if name.endswith(ending)), None)
     if ending is None:

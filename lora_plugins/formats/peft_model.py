@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
-from lora_plugins.formats.places import tensor_names
+from lora_plugins.formats.places import modules_by_name, plain_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
 from lora_plugins.plan import current_name, former_names
@@ -35,7 +35,7 @@ def for_model(
         AdapterFileError: If a layer that the config targets is missing, an unchanged weight in the file is not the
             model's, or a layer means one thing merged and another unmerged.
     """
-    modules = {name: entry.module for entry in model_modules(model) for name in entry.names}
+    modules = {name: entry.module for name, entry in modules_by_name(model).items()}
     names = {name: _present(model, modules, name) for name in (*sorted(adapter.layers), *_owners(adapter.values))}
     adapter = replace(
         adapter,
@@ -86,7 +86,7 @@ def in_model(
     Raises:
         AdapterFileError: If a layer that the config targets is missing.
     """
-    modules = {name: entry.module for entry in model_modules(model) for name in entry.names}
+    modules = {name: entry.module for name, entry in modules_by_name(model).items()}
     names = {name: _present(model, modules, name) for name in sorted(layers)}
     if config is not None:
         check_complete(model, names.values(), config, renamed=any(old != new for old, new in names.items()))
@@ -106,14 +106,14 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
         AdapterFileError: If some are missing.
     """
     former = former_names(model) if renamed else {}
-    first = {name: entry.name for entry in model_modules(model) for name in entry.names}
-    present = {first[name] for name in layers if name in first}
+    places = modules_by_name(model)
+    present = {places[name].name for name in layers if name in places}
     lacking = [
         entry.name
         for entry in model_modules(model)
         if entry.name not in present
         and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
-        and config.is_target(former.get(entry.name, entry.name))
+        and config.is_target(plain_name(former.get(entry.name, entry.name)))
     ]
     if lacking:
         raise AdapterFileError(

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.places import modules_by_name
 from lora_plugins.formats.portable import PortableAdapter
 
 
@@ -45,8 +46,9 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     bias = adapter.bias if adapter.bias != "none" or not biases else "all"
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
     whole: dict[str, Tensor] = {}
+    modules_of = modules_by_name(model) if model is not None else {}
     for owner in owners:
-        module = model.get_submodule(owner) if model is not None else None
+        module = modules_of[owner].module if owner in modules_of else None
         children = any(True for _ in module.children()) if module is not None else True
         if module is None or not owner or owner in adapter.layers or children:
             named = [name for name in others if name.rpartition(".")[0] == owner]

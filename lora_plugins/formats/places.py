@@ -8,9 +8,22 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import full_name, model_modules, own_tensors
+from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors
 
 Entry = TypeVar("Entry")
+
+_COMPILED = "_orig_mod"
+"""The module that `torch.compile` inserts; files have names without it."""
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without what `torch.compile` inserts."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, NamedModule]:
+    """Returns the modules of a model by each of their names, and by these without what `torch.compile` inserts."""
+    return {name: entry for entry in model_modules(model) for each in entry.names for name in (each, plain_name(each))}
 
 
 def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
@@ -19,7 +32,7 @@ def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict
     Raises:
         AdapterFileError: If the model lacks one, or two that differ are one layer of the model.
     """
-    names = {name: entry.name for entry in model_modules(model) for name in entry.names}
+    names = {name: entry.name for name, entry in modules_by_name(model).items()}
     return _placed("layer", layers, names, _same_layer)
 
 
@@ -41,7 +54,8 @@ def tensor_names(model: nn.Module) -> dict[str, str]:
         for entry in modules:
             for key, tensor in getattr(entry.module, kind).items():
                 if tensor is not None:
-                    found |= {full_name(name, key): first[id(tensor)] for name in entry.names}
+                    names = [full_name(name, key) for name in entry.names]
+                    found |= {name: first[id(tensor)] for each in names for name in (each, plain_name(each))}
     return found
 
 
