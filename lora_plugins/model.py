@@ -28,6 +28,7 @@ from lora_plugins.adapter import (
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
+from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
@@ -302,6 +303,55 @@ class LoraModel:
         with base_in_place(self.model, state):
             return chosen.write(Path(path), packed, self.model, self._registry, options)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        adapter_name: str | None = None,
+        *,
+        format: str = OWN_FORMAT,
+        format_options: Mapping[str, Any] | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        description: str = "",
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "Upload a LoRA adapter",
+    ) -> str:
+        """Pushes an adapter to the Hugging Face Hub, with a model card, in one commit.
+
+        It needs huggingface_hub (`.[hub]`).
+
+        Args:
+            repository: `owner/name`; it is made if it does not exist.
+            adapter_name: As in `save_adapter`.
+            format: Likewise; `peft` lets `PeftModel.from_pretrained` read it.
+            format_options: Likewise.
+            base_model: Name of the base model on the Hub, for the card.
+            license: The license, as the Hub names it (`apache-2.0`), for the card.
+            metrics: What was measured, by name, for the card.
+            description: A text for the card.
+            revision: The branch; by default the main one.
+            private: Whether a new repository is private; by default as its owner has it.
+            message: The message of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: If huggingface_hub is missing.
+            AdapterFileError: If the format cannot express the adapter, or the repository cannot be made or written.
+        """
+        chosen = (self._registry or default_registry()).get(FORMATS, format)
+
+        def write(folder: Path) -> CardContent:
+            path = folder if chosen.file_names else folder / "adapter.safetensors"
+            self.save_adapter(path, adapter_name, format=format, format_options=format_options)
+            summary = chosen.summary(path)
+            return CardContent(repository, format, summary, base_model, license, metrics or {}, description)
+
+        return push(write, repository, revision=revision, private=private, message=message)
+
     @classmethod
     def load_adapter(
         cls,
@@ -317,7 +367,9 @@ class LoraModel:
 
         Args:
             model: The base model that the adapter was trained on, with untouched weights.
-            path: The folder or file.
+            path: The folder or file; or where it is on the Hub, `hf://owner/name@revision`, with the path of a folder
+                or file in the repository if need be, `hf://owner/name/style.safetensors`. The Hub needs
+                huggingface_hub (`.[hub]`).
             adapter_name: Name of the adapter on this model; by default the one it was saved under.
             format: The format of it; by default the one that recognizes it.
             format_options: Options of that format.
@@ -330,7 +382,7 @@ class LoraModel:
             AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
                 here. The model is untouched.
         """
-        found = Path(path)
+        found = located(path, registry)
         chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
         options = options_of(chosen, format_options)
         state = model_state(model)

@@ -15,6 +15,7 @@ from lora_plugins import LoraModel
 from lora_plugins.errors import ConfigError
 from lora_plugins.files import format_of, options_of
 from lora_plugins.formats import convert
+from lora_plugins.hub import located
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, default_registry
 
 
@@ -26,15 +27,15 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: If the model cannot be made, or is needed and was not named.
     """
     given = _parser().parse_args(arguments)
-    registry = default_registry()
-    source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(given.source)
+    registry, found = default_registry(), located(given.source)
+    source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)
     target = registry.get(FORMATS, given.to)
     read, write = options_of(source, _options(given.read_option)), options_of(target, _options(given.write_option))
     if given.model is None:
-        path = convert(given.source, source, read, given.target, target, write)
+        path = convert(found, source, read, given.target, target, write)
     else:
         model = _model(given.model, given.weights)
-        lora = LoraModel.load_adapter(model, given.source, format=source.name, format_options=read)
+        lora = LoraModel.load_adapter(model, found, format=source.name, format_options=read)
         path = lora.save_adapter(given.target, format=target.name, format_options=write)
     print(f"Wrote {path} in the format {target.name!r}, from {given.source} in the format {source.name!r}.")
     if target.name == OWN_FORMAT:
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-plugins convert", description="Write an adapter in another format.")
-    parser.add_argument("source", type=Path, help="a folder or file of any format")
+    parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
     parser.add_argument("target", type=Path, help="the folder or file to write")
     parser.add_argument("--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, ...")
     parser.add_argument("--from", dest="source_format", help="the format to read, where the file does not tell")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_plugins.cli.text import table
 from lora_plugins.files import format_of
+from lora_plugins.hub import located
 from lora_plugins.plugins import AdapterSummary
 
 
@@ -16,8 +17,8 @@ def run(arguments: Sequence[str]) -> int:
         AdapterFileError: If it is damaged, or of no format.
     """
     parser = argparse.ArgumentParser(prog="lora-plugins inspect", description="Show what is in an adapter file.")
-    parser.add_argument("path", type=Path, help="a folder or file of any format")
-    path: Path = parser.parse_args(arguments).path
+    parser.add_argument("path", help="a folder or file of any format, or hf://owner/name")
+    path = located(parser.parse_args(arguments).path)
     found = format_of(path)
     print(described(path, found.name, found.summary(path)))
     return 0

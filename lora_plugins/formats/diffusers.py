@@ -60,6 +60,7 @@ class DiffusersFormat(PortableFormat):
     """
 
     name = "diffusers"
+    file_names = (TENSORS,)
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:

@@ -14,6 +14,7 @@ class OwnFormat(AdapterFormat):
     """The folder that `lora_plugins.files` reads and writes."""
 
     name = OWN_FORMAT
+    file_names = (MANIFEST, "adapter-*.safetensors")
 
     def recognizes(self, path: Path) -> bool:
         """A folder with our manifest, or with our tensors where that is missing."""
@@ -44,7 +45,9 @@ class OwnFormat(AdapterFormat):
             name: sum(tensor.numel() for key, tensor in tensors.items() if key.rpartition("/")[0] == f"lora/{name}")
             for name in layers
         }
-        values = {key.removeprefix("value/"): t.numel() for key, t in tensors.items() if key.startswith("value/")}
+        values = {
+            key.removeprefix("value/"): t.numel() for key, t in sorted(tensors.items()) if key.startswith("value/")
+        }
         config = manifest["config"]
         details = {
             "written by": f"lora_plugins {manifest['lora_plugins']}",

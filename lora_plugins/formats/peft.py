@@ -36,6 +36,7 @@ class PeftFormat(PortableFormat):
     """
 
     name = "peft"
+    file_names = (CONFIG, TENSORS)
     options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:

@@ -81,7 +81,9 @@ class PortableFormat(AdapterFormat):
         """Returns what is in a file."""
         adapter = self.load(path, None, self.options)
         return AdapterSummary(
-            tuple(LayerSummary(name, each.r, each.alpha, each.elements) for name, each in adapter.layers.items()),
-            {name: value.numel() for name, value in adapter.values.items()},
+            tuple(
+                LayerSummary(name, each.r, each.alpha, each.elements) for name, each in sorted(adapter.layers.items())
+            ),
+            {name: value.numel() for name, value in sorted(adapter.values.items())},
             adapter.details,
         )

@@ -1,14 +1,14 @@
 """What a format plugin says: which adapter files are its, and how they are read and written."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
+from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options, are_patterns
 from lora_plugins.plugins.registry import Registry
 
 OWN_FORMAT = "lora_plugins"
@@ -72,10 +72,12 @@ class AdapterFormat(ABC):
     Attributes:
         name: What `save_adapter(path, format=...)` says.
         options: What `format_options` may say of it, with the defaults.
+        file_names: The names that its files have in a folder, as shell patterns: what is downloaded of a repository.
     """
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, Any]] = {}
+    file_names: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def recognizes(self, path: Path) -> bool:
@@ -132,7 +134,11 @@ FORMATS = PluginKind[AdapterFormat](
     name="formats",
     title="format",
     base=AdapterFormat,
-    rules={"name": A_NAME, "options": (are_options, "a mapping of names to defaults")},
+    rules={
+        "name": A_NAME,
+        "options": (are_options, "a mapping of names to defaults"),
+        "file_names": (are_patterns, "a list of names or shell patterns"),
+    },
     claims={"format": lambda plugin: plugin.name},
     contradiction=lambda plugin: "",
 )
