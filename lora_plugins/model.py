@@ -386,6 +386,8 @@ class LoraModel:
         chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
         options = options_of(chosen, format_options)
         state = model_state(model)
+        if state is not None:
+            state.check("add_adapter")
         with base_in_place(model, state) if state else nullcontext():
             packed = chosen.read(found, model, registry, options)
         return cls.load_packed(model, packed, adapter_name, registry=registry)

@@ -53,7 +53,8 @@ class PeftFormat(PortableFormat):
         layers: dict[str, PortableLayer] = {}
         for name, factors in found.factors.items():
             within = name in found.in_attention
-            layer = _layer(config, name, factors, name.rpartition(".")[0] if within else name)
+            said = name.rpartition(".")[0] if within else config.parameter_of(name) or name
+            layer = _layer(config, name, factors, said)
             layer = replace(layer, layer_type=found.layer_types.get(name, ""))
             layers[name] = replace(layer, B=layer.B * times, in_attention=True) if within else layer
         adapter = PortableAdapter(

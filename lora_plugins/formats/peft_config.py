@@ -145,6 +145,14 @@ class PeftConfig:
             )
         return float(said[0])
 
+    def parameter_of(self, name: str) -> str | None:
+        """Returns the full name of the parameter by which a layer is targeted; None if the layer itself is."""
+        for target in self.fields.get("target_parameters") or []:
+            path, _, own = target.rpartition(".")
+            if not path or name == path or name.endswith(f".{path}"):
+                return f"{name}.{own}"
+        return None
+
     def is_target(self, name: str) -> bool:
         """Whether a module is one that the config targets, by PEFT's rules."""
         targets = self.fields.get("target_modules") or []

@@ -1,8 +1,9 @@
 """A file of PEFT, held against a model: former names, missing layers, and what PEFT would compute otherwise."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from lora_plugins.formats.places import modules_by_name, plain_name, tensor_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
 from lora_plugins.plan import current_name, former_names
+
+Entry = TypeVar("Entry")
 
 _ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 """The layers that PEFT adapts where its config names them; `Conv1D` of transformers is told by its name."""
@@ -36,24 +39,48 @@ def for_model(
             model's, or a layer means one thing merged and another unmerged.
     """
     modules = {name: entry.module for name, entry in modules_by_name(model).items()}
-    names = {name: _present(model, modules, name) for name in (*sorted(adapter.layers), *_owners(adapter.values))}
+    names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
     adapter = replace(
         adapter,
-        layers={names[name]: adapter.layers[name] for name in sorted(adapter.layers)},
-        values={_renamed(name, names): value for name, value in adapter.values.items()},
-        saved_modules=[_present(model, modules, root) for root in adapter.saved_modules],
+        layers=_renamed_all(adapter.layers, names.__getitem__),
+        values=_renamed_all(adapter.values, lambda name: _renamed(name, names)),
+        saved_modules=[names[root] for root in adapter.saved_modules],
     )
-    check_complete(model, adapter.layers, config, renamed=any(old != new for old, new in names.items()))
+    check_complete(model, adapter.layers, config, renamed=_differ(names))
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
     if out_proj is None:
         _check_meaning(modules, adapter)
     _check_started(modules, adapter)
+    _check_parameters(modules, adapter, config)
     _warn_of_branches(modules, adapter)
     return adapter
 
 
-def _present(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
-    return name if name in modules else current_name(model)(name)
+def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Returns the present name of each module of a file, by the name in the file."""
+    known = modules_by_name(model)
+    lost = [name for name in names if name not in known]
+    current = current_name(model) if lost else str
+    return {name: name if name in known else current(name) for name in names}
+
+
+def _differ(names: Mapping[str, str]) -> bool:
+    """Whether a file speaks of modules by former names."""
+    return any(old != new for old, new in names.items())
+
+
+def _renamed_all(entries: Mapping[str, Entry], rename: Callable[[str], str]) -> dict[str, Entry]:
+    """Returns entries of a file by their present names.
+
+    Raises:
+        AdapterFileError: If two of them have one.
+    """
+    found: dict[str, tuple[str, Entry]] = {}
+    for name in sorted(entries):
+        other, _ = found.setdefault(rename(name), (name, entries[name]))
+        if other != name:
+            raise AdapterFileError(f"{other!r} and {name!r} of the adapter are both {rename(name)!r} in this model.")
+    return {name: entry for name, (_, entry) in found.items()}
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
@@ -86,11 +113,11 @@ def in_model(
     Raises:
         AdapterFileError: If a layer that the config targets is missing.
     """
-    modules = {name: entry.module for name, entry in modules_by_name(model).items()}
-    names = {name: _present(model, modules, name) for name in sorted(layers)}
+    names = _present_names(model, layers)
+    found = _renamed_all(layers, names.__getitem__)
     if config is not None:
-        check_complete(model, names.values(), config, renamed=any(old != new for old, new in names.items()))
-    return {names[name]: layers[name] for name in names}
+        check_complete(model, found, config, renamed=_differ(names))
+    return found
 
 
 def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, *, renamed: bool) -> None:
@@ -166,6 +193,20 @@ def _check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -
             f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
             "none. Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
             "untouched base."
+        )
+
+
+def _check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter, config: PeftConfig) -> None:
+    """Refuses an adapter of a parameter whose rows are no outputs: PEFT adds `B @ A` as it is."""
+    others = [
+        parameter
+        for name in adapter.layers
+        if (parameter := config.parameter_of(name)) is not None
+        and not (isinstance(modules.get(name), nn.Linear) and parameter.endswith(".weight"))
+    ]
+    if others:
+        raise AdapterFileError(
+            f"target_parameters: {listing(others)} is not the weight of a linear layer; its adapter has no form here."
         )
 
 

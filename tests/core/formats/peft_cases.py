@@ -177,7 +177,16 @@ CASES = [
     Case(
         "blocks", Repeated, {"target_modules": ["fc"], "exclude_modules": ["more.fc"]}, {"exclude_modules": ["more.fc"]}
     ),
-    Case("parameters", Repeated, {"target_parameters": ["inner.fc.weight"], "target_modules": ["more.fc"]}),
+    Case(
+        "parameters",
+        Repeated,
+        {
+            "target_parameters": ["inner.fc.weight"],
+            "target_modules": ["more.fc"],
+            "alpha_pattern": {"inner.fc.weight": 9},
+            "rank_pattern": {"inner.fc.weight": 4},
+        },
+    ),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

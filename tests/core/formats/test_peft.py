@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),  # PEFT, of an embedding called `words`
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),  # PEFT, where Linear and Conv1D are mixed
     pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),  # keys of parameters do
 ]
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from tests.core.formats.peft_cases import CASES, TOLERANCE, Case, difference, moved, read_by_peft, with_ours, with_peft
+from tests.core.libraries import Conv1D
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BY_ID = {case.id: case for case in CASES}
@@ -354,6 +355,59 @@ class TestLayers:
         with pytest.warns(UserWarning, match=r"loaded without its dropout of 0\.1"):
             LoraModel.load_adapter(model, tmp_path)
         assert difference(case, model, theirs) <= TOLERANCE
+
+    def test_a_parameter_whose_rows_are_no_outputs_is_refused(self, tmp_path, untouched):
+        """`Conv1D` of transformers keeps its inputs first; a square one would be loaded transposed."""
+
+        class Square(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mixer = Conv1D(6, 6)
+
+        case = Case("", Square, {"target_parameters": ["mixer.weight"], "target_modules": []})
+        with_peft(case).save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, "'mixer.weight' is not the weight of a linear layer")
+
+
+class TestSeveral:
+    """A file is read onto a model that has adapters already, whose own values are not the base's."""
+
+    def test_a_second_adapter(self, tmp_path):
+        case = BY_ID["heads with statistics"]
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        model = with_ours(case).model
+        lora = LoraModel.load_adapter(model, tmp_path, "second")
+        lora.set_adapter("second")
+        assert difference(case, model, theirs) <= TOLERANCE
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_a_start_from_the_base_while_another_has_changed_it(self, init, tmp_path):
+        theirs = with_peft(SINGLE, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        model = with_ours(SINGLE, init="pissa").model
+        lora = LoraModel.load_adapter(model, tmp_path, "second")
+        lora.set_adapter("second")
+        assert difference(SINGLE, model, theirs) <= 1e-6  # float32
+        lora.unload()
+        assert difference(SINGLE, model, SINGLE.build()) == 0
+
+    def test_both_are_written_against_the_base(self, tmp_path):
+        lora = with_ours(LINEAR, init="pissa")
+        lora.add_adapter("second", LoraConfig(r=2, target_modules=["fc"], init="olora"))
+        for name in ("default", "second"):
+            lora.set_adapter(name)
+            lora.save_adapter(tmp_path / name, format="peft")
+            assert difference(LINEAR, read_by_peft(LINEAR, tmp_path / name), lora.model) <= TOLERANCE
+
+    def test_not_while_something_is_merged(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        lora = with_ours(LINEAR)
+        lora.merge_adapter()
+        with pytest.raises(StateError, match="is merged"):
+            LoraModel.load_adapter(lora.model, tmp_path, "second")
+        with pytest.raises(StateError, match="is merged"):
+            lora.save_adapter(tmp_path / "new", format="peft")
 
 
 class TestFolders:
