@@ -1,9 +1,10 @@
 """`LoraModel`, the handle to an adapted model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from lora_plugins.adapter import (
     model_state,
     set_active,
     strip,
+    whole,
     without_adapters,
 )
 from lora_plugins.config import LoraConfig
@@ -31,7 +33,19 @@ from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebui
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, AdapterFormat, Registry, SlotCalibration, default_registry
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _whole(method: Method) -> Method:
+    """Makes a method change the model whole or, where it is stopped, not at all."""
+
+    @functools.wraps(method)
+    def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
+        return whole(self.model, functools.partial(method, self, *args, **kwargs))
+
+    return cast(Method, changed)
 
 
 class LoraModel:
@@ -108,6 +122,7 @@ class LoraModel:
         """The names of the adapters whose update is in the weights."""
         return self._state.merged
 
+    @_whole
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
@@ -130,6 +145,7 @@ class LoraModel:
         with self._adding(adapter_name):
             add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
 
+    @_whole
     def set_adapter(self, adapter_names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Makes one or several adapters active, and no other; the updates of several add up.
 
@@ -142,20 +158,15 @@ class LoraModel:
         """
         set_active(self.model, self._state, _names(adapter_names), trainable=trainable)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[nn.Module]:
+    def disable_adapter(self) -> AbstractContextManager[nn.Module]:
         """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.
 
         Raises:
             StateError: If something is merged.
         """
-        state = self._state
-        state.check("disable_adapter")
-        with without_adapters(self.model, state):
-            yield self.model
+        return without_adapters(self.model)
 
-    @contextmanager
-    def mixed_batch(self, adapter_names: Sequence[str | None]) -> Iterator[nn.Module]:
+    def mixed_batch(self, adapter_names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
         """Lets each row of a batch have an adapter of its own for the time of a `with` block; for inference.
 
         All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.
@@ -175,9 +186,9 @@ class LoraModel:
             ...     model(torch.ones(3, 4)).shape
             torch.Size([3, 2])
         """
-        with mixed_batch(self.model, self._state, tuple(adapter_names)):
-            yield self.model
+        return mixed_batch(self.model, tuple(adapter_names))
 
+    @_whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; the last one leaves the untouched model.
 
@@ -186,6 +197,7 @@ class LoraModel:
         """
         delete(self.model, self._state, adapter_name)
 
+    @_whole
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
     ) -> MergeReport:
@@ -206,6 +218,7 @@ class LoraModel:
         names = _names(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
+    @_whole
     def unmerge_adapter(self) -> None:
         """Takes all merged updates out of the weights again, bit for bit.
 
@@ -214,6 +227,7 @@ class LoraModel:
         """
         unmerge(self.model, self._state)
 
+    @_whole
     def unload(self) -> nn.Module:
         """Removes all adapters and returns the model as it was before, bit for bit."""
         state = self._state
@@ -236,6 +250,7 @@ class LoraModel:
         merge_and_unload(self.model, self._state, max_error)
         return self.model
 
+    @_whole
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -265,6 +280,7 @@ class LoraModel:
             add(self.model, adapter_name, result.plan, result.content, result.values)
         return result.relative_error
 
+    @_whole
     def save_adapter(
         self,
         path: str | Path,
@@ -382,14 +398,13 @@ class LoraModel:
             AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
                 here. The model is untouched.
         """
-        found = located(path, registry)
-        chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
-        options = options_of(chosen, format_options)
         state = model_state(model)
         if state is not None:
             state.check("add_adapter")
-        with base_in_place(model, state) if state else nullcontext():
-            packed = chosen.read(found, model, registry, options)
+        found = located(path, registry)
+        chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
+        options = options_of(chosen, format_options)
+        packed = whole(model, lambda: _read(model, chosen, found, registry, options))
         return cls.load_packed(model, packed, adapter_name, registry=registry)
 
     @classmethod
@@ -404,13 +419,17 @@ class LoraModel:
         """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry
-        name = saved_name(packed) if adapter_name is None else adapter_name
-        with handle._adding(name):
-            unpacked = unpack(model, packed, handle._registry)
-            changed = rebuilt_bases(model, unpacked, packed)
-            add(model, name, unpacked.plan, unpacked.content, unpacked.values, changed)
+        handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name)
         return handle
 
+    @_whole
+    def _add_packed(self, packed: PackedAdapter, adapter_name: str) -> None:
+        with self._adding(adapter_name):
+            unpacked = unpack(self.model, packed, self._registry)
+            changed = rebuilt_bases(self.model, unpacked, packed)
+            add(self.model, adapter_name, unpacked.plan, unpacked.content, unpacked.values, changed)
+
+    @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:
         """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes."""
         self._state.check("save_adapter")
@@ -453,6 +472,15 @@ class LoraModel:
             )
         calibration = calibrate(self.model, plan, data) if isinstance(data, InitData) else data
         return calibration.of(plan)
+
+
+def _read(
+    model: nn.Module, chosen: AdapterFormat, path: Path, registry: Registry | None, options: Mapping[str, Any]
+) -> PackedAdapter:
+    """Reads an adapter with the base's own values in place."""
+    state = model_state(model)
+    with base_in_place(model, state) if state else nullcontext():
+        return chosen.read(path, model, registry, options)
 
 
 def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:

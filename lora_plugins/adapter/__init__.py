@@ -5,6 +5,7 @@ adapters are here too.
 """
 
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
+from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
 from lora_plugins.adapter.combine import COMBINATIONS, Combination, combine
 from lora_plugins.adapter.content import (
@@ -26,9 +27,9 @@ from lora_plugins.adapter.state import (
     base_in_place,
     close_state,
     model_state,
-    without_adapters,
 )
 from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, strip
+from lora_plugins.adapter.whole import whole
 
 __all__ = [
     "ADAPTER_NAME",
@@ -64,5 +65,6 @@ __all__ = [
     "set_active",
     "slot_matrix",
     "strip",
+    "whole",
     "without_adapters",
 ]

@@ -98,6 +98,9 @@ def _add(module: nn.Module, layer: PlannedLayer, adapter: str) -> None:
 
 
 def _container(module: nn.Module, factor: str, slot: Slot) -> AdapterTensors:
-    container = module._modules.setdefault(f"lora_{factor}{slot.suffix}", AdapterTensors())
+    name = f"lora_{factor}{slot.suffix}"
+    if name not in module._modules:
+        module._modules[name] = AdapterTensors()
+    container = module._modules[name]
     assert isinstance(container, AdapterTensors)
     return container

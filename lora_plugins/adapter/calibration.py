@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.state import model_state, without_adapters
+from lora_plugins.adapter.blocks import without_adapters
+from lora_plugins.adapter.state import model_state
 from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.errors import ConfigError, PluginError
 from lora_plugins.plan import Plan
@@ -105,7 +106,7 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
     batches = islice(data.batches, data.limit) if data.limit is not None else data.batches
     seed = run_seed("data")
     with (
-        without_adapters(model, state) if state is not None else nullcontext(),
+        without_adapters(model) if state is not None else nullcontext(),
         _undisturbed(model),
         own_randomness(seed, model, data.batches),
     ):
@@ -141,20 +142,21 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Gives the modes, buffers and `requires_grad` of a model back as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, key, buffer, buffer.clone())
+        (module, key, buffer, buffer.data)
         for module in model.modules()
         for key, buffer in module._buffers.items()
         if buffer is not None
     ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        for buffer, value in {id(buffer): (buffer, value) for _, _, buffer, value in buffers}.values():
+            buffer.data = value.clone()  # what moves is the clone
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for module, key, buffer, value in buffers:
-                module._buffers[key] = buffer.copy_(value)
+        for module, key, buffer, value in buffers:
+            module._buffers[key], buffer.data = buffer, value
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -4,6 +4,7 @@ A model with adapters is in none, one or several of these conditions:
 
 - `merged`: the update of some adapters is in the weights;
 - `in a block`: inside `disable_adapter` or `mixed_batch`, which are taken back when the block ends;
+- `in a mixed batch`: the innermost block is a `mixed_batch`;
 - `leaving`: `merge_and_unload` was stopped when some layers were merged for good.
 
 A call that is refused raises a StateError and changes nothing. Everything else about a call (that an adapter of that
@@ -14,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Condition = Literal["leaving", "in a block", "merged"]
+Condition = Literal["leaving", "in a block", "in a mixed batch", "merged"]
 
 CONDITIONS: Mapping[Condition, str] = {
     "leaving": "{doing} is not possible: merge_and_unload() was stopped when some layers were merged for good. Call it "
     "again to merge the others.",
     "in a block": "{doing} is not possible inside {block}. Leave the `with` block first.",
+    "in a mixed batch": "{doing} is not possible inside mixed_batch(), which is for inference. Call model.eval() "
+    "first.",
     "merged": "{doing} is not possible while {merged} is merged. Call unmerge_adapter() first.",
 }
 """By condition, in the order in which they are looked at, what a call that is refused in it says."""
@@ -57,7 +60,7 @@ CALLS: Mapping[str, Call] = {
     "save_adapter": Call("Saving an adapter", _UNMERGED, "Changes nothing."),
     "calibrate": Call("Calibrating on the model", _UNMERGED, "Changes nothing."),
     "load_state_dict": Call("Loading a state dict", _ALWAYS, "Loads a state dict of the base, or of the model itself."),
-    "train": Call("Training", _UNMERGED, "A forward in training mode, with gradients."),
+    "train": Call("Training", ("leaving", "in a mixed batch", "merged"), "A forward in training mode, with gradients."),
     "copy": Call("Copying or pickling the model", ("in a block",), "A model of its own, in the same state."),
 }
 """All calls by the name of the method."""

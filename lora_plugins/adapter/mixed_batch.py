@@ -1,36 +1,31 @@
 """Different adapters for different rows of one batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
-from lora_plugins.adapter.state import Block, ModelState, adapted_layers, block
+from lora_plugins.adapter.blocks import Within
+from lora_plugins.adapter.state import Block, ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import layer_state
 from lora_plugins.plugins import LayerPlugin
 
 
-@contextmanager
-def mixed_batch(model: nn.Module, state: ModelState, rows: tuple[str | None, ...]) -> Iterator[None]:
+def mixed_batch(model: nn.Module, rows: tuple[str | None, ...]) -> Within:
     """Gives each row of a batch its adapter for the time of the block.
 
     Args:
         model: An adapted model.
-        state: Its adapters.
         rows: The adapter of each row; None for the base.
 
     Raises:
-        StateError: If that is not possible; the model is untouched.
+        StateError: When the block is entered, if that is not possible; the model is untouched.
     """
-    state.check("mixed_batch")
     names = tuple(dict.fromkeys(name for name in rows if name is not None))
-    _check(model, state, names)
-    with block(model, state, Block("mixed_batch", names, rows)):
-        yield
+    return Within(model, Block("mixed_batch", names, rows), partial(_check, model, names))
 
 
-def _check(model: nn.Module, state: ModelState, names: tuple[str, ...]) -> None:
+def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
     if model.training:
         raise StateError("Mixing adapters in one batch is for inference. Call model.eval() first.")
     for name in names:

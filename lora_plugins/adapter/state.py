@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_tensors
+from lora_plugins.adapter.gradients import Guards, require_gradient
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.errors import StateError, listing, near
 from lora_plugins.inplace import (
     NamedModule,
     freeze,
+    full_name,
     is_shard,
     model_modules,
     own_tensor,
@@ -24,6 +25,7 @@ from lora_plugins.inplace import (
     thaw,
 )
 from lora_plugins.plan import Plan
+from lora_plugins.utils import Versions
 
 MODEL_STATE = "_lora_model"
 """Attribute of an adapted model that holds its `ModelState`."""
@@ -44,7 +46,7 @@ class Adapter:
     fingerprints: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """What acts inside a `with` block, in place of the active adapters.
 
@@ -57,6 +59,19 @@ class Block:
     call: str
     adapters: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What there is outside of all blocks, and is put back when the last one ends.
+
+    Args:
+        versions: The versions of the model's own tensors whose value depends on the active adapter.
+        trained: Those of them that require a gradient, by full name.
+    """
+
+    versions: Versions
+    trained: Mapping[str, Tensor]
 
 
 @dataclass
@@ -73,6 +88,8 @@ class ModelState:
         requires_grad: Which parameters of the untouched model required a gradient.
         leaving: Whether a merge for good has begun: some layers may have left already.
         blocks: The `with` blocks that are open, the innermost last.
+        outside: What the last of them puts back; None while none is open.
+        guards: Of the tensors that were frozen.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -84,10 +101,12 @@ class ModelState:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     leaving: bool = False
     blocks: tuple[Block, ...] = ()
+    outside: Outside | None = None
+    guards: Guards = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self.check("copy")
-        return self.__dict__
+        return {**self.__dict__, "guards": {}}  # a copy has no forward that a backward could follow
 
     def adapter(self, name: str) -> Adapter:
         """Returns an adapter by name.
@@ -118,10 +137,12 @@ class ModelState:
         Raises:
             StateError: If the call is refused in the model's state.
         """
-        holds: Mapping[Condition, bool] = {
+        # Anything that is true or not: torch.compile of torch 2.8 does not know `bool` of a tuple.
+        holds: Mapping[Condition, object] = {
             "leaving": self.leaving,
-            "in a block": bool(self.blocks),
-            "merged": bool(self.merged),
+            "in a block": self.blocks,
+            "in a mixed batch": self.acting.rows is not None,
+            "merged": self.merged,
         }
         for condition, message in CONDITIONS.items():
             if holds[condition] and condition in CALLS[call].refused:
@@ -157,7 +178,8 @@ def close_state(model: nn.Module) -> None:
     for entry in modules:
         thaw(entry.module)
     for name, parameter in own_tensors(modules, "_parameters").items():
-        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+        required = state.requires_grad.get(name, parameter.requires_grad)
+        require_gradient(parameter, required, state.guards, name)
     del model.__dict__[MODEL_STATE]
 
 
@@ -170,22 +192,20 @@ def _adapted(modules: list[NamedModule]) -> dict[str, nn.Module]:
     return {entry.name: entry.module for entry in modules if state_of(entry.module) is not None}
 
 
-def apply_state(model: nn.Module, state: ModelState, *, lasting: bool = True) -> None:
-    """Makes layers, values, norm statistics and gradients what the state says.
-
-    Args:
-        model: The model.
-        state: Its state.
-        lasting: Whether it stays so, and a backward through an earlier forward has to end in an error. A block is taken
-            back, and such a backward is right after it.
-    """
+def apply_state(model: nn.Module, state: ModelState) -> None:
+    """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
     modules = model_modules(model)
-    state.values.activate(model, _owners(state), lasting=lasting)
+    state.values.activate(model, state.active, lasting=True)
+    let_act(modules, state)
+    _apply_gradients(modules, state)
+
+
+def let_act(modules: list[NamedModule], state: ModelState) -> None:
+    """Makes layers and norm statistics what acts now, in a block or outside."""
     acting = state.acting
     for layer in _adapted(modules).values():
         activate(layer, acting.adapters, acting.rows)
     _apply_norms(modules, state)
-    _apply_gradients(modules, state, lasting)
 
 
 @contextmanager
@@ -198,32 +218,9 @@ def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
         state.values.activate(model, _owners(state))
 
 
-@contextmanager
-def block(model: nn.Module, state: ModelState, opened: Block) -> Iterator[None]:
-    """Lets other adapters act for the time of the block, and then all what it was, `requires_grad` included."""
-    blocks = state.blocks
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        state.blocks = (*blocks, opened)
-        apply_state(model, state, lasting=False)
-        yield
-    finally:
-        state.blocks = blocks
-        apply_state(model, state, lasting=False)
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
-
-
-def without_adapters(model: nn.Module, state: ModelState) -> Any:
-    """Makes the model the base for the time of a block; see `block`."""
-    return block(model, state, Block("disable_adapter"))
-
-
 def _owners(state: ModelState) -> tuple[str, ...]:
     """The adapters whose values of the model's own tensors are in place."""
-    if not state.blocks:
-        return state.active
-    return () if state.blocks[-1].rows is not None else state.blocks[-1].adapters
+    return () if state.blocks else state.active
 
 
 def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
@@ -236,23 +233,15 @@ def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
             thaw(entry.module)
 
 
-def _apply_gradients(modules: list[NamedModule], state: ModelState, lasting: bool) -> None:
-    if state.blocks and state.blocks[-1].rows is not None:
-        return  # what is trained has nothing to do with rows of a batch, which are for inference
-    trained = state.acting.adapters if state.trainable else ()
+def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
+    trained = state.unmerged if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
     for name, parameter in own_tensors(modules, "_parameters").items():
-        _require_gradient(parameter, name in names, lasting)
-    for layer in _adapted(modules).values():
+        require_gradient(parameter, name in names, state.guards, name)
+    for name, layer in _adapted(modules).items():
         for adapter in state.adapters:
             for factor in adapter_parameters(layer, adapter):
-                _require_gradient(factor, adapter in trained, lasting)
-
-
-def _require_gradient(parameter: Tensor, required: bool, lasting: bool) -> None:
-    if parameter.requires_grad and not required and lasting:
-        increment_version(parameter)  # in a backward to come it would get no gradient, without a word
-    parameter.requires_grad_(required)
+                require_gradient(factor, adapter in trained, state.guards, full_name(name, adapter))
 
 
 def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -295,7 +284,7 @@ def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: di
 
 def _check_training(model: nn.Module, _: Any) -> None:
     state = model_state(model)
-    if state is not None and model.training and torch.is_grad_enabled():
+    if state is not None and model.training and (torch.is_grad_enabled() or state.acting.rows is not None):
         state.check("train")
 
 

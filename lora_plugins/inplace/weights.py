@@ -26,6 +26,9 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
 
 def detached_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns the raw weight, detached, without letting a parametrization move its own statistics."""
+    parameter = layer._parameters.get(name)
+    if parameter is not None:
+        return parameter.detach()
     with frozen_statistics(layer), torch.no_grad():
         return raw_weight(layer, name).detach()
 

@@ -1,4 +1,4 @@
-"""Small tools that know nothing of LoRA: lazy names, autocast, random numbers, files that are whole or not there.
+"""Small tools that know nothing of LoRA: lazy names, autocast, random numbers, versions of tensors, whole files.
 
 Every other room may use them.
 """
@@ -8,12 +8,16 @@ from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
+from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins
 
 __all__ = [
+    "Versions",
     "autocast_dtype",
     "in_full",
     "lazily",
     "low_rank",
+    "mark_restored",
+    "mark_stand_ins",
     "own_randomness",
     "replace_file",
     "run_seed",

@@ -9,7 +9,8 @@ from torch import Tensor
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Returns the type that autocast computes in on the tensor's device; None where it is not active."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # meta has no autocast. torch.amp.is_autocast_available says so too, but torch.compile of 2.8 cannot trace it.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -13,7 +13,6 @@ import torch
 from lora_plugins import LoraModel
 from tests.state.checks import DivergenceError
 from tests.state.draw import draw_blocks, draw_step
-from tests.state.known import KNOWN, known
 from tests.state.machine import Machine
 from tests.state.rules import Step
 from tests.state.script import script
@@ -28,7 +27,6 @@ class Tally:
 
     def __init__(self) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.passed_over: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
         self.found: dict[tuple[str, str], list[Case]] = {}
         self.steps = 0
@@ -39,7 +37,6 @@ def walk(
     dtype: torch.dtype,
     tally: Tally,
     steps: int = 50,
-    ignored: frozenset[str] = frozenset(),
     kind: type[LoraModel] = LoraModel,
     blocks: tuple[str, ...] = (),
 ) -> None:
@@ -50,7 +47,6 @@ def walk(
         dtype: Type of the model.
         tally: Takes note of what happens.
         steps: Calls at most.
-        ignored: Known divergences not to pass over.
         kind: As in `Machine`.
         blocks: The blocks of the model; by default some at random.
     """
@@ -63,10 +59,6 @@ def walk(
         try:
             while len(done) < steps:
                 step = draw_step(random, machine)
-                number = known(machine, step, ignored)
-                if number is not None:
-                    tally.passed_over[number] += 1
-                    continue
                 done.append(step)
                 tally.steps += 1
                 tally.calls[step.kind, machine.do(step)] += 1
@@ -83,8 +75,6 @@ def report(tally: Tally, shrinking: bool) -> None:
     kinds = sorted({kind for kind, _ in tally.calls})
     print("calls: " + ", ".join(f"{k} {tally.calls[k, 'done']}+{tally.calls[k, 'refused']} refused" for k in kinds))
     print("blocks: " + ", ".join(f"{name} {count}" for name, count in sorted(tally.blocks.items())))
-    if tally.passed_over:
-        print("passed over: " + ", ".join(f"{name} {count}" for name, count in sorted(tally.passed_over.items())))
     print(f"{sum(map(len, tally.found.values()))} divergences of {len(tally.found)} kinds")
     for wanted, cases in sorted(tally.found.items(), key=lambda item: -len(item[1])):
         case = min(cases, key=lambda case: len(case.steps))
@@ -102,17 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="calls in each run")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--dtype", nargs="+", choices=TYPES, default=TYPES, help="types, taken in turn")
-    parser.add_argument("--known", nargs="*", default=[], help=f"do not pass these over: {', '.join(KNOWN)}; or `all`")
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=[], help="of the model; by default at random")
     parser.add_argument("--no-shrink", action="store_true")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    ignored = frozenset(KNOWN if "all" in given.known else given.known)
     tally, started, worked = Tally(), time.perf_counter(), time.process_time()
     for run in range(given.first, given.first + given.runs):
         dtype = getattr(torch, given.dtype[run % len(given.dtype)])
         try:
-            walk(f"{given.seed}.{run}", dtype, tally, given.steps, ignored, blocks=tuple(given.blocks))
+            walk(f"{given.seed}.{run}", dtype, tally, given.steps, blocks=tuple(given.blocks))
         except Exception:
             print(f"the judge itself failed in run {run} of seed {given.seed}", file=sys.stderr)
             raise

@@ -32,6 +32,9 @@ IDENTITIES = frozenset({"kaiming", "gaussian", "orthogonal"})
 READS = frozenset({"save", "snap", "mode", "copy", "look"})
 """The calls that change nothing that a backward could need."""
 
+BLOCKS = frozenset({"disable", "mixed", "close"})
+"""The calls that open and end blocks, after which all is what it was before."""
+
 
 @dataclass
 class Pending:
@@ -43,6 +46,7 @@ class Pending:
         expected: The gradients that the backward has to give.
         allowed: The tolerance of an output.
         dropped: Whether dropout acted.
+        outside: Whether it was outside of all blocks.
         changes: The kinds of calls since.
     """
 
@@ -51,6 +55,7 @@ class Pending:
     expected: dict[str, Tensor]
     allowed: float
     dropped: bool
+    outside: bool
     changes: set[str] = field(default_factory=set)
 
 
@@ -431,7 +436,7 @@ class Machine:
         expected = checks.expected_gradients(result, tuple(parameters))
         yield
         allowed = checks.tolerance(self.dtype, result.size)
-        self.pending = Pending(loss, parameters, expected, allowed, checks.drops(reference))
+        self.pending = Pending(loss, parameters, expected, allowed, checks.drops(reference), not reference.contexts)
 
     def backward(self) -> Call:
         """Gradients of the state at the forward, or torch's error about a tensor that has changed."""
@@ -444,7 +449,8 @@ class Machine:
         try:
             pending.loss.backward()
         except RuntimeError as error:
-            if not (pending.changes - READS and "modified by an inplace operation" in str(error)):
+            said = any(words in str(error) for words in ("modified by an inplace operation", "would give no gradient"))
+            if not said or self._is_as_at(pending):
                 raise DivergenceError("backward raised", f"{type(error).__name__}: {error}") from error
             return
         found = {name: parameter.grad for name, parameter in pending.parameters.items()}
@@ -454,6 +460,10 @@ class Machine:
             checks.compare_gradients(found, pending.expected, pending.allowed, pending.dropped)
         except DivergenceError as divergence:
             raise DivergenceError(f"{divergence.check} after a change", divergence.detail) from divergence
+
+    def _is_as_at(self, pending: Pending) -> bool:
+        """Whether the backward has to be right: the state is that of the forward, but for blocks that have ended."""
+        return not pending.changes - READS - (BLOCKS if pending.outside and not self.reference.contexts else set())
 
     # Files, state dicts and copies
 

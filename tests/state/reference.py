@@ -272,7 +272,7 @@ class Reference:
         """Returns the names of the parameters that require a gradient."""
         if not self.adapters:
             return {name for name, required in self.requires_grad.items() if required and name in self.parameters}
-        if any(context is None for context in self.contexts) or not self.trainable:
+        if not self.trainable:
             return set()
         acting = [name for name in self.active if name not in self.merged]
         factors = {
@@ -281,6 +281,8 @@ class Reference:
             for slot in self.adapters[name].slots
             for factor in self.factors(self.adapters[name])
         }
+        if self.contexts:  # the base's values are in place of those that are trained
+            return factors
         return factors | {name for adapter in acting for name in self.adapters[adapter].trained}
 
     def frozen_norms(self) -> set[str]:

@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from tests.state.__main__ import TYPES, Tally, report, walk
 from tests.state.checks import DivergenceError
 from tests.state.draw import draw_blocks, draw_step
-from tests.state.known import known
 from tests.state.machine import Machine
 from tests.state.script import script
 from tests.state.shrink import Case
@@ -44,8 +43,6 @@ class Calls(RuleBasedStateMachine):
     @rule(random=st.randoms(use_true_random=False))
     def call(self, random):
         step = draw_step(random, self.machine)
-        if known(self.machine, step):
-            return
         self.steps.append(step)
         try:
             self.machine.do(step)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_plugins import LoraModel
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
+from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
     map_state_dicts,
     state_key,
@@ -38,7 +39,8 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     frozen = {plain_name(key) for key in frozen_keys(module)}
     left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in frozen]
     small = map_state_dicts(
-        checkpoint, lambda state: {name: v for k, v in state.items() if (name := plain_name(k)) not in frozen}
+        without_functions(checkpoint),
+        lambda state: {name: v for k, v in state.items() if (name := plain_name(k)) not in frozen},
     )
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]

@@ -36,3 +36,11 @@ def test_switching_among_adapters_that_were_seen_compiles_nothing():
     for got, wanted in zip(outputs(), first, strict=True):
         torch.testing.assert_close(got, wanted)
     assert len(graphs) == 4
+
+
+def test_a_model_without_values_compiles_too():
+    """On the device meta, which has no autocast."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    LoraModel(model, LoraConfig(r=2, dropout=0.1))
+    compiled = torch.compile(model.to("meta").train(), backend="eager", fullgraph=True)
+    assert compiled(torch.randn(2, 3, 4, 4, device="meta")).shape == (2, 3)

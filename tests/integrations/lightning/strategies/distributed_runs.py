@@ -158,16 +158,17 @@ def fsdp2(folder: Path) -> None:
 
 def count_scattered(folder: Path) -> None:
     """Writes how many numbers FSDP2 sends of gradients in an epoch."""
-    sent, send = [], dist.reduce_scatter_single
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.8
+    sent, send = [], getattr(dist, name)
 
     def counting(*args, **options):
         sent.append(options["input"].numel())
         return send(*args, **options)
 
-    dist.reduce_scatter_single = counting
+    setattr(dist, name, counting)
     trainer = run(folder, "scattered", STRATEGIES["full"](), 1, config=HEADED)
     trainer.fit(Sharded(), loader())
-    dist.reduce_scatter_single = send
+    setattr(dist, name, send)
     if trainer.is_global_zero:
         torch.save({"sent": sum(sent), "steps": trainer.global_step}, folder / "scattered.pt")
 

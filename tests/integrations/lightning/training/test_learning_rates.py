@@ -57,6 +57,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # SequentialLR of torch 2.8
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 def test_rates_of_the_callback_are_those_of_parameter_groups(tmp_path, make):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])

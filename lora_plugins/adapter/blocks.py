@@ -1,0 +1,95 @@
+"""Blocks: other adapters act for the time of a `with` statement, and then all is what it was."""
+
+from collections.abc import Callable
+from contextlib import ContextDecorator, ExitStack
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from lora_plugins.adapter.gradients import require_gradient
+from lora_plugins.adapter.state import Block, ModelState, Outside, let_act, model_state
+from lora_plugins.adapter.whole import whole
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor
+from lora_plugins.utils import mark_restored, mark_stand_ins
+
+
+class Within(ContextDecorator, ExitStack):
+    """The `with` statement of a block.
+
+    It is left twice: where the first leaving is interrupted, the model is still inside, and the second one leaves.
+
+    Args:
+        model: An adapted model.
+        opened: What acts inside.
+        check: Called before with what the model is then; it raises where the block is not possible.
+    """
+
+    def __init__(self, model: nn.Module, opened: Block, check: Callable[[ModelState], None] | None = None) -> None:
+        super().__init__()
+        self._model, self._opened, self._check = model, opened, check
+
+    def __enter__(self) -> nn.Module:  # type: ignore[override]
+        model, state = self._model, model_state(self._model)
+        if state is None:
+            raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
+        state.check(self._opened.call)
+        if self._check is not None:
+            self._check(state)
+        opened = replace(self._opened)
+        for _ in range(2):
+            self.callback(_leave, model, opened)
+        return whole(model, partial(_enter, model, state, opened))
+
+
+def without_adapters(model: nn.Module) -> Within:
+    """Makes the model the base for the time of a block."""
+    return Within(model, Block("disable_adapter"))
+
+
+def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
+    if state.outside is None:
+        state.outside = _step_outside(model, state)
+    state.blocks = (*state.blocks, opened)
+    let_act(model_modules(model), state)
+    return model
+
+
+def _leave(model: nn.Module, opened: Block) -> None:
+    state = model_state(model)
+    if state is not None and opened in state.blocks:
+        whole(model, partial(_leave_block, model, state, opened))
+
+
+def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
+    state.blocks = tuple(block for block in state.blocks if block is not opened)
+    if not state.blocks:
+        _step_back(model, state)
+    let_act(model_modules(model), state)
+
+
+def _step_outside(model: nn.Module, state: ModelState) -> Outside:
+    """Puts the base's values in place of those of the active adapters; a backward through the latter is an error."""
+    owned = {name: own_tensor(model, name) for name in state.values.owner}
+    sharded = [name for name in owned if is_shard(*holder_of(model, name))]
+    if sharded:
+        raise StateError(
+            f"{listing(sharded)}: the active adapter has its own value, which is split over processes and cannot be "
+            "exchanged for the time of a block."
+        )
+    trained = {name: tensor for name, tensor in owned.items() if tensor.requires_grad}
+    state.values.activate(model, ())
+    for name, tensor in trained.items():
+        require_gradient(tensor, False, state.guards, name)
+    return Outside(mark_stand_ins(owned.values()), trained)
+
+
+def _step_back(model: nn.Module, state: ModelState) -> None:
+    outside = state.outside
+    assert outside is not None
+    state.values.activate(model, state.active)
+    mark_restored(outside.versions)
+    for name, tensor in outside.trained.items():
+        require_gradient(tensor, True, state.guards, name)
+    state.outside = None

@@ -1,0 +1,45 @@
+"""Which tensors require a gradient, such that none is lost in silence.
+
+A tensor that is frozen between a forward and its backward gets no gradient, and torch says nothing. Here it is guarded:
+a backward that reaches it ends in an error.
+"""
+
+import weakref
+from functools import partial
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lora_plugins.errors import StateError
+
+Guards = dict[int, RemovableHandle]
+"""The guards of tensors that were frozen, by the tensor's `id`."""
+
+
+def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) -> None:
+    """Freezes a tensor and guards it, or takes both back; does nothing where it is as wanted.
+
+    Args:
+        tensor: A leaf.
+        required: Whether it requires a gradient from now on.
+        guards: Takes note of its guard.
+        name: Its full name, for the message.
+    """
+    if tensor.requires_grad == required:
+        return
+    if id(tensor) in guards:
+        guards.pop(id(tensor)).remove()
+    if not required:
+        guard = partial(_refuse, weakref.ref(tensor), name)
+        guards[id(tensor)] = tensor.register_hook(guard)  # type: ignore[no-untyped-call]
+    tensor.requires_grad_(required)
+
+
+def _refuse(reference: weakref.ref[Tensor], name: str, _: Tensor) -> None:
+    """Ends a backward in an error where its gradient would be lost; the user may have thawed the tensor since."""
+    tensor = reference()
+    if tensor is not None and not tensor.requires_grad:
+        raise StateError(
+            f"This backward would give no gradient to {name!r}, which was trained in the forward and is frozen now. "
+            "Run the backward before what acts in the model is changed, or the forward again after it."
+        )

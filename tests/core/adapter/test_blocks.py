@@ -1,0 +1,132 @@
+"""Blocks in any order: left inside out, used as a decorator, and with a forward or a backward on one side only."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+
+X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def headed() -> LoraModel:
+    """A model whose adapter trains a head, away from its first values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double().eval()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init="gaussian"), "a")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    return lora
+
+
+def trained(lora: LoraModel) -> list[str]:
+    return [name for name, parameter in lora.model.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("order", ["inside-out", "outside-in"])
+def test_two_blocks_end_in_any_order(order):
+    lora = headed()
+    before, names = lora.model(X), trained(lora)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(lora.disable_adapter())
+    base = lora.model(X)
+    second.enter_context(lora.mixed_batch([None] * 3))
+    for stack in (second, first) if order == "inside-out" else (first, second):
+        assert torch.equal(lora.model(X), base)
+        stack.close()
+    assert torch.equal(lora.model(X), before)
+    assert trained(lora) == names
+
+
+def test_a_block_is_a_decorator():
+    lora = headed()
+    with lora.disable_adapter():
+        base = lora.model(X)
+    run = lora.disable_adapter()(lora.model)
+    assert torch.equal(run(X), base)
+    assert torch.equal(run(X), base)
+    assert not torch.equal(lora.model(X), base)
+
+
+def test_one_block_is_entered_twice():
+    lora = headed()
+    before, block = lora.model(X), lora.disable_adapter()
+    with block, block:
+        pass
+    assert torch.equal(lora.model(X), before)
+
+
+def test_a_backward_inside_is_refused_where_a_head_was_trained():
+    lora = headed()
+    loss = lora.model(X).sum()
+    refused = "no gradient to '2.bias', which was trained|modified by an inplace operation"
+    with lora.disable_adapter(), pytest.raises(RuntimeError, match=refused):
+        loss.backward()
+
+
+def test_a_backward_that_would_lose_a_gradient_names_the_parameter():
+    lora = headed()
+    loss = lora.model[2].bias.sum()
+    with lora.disable_adapter(), pytest.raises(StateError, match=r"no gradient to .2\.bias., which was trained"):
+        loss.backward()
+
+
+def test_a_backward_inside_is_right_where_only_factors_are_trained():
+    model = nn.Sequential(nn.Linear(4, 6)).double()
+    lora = LoraModel(model, LoraConfig(r=2, init="gaussian"))
+    expected = torch.autograd.grad(model(X).sum(), [p for p in model.parameters() if p.requires_grad])
+    loss = model(X).sum()
+    with lora.disable_adapter():
+        loss.backward()
+    for parameter, gradient in zip([p for p in model.parameters() if p.requires_grad], expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_backward_after_the_block_is_that_of_the_forward_before():
+    lora = headed()
+    parameters = [p for p in lora.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(lora.model(X).sum(), parameters)
+    loss = lora.model(X).sum()
+    with lora.disable_adapter(), torch.no_grad():
+        lora.model(X)
+    for found, gradient in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        assert torch.equal(found, gradient)
+
+
+def test_a_backward_after_the_block_of_a_forward_inside_is_no_other_number():
+    lora = headed()
+    x = X.clone().requires_grad_()
+    with lora.disable_adapter():
+        loss = lora.model(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with-gradients", "without"])
+def test_training_mode_in_a_mixed_batch_is_refused_even_for_rows_of_the_base(gradients):
+    lora = headed()
+    with lora.mixed_batch([None] * 3), torch.set_grad_enabled(gradients):
+        lora.model.train()
+        with pytest.raises(StateError, match=r"inside mixed_batch\(\), which is for inference"):
+            lora.model(X)
+
+
+def test_what_was_frozen_is_trained_again_without_a_guard():
+    lora = headed()
+    lora.add_adapter("b", LoraConfig(r=1, target_modules=["0"]))
+    lora.set_adapter("b")
+    lora.set_adapter("a")
+    lora.model(X).sum().backward()
+    assert all(p.grad is not None and not p._backward_hooks for p in lora.model.parameters() if p.requires_grad)
+
+
+def test_a_parameter_that_the_user_thaws_gets_its_gradient():
+    lora = headed()
+    bias = lora.model[0].bias
+    bias.requires_grad_(True)
+    lora.model(X).sum().backward()
+    assert bias.grad is not None

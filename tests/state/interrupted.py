@@ -1,0 +1,130 @@
+"""Stops a call at one of its lines, and says what a model is, so that before and after can be told apart."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_plugins
+from lora_plugins import LoraModel, StateError
+
+PACKAGE = str(Path(lora_plugins.__file__).parent)
+ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError)
+"""What stops a call, taken in turn."""
+
+Picture = dict[str, Any]
+
+
+@contextmanager
+def traced(line: Callable[[FrameType], None]) -> Iterator[None]:
+    """Calls a function before each line of the package that is run, branches of layers and plugins included."""
+    ours: dict[CodeType, bool] = {}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        code = frame.f_code
+        if code not in ours:
+            ours[code] = code.co_filename.startswith(PACKAGE)
+        if not ours[code]:
+            return None
+        if event == "line":
+            line(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def count_lines(call: Callable[[], object]) -> int:
+    """Carries out a call; returns how many lines it took."""
+    count = 0
+
+    def line(_: FrameType) -> None:
+        nonlocal count
+        count += 1
+
+    with traced(line):
+        call()
+    return count
+
+
+def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
+    """Carries out a call that is stopped before one of its lines.
+
+    Returns:
+        Where that was, and whether the call raised. It need not where it asks a plugin about a layer that is no target,
+        whose errors concern nobody.
+    """
+    error = ERRORS[at % len(ERRORS)]("stopped by the test")
+    count, where = 0, ""
+
+    def line(frame: FrameType) -> None:
+        nonlocal count, where
+        count += 1
+        if count == at + 1:
+            where = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
+            raise error
+
+    try:
+        with traced(line):
+            call()
+    except type(error) as raised:
+        if error not in _chain(raised):
+            raise
+        return where, True
+    return where, False
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def picture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Picture:
+    """Returns all that a model is and computes, ready to be compared."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    try:
+        lora: LoraModel | None = LoraModel(model)
+    except StateError:
+        lora = None
+    with torch.no_grad():
+        outputs = model(*inputs)
+    return {
+        "outputs": {name: _bits(value) for name, value in outputs.items()},
+        "tensors": {name: _bits(value) for name, value in model.state_dict().items()},
+        "requires_grad": {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "classes": {name: type(module).__name__ for name, module in names.items()},
+        "training": {name: module.training for name, module in names.items()},
+        "hooks": {name: len(module._forward_pre_hooks) for name, module in names.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in names.items()},
+        "adapters": lora and sorted(lora.adapters),
+        "active": lora and lora.active_adapters,
+        "merged": lora and lora.merged_adapters,
+    }
+
+
+def differences(found: Picture, expected: Picture) -> list[str]:
+    """Returns what is different in two pictures."""
+    return [
+        f"{part}: {key}"
+        for part, value in expected.items()
+        if found[part] != value
+        for key in (_differing(found[part], value) if isinstance(value, dict) else [f"{found[part]}, not {value}"])
+    ]
+
+
+def _differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+
+
+def _bits(value: Tensor) -> bytes:
+    return value.detach().contiguous().numpy().tobytes()

@@ -1,0 +1,199 @@
+"""Every call that changes a model, stopped at its lines: the model is what it was before, or what it is after.
+
+The call is then made again, or the model is unloaded.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_plugins import LoraConfig, LoraError, LoraModel
+from lora_plugins.adapter import InitData
+from tests.state.checks import loss_of
+from tests.state.interrupted import count_lines, differences, picture, stopped
+from tests.state.plugins import registry
+from tests.state.spec import Spec
+from tests.state.zoo import batch, build, sites
+
+MODELS = {
+    "heads": (("linear", "head"), Spec(("head.body", "linear.proj"), saves=("head.head",), init="gaussian")),
+    "parts": (("fused", "attention"), Spec(("fused.qkv", "attention.mha"), parts={"fused.qkv": ("q",)}, bias="all")),
+    "ties": (("tied", "twice"), Spec(("tied.a", "tied.b", "twice.first"), init="gaussian")),
+    "norms": (("norms", "conv2d"), Spec(("norms.inner", "conv2d.conv"), norm="track", bias="lora_only")),
+    "computed": (("computed", "groups"), Spec(("computed.proj", "groups.conv"), init="gaussian", memory="low")),
+    "changed": (("linear", "conv1d"), Spec(("linear.proj", "conv1d.conv"), init="pissa", saves=())),
+    "plugin": (("bilinear", "read"), Spec(("bilinear.form", "read.proj"), variant="dora", init="gaussian")),
+}
+"""Blocks of the zoo and what an adapter does to them, by name."""
+
+POINTS = 12
+"""Lines at which each call is stopped in the fast suite, spread over all of them; the slow test takes every line."""
+
+
+def spec_of(name):
+    blocks, spec = MODELS[name]
+    known = sites(build(blocks))
+    return blocks, replace(spec, sites=tuple(site for site in known if site in spec.sites))
+
+
+class Scene:
+    """A model with adapters, made the same again and again."""
+
+    def __init__(self, name, folder):
+        self.blocks, self.spec = spec_of(name)
+        self.inputs = batch(torch.float64, 0)
+        self.folder = folder
+
+    def base(self):
+        return build(self.blocks, torch.float64, 0).eval()
+
+    def adapted(self, *names):
+        model = self.base()
+        for number, name in enumerate(names):
+            LoraModel(model, replace(self.spec, r=2 + number).config(), name, registry=registry())
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            with torch.no_grad():
+                parameter.add_(0.02 * (1 + number % 3))
+        return model
+
+    def merged(self):
+        model = self.adapted("a", "b")
+        LoraModel(model).merge_adapter(max_error=10)
+        return model
+
+    def saved(self):
+        if not (self.folder / "adapter").exists():
+            LoraModel(self.adapted("a"), registry=registry()).save_adapter(self.folder / "adapter")
+        return self.folder / "adapter"
+
+
+def lora(model):
+    return LoraModel(model, registry=registry())
+
+
+def within(block):
+    with block:
+        pass
+
+
+def learned(scene, model):
+    """A call that runs the model, in training mode, on data."""
+    data = InitData([scene.inputs], step=lambda model, inputs: loss_of(model(*inputs)))
+    config = LoraConfig(r=1, target_modules=[scene.spec.sites[-1]], init="lora_ga")
+    LoraModel(model, config, "c", registry=registry(), init_data=data)
+
+
+CALLS = {
+    "add": (lambda s: s.base(), lambda s, m: LoraModel(m, s.spec.config(), "a", registry=registry())),
+    "add-another": (
+        lambda s: s.adapted("a"),
+        lambda s, m: lora(m).add_adapter("b", replace(s.spec, init="none").config()),
+    ),
+    "learn": (lambda s: s.adapted("a"), learned),
+    "set": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).set_adapter("b")),
+    "freeze": (lambda s: s.adapted("a"), lambda s, m: lora(m).set_adapter("a", trainable=False)),
+    "delete": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).delete_adapter("a")),
+    "delete-last": (lambda s: s.adapted("a"), lambda s, m: lora(m).delete_adapter("a")),
+    "merge": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).merge_adapter(max_error=10)),
+    "unmerge": (lambda s: s.merged(), lambda s, m: lora(m).unmerge_adapter()),
+    "unload": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).unload()),
+    "unload-merged": (lambda s: s.merged(), lambda s, m: lora(m).unload()),
+    "combine": (
+        lambda s: s.adapted("a", "b"),
+        lambda s, m: lora(m).add_weighted_adapter(["a", "b"], [0.5, 2.0], "c", "svd"),
+    ),
+    "load": (
+        lambda s: s.base(),
+        lambda s, m: LoraModel.load_adapter(m, s.saved(), registry=registry()),
+    ),
+    "save": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).save_adapter(s.folder / "again", "a")),
+    "disable": (lambda s: s.adapted("a", "b"), lambda s, m: within(lora(m).disable_adapter())),
+    "mixed": (lambda s: s.adapted("a"), lambda s, m: within(lora(m).mixed_batch([None] * 3))),
+}
+"""What a model is before, and the call; by name."""
+
+REFUSED = {("changed", "combine"), ("plugin", "combine")}
+"""Calls that are refused, by model: what has changed the base, or is a variant, cannot be combined."""
+
+each = pytest.mark.parametrize(
+    ("name", "call"), [(name, call) for name in MODELS for call in CALLS if (name, call) not in REFUSED]
+)
+
+
+def outcome(call, scene, model):
+    """What a call leaves, or the class of the error that refuses it."""
+    try:
+        call(scene, model)
+    except LoraError as refused:
+        return type(refused).__name__
+    return picture(model, scene.inputs)
+
+
+def check(scene, prepare, call, points):
+    scene.saved()
+    prepared = prepare(scene)
+    before = picture(prepared, scene.inputs)
+    model = copy.deepcopy(prepared)
+    lines = count_lines(lambda: call(scene, model))
+    after = picture(model, scene.inputs)
+    again = outcome(call, scene, model)
+    base = picture(scene.base(), scene.inputs)
+    for at in points(lines):
+        model = copy.deepcopy(prepared)
+        where, raised = stopped(lambda model=model: call(scene, model), at)
+        found = picture(model, scene.inputs)
+        is_before, is_after = raised and not differences(found, before), not differences(found, after)
+        assert is_before or is_after, f"{where}: {differences(found, before)} of before, {differences(found, after)}"
+        if at % 2:
+            assert outcome(call, scene, model) == (after if is_before else again), where
+        elif found["adapters"]:
+            lora(model).unload()
+            assert not differences(picture(model, scene.inputs), base), where
+
+
+@each
+def test_a_call_is_whole(name, call, tmp_path):
+    def spread(lines):
+        step = max(1, lines // POINTS)
+        return range(len(name + call) % step, lines, step)
+
+    check(Scene(name, tmp_path), *CALLS[call], spread)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@each
+def test_a_call_is_whole_at_every_line(name, call, tmp_path):
+    check(Scene(name, tmp_path), *CALLS[call], range)
+
+
+def check_merge_for_good(scene, points):
+    prepared = scene.adapted("a", "b")
+    before = picture(prepared, scene.inputs)
+    model = copy.deepcopy(prepared)
+    lines = count_lines(lambda: lora(model).merge_and_unload(max_error=10))
+    after = picture(model, scene.inputs)
+    for at in points(lines):
+        model = copy.deepcopy(prepared)
+        where, _ = stopped(lambda model=model: lora(model).merge_and_unload(max_error=10), at)
+        with torch.no_grad():
+            outputs = model(*scene.inputs)
+        for block, output in outputs.items():
+            expected = torch.frombuffer(bytearray(before["outputs"][block]), dtype=output.dtype).view(output.shape)
+            torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg=f"{where}: {block}")
+        if picture(model, scene.inputs)["adapters"] is not None:
+            lora(model).merge_and_unload(max_error=10)
+        assert not differences(picture(model, scene.inputs), after), where
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_for_good_goes_on_where_it_was_stopped(name, tmp_path):
+    check_merge_for_good(Scene(name, tmp_path), lambda lines: range(0, lines, max(1, lines // (2 * POINTS))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_for_good_goes_on_from_every_line(name, tmp_path):
+    check_merge_for_good(Scene(name, tmp_path), range)
