@@ -47,6 +47,7 @@ def for_model(
         saved_modules=[names[root] for root in adapter.saved_modules],
     )
     check_complete(model, adapter.layers, config, renamed=_differ(names))
+    _check_heads(model, adapter, config, renamed=_differ(names))
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
     if out_proj is None:
         _check_meaning(modules, adapter)
@@ -147,6 +148,24 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
             f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
             "PEFT would leave them as they start. If that is meant, name the layers it has in the target_modules of "
             "its config."
+        )
+
+
+def _check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that every module that the config trains in full has a value in the file."""
+    former = former_names(model) if renamed else {}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name
+        and config.is_saved(plain_name(former.get(entry.name, entry.name)))
+        and any(True for _ in entry.module.parameters())
+        and not any(value.startswith(f"{plain_name(entry.name)}.") for value in map(plain_name, adapter.values))
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter trained {listing(lacking)} in full (modules_to_save) and has no values of it. If it was "
+            "left out on purpose, take it out of modules_to_save in the config."
         )
 
 

@@ -181,6 +181,22 @@ class TestKeys:
         edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".inner.fc." in key])
         refused(LINEAR, tmp_path, untouched, r"1 layers of this model that it has no A and B for: 'inner\.fc'")
 
+    @pytest.mark.parametrize(
+        ("gone", "match"),
+        [
+            pytest.param("head.", r"trained 'head' in full \(modules_to_save\) and has no values", id="a head"),
+            pytest.param("head.weight", r"lacks 'head\.weight'", id="a tensor of a head"),
+            pytest.param("running_mean", r"lacks 'block\.bn\.running_mean'", id="a statistic"),
+        ],
+    )
+    def test_missing_values_are_listed(self, gone, match, tmp_path, untouched):
+        case = replace(
+            BY_ID["heads with statistics"], peft={"target_modules": ["line"], "modules_to_save": ["bn", "head"]}
+        )
+        with_peft(case).save_pretrained(tmp_path)
+        edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if gone in key])
+        refused(case, tmp_path, untouched, match)
+
     def test_half_a_layer_is_listed(self, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)
         edit_tensors(tmp_path, lambda tensors: tensors.pop("base_model.model.inner.fc.lora_B.weight"))
