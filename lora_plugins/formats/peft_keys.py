@@ -41,7 +41,7 @@ _REFUSED: Mapping[str, str] = {
 """The endings of keys that have no place here."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeftTensors:
     """The tensors of a file, sorted.
 
