@@ -119,7 +119,9 @@ def _folders(path: Path) -> list[Path]:
 
 def _only_folder(path: Path) -> Path:
     folders = _folders(path)
-    if len(folders) != 1:
+    if not folders:
+        raise AdapterFileError(f"{path} is no folder with {CONFIG}, nor does it hold one.")
+    if len(folders) > 1:
         raise AdapterFileError(
             f"{path} holds {len(folders)} adapters of PEFT: {listing(folder.name for folder in folders)}. Name the "
             "folder of one of them."
