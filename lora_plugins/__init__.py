@@ -7,7 +7,7 @@ Three lines adapt a model in place:
     lora.merge_and_unload()
 
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
-register layer types (`LayerPlugin`), inits (`InitPlugin`) or variants (`VariantPlugin`); see
+register layer types (`LayerPlugin`), inits (`InitPlugin`), variants (`VariantPlugin`) or formats (`AdapterFormat`); see
 `lora_plugins.plugins.hookspecs`.
 """
 
@@ -27,16 +27,21 @@ from lora_plugins.merge import MergedWeight, MergeReport
 from lora_plugins.model import LoraModel
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import (
+    FORMATS,
     INITS,
     LAYERS,
     VARIANTS,
+    AdapterFormat,
+    AdapterSummary,
     ColumnMajorPlugin,
+    FormatRegistrar,
     InitContext,
     InitPlugin,
     InitRegistrar,
     InputMoments,
     LayerPlugin,
     LayerRegistrar,
+    LayerSummary,
     Owned,
     PlannedLayer,
     PluginInfo,
@@ -56,13 +61,17 @@ from lora_plugins.plugins import (
 )
 
 __all__ = [
+    "FORMATS",
     "INITS",
     "LAYERS",
     "VARIANTS",
     "AdapterFileError",
+    "AdapterFormat",
+    "AdapterSummary",
     "Calibration",
     "ColumnMajorPlugin",
     "ConfigError",
+    "FormatRegistrar",
     "InitContext",
     "InitData",
     "InitPlugin",
@@ -71,6 +80,7 @@ __all__ = [
     "LayerPlugin",
     "LayerRegistrar",
     "LayerSettings",
+    "LayerSummary",
     "LoraConfig",
     "LoraError",
     "LoraModel",

@@ -1,16 +1,76 @@
 """The configuration of one adapter."""
 
 import dataclasses
+import functools
 import math
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lora_plugins.errors import ConfigError, near
 
+T = TypeVar("T")
 
+PEFT_WORDS: Mapping[str, str] = {
+    "lora_alpha": "It is 'alpha' here.",
+    "lora_dropout": "It is 'dropout' here.",
+    "init_lora_weights": "It is 'init' here, the name of a start: 'kaiming' for True, 'none' for False, 'gaussian', "
+    "'pissa' (with init_options={'niter': 16} for 'pissa_niter_16'), 'olora', 'orthogonal', 'eva', 'lora_ga', 'loftq'.",
+    "use_dora": "Write variant='dora'.",
+    "loftq_config": "Write init='loftq' and its init_options.",
+    "eva_config": "Write init='eva' and its init_options; the data go to LoraModel(..., init_data=...).",
+    "lora_ga_config": "Write init='lora_ga' and its init_options; the data go to LoraModel(..., init_data=...).",
+    "target_parameters": "Name the layer of the parameter in 'target_modules'.",
+    "fan_in_fan_out": "Leave it out: the type of the layer tells.",
+    "inference_mode": "Leave it out; LoraModel.set_adapter(name, trainable=False) stops training.",
+    "runtime_config": "Leave it out.",
+    **dict.fromkeys(
+        ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        "Leave it out: the model itself is adapted, whatever it is for.",
+    ),
+    **dict.fromkeys(
+        ("lora_bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+        "There is nothing like it here.",
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's layers are not served here."),
+    **dict.fromkeys(
+        (
+            "corda_config",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "qalora_group_size",
+            "monteclora_config",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+        ),
+        "That method is not here; a plugin can bring it.",
+    ),
+}
+"""Fields of PEFT's LoraConfig that are called otherwise here, and what to write."""
+
+
+def _with_known_fields(cls: type[T]) -> type[T]:
+    """Lets a dataclass name the nearest field where it is given one that it does not have."""
+    init = cls.__init__
+    known = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: Any, *values: Any, **fields: Any) -> None:
+        for key in fields:
+            if key not in known:
+                hint = f"{PEFT_WORDS[key]} (It is a word of PEFT.)" if key in PEFT_WORDS else near(key, known)
+                raise ConfigError(f"LoraConfig has no field {key!r}. {hint}")
+        init(self, *values, **fields)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_with_known_fields
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """How LoRA is applied to a model (Hu et al., arXiv 2106.09685).
@@ -99,10 +159,6 @@ class LoraConfig:
         Raises:
             ConfigError: If a key is no field of `LoraConfig`, naming the nearest one.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                raise ConfigError(f"LoraConfig has no field {key!r}. {near(key, fields)}")
         return cls(**values)
 
 

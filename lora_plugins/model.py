@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,11 +29,11 @@ from lora_plugins.adapter import (
 )
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
-from lora_plugins.files import PackedAdapter, pack, read, rebuilt_bases, saved_name, unpack, write
-from lora_plugins.inplace import RESERVED
+from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
+from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import Registry, SlotCalibration
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, AdapterFormat, Registry, SlotCalibration, default_registry
 from lora_plugins.utils import outside_inference
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -307,18 +307,30 @@ class LoraModel:
         return result.relative_error
 
     @_whole
-    def save_adapter(self, path: str | Path, adapter_name: str | None = None) -> Path:
-        """Writes an adapter into a folder; see `lora_plugins.files.folder` for what it holds.
+    def save_adapter(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        format: str = OWN_FORMAT,
+        format_options: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Writes an adapter into a folder or file.
 
         Args:
-            path: The folder; it is made if it does not exist.
+            path: The folder, which is made if it does not exist, or the file where the format has files.
             adapter_name: Which adapter; by default the only active one.
+            format: `lora_plugins`, our own folder (see `lora_plugins.files.folder`), `peft`, `diffusers`, `kohya`, or
+                the name of an installed format.
+            format_options: Options of that format.
 
         Returns:
-            The folder.
+            The folder or file.
 
         Raises:
             StateError: If something is merged, or no name is given and not exactly one adapter is active.
+            AdapterFileError: If the format cannot express the adapter. Nothing is written.
+            PluginError: If there is no such format.
         """
         state = self._state
         state.check("save_adapter")
@@ -327,7 +339,60 @@ class LoraModel:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
             (adapter_name,) = state.active
         state.adapter(adapter_name)
-        return write(Path(path), pack(self.model, state, adapter_name, self._registry))
+        chosen = (self._registry or default_registry()).get(FORMATS, format)
+        options = options_of(chosen, format_options)
+        packed = pack(self.model, state, adapter_name, self._registry)
+        with base_in_place(self.model, state):
+            return chosen.write(Path(path), packed, self.model, self._registry, options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        adapter_name: str | None = None,
+        *,
+        format: str = OWN_FORMAT,
+        format_options: Mapping[str, Any] | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        description: str = "",
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "Upload a LoRA adapter",
+    ) -> str:
+        """Pushes an adapter to the Hugging Face Hub, with a model card, in one commit.
+
+        It needs huggingface_hub (`.[hub]`).
+
+        Args:
+            repository: `owner/name`; it is made if it does not exist.
+            adapter_name: As in `save_adapter`.
+            format: Likewise; `peft` lets `PeftModel.from_pretrained` read it.
+            format_options: Likewise.
+            base_model: Name of the base model on the Hub, for the card.
+            license: The license, as the Hub names it (`apache-2.0`), for the card.
+            metrics: What was measured, by name, for the card.
+            description: A text for the card.
+            revision: The branch; by default the main one.
+            private: Whether a new repository is private; by default as its owner has it.
+            message: The message of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: If huggingface_hub is missing.
+            AdapterFileError: If the format cannot express the adapter, or the repository cannot be made or written.
+        """
+        chosen = (self._registry or default_registry()).get(FORMATS, format)
+
+        def write(folder: Path) -> CardContent:
+            path = folder if chosen.file_names else folder / "adapter.safetensors"
+            self.save_adapter(path, adapter_name, format=format, format_options=format_options)
+            summary = chosen.summary(path)
+            return CardContent(repository, format, summary, base_model, license, metrics or {}, description)
+
+        return push(write, repository, revision=revision, private=private, message=message)
 
     @classmethod
     @outside_inference
@@ -337,23 +402,37 @@ class LoraModel:
         path: str | Path,
         adapter_name: str | None = None,
         *,
+        format: str | None = None,
+        format_options: Mapping[str, Any] | None = None,
         registry: Registry | None = None,
     ) -> "LoraModel":
         """Puts a saved adapter on a model, adapted or not.
 
         Args:
             model: The base model that the adapter was trained on, with untouched weights.
-            path: The folder that `save_adapter` wrote.
+            path: The folder or file; or where it is on the Hub, `hf://owner/name@revision`, with the path of a folder
+                or file in the repository if need be, `hf://owner/name/style.safetensors`. The Hub needs
+                huggingface_hub (`.[hub]`).
             adapter_name: Name of the adapter on this model; by default the one it was saved under.
+            format: The format of it; by default the one that recognizes it.
+            format_options: Options of that format.
             registry: The plugins to use; by default those that are installed and that the adapter's config lets load.
 
         Returns:
             A handle. The adapter is active if it is the model's first.
 
         Raises:
-            AdapterFileError: If the folder is damaged or belongs to another model. The model is untouched.
+            AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
+                here. The model is untouched.
         """
-        return cls.load_packed(model, read(Path(path)), adapter_name, registry=registry)
+        state = model_state(model)
+        if state is not None:
+            state.check("add_adapter")
+        found = located(path, registry)
+        chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
+        options = options_of(chosen, format_options)
+        packed = whole(model, lambda: _read(model, chosen, found, registry, options))
+        return cls.load_packed(model, packed, adapter_name, registry=registry)
 
     @classmethod
     @outside_inference
@@ -403,8 +482,6 @@ class LoraModel:
     def _adding(self, adapter_name: str) -> Iterator[None]:
         """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
         state = model_state(self.model)
-        if adapter_name in RESERVED:
-            raise ConfigError(f"{adapter_name!r} cannot name an adapter: every module has an attribute of that name.")
         check_new(state, adapter_name)
         if state is None:
             yield
@@ -423,6 +500,15 @@ class LoraModel:
             )
         calibration = calibrate(self.model, plan, data) if isinstance(data, InitData) else data
         return calibration.of(plan)
+
+
+def _read(
+    model: nn.Module, chosen: AdapterFormat, path: Path, registry: Registry | None, options: Mapping[str, Any]
+) -> PackedAdapter:
+    """Reads an adapter with the base's own values in place."""
+    state = model_state(model)
+    with base_in_place(model, state) if state else nullcontext():
+        return chosen.read(path, model, registry, options)
 
 
 def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:

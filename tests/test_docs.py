@@ -26,7 +26,13 @@ from lora_plugins.plugins import hookspecs
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "changelog.d" / "README.md", *sorted(DOCS.rglob("*.md"))]
-PUBLIC = ("lora_plugins", "lora_plugins.integrations.lightning", "lora_plugins.tasks", "lora_plugins.testing")
+PUBLIC = (
+    "lora_plugins",
+    "lora_plugins.integrations.lightning",
+    "lora_plugins.tasks",
+    "lora_plugins.formats",
+    "lora_plugins.testing",
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -3,7 +3,8 @@
     Trainer(callbacks=[LoraCallback(LoraConfig(r=8, target_modules=["attn.qkv"]))]).fit(module)
 
 Names are imported when they are first used, so that the program can say what to install where Lightning is missing.
-The rooms: `callback` ties `module`, `checkpoint`, `strategies`, `shims` and `training` together; `cli` is on top of it.
+The rooms: `callback` ties `module`, `checkpoint`, `strategies`, `shims`, `training` and `adapter_files` together; `cli`
+is on top of it.
 """
 
 from typing import TYPE_CHECKING
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING
 from lora_plugins.utils import lazily
 
 if TYPE_CHECKING:
+    from lora_plugins.integrations.lightning.adapter_files import AdapterFile
     from lora_plugins.integrations.lightning.callback import LoraCallback
     from lora_plugins.integrations.lightning.checkpoint import LoraCheckpointMixin, load_from_checkpoint
     from lora_plugins.integrations.lightning.cli import LoraCLI
     from lora_plugins.integrations.lightning.training import parameter_groups
 
-__all__ = ["LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
+__all__ = ["AdapterFile", "LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
 
 _MODULES = {
+    "AdapterFile": "adapter_files",
     "LoraCLI": "cli",
     "LoraCallback": "callback",
     "LoraCheckpointMixin": "checkpoint",

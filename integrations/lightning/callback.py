@@ -14,6 +14,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import near
 from lora_plugins.files import PackedAdapter, write
+from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
 from lora_plugins.integrations.lightning.console import print_files, print_plan
 from lora_plugins.integrations.lightning.module import (
     ReversibleMerge,
@@ -77,7 +78,8 @@ class LoraCallback(Callback):
             checkpoint, as the trainer's ModelCheckpoint with a `monitor` has it.
         target: Name of the submodule to adapt, such as `network`; by default the whole LightningModule. Names in the
             config, the adapter folder and the exported file are relative to it.
-        save_adapter_to: Folder for the adapter, written when `fit` ends.
+        save_adapter_to: Folder for the adapter, written when `fit` ends; or a list of folders and of files in other
+            formats: `AdapterFile("runs/for_peft", format="peft")`.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
         train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers. Models
@@ -100,7 +102,7 @@ class LoraCallback(Callback):
         merge_on_fit_end: bool = True,
         merge_source: Literal["last", "best"] = "last",
         target: str | None = None,
-        save_adapter_to: str | None = None,
+        save_adapter_to: str | list[str | AdapterFile] | None = None,
         export_to: str | None = None,
         train_mode: bool = True,
         print_plan: bool = True,
@@ -120,6 +122,7 @@ class LoraCallback(Callback):
         self.merge_source = merge_source
         self.target = target
         self.save_adapter_to = save_adapter_to
+        self.adapter_files = adapter_files(save_adapter_to)
         self.export_to = export_to
         self.train_mode = train_mode
         self.print_plan = print_plan
@@ -201,6 +204,8 @@ class LoraCallback(Callback):
         check_not_replaced(target, self.adapter_name)
         if self.merge_on_fit_end or self.export_to is not None:
             check_mergeable(target)
+        if trainer.is_global_zero:
+            check_expressible(self.adapter_files, target, self.adapter_name)
         if self.print_plan and trainer.is_global_zero:
             print_plan(LoraModel(target).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
@@ -329,15 +334,22 @@ class LoraCallback(Callback):
         """Writes the files that the options name; only the first process does, and returns their paths."""
         target = self._target(module)
         files: dict[str, Path] = {}
-        if self.save_adapter_to is not None:
-            packed = rename_adapter(self._packed(trainer, target), plain_name)
+        for file in self.adapter_files:
+            path = self._write_adapter(file, trainer, target)
             if trainer.is_global_zero:
-                files["Adapter"] = write(Path(self.save_adapter_to), packed)
+                files[file.title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
             with temporarily_merged(target):
                 tensors = plain_state_dict(target)
             files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
         return files
+
+    def _write_adapter(self, file: AdapterFile, trainer: Trainer, target: nn.Module) -> Path:
+        """Writes one file of the adapter; only the first process does, with what it gathers from all."""
+        if not file.is_ours:
+            return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
+        packed = rename_adapter(self._packed(trainer, target), plain_name)
+        return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
 
     def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:
         packed = LoraModel(target).pack(self.adapter_name)

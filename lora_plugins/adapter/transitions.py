@@ -21,7 +21,7 @@ from lora_plugins.adapter.state import (
     open_state,
 )
 from lora_plugins.errors import ConfigError, StateError, listing
-from lora_plugins.inplace import layer_state, strip_adapters
+from lora_plugins.inplace import RESERVED, layer_state, strip_adapters
 from lora_plugins.plan import Plan
 
 ADAPTER_NAME = re.compile(r"\w[\w-]*")
@@ -41,6 +41,8 @@ def check_new(state: ModelState | None, adapter: str) -> None:
     """
     if not ADAPTER_NAME.fullmatch(adapter):
         raise ConfigError(f"{adapter!r} cannot name an adapter: use letters, digits, '_' and '-'.")
+    if adapter in RESERVED:
+        raise ConfigError(f"{adapter!r} cannot name an adapter: every module has an attribute of that name.")
     if state is None:
         return
     state.check("add_adapter")

@@ -1,6 +1,6 @@
 """The command line: its program (`main.py`), the commands of the core, and the door by which others add commands.
 
-The core's own commands are `plugins`, `doctor` and `new-plugin`; they need nothing but the core. Others come through
+The core's own commands, such as `plugins` and `convert`, need nothing but the core. Others come through
 entry points of the group `lora_plugins.commands`, each of which names a table of `Command`s.
 """
 

@@ -56,6 +56,8 @@ def _of_the_core(module: str) -> Callable[[list[str]], int]:
 
 
 CORE_COMMANDS: Mapping[str, Command] = {
+    "inspect": Command("show what is in an adapter file of any format", _of_the_core("inspect_adapter")),
+    "convert": Command("write an adapter in another format", _of_the_core("convert_adapter")),
     "plugins": Command("list the installed plugins", _of_the_core("plugins")),
     "doctor": Command("check the installation, and say what to do", _of_the_core("doctor")),
     "new-plugin": Command("write a package with a plugin of your own to start from", _of_the_core("new_plugin")),

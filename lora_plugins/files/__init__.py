@@ -3,21 +3,33 @@
 Nothing is pickled, and nothing is half written.
 """
 
-from lora_plugins.files.fingerprint import same
+from lora_plugins.files.fingerprint import checksum, fingerprints, same
 from lora_plugins.files.folder import read, write
-from lora_plugins.files.manifest import MANIFEST
-from lora_plugins.files.packed import PackedAdapter, pack, saved_name
+from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.packed import manifest_of, pack, saved_name
+from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.unpacked import UnpackedAdapter, rebuilt_bases, unpack
+from lora_plugins.plugins import PackedAdapter
 
 __all__ = [
     "MANIFEST",
+    "PICKLED",
+    "TENSOR_FILE",
     "PackedAdapter",
     "UnpackedAdapter",
+    "checksum",
+    "fingerprints",
+    "format_of",
+    "manifest_of",
+    "options_of",
     "pack",
     "read",
     "rebuilt_bases",
+    "recipe_prefix",
     "same",
     "saved_name",
+    "tensor_key",
     "unpack",
+    "value_key",
     "write",
 ]

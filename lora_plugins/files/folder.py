@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest
-from lora_plugins.files.packed import PackedAdapter
+from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import check_regular, remove_leftovers, replace_file
 
 _WRITTEN = re.compile(f"{TENSOR_FILE.pattern}|{re.escape(MANIFEST)}")

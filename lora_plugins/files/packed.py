@@ -1,7 +1,6 @@
-"""An adapter as plain data, and how one is made from a model."""
+"""An adapter as plain data, made from a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -12,21 +11,8 @@ from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import origin
 from lora_plugins.inplace import slot_tensors
-from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PlannedLayer, Registry, registry_of
-
-
-@dataclass(frozen=True)
-class PackedAdapter:
-    """An adapter as plain data.
-
-    Args:
-        manifest: Plain types only: format version, config, layers with rank and scaling, tensors with type and shape,
-            fingerprints of the base, versions.
-        tensors: The tensors that the manifest lists.
-    """
-
-    manifest: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+from lora_plugins.plan import Plan
+from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, PlannedLayer, Registry, registry_of
 
 
 def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None) -> PackedAdapter:
@@ -45,7 +31,30 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
     if not adapter.fingerprints:
         with base_in_place(model, state):
             adapter.fingerprints.update(fingerprints(model, plan))
-    manifest = {
+    changed = _changed(model, state, adapter_name)
+    manifest = manifest_of(plan, registry, adapter_name, tensors, adapter.fingerprints, changed)
+    return PackedAdapter(manifest, tensors)
+
+
+def manifest_of(
+    plan: Plan,
+    registry: Registry,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, dict[str, float]],
+    changed: Mapping[str, str],
+) -> dict[str, Any]:
+    """Returns the manifest of an adapter.
+
+    Args:
+        plan: What it adapts.
+        registry: The plugins that the plan is of.
+        adapter_name: Its name.
+        tensors: All its tensors, by the keys that `files.manifest` gives them.
+        base: Fingerprints of the adapted weights.
+        changed: Checksums of the weights that its init changed.
+    """
+    return {
         "format": FORMAT,
         "lora_plugins": metadata.version("lora-plugins"),
         "adapter_name": adapter_name,
@@ -58,10 +67,9 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
             key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for key, tensor in tensors.items()
         },
-        "base": adapter.fingerprints,
-        "changed": _changed(model, state, adapter_name),
+        "base": base,
+        "changed": changed,
     }
-    return PackedAdapter(manifest, tensors)
 
 
 def saved_name(packed: PackedAdapter) -> str:

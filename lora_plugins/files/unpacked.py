@@ -13,10 +13,9 @@ from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import check_origins
-from lora_plugins.files.packed import PackedAdapter
 from lora_plugins.inplace import model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import PlannedLayer, Registry, Slot, registry_of
+from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot, registry_of
 
 
 @dataclass(frozen=True)

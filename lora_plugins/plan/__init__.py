@@ -6,5 +6,6 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.patterns import exact_expression, exact_pattern
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan
+from lora_plugins.plan.renamings import current_name, former_names
 
-__all__ = ["Plan", "exact_expression", "exact_pattern", "make_plan"]
+__all__ = ["Plan", "current_name", "exact_expression", "exact_pattern", "former_names", "make_plan"]

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from lora_plugins.errors import ConfigError, TargetError, listing, near
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import checks, patterns
 from lora_plugins.plan.plan import Plan
+from lora_plugins.plan.renamings import with_current_names
 from lora_plugins.plan.survey import Site, Survey, survey
 from lora_plugins.plan.targets import saved_modules, target_sites, within
 from lora_plugins.plan.ties import Target, grouped
@@ -44,7 +46,10 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = 
     registry = registry or registry_of(config)
     init = _checked_init(config, registry)
     variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
-    return planned(survey(model, registry), config, registry, init, variant)
+    found = survey(model, registry)
+    current = with_current_names(model, config, [name for site in found.sites for name in site.names])
+    plan = planned(found, current, registry, init, variant)
+    return plan if current is config else replace(plan, config=config)
 
 
 def planned(

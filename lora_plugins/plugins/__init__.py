@@ -1,11 +1,26 @@
 """The door: what a plugin is, the hooks that it implements, and the registry of what is installed.
 
-Layer types, inits and variants come through it, ours and other people's alike. `KINDS` describes each kind once;
-whatever registers, lists, documents or checks plugins loops over it.
+Layer types, inits, variants and formats come through it, ours and other people's alike. `KINDS` describes each kind
+once; whatever registers, lists, documents or checks plugins loops over it.
 """
 
 from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, LOAD_VARIABLE, names_in
-from lora_plugins.plugins.hookspecs import KINDS, InitRegistrar, LayerRegistrar, VariantRegistrar, hookimpl
+from lora_plugins.plugins.format import (
+    FORMATS,
+    OWN_FORMAT,
+    AdapterFormat,
+    AdapterSummary,
+    LayerSummary,
+    PackedAdapter,
+)
+from lora_plugins.plugins.hookspecs import (
+    KINDS,
+    FormatRegistrar,
+    InitRegistrar,
+    LayerRegistrar,
+    VariantRegistrar,
+    hookimpl,
+)
 from lora_plugins.plugins.init import INITS, InitContext, InitPlugin, InputMoments, RankRequest, SlotCalibration
 from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
@@ -21,23 +36,30 @@ __all__ = [
     "ALLOW_VARIABLE",
     "BLOCK_VARIABLE",
     "DISTRIBUTION",
+    "FORMATS",
     "GROUP",
     "INITS",
     "KINDS",
     "LAYERS",
     "LOAD_VARIABLE",
+    "OWN_FORMAT",
     "PLAIN",
     "TRACE_VARIABLE",
     "VARIANTS",
+    "AdapterFormat",
+    "AdapterSummary",
     "BranchUse",
     "ColumnMajorPlugin",
+    "FormatRegistrar",
     "InitContext",
     "InitPlugin",
     "InitRegistrar",
     "InputMoments",
     "LayerPlugin",
     "LayerRegistrar",
+    "LayerSummary",
     "Owned",
+    "PackedAdapter",
     "PlannedLayer",
     "PluginInfo",
     "PluginKind",

@@ -23,6 +23,7 @@ from typing import Any
 
 import pluggy
 
+from lora_plugins.plugins.format import FORMATS, AdapterFormat
 from lora_plugins.plugins.init import INITS, InitPlugin
 from lora_plugins.plugins.kind import GROUP, PluginKind
 from lora_plugins.plugins.layer import LAYERS, LayerPlugin
@@ -39,6 +40,9 @@ InitRegistrar = Registrar[InitPlugin]
 
 VariantRegistrar = Registrar[VariantPlugin]
 """What the hook for variants is handed."""
+
+FormatRegistrar = Registrar[AdapterFormat]
+"""What the hook for formats is handed."""
 
 
 @LAYERS.hook
@@ -74,6 +78,18 @@ def lora_plugins_register_variants(registrar: VariantRegistrar) -> None:
 
     Args:
         registrar: Call `registrar.add(plugin)` with each instance of a `VariantPlugin`.
+    """
+
+
+@FORMATS.hook
+def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
+    """Called once for each registry, after the variants of the same plugin, to add formats of adapter files.
+
+    A plugin may not register a name that another format has, unless it overrides that. It may not keep the registrar,
+    nor add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of an `AdapterFormat`.
     """
 
 

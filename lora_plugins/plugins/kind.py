@@ -91,6 +91,11 @@ def are_options(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and key.isidentifier() for key in value)
 
 
+def are_patterns(value: Any) -> bool:
+    """Whether a value is a sequence of names or shell patterns."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
+
+
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 A_NAME: Rule = (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Returns the type that autocast computes in on the tensor's device; None where it leaves the tensor alone, as any in float64."""
+    """Returns the type that autocast computes in; None where it leaves the tensor alone, as in float64."""
     device = tensor.device.type
     # meta has no autocast. torch.amp.is_autocast_available says so too, but torch.compile of 2.8 cannot trace it.
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):

@@ -162,7 +162,7 @@ class HtmlReport(Callback):
         if torch.cuda.is_available():
             rows.append(("peak memory of the GPU", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"))
         for callback in _lora_callbacks(trainer):
-            files = {"adapter": callback.save_adapter_to, "merged model": callback.export_to}
+            files = {**{each.title: each.path for each in callback.adapter_files}, "merged model": callback.export_to}
             rows += [(f"size of the {name}", _size(Path(path))) for name, path in files.items() if path]
         return rows
 

@@ -38,8 +38,9 @@ def write_provenance(trainer: Trainer, provenance: Callable[[], Provenance]) -> 
         return
     for callback in run.callbacks:
         if isinstance(callback, LoraCallback):
-            if callback.save_adapter_to is not None:
-                _write_manifest(Path(callback.save_adapter_to), {**provenance(), "target": callback.target})
+            for file in callback.adapter_files:
+                if file.is_ours:
+                    _write_manifest(Path(file.path), {**provenance(), "target": callback.target})
             if callback.export_to is not None:
                 _write_metadata(Path(callback.export_to), provenance())
 

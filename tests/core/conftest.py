@@ -78,7 +78,7 @@ def with_plugins(installed, monkeypatch):
 
     yield add
     for name in set(sys.modules) - loaded:
-        if name.startswith(("lora_plugins_example", "lora_plugins_broken", "lora_plugins_clash")):
+        if name.startswith(("lora_plugins_example", "lora_plugins_broken", "lora_plugins_clash", "lora_plugins_npz")):
             del sys.modules[name]
 
 

@@ -1,11 +1,13 @@
 """`LoraConfig`: every field is checked when the config is made, and the error names the field."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
+from lora_plugins.config import PEFT_WORDS
 
 BAD = {
     "r": [0, -1, 2.5, True, "8", None],
@@ -101,3 +103,34 @@ def test_to_dict_hands_out_copies():
     values["target_modules"].append("b")
     values["rank_pattern"]["a"] = 9
     assert config == LoraConfig(target_modules=["a"], rank_pattern={"a": 2})
+
+
+class TestWordsOfPeft:
+    @pytest.mark.parametrize(
+        ("field", "hint"),
+        [
+            ("lora_alpha", "It is 'alpha' here"),
+            ("lora_dropout", "It is 'dropout' here"),
+            ("init_lora_weights", "It is 'init' here"),
+            ("use_dora", "variant='dora'"),
+            ("fan_in_fan_out", "Leave it out"),
+            ("use_qalora", "a plugin can bring it"),
+        ],
+    )
+    def test_they_are_told(self, field, hint):
+        with pytest.raises(ConfigError, match=f"LoraConfig has no field '{field}'.*{hint}"):
+            LoraConfig(**{field: 1})
+
+    def test_a_typo_is_told_too(self):
+        with pytest.raises(ConfigError, match=r"no field 'drop_out'\. Did you mean 'dropout'"):
+            LoraConfig(drop_out=0.1)
+
+    def test_every_field_of_peft_is_a_field_here_or_told(self):
+        peft = pytest.importorskip("peft")
+        theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+        ours = {field.name for field in dataclasses.fields(LoraConfig)}
+        assert theirs - ours - set(PEFT_WORDS) == set()
+        assert ours & set(PEFT_WORDS) == set()
+
+    def test_the_signature_is_that_of_the_fields(self):
+        assert [*inspect.signature(LoraConfig).parameters] == [field.name for field in dataclasses.fields(LoraConfig)]

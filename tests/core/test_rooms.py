@@ -24,13 +24,15 @@ ARROWS = {
     "adapter": {"plan", "inplace", "plugins", "config", *BASIS},
     "merge": {"adapter", "inplace", "plugins", "kernels", *BASIS},
     "files": {"adapter", "plan", "inplace", "plugins", "config", *BASIS},
-    "model": {"files", "merge", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
-    "": {"model", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
+    "hub": {"plugins", *BASIS},
+    "model": {"hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
+    "": {"model", "hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
     "layers": {"kernels", "plugins", *BASIS},
     "inits": {"plugins", *BASIS},
     "variants": {"plugins", *BASIS},
+    "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", *BASIS},
-    "cli": {"", "plugins", "kernels", *BASIS},
+    "cli": {"", "formats", "hub", "files", "plugins", "kernels", *BASIS},
     "__main__": {"cli"},
 }
 """By room of the core, the rooms that it may import. The empty name is the package's own door, `lora_plugins`."""

@@ -58,6 +58,12 @@ def check_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
             "save_adapter_to works, and `lora-plugins merge` and `export` make a merged file of a checkpoint that is "
             "one file."
         )
+    others = [file.format for file in given.get("adapter_files", ()) if not file.is_ours]  # type: ignore[attr-defined]
+    if others:
+        raise StateError(
+            f"{name} splits weights over processes, so the adapter can be written in our own format only, not in "
+            f"{listing(others)}. Convert it afterwards: `lora-plugins convert`."
+        )
     if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise StateError(
             f"LoraCallback supports {name} for sharded data parallelism (FSDP2) only: an adapter would not follow a "

@@ -22,12 +22,13 @@ ARROWS = {
     "module": set(),
     "shims": set(),
     "console": set(),
+    "adapter_files": set(),
     "checkpoint": {"module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
-    "callback": {"console", "module", "shims", "strategies", "training"},
+    "callback": {"adapter_files", "console", "module", "shims", "strategies", "training"},
     "cli": {"callback", "checkpoint", "console", "module", "shims"},
-    "__init__": {"callback", "checkpoint", "cli", "training"},  # its public names
+    "__init__": {"adapter_files", "callback", "checkpoint", "cli", "training"},  # its public names
     "__main__": set(),
 }
 """Which room imports from which others."""

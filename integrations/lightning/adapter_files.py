@@ -1,0 +1,80 @@
+"""The files that a run leaves of its adapter, each in a format of its own."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.plugins import OWN_FORMAT
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One file or folder of an adapter.
+
+    Args:
+        path: Its path.
+        format: Its format: `lora_plugins`, `peft`, `diffusers`, `kohya`, or the name of an installed one.
+        format_options: Options of that format.
+    """
+
+    path: str
+    format: str = OWN_FORMAT
+    format_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is our own folder."""
+        return self.format == OWN_FORMAT
+
+    @property
+    def title(self) -> str:
+        """What messages and reports call it."""
+        return "adapter" if self.is_ours else f"adapter for {self.format}"
+
+    def write(self, target: nn.Module, adapter_name: str, path: Path | None = None) -> Path:
+        """Writes the adapter of a model, unmerged, by its names; to another path if one is given.
+
+        Raises:
+            AdapterFileError: If the format cannot express it.
+            PluginError: If there is no such format.
+        """
+        lora = LoraModel(target)
+        return lora.save_adapter(
+            path or Path(self.path), adapter_name, format=self.format, format_options=self.format_options
+        )
+
+
+def adapter_files(given: str | Sequence[str | AdapterFile] | None) -> tuple[AdapterFile, ...]:
+    """Returns the files that an option names; a path alone is our own folder.
+
+    Raises:
+        ConfigError: If something else is given, or a path twice.
+    """
+    entries = [] if given is None else [given] if isinstance(given, str) else list(given)
+    files = tuple(AdapterFile(entry) if isinstance(entry, str) else entry for entry in entries)
+    for file in files:
+        if not isinstance(file, AdapterFile):
+            raise ConfigError(f"save_adapter_to holds {file!r}. An entry is a path, or an AdapterFile(path, format).")
+    paths = [file.path for file in files]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise ConfigError(f"save_adapter_to has {twice[0]!r} twice.")
+    return files
+
+
+def check_expressible(files: Sequence[AdapterFile], target: nn.Module, adapter_name: str) -> None:
+    """Writes the adapter as it starts in each format, and forgets it: what cannot be written is told before training.
+
+    Raises:
+        AdapterFileError: If a format cannot express it.
+        PluginError: If there is no such format.
+    """
+    for file in files:
+        if not file.is_ours:
+            with tempfile.TemporaryDirectory() as folder:
+                file.write(target, adapter_name, Path(folder) / Path(file.path).name)

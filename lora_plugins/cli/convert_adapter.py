@@ -1,0 +1,92 @@
+"""`lora-plugins convert SRC DST --to FORMAT`: an adapter file of one format written in another."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from lora_plugins import LoraModel
+from lora_plugins.errors import ConfigError
+from lora_plugins.files import format_of, options_of
+from lora_plugins.formats import convert
+from lora_plugins.hub import located
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, default_registry
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Converts a file.
+
+    Raises:
+        AdapterFileError: If the source is damaged, does not fit the model, or cannot be expressed in the other format.
+        ConfigError: If the model cannot be made, or is needed and was not named.
+    """
+    given = _parser().parse_args(arguments)
+    registry, found = default_registry(), located(given.source)
+    source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)
+    target = registry.get(FORMATS, given.to)
+    read, write = options_of(source, _options(given.read_option)), options_of(target, _options(given.write_option))
+    if given.model is None:
+        path = convert(found, source, read, given.target, target, write)
+    else:
+        model = _model(given.model, given.weights)
+        lora = LoraModel.load_adapter(model, found, format=source.name, format_options=read)
+        path = lora.save_adapter(given.target, format=target.name, format_options=write)
+    print(f"Wrote {path} in the format {target.name!r}, from {given.source} in the format {source.name!r}.")
+    if target.name == OWN_FORMAT:
+        print("It will load on a base with the weights that this model had, which it compares.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-plugins convert", description="Write an adapter in another format.")
+    parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
+    parser.add_argument("target", type=Path, help="the folder or file to write")
+    parser.add_argument("--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, ...")
+    parser.add_argument("--from", dest="source_format", help="the format to read, where the file does not tell")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar=("MODULE:NAME", "ARGUMENT"),
+        help="what makes the base model, where names or weights are needed: torchvision.models:resnet18, or "
+        "timm:create_model resnet18",
+    )
+    parser.add_argument("--weights", type=Path, help="a .safetensors file with the state dict of the base model")
+    for option, what in (("--read-option", "reading"), ("--write-option", "writing")):
+        parser.add_argument(option, action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}")
+    return parser
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    pairs = [each.partition("=") for each in given]
+    wrong = [name for name, equals, _ in pairs if not equals]
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} is no option: write NAME=VALUE, as in component=unet.")
+    return {name: value for name, _, value in pairs}
+
+
+def _model(named: Sequence[str], weights: Path | None) -> nn.Module:
+    """Makes the base model."""
+    path, *arguments = named
+    module, colon, name = path.partition(":")
+    if not colon or not name:
+        raise ConfigError(f"--model is {path!r}. It is the import path of a class or function: MODULE:NAME.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        make: Any = importlib.import_module(module)
+        for part in name.split("."):
+            make = getattr(make, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--model {path}: {error}.") from error
+    model = make(*arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"--model {path} made {model!r}, which is no torch.nn.Module.")
+    if weights is not None:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    return model.eval()

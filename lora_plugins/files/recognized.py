@@ -1,0 +1,53 @@
+"""Which format an adapter file is of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.plugins import FORMATS, AdapterFormat, Registry, default_registry
+
+PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+"""Endings of files that are read by running what is in them."""
+
+
+def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
+    """Returns the format of an adapter file or folder.
+
+    Args:
+        path: The file or folder.
+        registry: The formats there are. By default first the built-in ones, and only where none of these knows the
+            file those of all installed plugins.
+
+    Raises:
+        AdapterFileError: If no format, or more than one, knows it.
+    """
+    if not path.exists():
+        raise AdapterFileError(f"{path} does not exist. An adapter is a folder or file such as save_adapter writes.")
+    for known in (registry,) if registry else (default_registry(allow=()), default_registry()):
+        formats = [owned.plugin for owned in known.of(FORMATS).values()]
+        found = [each for each in formats if each.recognizes(path)]
+        if len(found) > 1:
+            names = listing(each.name for each in found)
+            raise AdapterFileError(f"{path} can be of the formats {names}. Say which: format={found[0].name!r}.")
+        if found:
+            return found[0]
+    if path.suffix in PICKLED:
+        raise AdapterFileError(
+            f"{path} is a pickle, which can run anything when it is read. Have whoever made it save it as .safetensors."
+        )
+    raise AdapterFileError(
+        f"{path} is an adapter of none of the formats {listing(each.name for each in formats)}.{known.absent()}"
+    )
+
+
+def options_of(chosen: AdapterFormat, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns all options of a format: those that are given, and the defaults of the others.
+
+    Raises:
+        ConfigError: If the format has no option of a name.
+    """
+    for key in given or {}:
+        if key not in chosen.options:
+            raise ConfigError(f"The format {chosen.name!r} has no option {key!r}. {near(key, chosen.options)}")
+    return {**chosen.options, **(given or {})}

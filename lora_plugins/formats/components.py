@@ -1,0 +1,92 @@
+"""The parts of a diffusion pipeline: a file may hold adapters of several, and a model may be one of them or have them.
+
+A pipeline of diffusers is no module. One of its parts is loaded by itself, or all of them together as the children of
+one module that are named as the pipeline names them: `nn.ModuleDict({"unet": pipe.unet, "text_encoder": ...})`.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.inplace import base_class_of
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2")
+"""Names of the parts of a pipeline that have adapters."""
+
+_WORDS: Mapping[str, str] = {"UNet": "unet", "Text": "text_encoder", "T5": "text_encoder", "Transformer": "transformer"}
+"""Words in the names of classes, and which part a model of such a class is."""
+
+
+def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> dict[str, str]:
+    """Returns the parts of a file that are read, and where each is in a model; empty for the model itself.
+
+    Args:
+        found: The parts that the file has adapters of.
+        model: The model.
+        asked: The part that was asked for; the others are left out then.
+
+    Raises:
+        AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
+    """
+    check_name(asked)
+    if asked is not None and asked not in found:
+        raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
+    children = _children(model)
+    if asked is None and children:
+        lacking = [name for name in found if name not in children]
+        if lacking:
+            raise AdapterFileError(f"The adapter has the parts {listing(lacking)}, which the model does not have.")
+        return {name: name for name in found}
+    if asked is None and len(found) > 1:
+        raise AdapterFileError(
+            f"The adapter has the parts {listing(sorted(found))}, and the model is one of them. Say which: "
+            f"format_options={{'component': {min(found)!r}}}; the others are left out then."
+        )
+    return {name: name if name in children else "" for name in found if asked in (None, name)}
+
+
+def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) -> dict[str, tuple[str, str]]:
+    """Returns the part of a pipeline and the name in it for each name of a layer.
+
+    Args:
+        names: Full names in the model.
+        model: The model; None where a file is converted without one.
+        asked: Which part the model is.
+
+    Raises:
+        ConfigError: If it cannot be told which part the model is, and it was not said.
+    """
+    check_name(asked)
+    split = {name: name.partition(".") for name in names}
+    if asked is None and all(first in COMPONENTS for first, _, _ in split.values()):
+        return {name: (first, rest) for name, (first, _, rest) in split.items()}
+    part = asked or _told(model)
+    if part is None:
+        raise ConfigError(
+            "It cannot be told which part of a pipeline the model is. Say so: format_options={'component': 'unet'}; "
+            f"there is {listing(COMPONENTS)}."
+        )
+    return {name: (part, name) for name in split}
+
+
+def check_name(component: str | None) -> None:
+    """Refuses what is not the name of a part.
+
+    Raises:
+        ConfigError: If there is no such part.
+    """
+    if component is not None and component not in COMPONENTS:
+        raise ConfigError(f"format_options: component is {component!r}. {near(str(component), COMPONENTS)}")
+
+
+def _children(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_children() if name in COMPONENTS}
+
+
+def _told(model: nn.Module | None) -> str | None:
+    """Returns which part a model is, by the names of its classes."""
+    if model is None:
+        return None
+    names = [cls.__name__ for cls in base_class_of(model).__mro__]
+    return next((part for name in names for word, part in _WORDS.items() if word in name), None)

@@ -1,0 +1,47 @@
+"""Conversion of a file without a model: between formats that know layers by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_plugins.errors import AdapterFileError, ConfigError
+from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.plugins import AdapterFormat
+
+
+def convert(
+    source: Path,
+    source_format: AdapterFormat,
+    read_options: Mapping[str, Any],
+    target: Path,
+    target_format: AdapterFormat,
+    write_options: Mapping[str, Any],
+) -> Path:
+    """Writes an adapter in another format; returns the path.
+
+    Args:
+        source: The file or folder to read.
+        source_format: Its format.
+        read_options: All options of that.
+        target: The file or folder to write.
+        target_format: Its format.
+        write_options: All options of that.
+
+    Raises:
+        ConfigError: If one of the formats needs a model.
+        AdapterFileError: If the source is damaged, or cannot be expressed in the other format. Nothing is written then.
+    """
+    known = isinstance(source_format, PortableFormat) and source_format.full_names
+    if not known or not isinstance(target_format, PortableFormat):
+        raise ConfigError(
+            f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME."
+        )
+    assert isinstance(source_format, PortableFormat)
+    adapter = source_format.load(source, None, read_options)
+    if adapter.init != "kaiming":
+        raise AdapterFileError(
+            f"The adapter was started by {adapter.init!r}, whose base has to be computed from the weights of the "
+            "model: --model MODULE:NAME --weights FILE."
+        )
+    target_format.check(adapter)
+    return target_format.save(target, adapter, None, write_options)

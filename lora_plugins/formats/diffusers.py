@@ -1,0 +1,185 @@
+"""Adapters of diffusers: a `.safetensors` file with the parts of a pipeline, and PEFT's configs as metadata."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.components import COMPONENTS, part_of, paths_read
+from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
+from lora_plugins.formats.peft_keys import layer_keys
+from lora_plugins.formats.peft_model import in_model
+from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
+from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
+from lora_plugins.inplace import full_name
+
+TENSORS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+"""Where the header of a file has PEFT's configs, as JSON of one level: `unet.r`, `text_encoder.lora_alpha`, ..."""
+
+_ENDINGS: Mapping[str, str] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".alpha": "alpha",
+}
+"""The endings of keys over the years, and which tensor of a layer each is."""
+
+_PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+"""The projections that the oldest keys name by the processor of an attention, and their names in it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a file has of one part of a pipeline: by name of a layer, its tensors."""
+
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def portable(self, config: PeftConfig | None) -> dict[str, PortableLayer]:
+        """Returns its layers, all of which have A and B."""
+        return {name: _layer(name, factors, config) for name, factors in self.layers.items()}
+
+
+class DiffusersFormat(PortableFormat):
+    """What `save_lora_weights` of diffusers writes: a folder with its usual file, or a `.safetensors` file.
+
+    Options: `component`, which part of a pipeline the model is, such as `unet` or `text_encoder`; where a file has one
+    part, or the class of the model tells, it need not be said. `patterns`, as PEFT's format has it.
+    """
+
+    name = "diffusers"
+    file_names = (TENSORS,)
+    options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
+
+    def recognizes(self, path: Path) -> bool:
+        """A file with a part of a pipeline in front of every key, or a folder with diffusers' usual file."""
+        keys = read_shapes(_file(path)) if _file(path).is_file() else {}
+        return any(_placed(key) is not None for key in keys)
+
+    def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
+        """Reads a file; see `PortableFormat`."""
+        tensors, metadata = read_tensors(_file(path))
+        parts = _parts(tensors)
+        configs = _configs(metadata, parts, options["patterns"])
+        layers = {part: found.portable(configs.get(part)) for part, found in parts.items()}
+        if model is None:
+            return _adapter(layers, {part: part for part in parts}, configs)
+        paths = paths_read(parts, model, options["component"])
+        for part, path_in_model in paths.items():
+            within = model.get_submodule(path_in_model)
+            layers[part] = in_model(within, layers[part], configs.get(part))
+        return _adapter(layers, paths, configs)
+
+    def refusals(self, adapter: PortableAdapter) -> list[str]:
+        """Files of diffusers have linear layers and convolutions only."""
+        return refusals_of_pipelines(adapter)
+
+    def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
+        """Writes a file; see `PortableFormat`."""
+        places = part_of(adapter.layers, model, options["component"])
+        plain = without_rslora(adapter)
+        tensors: dict[str, Tensor] = {}
+        said: dict[str, Any] = {}
+        for part in dict.fromkeys(part for part, _ in places.values()):
+            layers = {name: plain[full] for full, (owner, name) in places.items() if owner == part}
+            said |= {f"{part}.{key}": value for key, value in _fields(layers, adapter).items()}
+            tensors |= {f"{part}.{key}": tensor for key, tensor in layer_keys(layers, "").items()}
+        write_tensors(_file(path), tensors, {"format": "pt", METADATA: json.dumps(said, indent=2, sort_keys=True)})
+        return path
+
+
+def _file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / TENSORS
+
+
+def _placed(key: str) -> tuple[str, str, str] | None:
+    """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
+    part, _, rest = key.partition(".")
+    if part not in COMPONENTS:
+        return None
+    name, processor, projection = rest.rpartition(".processor.")
+    if processor:
+        own, _, direction = projection.partition("_lora.")
+        factor = {"down.weight": "A", "up.weight": "B"}.get(direction)
+        return (part, f"{name}.{_PROJECTIONS[own]}", factor) if factor and own in _PROJECTIONS else None
+    ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
+    return (part, rest.removesuffix(ending), _ENDINGS[ending]) if ending else None
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
+    parts: dict[str, _Part] = {}
+    wrong = []
+    for key, tensor in tensors.items():
+        placed = _placed(key)
+        if placed is None:
+            wrong.append(key)
+            continue
+        part, name, factor = placed
+        own = parts.setdefault(part, _Part()).layers.setdefault(name, {})
+        if factor in own:
+            wrong.append(key)
+        own[factor] = tensor
+    if wrong:
+        raise AdapterFileError(f"{len(wrong)} keys of the adapter have no place: {listing(wrong)}.")
+    return parts
+
+
+def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) -> PortableLayer:
+    """Returns a layer. Without a config and an alpha, diffusers takes the rank for it."""
+    check_whole(name, factors)
+    r = len(factors["A"])
+    alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
+    if config is not None:
+        config.check_rank(name, r)
+        alpha = config.alpha(name) * (math.sqrt(r) if config.fields.get("use_rslora") else 1)
+    return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude"))
+
+
+def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: str | None) -> dict[str, PeftConfig]:
+    """Returns PEFT's config of each part that the header of a file has one of."""
+    if METADATA not in metadata:
+        return {}
+    said = parse_json(metadata[METADATA], f"The metadata {METADATA!r}")
+    fields = {
+        part: {key.removeprefix(f"{part}."): value for key, value in said.items() if key.startswith(f"{part}.")}
+        for part in parts
+    }
+    return {part: PeftConfig({"peft_type": "LORA", **own}, patterns) for part, own in fields.items() if own}
+
+
+def _adapter(
+    layers: Mapping[str, Mapping[str, PortableLayer]], paths: Mapping[str, str], configs: Mapping[str, PeftConfig]
+) -> PortableAdapter:
+    inits = {configs[part].init for part in paths if part in configs} or {"kaiming"}
+    if len(inits) > 1:
+        raise AdapterFileError(f"The parts of the adapter were started in different ways: {listing(sorted(inits))}.")
+    found = {full_name(path, name): layer for part, path in paths.items() for name, layer in layers[part].items()}
+    details = {"parts": ", ".join(layers), "alphas": "of PEFT's configs" if configs else "of the keys, or the ranks"}
+    return PortableAdapter(found, init=inits.pop(), details=details)
+
+
+def _fields(layers: Mapping[str, PortableLayer], adapter: PortableAdapter) -> dict[str, Any]:
+    r, alpha = commonest(layer.r for layer in layers.values()), commonest(layer.alpha for layer in layers.values())
+    fields = config_fields(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=exact_targets(list(layers)),
+        rank_pattern=exact_patterns({name: layer.r for name, layer in layers.items()}, r),
+        alpha_pattern=exact_patterns({name: layer.alpha for name, layer in layers.items()}, alpha),
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
+    )
+    del fields["peft_version"]  # which not every version of PEFT takes as a field
+    return fields

@@ -1,0 +1,143 @@
+"""One of our adapters in the terms that the formats of others share; what has no such terms is refused by name."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.files import recipe_prefix, tensor_key, value_key
+from lora_plugins.formats.places import plain_name
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.inplace import detached_weight, model_modules
+from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
+
+LAYER_TYPES = frozenset(
+    {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
+)
+"""The layer types that other libraries have too."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is read: an adapter, its plan, and the model that both are of."""
+
+    packed: PackedAdapter
+    plan: Plan
+    model: nn.Module
+
+    def tensor(self, layer: PlannedLayer, slot: Slot, factor: str) -> Tensor:
+        return self.packed.tensors[tensor_key(layer, slot, factor)]
+
+    def recipe(self, layer: PlannedLayer, slot: Slot) -> Mapping[str, Tensor]:
+        prefix = recipe_prefix(layer, slot)
+        return {k.removeprefix(prefix): v for k, v in self.packed.tensors.items() if k.startswith(prefix)}
+
+
+def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | None = None) -> PortableAdapter:
+    """Returns one of our adapters as a portable one.
+
+    An adapter whose init changed the base (`pissa`, `olora`, `lora_ga`) is one of the untouched base here: of rank 2r,
+    with the first A and B subtracted. Parts of a fused weight become one block-diagonal A and B.
+
+    Args:
+        packed: The adapter.
+        model: The model that it is of, with the base's own values in place.
+        registry: The plugins to use; by default those that the adapter's config lets load.
+
+    Raises:
+        AdapterFileError: If other libraries cannot express it, naming each layer.
+    """
+    manifest = packed.manifest
+    config = LoraConfig.from_dict(manifest["config"])
+    plan = make_plan(model, config, registry)
+    plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+    source = _Source(packed, plan, model)
+    check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
+    names = (*plan.trained, *plan.saved_buffers)
+    return PortableAdapter(
+        layers={plain_name(layer.name): _layer(source, layer) for layer in plan.layers},
+        values={plain_name(name): packed.tensors[value_key(name)] for name in names},
+        name=manifest["adapter_name"],
+        use_rslora=config.use_rslora,
+        dropout=config.dropout,
+        bias=config.bias,
+        saved_modules=_saved_modules(model, config.modules_to_save),
+    )
+
+
+def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Returns the full names of the modules that are trained in full, without those inside another one."""
+    names = [entry.name for entry in model_modules(model) for pattern in patterns if _ends_with(entry.names, pattern)]
+    return sorted({plain_name(name) for name in names if not any(name.startswith(f"{other}.") for other in names)})
+
+
+def _ends_with(names: Sequence[str], pattern: str) -> bool:
+    return any(name == pattern or name.endswith(f".{pattern}") for name in names)
+
+
+def check_expressible(refusals: Sequence[str]) -> None:
+    """Refuses an adapter for the reasons given, if there are any.
+
+    Raises:
+        AdapterFileError: With all of them.
+    """
+    if refusals:
+        raise AdapterFileError("The adapter cannot be written in this format:\n  " + "\n  ".join(refusals))
+
+
+def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
+    """Returns why a layer has no form in other libraries."""
+    module, plan = source.model.get_submodule(layer.name), source.plan
+    tensors = {slot.tensor for slot in layer.slots}
+    rows = sum(shape[0] for shape in layer.shapes)
+    recipes = [source.recipe(layer, slot).keys() for slot in layer.slots]
+    cases = {
+        f"a layer of type {layer.plugin.name!r}": layer.plugin.name not in LAYER_TYPES,
+        f"a convolution of {getattr(module, 'groups', 1)} groups": getattr(module, "groups", 1) > 1,
+        "an adapter of several weights": len(tensors) > 1,
+        f"the variant {layer.variant and layer.variant.name!r}": layer.variant is not None
+        and layer.variant.name != "dora",
+        "DoRA of some rows of a weight only": layer.variant is not None
+        and any(slot.rows is not None and rows != slot.rows[2] for slot in layer.slots),
+        "DoRA on a base that the init changed": layer.variant is not None and plan.init.changes_base,
+        f"the init {plan.init.name!r}, whose base is no low-rank change": plan.init.changes_base
+        and any(keys != {"A", "B"} for keys in recipes),
+        "a layer that stands in the model more than once": bool(layer.aliases),
+        "a weight that several adapted layers share": bool(layer.ties),
+    }
+    return [f"{layer.name!r}: {what} has no form there" for what, holds in cases.items() if holds]
+
+
+def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:
+    pairs = [_factors(source, layer, slot) for slot in layer.slots]
+    A = torch.cat([A for A, _ in pairs])
+    B = torch.cat([slot.place(B) for slot, (_, B) in zip(layer.slots, pairs, strict=True)], dim=1)
+    magnitudes = [source.tensor(layer, slot, "magnitude") for slot in layer.slots if layer.variant is not None]
+    weight = detached_weight(source.model.get_submodule(layer.name), layer.slots[0].tensor)
+    if layer.plugin.name.startswith("conv"):
+        A, B = A.reshape(len(A), *weight.shape[1:]), B.reshape(*B.shape, *(1 for _ in weight.shape[2:]))
+    power = 0.5 if source.plan.config.use_rslora else 1.0
+    path, _, own_name = layer.name.rpartition(".")
+    return PortableLayer(
+        A=A,
+        B=B,
+        alpha=layer.alpha * math.pow(len(A) / layer.r, power),  # the same scaling at the new rank
+        magnitude=torch.cat(magnitudes) if magnitudes else None,
+        layer_type=layer.plugin.name,
+        in_attention=own_name == "out_proj" and isinstance(source.model.get_submodule(path), nn.MultiheadAttention),
+    )
+
+
+def _factors(source: _Source, layer: PlannedLayer, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a slot, against the untouched base."""
+    A, B = source.tensor(layer, slot, "A"), source.tensor(layer, slot, "B")
+    recipe = source.recipe(layer, slot)
+    if not recipe:
+        return A, B
+    first_A, first_B = recipe["A"].to(A), recipe["B"].to(B)
+    return torch.cat([A, first_A]), torch.cat([B, -first_B], dim=1)

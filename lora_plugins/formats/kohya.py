@@ -1,0 +1,236 @@
+"""Adapters of kohya's scripts and of LyCORIS, which the WebUI reads: names without dots, an alpha for each layer.
+
+`lora_unet_down_blocks_0_..._to_q.lora_down.weight` is A of the layer whose name has dots where the underscores are.
+Which they are is looked up in the model. LoCon's third factor, a small convolution between two of size 1
+(Yeh et al., arXiv 2309.14859), is multiplied into A.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing, near
+from lora_plugins.formats.components import part_of, paths_read
+from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
+from lora_plugins.formats.places import plain_name
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
+from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
+from lora_plugins.inplace import full_name, model_modules
+from lora_plugins.plan import former_names
+
+PREFIXES: Mapping[str, str] = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_transformer_": "transformer",
+    "lycoris_": "unet",
+}
+"""What keys start with, and which part of a pipeline it means."""
+
+_FACTORS: Mapping[str, str] = {
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+}
+"""What follows the name of a layer, and which tensor of it that is."""
+
+_OTHER_METHODS: Mapping[str, str] = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "on_input": "(IA)^3",
+    "diff": "a full difference",
+    "diff_b": "a difference of biases",
+    "a1.weight": "GLoRA",
+    "w_norm": "trained normalizations",
+    "b_norm": "trained normalizations",
+}
+"""How the tensors of other methods than LoRA begin, and what these are called."""
+
+_OTHER_NAMES = ("input_blocks_", "output_blocks_", "middle_block_", "double_blocks_", "single_blocks_")
+"""How names begin that are of the original implementations and not of diffusers."""
+
+
+class KohyaFormat(PortableFormat):
+    """A `.safetensors` file of kohya's scripts or of LyCORIS' LoCon.
+
+    Options: `component`, as the format of diffusers has it.
+    """
+
+    name = "kohya"
+    full_names = False
+    options: ClassVar[Mapping[str, Any]] = {"component": None}
+
+    def recognizes(self, path: Path) -> bool:
+        """A file with one of the usual prefixes in front of every key."""
+        return path.is_file() and any(_split(key) is not None for key in read_shapes(path))
+
+    def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
+        """Reads a file; see `PortableFormat`."""
+        tensors, metadata = read_tensors(path)
+        found = _sorted(tensors)
+        layers = {key: _layer(key, factors) for key, factors in found.items()}
+        details = {key: metadata[key] for key in ("ss_base_model_version", "ss_network_module") if key in metadata}
+        if model is None:
+            return PortableAdapter(layers, details=details)
+        prefixes = {key: next(prefix for prefix in PREFIXES if key.startswith(prefix)) for key in layers}
+        paths = paths_read({PREFIXES[prefix]: None for prefix in prefixes.values()}, model, options["component"])
+        names = {part: _names(model.get_submodule(path_in_model)) for part, path_in_model in paths.items()}
+        wanted = {key: prefix for key, prefix in prefixes.items() if PREFIXES[prefix] in paths}
+        placed = _placed(wanted, names)
+        return PortableAdapter(
+            {full_name(paths[PREFIXES[wanted[key]]], name): layers[key] for key, name in placed.items()},
+            details=details,
+        )
+
+    def refusals(self, adapter: PortableAdapter) -> list[str]:
+        """Such files have linear layers and convolutions only."""
+        return refusals_of_pipelines(adapter)
+
+    def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
+        """Writes a file; see `PortableFormat`."""
+        if path.suffix != ".safetensors":
+            raise AdapterFileError(f"{path}: this format is a file, whose name ends in .safetensors.")
+        places = part_of(adapter.layers, model, options["component"])
+        prefix_of = {part: prefix for prefix, part in reversed([*PREFIXES.items()])}
+        lacking = {part for part, _ in places.values()} - {*prefix_of}
+        if lacking:
+            raise AdapterFileError(
+                f"{listing(sorted(lacking))} has no name in this format; there is {listing(prefix_of)}."
+            )
+        layers = without_rslora(adapter)
+        tensors: dict[str, Tensor] = {}
+        for full, (part, name) in places.items():
+            layer, key = layers[full], prefix_of[part] + name.replace(".", "_")
+            if f"{key}.alpha" in tensors:
+                raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
+            tensors |= {
+                f"{key}.lora_down.weight": layer.A,
+                f"{key}.lora_up.weight": layer.B,
+                f"{key}.alpha": _number(layer.alpha),
+            }
+            if layer.magnitude is not None:
+                ones = [1] * (layer.B.dim() - 1)
+                tensors[f"{key}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
+        said = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(commonest(layer.r for layer in layers.values())),
+            "ss_network_alpha": str(commonest(layer.alpha for layer in layers.values())),
+        }
+        write_tensors(path, tensors, said)
+        return path
+
+
+def _number(value: float) -> Tensor:
+    """Returns a number as a tensor, in single precision where that has it."""
+    single = torch.tensor(value, dtype=torch.float32)
+    return single if float(single) == value else single.double().fill_(value)
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """Returns the name of a layer, its prefix included, and what follows; None without a usual prefix."""
+    name, _, rest = key.partition(".")
+    return (name, rest) if any(name.startswith(prefix) for prefix in PREFIXES) else None
+
+
+def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of each layer.
+
+    Raises:
+        AdapterFileError: If a key has no place, naming the method that it is of.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    wrong = []
+    for key, tensor in tensors.items():
+        name, rest = _split(key) or (key, "")
+        if rest in _FACTORS:
+            found.setdefault(name, {})[_FACTORS[rest]] = tensor
+        else:
+            wrong.append(
+                (key, next((method for start, method in _OTHER_METHODS.items() if rest.startswith(start)), ""))
+            )
+    methods = sorted({method for _, method in wrong if method})
+    if methods:
+        raise AdapterFileError(
+            f"The adapter is of {listing(methods)}, which is another method than LoRA and has no form here. Merge it "
+            "into the model with the library that made it."
+        )
+    if wrong:
+        raise AdapterFileError(f"{len(wrong)} keys of the adapter have no place: {listing(key for key, _ in wrong)}.")
+    return found
+
+
+def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
+    check_whole(name, factors)
+    A, B = factors["A"], factors["B"]
+    alpha = float(factors["alpha"]) if "alpha" in factors else float(len(A))
+    if "mid" in factors:
+        A = torch.einsum("ba...,ai->bi...", factors["mid"], A.flatten(1))
+    return PortableLayer(A, B, alpha, _magnitude(name, factors.get("magnitude"), len(B)))
+
+
+def _magnitude(name: str, scale: Tensor | None, rows: int) -> Tensor | None:
+    """Returns DoRA's norms of the outputs.
+
+    Raises:
+        AdapterFileError: If the norms are those of the inputs, which LyCORIS has with `wd_on_output=False`.
+    """
+    if scale is None:
+        return None
+    if scale.numel() != rows or scale.shape[0] != rows:
+        raise AdapterFileError(
+            f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS trained "
+            "it with wd_on_output=False, which has no form here."
+        )
+    return scale.flatten()
+
+
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """Returns the names of modules by what they are without dots; former names too."""
+    found: dict[str, list[str]] = {}
+    former = former_names(model)
+    for entry in model_modules(model):
+        for name in {plain_name(each): None for each in (*entry.names, former.get(entry.name, entry.name))}:
+            places = found.setdefault(name.replace(".", "_"), [])
+            if entry.name not in places:
+                places.append(entry.name)
+    return found
+
+
+def _placed(prefixes: Mapping[str, str], names: Mapping[str, Mapping[str, list[str]]]) -> dict[str, str]:
+    """Returns the name in the model of each layer of a file.
+
+    Args:
+        prefixes: By name of a layer, its prefix.
+        names: By part of a pipeline, the names of its modules by what they are without dots.
+
+    Raises:
+        AdapterFileError: If a layer has no place, or more than one.
+    """
+    found = {key: names[PREFIXES[prefix]].get(key.removeprefix(prefix), []) for key, prefix in prefixes.items()}
+    lacking = [key for key, places in found.items() if not places]
+    if lacking:
+        first = lacking[0].removeprefix(prefixes[lacking[0]])
+        original = first.startswith(_OTHER_NAMES)
+        hint = (
+            "They are names of the original implementation. Convert the file with diffusers: load_lora_weights, then "
+            "save_lora_weights."
+            if original
+            else near(first, names[PREFIXES[prefixes[lacking[0]]]])
+        )
+        raise AdapterFileError(
+            f"{len(lacking)} of {len(found)} layers of the adapter are not in this model: {listing(lacking)}. {hint}"
+        )
+    double = [key for key, places in found.items() if len(places) > 1]
+    if double:
+        raise AdapterFileError(f"{double[0]!r} can be {listing(found[double[0]])} in this model.")
+    return {key: places[0] for key, places in found.items()}

@@ -1,0 +1,62 @@
+"""Our own adapter folder, as a format among the others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.files import MANIFEST, TENSOR_FILE, read, write
+from lora_plugins.plugins import OWN_FORMAT, AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
+
+
+class OwnFormat(AdapterFormat):
+    """The folder that `lora_plugins.files` reads and writes."""
+
+    name = OWN_FORMAT
+    file_names = (MANIFEST, "adapter-*.safetensors")
+
+    def recognizes(self, path: Path) -> bool:
+        """A folder with our manifest, or with our tensors where that is missing."""
+        return (path / MANIFEST).is_file() or any(TENSOR_FILE.fullmatch(each.name) for each in path.glob("adapter-*"))
+
+    def read(
+        self, path: Path, model: nn.Module, registry: Registry | None, options: Mapping[str, Any]
+    ) -> PackedAdapter:
+        """Reads the folder; it is held against the model when it is loaded."""
+        return read(path)
+
+    def write(
+        self,
+        path: Path,
+        packed: PackedAdapter,
+        model: nn.Module,
+        registry: Registry | None,
+        options: Mapping[str, Any],
+    ) -> Path:
+        """Writes the folder."""
+        return write(path, packed)
+
+    def summary(self, path: Path) -> AdapterSummary:
+        """Returns what the folder holds."""
+        manifest, tensors = (packed := read(path)).manifest, packed.tensors
+        layers = manifest["layers"]
+        sizes = {
+            name: sum(tensor.numel() for key, tensor in tensors.items() if key.rpartition("/")[0] == f"lora/{name}")
+            for name in layers
+        }
+        values = {
+            key.removeprefix("value/"): t.numel() for key, t in sorted(tensors.items()) if key.startswith("value/")
+        }
+        config = manifest["config"]
+        details = {
+            "written by": f"lora_plugins {manifest['lora_plugins']}",
+            "init": str(config.get("init")),
+            "variant": str(config.get("variant")),
+            "dropout": str(config.get("dropout")),
+        }
+        return AdapterSummary(
+            tuple(LayerSummary(name, each["r"], each["alpha"], sizes[name]) for name, each in layers.items()),
+            values,
+            details,
+        )

@@ -1,0 +1,186 @@
+"""PEFT's adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT up to 0.21.2 applies the update of an attention's `out_proj` twice where the attention is adapted
+(huggingface/peft#3774): such a file means twice its product, which is read and written so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from packaging.version import InvalidVersion, Version
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.files import PICKLED
+from lora_plugins.formats.peft_attention import with_attention
+from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields, exact_patterns, exact_targets
+from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
+from lora_plugins.formats.peft_model import for_model, saved_modules
+from lora_plugins.formats.peft_values import values_for_peft
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
+from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.formats.tensor_file import read_json, read_tensors, write_json, write_tensors
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+
+class PeftFormat(PortableFormat):
+    """PEFT's LoRA.
+
+    Options of reading: `out_proj`, how often the update of an attention's output projection counts, `once` or `twice`;
+    by default as the version of PEFT that wrote the file applied it. `patterns`, which of several patterns counts that
+    match a layer and say different alphas, the `first` or the `longest`; by default such a file is refused.
+    """
+
+    name = "peft"
+    file_names = (CONFIG, TENSORS)
+    options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
+
+    def recognizes(self, path: Path) -> bool:
+        """A folder with PEFT's config, or with folders of such for named adapters; or a file of tensors in one."""
+        return bool(_folders(path))
+
+    def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
+        """Reads a folder; see `PortableFormat`."""
+        folder = _only_folder(path)
+        config = PeftConfig(read_json(folder / CONFIG), options["patterns"])
+        tensors, _ = read_tensors(_tensor_file(folder))
+        found = sorted_tensors(tensors)
+        times = _times(config, options["out_proj"]) if found.in_attention else 1
+        layers: dict[str, PortableLayer] = {}
+        for name, factors in found.factors.items():
+            within = name in found.in_attention
+            said = name.rpartition(".")[0] if within else config.parameter_of(name) or name
+            layer = _layer(config, name, factors, said)
+            layer = replace(layer, layer_type=found.layer_types.get(name, ""))
+            layers[name] = replace(layer, B=layer.B * times, in_attention=True) if within else layer
+        adapter = PortableAdapter(
+            layers=layers,
+            values=found.values,
+            name="default" if folder == path or path.is_file() else folder.name,
+            use_rslora=bool(config.fields.get("use_rslora")),
+            dropout=float(config.fields.get("lora_dropout") or 0.0),
+            init=config.init,
+            bias=config.fields.get("bias") or "none",
+            saved_modules=saved_modules(config, found.values),
+            details=_details(config),
+        )
+        return adapter if model is None else for_model(model, adapter, config, found, options["out_proj"])
+
+    def refusals(self, adapter: PortableAdapter) -> list[str]:
+        """What PEFT has no form for."""
+        layers = adapter.layers.items()
+        return [
+            *(
+                f"{name!r}: PEFT has no DoRA on attention"
+                for name, each in layers
+                if each.magnitude is not None and each.layer_type == "multihead_attention"
+            ),
+            *("the model itself: PEFT adapts the layers in a model" for name, _ in layers if not name),
+        ]
+
+    def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
+        """Writes a folder; see `PortableFormat`."""
+        layers = with_attention(adapter)
+        values = values_for_peft(adapter, model)
+        r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
+        targets = {name: layer for name, layer in layers.items() if not layer.in_attention}
+        types = {layer.layer_type for layer in layers.values()}
+        fields = config_fields(
+            r=r,
+            lora_alpha=alpha,
+            target_modules=exact_targets(list(targets)),
+            rank_pattern=exact_patterns({name: layer.r for name, layer in targets.items()}, r),
+            alpha_pattern=exact_patterns({name: layer.alpha for name, layer in targets.items()}, alpha),
+            lora_dropout=adapter.dropout,
+            bias=values.bias,
+            modules_to_save=list(values.modules) or None,
+            use_rslora=adapter.use_rslora,
+            use_dora=any(layer.magnitude is not None for layer in layers.values()),
+            fan_in_fan_out=types == {"transformers_conv1d"},
+        )
+        tensors = layer_keys(layers) | value_keys(values.tensors, layers)
+        write_tensors(path / TENSORS, tensors, {"format": "pt"})
+        write_json(path / CONFIG, fields)
+        return path
+
+
+def _folders(path: Path) -> list[Path]:
+    """Returns the folders of adapters that a path means."""
+    if path.is_file():
+        return [path.parent] if path.name == TENSORS and (path.parent / CONFIG).is_file() else []
+    if not path.is_dir():
+        return []
+    return [path] if (path / CONFIG).is_file() else sorted(each.parent for each in path.glob(f"*/{CONFIG}"))
+
+
+def _only_folder(path: Path) -> Path:
+    folders = _folders(path)
+    if not folders:
+        raise AdapterFileError(f"{path} is no folder with {CONFIG}, nor does it hold one.")
+    if len(folders) > 1:
+        raise AdapterFileError(
+            f"{path} holds {len(folders)} adapters of PEFT: {listing(folder.name for folder in folders)}. Name the "
+            "folder of one of them."
+        )
+    return folders[0]
+
+
+def _tensor_file(folder: Path) -> Path:
+    if (folder / TENSORS).is_file():
+        return folder / TENSORS
+    pickled = [each.name for each in folder.glob("adapter_model.*") if each.suffix in PICKLED]
+    if pickled:
+        raise AdapterFileError(
+            f"{folder / pickled[0]} is a pickle, which can run anything when it is read. Load it in PEFT where you "
+            "trust it, and save it again: save_pretrained writes .safetensors."
+        )
+    raise AdapterFileError(f"{folder} has {CONFIG} and no {TENSORS}. Copy the whole folder again.")
+
+
+def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configured: str) -> PortableLayer:
+    """Returns a layer of a file.
+
+    Args:
+        config: The file's config.
+        name: Name of the layer.
+        factors: Its tensors.
+        configured: The name by which the config speaks of it.
+    """
+    config.check_rank(configured, len(factors["A"]))
+    return PortableLayer(factors["A"], factors["B"], config.alpha(configured), factors.get("magnitude"))
+
+
+def _times(config: PeftConfig, asked: str | None) -> int:
+    """Returns how often the update of an attention's output projection counts."""
+    known = {"once": 1, "twice": 2}
+    if asked is not None:
+        if asked not in known:
+            raise ConfigError(f"format_options: out_proj is {asked!r}. {near(str(asked), known)}")
+        return known[asked]
+    try:
+        doubled = Version(str(config.fields.get("peft_version") or "0")) <= Version(WRITTEN_FOR)
+    except InvalidVersion:
+        doubled = False
+    if doubled:
+        return 2
+    raise AdapterFileError(
+        f"The adapter has attention layers and was written by PEFT {config.fields['peft_version']}. PEFT up to "
+        f"{WRITTEN_FOR} applies the update of their `out_proj` twice; whether that version does is not known here. "
+        "Say how it is meant: format_options={'out_proj': 'once'}, or 'twice'."
+    )
+
+
+def _details(config: PeftConfig) -> dict[str, str]:
+    fields = config.fields
+    named = {
+        "written by": f"PEFT {fields.get('peft_version', 'of an old version')}",
+        "base model": fields.get("base_model_name_or_path"),
+        "targets": fields.get("target_modules"),
+        "init": fields.get("init_lora_weights"),
+        "dropout": fields.get("lora_dropout"),
+    }
+    return {key: str(value) for key, value in named.items() if value is not None}

@@ -1,0 +1,58 @@
+"""`nn.MultiheadAttention` in PEFT: one adapter of one rank for its projections, the output projection twice.
+
+PEFT adapts `in_proj_weight` and `out_proj` together or not at all. Where we adapt one of them, the other gets an A and
+a B of zeros; where ranks or scalings differ, A and B are padded and scaled to one.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+
+_APPLIED = 2
+"""How often PEFT applies the update of the output projection."""
+
+_OUT = "out_proj"
+
+
+def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
+    """Returns the layers of an adapter with both projections of each attention, as PEFT has them."""
+    layers = dict(adapter.layers)
+    power = 0.5 if adapter.use_rslora else 1.0
+    for name in _attentions(layers):
+        inner, outer = layers.get(name), layers.get(f"{name}.{_OUT}")
+        known = inner or outer
+        assert known is not None
+        inner = inner or _idle(known, 3 * known.A.shape[1])
+        outer = outer or _idle(known, known.A.shape[1])
+        r = max(inner.r, outer.r)
+        scaling = inner.alpha / math.pow(inner.r, power)
+        factor = outer.alpha / math.pow(outer.r, power) / scaling
+        alpha = inner.alpha if inner.r == r else scaling * math.pow(r, power)
+        layers[name] = replace(_padded(inner, r), alpha=alpha, layer_type="multihead_attention", in_attention=False)
+        outer = _padded(outer, r)
+        B = outer.B if factor == 1 else outer.B * factor
+        layers[f"{name}.{_OUT}"] = replace(outer, B=B / _APPLIED, alpha=alpha, layer_type="linear", in_attention=True)
+    return layers
+
+
+def _attentions(layers: Mapping[str, PortableLayer]) -> list[str]:
+    own = [name for name, layer in layers.items() if layer.layer_type == "multihead_attention"]
+    parents = [name.rpartition(".")[0] for name, layer in layers.items() if layer.in_attention]
+    return list(dict.fromkeys([*own, *parents]))
+
+
+def _idle(other: PortableLayer, rows: int) -> PortableLayer:
+    """Returns a layer that changes nothing, and could be trained."""
+    return replace(other, B=other.B.new_zeros(rows, other.r))
+
+
+def _padded(layer: PortableLayer, r: int) -> PortableLayer:
+    extra = r - layer.r
+    if not extra:
+        return layer
+    pad = torch.nn.functional.pad
+    return replace(layer, A=pad(layer.A, (0, 0, 0, extra)), B=pad(layer.B, (0, extra)))

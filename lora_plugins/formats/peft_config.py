@@ -1,0 +1,223 @@
+"""PEFT's `adapter_config.json`: what it says of each layer, and the fields that have no meaning here."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_plugins.errors import AdapterFileError, ConfigError, near
+
+WRITTEN_FOR = "0.21.2"
+"""The version of PEFT whose files are written, and the newest that is known to apply `out_proj` twice."""
+
+_READ = frozenset(
+    [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "target_parameters",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+    ]
+)
+"""The fields that mean something here."""
+
+_IDLE = frozenset(
+    [
+        "auto_mapping",
+        "inference_mode",
+        "fan_in_fan_out",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "lora_ga_config",
+        "corda_config",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "runtime_config",
+    ]
+)
+"""The fields that say nothing of what a saved plain adapter computes."""
+
+_REFUSED: Mapping[str, str] = {
+    "lora_bias": "a bias of B has no place here",
+    "trainable_token_indices": "trained tokens of an embedding have no place here",
+    "layer_replication": "replicated layers have no place here: replicate them in the model first",
+    "use_qalora": "QALoRA is another method",
+    "use_bdlora": "block-diagonal LoRA is another method",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only",
+    "arrow_config": "Arrow routes between adapters",
+}
+"""The fields that have no meaning here, and why. A field of none of the three tables is refused if it is set."""
+
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""The starts that leave the base alone."""
+
+_CHANGED_INITS = ("pissa", "olora")
+"""The starts that change the base in a way that can be computed again; they have the same names here."""
+
+
+class PeftConfig:
+    """The content of an `adapter_config.json`.
+
+    Args:
+        fields: The content.
+        patterns: Which of several patterns counts that match a layer: `first` or `longest`; None where they must agree.
+
+    Raises:
+        AdapterFileError: If it is of another method than LoRA, or sets a field that has no meaning here.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], patterns: str | None = None) -> None:
+        if patterns not in (None, "first", "longest"):
+            raise ConfigError(f"format_options: patterns is {patterns!r}. {near(str(patterns), ('first', 'longest'))}")
+        if str(fields.get("peft_type")).upper() != "LORA":
+            raise AdapterFileError(
+                f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' can be read. Merge it in "
+                "PEFT, and use the merged model."
+            )
+        wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
+        unknown = {*fields} - _READ - _IDLE - {*_REFUSED}
+        wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
+        if wrong:
+            raise AdapterFileError("adapter_config.json says what cannot be expressed here:\n  " + "\n  ".join(wrong))
+        self.fields, self._patterns = fields, patterns
+
+    @property
+    def init(self) -> str:
+        """Our name of the start; `kaiming` for all that leave the base alone.
+
+        Raises:
+            AdapterFileError: If the start changed the base in a way that cannot be computed again.
+        """
+        init = self.fields.get("init_lora_weights", True)
+        if init in _PLAIN_INITS:
+            return "kaiming"
+        if str(init).lower() not in _CHANGED_INITS:
+            raise AdapterFileError(
+                f"The adapter was started by {init!r}, which changed the base in a way that the file does not have. "
+                "Load it in PEFT, and save it with save_pretrained(path, "
+                "path_initial_model_for_weight_conversion=...), which makes it one of the untouched base; or merge it "
+                "there."
+            )
+        return str(init).lower()
+
+    def check_rank(self, name: str, r: int) -> None:
+        """Checks that a layer can have the rank that its tensors have.
+
+        Raises:
+            AdapterFileError: If the config says another one.
+        """
+        said = self._by_pattern("rank_pattern", name) or [self.fields.get("r", 8)]
+        if r not in said:
+            raise AdapterFileError(
+                f"{name!r} has rank {r} in the tensors and {said[0]} in the config, by which its scaling is told. One "
+                "of the two files is of another adapter."
+            )
+
+    def alpha(self, name: str) -> float:
+        """Returns the numerator of the scaling of a layer.
+
+        Raises:
+            AdapterFileError: If several patterns match, with different values. The first one counted in training, and
+                PEFT sorts them when it saves.
+        """
+        said = self._by_pattern("alpha_pattern", name) or [self.fields.get("lora_alpha", 8)]
+        if len({*said}) > 1 and self._patterns is None:
+            raise AdapterFileError(
+                f"alpha_pattern says {said} of {name!r}. In training the first pattern that matches counts, and PEFT "
+                "loses their order when it saves. Say which: format_options={'patterns': 'first'} is how PEFT reads "
+                "the file, 'longest' takes the longest pattern."
+            )
+        return float(said[0])
+
+    def parameter_of(self, name: str) -> str | None:
+        """Returns the full name of the parameter by which a layer is targeted; None if the layer itself is."""
+        for target in self.fields.get("target_parameters") or []:
+            path, _, own = target.rpartition(".")
+            if not path or name == path or name.endswith(f".{path}"):
+                return f"{name}.{own}"
+        return None
+
+    def is_target(self, name: str) -> bool:
+        """Whether a module is one that the config targets, by PEFT's rules."""
+        targets = self.fields.get("target_modules") or []
+        excluded = self.fields.get("exclude_modules") or []
+        if _matches(excluded, name) or any(
+            re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.fields.get("modules_to_save") or []
+        ):
+            return False
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return _matches(targets, name) and (name in targets or self._in_block(name))
+
+    def is_saved(self, name: str) -> bool:
+        """Whether a module is one that is trained in full, by PEFT's rules."""
+        return any(name.endswith(saved) for saved in self.fields.get("modules_to_save") or [])
+
+    def _by_pattern(self, field: str, name: str) -> list[Any]:
+        """Returns the values of all patterns that match a layer, the one that counts first."""
+        patterns = (self.fields.get(field) or {}).items()
+        if self._patterns == "longest":
+            patterns = sorted(patterns, key=lambda item: -len(item[0]))
+        return [value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)]
+
+    def _in_block(self, name: str) -> bool:
+        blocks = self.fields.get("layers_to_transform")
+        if blocks is None or blocks == []:
+            return True
+        containers = self.fields.get("layers_pattern") or []
+        patterns = [containers] if isinstance(containers, str) else containers
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\." for pattern in patterns] or [
+            r".*?\.[^.]*\.(?P<at>\d+)\."
+        ]
+        found = next((match for expression in expressions if (match := re.match(expression, name))), None)
+        return found is not None and int(found["at"]) in ([blocks] if isinstance(blocks, int) else blocks)
+
+
+def config_fields(**given: Any) -> dict[str, Any]:
+    """Returns the content of an `adapter_config.json` with the given fields."""
+    return {
+        "peft_type": "LORA",
+        "peft_version": WRITTEN_FOR,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        **given,
+    }
+
+
+def exact_targets(names: Sequence[str]) -> str:
+    """Returns a regular expression that matches these names in full, and no others."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Returns the values that differ from the default, by patterns.
+
+    PEFT lets a pattern match the end of a name, the first one that does counts, and it loses their order when it saves.
+    So a pattern that is the end of another layer's name is anchored at the start.
+    """
+    others = {name: any(other.endswith(f".{name}") for other in values) for name in values}
+    return {("^" if others[name] else "") + re.escape(name): each for name, each in values.items() if each != default}
+
+
+def _matches(patterns: Sequence[str] | str, name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)

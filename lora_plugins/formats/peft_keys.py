@@ -1,0 +1,158 @@
+"""The keys of PEFT's tensor files: which tensor of which layer each of them is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.places import plain_name
+from lora_plugins.formats.portable import PortableLayer
+
+PREFIX = "base_model.model."
+"""What every key starts with."""
+
+_WRAPPER = "base_layer"
+"""The component by which PEFT's wrapper of a layer names the layer itself."""
+
+_SAVED = "modules_to_save"
+"""The component by which PEFT's wrapper of a head names the one that was trained, in keys that are there twice."""
+
+_UNTRAINED = "original_module"
+"""The component by which it names the head of before, of which PEFT saves the biases too."""
+
+_FACTORS: Mapping[str, str] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+"""The endings of keys, and which tensor of a layer each is."""
+
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+
+_REFUSED: Mapping[str, str] = {
+    ".lora_B.bias": "a bias of B (lora_bias), which has no place here: add it to the bias of the layer, and drop it",
+    ".trainable_tokens_delta": "trained tokens of an embedding (trainable_token_indices), which have no place here",
+}
+"""The endings of keys that have no place here."""
+
+
+@dataclass(frozen=True)
+class PeftTensors:
+    """The tensors of a file, sorted.
+
+    Args:
+        factors: By name of a layer, its tensors: `A`, `B`, and `magnitude` where it has one.
+        values: Heads, biases and statistics by full name.
+        copies: Copies of tensors of the untouched model, by full name.
+        in_attention: The layers that are output projections of an `nn.MultiheadAttention` which is adapted as well.
+        layer_types: The types of layers that keys tell, by name.
+    """
+
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    in_attention: set[str] = field(default_factory=set)
+    layer_types: dict[str, str] = field(default_factory=dict)
+
+
+def sorted_tensors(tensors: Mapping[str, Tensor]) -> PeftTensors:
+    """Sorts the tensors of a file.
+
+    Raises:
+        AdapterFileError: If a key is none of PEFT's, has no place here, or a layer lacks its A or B. All are listed.
+    """
+    found = PeftTensors()
+    wrong = [text for key, tensor in tensors.items() if (text := _place(found, key, tensor))]
+    if wrong:
+        raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
+    halves = [
+        f"{name} (has only {listing(factors)})"
+        for name, factors in found.factors.items()
+        if not {"A", "B"} <= {*factors}
+    ]
+    if halves:
+        raise AdapterFileError(
+            f"These layers of the adapter lack their A or B: {', '.join(halves)}. Copy the file again."
+        )
+    for name in [name for name in found.values if _is_copy(found, name)]:
+        found.copies[name] = found.values.pop(name)
+    return found
+
+
+def _place(found: PeftTensors, key: str, tensor: Tensor) -> str:
+    """Puts a tensor in its place; returns why it has none, or nothing."""
+    reason = next((reason for ending, reason in _REFUSED.items() if key.endswith(ending)), None)
+    if reason or not key.startswith(PREFIX):
+        return f"{key!r}: {reason or f'it does not start with {PREFIX!r}'}"
+    # torch.compile puts a component into names, which PEFT keeps, and then cannot find.
+    components = plain_name(key.removeprefix(PREFIX)).split(".")
+    name = ".".join(part for part in components if part not in (_WRAPPER, _SAVED, _UNTRAINED))
+    ending = next((ending for ending in _FACTORS if name.endswith(ending)), None)
+    if ending is None:
+        if "lora_" in name:
+            return f"{key!r}: it is no key of PEFT's LoRA"
+        return _put(found.copies if _UNTRAINED in components else found.values, name, tensor, key)
+    layer = name.removesuffix(ending)
+    if f".{_WRAPPER}.out_proj." in f".{'.'.join(components)}.":
+        found.in_attention.add(layer)
+        found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"
+    if "lora_embedding_" in ending:
+        found.layer_types[layer] = "embedding"
+    return _put(found.factors.setdefault(layer, {}), _FACTORS[ending], tensor, key)
+
+
+def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:
+    if name in place and not torch.equal(place[name], tensor):
+        return f"{key!r}: another key has another value for {name!r}"
+    place[name] = tensor
+    return ""
+
+
+def _is_copy(found: PeftTensors, name: str) -> bool:
+    """Whether a value is the weight of an adapted layer: PEFT saves that of an embedding beside its A and B."""
+    path, _, own = name.rpartition(".")
+    return own == "weight" and path in found.factors
+
+
+def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dict[str, Tensor]:
+    """Returns the tensors of adapted layers by PEFT's keys.
+
+    Args:
+        layers: By full name.
+        prefix: What the keys start with.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        path, _, own = name.rpartition(".")
+        place = prefix + (f"{path}.{_WRAPPER}.{own}" if layer.in_attention else name)
+        A, B = ("lora_embedding_A", "lora_embedding_B") if layer.layer_type == "embedding" else _LINEAR
+        tensors |= {f"{place}.{A}": layer.A, f"{place}.{B}": layer.B}
+        if layer.magnitude is not None:
+            kernel = layer.A.dim() - 2
+            shape = (1, -1, *(1 for _ in range(kernel))) if kernel else (-1,)
+            tensors[f"{place}.lora_magnitude_vector"] = layer.magnitude.view(shape)
+    return tensors
+
+
+def value_keys(values: Mapping[str, Tensor], layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
+    """Returns heads, biases and statistics by PEFT's keys.
+
+    Args:
+        values: By full name.
+        layers: The adapted layers, which have PEFT's wrappers around them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in values.items():
+        path, _, own = name.rpartition(".")
+        layer = layers.get(path)
+        if layer is not None and layer.in_attention:
+            attention, _, projection = path.rpartition(".")
+            path = f"{attention}.{_WRAPPER}.{projection}"
+        place = f"{path}.{_WRAPPER}.{own}" if layer is not None else name
+        tensors[PREFIX + place] = tensor
+    return tensors

@@ -1,0 +1,245 @@
+"""A file of PEFT, held against a model: former names, missing layers, and what PEFT would compute otherwise."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.peft_config import PeftConfig
+from lora_plugins.formats.peft_keys import PeftTensors
+from lora_plugins.formats.places import modules_by_name, plain_name, tensor_names
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
+from lora_plugins.plan import current_name, former_names
+
+Entry = TypeVar("Entry")
+
+_ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+"""The layers that PEFT adapts where its config names them; `Conv1D` of transformers is told by its name."""
+
+
+def for_model(
+    model: nn.Module, adapter: PortableAdapter, config: PeftConfig, found: PeftTensors, out_proj: str | None
+) -> PortableAdapter:
+    """Returns an adapter of a file with the names of a model, after it was found to be complete and to mean one thing.
+
+    Args:
+        model: The model, with the base's own values in place.
+        adapter: The adapter, with the names of the file.
+        config: The file's config.
+        found: The file's tensors.
+        out_proj: How often an update of an attention's output projection was said to count.
+
+    Raises:
+        AdapterFileError: If a layer that the config targets is missing, an unchanged weight in the file is not the
+            model's, or a layer means one thing merged and another unmerged.
+    """
+    modules = {name: entry.module for name, entry in modules_by_name(model).items()}
+    names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
+    adapter = replace(
+        adapter,
+        layers=_renamed_all(adapter.layers, names.__getitem__),
+        values=_renamed_all(adapter.values, lambda name: _renamed(name, names)),
+        saved_modules=[names[root] for root in adapter.saved_modules],
+    )
+    check_complete(model, adapter.layers, config, renamed=_differ(names))
+    _check_heads(model, adapter, config, renamed=_differ(names))
+    _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
+    if out_proj is None:
+        _check_meaning(modules, adapter)
+    _check_started(modules, adapter)
+    _check_parameters(modules, adapter, config)
+    _warn_of_branches(modules, adapter)
+    return adapter
+
+
+def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Returns the present name of each module of a file, by the name in the file."""
+    known = modules_by_name(model)
+    lost = [name for name in names if name not in known]
+    current = current_name(model) if lost else str
+    return {name: name if name in known else current(name) for name in names}
+
+
+def _differ(names: Mapping[str, str]) -> bool:
+    """Whether a file speaks of modules by former names."""
+    return any(old != new for old, new in names.items())
+
+
+def _renamed_all(entries: Mapping[str, Entry], rename: Callable[[str], str]) -> dict[str, Entry]:
+    """Returns entries of a file by their present names.
+
+    Raises:
+        AdapterFileError: If two of them have one.
+    """
+    found: dict[str, tuple[str, Entry]] = {}
+    for name in sorted(entries):
+        other, _ = found.setdefault(rename(name), (name, entries[name]))
+        if other != name:
+            raise AdapterFileError(f"{other!r} and {name!r} of the adapter are both {rename(name)!r} in this model.")
+    return {name: entry for name, (_, entry) in found.items()}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Returns the present name of a tensor."""
+    owner, _, own = name.rpartition(".")
+    return full_name(names.get(owner, owner), own)
+
+
+def _owners(values: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in values}
+
+
+def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
+    """Returns the modules of a file that were trained in full, by the names of their tensors."""
+    return sorted({_saved_root(config, owner) for owner in _owners(values)} - {""})
+
+
+def _saved_root(config: PeftConfig, owner: str) -> str:
+    """Returns the outermost module around a value that was trained in full; empty if there is none."""
+    parts = owner.split(".")
+    paths = (".".join(parts[: at + 1]) for at in range(len(parts)))
+    return next((path for path in paths if path and config.is_saved(path)), "")
+
+
+def in_model(
+    model: nn.Module, layers: Mapping[str, PortableLayer], config: PeftConfig | None
+) -> dict[str, PortableLayer]:
+    """Returns layers of a file by the names of a model, after they were found to be complete.
+
+    Raises:
+        AdapterFileError: If a layer that the config targets is missing.
+    """
+    names = _present_names(model, layers)
+    found = _renamed_all(layers, names.__getitem__)
+    if config is not None:
+        check_complete(model, found, config, renamed=_differ(names))
+    return found
+
+
+def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that an adapter has all layers of a model that its config targets.
+
+    Args:
+        model: The model.
+        layers: Names of the layers that it has.
+        config: The config.
+        renamed: Whether the config speaks of the modules by their former names.
+
+    Raises:
+        AdapterFileError: If some are missing.
+    """
+    former = former_names(model) if renamed else {}
+    places = modules_by_name(model)
+    present = {places[name].name for name in layers if name in places}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name not in present
+        and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
+        and config.is_target(plain_name(former.get(entry.name, entry.name)))
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
+            "PEFT would leave them as they start. If that is meant, name the layers it has in the target_modules of "
+            "its config."
+        )
+
+
+def _check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that every module that the config trains in full has a value in the file."""
+    former = former_names(model) if renamed else {}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name
+        and config.is_saved(plain_name(former.get(entry.name, entry.name)))
+        and any(True for _ in entry.module.parameters())
+        and not any(value.startswith(f"{plain_name(entry.name)}.") for value in map(plain_name, adapter.values))
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter trained {listing(lacking)} in full (modules_to_save) and has no values of it. If it was "
+            "left out on purpose, take it out of modules_to_save in the config."
+        )
+
+
+def _check_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    known = tensor_names(model)
+    wrong = [
+        name
+        for name, tensor in copies.items()
+        if name not in known or not _same_weight(own_tensor(model, known[name]), tensor)
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"The adapter comes with its own {listing(wrong)}, which is not the model's: it was resized or trained "
+            "there. Load that weight into the model first."
+        )
+
+
+def _same_weight(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and torch.equal(own.detach().to(other.device, other.dtype), other)
+
+
+def _check_meaning(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged."""
+    alone = [
+        name
+        for name, layer in adapter.layers.items()
+        if not layer.in_attention
+        and name.rpartition(".")[2] == "out_proj"
+        and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if alone:
+        raise AdapterFileError(
+            f"{listing(alone)} has two meanings: PEFT ignores the output projection of an attention until it is "
+            "merged. To load what it is when merged, say format_options={'out_proj': 'once'}."
+        )
+
+
+def _check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    if adapter.init == "kaiming":
+        return
+    others = [name for name in adapter.layers if name in modules and not isinstance(modules[name], nn.Linear)]
+    if others:
+        raise AdapterFileError(
+            f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
+            "none. Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
+            "untouched base."
+        )
+
+
+def _check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter, config: PeftConfig) -> None:
+    """Refuses an adapter of a parameter whose rows are no outputs: PEFT adds `B @ A` as it is."""
+    others = [
+        parameter
+        for name in adapter.layers
+        if (parameter := config.parameter_of(name)) is not None
+        and not (isinstance(modules.get(name), nn.Linear) and parameter.endswith(".weight"))
+    ]
+    if others:
+        raise AdapterFileError(
+            f"target_parameters: {listing(others)} is not the weight of a linear layer; its adapter has no form here."
+        )
+
+
+def _warn_of_branches(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Says where PEFT's second path beside a layer is not the layer: what is loaded is what PEFT computes merged."""
+    others = [
+        name
+        for name in adapter.layers
+        if getattr(modules.get(name), "padding_mode", "zeros") != "zeros"
+        or getattr(modules.get(name), "max_norm", None) is not None
+    ]
+    if others:
+        warnings.warn(
+            f"{listing(others)}: PEFT computes something else before merging than after, as its branch leaves the "
+            "padding mode or max_norm of the layer out. The adapter is loaded as what it is when merged.",
+            stacklevel=2,
+        )

@@ -1,0 +1,84 @@
+"""Where the layers and values of a file are in a model, whichever of their names the file uses."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing, near
+from lora_plugins.formats.portable import PortableLayer
+from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors
+
+Entry = TypeVar("Entry")
+
+_COMPILED = "_orig_mod"
+"""The module that `torch.compile` inserts; files have names without it."""
+
+
+def plain_name(name: str) -> str:
+    """Returns a name without what `torch.compile` inserts."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, NamedModule]:
+    """Returns the modules of a model by each of their names, and by these without what `torch.compile` inserts."""
+    return {name: entry for entry in model_modules(model) for each in entry.names for name in (each, plain_name(each))}
+
+
+def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
+    """Returns layers by the first names that the model has for them.
+
+    Raises:
+        AdapterFileError: If the model lacks one, or two that differ are one layer of the model.
+    """
+    names = {name: entry.name for name, entry in modules_by_name(model).items()}
+    return _placed("layer", layers, names, _same_layer)
+
+
+def placed_values(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns heads, biases and statistics by the first names that the model has for them.
+
+    Raises:
+        AdapterFileError: As `placed_layers` does.
+    """
+    return _placed("value", values, tensor_names(model), torch.equal)
+
+
+def tensor_names(model: nn.Module) -> dict[str, str]:
+    """Returns the first name of each parameter and buffer of a model by each of its names."""
+    modules = model_modules(model)
+    found: dict[str, str] = {}
+    for kind in ("_parameters", "_buffers"):
+        first = {id(tensor): name for name, tensor in own_tensors(modules, kind).items()}
+        for entry in modules:
+            for key, tensor in getattr(entry.module, kind).items():
+                if tensor is not None:
+                    names = [full_name(name, key) for name in entry.names]
+                    found |= {name: first[id(tensor)] for each in names for name in (each, plain_name(each))}
+    return found
+
+
+def _placed(
+    what: str, entries: Mapping[str, Entry], names: Mapping[str, str], same: Callable[[Entry, Entry], bool]
+) -> dict[str, Entry]:
+    unknown = [name for name in entries if name not in names]
+    if unknown:
+        raise AdapterFileError(
+            f"{len(unknown)} of {len(entries)} {what}s of the adapter are not in this model: {listing(unknown)}. "
+            f"{near(unknown[0], names)} The adapter was made for another model, or for another part of one."
+        )
+    placed: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        first = names[name]
+        if first in placed and not same(placed[first], entry):
+            raise AdapterFileError(
+                f"In this model {name!r} and {first!r} are one and the same, and the adapter has different values for "
+                "them."
+            )
+        placed[first] = entry
+    return placed
+
+
+def _same_layer(first: PortableLayer, second: PortableLayer) -> bool:
+    return first.alpha == second.alpha and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)

@@ -1,0 +1,118 @@
+"""Names that modules of transformers had in earlier versions of it.
+
+Transformers 5 renamed modules of many models (`query` is `q_proj` now, `encoder.layer` is `layers`). Adapters and
+configs of before speak of the former names. The table of renamings is transformers' own, by which it loads old
+checkpoints; transformers is not imported for it, since a model of its classes is not there without it.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import listing
+from lora_plugins.plan.patterns import ends_with, matcher
+
+_TENSOR = ".weight"
+"""What stands behind the name of a module in the keys that transformers renames."""
+
+
+def former_names(model: nn.Module) -> dict[str, str]:
+    """Returns the former name of each module that transformers renamed, by its name; empty for most models."""
+    found: dict[str, str] = {}
+    for path, part in _parts(model):
+        renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(part))]
+        for name, _ in part.named_modules():
+            former = _renamed(name, renamings)
+            if name and former != name:
+                found[_joined(path, name)] = _joined(path, former)
+    return found
+
+
+def current_name(model: nn.Module) -> Callable[[str], str]:
+    """Returns a function that gives the present name of a module or tensor by a former one; others stay."""
+    parts = [(path, _renamings(part)) for path, part in _parts(model)]
+
+    def current(name: str) -> str:
+        for path, renamings in parts:
+            if renamings and (not path or name.startswith(f"{path}.")):
+                return _joined(path, _renamed(name[len(path) + 1 if path else 0 :], renamings))
+        return name
+
+    return current
+
+
+def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> LoraConfig:
+    """Returns a config whose `target_modules` speaks of a model's present names, and warns where it did not.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        names: Names of the model's modules.
+    """
+    if config.target_modules in (None, "all"):
+        return config
+    targets = config.target_modules
+    assert targets is not None
+    names = list(names)
+    lost = [pattern for pattern, test in matcher("target_modules", targets).items() if not any(map(test, names))]
+    former = former_names(model) if lost else {}
+    found = {pattern: _meant(pattern, targets, former, names) for pattern in lost}
+    if not any(found.values()):
+        return config
+    said = "; ".join(f"{pattern!r} is {listing(meant)} now" for pattern, meant in found.items() if meant)
+    warnings.warn(f"target_modules: transformers has renamed modules of this model. {said}.", stacklevel=2)
+    patterns = [targets] if isinstance(targets, str) else targets
+    present = [name for pattern in patterns for name in (found.get(pattern) or [pattern])]
+    return replace(config, target_modules=list(dict.fromkeys(present)))
+
+
+def _meant(pattern: str, targets: list[str] | str, former: Mapping[str, str], names: list[str]) -> list[str]:
+    """Returns the modules that a pattern meant by their former names: the ends of their names, where these tell."""
+    test = matcher("target_modules", targets if isinstance(targets, str) else [pattern])[pattern]
+    meant = [name for name, old in former.items() if test(old)]
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in meant))
+    matched = [name for name in names if any(ends_with(end, name) for end in ends)]
+    return ends if sorted(matched) == sorted(meant) else meant
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the outermost models of transformers in a model, by their paths."""
+    library = sys.modules.get("transformers")
+    base: Any = getattr(library, "PreTrainedModel", None)
+    if base is None:
+        return []
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, base) and not inside:
+            found.append((path, module))
+    return found
+
+
+def _renamings(part: nn.Module) -> list[Any]:
+    """Returns the renamings of a model of transformers, in order; none where this version has no such table.
+
+    A renaming maps one name to one name; what also computes new tensors is left out.
+    """
+    try:
+        table = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(part)
+    except (ImportError, AttributeError):
+        return []
+    return [each for each in table if not hasattr(each, "operations")]
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    key = name + _TENSOR
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key.removesuffix(_TENSOR)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name

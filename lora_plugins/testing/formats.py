@@ -1,0 +1,248 @@
+"""The conformance kit for formats of adapter files."""
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.model import LoraModel
+from lora_plugins.plugins import FORMATS, AdapterFormat, Registry
+from lora_plugins.testing import check as checks
+from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.registry_under_test import registry_with
+from lora_plugins.utils import own_randomness
+
+
+class Block(nn.Module):
+    """Two layers with names of several components, and one that no adapter touches."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"to_q": nn.Linear(width, 6), "to_out": nn.Linear(6, 3)})
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes `(n, 2)` from `(n, width)`."""
+        y: Tensor = self.last(self.attn["to_out"](self.attn["to_q"](x).tanh()).tanh())
+        return y
+
+
+@dataclass(frozen=True)
+class FormatCase:
+    """What is checked: a format, and how it is asked to write.
+
+    Args:
+        plugin: The format.
+        file_name: Name of the file or folder to write.
+        options: The options that the format is given.
+    """
+
+    plugin: AdapterFormat
+    file_name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def registry(self) -> Registry:
+        """Returns the installed plugins with this format alone of its kind.
+
+        Raises:
+            PluginError: If the format could not be registered.
+        """
+        return registry_with(FORMATS, self.plugin)
+
+    def model(self, width: int = 4) -> nn.Module:
+        """Builds the model, with the same values each time."""
+        with own_randomness(0):
+            return Block(width).double().eval()
+
+    def trained(self) -> LoraModel:
+        """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
+        config = LoraConfig(
+            r=2, alpha=3.0, target_modules=["to_q", "to_out"], rank_pattern={"to_out": 3}, alpha_pattern={"to_q": 5.0}
+        )
+        lora = LoraModel(self.model(), config, registry=self.registry())
+        with torch.no_grad(), own_randomness(1):
+            for parameter in lora.model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter))
+        return lora
+
+    @contextmanager
+    def written(self) -> Iterator[tuple[LoraModel, Path]]:
+        """Gives an adapted model and the file that it was written to, for the time of the block."""
+        lora = self.trained()
+        with tempfile.TemporaryDirectory() as folder:
+            yield lora, self.write(lora, Path(folder))
+
+    def write(self, lora: LoraModel, folder: Path) -> Path:
+        """Writes the adapter of a model into a folder."""
+        return lora.save_adapter(folder / self.file_name, format=self.plugin.name, format_options=self.options)
+
+    def load(self, model: nn.Module, path: Path) -> LoraModel:
+        """Puts the adapter of a file on a model; the file has to be recognized."""
+        return LoraModel.load_adapter(model, path, format_options=self.options, registry=self.registry())
+
+    def run(self, model: nn.Module) -> Tensor:
+        """Returns the output for one batch."""
+        with own_randomness(2):
+            return torch.as_tensor(model(torch.randn(5, 4, dtype=torch.float64)))
+
+
+def _registration(case: FormatCase) -> None:
+    case.registry()
+
+
+def _recognized(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        require(case.plugin.recognizes(path), f"{path.name} is not recognized")
+        nothing, strange = path.parent / "nothing", path.parent / "strange.safetensors"
+        (path.parent / "empty").mkdir()
+        strange.write_bytes(b"\xff" * 64)
+        for other in (nothing, strange, path.parent / "empty"):
+            require(not case.plugin.recognizes(other), f"{other.name!r} is taken for one of its files")
+
+
+def _output(case: FormatCase) -> None:
+    with case.written() as (lora, path):
+        model = case.model()
+        case.load(model, path)
+        require_close("the output of the loaded model", case.run(model), case.run(lora.model))
+
+
+def _bits(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        first, second = case.model(), case.model()
+        with tempfile.TemporaryDirectory() as folder:
+            case.load(second, case.write(case.load(first, path), Path(folder)))
+        require_same_state("the model after reading, writing and reading", second.state_dict(), first.state_dict())
+
+
+def _untouched(case: FormatCase) -> None:
+    with case.written() as (lora, path):
+        before = {key: value.clone() for key, value in lora.model.state_dict().items()}
+        case.write(lora, path.parent / "again")
+        require_same_state("the model after writing", lora.model.state_dict(), before)
+        model = case.model()
+        plain = {key: value.clone() for key, value in model.state_dict().items()}
+        case.load(model, path).unload()
+        require_same_state("the model after loading and unloading", model.state_dict(), plain)
+
+
+def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        case.load(model, path)
+    except AdapterFileError:
+        require_same_state(f"the model after {why} was refused", model.state_dict(), before)
+        return
+    checks.refuse(f"{why} is loaded")
+
+
+def _other_model(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        _refused(case, path, case.model(width=5), "an adapter for layers of another shape")
+        smaller = case.model()
+        del smaller.attn["to_out"]  # type: ignore[union-attr, operator]
+        _refused(case, path, smaller, "an adapter with layers that the model does not have")
+
+
+def _damaged(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.stat().st_size > 16]
+        for file in files:
+            data = file.read_bytes()
+            for size in (len(data) - 1, len(data) // 2):
+                file.write_bytes(data[:size])
+                _refused(case, path, case.model(), f"{file.name} of {size} of {len(data)} bytes")
+            file.write_bytes(data)
+
+
+def _summary(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        found = {(layer.r, layer.alpha / layer.r) for layer in case.plugin.summary(path).layers}
+        require(found == {(2, 2.5), (3, 1.0)}, f"its layers have these ranks and scalings: {sorted(found)}")
+
+
+_CHECKS: tuple[Check[FormatCase], ...] = (
+    Check(
+        "registration", _registration, "the registrar takes the plugin", "name is missing, or options is no mapping."
+    ),
+    Check(
+        "recognized",
+        _recognized,
+        "recognizes knows what write wrote, and raises for nothing: not for what is not there, empty or no such file",
+        "recognizes opens a file without looking whether it is there, or goes by the ending of its name alone.",
+    ),
+    Check(
+        "output",
+        _output,
+        "an adapter that is written and read computes the same in float64",
+        "the scaling, alpha / r, is lost or counted twice; or it is one for all layers.",
+    ),
+    Check(
+        "bits",
+        _bits,
+        "what was read, written and read again has the same keys and bits",
+        "the scaling is multiplied into A or B, or tensors are cast.",
+    ),
+    Check(
+        "untouched",
+        _untouched,
+        "writing leaves the model alone, and what is loaded can be unloaded, bit for bit",
+        "tensors of the model are changed in place, where a copy is meant.",
+    ),
+    Check(
+        "other model",
+        _other_model,
+        "an adapter for another model is refused with an AdapterFileError, and the model is untouched",
+        "keys that the model has no layer for are skipped.",
+    ),
+    Check(
+        "damaged",
+        _damaged,
+        "a file that was cut is refused with an AdapterFileError, and the model is untouched",
+        "an error of a parser is passed on as it is.",
+    ),
+    Check(
+        "summary",
+        _summary,
+        "summary has a line for each layer, with its rank and alpha, without a model",
+        "summary needs names from a model, or takes one alpha for all layers.",
+    ),
+)
+
+FORMAT_CHECKS: dict[str, Check[FormatCase]] = by_name(_CHECKS)
+"""All checks of a format by name, in the order they are run."""
+
+
+def check_format_plugin(
+    plugin: AdapterFormat,
+    file_name: str = "adapter",
+    *,
+    options: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Checks a format with an adapter of two linear layers; it need not be registered or installed.
+
+    Args:
+        plugin: The format.
+        file_name: Name of the folder to write, or of the file where the format has files.
+        options: The options that the format is given.
+        only: Names of the checks to run; all of `FORMAT_CHECKS` by default.
+        skip: Names of checks not to run.
+
+    Raises:
+        CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
+            authors usually got wrong.
+        ConfigError: If there is no check of a name.
+    """
+    case = FormatCase(plugin, file_name, options or {})
+    for check in chosen(FORMAT_CHECKS, only, skip):
+        checks.run(check, case, f"{type(plugin).__name__}")

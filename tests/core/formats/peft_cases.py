@@ -1,0 +1,240 @@
+"""Models with all that PEFT adapts, and adapters of PEFT and of ours on them."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+from tests.core.libraries import Conv1D
+
+TOLERANCE = 1e-9
+"""Of float64 outputs of a size around 1."""
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.mha(x, x, x)[0])
+
+
+class Convolutions(nn.Module):
+    """Names of which one is the end of another: `conv1` and `block.conv1`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+        self.block = nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3, padding="same", bias=False), "bn": nn.BatchNorm2d(4)})
+        self.volume = nn.Conv3d(1, 2, 3, padding=1)
+        self.line = nn.Conv1d(8, 5, 3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.block["bn"](self.block["conv1"](self.conv1(x)))
+        x = self.volume(x[:, None]).flatten(1, 2).flatten(2)
+        return self.head(self.line(x).mean(-1))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 6, padding_idx=0)
+        self.mixer = Conv1D(5, 6)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.mixer(self.words(x)).mean(1))
+
+
+class Repeated(nn.Module):
+    """The same names at several depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(6, 6), "more": nn.ModuleDict({"fc": nn.Linear(6, 3)})})
+
+    def forward(self, x):
+        return self.inner["more"]["fc"](self.inner["fc"](self.fc(x).tanh()).tanh())
+
+
+INPUTS = {
+    Attention: lambda: torch.randn(2, 5, 8),
+    Convolutions: lambda: torch.randn(2, 3, 8, 8),
+    Words: lambda: torch.randint(0, 7, (2, 4)),
+    Repeated: lambda: torch.randn(4, 6),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter, as PEFT says it and as we do.
+
+    Args:
+        id: Name of the case.
+        model: The model.
+        peft: Fields of PEFT's config.
+        ours: Fields of ours.
+        dtype: Type of the model.
+    """
+
+    id: str
+    model: type[nn.Module]
+    peft: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+
+    def build(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = self.model().to(self.dtype).eval()
+            for name, buffer in model.named_buffers():
+                if "running" in name:
+                    buffer.uniform_(0.5, 1.5)
+        return model
+
+    def output(self, model):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(8)
+            x = INPUTS[self.model]()
+            return model(x.to(self.dtype) if x.is_floating_point() else x)
+
+
+ALL_CONV = ["conv1", "block.conv1", "volume", "line"]
+CASES = [
+    Case("linear", Repeated, {"target_modules": ["fc"]}, {"target_modules": ["fc"]}),
+    Case("one of several", Repeated, {"target_modules": "inner.fc"}, {"target_modules": r"inner\.fc"}),
+    Case(
+        "patterns",
+        Repeated,
+        {"target_modules": ["fc"], "rank_pattern": {"inner.fc": 4, "fc": 3}, "alpha_pattern": {"^fc": 5, "more.fc": 7}},
+        {"target_modules": ["fc"], "rank_pattern": {"inner.fc": 4, "^fc": 3}, "alpha_pattern": {"more.fc": 7}},
+    ),
+    Case("rslora", Repeated, {"target_modules": ["fc"], "use_rslora": True}, {"use_rslora": True}),
+    Case("convolutions", Convolutions, {"target_modules": ALL_CONV}, {"target_modules": ALL_CONV}),
+    Case("embedding and Conv1D", Words, {"target_modules": ["words", "mixer"]}, {"target_modules": ["words", "mixer"]}),
+    Case("attention", Attention, {"target_modules": ["mha", "last"]}, {"target_modules": ["mha", "out_proj", "last"]}),
+    Case("attention without out_proj", Attention, {"target_modules": ["mha"]}, {"target_modules": ["mha"]}),
+    Case("out_proj", Attention, {"target_modules": ["mha"]}, {"target_modules": ["out_proj"]}),
+    Case(
+        "attention of two ranks",
+        Attention,
+        {"target_modules": ["mha"]},
+        {"target_modules": ["mha", "out_proj"], "rank_pattern": {"out_proj": 5}, "alpha_pattern": {"out_proj": 2}},
+    ),
+    Case(
+        "parts",
+        Attention,
+        {"target_modules": ["mha"]},
+        {"target_modules": ["mha"], "fused_parts": {"mha": ["q", "v"]}},
+    ),
+    Case("dora", Repeated, {"target_modules": ["fc"], "use_dora": True}, {"variant": "dora"}),
+    Case(
+        "dora of convolutions",
+        Convolutions,
+        {"target_modules": ALL_CONV, "use_dora": True},
+        {"target_modules": ALL_CONV, "variant": "dora"},
+    ),
+    Case(
+        "biases",
+        Convolutions,
+        {"target_modules": ["conv1"], "bias": "all"},
+        {"bias": "all", "exclude_modules": ["volume"]},
+    ),
+    Case(
+        "biases of adapted layers",
+        Attention,
+        {"target_modules": ["first", "mha"], "bias": "lora_only"},
+        {"target_modules": ["first", "mha", "out_proj"], "bias": "lora_only"},
+    ),
+    Case(
+        "all biases of attention",
+        Attention,
+        {"target_modules": ["first", "mha"], "bias": "all"},
+        {"target_modules": ["first", "mha", "out_proj"], "bias": "all"},
+    ),
+    Case(
+        "heads with statistics",
+        Convolutions,
+        {"target_modules": ["conv1", "line"], "modules_to_save": ["bn", "head"], "bias": "all"},
+        {"target_modules": ["conv1", "line"], "modules_to_save": ["bn", "head"]},
+    ),
+    Case(
+        "tracked statistics",
+        Convolutions,
+        {"target_modules": ["conv1"], "modules_to_save": ["bn"]},
+        {"target_modules": ["conv1"], "norm": "track"},
+    ),
+    Case(
+        "blocks", Repeated, {"target_modules": ["fc"], "exclude_modules": ["more.fc"]}, {"exclude_modules": ["more.fc"]}
+    ),
+    Case(
+        "parameters",
+        Repeated,
+        {
+            "target_parameters": ["inner.fc.weight"],
+            "target_modules": ["more.fc"],
+            "alpha_pattern": {"inner.fc.weight": 9},
+            "rank_pattern": {"inner.fc.weight": 4},
+        },
+    ),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def moved(model):
+    """Moves everything that training would, and statistics of modules that are saved."""
+    with torch.no_grad():
+        torch.manual_seed(9)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def with_peft(case, **fields):
+    """The case's model with PEFT's adapter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **case.peft, **fields})
+    model = moved(peft.get_peft_model(case.build(), config)).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if "modules_to_save" in name and "running" in name:
+                buffer.add_(0.25)
+    return model
+
+
+def with_ours(case, **fields):
+    """The case's model with our adapter."""
+    model = case.build()
+    lora = LoraModel(model, LoraConfig(**{"r": 2, "alpha": 3.0, **case.ours, **fields}))
+    moved(model)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if "running" in name and name in lora.plans["default"].saved_buffers:
+                buffer.add_(0.25)
+    return lora
+
+
+def read_by_peft(case, folder):
+    """The case's model with the adapter of a folder, as PEFT reads it."""
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(case.build(), str(folder)).eval()
+
+
+def difference(case, first, second):
+    return float((case.output(first) - case.output(second)).abs().max())
+
+
+def effect(case, model):
+    """How much an adapter changes the output: what a test of it has to be far above."""
+    return difference(case, model, copy.deepcopy(case.build()))

@@ -1,0 +1,228 @@
+"""Files of diffusers, both ways, against diffusers itself: UNet, text encoder and a diffusion transformer."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from tests.core.formats.peft_cases import moved
+from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts, with_peft
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def saved_by_diffusers(folder, metadata=True, **models):
+    """Saves adapters of parts as the training scripts of diffusers do."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    mixin = diffusers.loaders.SD3LoraLoaderMixin if "transformer" in models else None
+    mixin = mixin or diffusers.loaders.StableDiffusionLoraLoaderMixin
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in models.items()}
+    said = _collate_lora_metadata(models) if metadata else {}
+    mixin.save_lora_weights(folder, **layers, **said)
+
+
+def read_by_diffusers(part, path):
+    """The part with the adapter of a file, as diffusers reads it."""
+    diffusers = pytest.importorskip("diffusers")
+    model = part.build()
+    if part is TEXT:  # diffusers goes through transformers 5.24, which wants a later PEFT than there is
+        return read_by_peft(model, path / FILE)
+    mixin = diffusers.loaders.SD3LoraLoaderMixin if part is DIT else diffusers.loaders.StableDiffusionLoraLoaderMixin
+    found = mixin.lora_state_dict(str(path), return_lora_metadata=True)
+    if part is DIT:
+        state_dict, metadata = found
+        mixin.load_lora_into_transformer(state_dict, transformer=model, metadata=metadata)
+    else:
+        state_dict, alphas, metadata = found
+        mixin.load_lora_into_unet(state_dict, alphas, unet=model, metadata=metadata)
+    return model.eval()
+
+
+def read_by_peft(model, file):
+    peft = pytest.importorskip("peft")
+    from peft.utils import set_peft_model_state_dict
+
+    with safe_open(file, "pt") as opened:
+        said = json.loads(opened.metadata()["lora_adapter_metadata"])
+    fields = {key.removeprefix("text_encoder."): value for key, value in said.items()}
+    tensors = {key.removeprefix("text_encoder."): tensor for key, tensor in load_file(file).items()}
+    peft.inject_adapter_in_model(peft.LoraConfig(**fields), model)
+    result = set_peft_model_state_dict(model, tensors)
+    assert not result.unexpected_keys
+    return model
+
+
+@parts
+def test_what_diffusers_writes_is_read(part, tmp_path):
+    theirs = with_peft(part, rank_pattern={part.targets[0]: 3}, alpha_pattern={part.targets[1]: 7})
+    saved_by_diffusers(tmp_path, **{part.name: theirs})
+    model = part.build()
+    assert part.difference(model, theirs) > 1e-3
+    LoraModel.load_adapter(model, tmp_path)
+    assert part.difference(model, theirs) <= TOLERANCE
+
+
+@parts
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_we_write_is_read_by_diffusers(part, variant, tmp_path):
+    config = LoraConfig(
+        r=2,
+        alpha=5.0,
+        target_modules=part.targets,
+        variant=variant,
+        rank_pattern={part.targets[0]: 4},
+        alpha_pattern={part.targets[1]: 3.0},
+    )
+    lora = LoraModel(part.build(), config)
+    moved(lora.model)
+    lora.save_adapter(tmp_path, format="diffusers")
+    theirs = read_by_diffusers(part, tmp_path)
+    assert part.difference(part.build(), lora.model) > 1e-3
+    assert part.difference(theirs, lora.model) <= TOLERANCE
+
+
+def test_rslora_is_written_by_its_scaling(tmp_path):
+    lora = LoraModel(UNET.build(), LoraConfig(r=4, alpha=5.0, target_modules=["to_q"], use_rslora=True))
+    moved(lora.model)
+    lora.save_adapter(tmp_path, format="diffusers")
+    assert UNET.difference(read_by_diffusers(UNET, tmp_path), lora.model) <= TOLERANCE
+    model = UNET.build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert UNET.difference(model, lora.model) <= TOLERANCE
+
+
+class TestMetadata:
+    def test_without_it_the_rank_is_the_alpha(self, tmp_path):
+        theirs = with_peft(UNET, lora_alpha=2)
+        saved_by_diffusers(tmp_path, metadata=False, unet=theirs)
+        model = UNET.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert UNET.difference(model, theirs) <= TOLERANCE
+
+    def test_it_is_what_tells_the_alpha(self, tmp_path):
+        theirs = with_peft(UNET, lora_alpha=9, use_rslora=True)
+        saved_by_diffusers(tmp_path, unet=theirs)
+        model = UNET.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert UNET.difference(model, theirs) <= TOLERANCE
+
+    def test_a_missing_layer_is_listed(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, unet=with_peft(UNET))
+        with safe_open(tmp_path / FILE, "pt") as file:
+            metadata = file.metadata()
+        tensors = {key: tensor for key, tensor in load_file(tmp_path / FILE).items() if "conv_in" not in key}
+        save_file(tensors, tmp_path / FILE, metadata)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"has no A and B for: 'conv_in'"):
+            LoraModel.load_adapter(model, tmp_path)
+
+
+ENDINGS = {
+    "PEFT's": {},
+    "lora.down": {".lora_A.weight": ".lora.down.weight", ".lora_B.weight": ".lora.up.weight"},
+    "lora_linear_layer": {
+        ".lora_A.weight": ".lora_linear_layer.down.weight",
+        ".lora_B.weight": ".lora_linear_layer.up.weight",
+    },
+    "processor": {
+        f"{name}.lora_{factor}.weight": f"processor.{name.partition('.')[0]}_lora.{direction}.weight"
+        for name in ("to_q", "to_v", "to_out.0")
+        for factor, direction in (("A", "down"), ("B", "up"))
+    },
+}
+
+
+@pytest.mark.parametrize("endings", ENDINGS.values(), ids=ENDINGS)
+def test_all_endings_over_the_years_are_read(endings, tmp_path):
+    theirs = with_peft(UNET, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"])
+    saved_by_diffusers(tmp_path, metadata=False, unet=theirs)
+    tensors = load_file(tmp_path / FILE)
+    for new, old in endings.items():
+        tensors = {key.removesuffix(new) + old if key.endswith(new) else key: t for key, t in tensors.items()}
+    save_file(tensors, tmp_path / FILE)
+    model = UNET.build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert UNET.difference(model, theirs) <= TOLERANCE
+
+
+def test_names_of_transformers_4_are_read(tmp_path):
+    """All text encoders of Stable Diffusion that were trained before have a `text_model` in their names."""
+    theirs = with_peft(TEXT, lora_alpha=2)
+    saved_by_diffusers(tmp_path, metadata=False, text_encoder=theirs)
+    tensors = load_file(tmp_path / FILE)
+    save_file(
+        {k.replace("encoder.layers", "text_model.encoder.layers"): t for k, t in tensors.items()}, tmp_path / FILE
+    )
+    model = TEXT.build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert TEXT.difference(model, theirs) <= TOLERANCE
+
+
+class TestParts:
+    @pytest.fixture
+    def both(self, tmp_path):
+        """A file with two parts, and the models that it is of."""
+        models = {"unet": with_peft(UNET), "text_encoder": with_peft(TEXT, lora_alpha=3)}
+        saved_by_diffusers(tmp_path, **models)
+        return tmp_path, models
+
+    def test_one_has_to_be_chosen(self, both, untouched):
+        folder, models = both
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"the parts 'text_encoder', 'unet'.*'component'"):
+            LoraModel.load_adapter(model, folder)
+        LoraModel.load_adapter(model, folder, format_options={"component": "unet"})
+        assert UNET.difference(model, models["unet"]) <= TOLERANCE
+
+    def test_all_are_read_into_a_module_of_them(self, both, tmp_path):
+        folder, models = both
+        pipe = nn.ModuleDict({"unet": UNET.build(), "text_encoder": TEXT.build()})
+        lora = LoraModel.load_adapter(pipe, folder)
+        assert UNET.difference(pipe["unet"], models["unet"]) <= TOLERANCE
+        assert TEXT.difference(pipe["text_encoder"], models["text_encoder"]) <= TOLERANCE
+        lora.save_adapter(tmp_path / "again", format="diffusers")
+        assert UNET.difference(read_by_diffusers(UNET, tmp_path / "again"), models["unet"]) <= TOLERANCE
+
+    def test_one_that_the_file_does_not_have(self, both):
+        folder, _ = both
+        with pytest.raises(AdapterFileError, match="no part 'transformer'"):
+            LoraModel.load_adapter(DIT.build(), folder, format_options={"component": "transformer"})
+        with pytest.raises(ConfigError, match=r"component is 'unit'\. Did you mean 'unet'"):
+            LoraModel.load_adapter(UNET.build(), folder, format_options={"component": "unit"})
+
+    def test_a_model_of_which_it_cannot_be_told(self, tmp_path):
+        lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig())
+        with pytest.raises(ConfigError, match=r"format_options=\{'component': 'unet'\}"):
+            lora.save_adapter(tmp_path / "new", format="diffusers")
+        assert not (tmp_path / "new").exists()
+
+
+class TestRefused:
+    def test_what_is_trained_in_full(self, tmp_path):
+        lora = LoraModel(TEXT.build(), LoraConfig(target_modules=["q_proj"], modules_to_save=["final_layer_norm"]))
+        with pytest.raises(AdapterFileError, match=r"'final_layer_norm\.weight': what is trained in full"):
+            lora.save_adapter(tmp_path / "new", format="diffusers")
+        assert not (tmp_path / "new").exists()
+
+    def test_a_key_that_is_left_over(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        save_file({**load_file(tmp_path / FILE), "unet.more": torch.zeros(1)}, tmp_path / FILE)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"1 keys .* no place: 'unet\.more'"):
+            LoraModel.load_adapter(model, tmp_path)
+
+    def test_half_a_layer(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        tensors = load_file(tmp_path / FILE)
+        del tensors["unet.conv_in.lora_B.weight"]
+        save_file(tensors, tmp_path / FILE)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match="'conv_in' of the adapter has only A"):
+            LoraModel.load_adapter(model, tmp_path)

@@ -1,0 +1,176 @@
+"""Files of kohya's scripts and LyCORIS, both ways, against diffusers, which reads them, and LyCORIS, which writes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+from tests.core.formats.peft_cases import moved
+from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts
+
+PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_", "transformer": "lora_transformer_"}
+
+
+def ours(part, **fields):
+    config = LoraConfig(
+        **{"r": 2, "alpha": 5.0, "target_modules": part.targets, "rank_pattern": {part.targets[0]: 4}, **fields}
+    )
+    lora = LoraModel(part.build(), config)
+    moved(lora.model)
+    return lora
+
+
+@parts
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_written_and_read(part, variant, tmp_path):
+    lora = ours(part, variant=variant)
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    keys = [key for key in load_file(path) if key.endswith(".alpha")]
+    assert all(key.startswith(PREFIX[part.name]) and key.count(".") == 1 for key in keys)
+    model = part.build()
+    assert part.difference(model, lora.model) > 1e-3
+    LoraModel.load_adapter(model, path)
+    assert part.difference(model, lora.model) <= TOLERANCE
+
+
+def test_what_we_write_is_read_by_diffusers(tmp_path):
+    """As a pipeline does that is given a file of the WebUI."""
+    diffusers = pytest.importorskip("diffusers")
+    lora = ours(UNET)
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    model = UNET.build()
+    mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    state_dict, alphas = mixin.lora_state_dict(str(path), unet_config=model.config)
+    mixin.load_lora_into_unet(state_dict, alphas, unet=model)
+    assert UNET.difference(model, lora.model) <= TOLERANCE
+
+
+def with_lycoris(part, **options):
+    """The part with a network of LyCORIS on its linear layers and convolutions, and its state dict."""
+    lycoris = pytest.importorskip("lycoris")
+    model = part.build()
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Attention", "ResnetBlock2D"]})
+    network = lycoris.create_lycoris(model, 1.0, linear_dim=4, linear_alpha=3, algo="lora", **options)
+    network.apply_to()
+    moved(network.double())
+    return model, {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "marks"),
+    [
+        pytest.param({}, ".lora_down.weight", id="plain"),
+        pytest.param({"use_tucker": True, "conv_dim": 4, "conv_alpha": 2}, ".lora_mid.weight", id="three factors"),
+        pytest.param({"dora_wd": True, "wd_on_output": True}, ".dora_scale", id="dora"),
+        pytest.param({"rs_lora": True}, ".alpha", id="rslora"),
+    ],
+)
+def test_what_lycoris_writes_is_read(options, marks, tmp_path):
+    theirs, tensors = with_lycoris(UNET, **options)
+    assert any(key.endswith(marks) for key in tensors)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    model = UNET.build()
+    assert UNET.difference(model, theirs) > 1e-3
+    LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert UNET.difference(model, theirs) <= TOLERANCE
+
+
+class TestRefused:
+    def refused(self, path, untouched, match, part=UNET):
+        model = part.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, path)
+
+    def edited(self, tmp_path, change):
+        path = ours(UNET).save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        return path
+
+    def test_norms_of_the_inputs(self, tmp_path, untouched):
+        _, tensors = with_lycoris(UNET, dora_wd=True, wd_on_output=False)
+        save_file(tensors, tmp_path / "adapter.safetensors")
+        self.refused(tmp_path / "adapter.safetensors", untouched, "wd_on_output=False")
+
+    @pytest.mark.parametrize(
+        ("key", "method"),
+        [
+            ("hada_w1_a", "LoHa"),
+            ("lokr_w1", "LoKr"),
+            ("oft_blocks", "OFT"),
+            ("on_input", r"\(IA\)\^3"),
+            ("diff", "a full difference"),
+        ],
+    )
+    def test_other_methods(self, key, method, tmp_path, untouched):
+        path = self.edited(tmp_path, lambda tensors: tensors.update({f"lora_unet_conv_in.{key}": torch.zeros(1)}))
+        self.refused(path, untouched, f"is of '{method}', which is another method")
+
+    def test_names_of_the_original_implementation(self, tmp_path, untouched):
+        names = {
+            f"lora_unet_input_blocks_4_1_attn1_to_q.{key}": torch.zeros(2, 2)
+            for key in ("lora_down.weight", "lora_up.weight")
+        }
+        path = self.edited(tmp_path, lambda tensors: tensors.update(names))
+        self.refused(path, untouched, r"1 of \d+ layers .* original implementation\. Convert the file with diffusers")
+
+    def test_a_layer_that_the_model_does_not_have(self, tmp_path, untouched):
+        def change(tensors):
+            for key in list(tensors):
+                tensors[key.replace("conv_in", "conv_inn")] = tensors.pop(key)
+
+        self.refused(self.edited(tmp_path, change), untouched, "'lora_unet_conv_inn'.*Did you mean 'conv_in'")
+
+    def test_a_key_that_is_left_over(self, tmp_path, untouched):
+        path = self.edited(tmp_path, lambda tensors: tensors.update({"lora_unet_conv_in.more": torch.zeros(1)}))
+        self.refused(path, untouched, r"1 keys .* no place: 'lora_unet_conv_in\.more'")
+
+    def test_half_a_layer(self, tmp_path, untouched):
+        path = self.edited(tmp_path, lambda tensors: tensors.pop("lora_unet_conv_in.lora_up.weight"))
+        self.refused(path, untouched, "'lora_unet_conv_in' of the adapter has only A, alpha")
+
+    def test_a_name_with_two_meanings(self, tmp_path, untouched):
+        model = nn.ModuleDict({"a_b": nn.Linear(3, 3), "a": nn.ModuleDict({"b": nn.Linear(3, 3)})})
+        tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(1, 3), "lora_unet_a_b.lora_up.weight": torch.ones(3, 1)}
+        save_file(tensors, tmp_path / "adapter.safetensors")
+        with untouched(model), pytest.raises(AdapterFileError, match=r"'lora_unet_a_b' can be 'a_b', 'a\.b'"):
+            LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+        lora = LoraModel(model, LoraConfig(target_modules=["a_b", "a.b"]))
+        with pytest.raises(AdapterFileError, match="have one name in this format"):
+            lora.save_adapter(tmp_path / "new.safetensors", format="kohya", format_options={"component": "unet"})
+        assert not (tmp_path / "new.safetensors").exists()
+
+    def test_a_folder_to_write(self, tmp_path):
+        with pytest.raises(AdapterFileError, match=r"a file, whose name ends in \.safetensors"):
+            ours(UNET).save_adapter(tmp_path / "new", format="kohya")
+
+
+def test_alphas_need_not_be_there(tmp_path):
+    lora = ours(UNET, alpha=2.0, rank_pattern={})
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(".alpha")}, path)
+    model = UNET.build()
+    LoraModel.load_adapter(model, path)
+    assert UNET.difference(model, lora.model) <= TOLERANCE
+
+
+def test_names_of_transformers_4_are_read(tmp_path):
+    lora = ours(TEXT)
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    tensors = {key.replace("lora_te_", "lora_te_text_model_"): tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    model = TEXT.build()
+    LoraModel.load_adapter(model, path)
+    assert TEXT.difference(model, lora.model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("target", ["peft", "diffusers", "lora_plugins"])
+def test_on_to_another_format(target, tmp_path):
+    lora = ours(DIT)
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    second, third = DIT.build(), DIT.build()
+    LoraModel.load_adapter(second, path).save_adapter(tmp_path / "other", format=target)
+    LoraModel.load_adapter(third, tmp_path / "other")
+    assert DIT.difference(third, lora.model) <= TOLERANCE

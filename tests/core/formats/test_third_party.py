@@ -1,0 +1,113 @@
+"""A format of a third party: a real distribution, found by its entry point, told by its files."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError, hookimpl
+from lora_plugins.plugins import FORMATS, build_registry
+from lora_plugins.testing import FORMAT_CHECKS
+from tests.core.formats.peft_cases import CASES, difference, with_ours
+
+LINEAR = CASES[0]
+
+
+@pytest.fixture
+def registry(with_plugins):
+    with_plugins("plugin_format")
+    return build_registry()
+
+
+def adapted(registry, **fields):
+    lora = with_ours(LINEAR, **fields)
+    return LoraModel(lora.model, registry=registry)
+
+
+def test_it_is_listed_with_its_distribution_and_version(registry):
+    (info,) = [info for info in registry.plugins if info.name == "npz"]
+    assert (info.distribution, info.version, info.names(FORMATS)) == ("lora-plugins-npz", "0.3.0", ("npz",))
+
+
+def test_it_writes_and_is_told_by_its_files(registry, tmp_path):
+    lora = adapted(registry)
+    path = lora.save_adapter(tmp_path / "adapter.npz", format="npz")
+    model = LINEAR.build()
+    LoraModel.load_adapter(model, path, registry=registry)
+    assert difference(LINEAR, model, lora.model) == 0
+
+
+def test_it_refuses_by_name_what_it_cannot_say(registry, tmp_path):
+    lora = adapted(registry, variant="dora")
+    with pytest.raises(AdapterFileError, match=r"'inner\.fc' has no form in an archive"):
+        lora.save_adapter(tmp_path / "adapter.npz", format="npz")
+    assert not (tmp_path / "adapter.npz").exists()
+
+
+def test_a_pickle_in_it_is_refused(registry, tmp_path, untouched):
+    import numpy as np
+
+    np.savez(tmp_path / "adapter.npz", **{"fc/alpha": np.array([object()])})
+    model = LINEAR.build()
+    with untouched(model), pytest.raises(AdapterFileError, match=r"damaged.*allow_pickle"):
+        LoraModel.load_adapter(model, tmp_path / "adapter.npz", registry=registry)
+
+
+def test_without_it_nobody_knows_the_format(registry, tmp_path):
+    path = adapted(registry).save_adapter(tmp_path / "adapter.npz", format="npz")
+    alone = build_registry(allow=())
+    with pytest.raises(AdapterFileError, match="of none of the formats"):
+        LoraModel.load_adapter(LINEAR.build(), path, registry=alone)
+    with pytest.raises(PluginError, match="There is no format 'npz'"):
+        LoraModel(nn.Sequential(nn.Linear(2, 2)), LoraConfig(), registry=alone).save_adapter(tmp_path, format="npz")
+
+
+def test_two_formats_that_know_one_file_are_told(registry, tmp_path):
+    class Greedy(type(registry.get(FORMATS, "npz"))):
+        name = "greedy"
+
+    class Plugin:
+        @hookimpl
+        def lora_plugins_register_formats(self, registrar):
+            registrar.add(Greedy())
+
+    path = adapted(registry).save_adapter(tmp_path / "adapter.npz", format="npz")
+    both = build_registry([("greedy", Plugin())])
+    with pytest.raises(AdapterFileError, match=r"can be of the formats .*'greedy'.*format='"):
+        LoraModel.load_adapter(LINEAR.build(), path, registry=both)
+    model = LINEAR.build()
+    LoraModel.load_adapter(model, path, format="npz", registry=both)
+    assert "default" in model.fc.lora_A
+
+
+def test_its_own_tests_pass_where_it_is_installed(installed):
+    path = os.pathsep.join([str(installed("plugin_format")), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
+        cwd=installed("plugin_format").parent / "source",
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{len(FORMAT_CHECKS)} passed" in done.stdout
+
+
+def test_the_command_converts_by_it(installed, tmp_path):
+    """Between two formats that know layers by name no model is needed."""
+    with_ours(LINEAR).save_adapter(tmp_path / "a", format="peft")
+    path = os.pathsep.join([str(installed("plugin_format")), os.environ.get("PYTHONPATH", "")])
+    arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b.npz"), "--to", "npz"]
+    for call in (arguments, ["inspect", str(tmp_path / "b.npz")]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "lora_plugins", *call],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "format: npz" in done.stdout

@@ -1,0 +1,73 @@
+"""Names that modules of transformers had before version 5."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, TargetError
+
+transformers = pytest.importorskip("transformers")
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("targets", "present"),
+    [
+        pytest.param(["query", "value"], ["q_proj", "v_proj"], id="PEFT's guide"),
+        pytest.param(["attention.output.dense"], ["o_proj"], id="several components"),
+        pytest.param(["query", "v_proj"], ["q_proj", "v_proj"], id="former and present"),
+        pytest.param(["layer.0.attention.attention.query"], ["vit.layers.0.attention.q_proj"], id="one layer"),
+        pytest.param(r".*\.layer\.1\..*\.query", ["vit.layers.1.attention.q_proj"], id="expression"),
+    ],
+)
+def test_former_names_find_the_modules(targets, present):
+    with pytest.warns(UserWarning, match="transformers has renamed modules"):
+        found = LoraModel.plan(vit(), LoraConfig(target_modules=targets))
+    expected = LoraModel.plan(vit(), LoraConfig(target_modules=present))
+    assert found.layers == expected.layers
+    assert found.config.target_modules == targets  # what the user wrote
+
+
+def test_the_warning_names_both():
+    with pytest.warns(UserWarning, match="'query' is 'q_proj' now; 'value' is 'v_proj' now"):
+        LoraModel(vit(), LoraConfig(target_modules=["query", "value"]))
+
+
+def test_a_model_in_a_model():
+    model = nn.ModuleDict({"net": vit(), "other": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match="renamed"):
+        plan = LoraModel.plan(model, LoraConfig(target_modules=["query", "other"]))
+    names = [layer.name for layer in plan.layers]
+    assert names == ["net.vit.layers.0.attention.q_proj", "net.vit.layers.1.attention.q_proj", "other"]
+
+
+def test_an_adapter_with_former_names_is_saved_and_loaded(tmp_path):
+    first, second = vit(), vit()
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match="renamed"):
+        lora = LoraModel(first, LoraConfig(target_modules=["query"], init="none"))
+    with pytest.warns(UserWarning, match="renamed"):
+        LoraModel.load_adapter(second, lora.save_adapter(tmp_path))
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(first(x).logits, second(x).logits)
+
+
+def test_what_was_never_a_name_is_refused():
+    with pytest.raises(TargetError, match="'querry' matches no module"):
+        LoraModel.plan(vit(), LoraConfig(target_modules=["querry"]))
+
+
+def test_present_names_and_other_models_are_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel.plan(vit(), LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(TargetError):
+            LoraModel.plan(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["query"]))

@@ -1,0 +1,128 @@
+"""The built-in formats pass the kit, and each check fails on a format that violates it."""
+
+from dataclasses import replace
+
+import pytest
+
+from lora_plugins import AdapterFileError, ConfigError
+from lora_plugins.formats.diffusers import DiffusersFormat
+from lora_plugins.formats.kohya import KohyaFormat
+from lora_plugins.formats.own import OwnFormat
+from lora_plugins.formats.peft import PeftFormat
+from lora_plugins.plugins import AdapterSummary
+from lora_plugins.testing import FORMAT_CHECKS, CheckError, check_format_plugin
+
+IN_A_PIPELINE = {"component": "unet"}
+
+
+def test_ours(format_check):
+    format_check(OwnFormat())
+
+
+def test_peft(format_check):
+    format_check(PeftFormat())
+
+
+def test_diffusers(format_check):
+    format_check(DiffusersFormat(), options=IN_A_PIPELINE)
+
+
+def test_kohya(format_check):
+    format_check(KohyaFormat(), "adapter.safetensors", options=IN_A_PIPELINE)
+
+
+class Unnamed(PeftFormat):
+    name = ""
+
+
+class KnowsEverything(PeftFormat):
+    def recognizes(self, path):
+        return True
+
+
+class KnowsNothing(PeftFormat):
+    def recognizes(self, path):
+        return False
+
+
+class RaisesForStrangers(PeftFormat):
+    def recognizes(self, path):
+        return bool(path.read_bytes()) if path.suffix else super().recognizes(path)
+
+
+def changed(adapter, change):
+    return replace(adapter, layers={name: change(layer) for name, layer in adapter.layers.items()})
+
+
+class OneAlpha(PeftFormat):
+    def save(self, path, adapter, model, options):
+        return super().save(path, changed(adapter, lambda layer: replace(layer, alpha=3.0)), model, options)
+
+
+class Scaled(PeftFormat):
+    """Moves a factor from the scaling into B."""
+
+    def save(self, path, adapter, model, options):
+        scaled = changed(adapter, lambda layer: replace(layer, B=layer.B * 1.1, alpha=layer.alpha / 1.1))
+        return super().save(path, scaled, model, options)
+
+
+class InPlace(PeftFormat):
+    def save(self, path, adapter, model, options):
+        next(model.parameters()).data.mul_(2)
+        return super().save(path, adapter, model, options)
+
+
+class Skips(PeftFormat):
+    def load(self, path, model, options):
+        adapter = super().load(path, None, options)
+        known = {} if model is None else dict(model.named_modules())
+        return replace(
+            adapter, layers={name: each for name, each in adapter.layers.items() if name in known or not model}
+        )
+
+
+class PassesErrorsOn(PeftFormat):
+    def load(self, path, model, options):
+        try:
+            return super().load(path, model, options)
+        except AdapterFileError as error:
+            raise ValueError(str(error)) from error
+
+
+class Silent(PeftFormat):
+    def summary(self, path):
+        return AdapterSummary(())
+
+
+VIOLATIONS = {
+    "registration": [Unnamed],
+    "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
+    "output": [OneAlpha],
+    "bits": [Scaled],
+    "untouched": [InPlace],
+    "other model": [Skips],
+    "damaged": [PassesErrorsOn],
+    "summary": [Silent],
+}
+
+
+def test_every_check_has_a_violation():
+    assert list(VIOLATIONS) == list(FORMAT_CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [(name, plugin) for name, plugins in VIOLATIONS.items() for plugin in plugins],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_violation_fails_its_check(name, plugin):
+    with pytest.raises(CheckError, match=f"fails the check '{name}'") as caught:
+        check_format_plugin(plugin(), only=[name])
+    for part in ("expected:", "came:", "usual cause:"):
+        assert part in str(caught.value)
+
+
+def test_an_unknown_check_is_refused():
+    with pytest.raises(ConfigError, match=r"no check 'summery'.*summary"):
+        check_format_plugin(PeftFormat(), only=["summery"])

@@ -1,0 +1,119 @@
+"""The adapter of a run in several formats, from Python and from YAML."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, PluginError
+from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
+from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
+
+X = torch.linspace(-1, 1, 20).view(5, 4)
+
+
+def fitted(tmp_path, files, module=None, **options):
+    module = Classifier() if module is None else module
+    callback = lora(target="net", config=replace(CONFIG, target_modules=["0", "3"]), save_adapter_to=files, **options)
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader())
+    return module
+
+
+def loaded(path):
+    net = Classifier().net.eval()
+    LoraModel.load_adapter(net, path)
+    return net(X)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_every_file_is_the_adapter_that_was_trained(tmp_path, merge, capsys):
+    files = [
+        str(tmp_path / "ours"),
+        AdapterFile(str(tmp_path / "theirs"), "peft"),
+        AdapterFile(str(tmp_path / "web.safetensors"), "kohya", {"component": "unet"}),
+    ]
+    module = fitted(tmp_path, files, merge_on_fit_end=merge)
+    expected = module.net.eval()(X)
+    for name in ("ours", "theirs", "web.safetensors"):
+        torch.testing.assert_close(loaded(tmp_path / name), expected, rtol=0, atol=1e-6)  # float32, merged or not
+    out = capsys.readouterr().out
+    assert f"Adapter: {tmp_path / 'ours'}" in out
+    assert f"Adapter for peft: {tmp_path / 'theirs'}" in out
+
+
+def test_what_a_format_cannot_express_is_told_before_training(tmp_path):
+    class Grouped(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(4, 3)
+            )
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("it was trained")
+
+    callback = LoraCallback(
+        LoraConfig(r=2, target_modules=["1", "3"]),
+        target="net",
+        save_adapter_to=[AdapterFile(str(tmp_path / "theirs"), "peft")],
+        print_plan=False,
+    )
+    with pytest.raises(AdapterFileError, match="'1': a convolution of 2 groups has no form there"):
+        trainer(tmp_path, [callback], max_epochs=1, num_sanity_val_steps=0).fit(Grouped(), loader())
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_an_unknown_format_is_told_before_training(tmp_path):
+    with pytest.raises(PluginError, match="There is no format 'pefd'"):
+        fitted(tmp_path, [AdapterFile(str(tmp_path / "theirs"), "pefd")])
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        pytest.param(["a", "a"], "has 'a' twice", id="twice"),
+        pytest.param([3], r"holds 3\. An entry is a path, or an AdapterFile", id="a number"),
+    ],
+)
+def test_what_names_no_files_is_refused(files, match):
+    with pytest.raises(ConfigError, match=match):
+        LoraCallback(CONFIG, save_adapter_to=files)
+
+
+def test_a_compiled_network_writes_plain_names(tmp_path):
+    module = Classifier()
+    plain = copy.deepcopy(module.net).eval()
+    module.net = torch.compile(module.net, backend="eager")
+    callback = lora(config=CONFIG, save_adapter_to=[AdapterFile(str(tmp_path / "theirs"), "peft")])
+    callback.config = replace(CONFIG, target_modules=["0", "3"], modules_to_save=["1"])
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader())
+    holder = nn.ModuleDict({"net": plain})
+    LoraModel.load_adapter(holder, tmp_path / "theirs")
+    torch.testing.assert_close(plain(X), module.net.eval()(X), rtol=0, atol=1e-6)  # float32
+    LoraModel.load_adapter(
+        nn.ModuleDict({"net": torch.compile(Classifier().net, backend="eager")}), tmp_path / "theirs"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_from_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.yaml").write_text(
+        """
+model: {class_path: tests.integrations.lightning.toys.Classifier}
+data: {class_path: tests.integrations.lightning.toys.Data}
+lora: {r: 2, target_modules: [net.0, net.3]}
+lora_callback:
+  save_adapter_to:
+    - ours
+    - {path: theirs, format: peft}
+trainer: {max_epochs: 1, accelerator: cpu, logger: false, enable_checkpointing: false}
+"""
+    )
+    assert main(["fit", "--config", "file.yaml"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "ours" / "adapter.json").is_file()
+    assert (tmp_path / "theirs" / "adapter_config.json").is_file()
