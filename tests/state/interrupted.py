@@ -76,7 +76,7 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
     try:
         with traced(line):
             call()
-    except type(error) as raised:
+    except BaseException as raised:  # missing memory is told as a file that cannot be read
         if error not in _chain(raised):
             raise
         return where, True
