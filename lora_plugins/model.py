@@ -24,6 +24,7 @@ from lora_plugins.adapter import (
     model_state,
     set_active,
     strip,
+    swap,
     whole,
     without_adapters,
 )
@@ -33,7 +34,7 @@ from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebui
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import FORMATS, OWN_FORMAT, AdapterFormat, Registry, SlotCalibration, default_registry
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
 from lora_plugins.utils import outside_inference
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -428,10 +429,7 @@ class LoraModel:
         state = model_state(model)
         if state is not None:
             state.check("add_adapter")
-        found = located(path, registry)
-        chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
-        options = options_of(chosen, format_options)
-        packed = whole(model, lambda: _read(model, chosen, found, registry, options))
+        packed = whole(model, lambda: _read(model, path, registry, format, format_options))
         return cls.load_packed(model, packed, adapter_name, registry=registry)
 
     @classmethod
@@ -449,6 +447,39 @@ class LoraModel:
         handle.model, handle._registry = model, registry
         handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name)
         return handle
+
+    @_whole
+    def swap_adapter(
+        self,
+        adapter_name: str,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        format_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Gives an adapter the values of a saved one, so that nothing that was compiled is compiled again.
+
+        The adapter keeps its name, its configuration and its ranks: a smaller rank is filled up with zeros, a layer
+        that the saved one does not adapt has no update, and another scaling goes into B.
+
+        Args:
+            adapter_name: The adapter that is there.
+            path: As in `load_adapter`, as are the others.
+            format: The format of it; by default the one that recognizes it.
+            format_options: Options of that format.
+
+        Raises:
+            AdapterFileError: If the file is damaged, belongs to another model, or does not fit into the adapter that is
+                there: a higher rank, other layers, another variant, or an init that changed the base.
+            StateError: If there is no such adapter, something is merged, or a block is open.
+        """
+        state = self._state
+        state.check("swap_adapter")
+        state.adapter(adapter_name)
+        packed = _read(self.model, path, self._registry, format, format_options)
+        with base_in_place(self.model, state):
+            unpacked = unpack(self.model, packed, self._registry)
+        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values)
 
     @_whole
     def _add_packed(self, packed: PackedAdapter, adapter_name: str) -> None:
@@ -503,12 +534,19 @@ class LoraModel:
 
 
 def _read(
-    model: nn.Module, chosen: AdapterFormat, path: Path, registry: Registry | None, options: Mapping[str, Any]
+    model: nn.Module,
+    path: str | Path,
+    registry: Registry | None,
+    format: str | None,
+    format_options: Mapping[str, Any] | None,
 ) -> PackedAdapter:
     """Reads an adapter with the base's own values in place."""
+    found = located(path, registry)
+    chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
+    options = options_of(chosen, format_options)
     state = model_state(model)
     with base_in_place(model, state) if state else nullcontext():
-        return chosen.read(path, model, registry, options)
+        return chosen.read(found, model, registry, options)
 
 
 def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:

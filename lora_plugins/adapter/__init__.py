@@ -28,6 +28,7 @@ from lora_plugins.adapter.state import (
     close_state,
     model_state,
 )
+from lora_plugins.adapter.swap import swap
 from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, strip
 from lora_plugins.adapter.whole import whole
 
@@ -65,6 +66,7 @@ __all__ = [
     "set_active",
     "slot_matrix",
     "strip",
+    "swap",
     "whole",
     "without_adapters",
 ]

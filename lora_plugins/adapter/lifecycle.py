@@ -50,6 +50,7 @@ _OUTSIDE: tuple[Condition, ...] = ("leaving", "in a block")
 CALLS: Mapping[str, Call] = {
     "add_adapter": Call("Adding an adapter", _ALWAYS, "Adds an adapter; the first one becomes active and trainable."),
     "set_adapter": Call("Changing the active adapter", _ALWAYS, "Makes the named adapters active, and no other."),
+    "swap_adapter": Call("Swapping an adapter's tensors", _ALWAYS, "Gives an adapter the values of a saved one."),
     "delete_adapter": Call("Deleting an adapter", _ALWAYS, "Removes an adapter; the last one as `unload` does."),
     "disable_adapter": Call("Disabling adapters", _UNMERGED, "The base model, until the block ends."),
     "mixed_batch": Call("Mixing adapters in one batch", _UNMERGED, "An adapter for each row, until the block ends."),

@@ -108,14 +108,15 @@ CALLS = {
         lambda s: s.base(),
         lambda s, m: LoraModel.load_adapter(m, s.saved(), registry=registry()),
     ),
+    "swap": (lambda s: s.adapted("b", "a"), lambda s, m: lora(m).swap_adapter("a", s.saved())),
     "save": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).save_adapter(s.folder / "again", "a")),
     "disable": (lambda s: s.adapted("a", "b"), lambda s, m: within(lora(m).disable_adapter())),
     "mixed": (lambda s: s.adapted("a"), lambda s, m: within(lora(m).mixed_batch([None] * 3))),
 }
 """What a model is before, and the call; by name."""
 
-REFUSED = {("changed", "combine"), ("plugin", "combine")}
-"""Calls that are refused, by model: what has changed the base, or is a variant, cannot be combined."""
+REFUSED = {("changed", "combine"), ("plugin", "combine"), ("changed", "swap")}
+"""Calls that are refused, by model: what has changed the base, or is a variant, is not combined, or not swapped."""
 
 each = pytest.mark.parametrize(
     ("name", "call"), [(name, call) for name in MODELS for call in CALLS if (name, call) not in REFUSED]

@@ -1,0 +1,113 @@
+"""Hot swap: the tensors of an adapter become those of another one, in the shapes that are there.
+
+A rank that is smaller is filled up with zeros, and another scaling goes into B, so that nothing of the model changes
+but values: what `torch.compile` has compiled, a CUDA graph and an optimizer go on as they are.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from lora_plugins.adapter.content import AdapterContent, SlotTensors
+from lora_plugins.adapter.state import ModelState
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.inplace import own_tensor, slot_tensors
+from lora_plugins.plan import Plan
+from lora_plugins.plugins import PlannedLayer
+
+
+def swap(
+    model: nn.Module, state: ModelState, adapter: str, plan: Plan, content: AdapterContent, values: Mapping[str, Tensor]
+) -> None:
+    """Gives an adapter the tensors of another one.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        adapter: The adapter that is there; it keeps its name, its configuration and its ranks.
+        plan: What the other one adapts.
+        content: Its factors.
+        values: Its heads, biases and statistics.
+
+    Raises:
+        AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.
+        StateError: If there is no such adapter, something is merged, or a block is open.
+    """
+    state.check("swap_adapter")
+    own = state.adapter(adapter).plan
+    _check(own, plan, values)
+    given = {layer.name: layer for layer in plan.layers}
+    new: list[tuple[Tensor, Tensor]] = []
+    for layer, slot, _ in own.slots():
+        tensors = slot_tensors(model.get_submodule(layer.name), adapter, slot)
+        fitted = _fitted(tensors, layer, given.get(layer.name), content.get((layer.name, slot.suffix)))
+        new += [(tensor, fitted[name]) for name, tensor in tensors.items()]
+    for name, value in values.items():
+        present = state.values.value(model, adapter, name)
+        target = own_tensor(model, name) if state.values.owner.get(name) == adapter else present
+        new.append((target, value.to(present.device, present.dtype, copy=True)))
+    _exchange(new)
+
+
+def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
+    """Refuses what the shapes that are there cannot hold."""
+    for plan in (own, other):
+        if plan.init.changes_base:
+            raise _unfit(f"the init {plan.init.name!r} has changed the base")
+    if own.config.variant != other.config.variant:
+        raise _unfit(f"it is of the variant {other.config.variant!r}, and the one that is there {own.config.variant!r}")
+    there = {layer.name: layer for layer in own.layers}
+    missing = [layer.name for layer in other.layers if layer.name not in there]
+    if missing:
+        raise _unfit(f"it adapts {listing(missing)}, which the one that is there does not")
+    if own.layers and own.layers[0].variant is not None and len(there) > len(other.layers):
+        raise _unfit(
+            f"a variant has to be on all layers, and {listing(there.keys() - {x.name for x in other.layers})} lack it"
+        )
+    for layer in other.layers:
+        present = there[layer.name]
+        if layer.slots != present.slots:
+            raise _unfit(f"it adapts other parts of {layer.name!r}")
+        if layer.r > present.r:
+            raise _unfit(f"its rank on {layer.name!r} is {layer.r}, and that of the one that is there {present.r}")
+    trained = {*own.trained, *own.saved_buffers}
+    if values.keys() != trained:
+        raise _unfit(f"only one of the two has values of {listing(values.keys() ^ trained)}")
+
+
+def _unfit(reason: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"The adapter cannot take the place of the one that is there: {reason}. Add it beside: load_adapter(model, "
+        "path, adapter_name)."
+    )
+
+
+def _fitted(
+    tensors: Mapping[str, Tensor], layer: PlannedLayer, other: PlannedLayer | None, content: SlotTensors | None
+) -> dict[str, Tensor]:
+    """Returns the other's tensors in the shapes and types of those that are there; zeros where it has none."""
+    fitted = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    if other is not None and content is not None:
+        fitted["A"][: other.r].copy_(content.A)
+        fitted["B"][:, : other.r].copy_(content.B * (other.scaling / layer.scaling))
+        for name, value in content.own.items():
+            if value.shape != fitted[name].shape:
+                raise _unfit(
+                    f"{name!r} of {layer.name!r} is {list(value.shape)}, in place of {list(fitted[name].shape)}"
+                )
+            fitted[name].copy_(value)
+    return fitted
+
+
+def _exchange(new: list[tuple[Tensor, Tensor]]) -> None:
+    before = [(tensor, tensor.data) for tensor, _ in new]
+    try:
+        for tensor, value in new:
+            tensor.data = value
+            increment_version(tensor)
+    except BaseException:
+        for tensor, value in before:
+            tensor.data = value
+        raise
