@@ -31,8 +31,8 @@ test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
 
 test-core: ## The tests of the core, where nothing but the core and pytest is installed.
-	$(MAKE) VENV=$(CORE_VENV) $(CORE_VENV)/testing
-	$(CORE_VENV)/bin/pytest tests/core
+	$(MAKE) VENV=$(CORE_VENV) PIP_OPTIONS=pytest-xdist $(CORE_VENV)/testing
+	$(CORE_VENV)/bin/pytest -n auto tests/core
 
 test-floor: ## The same with the oldest versions that are allowed; downloads 3 to 4 GB.
 	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing

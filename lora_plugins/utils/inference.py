@@ -1,4 +1,4 @@
-"""Tensors that are made in inference mode, which autograd refuses for ever after."""
+"""The modes of autograd around what changes a model."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,16 @@ Result = TypeVar("Result")
 
 
 def outside_inference(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Lets a function that changes a model leave inference mode, in which its caller may be."""
+    """Lets a function that changes a model leave inference mode, and gives the mode of gradients back in any case.
+
+    Autograd refuses for ever after what was made in inference mode. And an interruption at the end of a
+    `with torch.no_grad():` can come before gradients are on again.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled()), inference:
             return function(*args, **kwargs)
 
     return wrapper

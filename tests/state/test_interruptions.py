@@ -144,6 +144,7 @@ def check(scene, prepare, call, points):
     for at in points(lines):
         model = copy.deepcopy(prepared)
         where, raised = stopped(lambda model=model: call(scene, model), at)
+        assert torch.is_grad_enabled(), where
         found = picture(model, scene.inputs)
         is_before, is_after = raised and not differences(found, before), not differences(found, after)
         assert is_before or is_after, f"{where}: {differences(found, before)} of before, {differences(found, after)}"
@@ -179,6 +180,7 @@ def check_merge_for_good(scene, points):
     for at in points(lines):
         model = copy.deepcopy(prepared)
         where, _ = stopped(lambda model=model: lora(model).merge_and_unload(max_error=10), at)
+        assert torch.is_grad_enabled(), where
         with torch.no_grad():
             outputs = model(*scene.inputs)
         for block, output in outputs.items():
