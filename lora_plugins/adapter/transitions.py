@@ -23,6 +23,7 @@ from lora_plugins.adapter.state import (
 from lora_plugins.errors import ConfigError, StateError, listing
 from lora_plugins.inplace import RESERVED, layer_state, strip_adapters
 from lora_plugins.plan import Plan
+from lora_plugins.utils import without_collection
 
 ADAPTER_NAME = re.compile(r"\w[\w-]*")
 """What an adapter can be called."""
@@ -95,7 +96,8 @@ def add(
     own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
     state = open_state(model)
     first = not state.adapters
-    attach(model, plan, adapter, content)
+    with without_collection():
+        attach(model, plan, adapter, content)
     state.adapters[adapter] = Adapter(plan, {key: dict(tensors.recipe) for key, tensors in content.items()})
     state.values.claim(model, adapter, own)
     if first:

@@ -1,5 +1,6 @@
 """A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._collecting = gc.isenabled()
         modules = _modules(model)
         self._classes = [(module, module.__class__) for module in modules]
         self._contents = [(content, content.copy()) for module in modules for content in _contents(module)]
@@ -47,6 +49,8 @@ class _Before:
         self._values = [(tensor, tensor.data) for tensor, holder in tensors if not isinstance(holder, AdapterTensors)]
 
     def put_back(self) -> None:
+        if self._collecting:
+            gc.enable()
         for content, copy in self._contents:
             content.clear()
             content.update(copy)

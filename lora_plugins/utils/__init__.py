@@ -5,6 +5,7 @@ Every other room may use them.
 
 from lora_plugins.utils.atomic_file import remove_leftovers, replace_file
 from lora_plugins.utils.autocast import autocast_dtype, in_full
+from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
@@ -28,4 +29,5 @@ __all__ = [
     "run_seed",
     "seeded",
     "truncated_svd",
+    "without_collection",
 ]
