@@ -22,6 +22,7 @@ from lora_plugins.adapter import (
     initialize,
     mixed_batch,
     model_state,
+    present_state,
     set_active,
     strip,
     swap,
@@ -504,10 +505,7 @@ class LoraModel:
 
     @property
     def _state(self) -> ModelState:
-        state = model_state(self.model)
-        if state is None:
-            raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
-        return state
+        return present_state(self.model)
 
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:

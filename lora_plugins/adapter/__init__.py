@@ -27,6 +27,7 @@ from lora_plugins.adapter.state import (
     base_in_place,
     close_state,
     model_state,
+    present_state,
 )
 from lora_plugins.adapter.swap import swap
 from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, strip
@@ -63,6 +64,7 @@ __all__ = [
     "initialize",
     "mixed_batch",
     "model_state",
+    "present_state",
     "set_active",
     "slot_matrix",
     "strip",

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from lora_plugins.adapter.gradients import require_gradient
-from lora_plugins.adapter.state import Block, ModelState, Outside, let_act, model_state
+from lora_plugins.adapter.state import Block, ModelState, Outside, let_act, model_state, present_state
 from lora_plugins.adapter.whole import whole
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor
@@ -31,9 +31,7 @@ class Within(ContextDecorator, ExitStack):
         self._model, self._opened, self._check = model, opened, check
 
     def __enter__(self) -> nn.Module:  # type: ignore[override]
-        model, state = self._model, model_state(self._model)
-        if state is None:
-            raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
+        model, state = self._model, present_state(self._model)
         state.check(self._opened.call)
         if self._check is not None:
             self._check(state)

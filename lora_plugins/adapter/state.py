@@ -158,6 +158,18 @@ def model_state(model: nn.Module) -> ModelState | None:
     return state
 
 
+def present_state(model: nn.Module) -> ModelState:
+    """Returns the adapters of a model that had some.
+
+    Raises:
+        StateError: If it has none any more.
+    """
+    state = model_state(model)
+    if state is None:
+        raise StateError("The model has no adapter any more: it was unloaded. Make a new LoraModel.")
+    return state
+
+
 def open_state(model: nn.Module) -> ModelState:
     """Returns the adapters of a model, after giving it an empty set of them if it has none."""
     state = model_state(model)
