@@ -48,7 +48,9 @@ def swap(
         present = state.values.value(model, adapter, name)
         target = own_tensor(model, name) if state.values.owner.get(name) == adapter else present
         new.append((target, value.to(present.device, present.dtype, copy=True)))
-    _exchange(new)
+    for tensor, value in new:
+        tensor.data = value
+        increment_version(tensor)
 
 
 def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
@@ -99,15 +101,3 @@ def _fitted(
                 )
             fitted[name].copy_(value)
     return fitted
-
-
-def _exchange(new: list[tuple[Tensor, Tensor]]) -> None:
-    before = [(tensor, tensor.data) for tensor, _ in new]
-    try:
-        for tensor, value in new:
-            tensor.data = value
-            increment_version(tensor)
-    except BaseException:
-        for tensor, value in before:
-            tensor.data = value
-        raise

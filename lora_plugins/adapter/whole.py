@@ -44,9 +44,8 @@ class _Before:
         self._contents += [
             (hooks, hooks.copy()) for hooks in (model._forward_pre_hooks, model._load_state_dict_pre_hooks)
         ]
-        tensors = [(tensor, module) for module in modules for tensor in _tensors(module)]
-        self._gradients = [(tensor, tensor.requires_grad) for tensor, _ in tensors]
-        self._values = [(tensor, tensor.data) for tensor, holder in tensors if not isinstance(holder, AdapterTensors)]
+        tensors = [tensor for module in modules for tensor in _tensors(module)]
+        self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
 
     def put_back(self) -> None:
         if self._collecting:
@@ -57,9 +56,8 @@ class _Before:
         for module, cls in self._classes:
             if module.__class__ is not cls:
                 module.__class__ = cls
-        for tensor, value in self._values:
+        for tensor, value, requires_grad in self._values:
             tensor.data = value
-        for tensor, requires_grad in self._gradients:
             if tensor.requires_grad != requires_grad:  # torch 2.8 refuses any call on a parameter without a shape
                 tensor.requires_grad_(requires_grad)
 
