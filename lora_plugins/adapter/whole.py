@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter.state import MODEL_STATE
 from lora_plugins.inplace import STATE, AdapterTensors
+from lora_plugins.utils import without_collection
 
 T = TypeVar("T")
 
@@ -22,7 +23,8 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
     Returns:
         What the change returns.
     """
-    before = _Before(model)
+    with without_collection():
+        before = _Before(model)
     try:
         return change()
     except BaseException:
