@@ -4,7 +4,7 @@ Nothing is pickled, and nothing is half written.
 """
 
 from lora_plugins.files.fingerprint import checksum, fingerprints, same
-from lora_plugins.files.folder import read, write
+from lora_plugins.files.folder import add_entry, read, write
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
@@ -17,6 +17,7 @@ __all__ = [
     "TENSOR_FILE",
     "PackedAdapter",
     "UnpackedAdapter",
+    "add_entry",
     "checksum",
     "fingerprints",
     "format_of",

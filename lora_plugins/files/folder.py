@@ -17,7 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest
+from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest, is_as_written, sealed
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import check_regular, remove_leftovers, replace_file
 
@@ -33,12 +33,21 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     name = f"adapter-{digest[:16]}.safetensors"
     manifest = {**packed.manifest, "file": name, "sha256": digest}
     replace_file(folder / name, data)
-    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    _write_manifest(folder, manifest)
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
     remove_leftovers(folder, _WRITTEN)
     return folder
+
+
+def add_entry(folder: Path, key: str, value: Any) -> None:
+    """Adds an entry to the manifest of an adapter folder, for whoever keeps more with an adapter than it needs.
+
+    Raises:
+        AdapterFileError: If the manifest is damaged.
+    """
+    _write_manifest(folder, {**_read_manifest(folder / MANIFEST), key: value})
 
 
 def read(folder: Path) -> PackedAdapter:
@@ -47,7 +56,12 @@ def read(folder: Path) -> PackedAdapter:
     Raises:
         AdapterFileError: If a file is missing, truncated or changed, or the manifest points out of the folder.
     """
-    manifest = checked_manifest(_manifest(folder / MANIFEST))
+    manifest = checked_manifest(_read_manifest(folder / MANIFEST))
+    if not is_as_written(manifest):
+        raise AdapterFileError(
+            f"{folder / MANIFEST} is not what was written: it was damaged or edited. Copy the adapter folder again; "
+            "what an adapter is cannot be changed by editing its manifest."
+        )
     name = manifest.get("file")
     if not isinstance(name, str) or not TENSOR_FILE.fullmatch(name):
         raise AdapterFileError(
@@ -73,7 +87,11 @@ def read(folder: Path) -> PackedAdapter:
     return PackedAdapter(manifest, tensors)
 
 
-def _manifest(path: Path) -> Mapping[str, Any]:
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
     try:
         check_regular(path)
         manifest = json.loads(path.read_bytes())

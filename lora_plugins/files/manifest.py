@@ -1,5 +1,7 @@
 """The manifest of an adapter: its format, the keys of the tensors that it lists, and what its entries have to be."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -16,6 +18,9 @@ FORMAT = 1
 
 MANIFEST = "adapter.json"
 """Name of the manifest in an adapter folder."""
+
+_SEAL = "manifest_sha256"
+"""The manifest's entry for its own checksum."""
 
 TENSOR_FILE = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 """The name of a tensor file, after the first digits of its checksum."""
@@ -34,6 +39,21 @@ def recipe_prefix(layer: PlannedLayer, slot: Slot) -> str:
 def value_key(name: str) -> str:
     """Returns the key of a head, bias or statistic, by its full name in the model."""
     return f"value/{name}"
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest with the checksum of all its other entries, which tells when one of them is changed."""
+    entries = {key: value for key, value in manifest.items() if key != _SEAL}
+    canonical = json.dumps(json.loads(json.dumps(entries)), sort_keys=True, separators=(",", ":"))
+    return {**entries, _SEAL: hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def is_as_written(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest read from a file is the one that was written; those of older releases cannot tell."""
+    try:
+        return _SEAL not in manifest or manifest[_SEAL] == sealed(manifest)[_SEAL]
+    except RecursionError:  # of entries nested deeper than anything that is written
+        return False
 
 
 def checked_manifest(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from lora_plugins.files import MANIFEST
+from lora_plugins.files import add_entry
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.utils import replace_file
 
@@ -40,15 +40,9 @@ def write_provenance(trainer: Trainer, provenance: Callable[[], Provenance]) -> 
         if isinstance(callback, LoraCallback):
             for file in callback.adapter_files:
                 if file.is_ours:
-                    _write_manifest(Path(file.path), {**provenance(), "target": callback.target})
+                    add_entry(Path(file.path), PROVENANCE_KEY, {**provenance(), "target": callback.target})
             if callback.export_to is not None:
                 _write_metadata(Path(callback.export_to), provenance())
-
-
-def _write_manifest(folder: Path, provenance: Provenance) -> None:
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    replace_file(path, json.dumps({**manifest, PROVENANCE_KEY: provenance}, indent=1).encode())
 
 
 def _write_metadata(path: Path, provenance: Provenance) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from lora_plugins import LoraConfig, LoraError, LoraModel
 from lora_plugins.adapter import InitData
@@ -169,6 +170,33 @@ def test_a_call_is_whole(name, call, tmp_path):
 @each
 def test_a_call_is_whole_at_every_line(name, call, tmp_path):
     check(Scene(name, tmp_path), *CALLS[call], range)
+
+
+class Counting(nn.Module):
+    """Has a buffer in the place of another after each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(3, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return self.proj(x)
+
+
+def test_a_forward_that_replaces_a_buffer_is_undone():
+    data = InitData([torch.randn(2, 3)], step=lambda model, x: model(x).square().mean())
+
+    def adapt(model):
+        LoraModel(model, LoraConfig(r=1, init="lora_ga"), init_data=data)
+
+    for at in range(0, count_lines(lambda: adapt(Counting())), 5):
+        model = Counting()
+        seen = model.seen
+        where, _ = stopped(lambda model=model: adapt(model), at)
+        assert model.seen is seen, where
+        assert seen == 0, where
 
 
 def check_merge_for_good(scene, points):

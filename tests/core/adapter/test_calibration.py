@@ -18,6 +18,7 @@ from lora_plugins import (
     LoraConfig,
     LoraModel,
     PluginError,
+    RowMajorPlugin,
     StateError,
     TargetError,
     calibrate,
@@ -361,6 +362,29 @@ class TestRefusals:
         data = InitData([torch.randn(9, 4)], step=lambda model, x: model(x).square().mean())
         self.refused(LoraConfig(r=2, init="eva"), data, TargetError, "'qkv' saw no input", untouched, Reader())
         LoraModel(Reader(), LoraConfig(r=2, init="lora_ga"), init_data=data)  # its gradient is there all the same
+
+    @pytest.mark.parametrize("given", [lambda x: x[:, :3], lambda x: x[None]], ids=["narrow", "three dimensions"])
+    def test_inputs_that_do_not_fit_the_weight(self, given, untouched):
+        class Odd(nn.Linear):
+            pass
+
+        class OddPlugin(RowMajorPlugin):
+            name = "odd"
+            module_type = Odd
+
+            def inputs(self, layer, slot, x):
+                return given(x)
+
+        class Odds:
+            @hookimpl
+            def lora_plugins_register_layers(self, registrar):
+                registrar.add(OddPlugin())
+
+        model, registry = nn.Sequential(Odd(4, 4)), build_registry([("odds", Odds())])
+        data = InitData([torch.ones(9, 4)])
+        match = r"'0': its inputs came as .*, where its weight needs \(n, 4\)"
+        with untouched(model), pytest.raises(TargetError, match=match):
+            LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=data)
 
     def test_lookups_have_no_inputs(self, untouched):
         model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5))

@@ -59,7 +59,7 @@ def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tm
     registry = build_registry([("others", Others())])
     LoraModel(model(), LoraConfig(r=2, **fields), registry=registry).save_adapter(tmp_path)
     text = (tmp_path / MANIFEST).read_text().replace("(given in code)", "their-package")
-    (tmp_path / MANIFEST).write_text(text.replace('"version": "-"', '"version": "1.2"'))
+    write_manifest(tmp_path, json.loads(text.replace('"version": "-"', '"version": "1.2"')))
     with pytest.raises(AdapterFileError, match=rf"made with the {what} of their-package 1\.2, which is not here"):
         LoraModel.load_adapter(model(), tmp_path)
     LoraModel.load_adapter(model(), tmp_path, registry=registry)
@@ -94,5 +94,5 @@ def test_an_adapter_of_a_release_that_wrote_no_variant_loads(tmp_path):
     adapt(build()).save_adapter(tmp_path)
     manifest = manifest_of(tmp_path)
     del manifest["variant"]
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(tmp_path, manifest)
     LoraModel.load_adapter(build(), tmp_path)

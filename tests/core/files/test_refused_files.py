@@ -1,13 +1,15 @@
 """Every kind of damage to an adapter folder, and every other base, is refused with the model untouched."""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -313,6 +315,21 @@ class TestRandomDamage:
         write_manifest(folder, manifest)
         (folder / tensor_file(saved[0]).name).write_bytes(tensor_file(saved[0]).read_bytes())
         self.load(folder, saved[1])
+
+    @settings(QUICK, max_examples=100)
+    @given(st.data())
+    def test_a_manifest_that_says_anything_else(self, saved, tmp_path_factory, data):
+        """One bit of `dropout` is a valid config, of another training."""
+        content = bytearray((saved[0] / MANIFEST).read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        with contextlib.suppress(ValueError):
+            assume(json.loads(content) != manifest_of(saved[0]))
+        folder = tmp_path_factory.mktemp("bit")
+        (folder / MANIFEST).write_bytes(content)
+        (folder / tensor_file(saved[0]).name).write_bytes(tensor_file(saved[0]).read_bytes())
+        with pytest.raises(AdapterFileError):
+            LoraModel.load_adapter(build(), folder)
 
     @settings(QUICK, max_examples=100)
     @given(st.data())

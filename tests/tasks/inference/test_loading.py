@@ -57,6 +57,7 @@ def write_earlier_adapter(source, target):
     shutil.copytree(source, target)
     manifest = json.loads((target / "adapter.json").read_text())
     manifest["task"]["arguments"] |= EARLIER
+    del manifest["manifest_sha256"]
     (target / "adapter.json").write_text(json.dumps(manifest))
 
 
