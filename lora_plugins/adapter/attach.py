@@ -44,7 +44,7 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
 
 
 def detach(layer: nn.Module, adapter: str) -> None:
-    """Takes an adapter off a layer; without any other the layer is what it was."""
+    """Takes an adapter that is not active off a layer; without any other the layer is what it was."""
     state = layer_state(layer)
     tensors = {slot: slot_tensors(layer, adapter, slot) for slot in state.adapters[adapter].slots}
     del state.adapters[adapter]
@@ -54,8 +54,6 @@ def detach(layer: nn.Module, adapter: str) -> None:
             del container[adapter]
             if not len(container):
                 del layer._modules[f"lora_{factor}{slot.suffix}"]
-    state.active = tuple(name for name in state.active if name != adapter)
-    refresh_class(layer)
     if not state.adapters:
         del layer.__dict__[STATE]
 
