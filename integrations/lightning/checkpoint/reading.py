@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import LoraError, listing
@@ -15,6 +16,9 @@ from lora_plugins.utils import check_regular
 
 _PICKLE = "data.pkl"
 """The end of the name of the record that says what else is in a checkpoint."""
+
+_WEB = ("http://", "https://")
+"""Where Lightning downloads a checkpoint from, each time that it reads it."""
 
 
 @contextmanager
@@ -50,10 +54,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def check_whole(path: object, checkpoint: Any) -> None:
-    """Checks the sums of a local file that torch wrote, which `torch.load` does not do.
+    """Checks the sums of a file that torch wrote, which `torch.load` does not do.
 
     Args:
-        path: The file.
+        path: The file, in any file system that Lightning reads; addresses of the web are not read a second time.
         checkpoint: What was read from it. Of a checkpoint without adapters, which may be large and is not ours, only
             the record is read that would say if there were some.
 
@@ -62,12 +66,15 @@ def check_whole(path: object, checkpoint: Any) -> None:
     """
     if not isinstance(checkpoint, dict):
         raise AdapterFileError(f"{path} is not a checkpoint of Lightning.")
-    if not isinstance(path, str | Path) or not Path(path).is_file():
+    if not isinstance(path, str | Path) or str(path).startswith(_WEB):
         return
-    with reading_errors(path):
-        if not zipfile.is_zipfile(path):
+    files = get_filesystem(path)
+    if not files.isfile(str(path)):
+        return
+    with reading_errors(path), files.open(str(path), "rb") as stream:
+        if not zipfile.is_zipfile(stream):
             return  # of a release of torch that wrote no zip files
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(stream) as file:
             names = [name for name in file.namelist() if KEY in checkpoint or name.endswith(_PICKLE)]
             damaged = [name for name in names if not _is_whole(file, name)]
             # torch writes no sums at all after torch.serialization.set_crc32_options(False).

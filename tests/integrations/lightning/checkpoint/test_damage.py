@@ -3,6 +3,7 @@
 import os
 import random
 
+import fsspec
 import pytest
 import torch
 
@@ -65,13 +66,16 @@ def test_two_thousand_damaged_files(saved, tmp_path):
         check(saved, tmp_path, draw)
 
 
-def test_a_bit_of_a_tensor_is_found_when_training_goes_on(saved, tmp_path):
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_a_bit_of_a_tensor_is_found_when_training_goes_on(saved, tmp_path, place):
+    """Also in a file system that only fsspec reads."""
     content = bytearray(saved[0].read_bytes())
     with torch.serialization.safe_globals([]):
         tensor = saved[1]["net.0.lora_B.default"].numpy().tobytes()
     content[content.index(tensor) + 5] ^= 16
-    damaged = tmp_path / "damaged.ckpt"
-    damaged.write_bytes(content)
+    damaged = {"folder": str(tmp_path / "damaged.ckpt"), "memory": "memory://damaged.ckpt"}[place]
+    with fsspec.open(damaged, "wb") as file:
+        file.write(content)
     with pytest.raises(AdapterFileError, match=r"is damaged: '.*/data/.*' in it are not what was written"):
         trainer(tmp_path, [callback()], max_epochs=4).fit(Classifier(), loader(), ckpt_path=damaged)
 
