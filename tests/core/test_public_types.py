@@ -1,5 +1,6 @@
 """Whatever a public signature names can be imported from where the signature is."""
 
+import dataclasses
 import inspect
 import typing
 
@@ -44,3 +45,8 @@ def test_every_type_of_a_public_signature_is_public(name):
     assert {function.__qualname__: foreign_to_users(function) for function in annotated(PUBLIC[name])} == {
         function.__qualname__: set() for function in annotated(PUBLIC[name])
     }
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if dataclasses.is_dataclass(cls)], ids=lambda cls: cls.__name__)
+def test_every_public_dataclass_is_frozen(cls):
+    assert cls.__dataclass_params__.frozen

@@ -32,6 +32,7 @@ from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.integrations.lightning.checkpoint import KEY, check_adapters, check_whole, reading_errors, state_key
 from lora_plugins.integrations.lightning.module import frozen_keys, plain_name
+from lora_plugins.integrations.lightning.strategies.folder_sums import check_sums, write_sums
 
 _META = "meta.pt"
 """The file of a distributed checkpoint's folder that holds all but tensors of module and optimizers."""
@@ -75,6 +76,8 @@ def save_sharded(trainer: Trainer, checkpoint: dict[str, Any], path: Path, write
     write(checkpoint, partial)
     trainer.strategy.barrier()
     if trainer.is_global_zero:
+        if partial.is_dir():
+            write_sums(partial)
         if path.exists() and (path.is_dir() or partial.is_dir()):
             os.replace(path, old)
         os.replace(partial, path)
@@ -95,12 +98,13 @@ def load_sharded(trainer: Trainer, path: Path, read: Load, **options: Any) -> di
         The rest of the checkpoint, as Lightning's own strategies do.
 
     Raises:
-        AdapterFileError: If the file does not fit the module's adapters. Nothing was loaded then.
+        AdapterFileError: If the file is damaged, or does not fit the module's adapters. Nothing was loaded then.
     """
     path = Path(trainer.strategy.broadcast(path))
     if not path.is_dir():
         return _load_file(trainer, path, read, **options)
     with reading_errors(path):
+        check_sums(path)
         rest: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         keys = set(FileSystemReader(path).read_metadata().state_dict_metadata)
     name = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"

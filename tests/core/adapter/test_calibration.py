@@ -290,6 +290,37 @@ class TestUse:
         assert seen["asks_gradients"].gradient.shape == (4, 8)
         assert seen["asks_gradients"].inputs is None
 
+    @pytest.mark.parametrize(
+        ("ranks", "match"),
+        [
+            ({"gone": 2}, "not whole numbers, or to unknown layers"),
+            ({"head": 1.5}, "not whole numbers"),
+            ({"head": -1}, "not whole numbers"),
+            ({"head": 0}, "every layer the rank 0"),
+        ],
+        ids=["unknown layer", "fraction", "negative", "none left"],
+    )
+    def test_ranks_that_are_none_are_refused(self, ranks, match, untouched):
+        class Ranks(InitPlugin):
+            name = "ranks"
+            needs = "inputs"
+
+            def allocate(self, requests, options):
+                return ranks
+
+            def fill(self, context):
+                raise AssertionError("an init whose ranks are refused was asked for values")
+
+        class Module:
+            @hookimpl
+            def lora_plugins_register_inits(self, registrar):
+                registrar.add(Ranks())
+
+        model, data = net(), InitData(batches(), loss)
+        config, registry = LoraConfig(r=2, target_modules=["head"], init="ranks"), build_registry([("m", Module())])
+        with untouched(model), pytest.raises(PluginError, match=match):
+            LoraModel(model, config, registry=registry, init_data=data)
+
     def test_an_unknown_need_is_refused_at_registration(self):
         class Odd(InitPlugin):
             name = "odd"

@@ -261,6 +261,26 @@ def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, di
     assert not differing({n: whole(p) for n, p in module.named_parameters() if p.requires_grad}, trained)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 writes sharded files by it
+@pytest.mark.parametrize("damage", ["bit", "missing"])
+def test_a_damaged_file_of_a_distributed_checkpoint_is_found(tmp_path, one_process, damage):
+    lora = LoraCallback(CONFIG, merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=one_process(save_distributed_checkpoint=True), max_epochs=1)
+    module = Sharded()
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    (path,) = (tmp_path / "it.ckpt").glob("*.distcp")
+    factor = next(whole(p) for name, p in module.named_parameters() if "lora_B" in name).detach().numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(factor) + 2] ^= 1
+    path.write_bytes(content)
+    if damage == "missing":
+        path.unlink()
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(AdapterFileError, match=r"is damaged: '.*\.distcp'"):
+        run.fit(module, loader(), ckpt_path=tmp_path / "it.ckpt")
+
+
 @pytest.mark.filterwarnings("ignore:net has both parameters with requires_grad:UserWarning")  # on memory
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
 @pytest.mark.parametrize(
