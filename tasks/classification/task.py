@@ -63,13 +63,13 @@ class ImageClassificationTask(VisionTask):
             "calibration_error": MulticlassCalibrationError(**shared),
             CONFUSION: MulticlassConfusionMatrix(**shared),
         }
-        return MetricCollection(metrics)
+        return MetricCollection(metrics, compute_groups=False)  # groups are found by the values of the first batch
 
     def build_train_metrics(self) -> MetricCollection:
         """Accuracy and F1: the metrics that do not store all predictions."""
         classes = self.model_config.num_classes
         shared: dict[str, Any] = {"num_classes": classes, "ignore_index": self.ignore_index, "validate_args": False}
-        return MetricCollection(self._cheap_metrics(shared))
+        return MetricCollection(self._cheap_metrics(shared), compute_groups=False)
 
     def preds(self, logits: Tensor) -> Tensor:
         """The probabilities (N, classes)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import near
+from lora_plugins.errors import listing, near
 from lora_plugins.tasks.data.image_io import read_errors
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL, check_shares, hold_out
@@ -94,11 +94,12 @@ class ImageDataModule(VisionDataModule):
         """Find the samples, check them, and split them.
 
         Raises:
-            DataError: With a list of what cannot be used, or if nothing is left.
+            DataError: With a list of what cannot be used, or if nothing is left, or fewer than two classes to train on.
         """
         items, problems = self.find()
+        occurring: dict[str, frozenset[int]] = {}
         if self.check_files:
-            items, unreadable = self._readable(items)
+            items, unreadable, occurring = self._readable(items)
             problems = [*problems, *unreadable]
         if problems:
             self._report(problems)
@@ -106,6 +107,8 @@ class ImageDataModule(VisionDataModule):
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
+        if occurring:
+            self._check_classes(frozenset().union(*(occurring[item.name] for item in items[TRAIN])))
         plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
         return {
             split: LazySamples(members, self.read, augmented if split == TRAIN else plain)
@@ -140,11 +143,37 @@ class ImageDataModule(VisionDataModule):
         """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""
         return None if self.trainer is None else getattr(self.trainer.lightning_module, attribute, None)
 
-    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str]]:
+    def _readable(
+        self, items: dict[str, list[Item]]
+    ) -> tuple[dict[str, list[Item]], list[str], dict[str, frozenset[int]]]:
+        """What can be read, what is wrong with the rest, and the classes that occur in each sample, by its name."""
         flat = [item for members in items.values() for item in members]
-        wrong = {id(item): error for item, error in zip(flat, read_errors(flat, self.read), strict=True) if error}
+        occurring: dict[str, frozenset[int]] = {}
+
+        def read(item: Item) -> None:
+            labels = torch.as_tensor(self.read(item)[1]).unique().tolist()
+            occurring[item.name] = frozenset(labels) - {self.ignore_index}
+
+        wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}
         good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
-        return good, list(wrong.values())
+        return good, list(wrong.values()), occurring
+
+    def _check_classes(self, occurring: frozenset[int]) -> None:
+        missing = [name for index, name in enumerate(self.class_names) if index not in occurring]
+        if len(self.class_names) - len(missing) < 2:
+            raise DataError(
+                f"Of the classes {', '.join(self.class_names)}, {len(occurring) or 'none'} occurs in the train split, "
+                f"and there is nothing to tell apart. {self.explain_missing()}"
+            )
+        if missing:
+            rank_zero_warn(
+                f"The train split holds nothing of {listing(missing)}, which therefore cannot be learned. "
+                f"{self.explain_missing()}"
+            )
+
+    def explain_missing(self) -> str:
+        """Why classes may be missing from the train split: advice for whoever made the data."""
+        return "Add samples of other classes."
 
     def _report(self, problems: Sequence[str]) -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

@@ -104,7 +104,7 @@ def run(configuration: str, method: Method, *more: str) -> Outcome:
         *more: Further command-line arguments, to change the configuration.
     """
     path = str(files("lora_plugins.tasks") / f"{configuration}.yaml")
-    rate = f"--optimizer.init_args.lr={method.rates[configuration]}"
+    rate = f"--model.init_args.lr={method.rates[configuration]}"
     cli = LoraCLI(args=["--config", path, *QUIET, *method.arguments, rate, *more], run=False)
     task, count = cli.model, CountTrained()
     total = sum(p.numel() for p in task.parameters())

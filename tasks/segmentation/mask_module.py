@@ -61,6 +61,15 @@ class MaskDataModule(ImageDataModule):
             raise DataError(f"{item.name} is {_dimensions(mask)}, its image is {_dimensions(image)} (height x width)")
         return image.convert("RGB"), self.decoder.decode(mask, item.name)
 
+    def explain_missing(self) -> str:
+        """Says what masks have to hold, and how masks of black and white are read."""
+        last = len(self.class_names) - 1
+        return (
+            f"In a mask, the values 0 to {last} stand for the classes, and {self.ignore_index} for pixels that are not "
+            "counted. Where a mask is a picture instead, such as black for one class and white for another, give the "
+            "color of each class: colors: {background: [0, 0, 0], object: [255, 255, 255]}."
+        )
+
 
 def _dimensions(image: Image.Image) -> str:
     return f"{image.height}x{image.width}"

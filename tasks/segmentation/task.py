@@ -44,7 +44,8 @@ class SemanticSegmentationTask(VisionTask):
             "pixel_accuracy": MulticlassAccuracy(average="micro", **shared),
             CONFUSION: MulticlassConfusionMatrix(**shared),
         }
-        return MetricCollection(metrics)
+        # Named, as torchmetrics would find them by the values of the first batch, which can be equal by chance.
+        return MetricCollection(metrics, compute_groups=[["mean_iou", "iou", CONFUSION], ["dice"], ["pixel_accuracy"]])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes, H, W) of images (N, channels, H, W) in [0, 1]."""

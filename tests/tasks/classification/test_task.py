@@ -84,6 +84,22 @@ class TestClassification:
         expected = confusion_matrix(true, predicted, labels=range(7))
         assert task.confusion["val"].tolist() == expected.tolist()
 
+    @pytest.mark.parametrize("first", ["right", "wrong", "second best", "one class"])
+    def test_metrics_share_nothing_by_chance(self, trainer, first):
+        """In whatever order batches come: in the first one, metrics may be equal that are not equal later."""
+        torch.manual_seed(2)
+        images, labels = torch.rand(64, 3, 7, 1), torch.arange(64) % 7
+        best = images[:, 0, :, 0].topk(2, dim=1).indices
+        place = {"right": best[:, 0] != labels, "wrong": best[:, 0] == labels, "second best": best[:, 1] != labels}
+        order = place.get(first, labels).float().argsort(stable=True)
+        images, labels, best = images[order], labels[order], images[order, 0, :, 0].topk(5, dim=1).indices
+        task = ImageClassificationTask(tiny_vit(7))
+        task.network = FirstChannel()
+        (result,) = trainer().validate(task, DataLoader(TensorDataset(images, labels), batch_size=4), verbose=False)
+        assert result["val/accuracy"] == pytest.approx(float((best[:, 0] == labels).float().mean()))
+        assert result["val/top5"] == pytest.approx(float((best == labels[:, None]).any(1).float().mean()))
+        assert result["val/top5"] > result["val/accuracy"]
+
     def test_folders_on_disk(self, trainer, class_folders):
         task = ImageClassificationTask(tiny_vit(2))
         run = trainer()

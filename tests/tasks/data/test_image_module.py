@@ -1,7 +1,10 @@
 """Files that cannot be used, and sampling."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
@@ -40,6 +43,32 @@ class TestProblems:
     def test_an_unknown_word(self):
         with pytest.raises(ConfigError, match="Did you mean 'skip'"):
             ImageFolderDataModule("data", on_problem="skipp")
+
+
+class TestClassesThatDoNotOccur:
+    def test_one_class_only(self, class_folders):
+        for split in ("train", "val"):
+            shutil.rmtree(class_folders / split / "dog")
+        with pytest.raises(DataError, match=r"Of the classes cat, 1 occurs in the train split.*other classes"):
+            loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+
+    def test_masks_of_black_and_white(self, tmp_path):
+        for split in ("train", "val"):
+            for i in range(3):
+                write_image(tmp_path / "images" / split / f"{i}.jpg", noise(8, 8, seed=i))
+                mask = Image.fromarray((noise(8, 8, seed=i) > 128).astype("uint8")[..., 0] * 255)
+                (tmp_path / "masks" / split).mkdir(parents=True, exist_ok=True)
+                mask.save(tmp_path / "masks" / split / f"{i}.png")
+        classes = ["background", "object"]
+        with pytest.raises(DataError, match=r"1 occurs in the train split.*\n?.*colors: \{background"):
+            loaded(MaskFolderDataModule(str(tmp_path), classes=classes, **SIZE))
+        colors = {"background": [0, 0, 0], "object": [255, 255, 255]}  # as the message says
+        data = loaded(MaskFolderDataModule(str(tmp_path), classes=classes, colors=colors, **SIZE))
+        assert data.class_counts().min() > 0
+
+    def test_one_of_several(self, mask_folders):
+        with pytest.warns(UserWarning, match="The train split holds nothing of 'd'"):
+            loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c", "d"], **SIZE))
 
 
 class TestSampling:

@@ -66,6 +66,23 @@ class TestSegmentation:
         assert result["val/pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted))
         assert task.confusion["val"].tolist() == confusion_matrix(true, predicted).tolist()
 
+    @pytest.mark.parametrize("first", ["right", "wrong", "ignored"])
+    def test_metrics_share_nothing_by_chance(self, trainer, first):
+        """In whatever order batches come: in the first one, metrics may be equal that are not equal later."""
+        from sklearn.metrics import accuracy_score, f1_score, jaccard_score
+
+        torch.manual_seed(0)
+        images, masks = torch.rand(6, 3, 8, 8), torch.randint(0, 3, (6, 8, 8))
+        right = images[:2].argmax(1)
+        masks[:2] = {"right": right, "wrong": (right + 1) % 3, "ignored": torch.full_like(right, IGNORED)}[first]
+        task = SemanticSegmentationTask(tiny_segformer(), ignore_index=IGNORED)
+        task.network, task.network_logits = torch.nn.Identity(), lambda _, pictures: pictures
+        (result,) = trainer().validate(task, DataLoader(TensorDataset(images, masks), batch_size=2), verbose=False)
+        true, predicted = masks[masks != IGNORED], images.argmax(1)[masks != IGNORED]
+        assert result["val/mean_iou"] == pytest.approx(jaccard_score(true, predicted, average="macro"))
+        assert result["val/dice"] == pytest.approx(f1_score(true, predicted, average="macro"))
+        assert result["val/pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted))
+
     def test_ignored_pixels_are_no_part_of_the_loss(self):
         task = SemanticSegmentationTask(tiny_segformer(), ignore_index=IGNORED)
         logits, mask = torch.randn(1, 4, 2, 2), torch.tensor([[[0, IGNORED], [2, IGNORED]]])
