@@ -1,27 +1,35 @@
 """Do the tests bite? `python -m tests.mutants adapter merge --sample 50` changes one place at a time and runs them.
 
-Each mutant is a copy of the installed package with one small change: a comparison turned, a condition negated, a
-statement that is a call dropped, a number moved by one, a sign or an operator turned. A mutant that passes the tests
-survives, and is printed: the tests lack something, or the code says more than it needs to.
+Each mutant is the package with one small change: a comparison turned, a condition negated, a statement that is a call
+dropped, a number moved by one, a sign or an operator turned. First the tests that run the changed line are run on it,
+then all of its room. A mutant that passes survives, and is printed: the tests lack something, or the code says more
+than it needs to.
 """
 
 import argparse
 import ast
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder, SourceLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from random import Random
+from types import CodeType
 
-import lora_plugins
+import coverage
+import numpy  # noqa: F401  # what takes long to import is imported once, before each mutant's process branches off
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = Path(lora_plugins.__file__).parent
+PACKAGE = Path(str(find_spec("lora_plugins").origin)).parent  # it is not imported here, but with a mutant in it
 STATE = ("tests/state/test_found.py", "tests/state/test_interruptions.py", "tests/state/test_sequences.py")
 TESTS = {
     "adapter": ("tests/core/adapter", "tests/core/test_model.py", *STATE),
@@ -62,12 +70,14 @@ class Mutant:
         path: The file, relative to the package.
         number: Of the change, in the order of `changes`.
         line: Where it is.
+        statement: The line where its statement begins.
         what: What it does, for the report.
     """
 
     path: Path
     number: int
     line: int
+    statement: int
     what: str
 
 
@@ -121,33 +131,100 @@ def _put(node: ast.AST, field: str, number: int, new: object) -> Callable[[], No
 def mutants_of(path: Path) -> list[Mutant]:
     """Lists the mutants of a file of the package."""
     tree = ast.parse((PACKAGE / path).read_text())
+    begins: dict[int, int] = {}
+    for statement in ast.walk(tree):  # outer ones first
+        if isinstance(statement, ast.stmt):
+            begins |= {id(node): statement.lineno for node in ast.walk(statement)}
     return [
-        Mutant(path, number, getattr(node, "lineno", 0), what) for number, (node, what, _) in enumerate(changes(tree))
+        Mutant(path, number, getattr(node, "lineno", 0), begins[id(node)], what)
+        for number, (node, what, _) in enumerate(changes(tree))
     ]
 
 
-def _own(mutant: Mutant) -> tuple[str, ...]:
-    """The tests of the file itself, which find most of its mutants and so are the first to run."""
-    path = Path("tests/core") / mutant.path.with_name(f"test_{mutant.path.stem.strip('_')}.py")
-    return (str(path),) if (ROOT / path).exists() else ()
+def survives(mutant: Mutant, tests: Sequence[str], timeout: float) -> bool:
+    """Runs tests on a mutant, in a copy of this process that has not imported the package; a hang counts as found."""
+    child = os.fork()
+    if not child:
+        os._exit(_run(mutant, tests))
+    ended = time.monotonic() + timeout
+    while time.monotonic() < ended:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
 
 
-def survives(mutant: Mutant, tests: tuple[str, ...], timeout: float) -> bool:
-    """Runs tests on a mutant; a hang counts as found."""
-    tree = ast.parse((PACKAGE / mutant.path).read_text())
-    next(put for number, (_, _, put) in enumerate(changes(tree)) if number == mutant.number)()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "lora_plugins"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / mutant.path).write_text(ast.unparse(ast.fix_missing_locations(tree)))
-        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        try:
-            run = subprocess.run(command, capture_output=True, check=False, env=environment, cwd=ROOT, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return run.returncode == 0
+def _run(mutant: Mutant, tests: Sequence[str]) -> int:
+    sys.meta_path.insert(0, _Finder(mutant))
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    # Rewriting assertions would load our modules, which include a plugin of pytest, in the mutant's place.
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *tests]))
+
+
+class _Finder(MetaPathFinder, SourceLoader):
+    """Imports the mutant in the place of its file."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+        self._name = ".".join(("lora_plugins", *mutant.path.with_suffix("").parts)).removesuffix(".__init__")
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        file = PACKAGE / self._mutant.path
+        places = [str(file.parent)] if file.name == "__init__.py" else None
+        if fullname != self._name:
+            return None
+        return spec_from_file_location(fullname, file, loader=self, submodule_search_locations=places)
+
+    def get_filename(self, fullname: str) -> str:
+        return str(PACKAGE / self._mutant.path)
+
+    def get_data(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def get_code(self, fullname: str) -> CodeType:
+        tree = ast.parse((PACKAGE / self._mutant.path).read_text())
+        next(put for number, (_, _, put) in enumerate(changes(tree)) if number == self._mutant.number)()
+        return compile(ast.fix_missing_locations(tree), self.get_filename(fullname), "exec")
+
+
+class Coverage:
+    """Which tests run which lines.
+
+    Args:
+        room: The room.
+        folder: Where the measurement is kept.
+    """
+
+    def __init__(self, room: str, folder: Path) -> None:
+        measured = folder / f"{room}.coverage"
+        options = folder / f"{room}.ini"
+        options.write_text(f"[run]\ndata_file = {measured}\nsource = {PACKAGE}\ndynamic_context = test_function\n")
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *TESTS[room]]
+        environment = {**os.environ, "COVERAGE_CORE": "ctrace"}  # the faster one does not tell tests apart
+        subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        data = coverage.CoverageData(str(measured))
+        data.read()
+        self._contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
+        data.close(force=True)
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """The tests that run a line, those of its own file first; what is run while the package is imported has all."""
+        contexts = self._contexts.get(str(PACKAGE / mutant.path), {})
+        ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
+        named = sorted({_node(context) for context in ran if context})
+        own = f"test_{mutant.path.stem.strip('_')}.py"
+        return sorted(named, key=lambda test: own not in test)
+
+
+def _node(context: str) -> str:
+    """The pytest name of a test, of `tests.core.test_model.TestX.test_y`."""
+    parts = context.split(".")
+    size = next(i for i in range(len(parts), 0, -1) if (ROOT / Path(*parts[:i])).with_suffix(".py").is_file())
+    return "::".join([f"{Path(*parts[:size])}.py", *parts[size:]])
 
 
 def main() -> int:
@@ -164,8 +241,11 @@ def main() -> int:
         found = [mutant for path in paths for mutant in mutants_of(path)]
         chosen = Random(given.seed).sample(found, min(given.sample or len(found), len(found)))
         started, alive = time.perf_counter(), 0
+        with tempfile.TemporaryDirectory() as folder:
+            covering = Coverage(room, Path(folder))
         for mutant in chosen:
-            if survives(mutant, (*_own(mutant), *TESTS[room]), given.timeout):
+            first = covering.tests(mutant)
+            if (not first or survives(mutant, first, given.timeout)) and survives(mutant, TESTS[room], given.timeout):
                 alive += 1
                 print(f"survived: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
         seconds = time.perf_counter() - started

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.state.machine import Machine
+from tests.state.machine import Machine, NoHandleError
 from tests.state.rules import Step
 from tests.state.spec import Spec
 
@@ -62,6 +62,8 @@ def carry_out(*names):
                 machine.do(step, compare=False)
             for name in names:
                 machine.do(CALLS[name], compare=name is names[-1])
+        except NoHandleError:
+            assert "copy" in names  # of a model without adapters, to which no handle exists
         finally:
             machine.close_all()
 
