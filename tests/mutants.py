@@ -215,16 +215,17 @@ class Coverage:
         """The tests that run a line, those of its own file first; what is run while the package is imported has all."""
         contexts = self._contexts.get(str(PACKAGE / mutant.path), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
-        named = sorted({_node(context) for context in ran if context})
+        named = sorted({node for context in ran if (node := _node(context))})
         own = f"test_{mutant.path.stem.strip('_')}.py"
         return sorted(named, key=lambda test: own not in test)
 
 
-def _node(context: str) -> str:
-    """The pytest name of a test, of `tests.core.test_model.TestX.test_y`."""
+def _node(context: str) -> str | None:
+    """The pytest name of a test, of `tests.core.test_model.TestX.test_y`; None if it is not one of these files."""
     parts = context.split(".")
-    size = next(i for i in range(len(parts), 0, -1) if (ROOT / Path(*parts[:i])).with_suffix(".py").is_file())
-    return "::".join([f"{Path(*parts[:size])}.py", *parts[size:]])
+    files = (i for i in range(len(parts), 0, -1) if (ROOT / Path(*parts[:i])).with_suffix(".py").is_file())
+    size = next(files, 0)
+    return None if not size else "::".join([f"{Path(*parts[:size])}.py", *parts[size:]])
 
 
 def main() -> int:

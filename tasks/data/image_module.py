@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
@@ -151,7 +152,7 @@ class ImageDataModule(VisionDataModule):
         occurring: dict[str, frozenset[int]] = {}
 
         def read(item: Item) -> None:
-            labels = torch.as_tensor(self.read(item)[1]).unique().tolist()
+            labels = np.unique(np.asarray(self.read(item)[1])).tolist()
             occurring[item.name] = frozenset(labels) - {self.ignore_index}
 
         wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}

@@ -1,27 +1,48 @@
 """The table of commands, which the entry point `lightning` of the group `lora_plugins.commands` names."""
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from lora_plugins.cli import Command
 
 
+def _prepared(arguments: list[str]) -> list[str]:
+    """Writes short flags out, and looks for mistakes while nothing heavy is imported."""
+    for name in _NEEDS:
+        _look_for(name)
+    from lora_plugins.integrations.lightning.cli.preflight import check  # noqa: PLC0415
+    from lora_plugins.integrations.lightning.cli.short_flags import SHORT, expanded  # noqa: PLC0415
+
+    written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
+    check([argument for argument in written if argument not in _TRAINER_COMMANDS], tuple(SHORT))
+    return written
+
+
 def _trainer(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
+
+        print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
+        return 0
+    prepared = _prepared(arguments)
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
     with _given_arguments():
-        LoraCLI(args=arguments)
+        LoraCLI(args=prepared)
     return 0
 
 
 def _plan(arguments: list[str]) -> int:
+    prepared = _prepared(["fit", *arguments[1:]])
     from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
     with _given_arguments():
-        PlanCLI(args=["fit", *arguments[1:]])
+        PlanCLI(args=prepared)
     return 0
 
 
@@ -33,10 +54,26 @@ def _merged_file(arguments: list[str]) -> int:
     return 0
 
 
-def _command(run: Callable[[list[str]], int], summary: str, options_first: bool = False) -> Command:
-    needs = ("lightning", "jsonargparse", "rich", "yaml")  # yaml comes with jsonargparse
-    return Command(summary, run, needs, "lora-plugins[lightning]", options_first)
+_NEEDS = ("lightning", "jsonargparse", "rich", "yaml")  # yaml comes with jsonargparse
 
+
+def _look_for(name: str) -> None:
+    """Raises the error of an import, without the time that it takes."""
+    if (name in sys.modules and sys.modules[name] is None) or (name not in sys.modules and find_spec(name) is None):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _command(run: Callable[[list[str]], int], summary: str, options_first: bool = False) -> Command:
+    return Command(summary, run, _NEEDS, "lora-plugins[lightning]", options_first)
+
+
+def _recipes(arguments: list[str]) -> int:
+    from lora_plugins.integrations.lightning.cli.recipes import run  # noqa: PLC0415
+
+    return run(arguments[1:])
+
+
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 COMMANDS: Mapping[str, Command] = {
     "fit": _command(_trainer, "train, as a YAML file says", options_first=True),
@@ -46,6 +83,7 @@ COMMANDS: Mapping[str, Command] = {
     "plan": _command(_plan, "print what fit would adapt, and train nothing"),
     "export": _command(_merged_file, "write a checkpoint's merged network as a plain .safetensors file"),
     "merge": _command(_merged_file, "write a checkpoint with its adapter merged, for load_from_checkpoint"),
+    "recipes": _command(_recipes, "list, show and copy the YAML files that are shipped"),
 }
 
 
@@ -58,6 +96,21 @@ def _given_arguments() -> Iterator[None]:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_tips():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         yield
+
+
+@contextmanager
+def _without_tips() -> Iterator[None]:
+    """Leaves out the advertisements that Lightning logs for other packages."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def is_none(record: logging.LogRecord) -> bool:
+        return "Tip: For seamless" not in record.getMessage()
+
+    logger.addFilter(is_none)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_none)

@@ -1,6 +1,6 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning.callback import LoraCallback
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
+from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
+from lora_plugins.integrations.lightning.cli.short_flags import SHORT
 from lora_plugins.integrations.lightning.console import print_plan
 
 
@@ -28,6 +30,16 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         kwargs.setdefault("subclass_mode_data", True)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
         super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser that says what is wrong with an argument in one message, without all flags."""
+        parser = super().init_parser(**kwargs)
+
+        def error(message: str, *_: Any) -> NoReturn:
+            raise ConfigError(explained(message, [*parser._option_string_actions, *SHORT]))
+
+        parser.error = error  # type: ignore[method-assign, assignment]
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two sections."""

@@ -21,6 +21,7 @@ usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python 
   plan       print what fit would adapt, and train nothing
   export     write a checkpoint's merged network as a plain .safetensors file
   merge      write a checkpoint with its adapter merged, for load_from_checkpoint
+  recipes    list, show and copy the YAML files that are shipped
   inspect    show what is in an adapter file of any format
   convert    write an adapter in another format
   plugins    list the installed plugins

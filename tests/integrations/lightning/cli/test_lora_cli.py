@@ -140,24 +140,22 @@ class TestConfig:
         assert main(["fit", "--config", path]) == 0
 
     @pytest.mark.parametrize(
-        ("changes", "message", "code"),
+        ("changes", "message"),
         [
-            ({"lora": {"rank": 2}}, "rank", 2),
-            ({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0.", 1),
-            ({"lora": {"bias": "some"}}, "bias", 2),
-            ({"lora_callback": {"adaptername": "x"}}, "adaptername", 2),
-            ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'", 1),
-            ({"loraa": {"r": 2}}, "loraa", 2),
+            ({"lora": {"rank": 2}}, "LoraConfig has no field 'rank'"),
+            ({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0."),
+            ({"lora": {"bias": "some"}}, "bias is 'some'"),
+            ({"lora_callback": {"adaptername": "x"}}, "adaptername"),
+            ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'"),
+            ({"loraa": {"r": 2}}, "has the key 'loraa'. Did you mean 'lora'"),
         ],
         ids=["unknown_field", "rank_0", "choice", "callback_option", "export_name", "section"],
     )
-    def test_wrong_value_ends_with_its_name(self, config, capsys, changes, message, code):
-        try:
-            ended = main(["fit", "--config", config(**changes)])
-        except SystemExit as stopped:  # what jsonargparse finds itself
-            ended = stopped.code
-        assert ended == code
-        assert message in capsys.readouterr().err
+    def test_wrong_value_is_one_message_with_its_name(self, config, capsys, changes, message):
+        assert main(["fit", "--config", config(**changes)]) == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
 
 
 def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):

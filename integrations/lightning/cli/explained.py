@@ -1,0 +1,126 @@
+"""Says in one sentence what jsonargparse says in many lines about an argument that it cannot use."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from lora_plugins.errors import near
+
+_KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
+_CLASS = re.compile(r"given class_path '([^']+)'")
+_TYPES: Mapping[str, str] = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as [a, b]",
+    "tuple": "a list, such as [224, 224]",
+    "dict": "a table, such as {a: 1}",
+}
+
+
+def explained(message: str, flags: Iterable[str] = ()) -> str:
+    """Returns what is wrong with an argument, where, and what is near it.
+
+    Args:
+        message: What jsonargparse says.
+        flags: The parser's flags.
+    """
+    where = ".".join(_KEY.findall(message))
+    classes = _CLASS.findall(message)
+    for pattern, say in _REASONS:
+        if (found := re.search(pattern, message)) is not None:
+            said = say(found, classes[-1] if classes else "", list(flags))
+            return f"{where}: {said}" if where else said
+    return "\n".join(line for line in message.splitlines() if "NoneType" not in line).strip()
+
+
+def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{cls.rpartition('.')[2] or 'it'} has no {found[1]!r}. {near(found[1], _parameters(cls))}"
+
+
+def _nested_option(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    if not cls:
+        return f"there is no flag {found[1]}. {near(found[1], flags)}"
+    name = found[1].lstrip("-").partition("=")[0]
+    outer, _, inner = name.rpartition(".")
+    known = _fields_below(cls, outer)
+    return f"{outer or cls} has no {inner!r}." + (f" {near(inner, known)}" if known else "")
+
+
+def _attribute(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    module = importlib.import_module(found[1])
+    names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
+    return f"{found[1]} has no {found[2]!r}. {near(found[2], names)}"
+
+
+def _module(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{cls or 'a class'} cannot be imported: there is no module {found[1]!r}. Install it, or mend the path."
+
+
+def _wrong_type(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", found[2].strip())
+    value, expected = nested[2] if nested else found[2], _TYPES.get(found[1], found[1])
+    return f"it is {expected}, and {value!r} was given."
+
+
+def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{found[1]!r} is not the path of a class, such as torch.optim.AdamW."
+
+
+def _not_a_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"there is no file {found[1]}."
+
+
+def _missing(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{found[1]!r} is missing, and has no default."
+
+
+_Say = Callable[[re.Match[str], str, list[str]], str]
+_REASONS: tuple[tuple[str, _Say], ...] = (
+    (r"unrecognized arguments: (\S+)", _nested_option),
+    (r"Option '(\w+)' is not accepted", _option),
+    (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
+    (r"No module named '([\w.]+)'", _module),
+    (r"Expected a dot import path string: (\S+)", _class_path),
+    (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
+    (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*Given value: ([^\n]+)", _wrong_type),
+    (r"File does not exist: '([^']+)'", _not_a_path),
+    (r'(?:Key|Option) "([^"]+)" is required', _missing),
+)
+"""What jsonargparse says, in the order in which it is looked for, and what says it better."""
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _parameters(cls: str) -> list[str]:
+    """The parameters of a class, with those that it hands on to the classes it inherits from."""
+    found = _imported(cls)
+    names: dict[str, None] = {}
+    for each in inspect.getmro(found) if isinstance(found, type) else ():
+        if "__init__" in vars(each):
+            parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+            names |= {each.name: None for each in parameters if each.kind in _BY_NAME and each.name != "self"}
+            if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+                break
+    return list(names)
+
+
+def _fields_below(cls: str, parameter: str) -> list[str]:
+    """The fields of the dataclass that a parameter of a class takes."""
+    found = _imported(cls)
+    if found is None:
+        return []
+    declared = inspect.get_annotations(found.__init__, eval_str=True).get(parameter)
+    return list(getattr(declared, "__dataclass_fields__", ()))
+
+
+def _imported(path: str) -> Callable[..., object] | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found if callable(found) else None

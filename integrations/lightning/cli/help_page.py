@@ -1,0 +1,57 @@
+"""What `fit --help` prints: one page; `fit --help-all` prints every flag, which takes LightningCLI seconds."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from lora_plugins import LoraConfig
+from lora_plugins.integrations.lightning.cli.recipes import recipes
+from lora_plugins.integrations.lightning.cli.short_flags import SHORT
+
+ALL = "--help-all"
+"""The flag that asks for LightningCLI's own help."""
+
+
+def help_page(command: str) -> str:
+    """Returns the help of `fit`, `validate`, `test` or `predict`."""
+    short = "\n".join(f"  {flag:14}{stands_for}" for flag, stands_for in SHORT.items())
+    return f"""usage: lora-plugins {command} --config FILE [--SECTION.NAME VALUE ...]
+
+A configuration is a YAML file, or recipe:NAME for one that is shipped: {", ".join(recipes())}.
+`lora-plugins recipes` says what each is for, `lora-plugins recipes copy NAME` gives you one to change.
+
+Sections of a configuration; each value is a flag too, and the last one given counts:
+  model        class_path and init_args of a LightningModule; shipped are
+               lora_plugins.tasks.ImageClassificationTask and lora_plugins.tasks.SemanticSegmentationTask
+  data         class_path and init_args of a LightningDataModule
+  trainer      arguments of Lightning's Trainer: max_epochs, precision, devices, accelerator, callbacks, ...
+  optimizer, lr_scheduler   class_path and init_args, in the place of the task's own
+  lora         {_lora_fields()}
+  lora_callback   target, save_adapter_to, export_to, merge_on_fit_end, ...
+  seed_everything, ckpt_path
+
+Short flags:
+{short}
+
+  {command} --print_config    prints the whole configuration that the arguments make
+  {command} {ALL}      lists every flag
+"""
+
+
+def _lora_fields() -> str:
+    names = [f"{each.name}{_default(each)}" for each in fields(LoraConfig)]
+    lines = [""]
+    for name in names:
+        if len(lines[-1]) + len(name) > _WIDTH:
+            lines.append("")
+        lines[-1] += f"{name}, "
+    return "\n               ".join(line.rstrip() for line in lines).rstrip(", ")
+
+
+def _default(field: Field[Any]) -> str:
+    simple = field.default is not MISSING and not isinstance(field.default, Mapping | tuple | list | None)
+    return f"={field.default}" if simple else ""
+
+
+_WIDTH = 90
+"""Characters in which the fields of LoRA are listed on a line."""

@@ -1,0 +1,261 @@
+"""Looks through the arguments of a command before what takes seconds is imported: most mistakes are in them.
+
+What is found here is answered at once. Everything else is found by LightningCLI, after its imports, and said by
+`explained`.
+"""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.errors import near
+
+SECTIONS = (
+    "config",
+    "ckpt_path",
+    "data",
+    "help",
+    "lora",
+    "lora_callback",
+    "lr_scheduler",
+    "model",
+    "optimizer",
+    "print_config",
+    "return_predictions",
+    "seed_everything",
+    "trainer",
+    "verbose",
+    "weights_only",
+)
+"""What flags begin with, and the keys of a configuration."""
+
+_COMMANDS = frozenset({"fit", "validate", "test", "predict"})
+"""Below which a configuration may lie in a file."""
+
+_OF_CHECKPOINTS = frozenset({"best", "last", "hpc"})
+_OTHER_FILES = frozenset(
+    {".safetensors", ".png", ".jpg", ".jpeg", ".yaml", ".yml", ".json", ".onnx", ".pt2", ".py", ".sh"}
+)
+_MISSING = object()
+
+
+def check(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
+    """Checks what can be checked without Lightning.
+
+    Args:
+        arguments: Those of `fit` and the like, after the command's name.
+        flags: Short flags, as further near matches.
+
+    Raises:
+        ConfigError: Of the first mistake, with the flag or key that it is in.
+    """
+    given: dict[str, Any] = {}
+    for flag, value in _pairs(arguments):
+        section = flag.lstrip("-").partition(".")[0].rstrip("+")
+        if flag.startswith("--") and section not in SECTIONS:
+            _refuse_flag(flag, flags)
+        if flag in ("--config", "-c"):
+            _merge(given, _configuration(value))
+        elif value is not None:
+            _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value))
+    for one in _CHECKS:
+        one(given)
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yields the flags with their values, if they have one."""
+    waiting: str | None = None
+    for argument in arguments:
+        is_flag = argument.startswith("-") and not _is_number(argument)
+        if not is_flag and waiting is not None:
+            yield waiting, argument
+            waiting = None
+            continue
+        if waiting is not None:
+            yield waiting, None
+            waiting = None
+        if is_flag:
+            flag, equals, value = argument.partition("=")
+            if equals:
+                yield flag, value
+            else:
+                waiting = flag
+    if waiting is not None:
+        yield waiting, None
+
+
+def _is_number(argument: str) -> bool:
+    return re.fullmatch(r"-\d+(\.\d*)?(e-?\d+)?", argument) is not None
+
+
+def _refuse_flag(flag: str, short: Sequence[str]) -> None:
+    hint = near(flag.partition(".")[0], [*(f"--{section}" for section in SECTIONS), *short])
+    raise ConfigError(
+        f"There is no flag {flag}. {hint} Arguments of the model are --model.init_args.NAME, of its data "
+        "--data.init_args.NAME, of the trainer --trainer.NAME, of LoRA --lora.NAME."
+    )
+
+
+def _configuration(value: str | None) -> dict[str, Any]:
+    if value is None:
+        raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
+    path = Path(value)
+    if not path.is_file():
+        if "\n" in value:
+            return {}  # the text of a configuration
+        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
+        raise ConfigError(
+            f"There is no file {value}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
+        )
+    try:
+        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{value} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
+    for command in _COMMANDS & loaded.keys():
+        loaded = loaded[command] if isinstance(loaded[command], dict) else {}
+    for key in loaded:
+        if key not in SECTIONS:
+            raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
+    return {**loaded}
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(given.get(key), dict):
+            _merge(given[key], value)
+        else:
+            given[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _put(given: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(given.get(key), dict):
+            given[key] = {}
+        given = given[key]
+    given[keys[-1]] = value
+
+
+def _get(given: Any, *keys: str) -> Any:
+    for key in keys:
+        given = given.get(key, _MISSING) if isinstance(given, Mapping) else _MISSING
+    return given
+
+
+def _check_lora(given: Mapping[str, Any]) -> None:
+    fields = given.get("lora")
+    if not isinstance(fields, Mapping) or "class_path" in fields:
+        return
+    try:
+        LoraConfig(**fields)
+    except TypeError as error:
+        raise ConfigError(f"lora: {error}") from error
+
+
+def _check_classes(given: Mapping[str, Any]) -> None:
+    for where, path in _class_paths(given, ""):
+        package, _, name = path.rpartition(".")
+        if package in _LISTED and name not in (names := importlib.import_module(package).__all__):
+            raise ConfigError(f"{where} is {path!r}, and {package} has no {name!r}. {near(name, names)}")
+
+
+_LISTED = ("lora_plugins", "lora_plugins.tasks", "lora_plugins.integrations.lightning")
+"""Packages that list their names, and import what is behind them only when it is used."""
+
+
+def _class_paths(given: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            inside = f"{where}.{key}".lstrip(".")
+            if key == "class_path" and isinstance(value, str):
+                yield inside, value
+            yield from _class_paths(value, inside)
+    elif isinstance(given, list):
+        for number, value in enumerate(given):
+            yield from _class_paths(value, f"{where}[{number}]")
+
+
+def _check_checkpoint(given: Mapping[str, Any]) -> None:
+    path = given.get("ckpt_path")
+    if not isinstance(path, str) or path in _OF_CHECKPOINTS or "://" in path or path.startswith("registry"):
+        return
+    if not Path(path).exists():
+        folder = Path(path).parent
+        beside = [each.name for each in folder.glob("*.ckpt")] if folder.is_dir() else []
+        hint = near(Path(path).name, beside) if beside else f"There is no checkpoint in {folder.absolute()}."
+        raise ConfigError(f"ckpt_path: there is no file {path}. {hint}")
+    if Path(path).suffix in _OTHER_FILES:
+        raise ConfigError(
+            f"ckpt_path: {path} is not a checkpoint of Lightning. A run goes on from a .ckpt file; weights of a model "
+            "are an argument of the model."
+        )
+
+
+def _check_accelerator(given: Mapping[str, Any]) -> None:
+    wanted = _get(given, "trainer", "accelerator")
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        raise ConfigError(f"trainer.accelerator is {wanted!r}, and torch finds no GPU here. Write 'auto' or 'cpu'.")
+
+
+def _check_batch_size(given: Mapping[str, Any]) -> None:
+    size = _get(given, "data", "init_args", "batch_size")
+    if size is not _MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ConfigError(f"data.init_args.batch_size is {size!r}; it is a whole number, at least 1.")
+
+
+def _check_root(given: Mapping[str, Any]) -> None:
+    root = _get(given, "data", "init_args", "root")
+    if isinstance(root, str) and not Path(root).is_dir():
+        parent = next(folder for folder in Path(root).absolute().parents if folder.is_dir())
+        missing = Path(root).absolute().relative_to(parent).parts[0]
+        beside = [each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
+        hint = near(missing, beside) if len(parent.parts) > 1 else ""
+        raise ConfigError(
+            f"data.init_args.root: there is no folder {root}: {parent} has no {missing!r}. {hint}".rstrip()
+        )
+
+
+def _check_trainer(given: Mapping[str, Any]) -> None:
+    options, known = given.get("trainer"), _trainer_options()
+    for name in options if known and isinstance(options, Mapping) else ():
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: Trainer has no {name!r}. {near(str(name), known)}")
+
+
+def _trainer_options() -> list[str]:
+    """The arguments of Lightning's Trainer, read from its source, as importing it takes seconds."""
+    package = importlib.util.find_spec("lightning")
+    path = Path(str(package.origin)).parent / "pytorch/trainer/trainer.py" if package else Path()
+    if not path.is_file():
+        return []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            return [each.arg for each in (*node.args.args[1:], *node.args.kwonlyargs)]
+    return []
+
+
+_CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
+    _check_trainer,
+    _check_lora,
+    _check_classes,
+    _check_root,
+    _check_batch_size,
+    _check_checkpoint,
+    _check_accelerator,
+)

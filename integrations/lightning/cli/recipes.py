@@ -1,0 +1,67 @@
+"""The YAML files that are shipped: `lora-plugins recipes`, and `--config recipe:seg`."""
+
+import argparse
+import shutil
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+
+from lora_plugins import ConfigError
+from lora_plugins.errors import near
+
+GROUP = "lora_plugins.recipes"
+"""Entry-point group for packages whose YAML files are recipes."""
+
+PREFIX = "recipe:"
+"""What a configuration begins with that is the name of a recipe."""
+
+
+def recipes() -> dict[str, Path]:
+    """Returns the paths of the YAML files of all packages that ship some, by name."""
+    folders = [Path(str(files(point.value))) for point in metadata.entry_points(group=GROUP)]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name: str) -> Path:
+    """Returns the path of a recipe.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    found = recipes()
+    if name not in found:
+        raise ConfigError(f"There is no recipe {name!r}. {near(name, found)}")
+    return found[name]
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command `recipes`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="lora-plugins recipes", description=__doc__)
+    actions = parser.add_subparsers(dest="action", title="actions")
+    actions.add_parser("list", help="their names, and what each is for (the default)")
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name")
+    copy = actions.add_parser("copy", help="write one to a file of your own")
+    copy.add_argument("name")
+    copy.add_argument("path", nargs="?", type=Path, help="by default NAME.yaml in this folder")
+    given = parser.parse_args(arguments)
+    if given.action == "show":
+        print(recipe_path(given.name).read_text(encoding="utf-8"), end="")
+    elif given.action == "copy":
+        _copy(recipe_path(given.name), given.path or Path(f"{given.name}.yaml"))
+    else:
+        for name, path in recipes().items():
+            print(f"  {name:22}{_summary(path)}")
+        print("\nRun one: lora-plugins fit --config recipe:NAME    Copy one: lora-plugins recipes copy NAME")
+    return 0
+
+
+def _copy(recipe: Path, path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"{path} exists already. Name another file.")
+    shutil.copyfile(recipe, path)
+    print(f"Written: {path}")
+
+
+def _summary(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").rstrip(".")

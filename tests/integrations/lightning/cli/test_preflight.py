@@ -1,0 +1,131 @@
+"""Mistakes in arguments: each is one message, said before Lightning is imported where that is possible."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning.cli.explained import explained
+
+AT_ONCE = {
+    "no such file": (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
+    "near file": (["--config", "{folder}/rn.yaml"], "Did you mean 'run.yaml'"),
+    "not YAML": (["--config", "{folder}/broken.yaml"], "broken.yaml is not YAML"),
+    "no recipe": (["--config", "recipe:segg"], "no recipe 'segg'. Did you mean 'seg'"),
+    "no root": (["--config", "recipe:cls_folder", "--data.init_args.root", "{folder}/dta"], "no folder {folder}/dta"),
+    "near root": (["--config", "recipe:cls_folder", "--data.init_args.root={folder}/imges/x"], "Did you mean 'images'"),
+    "class": (["--config", "recipe:cls", "--model.class_path", "lora_plugins.tasks.Clasification"], "Classification"),
+    "rank": (["--config", "recipe:cls", "--lora.r", "1.5"], "r is a rank, a whole number from 1 to 65536, not 1.5"),
+    "alpha": (["--config", "recipe:cls", "--lora.alpha", "eight"], "alpha is a positive, finite number, not 'eight'"),
+    "field": (["--config", "recipe:cls", "--lora.dropot", "0.1"], "Did you mean 'dropout'"),
+    "trainer": (["--config", "recipe:cls", "--trainer.max_epochz", "3"], "Did you mean 'max_epochs'"),
+    "flag": (["--config", "recipe:cls", "--epoch", "3"], "There is no flag --epoch. Did you mean '--epochs'"),
+    "section": (["--config", "recipe:cls", "--tainer.max_epochs", "3"], "Did you mean '--trainer'"),
+    "batch size 0": (["--config", "recipe:cls", "--batch-size", "0"], "batch_size is 0; it is a whole number"),
+    "batch size -4": (["--config", "recipe:cls", "--batch-size", "-4"], "batch_size is -4; it is a whole number"),
+    "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
+    "near checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lst.ckpt"], "Did you mean 'last.ckpt'"),
+    "a picture": (["--config", "recipe:cls", "--ckpt_path", "{folder}/a.jpg"], "a.jpg is not a checkpoint"),
+}
+
+LATER = {
+    "argument of the model": (
+        ["--model.init_args.cutmx", "0.5"],
+        "ImageClassificationTask has no 'cutmx'. Did",
+    ),
+    "argument of the data": (
+        ["--data.init_args.batch_sizes", "3"],
+        "DigitsDataModule has no 'batch_sizes'. Did",
+    ),
+    "below it": (["--model.init_args.model.sorce", "timm"], "model has no 'sorce'. Did you mean 'source'?"),
+    "type": (["--trainer.max_epochs", "three"], "trainer.max_epochs: it is a whole number, and 'three' was given"),
+    "type of an argument": (["--model.init_args.model.num_classes", "many"], "a whole number, and 'many' was given"),
+    "no class": (["--optimizer", "AdamX"], "optimizer: 'AdamX' is not the path of a class"),
+    "no module": (["--data.class_path", "foo.bar.Baz"], "there is no module 'foo'"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    for name in ("run.yaml", "last.ckpt", "a.jpg"):
+        (folder / name).write_text("trainer: {max_epochs: 1}")
+    (folder / "broken.yaml").write_text("model: [")
+    (folder / "images").mkdir()
+    return folder
+
+
+def refused(arguments, message, capsys):
+    assert main(["fit", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), AT_ONCE.values(), ids=AT_ONCE)
+def test_a_mistake_that_is_found_at_once(arguments, message, folder, capsys):
+    refused([each.format(folder=folder) for each in arguments], message.format(folder=folder), capsys)
+
+
+@pytest.mark.parametrize(("arguments", "message"), LATER.values(), ids=LATER)
+def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
+    refused(["--config", "recipe:cls", *arguments], message, capsys)
+
+
+def test_mistakes_found_at_once_import_nothing_heavy(folder):
+    """Lightning and what it brings take several seconds."""
+    calls = [["fit", *(each.format(folder=folder) for each in arguments)] for arguments, _ in AT_ONCE.values()]
+    code = (
+        "import sys\nfrom lora_plugins.cli.main import main\n"
+        f"for call in {[*calls, ['fit', '--help'], ['recipes']]!r}:\n    main(call)\n"
+        "sys.exit(bool({'lightning', 'torchvision', 'transformers', 'jsonargparse'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False).returncode == 0
+
+
+def test_a_gpu_that_is_not_there(capsys):
+    import torch
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is one")
+    refused(["--config", "recipe:cls", "--trainer.accelerator", "gpu"], "torch finds no GPU here", capsys)
+
+
+def test_short_flags_are_the_dotted_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=recipe:cls", "--rank=3", "--epochs", "2", "--lr", "0.25", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "r: 3" in printed
+    assert "max_epochs: 2" in printed
+    assert "lr: 0.25" in printed
+
+
+def test_help_is_one_page(capsys):
+    assert main(["fit", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.count("\n") < 40
+    for word in ("ImageClassificationTask", "SemanticSegmentationTask", "target_modules", "--epochs", "recipe:"):
+        assert word in page
+
+
+class TestRecipes:
+    def test_they_are_listed(self, capsys):
+        assert main(["recipes"]) == 0
+        out = capsys.readouterr().out
+        assert "seg_folder" in out
+        assert "on your own images" in out
+
+    def test_one_is_shown_and_copied(self, capsys, tmp_path):
+        assert main(["recipes", "show", "cls"]) == 0
+        shown = capsys.readouterr().out
+        copied = tmp_path / "mine.yaml"
+        assert main(["recipes", "copy", "cls", str(copied)]) == 0
+        assert copied.read_text() == shown
+        assert main(["recipes", "copy", "cls", str(copied)]) == 1
+        assert "exists already" in capsys.readouterr().err
+
+
+def test_a_message_that_is_not_known_keeps_its_words():
+    assert explained("Something else went wrong.") == "Something else went wrong."
