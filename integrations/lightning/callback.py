@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan
 from lora_plugins.adapter import model_state
-from lora_plugins.errors import near
+from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
 from lora_plugins.integrations.lightning.console import print_files, print_plan
@@ -131,6 +132,7 @@ class LoraCallback(Callback):
             raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
         self._merge: ReversibleMerge | None = None
+        self._undone = False
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
@@ -271,15 +273,33 @@ class LoraCallback(Callback):
         self._end_run()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the methods of the module, and those of the strategy if the module carries no adapter."""
+        """Restores the methods of the module, and those of the strategy if the module carries no adapter.
+
+        A merge that was undone to read a checkpoint is made again, with the adapter of that checkpoint.
+        """
+        if stage != "fit" and self._undone:
+            self._merge_again(pl_module)
         self._end_run()
         CheckpointShims.remove(trainer, pl_module)
 
     def undo_merge(self, module: nn.Module) -> None:
-        """Undoes the merge if `module` is the merged one, since an adapter is about to be loaded."""
-        merge, self._merge = self._merge, None
-        if merge is not None and merge.is_of(self._target(module)):
-            merge.undo()
+        """Undoes the merge where `module` has the very values that were merged, since an adapter is about to be loaded.
+
+        Elsewhere the weights that are there win, and a line says so if it is the module that was merged.
+        """
+        merge, target = self._merge, self._target(module)
+        if merge is None or model_state(target) is not None:
+            return
+        if merge.is_of(target):
+            merge.undo(target)
+            self._merge, self._undone = None, True
+        elif merge.target() is target:
+            rank_zero_info(
+                f"The weights of {type(module).__name__} are no more those that the adapter {self.adapter_name!r} was "
+                f"merged into: {listing(merge.replaced(target), 3)} have other values. The merge is not taken back: "
+                "the weights that are there are the base now."
+            )
+            self._merge = None
 
     def forget_merge(self) -> None:
         """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
@@ -327,6 +347,16 @@ class LoraCallback(Callback):
         if self.train_mode and trainer.state.fn == "fit":
             set_training_mode(target)
 
+    def _merge_again(self, module: LightningModule) -> None:
+        """Merges after validate, test or predict, so that other weights that are loaded next meet a plain module."""
+        target = self._target(module)
+        if model_state(target) is None:
+            return
+        try:
+            self._merge = merge_reversibly(target)
+        except MergeError as error:  # what was tested is right nevertheless
+            rank_zero_warn(f"The adapter stays on the module: {error}")
+
     def _target(self, module: nn.Module) -> nn.Module:
         return find_target(module, self.target)
 
@@ -373,3 +403,4 @@ class LoraCallback(Callback):
             if shims is not None:
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
+        self._random_state, self._undone = None, False

@@ -11,6 +11,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
     reuse_adapter,
     set_training_mode,
 )
+from lora_plugins.integrations.lightning.module.checksums import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
 from lora_plugins.integrations.lightning.module.reversible_merge import (
@@ -36,9 +37,12 @@ __all__ = [
     "check_mergeable",
     "check_not_nested",
     "check_not_replaced",
+    "checksum",
+    "checksums",
     "find_target",
     "frozen_keys",
     "frozen_tensors",
+    "local",
     "merge_reversibly",
     "name_mapper",
     "plain_name",

@@ -14,6 +14,7 @@ from lora_plugins.adapter import adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import full_name, layer_state, own_tensor
+from lora_plugins.integrations.lightning.module.checksums import checksum, checksums
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.utils import replace_file
 
@@ -23,30 +24,40 @@ class ReversibleMerge:
     """A module whose adapters are merged into plain layers, and what is needed to have them back.
 
     Args:
-        target: The module.
-        layers: The layers that were adapted, by name.
         base: The raw value of every tensor that merging or training in place changed, by full name.
         adapters: The adapters, in the order in which they were added.
         active: The active ones by name, with what their updates are multiplied by.
+        merged: The check sum of each of these tensors after the merge, by full name.
+        target: The module.
     """
 
-    target: "weakref.ref[nn.Module]"
-    layers: "dict[str, weakref.ref[nn.Module]]"
     base: dict[str, Tensor]
     adapters: dict[str, PackedAdapter]
     active: dict[str, float]
+    merged: dict[str, int]
+    target: "weakref.ref[nn.Module]"
+
+    def replaced(self, target: nn.Module) -> list[str]:
+        """Returns the names of merged tensors that are not in `target`, or whose values are no more the merged ones."""
+        own = {
+            **dict(target.named_parameters(remove_duplicate=False)),
+            **dict(target.named_buffers(remove_duplicate=False)),
+        }
+        return [
+            name
+            for name, merged in self.merged.items()
+            if name not in own or own[name].shape != self.base[name].shape or checksum(own[name]) != merged
+        ]
 
     def is_of(self, target: nn.Module) -> bool:
-        """Whether `target` is the merged module, with its layers still in place."""
-        if self.target() is not target or model_state(target) is not None:
+        """Whether `target` has the very values of the merge: the module that was merged, or a copy of it."""
+        if model_state(target) is not None or self.replaced(target):
             return False
-        found = dict(target.named_modules())
-        return all(found.get(name) is layer() for name, layer in self.layers.items())
+        # Where nothing was learned, an untouched module has these values too, and no adapter to go on with.
+        return self.target() is target or self.merged != checksums(self.base)
 
-    def undo(self) -> None:
-        """Restores the raw weights and the adapters of the module, bit for bit."""
-        target = self.target()
-        assert target is not None
+    def undo(self, target: nn.Module) -> None:
+        """Restores the raw weights and the adapters of a module with the merged values, bit for bit."""
         for name, value in self.base.items():
             tensor = own_tensor(target, name)
             tensor.data = value.to(tensor.device)
@@ -68,7 +79,6 @@ def merge_reversibly(target: nn.Module) -> ReversibleMerge:
     lora = LoraModel(target)
     state = state_of_adapters(target)
     check_mergeable(target)
-    layers = adapted_layers(target)
     adapters = {name: lora.pack(name) for name in lora.adapters}
     active = lora.active_weights
     weights = {
@@ -83,9 +93,8 @@ def merge_reversibly(target: nn.Module) -> ReversibleMerge:
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
     lora.merge_adapter()  # all of it or nothing, since the raw weights are in `base` anyway
     lora.merge_and_unload()
-    return ReversibleMerge(
-        weakref.ref(target), {name: weakref.ref(layer) for name, layer in layers.items()}, base, adapters, active
-    )
+    merged = checksums({name: own_tensor(target, name) for name in base})
+    return ReversibleMerge(base, adapters, active, merged, weakref.ref(target))
 
 
 def check_mergeable(target: nn.Module) -> None:
@@ -114,7 +123,7 @@ def temporarily_merged(target: nn.Module) -> Iterator[ReversibleMerge]:
     try:
         yield result
     finally:
-        result.undo()
+        result.undo(target)
 
 
 def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:

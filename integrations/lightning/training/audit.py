@@ -6,11 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import frozen_tensors, trained_parameters
+from lora_plugins.integrations.lightning.module import checksum, checksums, frozen_tensors, local, trained_parameters
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
@@ -171,45 +170,16 @@ def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns a check sum of each tensor's bits: the sum of its bytes, weighted by position."""
-    return {name: _checksum(tensor) for name, tensor in tensors.items()}
-
-
 def check_unchanged(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
     """Checks that the frozen base has not changed.
 
     Raises:
         StateError: If some tensors changed, naming them.
     """
-    moved = [name for name, tensor in tensors.items() if name in before and _checksum(tensor) != before[name]]
+    moved = [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
     if moved:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
             "hold them and would be put onto another base. Likely causes: a callback or a training step that writes "
             "into weights, or a layer that updates statistics in a buffer while frozen."
         )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Returns a tensor, detached; of a distributed one, the part that this process holds."""
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return own.detach()
-
-
-def _checksum(tensor: Tensor) -> int:
-    data = local(tensor).contiguous().view(-1)
-    if data.numel() == 0:
-        return 0
-    words = _words(data)
-    half = words.numel() // 2
-    # Two sums, so that exchanged values are noticed too; both wrap around, which is harmless.
-    return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))
-
-
-def _words(data: Tensor) -> Tensor:
-    """Views a vector's memory as whole numbers, of eight bytes where it can be divided so: one fast pass."""
-    size = data.element_size()
-    if data.numel() * size % 8 == 0 and data.storage_offset() * size % 8 == 0:
-        return data.view(torch.int64)
-    return data.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])

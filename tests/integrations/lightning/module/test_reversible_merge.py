@@ -194,6 +194,7 @@ class TestHeadsAndBiases:
         assert loss(run, module) == pytest.approx(logged(saver, last), **CLOSE)
         for path in saver.best_k_models:
             assert loss(run, module, ckpt_path=path) == pytest.approx(logged(saver, path), rel=1e-6)
+        run.callbacks[0].undo_merge(module)
         assert not differing(values(LoraModel(module).unload()), values(Classifier()))
 
 

@@ -1,0 +1,146 @@
+"""A callback, Trainer or module used again: a merge is taken back onto the merged values only."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
+
+HEADS = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, HEADS], ids=["factors", "heads"])
+
+
+def fit(tmp_path, module, callback, seed=3, **options):
+    """Fits with the same random numbers whenever it is called, and returns the values that the module has then."""
+    torch.manual_seed(seed)
+    run = trainer(tmp_path, [callback], max_epochs=1, **options)
+    run.fit(module, loader())
+    return values(module)
+
+
+def alone(tmp_path, module, config=CONFIG):
+    """What a new callback makes of a module."""
+    return fit(tmp_path, module, LoraCallback(config))
+
+
+def checkpoint(tmp_path, config=CONFIG):
+    """The file of a run of its own."""
+    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], max_epochs=1)
+    run.fit(Classifier(lr=0.2), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    return tmp_path / "it.ckpt"
+
+
+def plain_epoch(tmp_path, module):
+    trainer(tmp_path, [], max_epochs=1).fit(module, loader())
+
+
+@CONFIGS
+class TestFolds:
+    def test_new_modules(self, tmp_path, config):
+        callback = LoraCallback(config)
+        first, second = (fit(tmp_path, Classifier(lr=0.3), callback) for _ in range(2))
+        assert not differing(first, second)
+
+    @pytest.mark.parametrize("between", ["nothing", "test", "test_best", "validate_best", "predict_best"])
+    def test_one_module_that_is_reset(self, tmp_path, config, between):
+        """Also after a checkpoint was tested: its adapter is not on the module when other weights are loaded."""
+        callback, module = LoraCallback(config), Classifier(lr=0.3)
+        start = values(module)
+        path = checkpoint(tmp_path, config)
+        results = []
+        for _ in range(3):
+            module.load_state_dict(start)
+            results.append(fit(tmp_path, module, callback))
+            stage, _, best = between.partition("_")
+            if stage != "nothing":
+                run = trainer(tmp_path, [callback])
+                getattr(run, stage)(module, loader(), ckpt_path=path if best else None)
+        assert not differing(results[0], results[1])
+        assert not differing(results[0], results[2])
+
+    def test_one_trainer(self, tmp_path, config):
+        torch.manual_seed(3)
+        callback = LoraCallback(config)
+        run = trainer(tmp_path, [callback], max_epochs=1)
+        run.fit(first := Classifier(lr=0.3), loader())
+        torch.manual_seed(3)
+        run.fit_loop.max_epochs = 2
+        run.fit(second := Classifier(lr=0.3), loader())
+        assert not differing(values(first), values(second))
+
+
+class TestWhatIsThereWins:
+    def test_loaded_weights(self, tmp_path, caplog):
+        callback, module, other = LoraCallback(CONFIG), Classifier(lr=0.3), Classifier(base_seed=5, lr=0.3)
+        fit(tmp_path, module, callback)
+        module.load_state_dict(values(other))
+        with caplog.at_level(logging.INFO):
+            found = fit(tmp_path, module, callback)
+        assert "net.0.weight" in caplog.text
+        assert "not taken back" in caplog.text
+        assert not differing(found, alone(tmp_path, other))
+
+    def test_one_loaded_weight_is_enough(self, tmp_path):
+        callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
+        fit(tmp_path, module, callback)
+        with torch.no_grad():
+            module.net[3].weight[0, 0] += 1
+        expected = alone(tmp_path, copy.deepcopy(module))
+        assert not differing(fit(tmp_path, module, callback), expected)
+
+    def test_plain_fine_tuning_between(self, tmp_path):
+        callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
+        fit(tmp_path, module, callback)
+        plain_epoch(tmp_path, module)
+        expected = alone(tmp_path, copy.deepcopy(module))
+        assert not differing(fit(tmp_path, module, callback), expected)
+
+    def test_another_module_in_between(self, tmp_path):
+        callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
+        fit(tmp_path, module, callback)
+        trainer(tmp_path, [callback]).test(Classifier(base_seed=5), loader(), verbose=False)
+        callback.undo_merge(module)
+        assert not differing(values(LoraModel(module).unload()), values(Classifier()))
+
+
+class TestTakenBack:
+    @pytest.mark.parametrize("between", ["nothing", "test", "same_values", "to_float64_and_back", "copy"])
+    def test_same_values_go_on(self, tmp_path, between):
+        callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
+        fit(tmp_path, module, callback)
+        if between == "test":
+            trainer(tmp_path, [callback]).test(module, loader(), verbose=False)
+        elif between == "same_values":
+            module.load_state_dict(values(module))
+        elif between == "to_float64_and_back":
+            module.double().float()
+        elif between == "copy":
+            module = copy.deepcopy(module)
+        callback.undo_merge(module)
+        assert LoraModel(module).active_adapters == ("default",)
+        assert not differing(values(LoraModel(module).unload()), values(Classifier()))
+
+    def test_test_with_a_checkpoint_leaves_its_adapter_merged(self, tmp_path):
+        callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
+        path = checkpoint(tmp_path)
+        fit(tmp_path, module, callback)
+        trainer(tmp_path, [callback]).test(module, loader(), ckpt_path=path, verbose=False)
+        expected = load_from_checkpoint(Classifier, path)
+        LoraModel(expected).merge_and_unload()
+        assert not differing(values(module), values(expected))
+        assert [type(child) for child in module.modules()] == [type(child) for child in Classifier().modules()]
+
+
+def test_random_numbers_of_a_tested_file_are_not_those_of_the_next_fit(tmp_path):
+    run = trainer(tmp_path, [LoraCallback(CONFIG)], max_epochs=1)
+    run.test(Classifier(), loader(), ckpt_path=checkpoint(tmp_path), verbose=False)
+    torch.manual_seed(11)
+    run.fit(first := Classifier(dropout=0.5), loader(shuffle=True))
+    torch.manual_seed(11)
+    trainer(tmp_path, [LoraCallback(CONFIG)], max_epochs=1).fit(second := Classifier(dropout=0.5), loader(shuffle=True))
+    assert not differing(values(first), values(second))
