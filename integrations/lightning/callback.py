@@ -55,6 +55,7 @@ from lora_plugins.integrations.lightning.training import (
     add_missing_parameters,
     calibrate_on_train_batches,
     copy_into_averages,
+    drop_averages,
     needs_data,
 )
 
@@ -263,6 +264,8 @@ class LoraCallback(Callback):
         if self.merge_source == "best":
             checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
+        if self.merge_on_fit_end or self.merge_source == "best":
+            drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
         if self.merge_on_fit_end:
             self._merge = merge_reversibly(self._target(pl_module))
@@ -305,6 +308,10 @@ class LoraCallback(Callback):
         """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
         self._merge = None
 
+    def adapters_changed(self, trainer: Trainer) -> None:
+        """Lets averaging callbacks copy the module again, before the checkpoint's average is loaded into the copy."""
+        copy_into_averages(trainer, trainer.lightning_module)
+
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
         none = dict.fromkeys(("_merge", "_module_shims", "_strategy_shims", "_audit"))
@@ -334,6 +341,8 @@ class LoraCallback(Callback):
         config = with_declarations(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
             reuse_adapter(target, self.adapter_name, config)
+            if self._undone:
+                copy_into_averages(trainer, module)
         else:
             check_not_nested(module, self.target)
             if is_sharded(trainer):

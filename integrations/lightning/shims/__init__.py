@@ -3,6 +3,7 @@
 Each private part is used in one file, which says what is lost without it. Depends on no other room.
 """
 
+from lora_plugins.integrations.lightning.shims.average_model import Averaging, drop_average
 from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
 from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
 from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
@@ -10,7 +11,9 @@ from lora_plugins.integrations.lightning.shims.methods import MethodShims
 from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import starts_by_multiprocessing
 
 __all__ = [
+    "Averaging",
     "MethodShims",
+    "drop_average",
     "expecting_eval_mode",
     "expecting_override",
     "saves_shards",

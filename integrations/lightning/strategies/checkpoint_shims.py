@@ -40,6 +40,9 @@ class Owner(Protocol):
     def forget_merge(self) -> None:
         """Forgets a merge, since other weights are about to be loaded."""
 
+    def adapters_changed(self, trainer: Trainer) -> None:
+        """Learns that a checkpoint brought adapters to the module, or took them off."""
+
 
 class CheckpointShims:
     """Small files on every path on which a strategy saves, complete ones on every path on which it loads."""
@@ -103,6 +106,14 @@ class CheckpointShims:
         with reading_errors(checkpoint_path):
             checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
         check_whole(checkpoint_path, checkpoint)
+        before = {name for name, _ in self._module.named_parameters()}
+        complete = self._prepare(checkpoint_path, checkpoint)
+        if before != {name for name, _ in self._module.named_parameters()}:
+            self._owners[0].adapters_changed(self._trainer)
+        return complete
+
+    def _prepare(self, checkpoint_path: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Puts the adapters of a checkpoint on the module, and returns it complete."""
         if KEY not in checkpoint:
             self._prepare_for_plain(checkpoint_path)
             return checkpoint

@@ -4,7 +4,7 @@ Depends on `module`, `shims` and `strategies`.
 """
 
 from lora_plugins.integrations.lightning.training.audit import Audit
-from lora_plugins.integrations.lightning.training.averages import copy_into_averages
+from lora_plugins.integrations.lightning.training.averages import copy_into_averages, drop_averages
 from lora_plugins.integrations.lightning.training.calibration_data import (
     adapt_after_restoring,
     calibrate_on_train_batches,
@@ -20,6 +20,7 @@ __all__ = [
     "add_missing_parameters",
     "calibrate_on_train_batches",
     "copy_into_averages",
+    "drop_averages",
     "needs_data",
     "parameter_groups",
 ]

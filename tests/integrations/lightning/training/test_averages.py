@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from lora_plugins.integrations.lightning import load_from_checkpoint
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import BASE, Classifier, differing, load, loader, lora, trainer, values
 
 AVERAGING = {
@@ -69,3 +69,88 @@ def test_ema_checkpoint_gives_the_metric_that_was_logged(tmp_path):
         assert found == pytest.approx(float(logged), rel=1e-6)
         alone = trainer(tmp_path, []).test(load_from_checkpoint(Classifier, path), loader(), verbose=False)
         assert alone[0]["val/loss"] == pytest.approx(float(logged), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")  # as a new one
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+class TestAfterTheMerge:
+    """What comes after a fit that merged sees the merged average, and nothing of the callback's own copy."""
+
+    def fitted(self, tmp_path, make, first, width=16, **options):
+        callbacks = [lora(merge_on_fit_end=True, **options), make()]
+        saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
+        run = trainer(tmp_path, [*(callbacks if first else reversed(callbacks)), saver], max_epochs=3)
+        module = Classifier(width=width, lr=0.3)
+        torch.manual_seed(4)
+        run.fit(module, loader(), loader())
+        return run, module, saver
+
+    def alone(self, tmp_path, module):
+        return trainer(tmp_path, []).validate(module, loader(), verbose=False)
+
+    @pytest.mark.parametrize("width", [16, 4], ids=["oblong", "square"])
+    def test_validate(self, tmp_path, make, first, width):
+        run, module, _ = self.fitted(tmp_path, make, first, width)
+        merged, expected = values(module), self.alone(tmp_path, module)
+        for read in (run.validate, run.test, run.validate):
+            assert read(module, loader(), verbose=False) == expected
+        assert not differing(values(module), merged)
+
+    def test_validate_with_a_checkpoint(self, tmp_path, make, first):
+        run, module, saver = self.fitted(tmp_path, make, first)
+        for path, logged in saver.best_k_models.items():
+            for read in (run.validate, run.test):
+                found = read(module, loader(), ckpt_path=path, verbose=False)[0]["val/loss"]
+                assert found == pytest.approx(float(logged), rel=1e-6)
+
+    def test_checkpoint_in_a_new_module(self, tmp_path, make, first):
+        _, _, saver = self.fitted(tmp_path, make, first)
+        for path, logged in saver.best_k_models.items():
+            callbacks = [lora(merge_on_fit_end=True), make()]
+            run = trainer(tmp_path, [*(callbacks if first else reversed(callbacks))])
+            found = run.validate(Classifier(), loader(), ckpt_path=path, verbose=False)[0]["val/loss"]
+            assert found == pytest.approx(float(logged), rel=1e-6)
+
+    def test_plain_checkpoint_in_between(self, tmp_path, make, first):
+        plain = trainer(tmp_path, [], max_epochs=1)
+        plain.fit(Classifier(), loader())
+        plain.save_checkpoint(tmp_path / "plain.ckpt")
+        expected = plain.validate(plain.lightning_module, loader(), verbose=False)
+        callbacks = [lora(merge_on_fit_end=False), make()]
+        run = trainer(tmp_path, [*(callbacks if first else reversed(callbacks))], max_epochs=3)
+        run.fit(module := Classifier(), loader(), loader())
+        assert run.validate(module, loader(), ckpt_path=tmp_path / "plain.ckpt", verbose=False) == expected
+
+    def test_best_is_validated(self, tmp_path, make, first):
+        run, module, saver = self.fitted(tmp_path, make, first, merge_source="best")
+        found = run.validate(module, loader(), verbose=False)[0]["val/loss"]
+        assert found == pytest.approx(float(saver.best_model_score), rel=1e-5)
+
+    def test_second_fit(self, tmp_path, make, first):
+        """With the same callback, which takes its merge back, as with a new one that finds the adapter."""
+        results = []
+        for same in (True, False):
+            run, module, _ = self.fitted(tmp_path, make, first)
+            own = next(callback for callback in run.callbacks if isinstance(callback, LoraCallback))
+            if not same:
+                own.undo_merge(module)
+                own = lora(merge_on_fit_end=True)
+            torch.manual_seed(5)
+            callbacks = [own, make()]
+            run = trainer(tmp_path, [*(callbacks if first else reversed(callbacks))], max_epochs=3)
+            run.fit(module, loader(), loader())
+            assert run.validate(module, loader(), verbose=False) == self.alone(tmp_path, module)
+            results.append(values(module))
+        assert not differing(*results)
+
+    def test_saved_after_fit(self, tmp_path, make, first):
+        run, _, _ = self.fitted(tmp_path, make, first)
+        run.save_checkpoint(tmp_path / "merged.ckpt")
+        checkpoint = load(tmp_path / "merged.ckpt")
+        assert checkpoint["state_dict"].keys() == BASE
+        assert "current_model_state" not in checkpoint
+        for state in checkpoint["callbacks"].values():
+            assert (state.get("average_model_state") or {}).keys() <= BASE
