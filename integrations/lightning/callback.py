@@ -52,8 +52,8 @@ from lora_plugins.integrations.lightning.training import (
     Audit,
     LearningRates,
     adapt_after_restoring,
-    add_missing_parameters,
     calibrate_on_train_batches,
+    complete_optimizers,
     copy_into_averages,
     drop_averages,
     needs_data,
@@ -319,7 +319,7 @@ class LoraCallback(Callback):
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
-        add_missing_parameters(module, configured)
+        complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
 
     def _adapt(self, trainer: Trainer, module: LightningModule, before: AdaptBeforeSharding | None) -> None:

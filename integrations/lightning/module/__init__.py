@@ -24,8 +24,10 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
 )
 from lora_plugins.integrations.lightning.module.tensors import (
     adapted_targets,
+    frozen_by_others,
     frozen_keys,
     frozen_tensors,
+    layers_of_factors,
     state_of_adapters,
     trained_parameters,
 )
@@ -40,8 +42,10 @@ __all__ = [
     "checksum",
     "checksums",
     "find_target",
+    "frozen_by_others",
     "frozen_keys",
     "frozen_tensors",
+    "layers_of_factors",
     "local",
     "merge_reversibly",
     "name_mapper",

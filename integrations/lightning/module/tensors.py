@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraError
 from lora_plugins.adapter import ModelState, adapter_tensors, model_state
-from lora_plugins.inplace import model_modules, own_tensors
+from lora_plugins.inplace import full_name, model_modules, own_tensors
 
 
 def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
@@ -52,13 +52,33 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     Parameters outside the targets are the user's own, and the network of a metric is not trained.
     """
+    return {name: p for name, p in _meant_to_be_trained(module).items() if p.requires_grad}
+
+
+def frozen_by_others(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of active adapters that somebody has frozen since they were added, by name."""
+    return {name: p for name, p in _meant_to_be_trained(module).items() if not p.requires_grad}
+
+
+def layers_of_factors(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns the adapted layer to which each A and B belongs, by the name of the latter in the module."""
+    found: dict[str, nn.Module] = {}
+    for path, target in adapted_targets(module).items():
+        for name in adapter_tensors(target):
+            layer = name.rpartition(".")[0].rpartition(".")[0]  # LAYER.lora_A.ADAPTER
+            found[full_name(path, name)] = target.get_submodule(layer)
+    return found
+
+
+def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for path, target in adapted_targets(module).items():
-        own = dict(target.named_parameters())
-        plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
-        names = {*adapter_tensors(target), *(name for plan in plans for name in plan.trained)}
-        prefix = f"{path}." if path else ""
-        found.update({prefix + name: p for name, p in own.items() if name in names and p.requires_grad})
+        state = state_of_adapters(target)
+        acting = state.unmerged if state.trainable else ()
+        in_place = {name for adapter in acting for name in state.adapters[adapter].plan.trained}
+        factors = {name for name in adapter_tensors(target) if name.rpartition(".")[2] in acting}
+        own = target.named_parameters()
+        found.update({full_name(path, name): p for name, p in own if name in in_place or name in factors})
     return found
 
 

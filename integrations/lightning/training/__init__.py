@@ -11,14 +11,14 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     needs_data,
 )
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
-from lora_plugins.integrations.lightning.training.optimizer_groups import add_missing_parameters
+from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers
 
 __all__ = [
     "Audit",
     "LearningRates",
     "adapt_after_restoring",
-    "add_missing_parameters",
     "calibrate_on_train_batches",
+    "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
     "needs_data",

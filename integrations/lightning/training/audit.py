@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksum, checksums, frozen_tensors, local, trained_parameters
+from lora_plugins.integrations.lightning.module import (
+    checksum,
+    checksums,
+    frozen_by_others,
+    frozen_tensors,
+    local,
+    trained_parameters,
+)
+from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
@@ -30,7 +38,10 @@ class Audit:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        self._first: FirstSteps | None = FirstSteps(trained_parameters(module))
+        trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
+        watched = {name: p for name, p in trained.items() if id(p) in held}
+        self._first: FirstSteps | None = FirstSteps(watched or trained)
+        self._frozen_by_others: set[str] = set()
         self._frozen = checksums(frozen_tensors(module))
         self._steps = trainer.global_step
         self._rates: list[float] = []
@@ -48,6 +59,18 @@ class Audit:
         if first_of_epoch:
             frozen = frozen_tensors(self._module)
             check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
+            self._name_frozen_adapters()
+
+    def _name_frozen_adapters(self) -> None:
+        frozen = frozen_by_others(self._module)
+        new = sorted(frozen.keys() - self._frozen_by_others)
+        self._frozen_by_others.update(new)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
+                f"trained: {listing(new)}. on_fit_start or configure_optimizers of the module, or a callback such as "
+                "finetuning-scheduler, does that. If it is meant, leave their layers out with exclude_modules."
+            )
 
     def before_step(self) -> None:
         """Notes in the first steps what has a gradient."""
@@ -73,6 +96,7 @@ class Audit:
         Raises:
             StateError: If it has.
         """
+        self._name_frozen_adapters()
         check_unchanged(self._frozen, frozen_tensors(self._module))
 
 
@@ -123,6 +147,7 @@ class FirstSteps:
         if self._checked:
             return
         self._checked = True
+        self._without = {name for name in self._without if self._trained[name].requires_grad}
         if self._without and len(self._without) == len(self._start):
             raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
         if self._without:
@@ -136,7 +161,10 @@ class FirstSteps:
         unmoved = [
             name
             for name, start in self._start.items()
-            if name not in self._without and start.numel() and torch.equal(local(self._trained[name]), start)
+            if name not in self._without
+            and start.numel()
+            and self._trained[name].requires_grad
+            and torch.equal(local(self._trained[name]), start)
         ]
         if unmoved:
             rank_zero_warn(

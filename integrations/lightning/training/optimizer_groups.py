@@ -1,7 +1,7 @@
-"""Checks that every trainable tensor is in exactly one parameter group, and adds those that are missing."""
+"""Completes optimizers that were built before the adapters existed, and respects all others."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import trained_parameters
+from lora_plugins.integrations.lightning.module import layers_of_factors, trained_parameters
 
 _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
@@ -30,11 +30,17 @@ def flatten(configured: Any) -> Iterator[Any]:
         yield configured
 
 
-def add_missing_parameters(module: nn.Module, configured: Any) -> None:
-    """Adds trainable tensors that are in no optimizer to the only parameter group, in place, and warns.
+def parameters_of(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Returns the `id` of each parameter that some optimizer holds."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
-    An optimizer that was built before the adapters existed has the frozen base only, as the one that the stock
-    LightningCLI makes of a YAML file. Adding to its group keeps schedulers and their state valid.
+
+def complete_optimizers(module: nn.Module, configured: Any) -> None:
+    """Adds adapters to an optimizer that was built before they existed, in place, and warns.
+
+    Such an optimizer, as the one that the stock LightningCLI makes of a YAML file, has no A and B at all. It gets those
+    of the layers whose own tensors it has, or, if it has none of them, all. Adding to its group keeps schedulers and
+    their state valid. An optimizer with some adapters was built by somebody who chose them, so nothing is added.
 
     Args:
         module: The adapted module.
@@ -43,31 +49,44 @@ def add_missing_parameters(module: nn.Module, configured: Any) -> None:
     Raises:
         StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
     """
-    groups = [group for leaf in flatten(configured) if isinstance(leaf, Optimizer) for group in leaf.param_groups]
-    trained = trained_parameters(module)
-    missing = _missing(trained, groups)
-    if missing and len(groups) == 1:
-        groups[0]["params"].extend(missing.values())
-        rank_zero_warn(
-            f"The optimizer was built before the adapters existed and would not train {listing(missing, 3)}. They were "
-            f"added to its parameter group now. {_ADVICE}"
-        )
-    _check_groups(trained, groups)
-
-
-def _check_groups(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
-    missing = _missing(trained, groups)
+    optimizers = [leaf for leaf in flatten(configured) if isinstance(leaf, Optimizer)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained, held = trained_parameters(module), parameters_of(optimizers)
+    missing = {name: p for name, p in trained.items() if id(p) not in held}
+    factors = trained.keys() & layers_of_factors(module).keys()
+    if missing and factors and factors <= missing.keys():
+        missing = _add_to_group(missing, module, groups)
     if missing:
+        rank_zero_warn(
+            f"{len(missing)} trainable tensors of adapters are in no optimizer, which has others of them, so they are "
+            f"not trained: {listing(missing, 3)}. If that is meant, leave their layers out with exclude_modules; else "
+            f"give them to the optimizer. {_ADVICE}"
+        )
+    _check_once(trained, groups)
+
+
+def _add_to_group(
+    missing: Mapping[str, nn.Parameter], module: nn.Module, groups: list[dict[str, Any]]
+) -> dict[str, nn.Parameter]:
+    """Adds what belongs to the only parameter group, and returns what does not."""
+    if len(groups) != 1:
         raise StateError(
             f"{len(missing)} trainable tensors are in no optimizer and would never move: {listing(missing)}. There are "
             f"{len(groups)} parameter groups, so it is not clear where they belong. {_ADVICE}"
         )
+    held, layers = {id(p) for p in groups[0]["params"]}, layers_of_factors(module)
+    chosen = {name for name in missing if name in layers and held & {id(p) for p in layers[name].parameters()}}
+    added = {name: p for name, p in missing.items() if name in chosen or not chosen}
+    groups[0]["params"].extend(added.values())
+    rank_zero_warn(
+        f"The optimizer was built before the adapters existed and would not train {listing(added, 3)}. They were "
+        f"added to its parameter group now. {_ADVICE}"
+    )
+    return {name: p for name, p in missing.items() if name not in added}
+
+
+def _check_once(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
     counts = Counter(id(p) for group in groups for p in group["params"])
     doubled = [name for name, p in trained.items() if counts[id(p)] > 1]
     if doubled:
         raise StateError(f"{listing(doubled)} are in more than one parameter group. Leave each in one of them.")
-
-
-def _missing(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> dict[str, nn.Parameter]:
-    present = {id(p) for group in groups for p in group["params"]}
-    return {name: p for name, p in trained.items() if id(p) not in present}

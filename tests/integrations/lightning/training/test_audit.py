@@ -91,3 +91,75 @@ def test_float16_with_a_scaled_loss(tmp_path, start):
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
     assert not differing(values(again), values(module))
+
+
+class Freezes(Callback):
+    """Freezes adapters at some point, as finetuning-scheduler and other people's code do."""
+
+    def __init__(self, hook, layers=(0, 3)):
+        self.layers = layers
+        setattr(self, hook, self.freeze)
+
+    def freeze(self, trainer, pl_module, *_):
+        for index in self.layers:
+            pl_module.net[index].requires_grad_(False)
+
+
+class FreezesItself(Classifier):
+    """Freezes what its optimizer has already."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.extra = nn.Linear(3, 3)  # something that trains, so that there is a loss
+        self.hook = hook
+
+    def forward(self, x):
+        return self.extra(super().forward(x))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+        self._freeze("configure_optimizers")
+        return optimizer
+
+    def on_fit_start(self):
+        self._freeze("on_fit_start")
+
+    def on_train_start(self):
+        self._freeze("on_train_start")
+
+    def _freeze(self, hook):
+        if self.hook == hook:
+            self.net.requires_grad_(False)
+
+
+NAMED = r"4 tensors of adapters were frozen.*net\.0\.lora_A\.default.*net\.3\.lora_B\.default"
+
+
+class TestFrozenBySomebody:
+    @pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start"])
+    def test_module(self, tmp_path, hook):
+        module = FreezesItself(hook)
+        config = LoraConfig(r=2, target_modules=["net.0", "net.3"], modules_to_save=["extra"])
+        with pytest.warns(UserWarning, match=NAMED) as said:
+            fit(tmp_path, module, config)
+        assert not any("no gradient" in str(each.message) for each in said)
+        assert not any(p.any() for name, p in module.named_parameters() if ".lora_B." in name)
+
+    @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+    @pytest.mark.parametrize("first", [True, False], ids=["before_ours", "after_ours"])
+    def test_callback(self, tmp_path, hook, first):
+        callbacks = [Freezes(hook, layers=[0]), lora()]
+        with pytest.warns(UserWarning, match=r"2 tensors of adapters were frozen.*net\.0\.lora_A"):
+            trainer(tmp_path, callbacks if first else callbacks[::-1]).fit(Classifier(), loader())
+
+    @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_batch_start", "on_train_batch_end"])
+    def test_later(self, tmp_path, hook):
+        run = trainer(tmp_path, [lora(), Freezes(hook, layers=[3])], max_epochs=1)
+        with pytest.warns(UserWarning, match=r"2 tensors of adapters were frozen.*net\.3\.lora_A"):
+            run.fit(Classifier(), loader())
+
+    def test_once(self, tmp_path):
+        run = trainer(tmp_path, [lora(), Freezes("on_train_batch_start", layers=[3])], max_epochs=4)
+        with pytest.warns(UserWarning) as said:  # noqa: PT030, they are counted
+            run.fit(Classifier(), loader())
+        assert sum("were frozen" in str(each.message) for each in said) == 1

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch.nn.functional import cross_entropy
 
-from lora_plugins import StateError
+from lora_plugins import LoraConfig, StateError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, values
 from tests.integrations.lightning.training.training_cases import cli, fit, lora_b
@@ -64,6 +64,43 @@ def test_where_missing_tensors_belong_is_not_guessed(tmp_path):
     with pytest.raises(StateError, match=r"in no optimizer.*net\.0\.lora_A"):
         fit(tmp_path, module)
     assert not any(p.grad is not None for p in module.parameters())
+
+
+class Subset(Classifier):
+    """Its author trains a part of it: the first layer, by a list made when optimizers are made, or in `__init__`."""
+
+    def __init__(self, early, groups=1):
+        super().__init__()
+        self.groups = groups
+        self.early = list(self.net[0].parameters()) if early else None
+
+    def configure_optimizers(self):
+        chosen = self.early or [p for p in self.net[0].parameters() if p.requires_grad]
+        step = -(-len(chosen) // self.groups)
+        parts = [chosen[at : at + step] for at in range(0, len(chosen), step)]
+        return torch.optim.SGD([{"params": part} for part in parts], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("early", "groups"), [(False, 1), (False, 2), (True, 1)], ids=["late", "late_two_groups", "early"]
+)
+@pytest.mark.filterwarnings("ignore:The optimizer was built before the adapters existed:UserWarning")
+def test_subset_is_respected_and_said(tmp_path, early, groups):
+    module = Subset(early, groups)
+    with pytest.warns(UserWarning, match=r"2 trainable tensors.*in no optimizer.*net\.3\.lora_A.*exclude_modules"):
+        run = fit(tmp_path, module)
+    names = {id(p): name for name, p in module.named_parameters()}
+    assert {names[id(p)] for p in held(run) if p.requires_grad} == {f"net.0.lora_{x}.default" for x in "AB"}
+    moved = {name: bool(p.abs().sum()) for name, p in lora_b(module).items()}
+    assert moved == {"net.0.lora_B.default": True, "net.3.lora_B.default": False}
+
+
+def test_head_that_the_optimizer_leaves_out_is_said(tmp_path):
+    module = Subset(early=False)
+    start = values(module)
+    with pytest.warns(UserWarning, match=r"in no optimizer.*net\.3\.weight"):
+        fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"]))
+    assert torch.equal(start["net.3.weight"], module.net[3].weight)
 
 
 class Twice(Classifier):
