@@ -25,10 +25,12 @@ from lora_plugins.integrations.lightning.module import (
     check_not_replaced,
     find_target,
     merge_reversibly,
+    modes_of_frozen_norms,
     plain_name,
     plain_state_dict,
     rename_adapter,
     reuse_adapter,
+    set_modes_of_frozen_norms,
     set_training_mode,
     temporarily_merged,
     with_declarations,
@@ -84,8 +86,9 @@ class LoraCallback(Callback):
             formats: `AdapterFile("runs/for_peft", format="peft")`.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins.
-        train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers. Models
-            of `from_pretrained` arrive in eval mode, and Lightning does not change that.
+        train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers and for
+            what its author froze and put into eval mode, such as a teacher. Models of `from_pretrained` arrive in eval
+            mode, and Lightning does not change that.
         print_plan: Whether a table of what is adapted is printed before training.
         loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
             rate. Parameter groups are split for that, and schedulers of torch drive all parts.
@@ -134,6 +137,7 @@ class LoraCallback(Callback):
         self.init_batches = init_batches
         self._merge: ReversibleMerge | None = None
         self._undone = False
+        self._modes: dict[str, bool] = {}
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
@@ -174,6 +178,7 @@ class LoraCallback(Callback):
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
         self._end_run()
+        self._modes = modes_of_frozen_norms(pl_module)
         check_trainer(trainer)
         check_strategy(trainer, vars(self))
         CheckpointShims.install(trainer, self)
@@ -261,6 +266,7 @@ class LoraCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, merges and exports, as the options say."""
+        set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
             checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
@@ -280,6 +286,7 @@ class LoraCallback(Callback):
 
         A merge that was undone to read a checkpoint is made again, with the adapter of that checkpoint.
         """
+        set_modes_of_frozen_norms(pl_module, self._modes)
         if stage != "fit" and self._undone:
             self._merge_again(pl_module)
         self._end_run()
@@ -311,6 +318,7 @@ class LoraCallback(Callback):
     def adapters_changed(self, trainer: Trainer) -> None:
         """Lets averaging callbacks copy the module again, before the checkpoint's average is loaded into the copy."""
         copy_into_averages(trainer, trainer.lightning_module)
+        self._modes = modes_of_frozen_norms(trainer.lightning_module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
@@ -355,6 +363,7 @@ class LoraCallback(Callback):
             copy_into_averages(trainer, module)
         if self.train_mode and trainer.state.fn == "fit":
             set_training_mode(target)
+        self._modes = modes_of_frozen_norms(module)
 
     def _merge_again(self, module: LightningModule) -> None:
         """Merges after validate, test or predict, so that other weights that are loaded next meet a plain module."""

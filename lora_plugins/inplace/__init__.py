@@ -7,7 +7,7 @@ here too.
 from lora_plugins.inplace.adapted_class import by_position, class_reason, positional_names, refresh_class
 from lora_plugins.inplace.container import RESERVED, AdapterTensors
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
-from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, thaw
+from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
 from lora_plugins.inplace.modules import (
     NamedModule,
@@ -43,6 +43,7 @@ __all__ = [
     "layer_state",
     "make_plain",
     "model_modules",
+    "own_mode",
     "own_tensor",
     "own_tensors",
     "own_tensors_of",

@@ -28,6 +28,11 @@ def is_frozen(module: nn.Module) -> bool:
     return _BASE_CLASS in module.__dict__
 
 
+def own_mode(module: nn.Module) -> bool:
+    """Whether a module is in training mode, or would be if it were not kept in eval mode here."""
+    return bool(module.__dict__.get(_TRAINING, module.training))
+
+
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module's forward changes its buffers in training mode: running statistics, or a power iteration."""
     if class_path(module.__dict__.get(_BASE_CLASS, type(module))) == _POWER_ITERATION:

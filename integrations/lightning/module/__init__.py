@@ -9,11 +9,15 @@ from lora_plugins.integrations.lightning.module.adapt import (
     check_not_replaced,
     find_target,
     reuse_adapter,
-    set_training_mode,
 )
 from lora_plugins.integrations.lightning.module.checksums import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
+from lora_plugins.integrations.lightning.module.modes import (
+    modes_of_frozen_norms,
+    set_modes_of_frozen_norms,
+    set_training_mode,
+)
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     ReversibleMerge,
     check_mergeable,
@@ -48,11 +52,13 @@ __all__ = [
     "layers_of_factors",
     "local",
     "merge_reversibly",
+    "modes_of_frozen_norms",
     "name_mapper",
     "plain_name",
     "plain_state_dict",
     "rename_adapter",
     "reuse_adapter",
+    "set_modes_of_frozen_norms",
     "set_training_mode",
     "state_of_adapters",
     "temporarily_merged",

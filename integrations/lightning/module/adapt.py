@@ -3,7 +3,6 @@
 import dataclasses
 from typing import cast
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
@@ -101,15 +100,3 @@ def check_not_nested(module: nn.Module, path: str | None) -> None:
                 f"The targets {path or 'the module'!r} and {there or 'the module'!r} lie inside one another. Give all "
                 "LoraCallbacks the same target, and different adapter_names, or targets side by side."
             )
-
-
-def set_training_mode(target: nn.Module) -> None:
-    """Puts a module into training mode, except for frozen normalization layers, and reports which modules changed."""
-    modes = {name: child.training for name, child in target.named_modules()}
-    target.train()
-    changed = [name for name, child in target.named_modules() if child.training and not modes[name]]
-    if changed:
-        rank_zero_info(
-            f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
-            "LoraCallback(train_mode=False) to keep their mode."
-        )

@@ -6,7 +6,6 @@ from torch import nn
 from torchmetrics import Metric
 
 from lora_plugins import LoraConfig, LoraModel, StateError, TargetError
-from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
 
@@ -44,30 +43,6 @@ def test_networks_of_metrics_are_not_adapted(tmp_path):
     trainer(tmp_path, [lora(LoraConfig(r=2))]).fit(module, loader())
     assert type(module.metric.net[0]) is nn.Linear
     assert LoraModel(module).plans["default"].layers[0].name == "net.0"
-
-
-class ArrivesInEvalMode(Classifier):
-    def __init__(self):
-        super().__init__(dropout=0.5)
-        self.net.eval()
-        self.modes = []
-
-    def training_step(self, batch, batch_idx):
-        self.modes.append((self.net[4].training, self.net[1].training))
-        return super().training_step(batch, batch_idx)
-
-
-def test_models_that_arrive_in_eval_mode_are_put_into_training_mode_without_a_warning(tmp_path):
-    module = ArrivesInEvalMode()
-    trainer(tmp_path, [lora(), LoraCallback(OTHER, adapter_name="other", merge_on_fit_end=False)]).fit(module, loader())
-    assert set(module.modes) == {(True, False)}
-
-
-def test_models_that_are_to_stay_in_eval_mode_stay_and_lightning_warns(tmp_path):
-    module = ArrivesInEvalMode()
-    with pytest.warns(UserWarning, match="6 module.s. in eval mode"):
-        trainer(tmp_path, [lora(train_mode=False)]).fit(module, loader())
-    assert set(module.modes) == {(False, False)}
 
 
 OTHER = LoraConfig(r=1, target_modules=["net.3"])

@@ -1,0 +1,100 @@
+"""In which mode the parts of a module are trained, and left."""
+
+import copy
+
+import pytest
+import torch
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback
+from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
+
+OTHER = LoraConfig(r=1, target_modules=["net.3"])
+
+
+class ArrivesInEvalMode(Classifier):
+    def __init__(self):
+        super().__init__(dropout=0.5)
+        self.net.eval()
+        self.modes = []
+
+    def training_step(self, batch, batch_idx):
+        self.modes.append((self.net[4].training, self.net[1].training))
+        return super().training_step(batch, batch_idx)
+
+
+def test_models_that_arrive_in_eval_mode_are_put_into_training_mode_without_a_warning(tmp_path):
+    module = ArrivesInEvalMode()
+    trainer(tmp_path, [lora(), LoraCallback(OTHER, adapter_name="other", merge_on_fit_end=False)]).fit(module, loader())
+    assert set(module.modes) == {(True, False)}
+
+
+def test_models_that_are_to_stay_in_eval_mode_stay_and_lightning_warns(tmp_path):
+    module = ArrivesInEvalMode()
+    with pytest.warns(UserWarning, match="6 module.s. in eval mode"):
+        trainer(tmp_path, [lora(train_mode=False)]).fit(module, loader())
+    assert set(module.modes) == {(False, False)}
+
+
+class Distilled(Classifier):
+    """Learns from a copy of itself that its author froze and put into eval mode."""
+
+    def __init__(self):
+        super().__init__(dropout=0.5)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.modes = set()
+
+    def training_step(self, batch, batch_idx):
+        self.modes.add((self.net[4].training, *(child.training for child in self.teacher)))
+        first, second = self.teacher(batch[0]), self.teacher(batch[0])
+        assert torch.equal(first, second)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+@pytest.mark.filterwarnings("ignore:.*trainable tensors got no gradient:UserWarning")  # of the adapted teacher
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapted"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["net.0", "net.3"]),
+        LoraConfig(r=2, exclude_modules=["teacher.0", "teacher.3"]),
+        LoraConfig(r=2),
+        LoraConfig(r=2, norm="track"),
+    ],
+    ids=["not_named", "excluded", "adapted_too", "tracked_norms"],
+)
+def test_frozen_modules_in_eval_mode_stay_so(tmp_path, config, merge):
+    module = Distilled()
+    callback = LoraCallback(config, merge_on_fit_end=merge)
+    for _ in range(2):
+        trainer(tmp_path, [callback]).fit(module, loader(), loader())
+        assert module.modes == {(True, *[False] * 5)}
+        assert not any(child.training for child in module.teacher.modules())
+    if not merge:
+        LoraModel(module).unload()
+    assert not any(child.training for child in module.teacher.modules())
+    assert all(child.training for child in module.net.modules())
+
+
+@pytest.mark.parametrize("config", [CONFIG, LoraConfig(r=2, target_modules=["net.0"], norm="track")])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_modules_in_training_mode_are_in_it_after_all_runs(tmp_path, frozen, config):
+    """Also the normalization layers that are kept in eval mode: else plain training afterwards would not move them."""
+    module = Classifier()
+    module.net.requires_grad_(not frozen)
+    callback = LoraCallback(config)
+    run = trainer(tmp_path, [callback])
+    run.fit(module, loader(), loader())
+    assert all(child.training for child in module.modules())
+    run.validate(module, loader(), verbose=False)
+    assert all(child.training for child in module.modules())
+    adapted = trainer(tmp_path, [unmerged := lora(config, adapter_name="second")])
+    adapted.fit(module, loader(), loader())
+    adapted.test(module, loader(), verbose=False)
+    adapted.save_checkpoint(tmp_path / "it.ckpt")
+    LoraModel(module).unload()
+    assert all(child.training for child in module.modules())
+    trainer(tmp_path, [unmerged]).test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    LoraModel(module).unload()
+    assert all(child.training for child in module.modules())
