@@ -10,7 +10,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
     find_target,
     reuse_adapter,
 )
-from lora_plugins.integrations.lightning.module.checksums import checksum, checksums, local
+from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
 from lora_plugins.integrations.lightning.module.modes import (

@@ -14,7 +14,7 @@ from lora_plugins.adapter import adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import full_name, layer_state, own_tensor
-from lora_plugins.integrations.lightning.module.checksums import checksum, checksums
+from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.utils import replace_file
 
