@@ -1,5 +1,6 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,7 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     needs_data,
 )
+from lora_plugins.merge import DEFAULT_MAX_ERROR
 
 
 class LoraCallback(Callback):
@@ -93,6 +95,7 @@ class LoraCallback(Callback):
         loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
             rate. Parameter groups are split for that, and schedulers of torch drive all parts.
         heads_lr_ratio: Learning rate of what is trained in full, heads and biases, as a multiple of that of A.
+        max_error: Share of an update that a merge may lose to rounding, as in `LoraModel.merge_adapter`.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
 
     Raises:
@@ -113,6 +116,7 @@ class LoraCallback(Callback):
         print_plan: bool = True,
         loraplus_lr_ratio: float = 1.0,
         heads_lr_ratio: float = 1.0,
+        max_error: float = DEFAULT_MAX_ERROR,
         init_batches: int = 32,
     ) -> None:
         if not isinstance(config, LoraConfig):
@@ -132,6 +136,9 @@ class LoraCallback(Callback):
         self.train_mode = train_mode
         self.print_plan = print_plan
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)
+        if not max_error >= 0:
+            raise ConfigError(f"max_error is {max_error!r}. It is a share of an update, at least 0.")
+        self.max_error = max_error
         if init_batches < 1:
             raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
@@ -274,7 +281,9 @@ class LoraCallback(Callback):
             drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
         if self.merge_on_fit_end:
-            self._merge = merge_reversibly(self._target(pl_module))
+            # A debugging run of a few batches is not stopped by what they did not learn.
+            max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
+            self._merge = merge_reversibly(self._target(pl_module), max_error)
         print_files(files)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -371,7 +380,7 @@ class LoraCallback(Callback):
         if model_state(target) is None:
             return
         try:
-            self._merge = merge_reversibly(target)
+            self._merge = merge_reversibly(target, self.max_error)
         except MergeError as error:  # what was tested is right nevertheless
             rank_zero_warn(f"The adapter stays on the module: {error}")
 
@@ -387,7 +396,7 @@ class LoraCallback(Callback):
             if trainer.is_global_zero:
                 files[file.title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
-            with temporarily_merged(target):
+            with temporarily_merged(target, self.max_error):
                 tensors = plain_state_dict(target)
             files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
         return files

@@ -1,6 +1,6 @@
 """Merging: updates written into the weights, and taken back bit for bit, or for good.
 
-What a merge loses to rounding is measured, and refused where it is too much.
+What a merge loses to rounding is measured, and refused where it is too much and worth something.
 """
 
 from lora_plugins.merge.merge_adapter import DEFAULT_MAX_ERROR, MergedWeight, MergeReport, merge, unmerge

@@ -114,12 +114,13 @@ def checked(
     _check_adapters(model, layers, state, adapters)
     for layer in layers.values():
         recompute(layer)
-    dtypes = {
-        MergedWeight(delta.name, delta.relative_error()): delta.weight.dtype
-        for delta in weight_deltas(layers, adapters)
-    }
-    _check_loss(dtypes, max_error)
-    return MergeReport(adapters, tuple(dtypes))
+    weights, lossy = [], {}
+    for delta in weight_deltas(layers, adapters):
+        weights.append(weight := MergedWeight(delta.name, delta.relative_error()))
+        if weight.relative_error > max_error and not delta.is_negligible():
+            lossy[weight] = delta.weight.dtype
+    _check_loss(weights, lossy, max_error)
+    return MergeReport(adapters, tuple(weights))
 
 
 def _check_adapters(
@@ -150,15 +151,16 @@ def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[
     }
 
 
-def _check_loss(dtypes: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
-    unknown = [weight.name for weight in dtypes if not math.isfinite(weight.relative_error)]
+def _check_loss(weights: list[MergedWeight], lossy: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
+    unknown = [weight.name for weight in weights if not math.isfinite(weight.relative_error)]
     if unknown:
         raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")
-    lossy = [weight for weight in dtypes if weight.relative_error > max_error]
     if lossy:
         worst = max(lossy, key=lambda weight: weight.relative_error)
+        narrow = lossy[worst].itemsize < torch.float32.itemsize
+        widen = "Convert the model to a wider type first (model.float()), or allow" if narrow else "Allow"
         raise MergeError(
-            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} ({dtypes[worst]}) to "
-            f"rounding, and more than {max_error:.0%} in {len(lossy)} of {len(dtypes)} weights. Convert the model to a "
-            "wider type first (model.float()), or allow it with max_error."
+            f"Merging would lose {worst.relative_error:.0%} of the update of {worst.name!r} ({lossy[worst]}) to "
+            f"rounding, and more than {max_error:.0%} in {len(lossy)} of {len(weights)} weights. {widen} it with "
+            "max_error."
         )

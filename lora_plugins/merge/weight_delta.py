@@ -16,6 +16,12 @@ from lora_plugins.utils import in_full
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
 
+NEGLIGIBLE = 1e-6
+"""Norm of an update, as a share of that of its weight, below which losing it is no loss.
+
+In float32 and wider types only such updates lose a tenth to rounding, since half a unit in the last place is 6e-8.
+"""
+
 _NEARLY_ORTHOGONAL = 1e-3
 """Cosine down to which an inner product in float32 has three digits."""
 
@@ -62,6 +68,12 @@ class WeightDelta:
             largest = float(torch.linalg.vector_norm(self.weight, dtype=wide)) + norm
             bound = torch.finfo(self.weight.dtype).eps / 2 * largest / norm
             return bound if bound <= _SURELY_SMALL else self._lost(wide) / norm
+
+    def is_negligible(self) -> bool:
+        """Whether the update is so small that nothing is lost with it, as after steps that learned nothing."""
+        with in_full(self.weight):
+            wide = torch.promote_types(self.weight.dtype, self.term.A.dtype)
+            return _norm(self.term) <= NEGLIGIBLE * float(torch.linalg.vector_norm(self.weight, dtype=wide))
 
     def _lost(self, wide: torch.dtype) -> float:
         """Returns the norm of what rounding takes."""

@@ -16,6 +16,7 @@ from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import full_name, layer_state, own_tensor
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.utils import replace_file
 
 
@@ -67,10 +68,14 @@ class ReversibleMerge:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
 
 
-def merge_reversibly(target: nn.Module) -> ReversibleMerge:
+def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
 
     The raw weights stay in memory, one copy of each that an adapter changes.
+
+    Args:
+        target: The module.
+        max_error: Share of an update that rounding may lose.
 
     Raises:
         MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
@@ -91,7 +96,7 @@ def merge_reversibly(target: nn.Module) -> ReversibleMerge:
         base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
-    lora.merge_adapter()  # all of it or nothing, since the raw weights are in `base` anyway
+    lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
     lora.merge_and_unload()
     merged = checksums({name: own_tensor(target, name) for name in base})
     return ReversibleMerge(base, adapters, active, merged, weakref.ref(target))
@@ -117,9 +122,9 @@ def check_mergeable(target: nn.Module) -> None:
 
 
 @contextmanager
-def temporarily_merged(target: nn.Module) -> Iterator[ReversibleMerge]:
+def temporarily_merged(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) -> Iterator[ReversibleMerge]:
     """Merges for the time of a `with` block."""
-    result = merge_reversibly(target)
+    result = merge_reversibly(target, max_error)
     try:
         yield result
     finally:

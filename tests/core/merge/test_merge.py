@@ -61,6 +61,27 @@ def test_a_tiny_update_into_bfloat16_is_refused_and_nothing_changes():
     assert report.worst > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-20, 1e-8], ids=["tiny", "small"])
+def test_an_update_that_is_next_to_nothing_is_no_loss(dtype, scale):
+    """As after steps at a learning rate of next to nothing, in every type."""
+    model = model_of(dtype)
+    lora = adapt(model)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.lora_B["default"].mul_(scale)
+    lora.merge_adapter()
+    lora.unmerge_adapter()
+    lora.merge_and_unload()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_advice_fits_the_type(dtype):
+    with pytest.raises(MergeError, match="max_error") as error:
+        adapt(model_of(dtype)).merge_adapter(max_error=1e-12)
+    assert ("model.float()" in str(error.value)) == (dtype is torch.bfloat16)
+
+
 def test_the_error_of_the_applied_update_is_reported():
     model = model_of()
     report = adapt(model).merge_adapter()

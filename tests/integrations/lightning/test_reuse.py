@@ -107,6 +107,12 @@ class TestWhatIsThereWins:
         callback.undo_merge(module)
         assert not differing(values(LoraModel(module).unload()), values(Classifier()))
 
+    def test_run_that_learned_nothing_leaves_nothing_to_another_module(self, tmp_path):
+        callback = LoraCallback(CONFIG)
+        with pytest.warns(UserWarning, match="did not move"):
+            fit(tmp_path, Classifier(lr=1e-30), callback, seed=1)
+        assert not differing(fit(tmp_path, Classifier(lr=0.3), callback), alone(tmp_path, Classifier(lr=0.3)))
+
 
 class TestTakenBack:
     @pytest.mark.parametrize("between", ["nothing", "test", "same_values", "to_float64_and_back", "copy"])

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, MergeError, StateError
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
@@ -211,6 +211,34 @@ def test_adapted_module_is_clean_after_fit(tmp_path):
     assert vars(module).keys() - vars(Classifier()).keys() == {"_lora_model"}
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert not differing(values(copied), values(module))
+
+
+@pytest.mark.filterwarnings("ignore:.*did not move:UserWarning")  # that is the point
+class TestLittleLearned:
+    @pytest.mark.parametrize("lr", [1e-30, 1e-12, 1e-8])
+    @pytest.mark.parametrize("options", [{}, {"export_to": "merged.safetensors"}], ids=["merge", "export"])
+    def test_in_float32(self, tmp_path, lr, options):
+        options = {key: str(tmp_path / name) for key, name in options.items()}
+        fitted(tmp_path, Classifier(lr=lr), **options)
+
+    def test_fast_dev_run_in_bfloat16(self, tmp_path):
+        run = trainer(tmp_path, [LoraCallback(CONFIG)], fast_dev_run=1, precision="bf16-true")
+        run.fit(module := Classifier(lr=1e-4), loader(), loader())
+        assert values(module).keys() == values(Classifier()).keys()
+
+    def test_max_error_is_an_argument(self, tmp_path):
+        def fit(**options):
+            run = trainer(tmp_path, [LoraCallback(CONFIG, **options)], max_epochs=1, precision="bf16-true")
+            run.fit(module := Classifier(lr=1e-4), loader())
+            return module
+
+        with pytest.raises(MergeError, match=r"torch\.bfloat16.*max_error"):
+            fit()
+        assert values(fit(max_error=1.0)).keys() == values(Classifier()).keys()
+
+    def test_that_is_no_share_is_refused(self):
+        with pytest.raises(ConfigError, match="max_error is -1"):
+            LoraCallback(CONFIG, max_error=-1)
 
 
 @pytest.mark.parametrize("late", ["setup", "configure_model"])
