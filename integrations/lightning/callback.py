@@ -19,12 +19,16 @@ from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
 from lora_plugins.integrations.lightning.console import print_files, print_plan
 from lora_plugins.integrations.lightning.module import (
+    NetworkCopy,
     ReversibleMerge,
     add_adapter,
+    add_names,
     check_mergeable,
     check_not_nested,
     check_not_replaced,
+    find_copies,
     find_target,
+    freeze_alike,
     merge_reversibly,
     modes_of_frozen_norms,
     plain_name,
@@ -33,6 +37,7 @@ from lora_plugins.integrations.lightning.module import (
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
+    start_alike,
     temporarily_merged,
     with_declarations,
     write_safetensors,
@@ -54,11 +59,13 @@ from lora_plugins.integrations.lightning.strategies import (
 from lora_plugins.integrations.lightning.training import (
     Audit,
     LearningRates,
+    Sums,
     adapt_after_restoring,
     calibrate_on_train_batches,
     complete_optimizers,
     copy_into_averages,
     drop_averages,
+    frozen_sums,
     needs_data,
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
@@ -145,6 +152,9 @@ class LoraCallback(Callback):
         self._merge: ReversibleMerge | None = None
         self._undone = False
         self._modes: dict[str, bool] = {}
+        self._copies: list[NetworkCopy] = []
+        self._start: Sums = {}
+        self._names: list[tuple[set[str], set[str]]] = []
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
@@ -235,7 +245,7 @@ class LoraCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the audit."""
         self._expected_warnings.close()
-        self._audit = Audit(trainer, pl_module)
+        self._audit = Audit(trainer, pl_module, self._copies, self._start)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Checks once an epoch that the base is still frozen.
@@ -262,6 +272,15 @@ class LoraCallback(Callback):
         if self._audit is not None:
             self._audit.after_batch()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at copies before validation, in which callbacks exchange the whole module.
+
+        Raises:
+            StateError: If one was moved that does not follow the adapter of its origin.
+        """
+        if self._audit is not None:
+            self._audit.before_validation()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the frozen base has not changed.
 
@@ -284,10 +303,13 @@ class LoraCallback(Callback):
             # A debugging run of a few batches is not stopped by what they did not learn.
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
             self._merge = merge_reversibly(self._target(pl_module), max_error)
+            self._remove_names()
         print_files(files)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
+        if self._audit is not None:
+            self._audit.explain(exception)
         self._end_run()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -324,10 +346,19 @@ class LoraCallback(Callback):
         """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
         self._merge = None
 
-    def adapters_changed(self, trainer: Trainer) -> None:
-        """Lets averaging callbacks copy the module again, before the checkpoint's average is loaded into the copy."""
-        copy_into_averages(trainer, trainer.lightning_module)
-        self._modes = modes_of_frozen_norms(trainer.lightning_module)
+    def before_save(self) -> None:
+        """Takes note of what the module moved by hand, which the checkpoint has to hold."""
+        if self._audit is not None:
+            self._audit.note_moved()
+
+    def restored(self, trainer: Trainer, changed: bool) -> None:
+        """Takes note of the module with the adapters of a checkpoint; averages copy it before theirs is loaded."""
+        module = trainer.lightning_module
+        self._modes = modes_of_frozen_norms(module)
+        if trainer.state.fn == "fit":
+            self._start = frozen_sums(module)
+        if changed:
+            copy_into_averages(trainer, module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
@@ -369,10 +400,22 @@ class LoraCallback(Callback):
                 data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
             add_adapter(target, self.adapter_name, config, data)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
+            if not is_sharded(trainer):
+                start_alike(module, find_copies(module), self.adapter_name)
             copy_into_averages(trainer, module)
+        if not is_sharded(trainer):
+            self._copies = find_copies(module)
+            freeze_alike(module, self._copies)
+            self._names += add_names(module, self._copies)
         if self.train_mode and trainer.state.fn == "fit":
             set_training_mode(target)
         self._modes = modes_of_frozen_norms(module)
+        self._start = frozen_sums(module)
+
+    def _remove_names(self) -> None:
+        names, self._names = self._names, []
+        for collection, added in names:
+            collection.difference_update(added)
 
     def _merge_again(self, module: LightningModule) -> None:
         """Merges after validate, test or predict, so that other weights that are loaded next meet a plain module."""

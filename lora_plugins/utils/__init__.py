@@ -11,7 +11,7 @@ from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
-from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins
+from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
 
 __all__ = [
     "Versions",
@@ -29,5 +29,6 @@ __all__ = [
     "run_seed",
     "seeded",
     "truncated_svd",
+    "version",
     "without_collection",
 ]

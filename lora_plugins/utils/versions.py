@@ -21,6 +21,11 @@ _FAR = 1 << 20
 """So far apart are the versions of a value and of its stand-in that no number of steps makes them the same."""
 
 
+def version(tensor: Tensor) -> int:
+    """Returns how often a tensor was written in place; 0 for one of inference mode, of which nothing tells it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def mark_stand_ins(tensors: Iterable[Tensor]) -> Versions:
     """Marks tensors as holding another value for some time; returns what `mark_restored` takes afterwards."""
     versions = tuple((tensor, tensor._version) for tensor in tensors if not tensor.is_inference())

@@ -12,6 +12,17 @@ from lora_plugins.integrations.lightning.module.adapt import (
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
+from lora_plugins.integrations.lightning.module.copies import (
+    NetworkCopy,
+    add_names,
+    base_pairs,
+    copy_factors,
+    find_copies,
+    freeze_alike,
+    is_adapted_alike,
+    is_within,
+    start_alike,
+)
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
 from lora_plugins.integrations.lightning.module.modes import (
     modes_of_frozen_norms,
@@ -28,29 +39,41 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
 )
 from lora_plugins.integrations.lightning.module.tensors import (
     adapted_targets,
+    frozen_by_author,
     frozen_by_others,
     frozen_keys,
     frozen_tensors,
     layers_of_factors,
+    mark_moved,
     state_of_adapters,
     trained_parameters,
 )
 
 __all__ = [
+    "NetworkCopy",
     "ReversibleMerge",
     "adapted_targets",
     "add_adapter",
+    "add_names",
+    "base_pairs",
     "check_mergeable",
     "check_not_nested",
     "check_not_replaced",
     "checksum",
     "checksums",
+    "copy_factors",
+    "find_copies",
     "find_target",
+    "freeze_alike",
+    "frozen_by_author",
     "frozen_by_others",
     "frozen_keys",
     "frozen_tensors",
+    "is_adapted_alike",
+    "is_within",
     "layers_of_factors",
     "local",
+    "mark_moved",
     "merge_reversibly",
     "modes_of_frozen_norms",
     "name_mapper",
@@ -60,6 +83,7 @@ __all__ = [
     "reuse_adapter",
     "set_modes_of_frozen_norms",
     "set_training_mode",
+    "start_alike",
     "state_of_adapters",
     "temporarily_merged",
     "trained_parameters",

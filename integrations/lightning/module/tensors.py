@@ -1,12 +1,15 @@
 """Which tensors of a module belong to its adapters, which are trained, and which are the frozen base."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from lora_plugins import LoraError
 from lora_plugins.adapter import ModelState, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, own_tensors
+
+_MOVED = "_lora_moved"
+"""Attribute of a LightningModule with the names of what it moved by hand; only modules that did have it."""
 
 
 def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
@@ -29,15 +32,39 @@ def state_of_adapters(target: nn.Module) -> ModelState:
 def frozen_keys(module: nn.Module) -> set[str]:
     """Returns the state-dict keys of tensors that do not change: the frozen base of all adapted targets.
 
-    All other tensors are saved: adapters, heads and biases, what lies outside the targets, and every buffer but those
-    of normalization layers that are held in eval mode.
+    All other tensors are saved: adapters, heads and biases, what lies outside the targets, every buffer but those of
+    normalization layers that are held in eval mode, and what the module moved by hand.
     """
+    moved = moved_by_hand(module)
     frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    return {name for name, tensor in named if id(tensor) in frozen}
+    return {name for name, tensor in named if id(tensor) in frozen and name not in moved}
+
+
+def moved_by_hand(module: nn.Module) -> frozenset[str]:
+    """Returns the names of tensors that no adapter changes, and that the module itself has moved: see `mark_moved`."""
+    found: frozenset[str] = module.__dict__.get(_MOVED, frozenset())
+    return found
+
+
+def mark_moved(module: nn.Module, names: Iterable[str]) -> None:
+    """Takes note, on the module, that it moved tensors of a teacher by hand: checkpoints hold them from now on."""
+    moved = moved_by_hand(module) | frozenset(names)
+    if moved:
+        module.__dict__[_MOVED] = moved
+
+
+def frozen_by_author(module: nn.Module) -> set[str]:
+    """Returns the parameters below adapted targets that required no gradient before there were adapters."""
+    return {
+        full_name(path, name)
+        for path, target in adapted_targets(module).items()
+        for name, required in state_of_adapters(target).requires_grad.items()
+        if not required
+    }
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:

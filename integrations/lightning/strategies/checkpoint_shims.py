@@ -24,7 +24,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.integrations.lightning.checkpoint import KEY, check_whole, reading_errors, restore, shrink
-from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.integrations.lightning.module import adapted_targets, frozen_keys, mark_moved, plain_name
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
@@ -40,8 +40,11 @@ class Owner(Protocol):
     def forget_merge(self) -> None:
         """Forgets a merge, since other weights are about to be loaded."""
 
-    def adapters_changed(self, trainer: Trainer) -> None:
-        """Learns that a checkpoint brought adapters to the module, or took them off."""
+    def before_save(self) -> None:
+        """Learns that a checkpoint is about to be written."""
+
+    def restored(self, trainer: Trainer, changed: bool) -> None:
+        """Learns that the module has the adapters of a checkpoint, and whether it had others or none before."""
 
 
 class CheckpointShims:
@@ -80,6 +83,8 @@ class CheckpointShims:
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint without the frozen base, under a temporary name first."""
+        for owner in self._owners:
+            owner.before_save()
         small = shrink(checkpoint, self._module)
         if is_sharded(self._trainer):
             save_sharded(self._trainer, small, filepath, self._save)
@@ -108,8 +113,9 @@ class CheckpointShims:
         check_whole(checkpoint_path, checkpoint)
         before = {name for name, _ in self._module.named_parameters()}
         complete = self._prepare(checkpoint_path, checkpoint)
-        if before != {name for name, _ in self._module.named_parameters()}:
-            self._owners[0].adapters_changed(self._trainer)
+        changed = before != {name for name, _ in self._module.named_parameters()}
+        for owner in self._owners:
+            owner.restored(self._trainer, changed)
         return complete
 
     def _prepare(self, checkpoint_path: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +126,8 @@ class CheckpointShims:
         for owner in self._owners:
             owner.undo_merge(self._module)
         complete = restore(self._module, checkpoint)
+        saved = {plain_name(key) for key in checkpoint["state_dict"]}
+        mark_moved(self._module, (name for name in frozen_keys(self._module) if plain_name(name) in saved))
         if self._trainer.state.fn != "fit" and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

@@ -1,6 +1,6 @@
 """Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,17 +10,26 @@ from torch import Tensor, nn
 from lora_plugins import StateError
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
+    NetworkCopy,
     checksum,
     checksums,
+    frozen_by_author,
     frozen_by_others,
     frozen_tensors,
+    is_adapted_alike,
+    is_within,
     local,
+    mark_moved,
     trained_parameters,
 )
+from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
+
+Sums = Mapping[str, tuple[torch.dtype, int]]
+"""Type and check sum of tensors by name."""
 
 _NO_GRADIENT = (
     "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
@@ -34,13 +43,22 @@ class Audit:
     Args:
         trainer: The trainer.
         module: Its module, adapted.
+        copies: The copies of adapted networks in the module.
+        start: What `frozen_sums` returned when the module was adapted: what the module has written since, before
+            training, is in no other module of its class, and checkpoints hold it.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Sums) -> None:
         self._trainer, self._module = trainer, module
+        now = frozen_sums(module)
+        # In another type they cannot be compared: a precision plugin has converted them.
+        alike = [name for name in start if name in now and now[name][0] == start[name][0]]
+        mark_moved(module, [name for name in alike if now[name] != start[name]])
+        self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
+        self._by_hand = MovedByHand(module, copies)
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         watched = {name: p for name, p in trained.items() if id(p) in held}
-        self._first: FirstSteps | None = FirstSteps(watched or trained)
+        self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.name for copy in self._copies])
         self._frozen_by_others: set[str] = set()
         self._frozen = checksums(frozen_tensors(module))
         self._steps = trainer.global_step
@@ -57,13 +75,16 @@ class Audit:
             self._rates = [float(g["lr"]) for optimizer in self._trainer.optimizers for g in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
+            self._by_hand.forget()  # callbacks may have exchanged the whole module
             frozen = frozen_tensors(self._module)
             check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
             self._name_frozen_adapters()
+        self._by_hand.before_batch()
 
     def _name_frozen_adapters(self) -> None:
-        frozen = frozen_by_others(self._module)
-        new = sorted(frozen.keys() - self._frozen_by_others)
+        ours = [copy.name for copy in self._copies if copy.frozen]
+        frozen = {name for name in frozen_by_others(self._module) if not any(is_within(name, part) for part in ours)}
+        new = sorted(frozen - self._frozen_by_others)
         self._frozen_by_others.update(new)
         if new:
             rank_zero_warn(
@@ -78,17 +99,42 @@ class Audit:
             self._first.before_step()
 
     def after_batch(self) -> None:
-        """Checks in the first steps that everything trainable gets a gradient and moves.
+        """Checks in the first steps that everything trainable gets a gradient and moves, and nothing else.
 
         Raises:
-            StateError: If nothing does.
+            StateError: If nothing trainable does, or something frozen.
         """
+        self._by_hand.check()
         if self._first is None:
             return
         steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
         skipped = loss_scale(self._trainer) < self._scale  # after an overflow in float16
         if not skipped and not self._first.after_batch(self._rates, steps):
             self._first = None
+            self._check_unchanged()
+
+    def before_validation(self) -> None:
+        """Looks at copies before validation, in which callbacks exchange the whole module."""
+        self._by_hand.check()
+        self._by_hand.forget()
+
+    def note_moved(self) -> None:
+        """Takes note of what the module moved by hand, for the checkpoint that is about to be written."""
+        own = frozen_by_author(self._module)
+        tensors = {
+            name: tensor
+            for name, tensor in frozen_tensors(self._module).items()
+            if name in own or any(is_within(name, copy.name) for copy in self._copies)
+        }
+        mark_moved(self._module, changed(self._frozen, tensors))
+
+    def explain(self, error: BaseException) -> None:
+        """Adds to an error what may have caused it."""
+        self._by_hand.explain(error)
+
+    def _check_unchanged(self) -> None:
+        self.note_moved()
+        check_unchanged(self._frozen, frozen_tensors(self._module))
 
     def finish(self) -> None:
         """Checks that the frozen base has not changed.
@@ -97,7 +143,13 @@ class Audit:
             StateError: If it has.
         """
         self._name_frozen_adapters()
-        check_unchanged(self._frozen, frozen_tensors(self._module))
+        self._by_hand.finish()
+        self._check_unchanged()
+
+
+def frozen_sums(module: nn.Module) -> Sums:
+    """Returns type and check sum of each tensor that no adapter of a module may change."""
+    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
 
 
 class FirstSteps:
@@ -105,10 +157,11 @@ class FirstSteps:
 
     Args:
         trained: The parameters by name.
+        copies: Names of copies of networks: one that has no gradient at all is a teacher or an average.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
-        self._trained = trained
+    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[str] = ()) -> None:
+        self._trained, self._copies = trained, copies
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
         self._steps = 0
@@ -148,6 +201,11 @@ class FirstSteps:
             return
         self._checked = True
         self._without = {name for name in self._without if self._trained[name].requires_grad}
+        for copy in self._copies:
+            inside = {name for name in self._trained if is_within(name, copy)}
+            if inside <= self._without:
+                self._start = {name: start for name, start in self._start.items() if name not in inside}
+                self._without -= inside
         if self._without and len(self._without) == len(self._start):
             raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
         if self._without:
@@ -198,13 +256,18 @@ def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
+def changed(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of tensors whose bits are others than before."""
+    return [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
+
+
 def check_unchanged(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
     """Checks that the frozen base has not changed.
 
     Raises:
         StateError: If some tensors changed, naming them.
     """
-    moved = [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
+    moved = changed(before, tensors)
     if moved:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "

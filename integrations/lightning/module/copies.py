@@ -1,0 +1,191 @@
+"""Copies of adapted networks inside a module: momentum encoders, averages, teachers.
+
+A copy that the module moves by hand pairs its parameters with those of the original, by position or by name. So it has
+to be adapted as the original is: then its adapter follows that of the original, and its frozen weights stay what they
+are. What is told apart here, by shapes and values alone:
+
+- an equal copy has the values of the original, as `copy.deepcopy` makes it;
+- a frozen copy was frozen by its author, and the original was not. It may have other values.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.adapter import adapter_tensors
+from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of
+from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.tensors import adapted_targets, state_of_adapters
+
+
+@dataclass(frozen=True)
+class NetworkCopy:
+    """A part of a module that has the parameters of another part, some layers of which are adapted.
+
+    Args:
+        origin: The name of the other part.
+        name: The name of the copy.
+        equal: Whether the values of what neither trains are the same, bit for bit.
+        frozen: Whether the author froze the copy, and not the origin.
+    """
+
+    origin: str
+    name: str
+    equal: bool
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    layout: tuple[tuple[str, torch.Size, torch.dtype], ...]
+    tensors: tuple[Tensor, ...]
+    trained: tuple[bool, ...]
+    required: bool
+
+    def is_disjoint_from(self, other: "_Part") -> bool:
+        return not is_within(self.name, other.name) and not is_within(other.name, self.name)
+
+    def equals(self, other: "_Part") -> bool:
+        """Whether the values are the same, but for what is trained in place, and more than constants."""
+        trained = [own or its for own, its in zip(self.trained, other.trained, strict=True)]
+        pairs = [
+            (own, its)
+            for own, its, moves in zip(self.tensors, other.tensors, trained, strict=True)
+            if not moves or all(trained)
+        ]
+        if not any(own.dim() > 1 and own.numel() and bool(own.max() != own.min()) for own, _ in pairs):
+            return False
+        return all(checksum(own) == checksum(its) for own, its in pairs)
+
+
+def find_copies(module: nn.Module) -> list[NetworkCopy]:
+    """Finds the copies of adapted networks in a module, the largest that there are."""
+    _, trained = _of_the_author(module)
+    layers = [entry.name for entry in model_modules(module) if state_of(entry.module) is not None]
+    layers += [name.rpartition(".")[0] for name in trained]
+    alike: dict[object, list[_Part]] = {}
+    for part in _parts(module):
+        alike.setdefault(part.layout, []).append(part)
+    found: list[NetworkCopy] = []
+    for parts in alike.values():  # in the order of the module: outer parts first
+        free = [part for part in parts if not any(is_within(part.name, copy.name) for copy in found)]
+        adapted = [part for part in free if any(is_within(layer, part.name) for layer in layers)]
+        if len(free) < 2 or not adapted:
+            continue
+        origin = next((part for part in adapted if part.required), adapted[0])
+        for part in free:
+            if part.is_disjoint_from(origin):
+                equal, frozen = part.equals(origin), origin.required and not part.required
+                if equal or frozen:
+                    found.append(NetworkCopy(origin.name, part.name, equal, frozen))
+    return found
+
+
+def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
+    """Whether a copy has the parameters of its origin, adapters included, in the same order."""
+    names = [[name for name, _ in module.get_submodule(part).named_parameters()] for part in (copy.origin, copy.name)]
+    return names[0] == names[1]
+
+
+def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:
+    """Lets an adapter that was just added start in equal copies as in their origins.
+
+    The average of a product `B @ A` is that of B only while A is the same. What an init made of the base is equal
+    already, as far as the base is.
+    """
+    for copy in copies:
+        if copy.equal and is_adapted_alike(module, copy):
+            copy_factors(module, copy, adapter)
+
+
+def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
+    """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
+    for copy in copies:
+        if copy.equal and copy.frozen and is_adapted_alike(module, copy):
+            for _, parameter in module.get_submodule(copy.name).named_parameters():
+                parameter.requires_grad_(False)
+
+
+def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str) -> None:
+    """Gives a copy that is adapted alike the A and B of its origin, unless an init made them of the base."""
+    states = [state_of_adapters(target) for target in adapted_targets(module).values()]
+    if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
+        return
+    own, origin = (adapter_tensors(module.get_submodule(part)) for part in (copy.name, copy.origin))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name.rpartition(".")[2] == adapter:
+                tensor.copy_(origin[name])
+
+
+def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[set[str], set[str]]]:
+    """Adds the names of adapters to sets of the names of all parameters of a copy that is adapted alike.
+
+    `ema_pytorch.EMA` makes such a set in its `__init__`, and averages what it names.
+
+    Returns:
+        The sets, and what was added to each.
+    """
+    added: list[tuple[set[str], set[str]]] = []
+    for copy in copies:
+        if not is_adapted_alike(module, copy):
+            continue
+        network = module.get_submodule(copy.name)
+        factors = set(adapter_tensors(network))
+        own = {name for name, _ in network.named_parameters()} - factors
+        for part in module.modules():
+            for value in vars(part).values():
+                if isinstance(value, set) and factors and value - factors == own:
+                    value.update(factors)
+                    added.append((value, factors))
+    return added
+
+
+def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields the frozen parameters of a copy: the full name, the parameter, and that of the origin."""
+    _, trained = _of_the_author(module)
+    own, origin = (own_tensors(model_modules(module.get_submodule(p)), "_parameters") for p in (copy.name, copy.origin))
+    for name, tensor in own.items():
+        if full_name(copy.origin, name) not in trained:
+            yield full_name(copy.name, name), tensor, origin[name]
+
+
+def is_within(name: str, part: str) -> bool:
+    """Whether a name is that of a part of a module, or of something in it."""
+    return not part or name == part or name.startswith(f"{part}.")
+
+
+def _parts(module: nn.Module) -> list[_Part]:
+    """Returns all parts of a module that have parameters, outer ones first."""
+    modules = model_modules(module)
+    parameters = own_tensors(modules, "_parameters")
+    required, trained = _of_the_author(module)
+    members: dict[str, list[str]] = {}
+    for name in parameters:
+        parents = name.split(".")[:-1]
+        for depth in range(1, len(parents) + 1):
+            members.setdefault(".".join(parents[:depth]), []).append(name)
+    parts = []
+    for entry in modules[1:]:
+        names = members.get(entry.name, [])
+        tensors = tuple(parameters[name] for name in names)
+        short = [name.removeprefix(f"{entry.name}.") for name in names]
+        layout = tuple((n, t.shape, t.dtype) for n, t in zip(short, tensors, strict=True))
+        in_place = tuple(name in trained for name in names)
+        if names:
+            parts.append(_Part(entry.name, layout, tensors, in_place, any(required[name] for name in names)))
+    return parts
+
+
+def _of_the_author(module: nn.Module) -> tuple[dict[str, bool], set[str]]:
+    """Returns which parameters required a gradient before there were adapters, and which are trained in place."""
+    parameters = own_tensors(model_modules(module), "_parameters")
+    required, trained = {name: p.requires_grad for name, p in parameters.items()}, set()
+    for path, target in adapted_targets(module).items():
+        state = state_of_adapters(target)
+        required.update({full_name(path, name): needed for name, needed in state.requires_grad.items()})
+        trained |= {full_name(path, name) for adapter in state.adapters.values() for name in adapter.plan.trained}
+    return required, trained

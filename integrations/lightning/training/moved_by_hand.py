@@ -1,0 +1,193 @@
+"""Copies of adapted networks that a module moves by hand: they follow their origin, or the run stops at once.
+
+What is written into a tensor outside of an optimizer is seen by the tensor's version, by its memory, or by its values.
+Only what happens within a batch counts: between batches, validation exchanges whole models.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import StateError
+from lora_plugins.adapter import adapted_layers, adapter_tensors
+from lora_plugins.errors import listing
+from lora_plugins.inplace import state_of
+from lora_plugins.integrations.lightning.module import (
+    NetworkCopy,
+    base_pairs,
+    checksums,
+    copy_factors,
+    is_adapted_alike,
+    local,
+)
+from lora_plugins.utils import version
+
+_FOLLOWS = 3
+"""Batches in which a copy is moved, by the last of which its adapter has to have moved too."""
+
+_ROUNDING = 16
+"""Units in the last place by which an average of equal values may differ from them."""
+
+
+class MovedByHand:
+    """Watches the copies of a module from one batch to the next.
+
+    Args:
+        module: The module, adapted.
+        copies: Its copies of adapted networks.
+    """
+
+    def __init__(self, module: nn.Module, copies: Sequence[NetworkCopy]) -> None:
+        self._unlike = [_Unlike(module, copy) for copy in copies if not is_adapted_alike(module, copy)]
+        alike = [_Alike(module, copy) for copy in copies if is_adapted_alike(module, copy)]
+        self._all: list[_Unlike | _Alike] = [*self._unlike, *alike]
+
+    def before_batch(self) -> None:
+        """Looks at what happened since the last batch, and then takes note of what there is."""
+        self.check()
+        for each in self._all:
+            each.note()
+
+    def check(self) -> None:
+        """Looks at what happened since `before_batch`.
+
+        Raises:
+            StateError: If a copy is moved that does not follow the adapter of its origin.
+        """
+        for each in self._all:
+            each.check()
+
+    def forget(self) -> None:
+        """Ignores what happens from now on until the next batch."""
+        for each in self._all:
+            each.watched.forget()
+
+    def finish(self) -> None:
+        """Looks at the values of what must not have moved.
+
+        Raises:
+            StateError: If it has.
+        """
+        for each in self._unlike:
+            each.compare()
+
+    def explain(self, error: BaseException) -> None:
+        """Adds a note to an error that may come of pairs that do not belong together."""
+        if self._unlike and isinstance(error, RuntimeError | KeyError | ValueError | IndexError):
+            error.add_note(f"It may come of this: {self._unlike[0].message('If the module moves it by hand')}")
+
+
+class _Watched:
+    """Tensors that are not to be written, or are expected to be."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._marks: list[tuple[int, int]] | None = None
+
+    def note(self) -> None:
+        self._marks = self._now()
+
+    def forget(self) -> None:
+        self._marks = None
+
+    def written(self) -> bool:
+        return self._marks is not None and self._marks != self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(version(tensor), tensor.data_ptr()) for tensor in self._tensors]
+
+
+class _Unlike:
+    """A copy that is not adapted as its origin is, and so must not be moved."""
+
+    def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
+        self._module, self._copy = module, copy
+        self._tensors = {name: tensor for name, tensor, _ in base_pairs(module, copy)}
+        self._sums = checksums(self._tensors)
+        self._looks = 0
+        self.watched = _Watched(self._tensors.values())
+
+    def note(self) -> None:
+        self.watched.note()
+
+    def check(self) -> None:
+        self._looks += 1
+        if self._looks <= 2 * _FOLLOWS:
+            self.compare()
+        if self.watched.written():
+            raise StateError(self.message("The module moves it by hand"))
+
+    def compare(self) -> None:
+        if checksums(self._tensors) != self._sums:
+            raise StateError(self.message("The module moves it by hand"))
+
+    def message(self, moved: str) -> str:
+        """Returns what is wrong, and what to do."""
+        origin, name = self._copy.origin, self._copy.name
+        layers = adapted_layers(self._module.get_submodule(origin))
+        found = dict(self._module.get_submodule(name).named_modules())
+        missing = [layer for layer in layers if state_of(found[layer]) is None]
+        named = listing([f"{name}.{layer}" for layer in missing], 8)
+        return (
+            f"{name!r} is a copy of {origin!r}, of which {len(layers)} layers are adapted, and is not adapted alike. "
+            f"{moved}: its parameters are paired with those of {origin!r}, and adapters make those more. Adapt "
+            f"{named} as well, with the same rank: name them in target_modules beside "
+            f"{listing([f'{origin}.{layer}' for layer in layers], 3)}, and in no exclude_modules; a `target` has to "
+            "have both parts in it. Their adapters then follow."
+        )
+
+
+class _Alike:
+    """A copy that is adapted as its origin is: its adapter follows, and its base stays that of the origin."""
+
+    def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
+        self._module, self._copy = module, copy
+        self._base = list(base_pairs(module, copy)) if copy.equal else []
+        self._own, self._origin = (adapter_tensors(module.get_submodule(p)) for p in (copy.name, copy.origin))
+        self._factors = _Watched(self._own.values())
+        self._sums = checksums(self._own)
+        self._moved, self._looks, self._drifts = 0, 0, False
+        self._follows = not self._own
+        self.watched = _Watched(tensor for _, tensor, _ in base_pairs(module, copy))
+
+    def note(self) -> None:
+        self.watched.note()
+        self._factors.note()
+
+    def check(self) -> None:
+        self._looks += 1
+        written = self.watched.written()
+        if written or ((self._drifts or self._looks <= 2 * _FOLLOWS) and self._differs()):
+            self._drifts = self._drifts or not written
+            if not self._moved and not self._copy.equal:
+                for adapter in {name.rpartition(".")[2] for name in self._own}:
+                    copy_factors(self._module, self._copy, adapter)
+            self._moved += 1
+            self._settle()
+        if self._moved and not self._follows:
+            self._follows = self._factors.written() or checksums(self._own) != self._sums
+            if not self._follows and self._moved >= _FOLLOWS and checksums(self._origin) != self._sums:
+                self._stop()
+        self.note()
+
+    def _differs(self) -> bool:
+        return any(not torch.equal(local(own), local(origin)) for _, own, origin in self._base)
+
+    def _settle(self) -> None:
+        """Takes rounding out of a base that averages equal values; what differs by more is the module's own doing."""
+        with torch.no_grad():
+            for _, own, origin in self._base:
+                if not own.is_floating_point():
+                    continue
+                close = _ROUNDING * torch.finfo(own.dtype).eps * origin.abs().max()
+                if (own - origin).abs().max() <= close:
+                    own.copy_(origin)
+
+    def _stop(self) -> None:
+        name, origin = self._copy.name, self._copy.origin
+        raise StateError(
+            f"{name!r} is a copy of {origin!r} that the module moves by hand, and its adapter does not follow: the "
+            "module pairs parameters that it took before there were adapters, so the copy would never learn. Let it "
+            f"ask for parameters() when it moves the copy, or make the pairs in on_fit_start."
+        )

@@ -1,0 +1,360 @@
+"""Teachers, momentum encoders and averages: they follow the adapter of their original, or the run stops at once."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
+from tests.integrations.lightning.training.training_cases import lora_b
+
+M = 0.9
+
+
+def by_data(student, teacher):
+    """As lightly's update_momentum does."""
+    for ours, its in zip(student.parameters(), teacher.parameters(), strict=False):
+        its.data = its.data * M + ours.data * (1 - M)
+
+
+@torch.no_grad()
+def in_place(student, teacher):
+    """As MoCo and DINO do."""
+    for ours, its in zip(student.parameters(), teacher.parameters(), strict=True):
+        its.mul_(M).add_(ours.detach(), alpha=1 - M)
+
+
+def by_data_in_place(student, teacher):
+    """Which no version of a tensor tells of."""
+    for ours, its in zip(student.parameters(), teacher.parameters(), strict=False):
+        its.data.mul_(M).add_(ours.data, alpha=1 - M)
+
+
+@torch.no_grad()
+def by_name(student, teacher):
+    theirs = dict(teacher.named_parameters())
+    for name, ours in student.named_parameters():
+        theirs[name].lerp_(ours, 1 - M)
+
+
+@torch.no_grad()
+def by_state_dict(student, teacher):
+    """As timm's ModelEmaV2 does."""
+    for its, ours in zip(teacher.state_dict().values(), student.state_dict().values(), strict=False):
+        its.copy_(M * its + (1 - M) * ours)
+
+
+@torch.no_grad()
+def by_lerp(student, teacher):
+    """As timm's ModelEmaV3 does."""
+    pairs = zip(teacher.state_dict().values(), student.state_dict().values(), strict=False)
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), weight=1 - M)
+
+
+UPDATES = [by_data, in_place, by_data_in_place, by_name, by_state_dict, by_lerp]
+updates = pytest.mark.parametrize("update", UPDATES, ids=[update.__name__ for update in UPDATES])
+WHEN = ["training_step", "on_before_zero_grad", "on_train_batch_end"]
+
+
+class Teacher(Classifier):
+    """Learns to agree with an average of itself, as BYOL and mean teachers do."""
+
+    def __init__(self, update=by_data, when="training_step", frozen=True, pretrained=False):
+        super().__init__(lr=0.05)
+        self.update, self.when = update, when
+        self.teacher = Classifier(base_seed=5).net if pretrained else copy.deepcopy(self.net)
+        if frozen:
+            self.teacher.requires_grad_(False)
+
+    def save_hyperparameters(self, *_):
+        """A function is no hyperparameter."""
+
+    def training_step(self, batch, batch_idx):
+        self._move("training_step")
+        with torch.no_grad():
+            wanted = self.teacher(batch[0])
+        return super().training_step(batch, batch_idx) + 0.1 * mse_loss(self(batch[0]), wanted)
+
+    def on_before_zero_grad(self, *_):
+        self._move("on_before_zero_grad")
+
+    def on_train_batch_end(self, *_):
+        self._move("on_train_batch_end")
+
+    def _move(self, when):
+        if when == self.when:
+            self.update(self.net, self.teacher)
+
+
+BOTH = LoraConfig(r=2, target_modules=["net.0", "net.3", "teacher.0", "teacher.3"])
+ALONE = LoraConfig(r=2, target_modules=["net.0", "net.3"])
+
+
+def fit(tmp_path, module, config=BOTH, **options):
+    torch.manual_seed(1)
+    run = trainer(tmp_path, [lora(config)], **options)
+    run.fit(module, loader(), loader())
+    return run
+
+
+def base_of(module):
+    return {name: tensor for name, tensor in values(module).items() if ".lora_" not in name}
+
+
+class TestFollows:
+    @updates
+    @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+    def test_teacher_averages_the_adapter(self, tmp_path, update, frozen):
+        """The expected one is that of the same run without the teacher's part, averaged here."""
+        module = Teacher(update, "on_train_batch_end", frozen)
+        averages = []
+        inner = module.update
+
+        def watched(student, teacher):
+            before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+            inner(student, teacher)
+            for name, p in student.named_parameters():
+                expected = M * before[name] + (1 - M) * p.detach()
+                torch.testing.assert_close(dict(teacher.named_parameters())[name].detach(), expected)
+            averages.append(1)
+
+        module.update = watched
+        before = base_of(module)
+        fit(tmp_path, module)
+        assert averages
+        assert not differing(before, base_of(module))
+        assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+        student, teacher = module.net[0].lora_A["default"], module.teacher[0].lora_A["default"]
+        assert 0 < (student - teacher).abs().max() < 0.5 * student.abs().max()
+
+    @pytest.mark.parametrize("when", WHEN)
+    @pytest.mark.parametrize("update", [by_data, by_data_in_place])
+    def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when):
+        straight = Teacher(update, when)
+        fit(tmp_path, straight, max_epochs=4)
+        torch.manual_seed(1)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer(tmp_path, [lora(BOTH), saver], max_epochs=2).fit(Teacher(update, when), loader(), loader())
+        path = tmp_path / "epoch=1.ckpt"
+        assert all(".lora_" in key for key in load(path)["state_dict"])
+        resumed = Teacher(update, when)
+        trainer(tmp_path, [lora(BOTH)], max_epochs=4).fit(resumed, loader(), loader(), ckpt_path=path)
+        assert not differing(values(straight), values(resumed))
+
+    @updates
+    def test_merges_and_goes_on(self, tmp_path, update):
+        module, callback = Teacher(update), LoraCallback(BOTH)
+        for _ in range(2):
+            trainer(tmp_path, [callback]).fit(module, loader())
+            assert values(module).keys() == values(Teacher()).keys()
+        changed = differing(values(module), values(Teacher()))
+        assert changed == {f"{part}.{index}.weight" for part in ("net", "teacher") for index in (0, 3)}
+
+    def test_gradients_do_not_train_a_frozen_teacher(self, tmp_path):
+        class Leaky(Teacher):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) + self.teacher(batch[0]).square().mean()
+
+        module = Leaky(lambda *_: None)
+        fit(tmp_path, module)
+        moved = {name: bool(p.any()) for name, p in lora_b(module).items()}
+        assert moved == {f"{part}.{i}.lora_B.default": part == "net" for part in ("net", "teacher") for i in (0, 3)}
+
+    def test_reference_that_stands_still(self, tmp_path):
+        module = Teacher(lambda *_: None)
+        start = copy.deepcopy(module.teacher).eval()
+        fit(tmp_path, module)
+        x = torch.randn(4, 4)
+        assert torch.equal(module.teacher.eval()(x), start(x))
+
+    def test_reference_may_be_left_out(self, tmp_path):
+        fit(tmp_path, Teacher(lambda *_: None), ALONE)
+
+    @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+    def test_heads(self, tmp_path, frozen):
+        """Trained in full in the original, and so averaged in the copy."""
+        for named in (["net.3", "teacher.3"], ["net.3"]):
+            config = LoraConfig(r=2, target_modules=["net.0", "teacher.0"], modules_to_save=named)
+            module = Teacher(by_data, frozen=frozen)
+            saver = ModelCheckpoint(tmp_path, filename="it")
+            trainer(tmp_path, [lora(config), saver]).fit(module, loader(), loader())
+            assert not torch.equal(module.teacher[3].weight, module.net[3].weight)
+            again = load_from_checkpoint(Teacher, tmp_path / "it.ckpt", update=by_data)
+            assert not differing(values(again), values(module))
+
+    def test_pretrained_teacher_with_values_of_its_own(self, tmp_path):
+        """Its weights move towards those of the student, so files have them."""
+        module = Teacher(in_place, pretrained=True)
+        start = values(module)
+        saver = ModelCheckpoint(tmp_path, filename="it")
+        trainer(tmp_path, [lora(BOTH), saver]).fit(module, loader(), loader())
+        expected = M**8 * start["teacher.0.weight"] + (1 - M**8) * start["net.0.weight"]
+        torch.testing.assert_close(values(module)["teacher.0.weight"], expected)
+        again = load_from_checkpoint(Teacher, tmp_path / "it.ckpt", update=in_place, pretrained=True)
+        assert not differing(values(again), values(module))
+        resumed = Teacher(lambda *_: None, pretrained=True)
+        saver = ModelCheckpoint(tmp_path, filename="again")
+        trainer(tmp_path, [lora(BOTH), saver], max_epochs=3).fit(
+            resumed, loader(), loader(), ckpt_path=tmp_path / "it.ckpt"
+        )
+        assert torch.equal(resumed.teacher[0].weight, module.teacher[0].weight)
+        assert "teacher.0.weight" in load(tmp_path / "again.ckpt")["state_dict"]
+
+    @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+    def test_teacher_that_is_copied_late(self, tmp_path, hook):
+        """Files have its weights, which no other module of the class has."""
+
+        class Synced(Teacher):
+            def sync(self):
+                if self.trainer.global_step == 0:
+                    self.teacher.load_state_dict(self.net.state_dict())
+
+        setattr(Synced, hook, Synced.sync)
+        module = Synced(in_place, pretrained=True)
+        saver = ModelCheckpoint(tmp_path, filename="it")
+        trainer(tmp_path, [lora(BOTH), saver]).fit(module, loader(), loader())
+        again = load_from_checkpoint(Teacher, tmp_path / "it.ckpt", update=in_place, pretrained=True)
+        assert not differing(values(again), values(module))
+
+
+class TestStops:
+    @updates
+    @pytest.mark.parametrize("when", WHEN)
+    @pytest.mark.parametrize("pretrained", [False, True], ids=["copy", "own_values"])
+    def test_student_alone(self, tmp_path, update, when, pretrained):
+        """Either torch stops, and a note says why, or we do; at the first or second batch."""
+        module = Teacher(update, when, pretrained=pretrained)
+        batches = itertools.count()
+        module.on_train_batch_start = lambda *_: next(batches) and None
+        with pytest.raises((StateError, RuntimeError, KeyError, ValueError)) as raised:
+            fit(tmp_path, module, ALONE)
+        said = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        assert "'teacher' is a copy of 'net'" in said
+        assert "'teacher.0', 'teacher.3'" in said
+        assert next(batches) <= 2
+
+    def test_late_average(self, tmp_path):
+        module = Teacher(lambda *pair: in_place(*pair) if module.current_epoch == 2 else None)
+        with pytest.raises((StateError, RuntimeError, ValueError)) as raised:
+            fit(tmp_path, module, ALONE, max_epochs=4)
+        assert "is a copy of 'net'" in " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        assert module.current_epoch == 2
+
+    def test_outside_the_target(self, tmp_path):
+        run = trainer(tmp_path, [LoraCallback(LoraConfig(r=2), target="net")])
+        with pytest.raises((StateError, RuntimeError)) as raised:
+            run.fit(Teacher(), loader())
+        assert "is a copy of 'net'" in " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+
+    def test_pairs_from_before_there_were_adapters(self, tmp_path):
+        module = Teacher(lambda *_: early())
+        pairs = list(zip(module.net.parameters(), module.teacher.parameters(), strict=True))
+
+        @torch.no_grad()
+        def early():
+            for ours, its in pairs:
+                its.lerp_(ours, 1 - M)
+
+        with pytest.raises(StateError, match="does not follow"):
+            fit(tmp_path, module)
+        assert module.global_step <= 4
+
+    def test_original_that_is_moved(self, tmp_path):
+        """What is written into the base of the student is no average, and is told after the first steps."""
+        module = Teacher(lambda student, _: student[1].weight.data.add_(0.1))
+        with pytest.raises(StateError, match=r"frozen tensors changed.*net\.1\.weight"):
+            fit(tmp_path, module, ALONE)
+        assert module.global_step <= 4
+
+
+class Averaged(Classifier):
+    """Has an AveragedModel of torch inside, as many modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(M), use_buffers=True)
+
+    def on_before_zero_grad(self, *_):
+        self.average.update_parameters(self.net)
+
+    def validation_step(self, batch, batch_idx):
+        self.average(batch[0])
+
+
+class NamedAverage(nn.Module):
+    """Averages the parameters whose names it took when it was made, as ema_pytorch.EMA does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.online = [model]
+        self.model = copy.deepcopy(model)
+        self.names = {name for name, _ in self.model.named_parameters()}
+
+    def named(self, model):
+        return [parameter for name, parameter in model.named_parameters() if name in self.names]
+
+    def update(self):
+        for its, ours in zip(self.named(self.model), self.named(self.online[0]), strict=True):
+            its.data.lerp_(ours.data, 1 - M)
+
+
+class Named(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.average = NamedAverage(self.net)
+
+    def on_before_zero_grad(self, *_):
+        self.average.update()
+
+
+@pytest.mark.parametrize(("cls", "part"), [(Averaged, "average.module"), (Named, "average.model")])
+class TestWrappers:
+    def test_follows_resumes_and_merges(self, tmp_path, cls, part):
+        config = LoraConfig(r=2, target_modules=["net.0", "net.3", f"{part}.0", f"{part}.3"])
+        module = cls()
+        before = {name: tensor for name, tensor in base_of(module).items() if "n_averaged" not in name}
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        torch.manual_seed(1)
+        trainer(tmp_path, [lora(config), saver], max_epochs=3).fit(module, loader(), loader())
+        assert not {name for name in differing(before, base_of(module)) if "n_averaged" not in name}
+        own, its = module.net[0].lora_B["default"], module.get_submodule(part)[0].lora_B["default"]
+        assert its.abs().sum() > 0
+        assert not torch.equal(own, its)
+        resumed = cls()
+        run = trainer(tmp_path, [lora(config)], max_epochs=3)
+        run.fit(resumed, loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+        assert not differing(values(resumed), values(module))
+        trainer(tmp_path, [LoraCallback(config)], max_epochs=1).fit(module, loader(), loader())
+        assert values(module).keys() == values(cls()).keys()
+        if cls is Named:
+            assert module.average.names == cls().average.names
+
+    def test_all(self, tmp_path, cls, part):
+        module = cls()
+        trainer(tmp_path, [lora(LoraConfig(r=2))], max_epochs=3).fit(module, loader(), loader())
+        assert module.get_submodule(part)[0].lora_B["default"].abs().sum() > 0
+        LoraModel(module).unload()
+        assert not {name for name in differing(values(module), values(cls())) if "n_averaged" not in name}
+
+
+def test_towers_of_one_pretrained_network_are_trained_each_on_its_own(tmp_path):
+    class Towers(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.other = copy.deepcopy(self.net)
+
+        def forward(self, x):
+            return self.net(x) - self.other(x.flip(0))
+
+    module = Towers()
+    fit(tmp_path, module, LoraConfig(r=2))
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+    fit(tmp_path, Towers(), LoraConfig(r=2, target_modules=["net.0"]))
