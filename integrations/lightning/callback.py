@@ -408,7 +408,7 @@ class LoraCallback(Callback):
             freeze_alike(module, self._copies)
             self._names += add_names(module, self._copies)
         if self.train_mode and trainer.state.fn == "fit":
-            set_training_mode(target)
+            set_training_mode(target, [module.get_submodule(copy.name) for copy in self._copies if copy.equal])
         self._modes = modes_of_frozen_norms(module)
         self._start = frozen_sums(module)
 

@@ -4,7 +4,7 @@ What is written into a tensor outside of an optimizer is seen by the tensor's ve
 Only what happens within a batch counts: between batches, validation exchanges whole models.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lora_plugins import StateError
 from lora_plugins.adapter import adapted_layers, adapter_tensors
 from lora_plugins.errors import listing
-from lora_plugins.inplace import state_of
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     base_pairs,
@@ -116,26 +115,31 @@ class _Unlike:
         if self._looks <= 2 * _FOLLOWS:
             self.compare()
         if self.watched.written():
-            raise StateError(self.message("The module moves it by hand"))
+            raise StateError(self.message("As the module moves it by hand"))
 
     def compare(self) -> None:
         if checksums(self._tensors) != self._sums:
-            raise StateError(self.message("The module moves it by hand"))
+            raise StateError(self.message("As the module moves it by hand"))
 
     def message(self, moved: str) -> str:
         """Returns what is wrong, and what to do."""
         origin, name = self._copy.origin, self._copy.name
-        layers = adapted_layers(self._module.get_submodule(origin))
-        found = dict(self._module.get_submodule(name).named_modules())
-        missing = [layer for layer in layers if state_of(found[layer]) is None]
-        named = listing([f"{name}.{layer}" for layer in missing], 8)
+        layers, own = (set(adapted_layers(self._module.get_submodule(part))) for part in (origin, name))
+        advice = [
+            f"adapt {_named(name, layers - own)} as {_named(origin, layers)} are" if layers - own else "",
+            f"leave {_named(name, own - layers)} out" if own - layers else "",
+            "with the same rank" if layers == own else "",
+        ]
         return (
-            f"{name!r} is a copy of {origin!r}, of which {len(layers)} layers are adapted, and is not adapted alike. "
-            f"{moved}: its parameters are paired with those of {origin!r}, and adapters make those more. Adapt "
-            f"{named} as well, with the same rank: name them in target_modules beside "
-            f"{listing([f'{origin}.{layer}' for layer in layers], 3)}, and in no exclude_modules; a `target` has to "
-            "have both parts in it. Their adapters then follow."
+            f"{name!r} is a copy of {origin!r}, which has adapters, and is not adapted alike. {moved}, its parameters "
+            f"are paired with those of {origin!r}, and they are not the same. In target_modules and exclude_modules, "
+            f"{' and '.join(filter(None, advice))}; a `target` has to have both parts in it. Adapters of a copy follow "
+            "those of its original."
         )
+
+
+def _named(part: str, layers: Collection[str]) -> str:
+    return listing(sorted(f"{part}.{layer}" for layer in layers), 8)
 
 
 class _Alike:

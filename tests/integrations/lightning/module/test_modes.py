@@ -77,6 +77,21 @@ def test_frozen_modules_in_eval_mode_stay_so(tmp_path, config, merge):
     assert all(child.training for child in module.net.modules())
 
 
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+def test_averages_in_eval_mode_stay_so(tmp_path):
+    """As timm's ModelEmaV2, which puts its copy into eval mode and does not freeze it."""
+
+    class Average(Classifier):
+        def __init__(self):
+            super().__init__(dropout=0.5)
+            self.average = copy.deepcopy(self.net).eval()
+
+    module = Average()
+    trainer(tmp_path, [LoraCallback(LoraConfig(r=2))]).fit(module, loader(), loader())
+    assert not any(child.training for child in module.average.modules())
+    assert all(child.training for child in module.net.modules())
+
+
 @pytest.mark.parametrize("config", [CONFIG, LoraConfig(r=2, target_modules=["net.0"], norm="track")])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_modules_in_training_mode_are_in_it_after_all_runs(tmp_path, frozen, config):

@@ -241,6 +241,13 @@ class TestStops:
         assert "'teacher.0', 'teacher.3'" in said
         assert next(batches) <= 2
 
+    def test_copy_with_more_adapters_than_its_original(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["net.0", "teacher.0", "teacher.3"])
+        with pytest.raises((StateError, RuntimeError)) as raised:
+            fit(tmp_path, Teacher(), config)
+        said = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        assert "leave 'teacher.3' out" in said
+
     def test_late_average(self, tmp_path):
         module = Teacher(lambda *pair: in_place(*pair) if module.current_epoch == 2 else None)
         with pytest.raises((StateError, RuntimeError, ValueError)) as raised:
