@@ -153,6 +153,8 @@ class _Alike:
         self._sums = checksums(self._own)
         self._moved, self._looks, self._drifts = 0, 0, False
         self._follows = not self._own
+        # Resumed, or fitted again, it has an adapter of its own already.
+        self._is_new = not any(bool(tensor.any()) for name, tensor in self._own.items() if ".lora_B" in f".{name}")
         self.watched = _Watched(tensor for _, tensor, _ in base_pairs(module, copy))
 
     def note(self) -> None:
@@ -164,7 +166,7 @@ class _Alike:
         written = self.watched.written()
         if written or ((self._drifts or self._looks <= 2 * _FOLLOWS) and self._differs()):
             self._drifts = self._drifts or not written
-            if not self._moved and not self._copy.equal:
+            if self._is_new and not self._moved and not self._copy.equal:
                 for adapter in {name.rpartition(".")[2] for name in self._own}:
                     copy_factors(self._module, self._copy, adapter)
             self._moved += 1
