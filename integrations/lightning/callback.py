@@ -198,6 +198,7 @@ class LoraCallback(Callback):
         self._modes = modes_of_frozen_norms(pl_module)
         check_trainer(trainer)
         check_strategy(trainer, vars(self))
+        self._check_group(trainer)
         CheckpointShims.install(trainer, self)
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
@@ -299,11 +300,13 @@ class LoraCallback(Callback):
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
-        if self.merge_on_fit_end:
+        group = self._group(trainer)
+        if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             # A debugging run of a few batches is not stopped by what they did not learn.
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
             self._merge = merge_reversibly(self._target(pl_module), max_error)
-            self._remove_names()
+            for callback in group:
+                callback._remove_names()
         print_files(files)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -383,13 +386,15 @@ class LoraCallback(Callback):
 
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""
-        self.undo_merge(module)
+        group = self._group(trainer)
+        for callback in group:
+            callback.undo_merge(module)
         target = self._target(module)
         state = model_state(target)
         config = with_declarations(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
             reuse_adapter(target, self.adapter_name, config)
-            if self._undone:
+            if any(callback._undone for callback in group):
                 copy_into_averages(trainer, module)
         else:
             check_not_nested(module, self.target)
@@ -411,6 +416,19 @@ class LoraCallback(Callback):
             set_training_mode(target, [module.get_submodule(copy.name) for copy in self._copies if copy.equal])
         self._modes = modes_of_frozen_norms(module)
         self._start = frozen_sums(module)
+
+    def _group(self, trainer: Trainer) -> "list[LoraCallback]":
+        """The callbacks with the same target, whose adapters are merged together."""
+        found = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in found if isinstance(callback, LoraCallback) and callback.target == self.target]
+
+    def _check_group(self, trainer: Trainer) -> None:
+        for name in ("merge_on_fit_end", "merge_source"):
+            given = {callback.adapter_name: getattr(callback, name) for callback in self._group(trainer)}
+            if len(set(given.values())) > 1:
+                raise ConfigError(
+                    f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Give all the same."
+                )
 
     def _remove_names(self) -> None:
         names, self._names = self._names, []

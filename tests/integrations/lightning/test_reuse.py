@@ -4,9 +4,11 @@ import copy
 import logging
 
 import pytest
+import safetensors.torch
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
 
@@ -150,3 +152,49 @@ def test_random_numbers_of_a_tested_file_are_not_those_of_the_next_fit(tmp_path)
     torch.manual_seed(11)
     trainer(tmp_path, [LoraCallback(CONFIG)], max_epochs=1).fit(second := Classifier(dropout=0.5), loader(shuffle=True))
     assert not differing(values(first), values(second))
+
+
+class TestTwoAdapters:
+    """Two callbacks with one target: each has its adapter and its files, and they are merged together."""
+
+    SECOND = LoraConfig(r=3, target_modules=["net.3"])
+
+    def callbacks(self, tmp_path, **options):
+        return [
+            LoraCallback(CONFIG, adapter_name="a", save_adapter_to=str(tmp_path / "a"), **options),
+            LoraCallback(self.SECOND, adapter_name="b", save_adapter_to=str(tmp_path / "b"), **options),
+        ]
+
+    @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapted"])
+    @pytest.mark.parametrize("fits", [1, 2])
+    def test_fit(self, tmp_path, merge, fits):
+        module, callbacks = Classifier(lr=0.3), self.callbacks(tmp_path, merge_on_fit_end=merge)
+        for _ in range(fits):
+            trainer(tmp_path, callbacks, max_epochs=1).fit(module, loader())
+        if not merge:
+            LoraModel(module).merge_and_unload()
+        again = Classifier()
+        lora = LoraModel.load_adapter(again, tmp_path / "a")
+        LoraModel.load_adapter(again, tmp_path / "b")
+        lora.set_adapter(["a", "b"])
+        lora.merge_and_unload()
+        assert values(module).keys() == values(Classifier()).keys()
+        assert not differing(values(module), values(again))
+
+    def test_best_and_export_and_a_checkpoint_after_it(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
+        callbacks = self.callbacks(tmp_path, merge_source="best", export_to=str(tmp_path / "merged.safetensors"))
+        run = trainer(tmp_path, [*callbacks, saver], max_epochs=2)
+        run.fit(module := Classifier(lr=0.3), loader(), loader())
+        exported = safetensors.torch.load_file(tmp_path / "merged.safetensors")
+        assert not differing(values(module), exported)
+        for path, logged in saver.best_k_models.items():
+            found = run.validate(module, loader(), ckpt_path=path, verbose=False)[0]["val/loss"]
+            assert found == pytest.approx(float(logged), rel=1e-6)
+        assert values(module).keys() == values(Classifier()).keys()
+
+    def test_options_that_contradict_each_other_are_refused(self, tmp_path):
+        first, second = self.callbacks(tmp_path)
+        second.merge_on_fit_end = False
+        with pytest.raises(ConfigError, match=r"merge_on_fit_end differs: {'a': True, 'b': False}"):
+            trainer(tmp_path, [first, second]).fit(Classifier(), loader())
