@@ -46,6 +46,7 @@ from lora_plugins.integrations.lightning.shims import MethodShims, expecting_eva
 from lora_plugins.integrations.lightning.strategies import (
     AdaptBeforeSharding,
     CheckpointShims,
+    check_callbacks,
     check_none_missed,
     check_not_sharded,
     check_not_wrapped,
@@ -198,6 +199,8 @@ class LoraCallback(Callback):
         self._modes = modes_of_frozen_norms(pl_module)
         check_trainer(trainer)
         check_strategy(trainer, vars(self))
+        if stage == "fit":
+            check_callbacks(trainer)
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
         if stage != "fit" and not is_sharded(trainer):
@@ -427,7 +430,7 @@ class LoraCallback(Callback):
             given = {callback.adapter_name: getattr(callback, name) for callback in self._group(trainer)}
             if len(set(given.values())) > 1:
                 raise ConfigError(
-                    f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Give all the same."
+                    f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Use one value."
                 )
 
     def _remove_names(self) -> None:

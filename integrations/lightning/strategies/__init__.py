@@ -13,11 +13,17 @@ from lora_plugins.integrations.lightning.strategies.sharding import (
     check_shardable,
     is_sharded,
 )
-from lora_plugins.integrations.lightning.strategies.supported import check_strategy, check_trainer, warn_if_spawned
+from lora_plugins.integrations.lightning.strategies.supported import (
+    check_callbacks,
+    check_strategy,
+    check_trainer,
+    warn_if_spawned,
+)
 
 __all__ = [
     "AdaptBeforeSharding",
     "CheckpointShims",
+    "check_callbacks",
     "check_none_missed",
     "check_not_sharded",
     "check_not_wrapped",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -22,6 +23,20 @@ def check_trainer(trainer: object) -> None:
         raise StateError(
             f"LoraCallback belongs to lightning.pytorch, and the Trainer is {type(trainer).__module__}."
             f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
+        )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Checks that no other callback takes apart what an adapter acts on.
+
+    Raises:
+        StateError: If one does, naming it.
+    """
+    pruning = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, ModelPruning)]  # type: ignore[attr-defined]
+    if pruning:
+        raise StateError(
+            f"{pruning[0]} puts masked weights in place of those that adapters act on, and of A and B. Prune in a run "
+            "without LoraCallback, before it (make_pruning_permanent=True) or after the adapter is merged."
         )
 
 
