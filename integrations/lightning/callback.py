@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
@@ -28,8 +28,10 @@ from lora_plugins.integrations.lightning.module import (
     check_not_replaced,
     find_copies,
     find_target,
+    forgotten_layers,
     freeze_alike,
     merge_reversibly,
+    merged_weights,
     modes_of_frozen_norms,
     plain_name,
     plain_state_dict,
@@ -235,8 +237,16 @@ class LoraCallback(Callback):
             check_mergeable(target)
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)
+        plan = LoraModel(target).plans[self.adapter_name]
+        forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
         if self.print_plan and trainer.is_global_zero:
-            print_plan(LoraModel(target).plans[self.adapter_name], f"LoRA adapter {self.adapter_name!r}")
+            print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
+        if forgotten:
+            rank_zero_warn(
+                f"{listing(forgotten, 3)} of {type(pl_module).__name__} look newly initialized, and nothing trains "
+                "them. A new head belongs into modules_to_save, or into an attribute head_modules of the module; one "
+                "that is to stay as it is can be left so."
+            )
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
             self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
@@ -403,6 +413,7 @@ class LoraCallback(Callback):
             check_not_nested(module, self.target)
             if is_sharded(trainer):
                 check_shardable(target, config, trainer)
+            self._check_base(module)
             data = None
             if needs_data(config):
                 data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
@@ -432,6 +443,30 @@ class LoraCallback(Callback):
                 raise ConfigError(
                     f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Use one value."
                 )
+
+    def _check_base(self, module: LightningModule) -> None:
+        """Tells that a new adapter would be one of weights that an earlier one was merged into.
+
+        Raises:
+            StateError: If it would be saved where its base is not.
+        """
+        target = self._target(module)
+        merged = merged_weights(target)
+        if not merged:
+            return
+        found = (
+            f"{len(merged)} weights of {type(module).__name__} are those that an adapter was merged into when an "
+            f"earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the pretrained ones. To "
+            "go on with the earlier one, give fit the same LoraCallback; to start anew, make the module again."
+        )
+        changes = LoraModel.plan(target, with_declarations(self.config, module, target, self.target)).init.changes_base
+        if self.adapter_files or changes:
+            what = f"save_adapter_to={self.save_adapter_to!r}" if self.adapter_files else f"init={self.config.init!r}"
+            raise StateError(
+                f"{found} With {what} it could not be loaded again, since no file has those weights. Use export_to, or "
+                "checkpoints, which hold them."
+            )
+        rank_zero_warn(f"{found} Its checkpoints hold these weights as well.")
 
     def _remove_names(self) -> None:
         names, self._names = self._names, []

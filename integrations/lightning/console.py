@@ -1,5 +1,6 @@
 """Prints the plan, and the paths of the files that a run has written."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,8 +10,14 @@ from lora_plugins import Plan
 from lora_plugins.errors import listing
 
 
-def print_plan(plan: Plan, title: str = "LoRA") -> None:
-    """Prints what is adapted: layer, plugin, rank, parameters and their share of the layer's own weight."""
+def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -> None:
+    """Prints what is adapted: layer, plugin, rank, parameters and their share of the layer's own weight.
+
+    Args:
+        plan: The plan.
+        title: The title of the table.
+        forgotten: Names of layers that look new and are not trained.
+    """
     table = Table(title=title)
     table.add_column("layer", overflow="fold")
     table.add_column("plugin")
@@ -24,6 +31,8 @@ def print_plan(plan: Plan, title: str = "LoRA") -> None:
     console.print(table)
     if plan.trained:
         console.print(f"Trained in place: {listing(plan.trained)}", markup=False, highlight=False)
+    if forgotten:
+        console.print(f"Looks new, and is not trained: {listing(forgotten)}", markup=False, highlight=False)
     console.print(plan.summary(), markup=False, highlight=False)
 
 

@@ -5,7 +5,9 @@ was left out and how to rebuild the adapters, in plain types and tensors:
 
     {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...]}
 
-`tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters.
+`tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters. Where an
+earlier adapter was merged into weights, which no pretrained base has, a fourth part, "base", lists their keys in the
+state dict: they are put into the module first.
 """
 
 from collections.abc import Iterator, Mapping

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
+from lora_plugins.inplace import own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -17,7 +18,13 @@ from lora_plugins.integrations.lightning.checkpoint.comparison import (
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
-from lora_plugins.integrations.lightning.module import name_mapper
+from lora_plugins.integrations.lightning.module import (
+    adapted_targets,
+    mark_merged,
+    merged_weights,
+    name_mapper,
+    state_of_adapters,
+)
 
 
 def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +42,10 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     entry = checked_entry(checkpoint)
     added: list[tuple[nn.Module, str]] = []
+    replaced: dict[str, Tensor] = {}
     try:
         with entry_errors():
+            _put_base(module, entry.get("base", []), checkpoint.get("state_dict", {}), replaced)
             for adapter in entry["adapters"]:
                 added += _attach_or_overwrite(module, adapter, checkpoint.get("state_dict", {}))
             check_no_surplus(module, entry)
@@ -44,7 +53,34 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     except BaseException:
         for target, name in reversed(added):
             LoraModel(target).delete_adapter(name)
+        for name, value in replaced.items():
+            own_tensor(module, name).data.copy_(value)
         raise
+
+
+def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], replaced: dict[str, Tensor]) -> None:
+    """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
+    rename, found = name_mapper(module), dict(module.named_parameters())
+    merged = set(merged_weights(module)) - {rename(key) for key in keys}
+    if merged:
+        raise AdapterFileError(
+            f"The checkpoint was trained on another base: an adapter was merged into {listing(sorted(merged), 3)} of "
+            "this module when an earlier fit ended. Make the module again, or give the trainer the same LoraCallback."
+        )
+    for key in keys:
+        name = rename(key)
+        if name not in found or found[name].shape != saved[key].shape:
+            raise AdapterFileError(
+                f"The checkpoint was trained on another base: {type(module).__name__} has no {name!r} of shape "
+                f"{list(saved[key].shape)}."
+            )
+        replaced[name] = found[name].detach().clone()
+        found[name].data.copy_(saved[key])
+    if keys:
+        mark_merged(module, replaced)
+        for target in adapted_targets(module).values():
+            for adapter in state_of_adapters(target).adapters.values():
+                adapter.fingerprints.clear()  # of the base that was
 
 
 def _attach_or_overwrite(

@@ -17,6 +17,7 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     frozen_keys,
+    merged_weights,
     plain_name,
     rename_adapter,
     state_of_adapters,
@@ -44,7 +45,10 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     )
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
-    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters}}
+    entry = {"format": FORMAT, "left_out": left_out, "adapters": adapters}
+    if merged := [plain_name(name) for name in merged_weights(module)]:
+        entry["base"] = merged
+    return {**small, KEY: entry}
 
 
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -24,11 +24,13 @@ from lora_plugins.integrations.lightning.module.copies import (
     start_alike,
 )
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
+from lora_plugins.integrations.lightning.module.merged_base import mark_merged, merged_weights
 from lora_plugins.integrations.lightning.module.modes import (
     modes_of_frozen_norms,
     set_modes_of_frozen_norms,
     set_training_mode,
 )
+from lora_plugins.integrations.lightning.module.new_layers import forgotten_layers
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     ReversibleMerge,
     check_mergeable,
@@ -64,6 +66,7 @@ __all__ = [
     "copy_factors",
     "find_copies",
     "find_target",
+    "forgotten_layers",
     "freeze_alike",
     "frozen_by_author",
     "frozen_by_others",
@@ -73,8 +76,10 @@ __all__ = [
     "is_within",
     "layers_of_factors",
     "local",
+    "mark_merged",
     "mark_moved",
     "merge_reversibly",
+    "merged_weights",
     "modes_of_frozen_norms",
     "name_mapper",
     "plain_name",

@@ -15,6 +15,7 @@ from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import full_name, layer_state, own_tensor
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
+from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.utils import replace_file
@@ -30,6 +31,7 @@ class ReversibleMerge:
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
         target: The module.
+        marks: Which weights were merged ones before.
     """
 
     base: dict[str, Tensor]
@@ -37,6 +39,7 @@ class ReversibleMerge:
     active: dict[str, float]
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
+    marks: Marks
 
     def replaced(self, target: nn.Module) -> list[str]:
         """Returns the names of merged tensors that are not in `target`, or whose values are no more the merged ones."""
@@ -66,6 +69,7 @@ class ReversibleMerge:
             lora = LoraModel.load_packed(target, packed, name)
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
+        set_marks(target, self.marks)
 
 
 def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) -> ReversibleMerge:
@@ -98,8 +102,13 @@ def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) ->
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
     lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
     lora.merge_and_unload()
-    merged = checksums({name: own_tensor(target, name) for name in base})
-    return ReversibleMerge(base, adapters, active, merged, weakref.ref(target))
+    merged, before, marks = (
+        checksums({name: own_tensor(target, name) for name in base}),
+        checksums(base),
+        marks_of(target),
+    )
+    mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
+    return ReversibleMerge(base, adapters, active, merged, weakref.ref(target), marks)
 
 
 def check_mergeable(target: nn.Module) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lora_plugins import LoraError
 from lora_plugins.adapter import ModelState, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, own_tensors
+from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 
 _MOVED = "_lora_moved"
 """Attribute of a LightningModule with the names of what it moved by hand; only modules that did have it."""
@@ -30,18 +31,29 @@ def state_of_adapters(target: nn.Module) -> ModelState:
 
 
 def frozen_keys(module: nn.Module) -> set[str]:
-    """Returns the state-dict keys of tensors that do not change: the frozen base of all adapted targets.
+    """Returns the state-dict keys of tensors that are not saved: the frozen base of all adapted targets.
 
     All other tensors are saved: adapters, heads and biases, what lies outside the targets, every buffer but those of
-    normalization layers that are held in eval mode, and what the module moved by hand.
+    normalization layers that are held in eval mode, what the module moved by hand, and weights that an earlier adapter
+    was merged into.
     """
-    moved = moved_by_hand(module)
+    return _frozen_names(module) - set(merged_weights(module))
+
+
+def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that no adapter of the module may change, by name; see `frozen_keys`."""
+    names = _frozen_names(module)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in named.items() if name in names}
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
     frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    return {name for name, tensor in named if id(tensor) in frozen and name not in moved}
+    return {name for name, tensor in named if id(tensor) in frozen} - moved_by_hand(module)
 
 
 def moved_by_hand(module: nn.Module) -> frozenset[str]:
@@ -65,13 +77,6 @@ def frozen_by_author(module: nn.Module) -> set[str]:
         for name, required in state_of_adapters(target).requires_grad.items()
         if not required
     }
-
-
-def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors that no adapter of the module may change, by name; see `frozen_keys`."""
-    keys = frozen_keys(module)
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name in keys}
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

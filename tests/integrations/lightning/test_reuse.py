@@ -1,6 +1,7 @@
 """A callback, Trainer or module used again: a merge is taken back onto the merged values only."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
 
@@ -87,6 +88,7 @@ class TestWhatIsThereWins:
         assert "not taken back" in caplog.text
         assert not differing(found, alone(tmp_path, other))
 
+    @pytest.mark.filterwarnings("ignore:1 weights of Classifier are those that an adapter was merged into:UserWarning")
     def test_one_loaded_weight_is_enough(self, tmp_path):
         callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
         fit(tmp_path, module, callback)
@@ -198,3 +200,85 @@ class TestTwoAdapters:
         second.merge_on_fit_end = False
         with pytest.raises(ConfigError, match=r"merge_on_fit_end differs: {'a': True, 'b': False}"):
             trainer(tmp_path, [first, second]).fit(Classifier(), loader())
+
+
+class TestNewCallbackOnMergedWeights:
+    """A cell of a notebook that is run twice."""
+
+    def again(self, tmp_path, module, *more, epochs=1, **options):
+        run = trainer(tmp_path, [LoraCallback(CONFIG, **options), *more], max_epochs=epochs)
+        run.fit(module, loader(), loader())
+        return run
+
+    def merged(self, tmp_path, lr=0.3):
+        fit(tmp_path, module := Classifier(lr=lr), LoraCallback(CONFIG))
+        return module
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_is_said(self, tmp_path, copied):
+        module = self.merged(tmp_path)
+        with pytest.warns(UserWarning, match=r"2 weights of Classifier.*merged.*net\.0\.weight.*same LoraCallback"):
+            self.again(tmp_path, copy.deepcopy(module) if copied else module)
+
+    @pytest.mark.parametrize("options", [{"save_adapter_to": "a"}, {"init": "pissa"}], ids=["folder", "init"])
+    def test_what_could_not_be_loaded_is_refused_before_anything(self, tmp_path, options):
+        module = self.merged(tmp_path)
+        before = values(module)
+        config = dataclasses.replace(CONFIG, init=options.pop("init", "kaiming"))
+        with pytest.raises(StateError, match=r"merged into.*could not be loaded again.*export_to"):
+            trainer(tmp_path, [LoraCallback(config, **options)]).fit(module, loader())
+        assert not differing(before, values(module))
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
+    @pytest.mark.parametrize("lr", [0.3, 1e-4], ids=["far", "near"])
+    def test_its_checkpoints_hold_the_base(self, tmp_path, lr):
+        """Also where the first update is so small that a fingerprint does not tell the two bases apart."""
+        module = self.merged(tmp_path, lr)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        torch.manual_seed(5)
+        self.again(tmp_path, module, saver, epochs=2, merge_on_fit_end=False)
+        path = tmp_path / "epoch=0.ckpt"
+        loaded = load_from_checkpoint(Classifier, tmp_path / "epoch=1.ckpt")
+        assert not differing(values(loaded), values(module))
+        resumed = Classifier(lr=lr)
+        run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], max_epochs=2)
+        run.fit(resumed, loader(), loader(), ckpt_path=path)
+        assert not differing(values(resumed), values(module))
+        run.save_checkpoint(tmp_path / "resumed.ckpt")
+        loaded = load_from_checkpoint(Classifier, tmp_path / "resumed.ckpt")
+        assert not differing(values(loaded), values(module))
+        tested = trainer(tmp_path, [LoraCallback(CONFIG)]).test(
+            Classifier(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False
+        )
+        assert tested == trainer(tmp_path, []).test(module, loader(), verbose=False)
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
+    def test_its_merge_is_taken_back_onto_the_first_one(self, tmp_path):
+        module = self.merged(tmp_path)
+        first = values(module)
+        callback = LoraCallback(CONFIG)
+        fit(tmp_path, module, callback, seed=4)
+        callback.undo_merge(module)
+        assert not differing(values(LoraModel(module).unload()), first)
+        with pytest.warns(UserWarning, match="was merged into"):
+            self.again(tmp_path, module)
+
+    @pytest.mark.parametrize("lr", [0.3, 1e-4], ids=["far", "near"])
+    def test_checkpoint_of_the_first_adapter_is_of_another_base(self, tmp_path, lr):
+        saver = ModelCheckpoint(tmp_path, filename="first")
+        trainer(tmp_path, [LoraCallback(CONFIG), saver], max_epochs=1).fit(module := Classifier(lr=lr), loader())
+        before = values(module)
+        run = trainer(tmp_path, [LoraCallback(CONFIG)])
+        with pytest.raises(AdapterFileError, match="another base"):
+            run.test(module, loader(), ckpt_path=tmp_path / "first.ckpt")
+        assert not differing(before, values(module))
+
+    def test_loaded_or_trained_weights_are_a_base_like_any_other(self, tmp_path):
+        module = self.merged(tmp_path)
+        plain_epoch(tmp_path, module)
+        self.again(tmp_path, module, save_adapter_to=str(tmp_path / "a"))
+        module.load_state_dict(values(Classifier()))
+        self.again(tmp_path, module, save_adapter_to=str(tmp_path / "a"))
+        again = Classifier()
+        LoraModel.load_adapter(again, tmp_path / "a").merge_and_unload()
+        assert not differing(values(again), values(module))

@@ -92,6 +92,7 @@ def test_averages_in_eval_mode_stay_so(tmp_path):
     assert all(child.training for child in module.net.modules())
 
 
+@pytest.mark.filterwarnings("ignore:. weights of Classifier are those that an adapter was merged into:UserWarning")
 @pytest.mark.parametrize("config", [CONFIG, LoraConfig(r=2, target_modules=["net.0"], norm="track")])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_modules_in_training_mode_are_in_it_after_all_runs(tmp_path, frozen, config):

@@ -1,0 +1,48 @@
+"""Weights that hold the update of an adapter which an earlier `fit` merged.
+
+An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
+layer remembers the check sums of its merged weights; as soon as they have other values, they are a base like any other.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lora_plugins.inplace import full_name, holder_of, own_tensor
+from lora_plugins.integrations.lightning.module.bitwise import checksum
+
+_MERGED = "_lora_merged"
+
+Marks = dict[str, dict[str, int]]
+"""By the name of a layer, the check sum of each of its merged weights."""
+
+
+def mark_merged(target: nn.Module, names: Iterable[str]) -> None:
+    """Lets layers remember that these of their weights, as they are now, are merged ones."""
+    for name in names:
+        layer, key = holder_of(target, name)
+        layer.__dict__.setdefault(_MERGED, {})[key] = checksum(own_tensor(target, name))
+
+
+def merged_weights(target: nn.Module) -> list[str]:
+    """Returns the names of weights that are merged ones, and have been since."""
+    return [
+        full_name(layer, key)
+        for layer, marks in marks_of(target).items()
+        for key, total in marks.items()
+        if (weight := target.get_submodule(layer)._parameters.get(key)) is not None and checksum(weight) == total
+    ]
+
+
+def marks_of(target: nn.Module) -> Marks:
+    """Returns what the layers of a module remember."""
+    named = target.named_modules()
+    return {name: dict(layer.__dict__[_MERGED]) for name, layer in named if _MERGED in layer.__dict__}
+
+
+def set_marks(target: nn.Module, marks: Marks) -> None:
+    """Lets the layers of a module remember this, and nothing else."""
+    for name, layer in target.named_modules():
+        layer.__dict__.pop(_MERGED, None)
+        if name in marks:
+            layer.__dict__[_MERGED] = dict(marks[name])
