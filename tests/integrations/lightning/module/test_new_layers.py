@@ -1,0 +1,109 @@
+"""A new head that nobody trains is said; a model that is new altogether, or whose head is trained, says nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from lora_plugins import LoraConfig
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
+
+
+class Pretrained(Classifier):
+    """Its first layers have values that training left; its head is what each case says."""
+
+    def __init__(self, head, head_modules=()):
+        super().__init__()
+        self.head_modules = head_modules
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(3)
+            trained = [nn.Linear(4, 32), nn.Linear(32, 32)]
+            for layer in trained:
+                layer.weight.mul_(1 + torch.randn_like(layer.weight))
+                layer.bias.add_(0.1)
+            self.net = nn.Sequential(trained[0], nn.ReLU(), trained[1], nn.ReLU(), head())
+
+    def save_hyperparameters(self, *_):
+        """A function is no hyperparameter."""
+
+
+def new():
+    return nn.Linear(32, 3)
+
+
+def with_zero_bias():
+    layer = nn.Linear(32, 3)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def zeros():
+    layer = with_zero_bias()
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def trained():
+    layer = new()
+    with torch.no_grad():
+        layer.weight.mul_(1 + torch.randn_like(layer.weight))
+        layer.bias.add_(0.1)
+    return layer
+
+
+BODY = LoraConfig(r=2, target_modules=["net.0", "net.2"])
+
+
+def fit(tmp_path, module, config=BODY):
+    trainer(tmp_path, [lora(config)], max_epochs=1).fit(module, loader())
+
+
+@pytest.mark.filterwarnings("ignore:.*did not move in 2 steps:UserWarning")  # behind a head of zeros
+@pytest.mark.parametrize("head", [new, with_zero_bias, zeros])
+def test_forgotten_head_is_named_in_plan_and_warning(tmp_path, capsys, head):
+    with pytest.warns(UserWarning, match=r"'net\.4' of Pretrained look newly initialized.*modules_to_save"):
+        fit(tmp_path, Pretrained(head))
+    assert "Looks new, and is not trained: 'net.4'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", [new, with_zero_bias, zeros])
+@pytest.mark.parametrize(
+    ("config", "declared"),
+    [
+        (LoraConfig(r=2, target_modules=["net.0", "net.2"], modules_to_save=["net.4"]), ()),
+        (BODY, ("net.4",)),
+        (LoraConfig(r=2, target_modules=["net.0", "net.2", "net.4"]), ()),
+    ],
+    ids=["saved", "declared", "adapted"],
+)
+def test_head_that_is_trained_is_not(tmp_path, head, config, declared):
+    fit(tmp_path, Pretrained(head, declared), config)
+
+
+def test_trained_head_is_not(tmp_path):
+    fit(tmp_path, Pretrained(trained))
+
+
+def test_model_that_is_new_altogether_has_no_forgotten_head(tmp_path):
+    fit(tmp_path, Classifier(), LoraConfig(r=2, target_modules=["net.0"]))
+
+
+def test_head_outside_the_target_is_the_modules_own(tmp_path):
+    module = Pretrained(nn.Identity)
+    module.head = new()
+    module.forward = lambda x: module.head(module.net(x))
+    trainer(tmp_path, [lora(LoraConfig(r=2), target="net")], max_epochs=1).fit(module, loader())
+
+
+def test_resnet_with_a_new_classifier(tmp_path):
+    class Images(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = resnet18(num_classes=3)
+
+        def forward(self, x):
+            return self.net(x.mean(1)[:, None, None, None].expand(-1, 3, 32, 32))
+
+    with pytest.warns(UserWarning, match=r"'net\.fc' of Images look newly"):
+        fit(tmp_path, Images(), LoraConfig(r=2, target_modules=["conv1", "conv2"]))
