@@ -26,12 +26,9 @@ def mark_merged(target: nn.Module, names: Iterable[str]) -> None:
 
 def merged_weights(target: nn.Module) -> list[str]:
     """Returns the names of weights that are merged ones, and have been since."""
-    return [
-        full_name(layer, key)
-        for layer, marks in marks_of(target).items()
-        for key, total in marks.items()
-        if (weight := target.get_submodule(layer)._parameters.get(key)) is not None and checksum(weight) == total
-    ]
+    marks = {full_name(name, key): total for name, own in marks_of(target).items() for key, total in own.items()}
+    weights = dict(target.named_parameters(remove_duplicate=False)) if marks else {}
+    return [name for name, total in marks.items() if name in weights and checksum(weights[name]) == total]
 
 
 def marks_of(target: nn.Module) -> Marks:

@@ -44,7 +44,8 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
 
 
 def _looks_new(layer: nn.Module) -> bool:
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    own = dict(layer.named_parameters(recurse=False))
+    weight, bias = own.get("weight"), own.get("bias")
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return False
     return (bias is not None and not bias.any()) or (weight.numel() >= _FEW and _is_even(weight.detach()))
