@@ -17,12 +17,14 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.deltas import effective_weight, stacked_adapters, term_of
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.weights import weight_with_merged
+from lora_plugins.plugins import LayerPlugin
 
 
-def _reduce(layer: nn.Module, protocol: Any) -> Any:
+def _reduce(layer: Any, protocol: Any) -> Any:
     # The generated class has no import path; it is made again from its base class.
     state = layer_state(layer)
-    return _rebuild, (state.base_class, state.weight_names, state.has_branch), layer.__dict__
+    args = (state.base_class, state.weight_names, state.has_branch, state.extended_by)
+    return _rebuild, args, layer.__getstate__()
 
 
 def _extra_repr(layer: nn.Module) -> str:
@@ -38,23 +40,28 @@ def refresh_class(layer: nn.Module) -> None:
     state.branch = state.active_branch()
     base: Any = state.base_class
     idle = not state.active and not state.merged
-    layer.__class__ = base if idle else adapted_class(base, state.weight_names, state.has_branch)
+    layer.__class__ = base if idle else adapted_class(base, state.weight_names, state.has_branch, state.extended_by)
 
 
 @functools.cache
-def adapted_class(base: Any, weights: tuple[str, ...], has_branch: bool) -> type[nn.Module]:
+def adapted_class(
+    base: Any, weights: tuple[str, ...], has_branch: bool, extended_by: type[LayerPlugin[Any]] | None = None
+) -> type[nn.Module]:
     """Generates the class of adapted layers, once for each base class.
 
     Args:
         base: The class of the untouched layer.
         weights: Attribute names of the weights that answer with their effective value.
         has_branch: Whether a plugin's branch may replace the base class's forward.
+        extended_by: The type of the plugin that has attributes of the class; None if there is none.
     """
     namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
+    if extended_by is not None:
+        namespace |= extended_by.class_attributes
     if has_branch:
         namespace["forward"] = _forward(base)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
@@ -158,6 +165,8 @@ def _forward(base: type[nn.Module]) -> Any:
     return forward
 
 
-def _rebuild(base: Any, weights: tuple[str, ...], has_branch: bool) -> nn.Module:
-    generated = adapted_class(base, weights, has_branch)
+def _rebuild(
+    base: Any, weights: tuple[str, ...], has_branch: bool, extended_by: type[LayerPlugin[Any]] | None = None
+) -> nn.Module:
+    generated = adapted_class(base, weights, has_branch, extended_by)
     return generated.__new__(generated)

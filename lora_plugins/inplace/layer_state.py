@@ -66,6 +66,12 @@ class LayerState:
         return any(planned.branch_use != "never" for planned in self.adapters.values())
 
     @property
+    def extended_by(self) -> type[LayerPlugin[Any]] | None:
+        """The type of the plugin that adds attributes of its own to the class of the layer; None if it adds none."""
+        plugins = (planned.plugin for planned in self.adapters.values() if planned.plugin.class_attributes)
+        return next((type(plugin) for plugin in plugins), None)
+
+    @property
     def weight_names(self) -> tuple[str, ...]:
         """Attribute names of the weights that some adapter updates."""
         return tuple({slot.tensor: None for planned in self.adapters.values() for slot in planned.slots})

@@ -11,6 +11,7 @@ from lora_plugins.layers.conv import (
 )
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
+from lora_plugins.layers.recurrent import RecurrentCellPlugin, RecurrentPlugin
 from lora_plugins.plugins import LayerRegistrar, hookimpl
 
 
@@ -28,5 +29,7 @@ def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
         ConvTranspose3dPlugin(),
         EmbeddingPlugin(),
         MultiheadAttentionPlugin(),
+        RecurrentPlugin(),
+        RecurrentCellPlugin(),
     ):
         registrar.add(plugin)

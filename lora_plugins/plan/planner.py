@@ -175,9 +175,10 @@ def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Seque
             "layers. Take them out, or load the model unquantized."
         )
     adapted = {full_name(site.name, bias) for site in targets for bias in site.biases}
+    known = {full_name(site.name, bias) for site in survey.sites for bias in site.biases}
     chosen: Mapping[str, Callable[[str], bool]] = {
         "none": lambda name: False,
-        "all": lambda name: name.rpartition(".")[2] == "bias" or name.endswith("_bias"),
+        "all": lambda name: name.rpartition(".")[2] == "bias" or name.endswith("_bias") or name in known,
         "lora_only": lambda name: name in adapted,
     }
     is_bias = chosen[config.bias]

@@ -37,6 +37,8 @@ class LayerPlugin(ABC, Generic[Layer]):
         branch_takes_delta: Whether `branch` adds `term.delta` where a term has one, in place of `scaling * B @ A`.
             Only then is it called with a variant, whose update may be any matrix; otherwise the layer runs its own
             `forward` with the effective weight, and refuses a variant with dropout.
+        class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
+            reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
     """
 
     name: ClassVar[str]
@@ -45,6 +47,7 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_types: ClassVar[Sequence[type[nn.Module] | str]] = ()
     branch_use: ClassVar[BranchUse] = "never"
     branch_takes_delta: ClassVar[bool] = False
+    class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -166,6 +169,7 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "branch_types": (are_module_classes, "a list of module classes or import paths"),
         "branch_use": (lambda value: value in get_args(BranchUse), f"one of {get_args(BranchUse)}"),
         "branch_takes_delta": A_FLAG,
+        "class_attributes": (lambda value: isinstance(value, Mapping), "a mapping of attributes by name"),
     },
     claims={
         "module class": lambda plugin: class_path(plugin.module_type),

@@ -64,7 +64,7 @@ class LayerCase:
             made = self.inputs(layer)
         dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
         inputs = made if isinstance(made, list | tuple) else (made,)
-        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        return tuple(_as_type(x, dtype) for x in inputs)
 
     def adapt(self, model: nn.Module, target: str = "layer", **fields: Any) -> LoraModel:
         """Adapts a layer of a model, so that it starts different from the untouched one."""
@@ -96,6 +96,13 @@ class LayerCase:
     def selections(self) -> list[dict[str, list[str]]]:
         """Returns the values of `fused_parts` to check: the whole layer, and each of its parts alone."""
         return [{}, *({"layer": [part]} for part in self.plugin.parts(self.model().layer))]
+
+
+def _as_type(x: Any, dtype: torch.dtype) -> Any:
+    """Returns an input in another type; one that consists of several, as the state of an LSTM, with all of them so."""
+    if type(x) in (list, tuple):
+        return type(x)(_as_type(each, dtype) for each in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1, **named: Any) -> Any:

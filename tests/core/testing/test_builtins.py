@@ -22,6 +22,19 @@ def attended(layer):
     return torch.randn(2, 3, 8), torch.randn(2, 5, layer.kdim), torch.randn(2, 5, layer.vdim)
 
 
+def recurrent(kind=nn.LSTM, **options):
+    return kind(5, 4, batch_first=True, **options)
+
+
+def cell(kind=nn.LSTMCell, **options):
+    return kind(5, 4, **options)
+
+
+def state(layer):
+    hidden = torch.randn(2, 4)
+    return torch.randn(2, 5), (hidden, torch.randn(2, 4)) if isinstance(layer, nn.LSTMCell) else hidden
+
+
 def of(cls, *sizes, **fixed):
     return lambda **options: cls(*sizes, **fixed, **options)
 
@@ -50,6 +63,22 @@ LAYERS = {
         of(nn.MultiheadAttention, 8, 2, batch_first=True),
         attended,
         [{}, {"kdim": 6, "vdim": 10, "dropout": 0.1}],
+    ),
+    "recurrent": (
+        recurrent,
+        values(2, 3, 5),
+        [
+            {},
+            {"num_layers": 2, "bidirectional": True, "proj_size": 3, "dropout": 0.5},
+            {"bias": False, "num_layers": 2},
+            {"kind": nn.GRU, "bidirectional": True},
+            {"kind": nn.RNN, "nonlinearity": "relu"},
+        ],
+    ),
+    "recurrent_cell": (
+        cell,
+        state,
+        [{}, {"bias": False}, {"kind": nn.GRUCell}, {"kind": nn.RNNCell, "nonlinearity": "relu"}],
     ),
 }
 
