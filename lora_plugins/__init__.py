@@ -25,7 +25,7 @@ from lora_plugins.errors import (
 from lora_plugins.files import PackedAdapter
 from lora_plugins.merge import MergedWeight, MergeReport
 from lora_plugins.model import LoraModel
-from lora_plugins.plan import Plan
+from lora_plugins.plan import LeftOut, Plan
 from lora_plugins.plugins import (
     FORMATS,
     INITS,
@@ -81,6 +81,7 @@ __all__ = [
     "LayerRegistrar",
     "LayerSettings",
     "LayerSummary",
+    "LeftOut",
     "LoraConfig",
     "LoraError",
     "LoraModel",

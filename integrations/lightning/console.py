@@ -33,6 +33,8 @@ def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -
         console.print(f"Trained in place: {listing(plan.trained)}", markup=False, highlight=False)
     if forgotten:
         console.print(f"Looks new, and is not trained: {listing(forgotten)}", markup=False, highlight=False)
+    for each in plan.left_out:
+        console.print(str(each), markup=False, highlight=False)
     console.print(plan.summary(), markup=False, highlight=False)
 
 

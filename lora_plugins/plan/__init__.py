@@ -7,5 +7,6 @@ from lora_plugins.plan.patterns import exact_expression, exact_pattern
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan
 from lora_plugins.plan.renamings import current_name, former_names
+from lora_plugins.plan.targets import LeftOut
 
-__all__ = ["Plan", "current_name", "exact_expression", "exact_pattern", "former_names", "make_plan"]
+__all__ = ["LeftOut", "Plan", "current_name", "exact_expression", "exact_pattern", "former_names", "make_plan"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.plan.targets import LeftOut
 from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot
 
 
@@ -24,6 +25,7 @@ class Plan:
         base_parameters: The number of elements of all parameters of the model.
         trained_parameters: The number of elements of `trained`.
         ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.
+        left_out: What `target_modules="all"` does not adapt though it has weights that could be, one entry a type.
     """
 
     config: LoraConfig
@@ -35,6 +37,7 @@ class Plan:
     base_parameters: int
     trained_parameters: int
     ranks: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def init_options(self) -> Mapping[str, Any]:
@@ -117,4 +120,4 @@ class Plan:
         ]
         if self.trained:
             lines.append(f"trained in place: {listing(self.trained)}")
-        return "\n".join([*lines, self.summary()])
+        return "\n".join([*lines, *map(str, self.left_out), self.summary()])

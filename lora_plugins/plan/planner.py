@@ -15,7 +15,7 @@ from lora_plugins.plan import checks, patterns
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
 from lora_plugins.plan.survey import Site, Survey, survey
-from lora_plugins.plan.targets import saved_modules, target_sites, within
+from lora_plugins.plan.targets import left_out, saved_modules, target_sites, within
 from lora_plugins.plan.ties import Target, grouped
 from lora_plugins.plugins import (
     INITS,
@@ -84,6 +84,7 @@ def planned(
         frozen_norms=tuple(name for name in norms if name not in tracked),
         base_parameters=sum(parameter.size for parameter in survey.parameters.values()),
         trained_parameters=sum(survey.parameters[name].size for name in trained),
+        left_out=left_out(config, survey, saved),
     )
 
 

@@ -24,6 +24,7 @@ from lora_plugins.inplace import (
     state_of,
     weight_key,
 )
+from lora_plugins.plan.other_libraries import foreign_names
 from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path
 
 WeightKey = int | tuple[str, str]
@@ -65,6 +66,8 @@ class Site:
         weights: The weights of all slots by attribute name.
         biases: Attribute names of its biases.
         has_parameters: Whether it owns parameters itself.
+        matrices: Attribute names of its own parameters that have two dimensions or more.
+        foreign_adapter: Whether it belongs to an adapter of another library.
         has_statistics: Whether its forward moves buffers in training mode.
         scripted: Whether it is a TorchScript module.
         foreign: Attributes of another LoRA library that stand where ours would go.
@@ -81,6 +84,8 @@ class Site:
     weights: Mapping[str, Weight] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     has_parameters: bool = False
+    matrices: tuple[str, ...] = ()
+    foreign_adapter: bool = False
     has_statistics: bool = False
     scripted: bool = False
     foreign: tuple[str, ...] = ()
@@ -142,8 +147,9 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
     for entry in modules:
         for key, parameter in entry.module._parameters.items():
             aliases.setdefault(id(parameter), []).append(full_name(entry.name, key))
+    foreign = foreign_names(modules)
     return Survey(
-        tuple(_site(entry, registry) for entry in modules),
+        tuple(_site(entry, registry, entry.name in foreign) for entry in modules),
         {name: _parameter(parameter, aliases[id(parameter)][1:]) for name, parameter in parameters.items()},
         tuple(persistent_buffers(modules)),
     )
@@ -155,7 +161,7 @@ def _parameter(parameter: Tensor, aliases: list[str]) -> OwnParameter:
     return OwnParameter(id(parameter), size, floating, parameter.dtype, lazy, tuple(aliases))
 
 
-def _site(entry: NamedModule, registry: Registry) -> Site:
+def _site(entry: NamedModule, registry: Registry, foreign: bool) -> Site:
     module = entry.module
     base = base_class_of(module)
     plugin = registry.layer_for(base)
@@ -165,10 +171,18 @@ def _site(entry: NamedModule, registry: Registry) -> Site:
         class_path=class_path(base),
         plugin=plugin,
         has_parameters=bool(module._parameters),
+        matrices=tuple(name for name, tensor in module._parameters.items() if _is_matrix(tensor)),
+        foreign_adapter=foreign,
         has_statistics=has_statistics(module),
         scripted=isinstance(module, torch.jit.ScriptModule),
         **({} if plugin is None else {"fixed_class": class_reason(cast(Any, base)), **_served(entry, plugin)}),
     )
+
+
+def _is_matrix(tensor: Tensor | None) -> bool:
+    if tensor is None or is_lazy(tensor) or not tensor.dtype.is_floating_point:
+        return False
+    return sum(size > 1 for size in tensor.shape) > 1
 
 
 def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:

@@ -1,12 +1,31 @@
-"""Which modules a configuration means: those to adapt, and those to train in full."""
+"""Which modules a configuration means: those to adapt, those to train in full, and those that "all" leaves out."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
 from lora_plugins.plan import patterns
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Layers of one type that `target_modules="all"` does not adapt.
+
+    Args:
+        class_name: Name of their class.
+        layers: Their full names.
+        reason: Why they are not adapted.
+    """
+
+    class_name: str
+    layers: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not adapted: {self.class_name} ({listing(self.layers, 3)}): {self.reason}"
 
 
 def within(name: str, roots: Iterable[str]) -> bool:
@@ -47,8 +66,8 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
 
 
 def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], registry: Registry) -> set[str]:
-    if config.target_modules is None or config.target_modules == "all":
-        return set(handled)
+    if config.target_modules is None or _means_all(config):
+        return handled - {name for site in free if site.foreign_adapter for name in site.names}
     names = [name for site in free for name in site.names if name or site.has_parameters]
     found = patterns.select("target_modules", config.target_modules, names)
     for pattern, matches in found.items():
@@ -58,6 +77,37 @@ def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], regis
                 f"{patterns.nearest(pattern, handled)}{registry.absent()}"
             ) from registry.cause()
     return {name for matches in found.values() for name in matches}
+
+
+def _means_all(config: LoraConfig) -> bool:
+    return config.target_modules in (None, "all")
+
+
+def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftOut, ...]:
+    """What "all" does not adapt though it has weights of two dimensions or more; nothing where fewer layers are asked.
+
+    Args:
+        config: The configuration.
+        survey: The model.
+        saved: The modules that are trained in full.
+    """
+    if not _means_all(config) or config.layers_to_transform is not None:
+        return ()
+    free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
+    excluded = _excluded(config, survey.sites, free, {name for site in free if site.plugin for name in site.names})
+    found: dict[tuple[str, str], list[str]] = {}
+    for site in free:
+        if site.matrices and not excluded & set(site.names) and (reason := _reason(site)):
+            found.setdefault((site.class_name, reason), []).append(site.name or "the model itself")
+    return tuple(LeftOut(cls, tuple(names), reason) for (cls, reason), names in found.items())
+
+
+def _reason(site: Site) -> str:
+    if site.foreign_adapter:
+        return "they belong to an adapter of another library; merge it into the base, or name them"
+    if site.plugin is None:
+        return f"no plugin adapts this type, which has {listing(site.matrices, 3)}"
+    return ""
 
 
 def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str]) -> set[str]:

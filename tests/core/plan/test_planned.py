@@ -26,6 +26,7 @@ def site(name, key, shape=(8, 4), cls=nn.Linear, **about):
         "weights": {"weight": Weight(key, shape)},
         "biases": ("bias",),
         "has_parameters": True,
+        "matrices": ("weight",),
     }
     return Site(**{**fields, **about})
 

@@ -1,0 +1,42 @@
+"""Modules that belong to adapters of other libraries: they are trained or merged there, and never adapted by "all".
+
+Modules of PEFT say themselves which of their children hold adapters; those of others are known by what everyone calls
+them.
+"""
+
+import re
+from collections.abc import Sequence
+
+from lora_plugins.inplace import NamedModule, full_name
+
+_ADAPTER = re.compile(r"loras|lora_(A|B|E|a|b|up|down|mid|layer|embedding_[AB]|magnitude_vector)")
+"""Components of a path that mean an adapter."""
+
+_CHILDREN = "adapter_layer_names"
+"""Attribute of the classes of PEFT's layers and wrappers: the names of the children that are the adapters'."""
+
+_UNUSED = "original_module"
+"""Child of a wrapper of PEFT that its trained copy stands in for."""
+
+
+def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
+    """Returns the names of the modules that are of other libraries' adapters, those below them included.
+
+    Args:
+        modules: The modules of a model, without our own adapters.
+    """
+    roots = {
+        full_name(name, child)
+        for entry in modules
+        for child in (*getattr(type(entry.module), _CHILDREN, ()), _UNUSED)
+        if hasattr(type(entry.module), _CHILDREN)
+        for name in entry.names
+    }
+    return {name for entry in modules for name in entry.names if _is_within(name, roots)}
+
+
+def _is_within(name: str, roots: set[str]) -> bool:
+    parts = name.split(".")
+    if any(_ADAPTER.fullmatch(part) for part in parts):
+        return True
+    return any(".".join(parts[: at + 1]) in roots for at in range(len(parts)))
