@@ -23,6 +23,7 @@ from lora_plugins.integrations.lightning.module import (
     ReversibleMerge,
     add_adapter,
     add_names,
+    built,
     check_mergeable,
     check_not_nested,
     check_not_replaced,
@@ -55,6 +56,7 @@ from lora_plugins.integrations.lightning.strategies import (
     check_shardable,
     check_strategy,
     check_trainer,
+    follow_building,
     gather_adapter,
     is_sharded,
     warn_if_spawned,
@@ -185,9 +187,13 @@ class LoraCallback(Callback):
     def plan(self, module: LightningModule) -> Plan:
         """Returns what would be adapted, and changes nothing.
 
+        A module that overrides `setup` or `configure_model`, where layers may be built, is copied, and they are called
+        on the copy.
+
         Raises:
-            TargetError: If the configuration does not fit the module as it is now.
+            TargetError: If the configuration does not fit the module.
         """
+        module = built(module)
         target = self._target(module)
         return LoraModel.plan(target, with_declarations(self.config, module, target, self.target))
 
@@ -205,13 +211,15 @@ class LoraCallback(Callback):
             check_callbacks(trainer)
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
+        shims = self._module_shims = MethodShims(pl_module)
+        if not is_sharded(trainer):
+            follow_building(shims, pl_module)
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
         if stage == "fit" and self.merge_source == "best":
             self._best_checkpoint(trainer)
         if stage == "fit" and not self.merge_on_fit_end:
             warn_if_spawned(trainer)
-        shims = self._module_shims = MethodShims(pl_module)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, pl_module)) if is_sharded(trainer) else None
         if needs_data(self.config):

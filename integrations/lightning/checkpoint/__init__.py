@@ -5,6 +5,11 @@ Depends on `module`. The format is described in `entry.py`.
 
 from lora_plugins.integrations.lightning.checkpoint.comparison import check_adapters
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
+from lora_plugins.integrations.lightning.checkpoint.late_layers import (
+    missing_layers,
+    with_present_base,
+    without_base,
+)
 from lora_plugins.integrations.lightning.checkpoint.reading import check_whole, read_checkpoint, reading_errors
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.integrations.lightning.checkpoint.shrinking import shrink
@@ -17,9 +22,12 @@ __all__ = [
     "check_adapters",
     "check_whole",
     "load_from_checkpoint",
+    "missing_layers",
     "read_checkpoint",
     "reading_errors",
     "restore",
     "shrink",
     "state_key",
+    "with_present_base",
+    "without_base",
 ]

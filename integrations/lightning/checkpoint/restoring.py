@@ -20,6 +20,7 @@ from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, 
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
+    lost_layers,
     mark_merged,
     merged_weights,
     name_mapper,
@@ -91,7 +92,7 @@ def _attach_or_overwrite(
     name = str(packed.manifest.get("adapter_name"))
     state = model_state(target)
     present = state is not None and name in state.adapters
-    if present and not _same_changed_base(target, name, packed):
+    if present and (lost_layers(target, name) or not _same_changed_base(target, name, packed)):
         LoraModel(target).delete_adapter(name)
         present = False
     if present:

@@ -16,6 +16,7 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
 )
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
+    check_not_replaced,
     frozen_keys,
     merged_weights,
     plain_name,
@@ -32,7 +33,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
         module: The module it was made from. Where it has no adapters, for example after a merge, nothing is left out.
 
     Raises:
-        StateError: If an adapter was merged by hand and not unmerged.
+        StateError: If an adapter was merged by hand and not unmerged, or layers that it is on were replaced.
     """
     targets = adapted_targets(module)
     if not targets:
@@ -54,6 +55,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     lora, owner = LoraModel(target), state_of_adapters(target).values.owner
     for name in lora.adapters:
+        check_not_replaced(target, name)
         packed = lora.pack(name)
         not_in_module = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
         packed = rename_adapter(packed, plain_name)

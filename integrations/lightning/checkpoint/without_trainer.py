@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
+from lora_plugins.integrations.lightning.checkpoint.late_layers import build_missing, with_present_base, without_base
 from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 
@@ -29,9 +30,13 @@ class LoraCheckpointMixin(LightningModule):
         Raises:
             AdapterFileError: If the adapters do not fit the module.
         """
+        if KEY not in checkpoint:
+            super().on_load_checkpoint(checkpoint)
+            return
+        checkpoint.update(with_present_base(self, checkpoint))
         super().on_load_checkpoint(checkpoint)
-        if KEY in checkpoint:
-            checkpoint.update(restore(self, checkpoint))
+        build_missing(self, checkpoint)
+        checkpoint.update(restore(self, without_base(self, checkpoint)))
 
 
 def load_from_checkpoint(

@@ -8,9 +8,11 @@ from lora_plugins.integrations.lightning.module.adapt import (
     check_not_nested,
     check_not_replaced,
     find_target,
+    lost_layers,
     reuse_adapter,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
+from lora_plugins.integrations.lightning.module.built_layers import built
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
 from lora_plugins.integrations.lightning.module.copies import (
     NetworkCopy,
@@ -58,6 +60,7 @@ __all__ = [
     "add_adapter",
     "add_names",
     "base_pairs",
+    "built",
     "check_mergeable",
     "check_not_nested",
     "check_not_replaced",
@@ -76,6 +79,7 @@ __all__ = [
     "is_within",
     "layers_of_factors",
     "local",
+    "lost_layers",
     "mark_merged",
     "mark_moved",
     "merge_reversibly",

@@ -61,18 +61,23 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
     check_not_replaced(target, name)
 
 
+def lost_layers(target: nn.Module, name: str) -> list[str]:
+    """Returns the names of layers that an adapter was put on, and that are not in the module any more."""
+    found = dict(target.named_modules())
+    return [
+        layer.name
+        for layer in LoraModel(target).plans[name].layers
+        if layer.name not in found or (state := state_of(found[layer.name])) is None or name not in state.adapters
+    ]
+
+
 def check_not_replaced(target: nn.Module, name: str) -> None:
     """Checks that the layers which an adapter adapts are still in the module.
 
     Raises:
         StateError: If some were replaced, naming them.
     """
-    found = dict(target.named_modules())
-    lost = [
-        layer.name
-        for layer in LoraModel(target).plans[name].layers
-        if layer.name not in found or (state := state_of(found[layer.name])) is None or name not in state.adapters
-    ]
+    lost = lost_layers(target, name)
     if lost:
         raise StateError(
             f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "

@@ -4,6 +4,7 @@ Depends on `module`, `checkpoint` and `shims`.
 """
 
 from lora_plugins.integrations.lightning.strategies.checkpoint_shims import CheckpointShims
+from lora_plugins.integrations.lightning.strategies.rebuilt_layers import follow_building
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import gather_adapter
 from lora_plugins.integrations.lightning.strategies.sharding import (
     AdaptBeforeSharding,
@@ -30,6 +31,7 @@ __all__ = [
     "check_shardable",
     "check_strategy",
     "check_trainer",
+    "follow_building",
     "gather_adapter",
     "is_sharded",
     "warn_if_spawned",

@@ -20,11 +20,22 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.integrations.lightning.checkpoint import KEY, check_whole, reading_errors, restore, shrink
+from lora_plugins.integrations.lightning.checkpoint import (
+    KEY,
+    check_whole,
+    missing_layers,
+    reading_errors,
+    restore,
+    shrink,
+    with_present_base,
+    without_base,
+)
 from lora_plugins.integrations.lightning.module import adapted_targets, frozen_keys, mark_moved, plain_name
+from lora_plugins.integrations.lightning.shims import MethodShims
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
@@ -53,6 +64,7 @@ class CheckpointShims:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._owners: list[Owner] = []
+        self._hook_shims: MethodShims | None = None
         strategy = trainer.strategy
         self._before = {name: vars(strategy).get(name) for name in _METHODS}
         self._save, self._load = strategy.save_checkpoint, strategy.load_checkpoint
@@ -106,6 +118,8 @@ class CheckpointShims:
             AdapterFileError: If the file is damaged, has no adapter though training is to go on with one, or belongs
                 to another model.
         """
+        if self._hook_shims is not None:  # of a checkpoint that was read and not loaded
+            self._hook_shims.remove()
         if is_sharded(self._trainer):
             return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
         with reading_errors(checkpoint_path):
@@ -125,9 +139,36 @@ class CheckpointShims:
             return checkpoint
         for owner in self._owners:
             owner.undo_merge(self._module)
+        if not is_overridden("on_load_checkpoint", self._module):
+            return self._averaged(self._restored(checkpoint))
+        return self._load_around_hook(checkpoint)
+
+    def _load_around_hook(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Restores adapters before the module's own hook, as far as there are layers, and again after it.
+
+        The hook may build layers, or build them again.
+        """
+        module = self._module
+        if missing_layers(module, checkpoint):
+            complete = with_present_base(module, checkpoint)
+        else:
+            complete = self._averaged(self._restored(checkpoint))
+        shims = self._hook_shims = MethodShims(module)
+
+        def after_hook(_: object) -> None:
+            shims.remove()
+            complete.update(self._averaged(self._restored(without_base(module, complete))))
+
+        shims.after("on_load_checkpoint", after_hook)
+        return complete
+
+    def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         complete = restore(self._module, checkpoint)
         saved = {plain_name(key) for key in checkpoint["state_dict"]}
         mark_moved(self._module, (name for name in frozen_keys(self._module) if plain_name(name) in saved))
+        return complete
+
+    def _averaged(self, complete: dict[str, Any]) -> dict[str, Any]:
         if self._trainer.state.fn != "fit" and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

@@ -1,0 +1,75 @@
+"""Layers that a module builds while a checkpoint is loaded, in its own `on_load_checkpoint` or in `setup`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lora_plugins import AdapterFileError
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
+from lora_plugins.integrations.lightning.module import name_mapper
+
+
+class PartOfBase(dict[str, Any]):
+    """A state dict without those values of the frozen base that the module does not have yet."""
+
+    def __missing__(self, key: str) -> Any:
+        raise AdapterFileError(
+            f"The module's on_load_checkpoint reads {key!r} from the checkpoint, which leaves the frozen base out, and "
+            "the module has no such layer yet. Let the hook build the layer from a hyperparameter, or name the layer "
+            "in modules_to_save: then it is in the file."
+        )
+
+
+def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Returns the names of modules that the adapters of a checkpoint need and the module does not have.
+
+    Raises:
+        AdapterFileError: If the entry is damaged.
+    """
+    with entry_errors():
+        rename, needed = name_mapper(module), []
+        for adapter in checked_entry(checkpoint)["adapters"]:
+            manifest, path = adapter["manifest"], adapter["target"]
+            values = [key.removeprefix("value/") for key in manifest["tensors"] if key.startswith("value/")]
+            owners = ["", *manifest["layers"], *(value.rpartition(".")[0] for value in values)]
+            needed += [".".join(part for part in (path, name) if part) for name in owners]
+        present = {name for name, _ in module.named_modules(remove_duplicate=False)}
+        return [name for name in dict.fromkeys(map(rename, needed)) if name not in present]
+
+
+def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint that also has what the module has of the frozen base, for a hook that looks at it."""
+    rename, current = name_mapper(module), module.state_dict()
+    base = {key: current[key] for key in map(rename, checked_entry(checkpoint)["left_out"]) if key in current}
+    return map_state_dicts(
+        checkpoint, lambda state: PartOfBase({**base, **{rename(key): value for key, value in state.items()}})
+    )
+
+
+def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint without the frozen base, which a hook of the module may have built anew."""
+    left_out = set(map(name_mapper(module), checked_entry(checkpoint)["left_out"]))
+    return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in left_out})
+
+
+def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Calls the module's own `setup` if layers are missing that the adapters of a checkpoint need.
+
+    Raises:
+        AdapterFileError: If `setup` cannot be called without a Trainer.
+    """
+    missing = missing_layers(module, checkpoint)
+    if not missing or not is_overridden("setup", module):
+        return
+    try:
+        module.setup("fit")
+    except Exception as error:  # of the author's code, which may need the data or a Trainer
+        raise AdapterFileError(
+            f"{type(module).__name__} has no {listing(missing)} before setup(), and setup('fit') cannot be called "
+            f"without a Trainer ({type(error).__name__}: {error}). Let on_load_checkpoint build these layers, or use "
+            "trainer.test(module, ckpt_path=...)."
+        ) from error
