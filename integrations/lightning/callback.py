@@ -17,7 +17,8 @@ from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
-from lora_plugins.integrations.lightning.console import print_files, print_plan
+from lora_plugins.integrations.lightning.checkpoint import loading_lines
+from lora_plugins.integrations.lightning.console import print_files, print_lines, print_plan
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     ReversibleMerge,
@@ -329,6 +330,8 @@ class LoraCallback(Callback):
             for callback in group:
                 callback._remove_names()
         print_files(files)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print_lines(loading_lines(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""

@@ -38,6 +38,13 @@ def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -
     console.print(plan.summary(), markup=False, highlight=False)
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Prints lines that can be pasted: they are never wrapped."""
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_files(files: dict[str, Path]) -> None:
     """Prints the paths of files, one a line; they are never wrapped, so that they can be copied."""
     console = Console()

@@ -10,7 +10,9 @@ from lora_plugins.integrations.lightning.checkpoint.late_layers import (
     with_present_base,
     without_base,
 )
+from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed
 from lora_plugins.integrations.lightning.checkpoint.reading import check_whole, read_checkpoint, reading_errors
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import loading_lines, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.integrations.lightning.checkpoint.shrinking import shrink
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key
@@ -18,11 +20,15 @@ from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraC
 
 __all__ = [
     "KEY",
+    "Global",
     "LoraCheckpointMixin",
+    "allowed",
     "check_adapters",
     "check_whole",
     "load_from_checkpoint",
+    "loading_lines",
     "missing_layers",
+    "original",
     "read_checkpoint",
     "reading_errors",
     "restore",

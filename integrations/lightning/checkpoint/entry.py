@@ -3,10 +3,12 @@
 The file is Lightning's own, with two differences: its state dicts leave out the frozen base, and this entry says what
 was left out and how to rebuild the adapters, in plain types and tensors:
 
-    {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...]}
+    {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...],
+     "attribute_dicts": [paths], "line": {"instantiator", "hyperparameters"}}
 
+The last two say how the hyperparameters in the file differ from those of the module, see `objects` and `rebuilding`.
 `tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters. Where an
-earlier adapter was merged into weights, which no pretrained base has, a fourth part, "base", lists their keys in the
+earlier adapter was merged into weights, which no pretrained base has, a further part, "base", lists their keys in the
 state dict: they are put into the module first.
 """
 

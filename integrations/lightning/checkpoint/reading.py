@@ -1,9 +1,10 @@
 """Reads checkpoints without unpickling objects, and says of a damaged file that it is damaged."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import LoraError, listing
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
+from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed, not_allowed
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import original
 from lora_plugins.utils import check_regular
 
 _PICKLE = "data.pkl"
@@ -34,23 +37,46 @@ def reading_errors(path: object) -> Iterator[None]:
         yield
     except (FileNotFoundError, LoraError):
         raise
-    except Exception as error:  # a flipped bit in a pickle ends in almost any of them
+    except UnpicklingError as error:
+        objects = not_allowed(path)
+        if not objects:
+            raise damaged(path, error) from error
         raise AdapterFileError(
-            f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}. It may be truncated or damaged: "
-            "use another one."
+            f"{path} holds objects among its hyperparameters that are not read without being allowed: "
+            f"{listing(objects)}. Where the file is from somebody you trust, allow them by allow_globals={objects!r} "
+            "of load_from_checkpoint, merge_checkpoint and export_checkpoint, or --allow-globals of the commands, or "
+            "around a call of Lightning by torch.serialization.safe_globals."
         ) from error
+    except Exception as error:  # a flipped bit in a pickle ends in almost any of them
+        raise damaged(path, error) from error
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint without unpickling objects.
+def damaged(path: object, error: Exception) -> AdapterFileError:
+    """Returns the error that says of a file that it cannot be read."""
+    return AdapterFileError(
+        f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}. It may be truncated or damaged: "
+        "use another one."
+    )
+
+
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", allow_globals: Sequence[Global] = ()
+) -> dict[str, Any]:
+    """Reads a checkpoint without unpickling objects, but those of harmless types and of types that are allowed.
+
+    Args:
+        path: The file.
+        map_location: As in `torch.load`.
+        allow_globals: Classes and functions that the hyperparameters in the file may be, or their import paths.
 
     Raises:
         AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read, or it is damaged.
+        ConfigError: If what is allowed cannot be imported.
     """
-    with reading_errors(path):
+    with allowed(allow_globals), reading_errors(path):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     check_whole(path, checkpoint)
-    return dict(checkpoint)
+    return original(checkpoint) if KEY in checkpoint else dict(checkpoint)
 
 
 def check_whole(path: object, checkpoint: Any) -> None:

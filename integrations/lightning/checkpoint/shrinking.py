@@ -7,6 +7,8 @@ from torch import nn
 
 from lora_plugins import LoraModel
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
+from lora_plugins.integrations.lightning.checkpoint.objects import with_plain_dicts
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
     map_state_dicts,
@@ -14,6 +16,7 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
     whole_shapes,
     with_shapes,
 )
+from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     check_not_replaced,
@@ -46,10 +49,11 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     )
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
-    entry = {"format": FORMAT, "left_out": left_out, "adapters": adapters}
-    if merged := [plain_name(name) for name in merged_weights(module)]:
-        entry["base"] = merged
-    return {**small, KEY: entry}
+    small, dicts = with_plain_dicts(small)
+    small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
+    merged = [plain_name(name) for name in merged_weights(module)]
+    base = {"base": merged} if merged else {}
+    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **base, **dicts, **line}}
 
 
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,7 +12,9 @@ from lightning.pytorch import LightningModule
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
 from lora_plugins.integrations.lightning.checkpoint.late_layers import build_missing, with_present_base, without_base
+from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed
 from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -23,6 +26,24 @@ class LoraCheckpointMixin(LightningModule):
     Name it before the other base classes of the module's class. The module is built first, with its own pretrained
     base; then the adapters of the file are attached to it. Checkpoints without adapters load as usual.
     """
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a checkpoint, with adapters or without; see `LightningModule.load_from_checkpoint`."""
+        small = _small_in_memory(checkpoint_path)
+        if small is not None:
+            checkpoint_path, weights_only = small, False
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **kwargs
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the adapters onto the module and completes the state dict with the module's own base.
@@ -40,7 +61,12 @@ class LoraCheckpointMixin(LightningModule):
 
 
 def load_from_checkpoint(
-    module_class: type[Module], path: str | Path, *, map_location: Any = "cpu", **kwargs: Any
+    module_class: type[Module],
+    path: str | Path,
+    *,
+    map_location: Any = "cpu",
+    allow_globals: Sequence[Global] = (),
+    **kwargs: Any,
 ) -> Module:
     """Loads an adapter-only checkpoint of any LightningModule class.
 
@@ -49,15 +75,19 @@ def load_from_checkpoint(
             line wrote do).
         path: The checkpoint.
         map_location: Where to put the tensors, as in `torch.load`.
+        allow_globals: Classes and functions that hyperparameters in the file may be, such as an Enum: themselves, or
+            their import paths. Nothing else is unpickled.
         **kwargs: Arguments of the class that the checkpoint does not know or that are to be replaced.
 
     Returns:
         The module, adapted and in its own class, with its adapters active. `LoraModel(module)` is a handle to them.
 
     Raises:
-        AdapterFileError: If the file is damaged, holds no adapter, or was made for another base.
+        AdapterFileError: If the file is damaged, holds no adapter or objects that are not allowed, or was made for
+            another base; or if the class needs an argument that neither the file nor `kwargs` have.
+        ConfigError: If what is allowed cannot be imported.
     """
-    checkpoint = read_checkpoint(path, map_location)
+    checkpoint = read_checkpoint(path, map_location, allow_globals)
     if KEY not in checkpoint:
         raise AdapterFileError(
             f"{path} holds no adapter of lora_plugins. A plain checkpoint is loaded by "
@@ -65,17 +95,39 @@ def load_from_checkpoint(
         )
     checked_entry(checkpoint)
     real = _named_class(checkpoint, module_class)
+    check_arguments(real, checkpoint, kwargs)
     loading: Any = real
     if not issubclass(real, LoraCheckpointMixin):
         loading = type(real.__name__, (LoraCheckpointMixin, real), {"__module__": real.__module__})
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    buffer.seek(0)
     module: Module = loading.load_from_checkpoint(
-        buffer, map_location=map_location, strict=True, weights_only=True, **kwargs
+        # Objects in it are those that were just read as allowed ones.
+        _in_memory(checkpoint),
+        map_location=map_location,
+        strict=True,
+        weights_only=False,
+        **kwargs,
     )
     module.__class__ = real
     return module
+
+
+def _small_in_memory(path: Any) -> io.BytesIO | None:
+    """Returns a small checkpoint, read without unpickling objects, as its module wrote it; None of any other."""
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    try:
+        with allowed():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # Lightning says what is wrong with a file that is no checkpoint
+        return None
+    return _in_memory(original(checkpoint)) if isinstance(checkpoint, dict) and KEY in checkpoint else None
+
+
+def _in_memory(checkpoint: dict[str, Any]) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def _named_class(checkpoint: dict[str, Any], module_class: type[Module]) -> type[Module]:

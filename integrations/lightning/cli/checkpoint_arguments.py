@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-from lora_plugins.integrations.lightning.checkpoint import reading_errors
+from lora_plugins.integrations.lightning.checkpoint import allowed, reading_errors
 
 
 class CheckpointArguments(LightningCLI):
@@ -22,7 +22,7 @@ class CheckpointArguments(LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if self.subclass_mode_model and path and Path(path).is_file():
-            with reading_errors(path):
+            with allowed(), reading_errors(path):
                 checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             if "_class_path" not in checkpoint.get("hyper_parameters", {}):
                 return

@@ -3,15 +3,17 @@
 import argparse
 import importlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
-from lora_plugins.integrations.lightning.checkpoint import load_from_checkpoint, read_checkpoint
+from lora_plugins.integrations.lightning.checkpoint import Global, load_from_checkpoint, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
 from lora_plugins.utils import replace_file
 
@@ -25,9 +27,28 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", help="a checkpoint with an adapter")
     parser.add_argument("output", help="the file to write")
     parser.add_argument("--model", required=True, help="import path of the LightningModule's class")
+    parser.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the class that the checkpoint does not have, or has otherwise; the value as in YAML",
+    )
+    parser.add_argument(
+        "--allow-globals",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="import paths of classes and functions that hyperparameters in the checkpoint may be",
+    )
     given = parser.parse_args(arguments[1:])
     write = {"export": export_checkpoint, "merge": merge_checkpoint}[arguments[0]]
-    print(f"Merged model: {write(_import_class(given.model), given.checkpoint, given.output)}")
+    values = dict(map(_argument, given.argument))
+    path = write(
+        _import_class(given.model), given.checkpoint, given.output, allow_globals=given.allow_globals, **values
+    )
+    print(f"Merged model: {path}")
 
 
 _DESCRIPTIONS = {
@@ -36,13 +57,22 @@ _DESCRIPTIONS = {
 }
 
 
-def export_checkpoint(module_class: type[LightningModule], checkpoint: str | Path, output: str | Path) -> Path:
+def export_checkpoint(
+    module_class: type[LightningModule],
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    allow_globals: Sequence[Global] = (),
+    **kwargs: Any,
+) -> Path:
     """Writes the plain state dict of what a checkpoint's adapters adapt, with the adapters merged.
 
     Args:
         module_class: The class the checkpoint was made from.
         checkpoint: The checkpoint.
         output: A `.safetensors` file. Its keys are relative to the adapters' target.
+        allow_globals: As in `load_from_checkpoint`.
+        **kwargs: Arguments of the class, as in `load_from_checkpoint`.
 
     Returns:
         The file.
@@ -52,7 +82,7 @@ def export_checkpoint(module_class: type[LightningModule], checkpoint: str | Pat
         ConfigError: If the name ends otherwise, or the adapters have several targets.
     """
     output = _with_suffix(output, ".safetensors")
-    module = load_from_checkpoint(module_class, checkpoint)
+    module = load_from_checkpoint(module_class, checkpoint, allow_globals=allow_globals, **kwargs)
     targets = adapted_targets(module)
     if len(targets) > 1:
         raise ConfigError(f"The adapters have {len(targets)} targets: {', '.join(targets)}. Use `merge` instead.")
@@ -60,13 +90,22 @@ def export_checkpoint(module_class: type[LightningModule], checkpoint: str | Pat
     return write_safetensors(output, plain_state_dict(LoraModel(target).merge_and_unload()))
 
 
-def merge_checkpoint(module_class: type[LightningModule], checkpoint: str | Path, output: str | Path) -> Path:
-    """Writes a checkpoint with the adapters merged, which `module_class.load_from_checkpoint` loads as it is.
+def merge_checkpoint(
+    module_class: type[LightningModule],
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    allow_globals: Sequence[Global] = (),
+    **kwargs: Any,
+) -> Path:
+    """Writes a checkpoint with the adapters merged, which `module_class.load_from_checkpoint` loads as any other.
 
     Args:
         module_class: The class the checkpoint was made from.
         checkpoint: The checkpoint.
         output: A `.ckpt` file. It holds weights and arguments of the class; training cannot go on from it.
+        allow_globals: As in `load_from_checkpoint`.
+        **kwargs: Arguments of the class, as in `load_from_checkpoint`. The file holds those of the checkpoint only.
 
     Returns:
         The file.
@@ -76,15 +115,23 @@ def merge_checkpoint(module_class: type[LightningModule], checkpoint: str | Path
         ConfigError: If the name ends otherwise.
     """
     output = _with_suffix(output, ".ckpt")
-    module = load_from_checkpoint(module_class, checkpoint)
+    module = load_from_checkpoint(module_class, checkpoint, allow_globals=allow_globals, **kwargs)
     for target in adapted_targets(module).values():
         LoraModel(target).merge_and_unload()
-    saved: dict[str, Any] = {key: value for key, value in read_checkpoint(checkpoint).items() if key in _SAVED}
+    read = read_checkpoint(checkpoint, allow_globals=allow_globals)
+    saved: dict[str, Any] = {key: value for key, value in read.items() if key in _SAVED}
     output.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     torch.save({**saved, "state_dict": module.state_dict()}, data)
     replace_file(output, data.getvalue())
     return output
+
+
+def _argument(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--argument is {given!r}. It has the form NAME=VALUE, such as width=64.")
+    return name, yaml.safe_load(value)
 
 
 def _with_suffix(path: str | Path, suffix: str) -> Path:

@@ -26,8 +26,10 @@ from torch import nn
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.integrations.lightning.checkpoint import (
     KEY,
+    allowed,
     check_whole,
     missing_layers,
+    original,
     reading_errors,
     restore,
     shrink,
@@ -122,7 +124,7 @@ class CheckpointShims:
             self._hook_shims.remove()
         if is_sharded(self._trainer):
             return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
-        with reading_errors(checkpoint_path):
+        with allowed(), reading_errors(checkpoint_path):
             checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
         check_whole(checkpoint_path, checkpoint)
         before = {name for name, _ in self._module.named_parameters()}
@@ -137,6 +139,7 @@ class CheckpointShims:
         if KEY not in checkpoint:
             self._prepare_for_plain(checkpoint_path)
             return checkpoint
+        checkpoint = original(checkpoint)
         for owner in self._owners:
             owner.undo_merge(self._module)
         if not is_overridden("on_load_checkpoint", self._module):

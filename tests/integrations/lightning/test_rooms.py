@@ -23,12 +23,13 @@ ARROWS = {
     "shims": set(),
     "console": set(),
     "adapter_files": set(),
+    "aliases": set(),
     "checkpoint": {"module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
-    "callback": {"adapter_files", "console", "module", "shims", "strategies", "training"},
-    "cli": {"callback", "checkpoint", "console", "module", "shims"},
-    "__init__": {"adapter_files", "callback", "checkpoint", "cli", "training"},  # its public names
+    "callback": {"adapter_files", "checkpoint", "console", "module", "shims", "strategies", "training"},
+    "cli": {"aliases", "callback", "checkpoint", "console", "module", "shims"},
+    "__init__": {"adapter_files", "aliases", "callback", "checkpoint", "cli", "training"},  # its public names
     "__main__": set(),
 }
 """Which room imports from which others."""

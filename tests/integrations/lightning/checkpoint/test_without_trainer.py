@@ -58,9 +58,10 @@ class TestOneLiner:
         run.save_checkpoint(tmp_path / "it.ckpt")
         assert not differing(values(Ours.load_from_checkpoint(tmp_path / "it.ckpt")), values(module))
 
-    def test_class_itself_refuses_an_adapter_file(self, tmp_path):
-        with pytest.raises(RuntimeError, match="Missing key"):
+    def test_class_itself_says_how_an_adapter_file_is_loaded(self, tmp_path):
+        with pytest.raises(ValueError, match=r"load_from_checkpoint\(Classifier, path\)") as refused:
             Classifier.load_from_checkpoint(by_trainer(tmp_path))
+        assert "net.0.weight" not in str(refused.value)
 
     def test_plain_file_is_refused_with_what_to_call(self, tmp_path):
         run = trainer(tmp_path, [])

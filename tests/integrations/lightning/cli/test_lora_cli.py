@@ -44,7 +44,8 @@ class TestFit:
     def test_checkpoint_of_a_module_that_saves_its_own_hyperparameters_goes_on(self, config, tmp_path):
         path = config(model={"class_path": f"{TOYS}.SavesItself", "init_args": {"width": 8}})
         assert main(["fit", "--config", path]) == 0
-        assert load(checkpoint(tmp_path))["hyper_parameters"] == {"of_its_own": 8}
+        hyperparameters = load(checkpoint(tmp_path))["hyper_parameters"]
+        assert hyperparameters.keys() - {"_instantiator"} == {"of_its_own"}
         more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
         for command in (["validate", *more[2:]], ["test", *more[2:]], ["fit", *more]):
             assert main([*command, "--config", path]) == 0

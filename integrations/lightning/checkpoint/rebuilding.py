@@ -1,0 +1,106 @@
+"""What it takes to build the module of a checkpoint again: the line that does it.
+
+`YourModule.load_from_checkpoint` of Lightning cannot load a small file, and would list every key of the base. It looks
+first at a hyperparameter `_instantiator`, and refuses one that it does not know with an error that shows it. So the
+line stands there in the file, and what stood there is put back when one of ours reads it.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lora_plugins import AdapterFileError
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
+from lora_plugins.integrations.lightning.checkpoint.objects import HYPERPARAMETERS, not_allowed, with_attribute_dicts
+
+_INSTANTIATOR = "_instantiator"
+_STOOD_THERE = "instantiator"
+_ONE_ARGUMENT = LightningModule.CHECKPOINT_HYPER_PARAMS_NAME
+
+
+def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a checkpoint that tells Lightning's own loader how it is loaded, and what its entry says of that."""
+    saved = checkpoint.get(HYPERPARAMETERS, {})
+    if type(saved) is not dict or not isinstance(module, LightningModule):
+        return dict(checkpoint), {}
+    line = f"{rebuilding_line(module, None)} (this file has a LoRA adapter, and not the base)"
+    about = {_STOOD_THERE: saved.get(_INSTANTIATOR), "hyperparameters": HYPERPARAMETERS in checkpoint}
+    return {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}, {"line": about}
+
+
+def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint as it was before `with_line`."""
+    about, result = checkpoint[KEY].get("line"), dict(checkpoint)
+    if about is None:
+        return result
+    saved = {key: value for key, value in result.pop(HYPERPARAMETERS).items() if key != _INSTANTIATOR}
+    if about[_STOOD_THERE] is not None:
+        saved[_INSTANTIATOR] = about[_STOOD_THERE]
+    return {**result, HYPERPARAMETERS: saved} if about["hyperparameters"] else result
+
+
+def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a small checkpoint with the hyperparameters of the module that it was made of."""
+    with entry_errors():
+        return with_attribute_dicts(without_line(checkpoint))
+
+
+def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
+    """Returns a line of Python that loads a checkpoint of a module; what the file does not have is a `...` in it.
+
+    Args:
+        module: The module.
+        path: Its checkpoint, which is there; None while it is written.
+    """
+    cls = type(module)
+    name, objects = cls.__qualname__, [] if path is None else not_allowed(path)
+    arguments = [name, "path" if path is None else repr(str(path))]
+    arguments += [f"{key}=..." for key in missing_arguments(cls, module.hparams)]
+    arguments += [f"allow_globals={objects!r}"] if objects else []
+    door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
+    imports = [door] if "<locals>" in name else [door, f"from {cls.__module__} import {name.partition('.')[0]}"]
+    return "; ".join([*imports, f"module = load_from_checkpoint({', '.join(arguments)})"])
+
+
+def loading_lines(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Returns the line that loads the best checkpoint of a run, or the last one where nothing says what is best.
+
+    Empty where the run has written no small file.
+    """
+    paths = [
+        str(path)
+        for callback in trainer.checkpoint_callbacks
+        for name in ("best_model_path", "last_model_path")
+        if (path := getattr(callback, name, "")) and Path(path).is_file()
+    ]
+    return [rebuilding_line(module, paths[0])] if paths else []
+
+
+def missing_arguments(cls: type[LightningModule], given: Mapping[str, Any]) -> list[str]:
+    """Returns the names of arguments that the constructor of a class needs, and that are not given."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+    needed = [each.name for each in parameters if each.kind in kinds and each.default is each.empty]
+    return [name for name in needed if name not in given]
+
+
+def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint and a caller have all that the constructor of a class needs.
+
+    Raises:
+        AdapterFileError: If something is missing, naming it.
+    """
+    saved = checkpoint.get(HYPERPARAMETERS, {})
+    one = checkpoint.get(_ONE_ARGUMENT)
+    names = {*saved, *given, *([one] if one and one != "kwargs" else [])}
+    missing = missing_arguments(cls, dict.fromkeys(names))
+    if missing:
+        raise AdapterFileError(
+            f"{cls.__name__} needs {listing(missing)}, which the checkpoint does not have: its save_hyperparameters() "
+            f"left them out. Give them to load_from_checkpoint: {', '.join(f'{name}=...' for name in missing)}."
+        )

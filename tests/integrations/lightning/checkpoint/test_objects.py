@@ -1,0 +1,208 @@
+"""Hyperparameters that are objects, constructor arguments that a file lacks, and the line that loads it."""
+
+import contextlib
+import enum
+import functools
+import pathlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from lightning.fabric.utilities.data import AttributeDict
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraModel
+from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
+from lora_plugins.integrations.lightning.cli import export_checkpoint, merge_checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+
+
+class Mode(enum.Enum):
+    SMALL = 16
+    LARGE = 24
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int = 24
+    path: pathlib.Path = pathlib.Path("a")
+
+
+class Configured(Classifier):
+    """Takes any object, and is as wide as it says."""
+
+    def __init__(self, option) -> None:
+        super().__init__(width=24)
+        self.save_hyperparameters("option")
+        self.option = option
+
+
+class WithNetwork(Classifier):
+    """Needs a network, which is no hyperparameter."""
+
+    def __init__(self, net, lr: float = 0.05) -> None:
+        super().__init__(lr=lr)
+        self.net = net
+
+    def save_hyperparameters(self):
+        super().save_hyperparameters({"lr": 0.05})
+
+
+HERE = __name__
+OBJECTS = {
+    "enum": (Mode.LARGE, [f"{HERE}.Mode"]),
+    "dataclass": (Sizes(), [f"{HERE}.Sizes"]),
+    "class": (nn.GELU, ["torch.nn.modules.activation.GELU"]),
+    "partial": (functools.partial(torch.optim.Adam, lr=0.1), ["functools.partial", "torch.optim.adam.Adam"]),
+}
+HARMLESS = {
+    "path": pathlib.Path("a/b"),
+    "range": range(3),
+    "frozenset": frozenset([1]),
+    "attributes": AttributeDict(a=1, b=[AttributeDict(c=2), (3, AttributeDict(d=4))]),
+}
+
+
+def written(tmp_path, module):
+    run = trainer(tmp_path, [lora()], max_epochs=1)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    return tmp_path / "it.ckpt"
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_have_to_be_allowed(kind, tmp_path):
+    option, names = OBJECTS[kind]
+    module = Configured(option)
+    path = written(tmp_path, module)
+    with pytest.raises(AdapterFileError, match="not read without being allowed") as refused:
+        load_from_checkpoint(Configured, path)
+    assert f"allow_globals={names!r}" in str(refused.value)
+    assert "truncated" not in str(refused.value)
+    loaded = load_from_checkpoint(Configured, path, allow_globals=names)
+    assert repr(loaded.option) == repr(option)
+    assert not differing(values(loaded), values(module))
+    with pytest.raises(AdapterFileError, match="not read without being allowed"):  # nothing stays allowed
+        load_from_checkpoint(Configured, path)
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+@pytest.mark.parametrize("through", ["function", "mixin", "trainer"])
+def test_harmless_types_are_read_as_they_are(kind, through, tmp_path):
+    option = HARMLESS[kind]
+    module = Configured(option)
+    path = written(tmp_path, module)
+    if through == "trainer":
+        other = Configured(option)
+        trainer(tmp_path, [lora()]).test(other, loader(), ckpt_path=path, weights_only=True, verbose=False)
+        assert not differing(values(other), values(module))
+        return
+
+    class Ours(LoraCheckpointMixin, Configured):
+        pass
+
+    loaded = load_from_checkpoint(Configured, path) if through == "function" else Ours.load_from_checkpoint(path)
+    assert loaded.option == option
+    assert type(loaded.option) is type(option)
+    if kind == "attributes":
+        assert loaded.option.b[0].c + loaded.option.b[1][1].d == 6
+
+
+def test_classes_themselves_and_old_names_are_allowed_too(tmp_path):
+    path = written(tmp_path, Configured(Mode.LARGE))
+    for given in ([Mode], [(Mode, f"{HERE}.Mode")]):
+        assert load_from_checkpoint(Configured, path, allow_globals=given).option is Mode.LARGE
+    with pytest.raises(ConfigError, match=r"allow_globals names 'package\.Mode', which cannot be imported"):
+        load_from_checkpoint(Configured, path, allow_globals=["package.Mode"])
+
+
+def test_an_argument_that_the_file_lacks_is_named(tmp_path):
+    path = written(tmp_path, WithNetwork(Classifier().net))
+    with pytest.raises(AdapterFileError, match=r"WithNetwork needs 'net'.*load_from_checkpoint: net=\.\.\."):
+        load_from_checkpoint(WithNetwork, path)
+    assert LoraModel(load_from_checkpoint(WithNetwork, path, net=Classifier().net)).active_adapters == ("default",)
+
+
+@pytest.mark.parametrize("write", [merge_checkpoint, export_checkpoint], ids=["merge", "export"])
+def test_merging_takes_arguments_and_objects(write, tmp_path):
+    suffix = {merge_checkpoint: "ckpt", export_checkpoint: "safetensors"}[write]
+    path = written(tmp_path, WithNetwork(Classifier().net))
+    assert write(WithNetwork, path, tmp_path / f"out.{suffix}", net=Classifier().net).is_file()
+    path = written(tmp_path, Configured(Mode.LARGE))
+    assert write(Configured, path, tmp_path / f"two.{suffix}", allow_globals=[Mode]).is_file()
+
+
+class OfWidth(Classifier):
+    """Needs a width, which is no hyperparameter."""
+
+    def __init__(self, width: int, mode: Mode = Mode.SMALL) -> None:
+        self.mode = mode
+        super().__init__(width=width)
+
+    def save_hyperparameters(self):
+        super().save_hyperparameters({"mode": self.mode})
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("merge", "ckpt"), ("export", "safetensors")])
+def test_commands_take_arguments_and_objects(command, suffix, tmp_path, capsys):
+    path, out = written(tmp_path, OfWidth(24, Mode.LARGE)), tmp_path / f"out.{suffix}"
+    call = [command, str(path), str(out), "--model", f"{HERE}.OfWidth"]
+    assert main(call) != 0
+    assert f"allow_globals=['{HERE}.Mode']" in capsys.readouterr().err
+    call += ["--allow-globals", f"{HERE}.Mode"]
+    assert main(call) != 0
+    assert "OfWidth needs 'width'" in capsys.readouterr().err
+    assert main([*call, "--argument", "width"]) != 0
+    assert "NAME=VALUE" in capsys.readouterr().err
+    assert main([*call, "--argument", "width=24"]) == 0
+    assert out.is_file()
+
+
+class TestLine:
+    def test_fit_ends_with_a_line_that_can_be_pasted(self, tmp_path, capsys):
+        checkpoints = ModelCheckpoint(tmp_path / ("long" * 40), filename="it")
+        module = OfWidth(24, Mode.LARGE)
+        trainer(tmp_path, [lora(), checkpoints], max_epochs=1).fit(module, loader())
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert "load_from_checkpoint(OfWidth, " in line
+        assert line.endswith(f", width=..., allow_globals=['{HERE}.Mode'])")
+        found = {}
+        exec(line.replace("width=...", "width=24"), found)
+        assert not differing(values(found["module"]), values(module))
+
+    @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"enable_checkpointing": False}], ids=str)
+    def test_without_a_file_there_is_none(self, options, tmp_path, capsys):
+        trainer(tmp_path, [lora()], max_epochs=1, **options).fit(Classifier(), loader())
+        assert "load_from_checkpoint" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("saves", [True, False], ids=["hyperparameters", "none"])
+    def test_the_class_itself_says_it(self, saves, tmp_path):
+        module = Classifier()
+        if not saves:
+            module.hparams.clear()
+            module._hparams_initial = None
+        path = written(tmp_path, module)
+        with pytest.raises(ValueError, match=r"import Classifier; module = load_from_checkpoint\(Classifier, path\)"):
+            Classifier.load_from_checkpoint(path)
+        assert not differing(values(load_from_checkpoint(Classifier, path)), values(module))
+
+    def test_hooks_see_the_hyperparameters_of_the_module(self, tmp_path):
+        seen = []
+
+        class Hooked(Classifier):
+            def on_load_checkpoint(self, checkpoint):
+                seen.append(dict(checkpoint["hyper_parameters"]))
+
+        path = written(tmp_path, Hooked(width=24))
+        load_from_checkpoint(Hooked, path)
+        trainer(tmp_path, [lora()]).test(Hooked(width=24), loader(), ckpt_path=path, verbose=False)
+        assert seen == [dict(Classifier(width=24).hparams)] * 2
+
+
+def test_a_damaged_file_is_still_called_so(tmp_path):
+    path = written(tmp_path, Classifier())
+    path.write_bytes(path.read_bytes()[:2000])
+    with contextlib.suppress(FileNotFoundError), pytest.raises(AdapterFileError, match="truncated or damaged"):
+        load_from_checkpoint(Classifier, path)
