@@ -13,18 +13,28 @@ from lora_plugins.utils import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.adapter_files import AdapterFile
+    from lora_plugins.integrations.lightning.aliases import alias_pytorch_lightning
     from lora_plugins.integrations.lightning.callback import LoraCallback
     from lora_plugins.integrations.lightning.checkpoint import LoraCheckpointMixin, load_from_checkpoint
     from lora_plugins.integrations.lightning.cli import LoraCLI
     from lora_plugins.integrations.lightning.training import parameter_groups
 
-__all__ = ["AdapterFile", "LoraCLI", "LoraCallback", "LoraCheckpointMixin", "load_from_checkpoint", "parameter_groups"]
+__all__ = [
+    "AdapterFile",
+    "LoraCLI",
+    "LoraCallback",
+    "LoraCheckpointMixin",
+    "alias_pytorch_lightning",
+    "load_from_checkpoint",
+    "parameter_groups",
+]
 
 _MODULES = {
     "AdapterFile": "adapter_files",
     "LoraCLI": "cli",
     "LoraCallback": "callback",
     "LoraCheckpointMixin": "checkpoint",
+    "alias_pytorch_lightning": "aliases",
     "load_from_checkpoint": "checkpoint",
     "parameter_groups": "training",
 }

@@ -18,6 +18,7 @@ from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
 from lora_plugins.integrations.lightning.checkpoint import loading_lines
+from lora_plugins.integrations.lightning.class_paths import allow_class_path
 from lora_plugins.integrations.lightning.console import print_files, print_lines, print_plan
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
@@ -75,6 +76,8 @@ from lora_plugins.integrations.lightning.training import (
     needs_data,
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
+
+allow_class_path()
 
 
 class LoraCallback(Callback):

@@ -30,6 +30,7 @@ def _trainer(arguments: list[str]) -> int:
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
     prepared = _prepared(arguments)
+    _alias()
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
     with _given_arguments():
@@ -39,6 +40,7 @@ def _trainer(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     prepared = _prepared(["fit", *arguments[1:]])
+    _alias()
     from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
     with _given_arguments():
@@ -47,6 +49,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _merged_file(arguments: list[str]) -> int:
+    _alias()
     from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():
@@ -55,6 +58,14 @@ def _merged_file(arguments: list[str]) -> int:
 
 
 _NEEDS = ("lightning", "jsonargparse", "rich", "yaml")  # yaml comes with jsonargparse
+
+
+def _alias() -> None:
+    """Lets classes of packages that import pytorch_lightning be named in YAML files, unless it is imported already."""
+    from lora_plugins.integrations.lightning.aliases import ALIASES, alias_pytorch_lightning  # noqa: PLC0415
+
+    if not ALIASES.keys() & sys.modules.keys():
+        alias_pytorch_lightning()
 
 
 def _look_for(name: str) -> None:

@@ -1,8 +1,9 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
+from inspect import signature
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
@@ -14,6 +15,9 @@ from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
 from lora_plugins.integrations.lightning.console import print_plan
+
+_FROM_FILE = "sub_configs" if "sub_configs" in signature(ArgumentParser.add_argument).parameters else "enable_path"
+"""The option of jsonargparse that lets a section be the path of a file; called otherwise before 4.49."""
 
 
 class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
@@ -47,7 +51,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             "--lora",
             type=LoraConfig | None,
             default=None,
-            sub_configs=True,
+            **{_FROM_FILE: True},
             help="How LoRA is applied; null for none. Fields, or the path of a YAML file with them.",
         )
         parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)

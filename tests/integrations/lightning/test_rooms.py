@@ -24,10 +24,11 @@ ARROWS = {
     "console": set(),
     "adapter_files": set(),
     "aliases": set(),
+    "class_paths": set(),
     "checkpoint": {"module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
-    "callback": {"adapter_files", "checkpoint", "console", "module", "shims", "strategies", "training"},
+    "callback": {"adapter_files", "checkpoint", "class_paths", "console", "module", "shims", "strategies", "training"},
     "cli": {"aliases", "callback", "checkpoint", "console", "module", "shims"},
     "__init__": {"adapter_files", "aliases", "callback", "checkpoint", "cli", "training"},  # its public names
     "__main__": set(),
