@@ -59,6 +59,15 @@ def not_allowed(path: object) -> list[str]:
             return []
 
 
+def is_archive(path: object) -> bool:
+    """Whether a file is a whole archive of torch, as far as it says what it holds."""
+    try:
+        torch.serialization.get_unsafe_globals_in_checkpoint(path)  # type: ignore[arg-type]
+    except Exception:  # a third of Python's errors, by what is damaged
+        return False
+    return True
+
+
 def with_plain_dicts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a checkpoint whose hyperparameters hold no `AttributeDict`, and what its entry says of them."""
     if HYPERPARAMETERS not in checkpoint:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import LoraError, listing
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
-from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed, not_allowed
+from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed, is_archive, not_allowed
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import original
 from lora_plugins.utils import check_regular
 
@@ -39,16 +39,29 @@ def reading_errors(path: object) -> Iterator[None]:
         raise
     except UnpicklingError as error:
         objects = not_allowed(path)
-        if not objects:
-            raise damaged(path, error) from error
-        raise AdapterFileError(
-            f"{path} holds objects among its hyperparameters that are not read without being allowed: "
-            f"{listing(objects)}. Where the file is from somebody you trust, allow them by allow_globals={objects!r} "
-            "of load_from_checkpoint, merge_checkpoint and export_checkpoint, or --allow-globals of the commands, or "
-            "around a call of Lightning by torch.serialization.safe_globals."
-        ) from error
+        if objects:
+            raise AdapterFileError(
+                f"{path} holds objects among its hyperparameters that are not read without being allowed: "
+                f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
+                f"allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint and export_checkpoint, or "
+                "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."
+            ) from error
+        if is_archive(path):
+            raise AdapterFileError(
+                f"{path} holds objects that are not read without unpickling them, though their types are allowed: "
+                f"{_reason(error)} Where the file is from somebody you trust, load_from_checkpoint"
+                ", merge_checkpoint, export_checkpoint and a Trainer, beside ckpt_path, take weights_only=False."
+            ) from error
+        raise damaged(path, error) from error
     except Exception as error:  # a flipped bit in a pickle ends in almost any of them
         raise damaged(path, error) from error
+
+
+def _reason(error: UnpicklingError) -> str:
+    """Returns the sentences of torch's long message that say what it stopped at."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    at = next((at for at, line in enumerate(lines) if "WeightsUnpickler error" in line), -1)
+    return " ".join(line for line in lines[at : at + 2] if "Check the documentation" not in line)
 
 
 def damaged(path: object, error: Exception) -> AdapterFileError:
@@ -60,7 +73,7 @@ def damaged(path: object, error: Exception) -> AdapterFileError:
 
 
 def read_checkpoint(
-    path: str | Path, map_location: Any = "cpu", allow_globals: Sequence[Global] = ()
+    path: str | Path, map_location: Any = "cpu", allow_globals: Sequence[Global] = (), *, weights_only: bool = True
 ) -> dict[str, Any]:
     """Reads a checkpoint without unpickling objects, but those of harmless types and of types that are allowed.
 
@@ -68,13 +81,14 @@ def read_checkpoint(
         path: The file.
         map_location: As in `torch.load`.
         allow_globals: Classes and functions that the hyperparameters in the file may be, or their import paths.
+        weights_only: False unpickles whatever the file has, which may run any code.
 
     Raises:
         AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read, or it is damaged.
         ConfigError: If what is allowed cannot be imported.
     """
     with allowed(allow_globals), reading_errors(path):
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
     check_whole(path, checkpoint)
     return original(checkpoint) if KEY in checkpoint else dict(checkpoint)
 

@@ -66,6 +66,7 @@ def load_from_checkpoint(
     *,
     map_location: Any = "cpu",
     allow_globals: Sequence[Global] = (),
+    weights_only: bool = True,
     **kwargs: Any,
 ) -> Module:
     """Loads an adapter-only checkpoint of any LightningModule class.
@@ -77,6 +78,7 @@ def load_from_checkpoint(
         map_location: Where to put the tensors, as in `torch.load`.
         allow_globals: Classes and functions that hyperparameters in the file may be, such as an Enum: themselves, or
             their import paths. Nothing else is unpickled.
+        weights_only: False unpickles whatever the file has, which may run any code: only for files of those you trust.
         **kwargs: Arguments of the class that the checkpoint does not know or that are to be replaced.
 
     Returns:
@@ -87,7 +89,7 @@ def load_from_checkpoint(
             another base; or if the class needs an argument that neither the file nor `kwargs` have.
         ConfigError: If what is allowed cannot be imported.
     """
-    checkpoint = read_checkpoint(path, map_location, allow_globals)
+    checkpoint = read_checkpoint(path, map_location, allow_globals, weights_only=weights_only)
     if KEY not in checkpoint:
         raise AdapterFileError(
             f"{path} holds no adapter of lora_plugins. A plain checkpoint is loaded by "

@@ -63,6 +63,7 @@ def export_checkpoint(
     output: str | Path,
     *,
     allow_globals: Sequence[Global] = (),
+    weights_only: bool = True,
     **kwargs: Any,
 ) -> Path:
     """Writes the plain state dict of what a checkpoint's adapters adapt, with the adapters merged.
@@ -72,6 +73,7 @@ def export_checkpoint(
         checkpoint: The checkpoint.
         output: A `.safetensors` file. Its keys are relative to the adapters' target.
         allow_globals: As in `load_from_checkpoint`.
+        weights_only: Likewise.
         **kwargs: Arguments of the class, as in `load_from_checkpoint`.
 
     Returns:
@@ -82,7 +84,9 @@ def export_checkpoint(
         ConfigError: If the name ends otherwise, or the adapters have several targets.
     """
     output = _with_suffix(output, ".safetensors")
-    module = load_from_checkpoint(module_class, checkpoint, allow_globals=allow_globals, **kwargs)
+    module = load_from_checkpoint(
+        module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
+    )
     targets = adapted_targets(module)
     if len(targets) > 1:
         raise ConfigError(f"The adapters have {len(targets)} targets: {', '.join(targets)}. Use `merge` instead.")
@@ -96,6 +100,7 @@ def merge_checkpoint(
     output: str | Path,
     *,
     allow_globals: Sequence[Global] = (),
+    weights_only: bool = True,
     **kwargs: Any,
 ) -> Path:
     """Writes a checkpoint with the adapters merged, which `module_class.load_from_checkpoint` loads as any other.
@@ -105,6 +110,7 @@ def merge_checkpoint(
         checkpoint: The checkpoint.
         output: A `.ckpt` file. It holds weights and arguments of the class; training cannot go on from it.
         allow_globals: As in `load_from_checkpoint`.
+        weights_only: Likewise.
         **kwargs: Arguments of the class, as in `load_from_checkpoint`. The file holds those of the checkpoint only.
 
     Returns:
@@ -115,10 +121,12 @@ def merge_checkpoint(
         ConfigError: If the name ends otherwise.
     """
     output = _with_suffix(output, ".ckpt")
-    module = load_from_checkpoint(module_class, checkpoint, allow_globals=allow_globals, **kwargs)
+    module = load_from_checkpoint(
+        module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
+    )
     for target in adapted_targets(module).values():
         LoraModel(target).merge_and_unload()
-    read = read_checkpoint(checkpoint, allow_globals=allow_globals)
+    read = read_checkpoint(checkpoint, allow_globals=allow_globals, weights_only=weights_only)
     saved: dict[str, Any] = {key: value for key, value in read.items() if key in _SAVED}
     output.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()

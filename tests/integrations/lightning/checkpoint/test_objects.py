@@ -110,6 +110,18 @@ def test_harmless_types_are_read_as_they_are(kind, through, tmp_path):
         assert loaded.option.b[0].c + loaded.option.b[1][1].d == 6
 
 
+class Options(dict):
+    """What torch reads in no case without unpickling."""
+
+
+def test_what_cannot_be_read_without_unpickling_needs_trust(tmp_path):
+    path = written(tmp_path, Configured(Options(a=1)))
+    with pytest.raises(AdapterFileError, match=r"though their types are allowed: .*Options.* weights_only=False"):
+        load_from_checkpoint(Configured, path, allow_globals=[Options])
+    assert load_from_checkpoint(Configured, path, weights_only=False).option == {"a": 1}
+    assert merge_checkpoint(Configured, path, tmp_path / "out.ckpt", weights_only=False).is_file()
+
+
 def test_classes_themselves_and_old_names_are_allowed_too(tmp_path):
     path = written(tmp_path, Configured(Mode.LARGE))
     for given in ([Mode], [(Mode, f"{HERE}.Mode")]):
