@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError
+from lora_plugins.plan import is_risky
 
 _SECONDS = 10.0
 """How long all expressions of a config may take; a fair one takes less than a millisecond for each name."""
@@ -21,7 +22,6 @@ for expression in expressions:
 """
 
 _REPEAT = re.compile(r"[*+}]")
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
     Raises:
         AdapterFileError: If they do not within ten seconds.
     """
-    risky = [expression for expression in _expressions(config) if _is_risky(expression)]
+    risky = [expression for expression in _expressions(config) if is_risky(expression)]
     if not risky or not sys.executable:
         return
     given = json.dumps([risky, list(names)]).encode()
@@ -63,7 +63,3 @@ def _expressions(config: LoraConfig) -> list[str]:
     whole = [pattern for pattern in patterns if isinstance(pattern, str)]
     maps: Sequence[Iterable[str]] = (config.rank_pattern, config.alpha_pattern, config.fused_parts)
     return [*whole, *(f"(?:.*\\.)?(?:{key})" for keys in maps for key in keys if _REPEAT.search(key))]
-
-
-def _is_risky(expression: str) -> bool:
-    return len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None

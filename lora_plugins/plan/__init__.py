@@ -3,10 +3,19 @@
 One walk over the model (`survey`) gives frozen records, and the plan is a function of them.
 """
 
-from lora_plugins.plan.patterns import exact_expression, exact_pattern
+from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan
 from lora_plugins.plan.renamings import current_name, former_names
 from lora_plugins.plan.targets import LeftOut
 
-__all__ = ["LeftOut", "Plan", "current_name", "exact_expression", "exact_pattern", "former_names", "make_plan"]
+__all__ = [
+    "LeftOut",
+    "Plan",
+    "current_name",
+    "exact_expression",
+    "exact_pattern",
+    "former_names",
+    "is_risky",
+    "make_plan",
+]

@@ -10,6 +10,9 @@ Value = TypeVar("Value")
 
 _LITERAL = re.compile(r"[\w\-./:]+")
 
+_REPEAT = re.compile(r"[*+}]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+
 BLOCK_CONTAINERS = frozenset(
     {"layers", "layer", "h", "blocks", "block", "stages", "stage", "levels", "features", "resblocks"}
 )
@@ -35,7 +38,16 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.") from error
+        shell = " Where '*' stands for any text, write '.*'." if "*" in pattern else ""
+        raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.{shell}") from error
+
+
+def is_risky(expression: str) -> bool:
+    """Whether matching can take more than a time that is cubic in the length of a name.
+
+    An expression that repeats at most twice, and no group, cannot.
+    """
+    return len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None
 
 
 def exact_pattern(name: str) -> str:
@@ -56,8 +68,16 @@ def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[st
     return {pattern: _ends_with(pattern) for pattern in patterns}
 
 
-def select(field: str, patterns: Sequence[str] | str, names: Iterable[str]) -> dict[str, list[str]]:
+def select(
+    field: str, patterns: Sequence[str] | str, names: Iterable[str], hint: Callable[[str], str] | None = None
+) -> dict[str, list[str]]:
     """Returns the names that each pattern of a field matches.
+
+    Args:
+        field: Name of the field, for errors.
+        patterns: The patterns.
+        names: The names there are.
+        hint: Returns what to write instead of a pattern that matches nothing; by default the nearest names.
 
     Raises:
         TargetError: If a pattern matches none of the names.
@@ -66,7 +86,8 @@ def select(field: str, patterns: Sequence[str] | str, names: Iterable[str]) -> d
     found = {pattern: [name for name in names if test(name)] for pattern, test in matcher(field, patterns).items()}
     for pattern, matches in found.items():
         if not matches:
-            raise TargetError(f"{field}: {pattern!r} matches no module of the model. {nearest(pattern, names)}")
+            meant = hint(pattern) if hint else nearest(pattern, names)
+            raise TargetError(f"{field}: {pattern!r} matches no module of the model. {meant}")
     return found
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
 from lora_plugins.plan import patterns
+from lora_plugins.plan.hints import saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
 
@@ -36,7 +38,9 @@ def within(name: str, roots: Iterable[str]) -> bool:
 def saved_modules(config: LoraConfig, survey: Survey) -> set[str]:
     """The modules and parameters of `modules_to_save`, under all their names."""
     names = [name for site in survey.sites for name in site.names if name]
-    found = patterns.select("modules_to_save", config.modules_to_save, [*names, *survey.parameters])
+    layers = [site.name for site in survey.sites if site.has_parameters and site.name]
+    hint = partial(saved_hint, names=[*names, *survey.parameters], layers=layers)
+    found = patterns.select("modules_to_save", config.modules_to_save, [*names, *survey.parameters], hint)
     chosen = {name for matches in found.values() for name in matches}
     return {name for site in survey.sites for name in site.names if chosen & set(site.names)} | chosen
 
@@ -69,7 +73,9 @@ def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], regis
     if config.target_modules is None or _means_all(config):
         return handled - {name for site in free if site.foreign_adapter for name in site.names}
     names = [name for site in free for name in site.names if name or site.has_parameters]
-    found = patterns.select("target_modules", config.target_modules, names)
+    served = [site for site in free if site.plugin]
+    hint = partial(target_hint, patterns=config.target_modules, sites=served)
+    found = patterns.select("target_modules", config.target_modules, names, hint)
     for pattern, matches in found.items():
         if not handled & set(matches):
             raise TargetError(

@@ -1,0 +1,167 @@
+"""What a pattern that matches no module may have meant, from the habits of other libraries and of shells."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+
+from lora_plugins.errors import listing, near
+from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky
+from lora_plugins.plan.survey import Site
+
+_PART_NAMES = {
+    "q": ("q", "query", "q_proj", "query_proj", "q_lin", "to_q", "wq"),
+    "k": ("k", "key", "k_proj", "key_proj", "k_lin", "to_k", "wk"),
+    "v": ("v", "value", "v_proj", "value_proj", "v_lin", "to_v", "wv"),
+}
+"""What models call the layers of query, key and value."""
+
+_PART_OF = {name: part for part, names in _PART_NAMES.items() for name in names}
+
+_FUSED_NAMES = frozenset(
+    {"qkv", "qkv_proj", "to_qkv", "in_proj", "wqkv", "Wqkv", "query_key_value", "c_attn", "MultiheadAttention"}
+)
+"""What models call a layer that holds the three in one matrix, and the class of such a layer."""
+
+_MOST_TARGETS = 8
+"""How many names a proposal holds at most, so that it can be typed."""
+
+
+def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site]) -> str:
+    """Returns what to write instead of a pattern of `target_modules` that matches nothing.
+
+    Args:
+        pattern: The pattern.
+        patterns: The whole field.
+        sites: The layers that could be adapted.
+    """
+    names = [name for site in sites for name in site.names if name]
+    return (
+        _every_layer(pattern, sites, names)
+        or _other_form(pattern, patterns, names)
+        or _attention(pattern, patterns, sites, names)
+        or _nearest(pattern, names)
+    )
+
+
+def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str:
+    """Returns what to write instead of an entry of `modules_to_save` that matches nothing.
+
+    Args:
+        pattern: The entry.
+        names: The names of all modules.
+        layers: Those of the modules that have parameters of their own, in the order of the model.
+    """
+    close = _nearest(pattern, names)
+    return close if close.startswith("Did") or not layers else f"The last layer of the model is {layers[-1]!r}."
+
+
+def shortest_ends(wanted: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
+
+    Args:
+        wanted: The names to match.
+        names: All names, the wanted ones included.
+    """
+    wanted = set(wanted)
+    others = [name for name in names if name not in wanted]
+    ends: list[str] = []
+    for name in names:
+        if name in wanted and not any(ends_with(end, name) for end in ends):
+            parts = name.split(".")
+            tails = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+            end = next((end for end in tails if not any(ends_with(end, other) for other in others)), None)
+            if end is None:
+                return []
+            ends.append(end)
+    return ends
+
+
+def _every_layer(pattern: str, sites: Sequence[Site], names: Sequence[str]) -> str:
+    """The words for all layers: `all` in a list, and PEFT's `all-linear`."""
+    if pattern == "all":
+        return "Write target_modules='all', not in a list, for every layer that a plugin adapts."
+    if pattern != "all-linear":
+        return ""
+    linear = [name for site in sites if site.class_name.endswith("Linear") for name in site.names]
+    ends = shortest_ends(linear, names)
+    alone = f", or for linear layers alone {ends}" if 0 < len(ends) <= _MOST_TARGETS else ""
+    return f"It is a word of PEFT. Write 'all' for every layer that a plugin adapts, convolutions too{alone}."
+
+
+def _other_form(pattern: str, patterns: Sequence[str] | str, names: Sequence[str]) -> str:
+    """A list where a string was meant, and the other way round."""
+    forms = _lists(pattern, names) if isinstance(patterns, str) else _expressions(pattern, patterns, names)
+    return next(forms, "")
+
+
+def _lists(pattern: str, names: Sequence[str]) -> Iterator[str]:
+    said = "A plain string is a regular expression over the whole name of a layer."
+    entries = [entry.strip(" '\"") for entry in pattern.strip("[](){} ").split(",")]
+    found = [name for name in names if any(ends_with(entry, name) for entry in entries)]
+    if found and all(any(ends_with(entry, name) for name in names) for entry in entries):
+        yield f"{said} To match the ends of names, write a list: {entries} matches {_counted(found)}."
+    anywhere = rf".*(?:{pattern})"
+    if not is_risky(pattern) and (found := _matched(anywhere, names)):
+        yield f"{said} {anywhere!r} matches {_counted(found)}."
+
+
+def _expressions(pattern: str, patterns: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    said = "An entry of a list is the end of a name, word for word."
+    if _is_expression(pattern, names):
+        entries = [each if _is_expression(each, names) else rf"(?:.*\.)?{exact_expression(each)}" for each in patterns]
+        whole = "|".join(entries)
+        yield f"{said} As a regular expression, target_modules={whole!r} matches {_counted(_matched(whole, names))}."
+    end = pattern.rpartition("*")[2].lstrip(".")
+    if end not in ("", pattern) and (found := [name for name in names if ends_with(end, name)]):
+        yield f"{said} {[end]} matches {_counted(found)}."
+
+
+def _is_expression(entry: str, names: Sequence[str]) -> bool:
+    """Whether an entry of a list means something as a regular expression only."""
+    literal = any(ends_with(entry, name) for name in names)
+    return not literal and not is_risky(entry) and bool(_matched(entry, names))
+
+
+def _attention(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site], names: Sequence[str]) -> str:
+    """Query, key and value: layers of their own in some models, one matrix in others."""
+    wanted = _words(pattern)
+    fused = [site for site in sites if site.parts and {site.class_name, _last(site.name)} & _FUSED_NAMES]
+    ends = shortest_ends((site.name for site in fused), names)[:_MOST_TARGETS]
+    if wanted & _PART_OF.keys() and ends:
+        every = [patterns] if isinstance(patterns, str) else patterns
+        asked = {_PART_OF[word] for word in chain.from_iterable(map(_words, every)) if word in _PART_OF}
+        parts = [part for part in _PART_NAMES if part in asked]
+        return (
+            f"Query, key and value are one matrix in this model: target_modules={ends} adapts all three, and with "
+            f"fused_parts={dict.fromkeys(ends, parts)} only what is named."
+        )
+    apart = [name for name in names if _last(name) in _PART_OF]
+    if wanted & _FUSED_NAMES and apart:
+        ends = list(dict.fromkeys(map(_last, apart)))
+        return f"Query, key and value are layers of their own in this model: target_modules={ends}."
+    return ""
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    length = pattern.count(".") + 1
+    return near(pattern, {".".join(name.split(".")[-length:]) for name in names if name})
+
+
+def _matched(expression: str, names: Sequence[str]) -> list[str]:
+    try:
+        test: Callable[[str], object] = re.compile(expression).fullmatch
+    except (re.error, OverflowError, RecursionError):
+        return []
+    return [name for name in names if test(name)]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return listing(names, 2)
+
+
+def _words(pattern: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", pattern))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
