@@ -10,47 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lora_plugins.errors import ConfigError, near
+from lora_plugins.words import FIELDS, said_of
 
 T = TypeVar("T")
-
-PEFT_WORDS: Mapping[str, str] = {
-    "lora_alpha": "It is 'alpha' here.",
-    "lora_dropout": "It is 'dropout' here.",
-    "init_lora_weights": "It is 'init' here, the name of a start: 'kaiming' for True, 'none' for False, 'gaussian', "
-    "'pissa' (with init_options={'niter': 16} for 'pissa_niter_16'), 'olora', 'orthogonal', 'eva', 'lora_ga', 'loftq'.",
-    "use_dora": "Write variant='dora'.",
-    "loftq_config": "Write init='loftq' and its init_options.",
-    "eva_config": "Write init='eva' and its init_options; the data go to LoraModel(..., init_data=...).",
-    "lora_ga_config": "Write init='lora_ga' and its init_options; the data go to LoraModel(..., init_data=...).",
-    "target_parameters": "Name the layer of the parameter in 'target_modules'.",
-    "fan_in_fan_out": "Leave it out: the type of the layer tells.",
-    "inference_mode": "Leave it out; LoraModel.set_adapter(name, trainable=False) stops training.",
-    "runtime_config": "Leave it out.",
-    **dict.fromkeys(
-        ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        "Leave it out: the model itself is adapted, whatever it is for.",
-    ),
-    **dict.fromkeys(
-        ("lora_bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
-        "There is nothing like it here.",
-    ),
-    **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's layers are not served here."),
-    **dict.fromkeys(
-        (
-            "corda_config",
-            "velora_config",
-            "alora_invocation_tokens",
-            "use_qalora",
-            "qalora_group_size",
-            "monteclora_config",
-            "use_bdlora",
-            "arrow_config",
-            "kasa_config",
-        ),
-        "That method is not here; a plugin can bring it.",
-    ),
-}
-"""Fields of PEFT's LoraConfig that are called otherwise here, and what to write."""
 
 
 def _with_known_fields(cls: type[T]) -> type[T]:
@@ -62,8 +24,7 @@ def _with_known_fields(cls: type[T]) -> type[T]:
     def checked(self: Any, *values: Any, **fields: Any) -> None:
         for key in fields:
             if key not in known:
-                hint = f"{PEFT_WORDS[key]} (It is a word of PEFT.)" if key in PEFT_WORDS else near(key, known)
-                raise ConfigError(f"LoraConfig has no field {key!r}. {hint}")
+                raise ConfigError(f"LoraConfig has no field {key!r}. {said_of(key, FIELDS, known)}")
         init(self, *values, **fields)
 
     cls.__init__ = checked  # type: ignore[method-assign]
@@ -143,6 +104,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
+            object.__setattr__(self, name, _listed(getattr(self, name)))
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -286,6 +248,13 @@ def _choice_of(*choices: str) -> Check:
             raise ConfigError(f"{name} is {shown(value)}. {near(shown(value), choices)}")
 
     return check_choice
+
+
+def _listed(value: Any) -> Any:
+    """Returns a value with lists for tuples, so that a config equals the one that comes back from a file."""
+    if isinstance(value, tuple):
+        return list(value)
+    return {key: _listed(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 def _is_number(value: Any) -> bool:

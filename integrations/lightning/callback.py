@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan, StateError
 from lora_plugins.adapter import model_state
+from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
@@ -135,8 +136,7 @@ class LoraCallback(Callback):
         max_error: float = DEFAULT_MAX_ERROR,
         init_batches: int = 32,
     ) -> None:
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"LoraCallback takes a LoraConfig, not {type(config).__name__}.")
+        check_config("LoraCallback", config)
         if merge_source not in ("last", "best"):
             raise ConfigError(f"merge_source is {merge_source!r}. {near(merge_source, ('last', 'best'))}")
         if export_to is not None and Path(export_to).suffix != ".safetensors":

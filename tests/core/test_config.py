@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
-from lora_plugins.config import PEFT_WORDS
+from lora_plugins.words import FIELDS
 
 BAD = {
     "r": [0, -1, 2.5, True, "8", None],
@@ -97,6 +97,12 @@ def test_a_config_survives_json():
     assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_tuples_become_lists_as_they_do_in_files():
+    given = LoraConfig(target_modules=("a", "b"), modules_to_save=("c",), fused_parts={"a": ("q",)}, block_plugins=())
+    assert given == LoraConfig(target_modules=["a", "b"], modules_to_save=["c"], fused_parts={"a": ["q"]})
+    assert LoraConfig.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+
+
 def test_to_dict_hands_out_copies():
     config = LoraConfig(target_modules=["a"], rank_pattern={"a": 2})
     values = config.to_dict()
@@ -111,6 +117,7 @@ class TestWordsOfPeft:
         [
             ("lora_alpha", "It is 'alpha' here"),
             ("lora_dropout", "It is 'dropout' here"),
+            ("rank", "It is 'r' here"),
             ("init_lora_weights", "It is 'init' here"),
             ("use_dora", "variant='dora'"),
             ("fan_in_fan_out", "Leave it out"),
@@ -129,8 +136,8 @@ class TestWordsOfPeft:
         peft = pytest.importorskip("peft")
         theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
         ours = {field.name for field in dataclasses.fields(LoraConfig)}
-        assert theirs - ours - set(PEFT_WORDS) == set()
-        assert ours & set(PEFT_WORDS) == set()
+        assert theirs - ours - set(FIELDS) == set()
+        assert ours & set(FIELDS) == set()
 
     def test_the_signature_is_that_of_the_fields(self):
         assert [*inspect.signature(LoraConfig).parameters] == [field.name for field in dataclasses.fields(LoraConfig)]

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import LoraModel
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import BASE, CONFIG, Classifier, differing, loader, lora, trainer, values
 
 
@@ -103,3 +104,16 @@ def test_precisions_train_merge_and_load(tmp_path, precision):
     run.fit(module, loader())
     assert values(module).keys() == BASE
     run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        pytest.param(Classifier(), "config is a Classifier, and has to be a LoraConfig", id="module"),
+        pytest.param({"r": 4}, r"config is a dict.*LoraConfig\(\*\*values\)", id="dict"),
+        pytest.param(None, "config is a NoneType", id="none"),
+    ],
+)
+def test_what_is_no_config_is_refused_at_once(config, said):
+    with pytest.raises(ConfigError, match=f"^LoraCallback: {said}"):
+        LoraCallback(config)

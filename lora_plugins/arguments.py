@@ -1,0 +1,114 @@
+"""What methods are called with: arguments that are swapped, of another type or of another library."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.config import LoraConfig, shown
+from lora_plugins.errors import ConfigError
+from lora_plugins.words import ARGUMENTS, FIELDS
+
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "model": ((nn.Module,), "a torch.nn.Module"),
+    "config": ((LoraConfig, type(None)), "a LoraConfig of lora_plugins"),
+    "adapter_name": ((str, type(None)), "the name of an adapter"),
+    "path": ((str, os.PathLike), "a path"),
+}
+"""By the name of a parameter, the types it can have, and what they are called."""
+
+_RENAMED: Mapping[str, str] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+"""Fields of PEFT's LoraConfig that have the same values here, under another name."""
+
+
+def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Checks the arguments of a call, before Python does.
+
+    Args:
+        call: What messages call it, such as `LoraModel.load_adapter`.
+        signature: Its signature, without `self` or `cls`.
+        args: What is given by position.
+        kwargs: What is given by name.
+
+    Raises:
+        ConfigError: If arguments are swapped, of a wrong type, or called otherwise.
+    """
+    parameters = signature.parameters
+    for key in kwargs:
+        if key in ARGUMENTS and key not in parameters:
+            raise ConfigError(f"{call} has no argument {key!r}. {ARGUMENTS[key]}")
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    wrong = {key: value for key, value in given.items() if key in _TYPES and not _fits(key, value)}
+    if wrong:
+        needed = [name for name, each in parameters.items() if each.default is each.empty or name == "config"]
+        form = f"Write {call}({', '.join(needed)})."
+        if all(any(_fits(other, value) for other in wrong) for value in wrong.values()):
+            raise ConfigError(f"{call}: the arguments are swapped. {form}")
+        key, value = next(iter(wrong.items()))
+        raise ConfigError(f"{call}: {_wrong_type(key, value)} {_remedy(key, value) or form}")
+
+
+def check_config(call: str, config: Any) -> None:
+    """Checks that a config is one of ours.
+
+    Args:
+        call: What messages call whoever takes it.
+        config: What it was given.
+
+    Raises:
+        ConfigError: If it is something else, with what to write instead.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{call}: {_wrong_type('config', config)} {_remedy('config', config)}".rstrip())
+
+
+def _fits(parameter: str, value: Any) -> bool:
+    return isinstance(value, _TYPES[parameter][0])
+
+
+def _wrong_type(parameter: str, value: Any) -> str:
+    name = type(value).__name__
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    what = f"the class {value.__name__}" if isinstance(value, type) else f"{article} {name}"
+    library = type(value).__module__.partition(".")[0]
+    origin = f" of {library}" if what.endswith("LoraConfig") and not isinstance(value, LoraConfig) else ""
+    return f"{parameter} is {what}{origin}, and has to be {_TYPES[parameter][1]}."
+
+
+def _remedy(parameter: str, value: Any) -> str:
+    """Returns what to write instead of a value; empty where only the type tells."""
+    if parameter == "model":
+        return "The module is its attribute 'model'." if isinstance(getattr(value, "model", None), nn.Module) else ""
+    if parameter != "config":
+        return ""
+    if isinstance(value, Mapping):
+        return "Write LoraConfig(**values)."
+    if isinstance(value, type):
+        return "Write LoraConfig(...), an instance."
+    if isinstance(value, str | os.PathLike):
+        return f"A saved adapter is loaded by LoraModel.load_adapter(model, {os.fspath(value)!r})."
+    return _translated(value) if hasattr(value, "peft_type") and dataclasses.is_dataclass(value) else ""
+
+
+def _translated(config: Any) -> str:
+    """Returns what a config of PEFT is here: the fields that it sets."""
+    ours = {each.name for each in dataclasses.fields(LoraConfig)}
+    same: dict[str, Any] = {}
+    others: list[str] = []
+    for each in dataclasses.fields(config):
+        value, word = getattr(config, each.name), FIELDS.get(each.name, "")
+        default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+        if value == default or not value:
+            continue
+        name = _RENAMED.get(each.name, each.name)
+        if name in ours:
+            same[name] = sorted(value) if isinstance(value, set | frozenset) else value
+        elif not word.startswith("Leave it out"):
+            others.append(f" {each.name!r}: {word or 'There is nothing like it here.'}")
+    fields = ", ".join(
+        f"{name}={shown(value) if len(repr(value)) > 200 else repr(value)}" for name, value in same.items()
+    )
+    return f"Write LoraConfig({fields}) of lora_plugins.{''.join(others)}"

@@ -1,0 +1,125 @@
+"""Words of PEFT and of other libraries, and what to write here instead.
+
+There is one word for a thing: what is called otherwise here is an error that says how.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from lora_plugins.errors import near
+
+FIELDS: Mapping[str, str] = {
+    "lora_alpha": "It is 'alpha' here.",
+    **dict.fromkeys(("rank", "lora_rank", "lora_r", "lora_dim"), "It is 'r' here."),
+    "lora_dropout": "It is 'dropout' here.",
+    "init_lora_weights": "It is 'init' here, the name of a start: 'kaiming' for True, 'none' for False, 'gaussian', "
+    "'pissa' (with init_options={'niter': 16} for 'pissa_niter_16'), 'olora', 'orthogonal', 'eva', 'lora_ga', 'loftq'.",
+    "use_dora": "Write variant='dora'.",
+    "loftq_config": "Write init='loftq' and its init_options.",
+    "eva_config": "Write init='eva' and its init_options; the data go to LoraModel(..., init_data=...).",
+    "lora_ga_config": "Write init='lora_ga' and its init_options; the data go to LoraModel(..., init_data=...).",
+    "target_parameters": "Name the layer of the parameter in 'target_modules'.",
+    "fan_in_fan_out": "Leave it out: the type of the layer tells.",
+    "inference_mode": "Leave it out; LoraModel.set_adapter(name, trainable=False) stops training.",
+    "runtime_config": "Leave it out.",
+    **dict.fromkeys(
+        ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        "Leave it out: the model itself is adapted, whatever it is for.",
+    ),
+    **dict.fromkeys(
+        ("lora_bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+        "There is nothing like it here.",
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's layers are not served here."),
+    **dict.fromkeys(
+        (
+            "corda_config",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "qalora_group_size",
+            "monteclora_config",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+        ),
+        "That method is not here; a plugin can bring it.",
+    ),
+}
+"""By the name of a field in a LoraConfig of others, what to write here."""
+
+MEMBERS: Mapping[str, str] = {
+    "from_pretrained": "Call LoraModel.load_adapter(model, path).",
+    "save_pretrained": "Call save_adapter(path), or save_adapter(path, format='peft') for PEFT to read it.",
+    "active_adapter": "It is 'active_adapters' here.",
+    "peft_config": "It is 'adapters' here.",
+    "get_nb_trainable_parameters": "Call print_trainable_parameters(), or sum over model.parameters().",
+    **dict.fromkeys(
+        ("base_model", "get_base_model"), "The model is your own object; disable_adapter() shows its base."
+    ),
+    **dict.fromkeys(
+        ("disable_adapter_layers", "enable_adapter_layers", "disable_lora", "enable_lora", "disable_adapters"),
+        "Write: with lora.disable_adapter(): ...",
+    ),
+    **dict.fromkeys(("get_layer_status", "get_model_status"), "See 'plans', 'adapters' and 'active_adapters'."),
+    "inject_adapter": "Call add_adapter(name, config).",
+    "set_requires_grad": "Call set_adapter(name, trainable=True).",
+    "modules_to_save": "It is a field of LoraConfig, and of 'adapters'.",
+    "prepare_model_for_gradient_checkpointing": "Leave it out.",
+    "create_or_update_model_card": "Call push_to_hub(repository), which writes a model card.",
+    "set_adapters": "Call set_adapter([name, ...], weights=[...]).",
+    "delete_adapters": "Call delete_adapter(name) for each.",
+    "fuse_lora": "Call merge_adapter().",
+    "unfuse_lora": "Call unmerge_adapter().",
+    "load_lora_weights": "Call LoraModel.load_adapter(model, path).",
+    "save_lora_weights": "Call save_adapter(path, format='diffusers').",
+}
+"""By the name of a method or attribute of an adapted model of others, what to write here."""
+
+ARGUMENTS: Mapping[str, str] = {
+    "model_id": "It is 'path' here.",
+    "peft_config": "It is 'config' here.",
+    "save_directory": "It is 'path' here.",
+    "repo_id": "It is 'repository' here.",
+    "commit_message": "It is 'message' here.",
+    "selected_adapters": "It is 'adapter_name' here, one for each call.",
+    "adapter_name": "It is 'adapter_names' here.",
+    "adapter_names": "Say which act with set_adapter(names) before.",
+    "safe_merge": "Leave it out: a merge is always checked, and 'max_error' says what it may lose.",
+    "inference_mode": "It is 'trainable' here: set_adapter(name, trainable=False).",
+    "is_trainable": "Leave it out: what is loaded can be trained; set_adapter(name, trainable=False) stops it.",
+    "torch_device": "Leave it out: an adapter is where its layer is.",
+    "key_mapping": "Leave it out: former names of transformers are known. Others are told by the error.",
+    "revision": "It is a part of the path: hf://owner/name@revision.",
+    "subfolder": "It is a part of the path: hf://owner/name/folder.",
+    **dict.fromkeys(("token", "use_auth_token"), "Log in first: `hf auth login`."),
+    "svd_rank": "It is 'rank' here.",
+    "path_initial_model_for_weight_conversion": "Leave it out: format='peft' writes an adapter of the untouched base.",
+    **dict.fromkeys(
+        (
+            "progressbar",
+            "autocast_adapter_dtype",
+            "ephemeral_gpu_offload",
+            "low_cpu_mem_usage",
+            "safe_serialization",
+            "save_embedding_layers",
+            "is_main_process",
+            "svd_clamp",
+            "svd_full_matrices",
+            "svd_driver",
+            "max_shard_size",
+        ),
+        "Leave it out.",
+    ),
+}
+"""By the name of an argument of methods of others, what to write here."""
+
+
+def said_of(name: str, words: Mapping[str, str], known: Iterable[str]) -> str:
+    """Returns what to write instead of a name that does not exist.
+
+    Args:
+        name: The name.
+        words: One of the tables here.
+        known: The names that exist, for a near match where the table does not have it.
+    """
+    return words[name] if name in words else near(name, known)

@@ -1,0 +1,171 @@
+"""Arguments that are swapped, of another type or of another library: the error says what to write."""
+
+import inspect
+import pickle
+
+import pytest
+from torch import nn
+
+from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins.words import ARGUMENTS, MEMBERS
+
+CONFIG = LoraConfig(r=2, target_modules=["0"])
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def lora():
+    return LoraModel(net(), CONFIG)
+
+
+class Holder:
+    """What holds a module, as trainers and pipelines do."""
+
+    model = nn.Linear(2, 2)
+
+
+MODEL_FIRST = r"Write LoraModel\(model, config\)"
+LOAD = r"Write LoraModel\.load_adapter\(model, path\)"
+
+CALLS = [
+    pytest.param(lambda: LoraModel(CONFIG, net()), f"swapped. {MODEL_FIRST}", id="config, model"),
+    pytest.param(lambda: LoraModel(config=net(), model=CONFIG), f"swapped. {MODEL_FIRST}", id="by name"),
+    pytest.param(lambda: LoraModel.plan(CONFIG, net()), r"swapped.*plan\(model, config\)", id="plan"),
+    pytest.param(lambda: LoraModel.load_adapter("here", net()), f"swapped. {LOAD}", id="path, model"),
+    pytest.param(lambda: lora().load_adapter("here"), f"model is a str.*{LOAD}", id="load on the handle"),
+    pytest.param(lambda: lora().load_adapter("here", "b"), f"model is a str.*{LOAD}", id="load a second on the handle"),
+    pytest.param(lambda: LoraModel.load_adapter(net(), net()), "path is a Sequential", id="two models"),
+    pytest.param(
+        lambda: lora().add_adapter(CONFIG, "b"), r"swapped.*add_adapter\(adapter_name, config\)", id="config, name"
+    ),
+    pytest.param(lambda: lora().add_adapter(CONFIG), r"adapter_name is a LoraConfig.*name, config\)", id="no name"),
+    pytest.param(lambda: LoraModel(net(), {"r": 4}), r"config is a dict.*LoraConfig\(\*\*values\)", id="dict"),
+    pytest.param(lambda: LoraModel(net(), LoraConfig), "the class LoraConfig.*an instance", id="class for a config"),
+    pytest.param(lambda: LoraModel(net(), "here"), r"load_adapter\(model, 'here'\)", id="path for a config"),
+    pytest.param(lambda: LoraModel(net(), 8), f"config is an int.*{MODEL_FIRST}", id="rank for a config"),
+    pytest.param(lambda: LoraModel("google/vit", CONFIG), f"model is a str.*{MODEL_FIRST}", id="name of a model"),
+    pytest.param(lambda: LoraModel(nn.Linear, CONFIG), f"model is the class Linear.*{MODEL_FIRST}", id="class"),
+    pytest.param(lambda: LoraModel(Holder(), CONFIG), "model is a Holder.*attribute 'model'", id="a trainer"),
+    pytest.param(lambda: LoraModel(lora(), CONFIG), "model is a LoraModel.*attribute 'model'", id="a handle"),
+    pytest.param(lambda: lora().save_adapter(3), r"path is an int.*save_adapter\(path\)", id="no path"),
+    pytest.param(lambda: lora().merge_and_unload(safe_merge=True), "'safe_merge'.*always checked", id="safe_merge"),
+    pytest.param(lambda: lora().merge_and_unload(progressbar=True), "'progressbar'. Leave it out", id="progressbar"),
+    pytest.param(lambda: lora().set_adapter("default", inference_mode=True), "trainable=False", id="inference_mode"),
+    pytest.param(lambda: LoraModel.load_adapter(net(), "a", is_trainable=True), "can be trained", id="is_trainable"),
+    pytest.param(lambda: LoraModel.load_adapter(net(), model_id="a"), "It is 'path' here", id="model_id"),
+    pytest.param(lambda: lora().save_adapter(save_directory="a"), "It is 'path' here", id="save_directory"),
+    pytest.param(
+        lambda: lora().add_weighted_adapter(["default"], [1.0], "b", "svd", svd_rank=2), "is 'rank' here", id="svd_rank"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "said"), CALLS)
+def test_a_wrong_argument_is_told_what_to_write(call, said):
+    with pytest.raises(ConfigError, match=said):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [(lambda: lora().merge_and_unload(safe=True), "safe"), (lambda: LoraModel.load_adapter(net()), "path")],
+    ids=["unknown", "missing"],
+)
+def test_what_nobody_calls_so_is_pythons_error(call, error):
+    with pytest.raises(TypeError, match=error):
+        call()
+
+
+def test_a_refused_call_changes_nothing():
+    handle = lora()
+    before = {name: tensor.clone() for name, tensor in handle.model.state_dict().items()}
+    with pytest.raises(ConfigError):
+        handle.merge_and_unload(safe_merge=True)
+    assert handle.adapters.keys() == {"default"}
+    assert all(tensor.equal(before[name]) for name, tensor in handle.model.state_dict().items())
+
+
+class TestConfigsOfPeft:
+    @pytest.fixture
+    def peft(self):
+        return pytest.importorskip("peft")
+
+    def test_what_they_say_is_written_in_our_words(self, peft):
+        theirs = peft.LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.1, target_modules=["b", "a"], task_type="SEQ_CLS", modules_to_save=["1"]
+        )
+        with pytest.raises(ConfigError) as caught:
+            LoraModel(net(), theirs)
+        ours = "LoraConfig(r=16, target_modules=['a', 'b'], alpha=32, dropout=0.1, modules_to_save=['1'])"
+        assert f"config is a LoraConfig of peft, and has to be a LoraConfig of lora_plugins. Write {ours}" in str(
+            caught.value
+        )
+        assert "task_type" not in str(caught.value)
+        assert eval(ours, {"LoraConfig": LoraConfig}).r == 16
+
+    def test_what_has_no_field_of_its_own_is_told(self, peft):
+        theirs = peft.LoraConfig(use_dora=True, init_lora_weights="gaussian", layer_replication=[(0, 1)])
+        with pytest.raises(
+            ConfigError, match=r"'init_lora_weights': It is 'init'.*'use_dora'.*'layer_replication': There is no"
+        ):
+            lora().add_adapter("b", theirs)
+
+    def test_swapped_ones_are_told_the_order(self, peft):
+        with pytest.raises(ConfigError, match="model is a LoraConfig of peft"):
+            LoraModel(peft.LoraConfig(), net())
+
+
+class TestMembers:
+    @pytest.mark.parametrize("name", MEMBERS)
+    def test_a_word_of_others_is_told_on_the_handle_and_on_the_class(self, name):
+        for owner in (lora(), LoraModel):
+            with pytest.raises(AttributeError, match=f"LoraModel has no attribute '{name}'"):
+                getattr(owner, name)
+            assert not hasattr(owner, name)
+
+    def test_what_they_name_exists(self):
+        for word in [*MEMBERS.values(), *ARGUMENTS.values()]:
+            for called in [part.rpartition(" ")[2].rpartition(".")[2] for part in word.split("(")[:-1]]:
+                assert not called.endswith("adapter") or hasattr(LoraModel, called), word
+
+    def test_what_the_model_has_is_asked_of_the_model(self):
+        with pytest.raises(AttributeError, match=r"the model itself has it: lora\.model\.parameters"):
+            lora().parameters()
+
+    def test_a_typo_is_told(self):
+        with pytest.raises(AttributeError, match="Did you mean 'merge_adapter'"):
+            lora().merge_adaptor()
+
+    def test_words_of_ours_are_none_of_theirs(self):
+        assert not {*vars(LoraModel)} & {*MEMBERS}
+
+    def test_peft_has_no_word_that_is_not_told(self):
+        peft = pytest.importorskip("peft")
+        theirs = {name for name in dir(peft.PeftModel) if name[0] != "_"} - {*dir(nn.Module)}
+        unknown = theirs - {*MEMBERS} - {*dir(LoraModel)}
+        assert unknown == {  # of prompts, language models and PEFT's insides
+            "active_peft_config", "base_model_torch_dtype", "generate", "get_prompt", "get_prompt_embedding_to_save",
+            "has_active_enabled_adapter", "supports_lora_conversion",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("owner", "method"),
+        [
+            ("PeftModel", "load_adapter"), ("PeftModel", "add_adapter"), ("PeftModel", "set_adapter"),
+            ("LoraModel", "merge_and_unload"), ("LoraModel", "merge_adapter"), ("LoraModel", "add_weighted_adapter"),
+        ],
+    )  # fmt: skip
+    def test_peft_has_no_argument_that_is_not_told(self, owner, method):
+        theirs = inspect.signature(getattr(getattr(pytest.importorskip("peft"), owner), method)).parameters
+        ours = inspect.signature(getattr(LoraModel, method)).parameters
+        options = {"density", "majority_sign_method"}  # of a combination, which names those it knows
+        assert {*theirs} - {*ours} - {"self", "kwargs"} - options <= {*ARGUMENTS}
+
+
+def test_signatures_and_copies_are_as_ever():
+    assert [*inspect.signature(LoraModel).parameters] == ["model", "config", "adapter_name", "registry", "init_data"]
+    assert [*inspect.signature(LoraModel.load_adapter).parameters][:2] == ["model", "path"]
+    again = pickle.loads(pickle.dumps(lora()))
+    assert again.adapters.keys() == {"default"}
