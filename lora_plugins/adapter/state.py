@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_te
 from lora_plugins.adapter.gradients import Guards, require_gradient
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
+from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
 from lora_plugins.errors import StateError, listing, near
 from lora_plugins.inplace import (
     NamedModule,
@@ -179,6 +181,7 @@ def open_state(model: nn.Module) -> ModelState:
         model.__dict__[MODEL_STATE] = state
         model.register_load_state_dict_pre_hook(_accept_base_checkpoint)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(_check_training)
+        warn_on_save(model, partial(_acting_names, state))
     return state
 
 
@@ -188,6 +191,7 @@ def close_state(model: nn.Module) -> None:
     assert state is not None
     _remove_hook(model._load_state_dict_pre_hooks, _accept_base_checkpoint)
     _remove_hook(model._forward_pre_hooks, _check_training)
+    save_as_ever(model)
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)
@@ -195,6 +199,10 @@ def close_state(model: nn.Module) -> None:
         required = state.requires_grad.get(name, parameter.requires_grad)
         require_gradient(parameter, required, state.guards, name)
     del model.__dict__[MODEL_STATE]
+
+
+def _acting_names(state: ModelState) -> tuple[str, ...]:
+    return state.acting.adapters
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,68 @@
+"""`save_pretrained` of an adapted model warns: `from_pretrained` will not put the adapter back.
+
+Models of transformers, diffusers, segmentation-models-pytorch and others write their state dict with `save_pretrained`.
+That of an adapted model holds the base and, under names that `from_pretrained` drops, the adapter. None of these
+libraries is imported: any module with a method of that name is served, by an attribute in its place while the model has
+adapters.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.inplace import state_of
+
+SAVE = "save_pretrained"
+
+
+class WarnedSave:
+    """The method `save_pretrained` of one module, which warns where an adapter would be dropped.
+
+    It is an object, since a copy or a pickle of the module has to have one of its own.
+
+    Args:
+        module: The module.
+        acting: Returns the names of the adapters that act in the model and are not merged.
+    """
+
+    def __init__(self, module: nn.Module, acting: Callable[[], tuple[str, ...]]) -> None:
+        self._module = module
+        self._acting = acting
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The module's own method, by which `inspect.signature` finds its parameters."""
+        return getattr(type(self._module), SAVE).__get__(self._module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Warns, and saves."""
+        if self._acting() and any(state_of(each) is not None for each in self._module.modules()):
+            warnings.warn(
+                f"{type(self._module).__name__}.save_pretrained writes base and adapter apart, and from_pretrained "
+                "drops the adapter: what was trained would be lost. Save the adapter with LoraModel(model)."
+                "save_adapter(path), or merge it before: LoraModel(model).merge_and_unload(). For the Trainer of "
+                "transformers there is lora_plugins.integrations.transformers.LoraTrainer.",
+                stacklevel=2,
+            )
+        return self.__wrapped__(*args, **kwargs)
+
+
+def warn_on_save(model: nn.Module, acting: Callable[[], tuple[str, ...]]) -> None:
+    """Lets `save_pretrained` warn, of a model and of the models in it; an attribute of the user's stays.
+
+    Args:
+        model: The model.
+        acting: As in `WarnedSave`; it is copied and pickled with the model.
+    """
+    for module in model.modules():
+        if SAVE not in vars(module) and callable(getattr(type(module), SAVE, None)):
+            vars(module)[SAVE] = WarnedSave(module, acting)
+
+
+def save_as_ever(model: nn.Module) -> None:
+    """Takes back what `warn_on_save` did."""
+    for module in model.modules():
+        if isinstance(vars(module).get(SAVE), WarnedSave):
+            del vars(module)[SAVE]
