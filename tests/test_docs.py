@@ -29,6 +29,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "changelog.d" / "README.md", *sorted
 PUBLIC = (
     "lora_plugins",
     "lora_plugins.integrations.lightning",
+    "lora_plugins.integrations.transformers",
     "lora_plugins.tasks",
     "lora_plugins.formats",
     "lora_plugins.testing",

@@ -4,7 +4,7 @@ huggingface_hub, the extra `hub`, is imported where it is used.
 """
 
 from lora_plugins.hub.download import located
-from lora_plugins.hub.model_card import CardContent
+from lora_plugins.hub.model_card import CardContent, model_card
 from lora_plugins.hub.upload import push
 
-__all__ = ["CardContent", "located", "push"]
+__all__ = ["CardContent", "located", "model_card", "push"]

@@ -38,7 +38,7 @@ def model_card(content: CardContent) -> str:
         library_name="peft" if content.format == "peft" else None,
         tags=["lora", "lora_plugins"],
     )
-    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {content.repository.partition('/')[2]}", *_body(content)]
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {content.repository.rpartition('/')[2]}", *_body(content)]
     return "\n\n".join(parts) + "\n"
 
 

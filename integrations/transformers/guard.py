@@ -1,0 +1,86 @@
+"""What a run is looked at for: that what is trained is in the optimizer, in the checkpoints and in the backward."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_plugins import LoraModel, StateError
+from lora_plugins.adapter import adapter_tensors, model_state
+from lora_plugins.errors import listing
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def unheld(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Returns the names of the parameters that are to be trained, and that an optimizer does not hold."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, parameter in trained(model).items() if id(parameter) not in held]
+
+
+class TrainingGuard(TrainerCallback):
+    """Looks at the first steps of a run, and puts the adapter where a push takes it from.
+
+    Args:
+        adapter_name: The adapter that is trained.
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self._seen = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prints what is trained, once it is sure that it is in the optimizer and in the checkpoints.
+
+        Raises:
+            StateError: If it is not.
+        """
+        model, self._seen = kwargs["model"], False
+        plan = LoraModel(model).plans[self.adapter_name]
+        lost = trained(model).keys() - adapter_tensors(model).keys() - set(plan.trained)
+        if lost:
+            raise StateError(
+                f"{listing(sorted(lost))} are trained and are no part of the adapter, so that no checkpoint would hold "
+                "them. Name them in modules_to_save, or leave them frozen."
+            )
+        if missing := unheld(model, kwargs["optimizer"]):
+            raise StateError(f"The optimizer does not hold {listing(missing)}, which are to be trained.")
+        if state.is_world_process_zero:
+            print(f"LoRA adapter {self.adapter_name!r}: {plan.summary()}")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks at the gradients of the first step.
+
+        Raises:
+            StateError: If no tensor of the adapter has one.
+        """
+        if self._seen:
+            return
+        self._seen, model = True, kwargs["model"]
+        factors = adapter_tensors(model).keys()
+        without = [name for name, parameter in trained(model).items() if parameter.grad is None]
+        if factors & trained(model).keys() and factors & trained(model).keys() <= set(without):
+            raise StateError(
+                "The first backward gave the adapter no gradient. Checkpointing of activations with "
+                "use_reentrant=True does that when its inputs need none; use_reentrant=False is right."
+            )
+        if without:
+            warnings.warn(f"{listing(without)} got no gradient in the first step, and stay as they are.", stacklevel=2)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the adapter into the output folder, which is what the Trainer pushes."""
+        model = kwargs["model"]
+        if args.should_save and model_state(model) is not None:
+            LoraModel(model).save_adapter(Path(str(args.output_dir)), self.adapter_name)

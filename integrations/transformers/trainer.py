@@ -1,0 +1,201 @@
+"""`LoraTrainer`: the Trainer of transformers, with LoRA.
+
+These methods of `transformers.Trainer` are private and overridden here, and nowhere else: `_save`,
+`_load_from_checkpoint` and `_load_best_model`. Trainers of other libraries override them too.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins.adapter import model_state
+from lora_plugins.arguments import check_config
+from lora_plugins.errors import listing
+from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
+from lora_plugins.integrations.transformers.hub_card import write_card
+from lora_plugins.integrations.transformers.restoring import holds_adapter, restore
+
+
+class LoraTrainer(Trainer):
+    """The Trainer of transformers, which adapts the model, trains the adapter and saves it alone.
+
+    Everything else is as in `transformers.Trainer`, and so are its arguments. `checkpoint-N` holds an adapter folder in
+    place of the model, beside the state of the optimizer; `save_model` writes one as well, and
+    `LoraModel.load_adapter(model, folder)` reads both. `load_best_model_at_end` and `resume_from_checkpoint` give the
+    adapter the values of a checkpoint, on the base that the trainer was given.
+
+    A model that has no adapter any more, since it was merged, is saved as the Trainer saves any model.
+
+    Args:
+        *args: As in `transformers.Trainer`: the model first, then the `TrainingArguments`.
+        lora_config: What is adapted, and how; heads to train go into its `modules_to_save`. None for a model that is
+            adapted already, by `LoraModel(model, config)` or by `model_init`.
+        adapter_name: The adapter that is trained.
+        merge_on_train_end: Whether `train` ends with `merge_and_unload`, after the best checkpoint was loaded if one
+            was asked for. The trainer then holds an ordinary model.
+        **kwargs: As in `transformers.Trainer`.
+
+    Raises:
+        ConfigError: If `lora_config` is of another library.
+        TargetError: If it does not fit the model.
+        StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
+            FSDP or DeepSpeed; or if an optimizer is given that does not hold the adapter.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        *args: Any,
+        lora_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        merge_on_train_end: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if lora_config is not None:
+            check_config("LoraTrainer", lora_config)
+        self.lora_config = lora_config
+        self.adapter_name = adapter_name
+        self.merge_on_train_end = merge_on_train_end
+        super().__init__(*args, **kwargs)
+        self._optimizer_is_given = self.optimizer is not None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise StateError(
+                "LoraTrainer does not shard models by FSDP or DeepSpeed. Train in DDP, or with LoraCallback of "
+                "lora_plugins.integrations.lightning."
+            )
+        if self.model_init is None:  # after the Trainer has set the seed, from which A and B start
+            self._adapt(self.model)
+        self._check_optimizer()
+        self.add_callback(TrainingGuard(adapter_name))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Makes a model, and adapts it."""
+        return self._adapt(super().call_model_init(trial))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains the adapter; see `transformers.Trainer.train`.
+
+        Raises:
+            StateError: If the adapter was merged, is not the one that is active, or something is trained that no
+                checkpoint would hold.
+        """
+        if self.model_init is None:
+            self._check_active(self.model)
+        output = super().train(*args, **kwargs)
+        if self.merge_on_train_end:
+            LoraModel(self.model).merge_and_unload()
+        return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the model card of the adapter, `README.md`, into the output folder.
+
+        Of the Trainer's own arguments `license` and `finetuned_from`, the name of the base, are used. A merged model
+        has the Trainer's own card.
+        """
+        if model_state(self.model) is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            repository = self.hub_model_id or folder.name
+            base = kwargs.get("finetuned_from") or getattr(getattr(self.model, "config", None), "_name_or_path", None)
+            write_card(folder, repository, base or None, kwargs.get("license"), self.state)
+
+    def _adapt(self, model: nn.Module) -> nn.Module:
+        """Puts the adapter on a model that does not have it."""
+        state = model_state(model)
+        if state is None or self.adapter_name not in state.adapters:
+            if self.lora_config is None:
+                raise StateError(
+                    f"The model has no adapter {self.adapter_name!r}. Give LoraTrainer a lora_config, or adapt the "
+                    "model before: LoraModel(model, config)."
+                )
+            if state is None:
+                LoraModel(model, self.lora_config, self.adapter_name)
+            else:
+                LoraModel(model).add_adapter(self.adapter_name, self.lora_config)
+                LoraModel(model).set_adapter(self.adapter_name)
+        elif self.lora_config is not None:
+            self._check_same(LoraModel(model).adapters[self.adapter_name])
+        self._check_active(model)
+        return model
+
+    def _check_same(self, present: LoraConfig) -> None:
+        assert self.lora_config is not None
+        names = [each.name for each in dataclasses.fields(present)]
+        different = [name for name in names if getattr(present, name) != getattr(self.lora_config, name)]
+        if different:
+            raise StateError(
+                f"The model has an adapter {self.adapter_name!r} already, with another configuration: "
+                f"{listing(different)} differ. Choose another adapter_name, or take the present one off first: "
+                "LoraModel(model).unload()."
+            )
+
+    def _check_active(self, model: nn.Module) -> None:
+        state = model_state(model)
+        if state is None:
+            raise StateError(
+                "The model has no adapter any more: it was merged or unloaded. Make the model and the trainer again; "
+                "an adapter that is trained on a merged base fits no other."
+            )
+        if state.active != (self.adapter_name,) or state.merged:
+            raise StateError(
+                f"LoraTrainer trains the adapter {self.adapter_name!r}, and {listing(state.active) or 'none'} "
+                f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
+                f"{self.adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuses an optimizer of the user's that was made before the model was adapted."""
+        missing = [] if self.optimizer is None else unheld(self.model, self.optimizer)
+        if missing:
+            raise StateError(
+                f"The optimizer does not hold {listing(missing)}, which are to be trained. Adapt the model before the "
+                "optimizer is made: LoraModel(model, config), then LoraTrainer without lora_config; or give "
+                "optimizer_cls_and_kwargs instead of optimizers."
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes the adapter, what prepares its inputs, and the arguments."""
+        if model_state(self.model) is None:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir if output_dir is not None else self.args.output_dir))
+        LoraModel(self.model).save_adapter(folder, self.adapter_name)
+        preparing: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if preparing is not None:
+            preparing.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Gives the adapter the values of a checkpoint, before the optimizer is made."""
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Gives the adapter the values of the best checkpoint."""
+        self._restore(Path(str(self.state.best_model_checkpoint)))
+
+    def _restore(self, folder: Path) -> None:
+        if not holds_adapter(folder):
+            raise StateError(
+                f"{folder} holds no adapter: it is no checkpoint of a LoraTrainer. Of a whole model, load the weights "
+                "with from_pretrained and train from there."
+            )
+        restore(self.model, self.adapter_name, folder)
+        if self.optimizer is None or not unheld(self.model, self.optimizer):
+            return
+        if self._optimizer_is_given:
+            raise StateError(
+                f"The adapter of {folder} had to be put on the model anew, and the optimizer that the trainer was "
+                "given holds the tensors that were. Let the trainer make it: optimizer_cls_and_kwargs."
+            )
+        self.optimizer, self.lr_scheduler = None, None  # made again when training starts

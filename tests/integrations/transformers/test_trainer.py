@@ -1,0 +1,425 @@
+"""`LoraTrainer`: real runs of the Trainer of transformers on small models."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
+from lora_plugins.adapter import model_state
+from lora_plugins.integrations.transformers import LoraTrainer
+from tests.integrations.transformers.toys import (
+    SEGFORMER,
+    VIT,
+    arguments,
+    differing,
+    images,
+    logits,
+    scenes,
+    segformer,
+    trainer,
+    values,
+    vit,
+)
+
+
+def build_vit():
+    """A `model_init`, which the Trainer calls with a trial if it takes anything."""
+    return vit()
+
+
+def files(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("build", "config", "data"), [(vit, VIT, images), (segformer, SEGFORMER, scenes)], ids=["vit", "segformer"]
+    )
+    def test_they_hold_the_adapter_alone_and_give_the_trained_model(self, tmp_path, build, config, data):
+        run = trainer(tmp_path, build(), config, data())
+        start = values(run.model)
+        run.train()
+        last = max(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        kept = {name for name in files(last) if name.endswith((".safetensors", ".bin", ".json"))}
+        assert {re.sub("-[0-9a-f]{16}", "", name) for name in kept} == {
+            "adapter.json", "adapter.safetensors", "trainer_state.json", "training_args.bin",
+        }  # fmt: skip
+        moved = differing(start, values(run.model))
+        assert moved
+        assert all(".lora_" in name or any(saved in name for saved in ("classifier", "batch_norm")) for name in moved)
+        again = build()
+        LoraModel.load_adapter(again, last)
+        assert not differing(values(again), values(run.model))
+        assert torch.equal(logits(again, data()), logits(run.model, data()))
+
+    def test_save_model_writes_an_adapter_folder(self, tmp_path):
+        run = trainer(tmp_path / "run")
+        run.train()
+        run.save_model(tmp_path / "final")
+        again = vit()
+        LoraModel.load_adapter(again, tmp_path / "final")
+        assert torch.equal(logits(again), logits(run.model))
+        run.save_model()
+        assert "adapter.json" in files(tmp_path / "run")
+
+    def test_what_prepares_the_inputs_is_saved_too(self, tmp_path):
+        processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
+        run = trainer(tmp_path)
+        run.processing_class = processor
+        run.save_model(tmp_path / "final")
+        assert "preprocessor_config.json" in files(tmp_path / "final")
+
+    def test_old_ones_are_removed(self, tmp_path):
+        trainer(tmp_path, save_total_limit=1, num_train_epochs=3).train()
+        assert files(tmp_path) == {"checkpoint-9"}
+
+
+class TestBestModel:
+    @pytest.mark.parametrize("merge", [False, True], ids=["adapted", "merged"])
+    def test_it_is_loaded_at_the_end(self, tmp_path, merge):
+        fields = {"load_best_model_at_end": True, "eval_strategy": "epoch", "metric_for_best_model": "accuracy"}
+        seen = []
+
+        def accuracy(prediction):  # the first epoch is the best one
+            seen.append(len(seen))
+            return {"accuracy": -float(len(seen))}
+
+        run = trainer(tmp_path, compute_metrics=accuracy, merge_on_train_end=merge, num_train_epochs=3, **fields)
+        run.train()
+        best = vit()
+        lora = LoraModel.load_adapter(best, tmp_path / "checkpoint-3")
+        assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+        if merge:
+            lora.merge_and_unload()
+        assert not differing(values(best), values(run.model))
+        assert not torch.equal(logits(best), logits(after(tmp_path / "checkpoint-9")))
+
+
+def after(folder):
+    model = vit()
+    LoraModel.load_adapter(model, folder)
+    return model
+
+
+class StopAfterOneEpoch(transformers.TrainerCallback):
+    """Ends a run early, on the schedule of the whole one."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(VIT, id="kaiming"),
+            pytest.param(LoraConfig(r=2, target_modules=["q_proj"], init="pissa"), id="pissa"),
+            pytest.param(LoraConfig(r=2, target_modules=["q_proj"], init="loftq", bias="all"), id="loftq"),
+            pytest.param(LoraConfig(r=2, target_modules=["q_proj"], variant="dora"), id="dora"),
+        ],
+    )
+    def test_a_resumed_run_equals_one_that_was_never_stopped(self, tmp_path, config):
+        straight = trainer(tmp_path / "straight", config=config)
+        straight.train()
+        stopped = trainer(tmp_path / "stopped", config=config, callbacks=[StopAfterOneEpoch()])
+        stopped.train()
+        assert stopped.state.global_step == 3
+        torch.manual_seed(99)
+        resumed = trainer(tmp_path / "stopped", config=config)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 6
+        assert not differing(values(straight.model), values(resumed.model))
+
+    def test_with_a_constant_rate_in_the_middle_of_an_epoch(self, tmp_path):
+        fields = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        straight = trainer(tmp_path / "straight", **fields)
+        straight.train()
+        resumed = trainer(tmp_path / "resumed", **fields)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+        assert not differing(values(straight.model), values(resumed.model))
+
+    def test_by_the_same_trainer(self, tmp_path):
+        run = trainer(tmp_path)
+        run.train()
+        first = values(run.model)
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not differing(first, values(run.model))
+
+    def test_of_models_that_model_init_makes(self, tmp_path):
+        straight = trainer(tmp_path, model_init=build_vit)
+        straight.train()
+        again = trainer(tmp_path, model_init=build_vit)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not differing(values(straight.model), values(again.model))
+
+    def test_another_changed_base_is_rebuilt(self, tmp_path):
+        """As on another machine, whose decomposition differs in the last bits."""
+        config = LoraConfig(r=2, target_modules=["q_proj"], init="pissa")
+        straight = trainer(tmp_path, config=config)
+        straight.train()
+        trained = values(straight.model)
+        resumed = trainer(tmp_path, config=config)
+        for run in (resumed, straight):  # one that has no optimizer yet, and one that has
+            with torch.no_grad():
+                run.model.vit.layers[0].attention.q_proj._parameters["weight"].mul_(1 + 1e-6)
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+            assert not differing(trained, values(run.model))
+
+    def test_an_optimizer_of_the_users_cannot_follow_a_rebuilt_base(self, tmp_path):
+        model, config = vit(), LoraConfig(r=2, target_modules=["q_proj"], init="pissa")
+        LoraModel(model, config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        run = trainer(tmp_path, model, None, optimizers=(optimizer, None))
+        run.train()
+        with torch.no_grad():
+            model.vit.layers[0].attention.q_proj._parameters["weight"].mul_(1 + 1e-6)
+        with pytest.raises(StateError, match="holds the tensors that were"):
+            run.train(resume_from_checkpoint=True)
+
+    def test_another_configuration_is_refused(self, tmp_path):
+        trainer(tmp_path).train()
+        run = trainer(tmp_path, config=LoraConfig(r=4, target_modules=["q_proj"]))
+        before = values(run.model)
+        with pytest.raises(AdapterFileError, match=r"another configuration: r is 2 in the file and 4 here; "):
+            run.train(resume_from_checkpoint=True)
+        assert not differing(before, values(run.model))
+
+    def test_another_base_is_refused(self, tmp_path):
+        trainer(tmp_path).train()
+        other = vit()
+        nn.init.normal_(other.vit.layers[0].attention.q_proj.weight)
+        run = trainer(tmp_path, other)
+        before = values(run.model)
+        with pytest.raises(AdapterFileError, match=r"q_proj"):
+            run.train(resume_from_checkpoint=True)
+        assert not differing(before, values(run.model))
+        run.train()
+
+    def test_a_checkpoint_of_a_whole_model_is_refused(self, tmp_path):
+        transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images()).train()
+        with pytest.raises(StateError, match="holds no adapter"):
+            trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+class TestMerging:
+    def test_at_the_end_on_request(self, tmp_path):
+        run = trainer(tmp_path / "a")
+        run.train()
+        other = trainer(tmp_path / "b", merge_on_train_end=True)
+        other.train()
+        assert model_state(other.model) is None
+        torch.testing.assert_close(logits(other.model), logits(run.model))
+        other.save_model(tmp_path / "whole")
+        again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "whole")
+        assert torch.equal(logits(again), logits(other.model))
+
+    def test_a_merged_model_is_not_trained_on(self, tmp_path):
+        run = trainer(tmp_path, merge_on_train_end=True)
+        run.train()
+        with pytest.raises(StateError, match="merged or unloaded"):
+            run.train()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"label_smoothing_factor": 0.1}, id="label smoothing"),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param({"bf16": True}, id="bf16"),
+        pytest.param({"weight_decay": 0.1, "max_grad_norm": 0.5}, id="decay and clipping"),
+        pytest.param({"optim": "sgd", "weight_decay": 0.1}, id="sgd"),
+        pytest.param({"model_init": build_vit}, id="model_init"),
+        pytest.param({"dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 2}, id="evaluation"),
+    ],
+)
+def test_what_the_trainer_can_do_it_does(tmp_path, fields):
+    run = trainer(tmp_path, **fields)
+    start = values(run.model)
+    run.train()
+    moved = differing(start, values(run.model))
+    trained = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
+    assert sorted(moved) == sorted(trained)
+    assert {name.rpartition(".lora_")[2] for name in moved if ".lora_" in name} == {"A.default", "B.default"}
+
+
+def test_evaluation_and_prediction_see_the_adapter(tmp_path):
+    run = trainer(
+        tmp_path, compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+    )
+    run.train()
+    predicted = run.predict(images(6, seed=2))
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), logits(run.model))
+    assert run.evaluate()["eval_accuracy"] == predicted.metrics["test_accuracy"]
+
+
+def test_it_learns_what_full_training_learns(tmp_path):
+    run = trainer(tmp_path, num_train_epochs=20)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before / 2
+
+
+class Plain(nn.Module):
+    """A module of nobody's library, which returns a loss as the Trainer wants it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, pixel_values, labels=None):
+        out = self.head(self.conv(pixel_values).relu().mean((2, 3)))
+        return (
+            {"loss": nn.functional.cross_entropy(out, labels), "logits": out} if labels is not None else {"logits": out}
+        )
+
+
+def test_any_module_that_the_trainer_takes(tmp_path):
+    config = LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"])
+    run = trainer(tmp_path, Plain(), config, load_best_model_at_end=True, eval_strategy="epoch")
+    run.train()
+    again = Plain()
+    LoraModel.load_adapter(again, run.state.best_model_checkpoint)
+    assert not differing(values(again), values(run.model))
+
+
+class Weighted(transformers.Trainer):
+    """Somebody's own Trainer."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.asked = True
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_beside_a_trainer_of_somebody_else(tmp_path):
+    class Both(LoraTrainer, Weighted):
+        pass
+
+    run = Both(vit(), arguments(tmp_path), train_dataset=images(), lora_config=VIT)
+    run.train()
+    assert run.asked
+    assert "adapter.json" in files(tmp_path / "checkpoint-6")
+
+
+def test_weight_decay_reaches_both_factors(tmp_path):
+    run = trainer(tmp_path, weight_decay=0.1)
+    group, _ = run.create_optimizer().param_groups
+    decayed = {id(parameter) for parameter in group["params"]}
+    factors = [p for name, p in run.model.named_parameters() if ".lora_" in name]
+    assert all(id(parameter) in decayed for parameter in factors)
+
+
+def test_the_start_is_that_of_the_seed(tmp_path):
+    one = trainer(tmp_path)
+    torch.manual_seed(1234)
+    other = trainer(tmp_path)
+    assert not differing(values(one.model), values(other.model))
+
+
+def test_it_prints_what_is_trained(tmp_path, capsys):
+    run = trainer(tmp_path)
+    run.train()
+    assert f"LoRA adapter 'default': {LoraModel(run.model).plans['default'].summary()}" in capsys.readouterr().out
+
+
+class TestModelsThatAreAdaptedAlready:
+    def test_they_are_taken_as_they_are(self, tmp_path):
+        model = vit()
+        LoraModel(model, VIT, "mine")
+        run = trainer(tmp_path, model, None, adapter_name="mine")
+        run.train()
+        again = vit()
+        assert LoraModel.load_adapter(again, tmp_path / "checkpoint-6").active_adapters == ("mine",)
+        assert not differing(values(again), values(model))
+
+    def test_a_second_trainer_goes_on_with_the_same_adapter(self, tmp_path):
+        model = vit()
+        trainer(tmp_path, model).train()
+        trained = values(model)
+        assert not differing(trained, values(trainer(tmp_path, model).model))
+
+    def test_a_second_adapter_is_added_and_the_first_stays(self, tmp_path):
+        model = vit()
+        trainer(tmp_path / "a", model).train()
+        first = {name: value for name, value in values(model).items() if name.endswith(".default")}
+        trainer(tmp_path / "b", model, LoraConfig(r=1, target_modules=["q_proj"]), adapter_name="b").train()
+        assert all(torch.equal(values(model)[name], value) for name, value in first.items())
+
+    def test_of_another_configuration_they_are_refused(self, tmp_path):
+        model = vit()
+        LoraModel(model, LoraConfig(r=4, target_modules=["q_proj"]))
+        with pytest.raises(StateError, match=r"another configuration: 'r', 'dropout'.* differ"):
+            trainer(tmp_path, model)
+
+    def test_without_an_adapter_one_is_asked_for(self, tmp_path):
+        with pytest.raises(StateError, match=r"no adapter 'default'. Give LoraTrainer a lora_config"):
+            trainer(tmp_path, config=None)
+
+    def test_an_adapter_that_does_not_act_is_not_trained_in_silence(self, tmp_path):
+        model = vit()
+        run = trainer(tmp_path, model)
+        LoraModel(model).set_adapter([])
+        with pytest.raises(StateError, match=r"trains the adapter 'default', and none is active"):
+            run.train()
+        LoraModel(model).set_adapter("default")
+        LoraModel(model).merge_adapter()
+        with pytest.raises(StateError, match=r"'default' is merged.*after unmerge_adapter"):
+            run.train()
+
+
+class TestRefused:
+    def test_a_config_of_another_kind(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"^LoraTrainer: config is a dict"):
+            trainer(tmp_path, config={"r": 4})
+
+    def test_a_config_that_does_not_fit(self, tmp_path):
+        with pytest.raises(TargetError, match="'qkv'"):
+            trainer(tmp_path, config=LoraConfig(target_modules=["qkv"]))
+
+    def test_an_optimizer_from_before(self, tmp_path):
+        model = vit()
+        optimizer = torch.optim.AdamW(model.parameters())
+        with pytest.raises(StateError, match=r"optimizer does not hold '.*lora_.*Adapt the model before"):
+            trainer(tmp_path, model, optimizers=(optimizer, None))
+
+    def test_an_optimizer_from_after_is_taken(self, tmp_path):
+        model = vit()
+        LoraModel(model, VIT)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        run = trainer(tmp_path, model, None, optimizers=(optimizer, None))
+        start = values(model)
+        run.train()
+        assert differing(start, values(model))
+
+    def test_what_no_checkpoint_would_hold(self, tmp_path):
+        run = trainer(tmp_path)
+        run.model.vit.layernorm.weight.requires_grad_(True)
+        with pytest.raises(StateError, match=r"'vit\.layernorm\.weight' are trained and are no part of the adapter"):
+            run.train()
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+    def test_reentrant_checkpointing_that_cuts_the_backward(self, tmp_path):
+        kwargs = {"use_reentrant": True}
+        run = trainer(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+        with pytest.raises(StateError, match="use_reentrant=False is right"):
+            run.train()
+
+    def test_a_layer_that_takes_no_part_is_told(self, tmp_path):
+        run = trainer(tmp_path)
+        run.model.vit.layers[0].register_forward_hook(lambda _, inputs, output: output.detach())
+        with pytest.warns(
+            UserWarning, match=r"layers\.0\.attention\.q_proj\.lora_A.* got no gradient in the first step"
+        ):
+            run.train()
+
+    def test_a_backward_that_passes_the_adapter_by(self, tmp_path):
+        run = trainer(tmp_path)
+        run.model.classifier.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
+        with pytest.raises(StateError, match="gave the adapter no gradient"):
+            run.train()
