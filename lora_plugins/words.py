@@ -21,8 +21,9 @@ FIELDS: Mapping[str, str] = {
     "fan_in_fan_out": "Leave it out: the type of the layer tells.",
     "inference_mode": "Leave it out; LoraModel.set_adapter(name, trainable=False) stops training.",
     "runtime_config": "Leave it out.",
+    "task_type": "Name a new head in 'modules_to_save'; PEFT adds it by itself for some task types.",
     **dict.fromkeys(
-        ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         "Leave it out: the model itself is adapted, whatever it is for.",
     ),
     **dict.fromkeys(

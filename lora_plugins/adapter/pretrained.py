@@ -42,8 +42,8 @@ class WarnedSave:
             warnings.warn(
                 f"{type(self._module).__name__}.save_pretrained writes base and adapter apart, and from_pretrained "
                 "drops the adapter: what was trained would be lost. Save the adapter with LoraModel(model)."
-                "save_adapter(path), or merge it before: LoraModel(model).merge_and_unload(). For the Trainer of "
-                "transformers there is lora_plugins.integrations.transformers.LoraTrainer.",
+                "save_adapter(path), or merge it before: LoraModel(model).merge_and_unload(). In place of the Trainer "
+                "of transformers there is LoraTrainer, which saves the adapter.",
                 stacklevel=2,
             )
         return self.__wrapped__(*args, **kwargs)

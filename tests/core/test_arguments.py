@@ -102,7 +102,8 @@ class TestConfigsOfPeft:
         assert f"config is a LoraConfig of peft, and has to be a LoraConfig of lora_plugins. Write {ours}" in str(
             caught.value
         )
-        assert "task_type" not in str(caught.value)
+        assert "'task_type': Name a new head in 'modules_to_save'" in str(caught.value)
+        assert "peft_type" not in str(caught.value)
         assert eval(ours, {"LoraConfig": LoraConfig}).r == 16
 
     def test_what_has_no_field_of_its_own_is_told(self, peft):

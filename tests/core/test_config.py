@@ -120,6 +120,7 @@ class TestWordsOfPeft:
             ("rank", "It is 'r' here"),
             ("init_lora_weights", "It is 'init' here"),
             ("use_dora", "variant='dora'"),
+            ("task_type", "Name a new head in 'modules_to_save'"),
             ("fan_in_fan_out", "Leave it out"),
             ("use_qalora", "a plugin can bring it"),
         ],
