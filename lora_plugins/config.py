@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lora_plugins.errors import ConfigError, near
+from lora_plugins.errors import ConfigError, listing, near
 from lora_plugins.words import FIELDS, said_of
 
 T = TypeVar("T")
@@ -22,9 +22,13 @@ def _with_known_fields(cls: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def checked(self: Any, *values: Any, **fields: Any) -> None:
+        said: dict[str, list[str]] = {}
         for key in fields:
             if key not in known:
-                raise ConfigError(f"LoraConfig has no field {key!r}. {said_of(key, FIELDS, known)}")
+                said.setdefault(said_of(key, FIELDS, known), []).append(key)
+        if said:
+            lines = [f"LoraConfig has no field {listing(keys, len(keys))}. {word}" for word, keys in said.items()]
+            raise ConfigError("\n".join(lines))
         init(self, *values, **fields)
 
     cls.__init__ = checked  # type: ignore[method-assign]

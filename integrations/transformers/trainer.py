@@ -104,9 +104,10 @@ class LoraTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
-            repository = self.hub_model_id or folder.name
-            base = kwargs.get("finetuned_from") or getattr(getattr(self.model, "config", None), "_name_or_path", None)
-            write_card(folder, repository, base or None, kwargs.get("license"), self.state)
+            LoraModel(self.model).save_adapter(folder, self.adapter_name)
+            source = str(getattr(getattr(self.model, "config", None), "_name_or_path", None) or "")
+            base = kwargs.get("finetuned_from") or (None if Path(source).exists() else source)  # a path says nothing
+            write_card(folder, self.hub_model_id or folder.name, base, kwargs.get("license"), self.state)
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         """Puts the adapter on a model that does not have it."""

@@ -43,6 +43,18 @@ def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Sit
     )
 
 
+def inner_hint(containers: Iterable[str], names: Iterable[str]) -> str:
+    """Returns how to name the layers in modules that were matched and are no layers; empty if there are none.
+
+    Args:
+        containers: The names of the modules.
+        names: The names of the layers that could be adapted.
+    """
+    paths = tuple(f"{name}." for name in containers if name)
+    ends = list(dict.fromkeys(_last(name) for name in sorted(names) if name.startswith(paths)))
+    return f"Name the layers in it by their ends, such as {ends[:_MOST_TARGETS]}." if ends else ""
+
+
 def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str:
     """Returns what to write instead of an entry of `modules_to_save` that matches nothing.
 

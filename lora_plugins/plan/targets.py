@@ -7,7 +7,7 @@ from functools import partial
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
 from lora_plugins.plan import patterns
-from lora_plugins.plan.hints import saved_hint, target_hint
+from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
 
@@ -80,7 +80,7 @@ def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], regis
         if not handled & set(matches):
             raise TargetError(
                 f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
-                f"{patterns.nearest(pattern, handled)}{registry.absent()}"
+                f"{inner_hint(matches, handled) or patterns.nearest(pattern, handled)}{registry.absent()}"
             ) from registry.cause()
     return {name for matches in found.values() for name in matches}
 

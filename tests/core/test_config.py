@@ -129,6 +129,17 @@ class TestWordsOfPeft:
         with pytest.raises(ConfigError, match=f"LoraConfig has no field '{field}'.*{hint}"):
             LoraConfig(**{field: 1})
 
+    def test_all_are_told_at_once(self):
+        """As those of an `adapter_config.json`, which has two dozen."""
+        with pytest.raises(ConfigError) as caught:
+            LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, peft_version="1", revision=None)
+        assert str(caught.value).splitlines() == [
+            "LoraConfig has no field 'lora_alpha'. It is 'alpha' here.",
+            "LoraConfig has no field 'lora_dropout'. It is 'dropout' here.",
+            "LoraConfig has no field 'peft_version', 'revision'. Leave it out: the model itself is adapted, whatever "
+            "it is for.",
+        ]
+
     def test_a_typo_is_told_too(self):
         with pytest.raises(ConfigError, match=r"no field 'drop_out'\. Did you mean 'dropout'"):
             LoraConfig(drop_out=0.1)

@@ -96,6 +96,14 @@ def test_where_there_is_no_attention_the_layers_are_listed():
         )
 
 
+@pytest.mark.parametrize("targets", [["attn"], "blocks", ["blocks.1"]], ids=str)
+def test_of_a_module_that_is_no_layer_the_layers_in_it_are_named(targets):
+    with pytest.raises(
+        TargetError, match=r"no plugin adapts\. Name the layers in it by their ends, .*\['proj', 'qkv'\]"
+    ):
+        LoraModel.plan(fused(), LoraConfig(target_modules=targets))
+
+
 def test_a_glob_as_a_string_is_told():
     with pytest.raises(ConfigError, match=r"not a regular expression.*Where '\*' stands for any text, write '\.\*'"):
         LoraModel.plan(fused(), LoraConfig(target_modules="*.qkv"))

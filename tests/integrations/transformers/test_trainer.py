@@ -306,6 +306,29 @@ def test_beside_a_trainer_of_somebody_else(tmp_path):
     assert "adapter.json" in files(tmp_path / "checkpoint-6")
 
 
+class TestCards:
+    def test_without_a_hub_they_name_what_there_is(self, tmp_path):
+        run = trainer(tmp_path / "flowers", eval_strategy="epoch")
+        run.train()
+        run.model.config._name_or_path = "owner/base"
+        run.create_model_card(license="mit")
+        card = (tmp_path / "flowers" / "README.md").read_text()
+        assert all(text in card for text in ("license: mit", "base_model: owner/base", "# flowers", "| loss |"))
+        assert LoraModel.load_adapter(vit(), tmp_path / "flowers").active_adapters == ("default",)
+
+    def test_a_path_of_this_machine_is_no_name_of_a_base(self, tmp_path):
+        run = trainer(tmp_path)
+        run.model.config._name_or_path = str(tmp_path)
+        run.create_model_card()
+        assert str(tmp_path) not in (tmp_path / "README.md").read_text()
+
+    def test_a_merged_model_has_that_of_the_trainer(self, tmp_path):
+        run = trainer(tmp_path, merge_on_train_end=True)
+        run.train()
+        run.create_model_card()
+        assert "Training procedure" in (tmp_path / "README.md").read_text()
+
+
 def test_weight_decay_reaches_both_factors(tmp_path):
     run = trainer(tmp_path, weight_decay=0.1)
     group, _ = run.create_optimizer().param_groups
