@@ -81,13 +81,19 @@ def _checked(function: Callable[..., Any], call: str, skip: int) -> Callable[...
     return checked
 
 
+def _said(name: str, owner: object) -> str:
+    """Returns what to write instead of an attribute that does not exist."""
+    public = [each for each in dir(owner) if not each.startswith("_")]
+    return "" if name.startswith("_") else f" {said_of(name, MEMBERS, public)}"
+
+
 class _Told(type):
     """The class of `LoraModel`, which names what to write instead of a method of another library."""
 
     if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
 
         def __getattr__(cls, name: str) -> NoReturn:
-            raise AttributeError(f"{cls.__name__} has no attribute {name!r}. {said_of(name, MEMBERS, dir(cls))}")
+            raise AttributeError(f"{cls.__name__} has no attribute {name!r}.{_said(name, cls)}")
 
 
 @_with_checked_arguments
@@ -545,12 +551,9 @@ class LoraModel(metaclass=_Told):
     if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
 
         def __getattr__(self, name: str) -> NoReturn:
-            model = vars(self).get("model")
-            if name not in MEMBERS and model is not None and hasattr(model, name):
-                said = f"It is a handle; the model itself has it: lora.model.{name}"
-            else:
-                said = said_of(name, MEMBERS, [each for each in dir(self) if not each.startswith("_")])
-            raise AttributeError(f"LoraModel has no attribute {name!r}. {said}")
+            model = None if name in MEMBERS or name.startswith("_") else vars(self).get("model")
+            handle = f" It is a handle; the model itself has it: lora.model.{name}" if hasattr(model, name) else ""
+            raise AttributeError(f"LoraModel has no attribute {name!r}.{handle or _said(name, self)}")
 
     @property
     def _state(self) -> ModelState:

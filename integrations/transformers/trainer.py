@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
-from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
@@ -59,6 +59,8 @@ class LoraTrainer(Trainer):
         merge_on_train_end: bool = False,
         **kwargs: Any,
     ) -> None:
+        if "peft_config" in kwargs:
+            raise ConfigError("LoraTrainer has no argument 'peft_config'. It is 'lora_config' here.")
         if lora_config is not None:
             check_config("LoraTrainer", lora_config)
         self.lora_config = lora_config

@@ -135,6 +135,12 @@ class TestMembers:
         with pytest.raises(AttributeError, match=r"the model itself has it: lora\.model\.parameters"):
             lora().parameters()
 
+    def test_private_names_are_not_guessed_at(self):
+        name = "_repr_html_"
+        for owner in (lora(), LoraModel):
+            with pytest.raises(AttributeError, match=rf"no attribute '{name}'\.$"):
+                getattr(owner, name)
+
     def test_a_typo_is_told(self):
         with pytest.raises(AttributeError, match="Did you mean 'merge_adapter'"):
             lora().merge_adaptor()

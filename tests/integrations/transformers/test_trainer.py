@@ -400,6 +400,14 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"^LoraTrainer: config is a dict"):
             trainer(tmp_path, config={"r": 4})
 
+    def test_a_word_of_other_trainers(self, tmp_path):
+        with pytest.raises(ConfigError, match="It is 'lora_config' here"):
+            LoraTrainer(vit(), arguments(tmp_path), peft_config=VIT)
+
+    def test_a_handle_in_place_of_the_model(self, tmp_path):
+        with pytest.raises(AttributeError, match="It is a handle; the model itself has it"):
+            trainer(tmp_path, LoraModel(vit(), VIT))
+
     def test_a_config_that_does_not_fit(self, tmp_path):
         with pytest.raises(TargetError, match="'qkv'"):
             trainer(tmp_path, config=LoraConfig(target_modules=["qkv"]))
