@@ -90,7 +90,11 @@ def _remedy(parameter: str, value: Any) -> str:
         return "Write LoraConfig(...), an instance."
     if isinstance(value, str | os.PathLike):
         return f"A saved adapter is loaded by LoraModel.load_adapter(model, {os.fspath(value)!r})."
-    return _translated(value) if hasattr(value, "peft_type") and dataclasses.is_dataclass(value) else ""
+    method = getattr(value, "peft_type", None)
+    if method is None or not dataclasses.is_dataclass(value):
+        return ""
+    name = str(getattr(method, "value", method))
+    return _translated(value) if name == "LORA" else f"Of PEFT's methods {name!r} is none that is here; LORA is."
 
 
 def _translated(config: Any) -> str:

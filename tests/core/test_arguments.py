@@ -113,6 +113,11 @@ class TestConfigsOfPeft:
         ):
             lora().add_adapter("b", theirs)
 
+    def test_other_methods_are_not_translated(self, peft):
+        with pytest.raises(ConfigError, match=r"config is a LoHaConfig.*'LOHA' is none that is here") as caught:
+            LoraModel(net(), peft.LoHaConfig(r=4))
+        assert "LoraConfig(" not in str(caught.value)
+
     def test_swapped_ones_are_told_the_order(self, peft):
         with pytest.raises(ConfigError, match="model is a LoraConfig of peft"):
             LoraModel(peft.LoraConfig(), net())

@@ -134,6 +134,18 @@ class TestResume:
         assert resumed.state.global_step == 6
         assert not differing(values(straight.model), values(resumed.model))
 
+    @pytest.mark.parametrize("norm", ["freeze", "track"])
+    def test_statistics_of_batch_normalization_go_on_too(self, tmp_path, norm):
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["decode_head.classifier"], norm=norm)
+        straight = trainer(tmp_path, segformer(), config, scenes())
+        start = values(straight.model)
+        straight.train()
+        moved = [name for name in differing(start, values(straight.model)) if "running" in name]
+        assert bool(moved) == (norm == "track")
+        resumed = trainer(tmp_path, segformer(), config, scenes())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert not differing(values(straight.model), values(resumed.model))
+
     def test_with_a_constant_rate_in_the_middle_of_an_epoch(self, tmp_path):
         fields = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
         straight = trainer(tmp_path / "straight", **fields)
@@ -234,6 +246,7 @@ class TestMerging:
         pytest.param({"weight_decay": 0.1, "max_grad_norm": 0.5}, id="decay and clipping"),
         pytest.param({"optim": "sgd", "weight_decay": 0.1}, id="sgd"),
         pytest.param({"model_init": build_vit}, id="model_init"),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, id="compiled"),
         pytest.param({"dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 2}, id="evaluation"),
     ],
 )
