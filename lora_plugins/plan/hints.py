@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 
 from lora_plugins.errors import listing, near
 from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky
@@ -135,23 +134,26 @@ def _is_expression(entry: str, names: Sequence[str]) -> bool:
 
 
 def _attention(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site], names: Sequence[str]) -> str:
-    """Query, key and value: layers of their own in some models, one matrix in others."""
-    wanted = _words(pattern)
+    """Query, key and value: layers of their own in some models, by several names, and one matrix in others."""
     fused = [site for site in sites if site.parts and {site.class_name, _last(site.name)} & _FUSED_NAMES]
     ends = shortest_ends((site.name for site in fused), names)[:_MOST_TARGETS]
-    if wanted & _PART_OF.keys() and ends:
-        every = [patterns] if isinstance(patterns, str) else patterns
-        asked = {_PART_OF[word] for word in chain.from_iterable(map(_words, every)) if word in _PART_OF}
-        parts = [part for part in _PART_NAMES if part in asked]
+    asked = _parts([patterns] if isinstance(patterns, str) else patterns)
+    if _words(pattern) & _PART_OF.keys() and ends:
         return (
             f"Query, key and value are one matrix in this model: target_modules={ends} adapts all three, and with "
-            f"fused_parts={dict.fromkeys(ends, parts)} only what is named."
+            f"fused_parts={dict.fromkeys(ends, asked)} only what is named."
         )
-    apart = [name for name in names if _last(name) in _PART_OF]
-    if wanted & _FUSED_NAMES and apart:
-        ends = list(dict.fromkeys(map(_last, apart)))
-        return f"Query, key and value are layers of their own in this model: target_modules={ends}."
+    apart = list(dict.fromkeys(_last(name) for name in names if _PART_OF.get(_last(name)) in asked))
+    if _parts([pattern]) and apart:
+        return f"Query, key and value are layers of their own in this model: target_modules={apart}."
     return ""
+
+
+def _parts(patterns: Sequence[str]) -> list[str]:
+    """Returns which of `q`, `k` and `v` some patterns name; all of them where they only name a fused layer."""
+    words = set().union(*map(_words, patterns))
+    found = {_PART_OF[word] for word in words & _PART_OF.keys()}
+    return [part for part in _PART_NAMES if part in found or (not found and words & _FUSED_NAMES)]
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
