@@ -138,15 +138,13 @@ def _attention(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site
     fused = [site for site in sites if site.parts and {site.class_name, _last(site.name)} & _FUSED_NAMES]
     ends = shortest_ends((site.name for site in fused), names)[:_MOST_TARGETS]
     asked = _parts([patterns] if isinstance(patterns, str) else patterns)
-    if _words(pattern) & _PART_OF.keys() and ends:
-        return (
-            f"Query, key and value are one matrix in this model: target_modules={ends} adapts all three, and with "
-            f"fused_parts={dict.fromkeys(ends, asked)} only what is named."
-        )
     apart = list(dict.fromkeys(_last(name) for name in names if _PART_OF.get(_last(name)) in asked))
-    if _parts([pattern]) and apart:
+    if not _parts([pattern]) or not (ends or apart):
+        return ""
+    if not ends:
         return f"Query, key and value are layers of their own in this model: target_modules={apart}."
-    return ""
+    parts = f", and with fused_parts={dict.fromkeys(ends, asked)} only what is named" if len(asked) < 3 else ""
+    return f"Query, key and value are one matrix in this model: target_modules={ends} adapts all three{parts}."
 
 
 def _parts(patterns: Sequence[str]) -> list[str]:

@@ -56,6 +56,8 @@ ANSWERED = [
     ),
     pytest.param(apart, ["qkv"], {"target_modules": ["q_proj", "v_proj"]}, "layers of their own", id="not fused"),
     pytest.param(apart, "qkv", {"target_modules": ["q_proj", "v_proj"]}, "layers of their own", id="not fused, string"),
+    pytest.param(heads, ["attn.qkv"], {"target_modules": ["mha"]}, "adapts all three.", id="fused under another name"),
+    pytest.param(heads, "in_proj", {"target_modules": ["mha"]}, "adapts all three.", id="fused parameter"),
     pytest.param(apart, ["to_v", "proj"], {"target_modules": ["v_proj"]}, "of their own", id="another name"),
     pytest.param(apart, ".*(query|value)", {"target_modules": ["q_proj", "v_proj"]}, "", id="other names, string"),
     pytest.param(in_one, ["key"], {}, "There is 'qkv'", id="no end means the fused layer alone"),
