@@ -7,8 +7,8 @@ Three lines adapt a model in place:
     lora.merge_and_unload()
 
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
-register layer types (`LayerPlugin`), inits (`InitPlugin`), variants (`VariantPlugin`) or formats (`AdapterFormat`); see
-`lora_plugins.plugins.hookspecs`.
+register layer types (`LayerPlugin`), inits (`InitPlugin`), variants (`VariantPlugin`), formats (`AdapterFormat`) or
+storages of weights (`StoragePlugin`); see `lora_plugins.plugins.hookspecs`.
 """
 
 from lora_plugins.adapter import Calibration, InitData, calibrate
@@ -30,6 +30,7 @@ from lora_plugins.plugins import (
     FORMATS,
     INITS,
     LAYERS,
+    STORAGES,
     VARIANTS,
     AdapterFormat,
     AdapterSummary,
@@ -52,6 +53,8 @@ from lora_plugins.plugins import (
     Slot,
     SlotCalibration,
     StackedAdapters,
+    StoragePlugin,
+    StorageRegistrar,
     Term,
     Tie,
     VariantPlugin,
@@ -64,6 +67,7 @@ __all__ = [
     "FORMATS",
     "INITS",
     "LAYERS",
+    "STORAGES",
     "VARIANTS",
     "AdapterFileError",
     "AdapterFormat",
@@ -102,6 +106,8 @@ __all__ = [
     "SlotCalibration",
     "StackedAdapters",
     "StateError",
+    "StoragePlugin",
+    "StorageRegistrar",
     "TargetError",
     "Term",
     "Tie",

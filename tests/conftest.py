@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 # A package of a third party, with tests of its own, which run where it is installed.
-collect_ignore = ["plugin_example", "plugin_format"]
+collect_ignore = ["plugin_example", "plugin_format", "plugin_storage"]
 
 # Tests, in this process and in others, find `tests` and `benchmarks` here, and lora_plugins where it is installed: the
 # checkout itself must not be on the path, since its folder lora_plugins would hide a wheel that is to be tested.

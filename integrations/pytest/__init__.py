@@ -12,6 +12,9 @@
     def test_format(format_check):
         format_check(MyFormat(), "adapter.safetensors")
 
+    def test_storage(storage_check):
+        storage_check(MyStorage())
+
 Each check of the kit is a test of its own: `test_layer[law]`, `test_layer[gradients]` and so on.
 
 pytest imports this module in every project of an environment, so it imports neither torch nor lora_plugins before one

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lora_plugins.errors import ConfigError
 from lora_plugins.inits.factors import without_product
-from lora_plugins.inits.quantize import BITS, quantize_dequantize
 from lora_plugins.plugins import InitContext, InitPlugin
-from lora_plugins.utils import low_rank
+from lora_plugins.utils import BITS, low_rank, quantize_dequantize
 
 
 class LoftQInit(InitPlugin):

@@ -1,7 +1,7 @@
 """The door: what a plugin is, the hooks that it implements, and the registry of what is installed.
 
-Layer types, inits, variants and formats come through it, ours and other people's alike. `KINDS` describes each kind
-once; whatever registers, lists, documents or checks plugins loops over it.
+Layer types, inits, variants, formats and storages come through it, ours and other people's alike. `KINDS` describes
+each kind once; whatever registers, lists, documents or checks plugins loops over it.
 """
 
 from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, LOAD_VARIABLE, names_in
@@ -18,6 +18,7 @@ from lora_plugins.plugins.hookspecs import (
     FormatRegistrar,
     InitRegistrar,
     LayerRegistrar,
+    StorageRegistrar,
     VariantRegistrar,
     hookimpl,
 )
@@ -29,6 +30,7 @@ from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
 from lora_plugins.plugins.slot import Slot
+from lora_plugins.plugins.storage import STORAGES, StoragePlugin, storage_options
 from lora_plugins.plugins.term import StackedAdapters, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.plugins.variant import PLAIN, VARIANTS, VariantPlugin
 
@@ -44,6 +46,7 @@ __all__ = [
     "LOAD_VARIABLE",
     "OWN_FORMAT",
     "PLAIN",
+    "STORAGES",
     "TRACE_VARIABLE",
     "VARIANTS",
     "AdapterFormat",
@@ -70,6 +73,8 @@ __all__ = [
     "Slot",
     "SlotCalibration",
     "StackedAdapters",
+    "StoragePlugin",
+    "StorageRegistrar",
     "Term",
     "Tie",
     "VariantPlugin",
@@ -83,5 +88,6 @@ __all__ = [
     "joined",
     "names_in",
     "registry_of",
+    "storage_options",
     "sum_of_deltas",
 ]

@@ -28,6 +28,7 @@ from lora_plugins.plugins.init import INITS, InitPlugin
 from lora_plugins.plugins.kind import GROUP, PluginKind
 from lora_plugins.plugins.layer import LAYERS, LayerPlugin
 from lora_plugins.plugins.registrar import Registrar
+from lora_plugins.plugins.storage import STORAGES, StoragePlugin
 from lora_plugins.plugins.variant import VARIANTS, VariantPlugin
 
 hookimpl = pluggy.HookimplMarker(GROUP)
@@ -43,6 +44,9 @@ VariantRegistrar = Registrar[VariantPlugin]
 
 FormatRegistrar = Registrar[AdapterFormat]
 """What the hook for formats is handed."""
+
+StorageRegistrar = Registrar[StoragePlugin]
+"""What the hook for storages is handed."""
 
 
 @LAYERS.hook
@@ -90,6 +94,18 @@ def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
 
     Args:
         registrar: Call `registrar.add(plugin)` with each instance of an `AdapterFormat`.
+    """
+
+
+@STORAGES.hook
+def lora_plugins_register_storages(registrar: StorageRegistrar) -> None:
+    """Called once for each registry, after the formats of the same plugin, to add storages of weights.
+
+    A plugin may not register a name that another storage has, unless it overrides that. It may not keep the registrar,
+    nor add to it later.
+
+    Args:
+        registrar: Call `registrar.add(plugin)` with each instance of a `StoragePlugin`.
     """
 
 

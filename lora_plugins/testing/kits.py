@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_plugins.plugins import FORMATS, INITS, LAYERS, VARIANTS, PluginKind
+from lora_plugins.plugins import FORMATS, INITS, LAYERS, STORAGES, VARIANTS, PluginKind
 from lora_plugins.testing.check import Check
 from lora_plugins.testing.formats import FORMAT_CHECKS, check_format_plugin
 from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
 from lora_plugins.testing.layers import LAYER_CHECKS, check_layer_plugin
+from lora_plugins.testing.storages import STORAGE_CHECKS, check_storage_plugin
 from lora_plugins.testing.variants import VARIANT_CHECKS, check_variant_plugin
 
 
@@ -37,5 +38,6 @@ KITS: tuple[Kit, ...] = (
     Kit(INITS, check_init_plugin, INIT_CHECKS),
     Kit(VARIANTS, check_variant_plugin, VARIANT_CHECKS),
     Kit(FORMATS, check_format_plugin, FORMAT_CHECKS),
+    Kit(STORAGES, check_storage_plugin, STORAGE_CHECKS),
 )
 """One kit for each kind."""

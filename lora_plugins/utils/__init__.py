@@ -1,4 +1,4 @@
-"""Small tools that know nothing of LoRA: lazy names, autocast, random numbers, versions of tensors, whole files.
+"""Small tools that know nothing of LoRA: lazy names, autocast, quantizers, random numbers, versions, files.
 
 Every other room may use them.
 """
@@ -9,21 +9,27 @@ from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
+from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
 
 __all__ = [
+    "BITS",
     "Versions",
     "autocast_dtype",
+    "blocks_of",
     "check_regular",
     "in_full",
     "lazily",
+    "levels",
     "low_rank",
     "mark_restored",
     "mark_stand_ins",
+    "nearest_levels",
     "outside_inference",
     "own_randomness",
+    "quantize_dequantize",
     "remove_leftovers",
     "replace_file",
     "run_seed",

@@ -78,7 +78,15 @@ def with_plugins(installed, monkeypatch):
 
     yield add
     for name in set(sys.modules) - loaded:
-        if name.startswith(("lora_plugins_example", "lora_plugins_broken", "lora_plugins_clash", "lora_plugins_npz")):
+        if name.startswith(
+            (
+                "lora_plugins_example",
+                "lora_plugins_broken",
+                "lora_plugins_clash",
+                "lora_plugins_npz",
+                "lora_plugins_fp8",
+            )
+        ):
             del sys.modules[name]
 
 

@@ -32,6 +32,7 @@ ARROWS = {
     "layers": {"kernels", "plugins", *BASIS},
     "inits": {"plugins", *BASIS},
     "variants": {"plugins", *BASIS},
+    "storages": {"plugins", *BASIS},
     "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", *BASIS},
     "cli": {"", "formats", "hub", "files", "plugins", "kernels", *BASIS},

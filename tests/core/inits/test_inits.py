@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel
-from lora_plugins.inits.quantize import levels, quantize_dequantize
+from lora_plugins.utils import levels, quantize_dequantize
 from tests.core.libraries import kstest
 
 LAYERS = {

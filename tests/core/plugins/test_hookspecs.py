@@ -15,7 +15,7 @@ SPECS = {name: value for name, value in vars(hookspecs).items() if hasattr(value
 
 def test_the_hooks():
     assert set(SPECS) == {kind.hook_name for kind in KINDS}
-    assert [kind.name for kind in KINDS] == ["layers", "inits", "variants", "formats"]
+    assert [kind.name for kind in KINDS] == ["layers", "inits", "variants", "formats", "storages"]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -39,4 +39,4 @@ def test_the_built_in_plugins_implement_the_hooks_by_the_public_marker(function)
 
 def test_the_entry_points_of_this_distribution():
     points = {p.name: p.value for p in metadata.distribution("lora-plugins").entry_points if p.group == "lora_plugins"}
-    assert points == {kind: f"lora_plugins.{kind}" for kind in ("layers", "inits", "variants", "formats")}
+    assert points == {kind: f"lora_plugins.{kind}" for kind in ("layers", "inits", "variants", "formats", "storages")}

@@ -12,7 +12,13 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def test_there_is_a_kit_for_each_kind():
     assert [kit.kind for kit in KITS] == [*KINDS]
-    assert [kit.fixture for kit in KITS] == ["layer_check", "init_check", "variant_check", "format_check"]
+    assert [kit.fixture for kit in KITS] == [
+        "layer_check",
+        "init_check",
+        "variant_check",
+        "format_check",
+        "storage_check",
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

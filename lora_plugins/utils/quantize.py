@@ -32,6 +32,24 @@ def levels(bits: int) -> Tensor:
     return (table / table.abs().max()).float().double()
 
 
+def blocks_of(values: Tensor, block_size: int) -> Tensor:
+    """Returns flattened values as `(blocks, block_size)`, the last block filled up with zeros."""
+    flat = values.flatten()
+    return F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
+def nearest_levels(blocks: Tensor, scales: Tensor, table: Tensor) -> Tensor:
+    """Returns the index of the level that is nearest to each value, once divided by the scale of its block; int32.
+
+    Args:
+        blocks: `(blocks, block_size)`.
+        scales: `(blocks,)`, none negative.
+        table: The levels in ascending order, in the type of the values.
+    """
+    middles = (table[1:] + table[:-1]) / 2
+    return torch.bucketize(blocks / torch.where(scales == 0, 1, scales)[:, None], middles, out_int32=True)
+
+
 def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
     """Returns the nearest values that a quantizer can represent.
 
@@ -40,13 +58,10 @@ def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
         bits: 2, 4 or 8.
         block_size: Values that share one scale.
     """
-    flat = weight.flatten()
-    blocks = F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
-    table = levels(bits).to(weight)
-    middles = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(blocks / torch.where(scale == 0, 1, scale), middles)
-    return (table[codes] * scale).flatten()[: flat.numel()].view(weight.shape)
+    blocks, table = blocks_of(weight, block_size), levels(bits).to(weight)
+    scales = blocks.abs().amax(dim=1)
+    values = table[nearest_levels(blocks, scales, table)] * scales[:, None]
+    return values.flatten()[: weight.numel()].view(weight.shape)
 
 
 def _linspace(outermost: Tensor, steps: int) -> Tensor:

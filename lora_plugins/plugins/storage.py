@@ -1,0 +1,107 @@
+"""What a storage plugin says: how a dense weight becomes stored tensors, and how they become a dense weight again."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import ConfigError, near
+from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
+
+COMMON_OPTIONS: Mapping[str, Any] = {"min_size": 4096}
+"""Options that all storages have, with their defaults: weights with fewer than `min_size` elements stay dense."""
+
+
+class StoragePlugin(ABC):
+    """How a dense weight is stored in fewer bytes, and made dense again.
+
+    A plugin is stateless, and works on any device in operations that give the same bits on all of them: an adapter
+    file holds a checksum of what is stored, not the weights. A maximum, a product and a comparison do; a sum over
+    many values does not.
+
+    Attributes:
+        name: The name that `LoraConfig.quantize` asks for.
+        options: The keys that `quantize_options` may have, with their defaults; `min_size` is one in any case.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises an error for a value that an option cannot have; unknown keys were refused before.
+
+        Args:
+            options: `options` of the class, updated with those of the config.
+
+        Raises:
+            ConfigError: If a value is wrong, naming the option.
+        """
+
+    @abstractmethod
+    def store(self, weight: Tensor, options: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Returns what is stored of a weight, by names that can be attributes; at least one tensor of integers.
+
+        Args:
+            weight: Any shape, float32, finite, in row-major order. Read only.
+            options: All options.
+        """
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size, options: Mapping[str, Any]) -> Tensor:
+        """Returns the dense weight, float32.
+
+        Args:
+            tensors: What `store` returned, on any device.
+            shape: Shape of the weight.
+            options: All options.
+        """
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Returns rows of the dense weight, `(*index.shape, *shape[1:])`, float32; optional, for lookups.
+
+        Args:
+            tensors: As in `restore`.
+            index: Numbers of rows, any shape of integers.
+            shape: Shape of the whole weight.
+            options: All options.
+        """
+        return self.restore(tensors, shape, options)[index]
+
+
+def storage_options(plugin: StoragePlugin, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all options of a storage.
+
+    Raises:
+        ConfigError: If one that is given is unknown or wrong.
+    """
+    options = {**COMMON_OPTIONS, **plugin.options}
+    for key in given:
+        if key not in options:
+            raise ConfigError(f"quantize_options: {plugin.name!r} has no option {key!r}. {near(key, options)}")
+    options.update(given)
+    size = options["min_size"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ConfigError(f"quantize_options: min_size is a number of elements, not {size!r}.")
+    plugin.check_options(options)
+    return options
+
+
+STORAGES = PluginKind[StoragePlugin](
+    name="storages",
+    title="storage",
+    base=StoragePlugin,
+    rules={
+        "name": A_NAME,
+        "options": (
+            lambda value: are_options(value) and not value.keys() & COMMON_OPTIONS.keys(),
+            f"a mapping of option names to their defaults, without {', '.join(COMMON_OPTIONS)}",
+        ),
+    },
+    claims={"storage": lambda plugin: plugin.name},
+    contradiction=lambda plugin: "",
+)
+"""Storages of weights, chosen by `LoraConfig(quantize=...)`."""

@@ -1,0 +1,37 @@
+"""NormalFloat in 4 bits (Dettmers et al., arXiv 2305.14314, section 3), two codes a byte, the first one in front.
+
+The levels are those of bitsandbytes, up to its rounding, and the codes lie as there.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lora_plugins.storages.blockwise import BlockwiseStorage
+from lora_plugins.utils import levels
+
+_LEVELS = levels(4).float()
+
+_PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1).view(torch.int64).view(-1)
+"""The two levels of each byte, as one number, so that they are copied at once."""
+
+
+class NF4Storage(BlockwiseStorage):
+    """4 bits for each value, and a scale for each block."""
+
+    name = "nf4"
+    table: ClassVar[Tensor] = _LEVELS
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """Two codes a byte."""
+        return (codes[::2] * 16 + codes[1::2]).to(torch.uint8)
+
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """Looks up each byte."""
+        return _PAIRS.to(codes.device).index_select(0, codes.int()).view(torch.float32)
+
+    def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
+        """Takes the half of a byte that each position is in."""
+        halves = codes[positions // 2].int() >> (4 * (1 - positions % 2))
+        return _LEVELS.to(codes.device)[halves & 15]

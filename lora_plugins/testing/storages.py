@@ -1,0 +1,207 @@
+"""The conformance kit for storages of weights."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
+from lora_plugins.testing import check as checks
+from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.registry_under_test import registry_with
+from lora_plugins.utils import own_randomness
+
+SHAPES = ((64, 96), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
+"""Shapes of weights: those of linear layers and kernels, with sizes that no block divides."""
+
+
+@dataclass(frozen=True)
+class StorageCase:
+    """What is checked: a storage with options.
+
+    Args:
+        plugin: The storage.
+        given: The options that it is given.
+    """
+
+    plugin: StoragePlugin
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """All its options."""
+        return storage_options(self.plugin, self.given)
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yields weights of several shapes, the same each time."""
+        for seed, shape in enumerate(SHAPES):
+            with own_randomness(seed):
+                yield torch.randn(shape)
+
+    def store(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns what is stored of a weight."""
+        return dict(self.plugin.store(weight, self.options))
+
+    def restore(self, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Returns the dense weight of that shape."""
+        return self.plugin.restore(stored, shape, self.options)
+
+
+def _registration(case: StorageCase) -> None:
+    registry_with(STORAGES, case.plugin)
+    _ = case.options
+
+
+def _names(case: StorageCase) -> None:
+    for weight in case.weights():
+        stored = case.store(weight)
+        wrong = [name for name in stored if not name.isidentifier() or hasattr(nn.Module(), name)]
+        require(not wrong, f"tensors are called {wrong}, which modules have in another meaning")
+        whole = [name for name, tensor in stored.items() if not tensor.dtype.is_floating_point]
+        require(bool(whole), f"all of {list(stored)} are of floating types")
+
+
+def _dense(case: StorageCase) -> None:
+    for weight in case.weights():
+        dense = case.restore(case.store(weight), weight.shape)
+        require_close("the type and shape of the dense weight", dense * 0, weight * 0)
+        error = float(torch.linalg.vector_norm(dense - weight) / torch.linalg.vector_norm(weight))
+        require(error < 0.5, f"the dense weight of shape {tuple(weight.shape)} is off by {error:.0%}")
+
+
+def _zeros(case: StorageCase) -> None:
+    weight = torch.zeros(8, 96)
+    require_close("the dense weight of zeros", case.restore(case.store(weight), weight.shape), weight, 0)
+
+
+def _outliers(case: StorageCase) -> None:
+    for weight in case.weights():
+        weight.view(-1)[0] = 1e4
+        dense = case.restore(case.store(weight), weight.shape)
+        require(bool(dense.isfinite().all()), "a weight with a large value becomes one that is not finite")
+
+
+def _bits(case: StorageCase) -> None:
+    threads = torch.get_num_threads()
+    for weight in case.weights():
+        stored = case.store(weight)
+        try:
+            torch.set_num_threads(threads % 2 + 1)
+            require_same_state("what is stored with another number of threads", case.store(weight), stored)
+        finally:
+            torch.set_num_threads(threads)
+        dense = case.restore(stored, weight.shape)
+        require_close("the dense weight, made again", case.restore(stored, weight.shape), dense, 0)
+    before = torch.get_rng_state()
+    case.store(torch.ones(64, 64))
+    require(torch.equal(torch.get_rng_state(), before), "storing draws from the global generator")
+
+
+def _untouched(case: StorageCase) -> None:
+    for weight in case.weights():
+        before = weight.clone()
+        stored = case.store(weight)
+        copies = {name: tensor.clone() for name, tensor in stored.items()}
+        case.restore(stored, weight.shape).zero_()
+        require_close("the weight after it was stored", weight, before, 0)
+        require_same_state("what is stored, after the dense weight was written to", stored, copies)
+        weight.zero_()
+        require_same_state("what is stored, after the weight was written to", stored, copies)
+
+
+def _rows(case: StorageCase) -> None:
+    for weight in case.weights():
+        stored = case.store(weight)
+        dense = case.restore(stored, weight.shape)
+        for index in (torch.tensor([0]), torch.arange(len(weight)).flip(0)[:, None], torch.zeros(2, 3).int()):
+            rows = case.plugin.rows(stored, index, weight.shape, case.options)
+            require_close(f"rows of the dense weight of shape {tuple(weight.shape)}", rows, dense[index], 0)
+
+
+def _size(case: StorageCase) -> None:
+    weight = torch.randn(256, 256)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in case.store(weight).values())
+    require(stored < 2 * weight.numel(), f"{weight.numel()} values take {stored} bytes")
+
+
+_CHECKS: tuple[Check[StorageCase], ...] = (
+    Check(
+        "registration",
+        _registration,
+        "the registrar takes the plugin, and the plugin its options",
+        "name is missing, or options has min_size, which all storages have.",
+    ),
+    Check(
+        "names",
+        _names,
+        "what is stored has names that a module's attributes can have, and one of the tensors holds integers",
+        "a tensor is called as something that every module has; or the codes are floating numbers.",
+    ),
+    Check(
+        "dense",
+        _dense,
+        "restore gives float32 in the shape of the weight, near to it",
+        "sizes that the blocks do not divide are cut or filled up at the wrong end.",
+    ),
+    Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
+    Check(
+        "outliers",
+        _outliers,
+        "a weight with one large value stays finite",
+        "a scale is stored in half precision, which ends at 65504.",
+    ),
+    Check(
+        "bits",
+        _bits,
+        "the same weight gives the same bits each time, with any number of threads and no random numbers",
+        "a mean over many values, whose order of summation depends on the machine.",
+    ),
+    Check(
+        "untouched",
+        _untouched,
+        "neither the weight nor what is stored is changed, and they share no memory",
+        "a view of the weight is stored, or restore scales what is stored in place.",
+    ),
+    Check(
+        "rows",
+        _rows,
+        "rows gives the rows of what restore gives, bit for bit, for any shape of indices",
+        "the columns of a row are counted in the first dimension only, where a kernel has several.",
+    ),
+    Check(
+        "size",
+        _size,
+        "a weight takes at most half of its bytes in float32",
+        "codes of 4 bits lie in a byte each, or in int64.",
+    ),
+)
+
+STORAGE_CHECKS: dict[str, Check[StorageCase]] = by_name(_CHECKS)
+"""All checks of a storage by name, in the order they are run."""
+
+
+def check_storage_plugin(
+    plugin: StoragePlugin,
+    *,
+    options: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Checks a storage on weights of several shapes; it need not be registered or installed.
+
+    Args:
+        plugin: The storage.
+        options: The options that it is given.
+        only: Names of the checks to run; all of `STORAGE_CHECKS` by default.
+        skip: Names of checks not to run.
+
+    Raises:
+        CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
+            authors usually got wrong.
+        ConfigError: If there is no check of a name.
+    """
+    case = StorageCase(plugin, options or {})
+    for check in chosen(STORAGE_CHECKS, only, skip):
+        checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

@@ -1,0 +1,87 @@
+"""What the built-in storages keep of a weight: the levels of LoftQ's quantizers, in few bytes."""
+
+import pytest
+import torch
+
+from lora_plugins import ConfigError
+from lora_plugins.plugins import storage_options
+from lora_plugins.storages.int8 import Int8Storage
+from lora_plugins.storages.nf4 import NF4Storage
+from lora_plugins.utils import quantize_dequantize
+
+STORAGES = {4: NF4Storage(), 8: Int8Storage()}
+bits = pytest.mark.parametrize("bits", STORAGES)
+
+
+def dense(plugin, weight, **given):
+    options = storage_options(plugin, given)
+    return plugin.restore(plugin.store(weight, options), weight.shape, options)
+
+
+def stored_bytes(plugin, weight, **given):
+    tensors = plugin.store(weight, storage_options(plugin, given)).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@bits
+@pytest.mark.parametrize("block_size", [2, 64, 4096])
+@pytest.mark.parametrize("shape", [(96, 64), (7, 5, 3, 3)], ids=str)
+def test_the_values_are_those_of_loftqs_quantizer(bits, block_size, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = dense(STORAGES[bits], weight, block_size=block_size, double_quant=False)
+    assert torch.equal(got, quantize_dequantize(weight, bits, block_size))
+
+
+@bits
+def test_scales_in_8_bits_cost_next_to_nothing(bits):
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    errors = {double: (dense(STORAGES[bits], weight, double_quant=double) - weight).norm() for double in (False, True)}
+    # Each scale is off by at most half a step of its square root in 255: 0.4 % at the largest scale of a group. That is
+    # little beside 4 bits, and as much as half a step of 8 bits, which is 1 in 254.
+    assert errors[True] < {4: 1.001, 8: 1.2}[bits] * errors[False]
+
+
+def test_a_block_beside_one_with_large_values_keeps_its_own():
+    weight = torch.full((128,), 1e-3)
+    weight[64:] = 1e3
+    assert dense(NF4Storage(), weight)[:64].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("plugin", "options", "most"),
+    [
+        (NF4Storage(), {}, 0.135),
+        (NF4Storage(), {"double_quant": False}, 0.141),
+        (Int8Storage(), {}, 0.255),
+        (Int8Storage(), {"double_quant": False}, 0.266),
+    ],
+    ids=["nf4", "nf4-single", "int8", "int8-single"],
+)
+def test_bytes_as_a_share_of_float32(plugin, options, most):
+    assert stored_bytes(plugin, torch.randn(384, 384), **options) <= most * 4 * 384 * 384
+
+
+def test_the_values_and_bytes_are_those_of_bitsandbytes():
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    functional = pytest.importorskip("bitsandbytes.functional")
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    stored = NF4Storage().store(weight, storage_options(NF4Storage(), {"double_quant": False}))
+    assert torch.equal(stored["scales"], state.absmax)
+    # Values that lie between two levels may fall on either side, since its levels are rounded otherwise (1.5e-8).
+    assert (stored["codes"] != codes.flatten()).sum() <= 1
+
+
+@pytest.mark.parametrize(
+    ("plugin", "given", "message"),
+    [
+        (NF4Storage(), {"blocksize": 64}, r"'nf4' has no option 'blocksize'.*block_size"),
+        (NF4Storage(), {"block_size": 3}, "block_size of nf4 is an even count, not 3"),
+        (Int8Storage(), {"block_size": True}, "block_size of int8 is an even count, not True"),
+        (Int8Storage(), {"double_quant": 1}, "double_quant of int8 is True or False, not 1"),
+        (NF4Storage(), {"min_size": -1}, "min_size is a number of elements, not -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_are_checked(plugin, given, message):
+    with pytest.raises(ConfigError, match=message):
+        storage_options(plugin, given)

@@ -1,0 +1,120 @@
+"""The built-in storages pass the kit, and each check fails on a storage that violates it."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from lora_plugins.storages.int8 import Int8Storage
+from lora_plugins.storages.nf4 import NF4Storage
+from lora_plugins.testing import STORAGE_CHECKS, CheckError, check_storage_plugin
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quant": False, "block_size": 32}], ids=["double", "single"])
+@pytest.mark.parametrize("plugin", [NF4Storage(), Int8Storage()], ids=lambda plugin: plugin.name)
+def test_built_in(storage_check, plugin, options):
+    storage_check(plugin, options=options)
+
+
+class Unnamed(NF4Storage):
+    name = ""
+
+
+class OwnMinSize(NF4Storage):
+    options: ClassVar = {**NF4Storage.options, "min_size": 1}
+
+
+class TakenName(NF4Storage):
+    def store(self, weight, options):
+        return {"training": super().store(weight, options)["codes"]}
+
+
+class FloatingCodes(NF4Storage):
+    def store(self, weight, options):
+        return {name: tensor.float() for name, tensor in super().store(weight, options).items()}
+
+
+class Shifted(NF4Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options).flatten().roll(1).view(shape)
+
+
+class Half(NF4Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options).half()
+
+
+class Shift(Int8Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options) + 1e-3
+
+
+class HalfScales(Int8Storage):
+    def store(self, weight, options):
+        return super().store(weight * 1e2, {**options, "double_quant": False}) | {}
+
+    def restore(self, tensors, shape, options):
+        return super().restore({**tensors, "scales": tensors["scales"].half().float()}, shape, options) / 1e2
+
+
+class Noisy(NF4Storage):
+    def store(self, weight, options):
+        return super().store(weight + torch.randn_like(weight) * 1e-2, options)
+
+
+class InPlace(NF4Storage):
+    def store(self, weight, options):
+        return super().store(weight.mul_(0.99), options)
+
+
+class View(Int8Storage):
+    def store(self, weight, options):
+        return {"codes": weight.view(torch.int32)}
+
+    def restore(self, tensors, shape, options):
+        return tensors["codes"].view(torch.float32)
+
+
+class WrongRows(NF4Storage):
+    def rows(self, tensors, index, shape, options):
+        return super().rows(tensors, index, torch.Size((shape[0], shape[-1])), options)
+
+
+class Unpacked(NF4Storage):
+    def packed(self, codes):
+        return codes.long()
+
+    def unpacked(self, codes):
+        return self.table[codes]
+
+    def levels_at(self, codes, positions):
+        return self.table[codes[positions]]
+
+
+VIOLATIONS = {
+    "registration": [Unnamed, OwnMinSize],
+    "names": [TakenName, FloatingCodes],
+    "dense": [Shifted, Half],
+    "zeros": [Shift],
+    "outliers": [HalfScales],
+    "bits": [Noisy],
+    "untouched": [InPlace, View],
+    "rows": [WrongRows],
+    "size": [Unpacked],
+}
+
+
+def test_every_check_has_a_violation():
+    assert list(VIOLATIONS) == list(STORAGE_CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [(name, plugin) for name, plugins in VIOLATIONS.items() for plugin in plugins],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_violation_fails_its_check(name, plugin):
+    with pytest.raises(CheckError, match=f"fails the check '{name}'") as caught:
+        check_storage_plugin(plugin(), only=[name])
+    for part in ("expected:", "came:", "usual cause:"):
+        assert part in str(caught.value)
