@@ -72,6 +72,12 @@ class LoraConfig:
             installed plugin.
         init_options: Options of that plugin.
         variant: `lora`, or the name of a plugin that lets A and B change the weight in another way: `dora`.
+        quantize: `nf4`, `int8`, or the name of an installed storage: how the weights of adapted layers are stored, in
+            place of their float values; None leaves them as they are.
+        quantize_options: Options of that storage, and `min_size`: smaller weights stay float (by default below 4096
+            elements).
+        quantize_modules: The layers whose weights are stored, in the forms of `target_modules`, where they are not the
+            adapted ones. Layers in `modules_to_save` and those that no plugin handles stay float in any case.
         use_rslora: Rank-stabilized scaling (Kalajdzievski, arXiv 2312.03732).
         memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the
             output of a normalization or an activation. `normal` keeps the input of each adapted layer, once.
@@ -99,6 +105,9 @@ class LoraConfig:
     init: str = "kaiming"
     init_options: dict[str, Any] = field(default_factory=dict)
     variant: str = "lora"
+    quantize: str | None = None
+    quantize_options: dict[str, Any] = field(default_factory=dict)
+    quantize_modules: list[str] | str | None = None
     use_rslora: bool = False
     memory: Literal["normal", "low"] = "normal"
     norm: Literal["freeze", "track"] = "freeze"
@@ -113,6 +122,11 @@ class LoraConfig:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where layers_to_transform counts; set layers_to_transform too.")
+        for name in ("quantize_options", "quantize_modules"):
+            if getattr(self, name) and self.quantize is None:
+                raise ConfigError(f"{name} says something of stored weights; set quantize too.")
+        if self.quantize_modules is not None and not self.quantize_modules:
+            raise ConfigError("quantize_modules is empty. Name the layers to store, or leave it out.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain types, ready for JSON, YAML or a checkpoint."""
@@ -192,6 +206,11 @@ def _check_flag(name: str, value: Any) -> None:
 def _check_name(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} holds {shown(value)}, which is not a name.")
+
+
+def _check_optional_name(name: str, value: Any) -> None:
+    if value is not None:
+        _check_name(name, value)
 
 
 def _check_names(name: str, value: Any) -> None:
@@ -281,6 +300,9 @@ _CHECKS: Mapping[str, Check] = {
     "init": _check_name,
     "init_options": _check_options,
     "variant": _check_name,
+    "quantize": _check_optional_name,
+    "quantize_options": _check_options,
+    "quantize_modules": _check_optional_patterns,
     "use_rslora": _check_flag,
     "memory": _choice_of("normal", "low"),
     "norm": _choice_of("freeze", "track"),

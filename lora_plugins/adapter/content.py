@@ -1,13 +1,14 @@
 """The tensors of a new adapter, computed before anything of the model is touched."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace import detached_weight, full_name, holder_of
+from lora_plugins.errors import StateError
+from lora_plugins.inplace import StoredWeight, detached_weight, full_name, holder_of, own_tensor, stored_weight
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration
 from lora_plugins.utils import run_seed
@@ -61,7 +62,9 @@ def initialize(
     for layer, slot, shape in plan.slots():
         weight = detached_weight(model.get_submodule(layer.name), slot.tensor)
         seen = (calibration or {}).get((layer.name, slot.suffix), SlotCalibration())
-        context = _context(plan, layer, slot, shape, weight, seen)
+        context = replace(
+            _context(plan, layer, slot, shape, weight, seen), stored=_rounding(model, plan, layer, slot, weight)
+        )
         with torch.no_grad():
             recipe = plan.init.fill(context)
         content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe)
@@ -88,32 +91,106 @@ def _context(
     )
 
 
+def _rounding(
+    model: nn.Module, plan: Plan, layer: PlannedLayer, slot: Slot, weight: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """Returns what storing makes of the values of one slot, on the CPU; None where the weight is not stored anew."""
+    storage = plan.stored.get(full_name(layer.name, slot.tensor))
+    if storage is None or stored_weight(model.get_submodule(layer.name), slot.tensor) is not None:
+        return None
+    original = layer.plugin.to_matrix(weight)
+
+    def rounded(values: Tensor) -> Tensor:
+        matrix = original.to("cpu", factor_dtype(weight), copy=True)
+        slot.cut(matrix).copy_(values)
+        dense = storage.restore(storage.store(layer.plugin.from_matrix(matrix, weight.shape)), weight.shape)
+        return slot_matrix(layer, slot, dense.to(weight.dtype)).to(values.dtype)
+
+    return rounded
+
+
 def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict[str, Tensor]:
-    """Computes the base weights that the plan's init replaces, by full name; empty for most inits."""
+    """Computes the base weights that the plan's init replaces, by full name; empty for most inits.
+
+    A weight that is stored in fewer bytes is not the adapter's but the model's; see `new_stored_weights`.
+    """
+    names = {full_name(layer.name, slot.tensor) for layer, slot, _ in plan.slots()} - plan.stored.keys()
+    return _bases(model, plan, content, names, plan.init.changed_base)
+
+
+def new_stored_weights(model: nn.Module, plan: Plan, content: AdapterContent) -> dict[str, StoredWeight]:
+    """Stores the weights that the plan names, by full name, beside the model; tied ones are one and the same.
+
+    Weights that are stored already are left out.
+
+    Raises:
+        StateError: If a weight has values that are not finite.
+    """
+    new = {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
+    changed = _bases(model, plan, content, set(new), plan.init.base_to_store, wide=True)
+    made: dict[int, StoredWeight] = {}
+    for name, storage in new.items():
+        parameter = own_tensor(model, name)
+        if id(parameter) in made and name not in changed:
+            continue
+        value = changed.get(name, parameter.detach())
+        if not bool(value.isfinite().all()):
+            raise StateError(f"{name!r} has values that are not finite, which cannot be stored as {storage}.")
+        made[id(parameter)] = StoredWeight(
+            storage, value, parameter.dtype, device=parameter.device, requires_grad=parameter.requires_grad
+        )
+    return {name: made[id(own_tensor(model, name))] for name in new}
+
+
+def _bases(
+    model: nn.Module,
+    plan: Plan,
+    content: AdapterContent,
+    names: set[str],
+    compute: Callable[..., Tensor],
+    *,
+    wide: bool = False,
+) -> dict[str, Tensor]:
+    """Computes what an init puts in place of base weights, by full name; empty for most inits.
+
+    Args:
+        model: The model.
+        plan: What is adapted.
+        content: The adapter's tensors.
+        names: Full names of the weights that are wanted.
+        compute: What the init computes, as `InitPlugin.changed_base`.
+        wide: Whether in the type of the factors, in place of the weight's.
+    """
     if not plan.init.changes_base:
         return {}
     changed: dict[str, Tensor] = {}
     for layer, slot, _ in plan.slots():
         name = full_name(layer.name, slot.tensor)
+        if name not in names:
+            continue
         original = detached_weight(model.get_submodule(layer.name), slot.tensor)
-        weight = changed.get(name, original)
+        weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
         with torch.no_grad():
-            new = plan.init.changed_base(
+            new = compute(
                 slot_matrix(layer, slot, original).to("cpu", factor_dtype(original)),
                 recipe,
                 layer.scaling,
                 plan.init_options,
             )
         slot.cut(matrix).copy_(new)
-        laid_out = torch.empty_like(original)  # keeps the memory format
+        laid_out = torch.empty_like(original, dtype=matrix.dtype)  # keeps the memory format
         changed[name] = laid_out.copy_(layer.plugin.from_matrix(matrix, original.shape))
     return changed
 
 
 def with_own_tensors(
-    model: nn.Module, plan: Plan, content: AdapterContent, changed: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: Plan,
+    content: AdapterContent,
+    changed: Mapping[str, Tensor],
+    stored: Mapping[str, StoredWeight],
 ) -> AdapterContent:
     """Returns the content of a new adapter with the first values of its variant's own tensors.
 
@@ -122,13 +199,17 @@ def with_own_tensors(
         plan: What is adapted.
         content: Its factors.
         changed: The base weights that the init replaces, by full name.
+        stored: The base weights that are stored in fewer bytes from now on, by full name.
     """
     completed = dict(content)
     for layer, slot, _ in plan.slots():
         if layer.variant is not None:
             tensors = content[layer.name, slot.suffix]
             name = full_name(layer.name, slot.tensor)
-            weight = changed.get(name, detached_weight(model.get_submodule(layer.name), slot.tensor))
+            if name in stored:
+                weight = stored[name].dense()
+            else:
+                weight = changed.get(name, detached_weight(model.get_submodule(layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
             completed[layer.name, slot.suffix] = replace(tensors, own=own)

@@ -5,12 +5,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lora_plugins.adapter.attach import attach, detach
-from lora_plugins.adapter.content import AdapterContent, changed_bases, trained_values, with_own_tensors
+from lora_plugins.adapter.content import (
+    AdapterContent,
+    changed_bases,
+    new_stored_weights,
+    trained_values,
+    with_own_tensors,
+)
 from lora_plugins.adapter.sharing import check_shared
 from lora_plugins.adapter.state import (
     Adapter,
@@ -21,7 +27,7 @@ from lora_plugins.adapter.state import (
     open_state,
 )
 from lora_plugins.errors import ConfigError, StateError, listing
-from lora_plugins.inplace import RESERVED, layer_state, strip_adapters
+from lora_plugins.inplace import RESERVED, StoredWeight, holder_of, layer_state, put_stored, strip_adapters
 from lora_plugins.plan import Plan
 from lora_plugins.utils import without_collection
 
@@ -72,6 +78,7 @@ def add(
     content: AdapterContent,
     values: Mapping[str, Tensor] | None = None,
     changed: Mapping[str, Tensor] | None = None,
+    stored: Mapping[str, StoredWeight] | None = None,
 ) -> None:
     """Puts a finished adapter on a model; everything that can fail happens before the first change.
 
@@ -82,20 +89,27 @@ def add(
         content: Its tensors.
         values: Its heads, biases and statistics, where they were saved.
         changed: The base weights that its init replaces, where they were rebuilt.
+        stored: The base weights that are stored in fewer bytes from now on, where they were made before.
 
     Raises:
-        MergeError: If its init would change a weight that a layer uses too which it does not adapt.
+        MergeError: If its init or its storage would change a weight that a layer uses too which it does not adapt.
     """
     if plan.init.changes_base:
         check_shared(model, plan.weights())
+    if plan.stored:
+        check_shared(model, _by_layer(plan.stored))
+    if stored is None:
+        stored = new_stored_weights(model, plan, content)
     if changed is None:
         changed = changed_bases(model, plan, content)
-        content = with_own_tensors(model, plan, content, changed)
+        content = with_own_tensors(model, plan, content, changed, stored)
     own = trained_values(model, plan)
     # A saved value takes the type that training has on this model, which may be another than where it was saved.
     own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
     state = open_state(model)
     first = not state.adapters
+    for name, weight in stored.items():
+        put_stored(*holder_of(model, name), weight)
     with without_collection():
         attach(model, plan, adapter, content)
     state.adapters[adapter] = Adapter(plan, {key: dict(tensors.recipe) for key, tensors in content.items()})
@@ -103,6 +117,15 @@ def add(
     if first:
         state.active = (adapter,)
     apply_state(model, state)
+
+
+def _by_layer(weights: Iterable[str]) -> dict[str, set[str]]:
+    """Returns attribute names of weights by layer name."""
+    found: dict[str, set[str]] = {}
+    for name in weights:
+        layer, _, tensor = name.rpartition(".")
+        found.setdefault(layer, set()).add(tensor)
+    return found
 
 
 def set_active(

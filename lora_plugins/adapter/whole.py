@@ -84,7 +84,7 @@ def _contents(module: nn.Module) -> list[dict[Any, Any]]:
     if isinstance(module, AdapterTensors):
         return [module._parameters]
     attributes = vars(module)
-    found = [attributes, module._modules]
+    found = [attributes, module._modules, module._parameters]
     if module._buffers:
         found.append(module._buffers)
     if (layer := attributes.get(STATE)) is not None:

@@ -4,6 +4,9 @@ Alternates Q ← quantize(W - s·B·A) and s·B·A ← the best rank-r approxima
 s is the adapter's scaling; the best iterate is kept, so the error never rises with more iterations.
 Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
 
+Where the base is really stored in fewer bytes (`LoraConfig(quantize=...)`), its storage is the quantizer, and Q is what
+is stored. Else Q stays float, in the type of the base.
+
 The changed base is a function of the original base and of the factors before the last quantization, which are stored
 with the adapter: loading it onto the original base gives Q again without storing Q.
 """
@@ -21,11 +24,12 @@ from lora_plugins.utils import BITS, low_rank, quantize_dequantize
 
 
 class LoftQInit(InitPlugin):
-    """Options: `bits` (2, 4 or 8), `block_size` (values that share a scale) and `iterations`."""
+    """Options: `iterations`; and `bits` (2, 4 or 8) and `block_size` (values that share a scale) of a float base."""
 
     name = "loftq"
     options: ClassVar[Mapping[str, Any]] = {"bits": 4, "block_size": 64, "iterations": 1}
     changes_base = True
+    storage_options = ("bits", "block_size")
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses widths that no quantizer has, and counts below one."""
@@ -42,7 +46,7 @@ class LoftQInit(InitPlugin):
         best, best_recipe = float("inf"), {"A": A, "B": B}
         for _ in range(context.options["iterations"]):
             recipe = {"A": A, "B": B}
-            residual = context.weight - self.changed_base(context.weight, recipe, context.scaling, context.options)
+            residual = context.weight - self._quantized(context, recipe)
             A, B = low_rank(residual, rank, context.scaling)
             error = float(torch.linalg.matrix_norm(residual - (B * context.scaling) @ A))
             if error < best:
@@ -56,5 +60,17 @@ class LoftQInit(InitPlugin):
         self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
     ) -> Tensor:
         """Quantizes what the factors of the recipe leave of the original weight."""
-        target = without_product(weight, recipe, scaling) if recipe else weight
+        target = self.base_to_store(weight, recipe, scaling, options)
         return quantize_dequantize(target, options["bits"], options["block_size"])
+
+    def base_to_store(
+        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Returns what the factors of the recipe leave of the original weight, for the storage to quantize."""
+        return without_product(weight, recipe, scaling) if recipe else weight
+
+    def _quantized(self, context: InitContext, recipe: Mapping[str, Tensor]) -> Tensor:
+        weight, scaling, options = context.weight, context.scaling, context.options
+        if context.stored is None:
+            return self.changed_base(weight, recipe, scaling, options)
+        return context.stored(self.base_to_store(weight, recipe, scaling, options))

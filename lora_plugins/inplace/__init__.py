@@ -1,7 +1,7 @@
 """An adapted layer in place: the user's own module, of a class that answers with the effective weight.
 
-The names and modules of a model, normalization layers that stand still, and weights that something else computes are
-here too.
+The names and modules of a model, normalization layers that stand still, weights that something else computes, and those
+that are stored in fewer bytes are here too.
 """
 
 from lora_plugins.inplace.adapted_class import by_position, class_reason, positional_names, refresh_class
@@ -19,6 +19,8 @@ from lora_plugins.inplace.modules import (
     persistent_buffers,
 )
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
+from lora_plugins.inplace.stored_weight import StoredWeight, all_stored, stored_weight, stored_weights
+from lora_plugins.inplace.storing import put_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
 from lora_plugins.inplace.weights import detached_weight, frozen_statistics, is_shard, raw_weight, weight_key
 
@@ -28,6 +30,8 @@ __all__ = [
     "AdapterTensors",
     "LayerState",
     "NamedModule",
+    "StoredWeight",
+    "all_stored",
     "base_class_of",
     "by_position",
     "class_reason",
@@ -49,12 +53,16 @@ __all__ = [
     "own_tensors_of",
     "persistent_buffers",
     "positional_names",
+    "put_dense",
+    "put_stored",
     "raw_weight",
     "recompute",
     "refresh_class",
     "remover",
     "slot_tensors",
     "state_of",
+    "stored_weight",
+    "stored_weights",
     "strip_adapters",
     "terms_of",
     "thaw",

@@ -7,7 +7,7 @@ active, so the layer's own forward, and anyone else who reads the weight, comput
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,36 +16,47 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.deltas import effective_weight, stacked_adapters, term_of
 from lora_plugins.inplace.layer_state import layer_state
-from lora_plugins.inplace.weights import weight_with_merged
+from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
+from lora_plugins.inplace.stored_weight import stored_weights
+from lora_plugins.inplace.weights import LazyWeightsOf, weights_of
 from lora_plugins.plugins import LayerPlugin
 
 
 def _reduce(layer: Any, protocol: Any) -> Any:
     # The generated class has no import path; it is made again from its base class.
-    state = layer_state(layer)
-    args = (state.base_class, state.weight_names, state.has_branch, state.extended_by)
-    return _rebuild, args, layer.__getstate__()
+    return _rebuild, _arguments(layer), layer.__getstate__()
 
 
 def _extra_repr(layer: nn.Module) -> str:
     """Adds the adapters to what the base class shows."""
     state = layer_state(layer)
     adapters = ", ".join(f"{name}: r={a.r}, alpha={a.alpha:g}" for name, a in state.adapters.items())
-    return f"{state.base_class.extra_repr(layer)}, lora[{adapters}]".removeprefix(", ")
+    return f"{resting_class(layer).extra_repr(layer)}, lora[{adapters}]".removeprefix(", ")
+
+
+def _arguments(layer: nn.Module) -> tuple[Any, ...]:
+    """What the generated class of a layer is made from."""
+    state = layer_state(layer)
+    stored = tuple(stored_weights(layer))
+    return state.base_class, state.weight_names, state.has_branch, state.extended_by, stored
 
 
 def refresh_class(layer: nn.Module) -> None:
     """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
     state = layer_state(layer)
     state.branch = state.active_branch()
-    base: Any = state.base_class
+    rest: Any = resting_class(layer)
     idle = not state.active and not state.merged
-    layer.__class__ = base if idle else adapted_class(base, state.weight_names, state.has_branch, state.extended_by)
+    layer.__class__ = rest if idle else adapted_class(*_arguments(layer))
 
 
 @functools.cache
 def adapted_class(
-    base: Any, weights: tuple[str, ...], has_branch: bool, extended_by: type[LayerPlugin[Any]] | None = None
+    base: Any,
+    weights: tuple[str, ...],
+    has_branch: bool,
+    extended_by: type[LayerPlugin[Any]] | None = None,
+    stored: tuple[str, ...] = (),
 ) -> type[nn.Module]:
     """Generates the class of adapted layers, once for each base class.
 
@@ -54,7 +65,11 @@ def adapted_class(
         weights: Attribute names of the weights that answer with their effective value.
         has_branch: Whether a plugin's branch may replace the base class's forward.
         extended_by: The type of the plugin that has attributes of the class; None if there is none.
+        stored: Attribute names of the weights that are stored.
     """
+    name = base.__name__
+    if stored:
+        base = stored_class(base, stored)
     namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
@@ -63,10 +78,10 @@ def adapted_class(
     if extended_by is not None:
         namespace |= extended_by.class_attributes
     if has_branch:
-        namespace["forward"] = _forward(base)
+        namespace["forward"] = making_again(_forward(base, LazyWeightsOf)) if stored else _forward(base)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
     # class has a base without __dict__, as abstract ones often do, would have another layout.
-    return type(f"Lora{base.__name__}", (base,), namespace)
+    return type(f"Lora{name}", (base,), namespace)
 
 
 @functools.cache
@@ -140,7 +155,7 @@ def by_position(
     return tuple(given), named
 
 
-def _forward(base: type[nn.Module]) -> Any:
+def _forward(base: type[nn.Module], read: Callable[..., Mapping[str, Tensor]] = weights_of) -> Any:
     names = positional_names(base)
 
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +165,7 @@ def _forward(base: type[nn.Module]) -> Any:
             return base.forward(layer, *args, **kwargs)
         if kwargs:
             args, kwargs = by_position(names, args, kwargs)
-        weights: Mapping[str, Tensor] = {tensor: weight_with_merged(layer, tensor) for tensor in branch.tensors}
+        weights = read(layer, branch.tensors)
         if state.rows is not None:
             if training:
                 raise StateError(
@@ -166,7 +181,11 @@ def _forward(base: type[nn.Module]) -> Any:
 
 
 def _rebuild(
-    base: Any, weights: tuple[str, ...], has_branch: bool, extended_by: type[LayerPlugin[Any]] | None = None
+    base: Any,
+    weights: tuple[str, ...],
+    has_branch: bool,
+    extended_by: type[LayerPlugin[Any]] | None = None,
+    stored: tuple[str, ...] = (),
 ) -> nn.Module:
-    generated = adapted_class(base, weights, has_branch, extended_by)
+    generated = adapted_class(base, weights, has_branch, extended_by, stored)
     return generated.__new__(generated)

@@ -11,6 +11,9 @@ from lora_plugins.plugins import LayerPlugin, PlannedLayer, Slot
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
 
+STORED_BASE = "_lora_stored_base"
+"""Attribute of the class of a layer with stored weights: the layer's own class."""
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -112,6 +115,9 @@ def layer_state(layer: nn.Module) -> LayerState:
 
 
 def base_class_of(layer: nn.Module) -> type[nn.Module]:
-    """Returns the class that a layer has without its adapters."""
+    """Returns the layer's own class, as it is without adapters and stored weights."""
     state = state_of(layer)
-    return type(layer) if state is None else state.base_class
+    if state is not None:
+        return state.base_class
+    cls: type[nn.Module] = type(layer).__dict__.get(STORED_BASE, type(layer))
+    return cls

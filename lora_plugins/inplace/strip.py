@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.parametrized import make_plain
+from lora_plugins.inplace.stored_class import resting_class
 
 
 def strip_adapters(layer: nn.Module) -> None:
@@ -20,8 +21,8 @@ def strip_adapters(layer: nn.Module) -> None:
         else:
             parameter.data = value
             increment_version(parameter)  # so that an earlier forward has no backward of other weights
-    base: Any = state.base_class
-    layer.__class__ = base
+    rest: Any = resting_class(layer)
+    layer.__class__ = rest
     for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
         del layer._modules[name]
     for name, value in computed.items():

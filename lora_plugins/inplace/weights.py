@@ -1,11 +1,12 @@
 """The weights of a layer: the raw one, the one with merged updates, and the effective one.
 
-- *raw*: the untouched weight, a parameter, or what a parametrization or a hook of the layer computes;
+- *raw*: the untouched weight, a parameter, the dense value of a stored weight, or what a parametrization or a hook of
+  the layer computes;
 - *with merged*: the weight that active updates are added to: the raw one, or one with merged updates in it;
 - *effective*: `W + ΔW` over the active adapters, which `layer.weight` answers with; see `deltas`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
+from lora_plugins.inplace.stored_weight import stored_weight
+from lora_plugins.plugins import LazyWeights
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
-    """Returns the untouched weight: a parameter, or what a parametrization or a hook of the layer computes."""
+    """Returns the untouched weight: a parameter, a stored one made dense, or what the layer computes."""
     for store in (layer._parameters, layer._buffers, layer.__dict__):
         value = store.get(name)
         if value is not None:
             return cast(Tensor, value)
+    stored = stored_weight(layer, name)
+    if stored is not None:
+        return stored.dense()
     return cast(Tensor, cast(Any, getattr(base_class_of(layer), name)).fget(layer))
 
 
@@ -49,9 +55,9 @@ def frozen_statistics(layer: nn.Module) -> Iterator[None]:
 
 
 def weight_key(layer: nn.Module, name: str) -> int | None:
-    """Identifies the parameter behind a weight, the same for all layers that share it; None if it is computed."""
-    parameter = layer._parameters.get(name)
-    return None if parameter is None else id(parameter)
+    """Identifies what is behind a weight, the same for all layers that share it; None if it is computed."""
+    held = stored_weight(layer, name) if (parameter := layer._parameters.get(name)) is None else parameter
+    return None if held is None else id(held)
 
 
 def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
@@ -69,3 +75,33 @@ def is_shard(layer: nn.Module, name: str) -> bool:
     if "_is_fsdp_managed_module" in layer.__dict__:  # what FSDP says of all modules below it
         return parameter is not None or layer.__dict__[name].untyped_storage().size() == 0
     return hasattr(parameter, "placements")  # of a DTensor, whose import is too slow for those who do not use it
+
+
+class LazyWeightsOf(LazyWeights):
+    """The weights that active updates of a layer are added to, of which some are stored."""
+
+    def __init__(self, layer: nn.Module, names: tuple[str, ...]) -> None:
+        self._layer, self._names = layer, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return weight_with_merged(self._layer, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Makes these rows alone dense, where the weight is stored."""
+        stored = stored_weight(self._layer, name)
+        if stored is None or name in layer_state(self._layer).merged:
+            return self[name][index]
+        return stored.rows(index)
+
+
+def weights_of(layer: nn.Module, names: tuple[str, ...]) -> Mapping[str, Tensor]:
+    """Returns the weights that active updates are added to, by attribute name."""
+    return {name: weight_with_merged(layer, name) for name in names}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, StackedAdapters, Term, add_delta
+from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, LazyWeights, StackedAdapters, Term, add_delta
 
 
 class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
@@ -28,10 +28,9 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
 
         Options that concern whole rows of `W + ΔW` need those rows, so there the updated weight is formed.
         """
-        weight = base["weight"]
         if layer.max_norm is not None or layer.scale_grad_by_freq:
-            return self._look_up_rows(layer, weight, terms, input)
-        y = F.embedding(input, weight, layer.padding_idx, sparse=layer.sparse)
+            return self._look_up_rows(layer, base["weight"], terms, input)
+        y = _base_rows(layer, base, input)
         for term in terms:
             rows = F.embedding(input, term.A.T)
             update = F.linear(rows, term.B) * term.scaling
@@ -46,10 +45,9 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         self, layer: nn.Embedding, base: Mapping[str, Tensor], adapters: StackedAdapters, input: Tensor
     ) -> Tensor:
         """Looks `input` up in the columns of each row's own A."""
-        weight = base["weight"]
         if layer.max_norm is not None:
             raise NotImplementedError("Embedding with max_norm renormalizes one table; it cannot mix adapters.")
-        y = F.embedding(input, weight, layer.padding_idx)
+        y = _base_rows(layer, base, input)
         indices = input.reshape(len(input), input.shape[1:].numel())
         rows = adapters.A.mT[adapters.index[:, None], indices]
         return y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
@@ -59,3 +57,10 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
             weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         # Not sparse: the gradient goes on to A and B, through products that sparse tensors do not have.
         return F.embedding(input, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+
+
+def _base_rows(layer: nn.Embedding, base: Mapping[str, Tensor], input: Tensor) -> Tensor:
+    """Looks `input` up in W; of a stored W nothing else is made dense."""
+    if isinstance(base, LazyWeights):
+        return base.rows("weight", input)
+    return F.embedding(input, base["weight"], layer.padding_idx, sparse=layer.sparse)

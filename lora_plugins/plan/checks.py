@@ -65,6 +65,11 @@ def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin) -> str
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
         if weight.computed and init.needs == "gradients":
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
+        if weight.stored is not None and (init.changes_base or init.needs == "gradients"):
+            return (
+                f"{slot.tensor!r} is stored as {weight.stored.plugin.name} already, so the init {init.name!r} cannot "
+                "start from its float value; adapt the float model, with quantize in the config"
+            )
         if not weight.dtype.is_floating_point:
             return f"{slot.tensor!r} has the type {weight.dtype}, not a floating one"
         if weight.problem:

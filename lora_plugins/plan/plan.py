@@ -8,7 +8,7 @@ from typing import Any
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
 from lora_plugins.plan.targets import LeftOut
-from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot
+from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot, Storage
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Plan:
         frozen_norms: Names of normalization layers that are kept in eval mode.
         base_parameters: The number of elements of all parameters of the model.
         trained_parameters: The number of elements of `trained`.
+        stored: How weights are stored, by full name; those that are not there stay as they are.
         ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.
         left_out: What `target_modules="all"` does not adapt though it has weights that could be, one entry a type.
     """
@@ -36,6 +37,7 @@ class Plan:
     frozen_norms: tuple[str, ...]
     base_parameters: int
     trained_parameters: int
+    stored: Mapping[str, Storage] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
@@ -120,4 +122,7 @@ class Plan:
         ]
         if self.trained:
             lines.append(f"trained in place: {listing(self.trained)}")
+        if self.stored:
+            kinds = listing(dict.fromkeys(storage.plugin.name for storage in self.stored.values()))
+            lines.append(f"stored as {kinds}: {listing(self.stored)}")
         return "\n".join([*lines, *map(str, self.left_out), self.summary()])

@@ -14,6 +14,7 @@ from lora_plugins.inplace import full_name
 from lora_plugins.plan import checks, patterns
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
+from lora_plugins.plan.stored import check_init_options, storage_of, stored_weights
 from lora_plugins.plan.survey import Site, Survey, survey
 from lora_plugins.plan.targets import left_out, saved_modules, target_sites, within
 from lora_plugins.plan.ties import Target, grouped
@@ -25,6 +26,7 @@ from lora_plugins.plugins import (
     PlannedLayer,
     Registry,
     Slot,
+    Storage,
     VariantPlugin,
     registry_of,
 )
@@ -46,14 +48,21 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = 
     registry = registry or registry_of(config)
     init = _checked_init(config, registry)
     variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
+    storage = storage_of(config, registry)
+    check_init_options(config, init)
     found = survey(model, registry)
     current = with_current_names(model, config, [name for site in found.sites for name in site.names])
-    plan = planned(found, current, registry, init, variant)
+    plan = planned(found, current, registry, init, variant, storage)
     return plan if current is config else replace(plan, config=config)
 
 
 def planned(
-    survey: Survey, config: LoraConfig, registry: Registry, init: InitPlugin, variant: VariantPlugin | None
+    survey: Survey,
+    config: LoraConfig,
+    registry: Registry,
+    init: InitPlugin,
+    variant: VariantPlugin | None,
+    storage: Storage | None = None,
 ) -> Plan:
     """Decides what an adapter would do to a surveyed model.
 
@@ -63,6 +72,7 @@ def planned(
         registry: The layer types there are, for messages.
         init: The config's init.
         variant: The config's variant; None for plain LoRA.
+        storage: How the config stores weights; None if it does not.
 
     Raises:
         TargetError: As `make_plan` does.
@@ -72,6 +82,7 @@ def planned(
     targets = target_sites(config, survey, registry, saved)
     layers = _layers(config, targets, init, variant)
     trained = _trained(config, survey, saved, targets)
+    stored = stored_weights(config, survey, targets, saved, storage)
     _check_trained(survey, trained, layers)
     norms = [site.name for site in survey.sites if site.has_statistics and not within(site.name, saved)]
     tracked = set(norms) if config.norm == "track" else set()
@@ -85,6 +96,7 @@ def planned(
         base_parameters=sum(parameter.size for parameter in survey.parameters.values()),
         trained_parameters=sum(survey.parameters[name].size for name in trained),
         left_out=left_out(config, survey, saved),
+        stored=stored,
     )
 
 

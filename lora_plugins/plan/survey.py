@@ -22,10 +22,12 @@ from lora_plugins.inplace import (
     own_tensors,
     persistent_buffers,
     state_of,
+    stored_weight,
+    stored_weights,
     weight_key,
 )
 from lora_plugins.plan.other_libraries import foreign_names
-from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path
+from lora_plugins.plugins import LayerPlugin, Registry, Slot, Storage, class_path
 
 WeightKey = int | tuple[str, str]
 """Identifies a weight: the same for all layers that share a parameter, of its own where it is computed."""
@@ -42,6 +44,7 @@ class Weight:
         computed: Whether a parametrization or a hook computes it.
         on_meta: Whether it has no values yet.
         problem: Why an update cannot be added to it.
+        stored: How it is stored; None if it is dense.
     """
 
     key: WeightKey
@@ -50,6 +53,7 @@ class Weight:
     computed: bool = False
     on_meta: bool = False
     problem: str = ""
+    stored: Storage | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Site:
         foreign: Attributes of another LoRA library that stand where ours would go.
         failure: What the plugin raised when it was asked about the layer.
         fixed_class: Why the layer cannot be given another class.
+        adapted: Whether it has an adapter.
     """
 
     names: tuple[str, ...]
@@ -91,6 +96,7 @@ class Site:
     foreign: tuple[str, ...] = ()
     failure: Exception | None = None
     fixed_class: str = ""
+    adapted: bool = False
 
     @property
     def name(self) -> str:
@@ -170,11 +176,12 @@ def _site(entry: NamedModule, registry: Registry, foreign: bool) -> Site:
         class_name=base.__name__,
         class_path=class_path(base),
         plugin=plugin,
-        has_parameters=bool(module._parameters),
+        has_parameters=bool(module._parameters) or bool(stored_weights(module)),
         matrices=tuple(name for name, tensor in module._parameters.items() if _is_matrix(tensor)),
         foreign_adapter=foreign,
         has_statistics=has_statistics(module),
         scripted=isinstance(module, torch.jit.ScriptModule),
+        adapted=state_of(module) is not None,
         **({} if plugin is None else {"fixed_class": class_reason(cast(Any, base)), **_served(entry, plugin)}),
     )
 
@@ -205,7 +212,12 @@ def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
 
 
 def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight:
-    weight, key = detached_weight(entry.module, tensor), weight_key(entry.module, tensor)
+    key, stored = weight_key(entry.module, tensor), stored_weight(entry.module, tensor)
+    if stored is not None:
+        rows, columns = plugin.to_matrix(torch.empty(stored.shape, device="meta")).shape
+        on_meta = stored.device.type == "meta"
+        return Weight(key or id(stored), (rows, columns), stored.dtype, on_meta=on_meta, stored=stored.storage)
+    weight = detached_weight(entry.module, tensor)
     rows, columns = plugin.to_matrix(weight).shape
     problem = _problem(weight)
     return Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta, problem)

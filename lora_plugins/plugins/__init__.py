@@ -25,12 +25,13 @@ from lora_plugins.plugins.hookspecs import (
 from lora_plugins.plugins.init import INITS, InitContext, InitPlugin, InputMoments, RankRequest, SlotCalibration
 from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
+from lora_plugins.plugins.lazy_weights import LazyWeights
 from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, found_plugins, registry_of
 from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
 from lora_plugins.plugins.slot import Slot
-from lora_plugins.plugins.storage import STORAGES, StoragePlugin, storage_options
+from lora_plugins.plugins.storage import STORAGES, Storage, StoragePlugin, storage_options
 from lora_plugins.plugins.term import StackedAdapters, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.plugins.variant import PLAIN, VARIANTS, VariantPlugin
 
@@ -61,6 +62,7 @@ __all__ = [
     "LayerPlugin",
     "LayerRegistrar",
     "LayerSummary",
+    "LazyWeights",
     "Owned",
     "PackedAdapter",
     "PlannedLayer",
@@ -73,6 +75,7 @@ __all__ = [
     "Slot",
     "SlotCalibration",
     "StackedAdapters",
+    "Storage",
     "StoragePlugin",
     "StorageRegistrar",
     "Term",

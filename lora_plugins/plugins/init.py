@@ -1,14 +1,14 @@
 """What an init plugin says: how A and B start, and whether the base weight changes with them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lora_plugins.plugins.kind import A_FLAG, A_NAME, PluginKind, are_options
+from lora_plugins.plugins.kind import A_FLAG, A_NAME, PluginKind, are_options, are_patterns
 
 Needs = Literal["inputs", "gradients"]
 """What an init can ask of the user's data."""
@@ -76,6 +76,8 @@ class InitContext:
         generator: Seeded from the run's seed and the layer's name; draw from nothing else.
         options: `init_options` of the config, with defaults.
         calibration: What the data showed, for an init that `needs` some.
+        stored: Returns the dense value that the weight would have if it were stored with these values, `(out, in)`;
+            None where it stays as it is.
     """
 
     layer: str
@@ -87,6 +89,7 @@ class InitContext:
     generator: torch.Generator
     options: Mapping[str, Any]
     calibration: SlotCalibration = SlotCalibration()
+    stored: Callable[[Tensor], Tensor] | None = None
 
 
 class InitPlugin(ABC):
@@ -100,6 +103,7 @@ class InitPlugin(ABC):
         changes_base: Whether the base weight is replaced; `changed_base` then says by what.
         needs: What the init asks of the user's data: the `inputs` of each layer, the `gradients` of each weight, or
             None. It finds it in `context.calibration`. An adapter that is loaded needs no data again.
+        storage_options: Those of the options that the base's storage decides, where it is stored.
     """
 
     name: ClassVar[str]
@@ -107,6 +111,7 @@ class InitPlugin(ABC):
     identity: ClassVar[bool] = True
     changes_base: ClassVar[bool] = False
     needs: ClassVar[Needs | None] = None
+    storage_options: ClassVar[Sequence[str]] = ()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises an error for a value that an option cannot have; unknown keys were refused before.
@@ -154,6 +159,21 @@ class InitPlugin(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} says changes_base=True but has no changed_base.")
 
+    def base_to_store(
+        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Computes what is stored in place of the original base, where it is stored in fewer bytes.
+
+        By default what `changed_base` returns; an init that itself quantizes returns what it would quantize.
+
+        Args:
+            weight: As in `changed_base`, as are the others.
+            recipe: What `fill` returned.
+            scaling: The factor of `B @ A` in the update.
+            options: `init_options` of the config, with defaults.
+        """
+        return self.changed_base(weight, recipe, scaling, options)
+
 
 def _contradiction(plugin: InitPlugin) -> str:
     says_how = type(plugin).changed_base is not InitPlugin.changed_base
@@ -173,6 +193,7 @@ INITS = PluginKind[InitPlugin](
         "options": (are_options, "a mapping of option names to their defaults"),
         "identity": A_FLAG,
         "changes_base": A_FLAG,
+        "storage_options": (are_patterns, "a list of names of options"),
         "needs": (lambda value: value is None or value in get_args(Needs), f"None or one of {get_args(Needs)}"),
     },
     claims={"init": lambda plugin: plugin.name},

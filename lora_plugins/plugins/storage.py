@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +89,47 @@ def storage_options(plugin: StoragePlugin, given: Mapping[str, Any]) -> dict[str
         raise ConfigError(f"quantize_options: min_size is a number of elements, not {size!r}.")
     plugin.check_options(options)
     return options
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage with its options.
+
+    Args:
+        plugin: The storage.
+        options: All its options.
+    """
+
+    plugin: StoragePlugin
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def store(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """Returns what is stored of a weight of any floating type."""
+        return self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
+
+    def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Returns the dense weight, float32."""
+        return self.plugin.restore(tensors, shape, self.options)
+
+    def rows(self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
+        """Returns rows of the dense weight, float32."""
+        return self.plugin.rows(tensors, index, shape, self.options)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Returns the dense value of a weight once it is stored, in its own type."""
+        return self.restore(self.store(weight), weight.shape).to(weight.dtype)
+
+    def is_same(self, other: "Storage") -> bool:
+        """Whether both give the same bits."""
+        return (self.plugin.name, self.given) == (other.plugin.name, other.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Its options without those that say which weights are stored."""
+        return {key: value for key, value in self.options.items() if key not in COMMON_OPTIONS}
+
+    def __str__(self) -> str:
+        return f"{self.plugin.name} with {self.given}"
 
 
 STORAGES = PluginKind[StoragePlugin](

@@ -1,0 +1,120 @@
+"""Dense values that a forward makes of stored weights: made again in the backward, and not kept in between.
+
+Whatever a layer's own forward saves for its backward passes through a hook of autograd. What lies in the memory of such
+a dense value is replaced by a note of how to make it. Everything else goes to the hook that acts around the layer, such
+as that of gradient checkpointing; where there is none it is kept as it is, with the check for changes in place that
+torch makes itself where there is no hook.
+
+Compilers and transforms take no hooks, so there dense values are kept. torch has no public way of asking for hooks;
+without its private one, they are kept too.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
+
+_top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_enabled: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: False)
+
+Make = Callable[[], Tensor]
+"""Makes a dense value."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that is kept as it is."""
+
+    tensor: Tensor
+    version: int
+
+    def again(self) -> Tensor:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.tensor.type()} {list(self.tensor.shape)} is at version {self.tensor._version}; expected "
+                f"version {self.version} instead."
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A view of a dense value."""
+
+    make: Make
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    def again(self) -> Tensor:
+        return self.make().to(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What the hooks around made of a tensor."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+    def again(self) -> Tensor:
+        return self.unpack(self.packed)
+
+
+class _Pack:
+    """What autograd calls with each tensor that it is about to save.
+
+    Args:
+        around: The hooks that act around; none if there are none.
+    """
+
+    def __init__(self, around: Any) -> None:
+        self.made: dict[int, tuple[Make, Tensor]] = {}
+        self._around = around
+        if around:
+            self.__module__ = around[0].__module__  # by which `kernels.entries.recompute` tells whose hooks act
+
+    def __call__(self, tensor: Tensor) -> _Kept | _Made | _Passed:
+        found = self.made.get(tensor.untyped_storage().data_ptr()) if self.made else None
+        if found is None or found[1].dtype != tensor.dtype:
+            if self._around:
+                return _Passed(self._around[0](tensor), self._around[1])
+            return _Kept(tensor, -1 if tensor.is_inference() else tensor._version)
+        return _Made(found[0], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _MadeAgain(saved_tensors_hooks):
+    def __init__(self, around: Any) -> None:
+        self._pack = _Pack(around)
+        super().__init__(self._pack, lambda saved: saved.again())
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._pack.made.clear()
+
+
+def made_again() -> AbstractContextManager[object]:
+    """Lets dense values that are made inside be made again in the backward, and not kept."""
+    if is_compiling() or not torch.is_grad_enabled() or _top is None or not _enabled():
+        return nullcontext()
+    around = _top(True)
+    return nullcontext() if around and isinstance(around[0], _Pack) else _MadeAgain(around)
+
+
+def note(dense: Tensor, make: Make) -> Tensor:
+    """Takes note of a dense value, if it is made inside of `made_again`; returns it.
+
+    Args:
+        dense: The value.
+        make: Makes it again.
+    """
+    if not is_compiling() and _top is not None and (hooks := _top(True)) and isinstance(hooks[0], _Pack):
+        hooks[0].made[dense.untyped_storage().data_ptr()] = make, dense
+    return dense

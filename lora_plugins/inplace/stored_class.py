@@ -1,0 +1,97 @@
+"""The class of a layer with stored weights: a subclass of its own, which answers with their dense values."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.inplace.layer_state import STORED_BASE, base_class_of
+from lora_plugins.inplace.made_again import made_again
+from lora_plugins.inplace.stored_weight import stored_weight, stored_weights
+
+
+def resting_class(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class that a layer has without adapters: its own, or one that answers with dense values."""
+    base: Any = base_class_of(layer)
+    names = tuple(stored_weights(layer))
+    cls: type[nn.Module] = stored_class(base, names) if names else base
+    return cls
+
+
+@functools.cache
+def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """Generates the class of layers with stored weights, once for each base class.
+
+    Args:
+        base: The layer's own class.
+        names: Attribute names of the stored weights.
+    """
+    namespace: dict[str, Any] = {name: _dense(name) for name in names}
+    namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, STORED_BASE: base}
+    namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
+    namespace["__doc__"] = base.__doc__
+    namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *names]
+    namespace["_load_from_state_dict"] = _load_into(base)
+    namespace["forward"] = making_again(_look_up if base is nn.Embedding else base.forward)
+    return type(f"Stored{base.__name__}", (base,), namespace)
+
+
+def making_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the dense values that a forward makes be made again in the backward."""
+
+    @functools.wraps(forward)
+    def wrapped(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        with made_again():
+            return forward(layer, *args, **kwargs)
+
+    return wrapped
+
+
+def _dense(name: str) -> property:
+    def get(layer: nn.Module) -> Tensor:
+        stored = stored_weight(layer, name)
+        if stored is None:
+            raise AttributeError(f"{type(layer).__name__} has no attribute {name!r}")
+        return stored.dense()
+
+    return property(get)
+
+
+def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
+    """Makes the rows dense that are looked up, and no others."""
+    stored = stored_weight(layer, "weight")
+    if stored is None or layer.max_norm is not None:
+        return nn.Embedding.forward(layer, input)
+    return stored.rows(input)
+
+
+def _load_into(base: Any) -> Callable[..., None]:
+    """Refuses dense values for weights that are stored."""
+
+    def load(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        base._load_from_state_dict(layer, state_dict, prefix, *args)
+        errors: list[str] = args[-1]
+        errors += [
+            f"{prefix + name!r} is stored as {stored.storage.plugin.name} here and dense in the state dict. Load dense "
+            "values before they are stored, or make the model dense again: unload(dequantize=True)."
+            for name, stored in stored_weights(layer).items()
+            if prefix + name in state_dict
+        ]
+
+    return load
+
+
+def _extra_repr(layer: nn.Module) -> str:
+    kinds = dict.fromkeys(stored.storage.plugin.name for stored in stored_weights(layer).values())
+    return f"{base_class_of(layer).extra_repr(layer)}, stored as {', '.join(kinds)}".removeprefix(", ")
+
+
+def _reduce(layer: nn.Module, protocol: Any) -> Any:
+    # The generated class has no import path; it is made again from its base class.
+    return _rebuild, (base_class_of(layer), tuple(stored_weights(layer))), layer.__dict__
+
+
+def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
+    generated = stored_class(base, names)
+    return generated.__new__(generated)

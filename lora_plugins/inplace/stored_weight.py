@@ -1,0 +1,112 @@
+"""A weight that is stored in fewer bytes: a module of its tensors, in the place of a parameter.
+
+The layer's own class is extended by one that answers with the dense value, made anew at each read; see `stored_class`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.inplace.made_again import note
+from lora_plugins.plugins import Storage
+
+SUFFIX = "_stored"
+"""What the name of a stored weight's module ends with; the name of the weight stands before it."""
+
+
+class StoredWeight(nn.Module):
+    """The stored tensors of one weight, as parameters that are not trained.
+
+    Args:
+        storage: How it is stored.
+        weight: The dense weight.
+        dtype: The type of the dense value; by default that of the weight.
+        device: Where the stored tensors go; by default where the weight is.
+        requires_grad: Whether the dense weight was trained, and will be once it is dense again.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        weight: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | None = None,
+        requires_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.storage = storage
+        self.shape = weight.shape
+        self.dtype = dtype or weight.dtype
+        self.was_trained = requires_grad
+        for name, tensor in storage.store(weight).items():
+            self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: cast(Tensor, parameter).detach() for name, parameter in self._parameters.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    def dense(self) -> Tensor:
+        """Returns the dense weight."""
+        versions = [(parameter, parameter._version) for parameter in self._parameters.values() if parameter is not None]
+        return note(self._dense(), lambda: self._dense_at(versions))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Returns rows of the dense weight, for any shape of indices."""
+        with torch.no_grad():
+            return self.storage.rows(self.tensors, index, self.shape).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Shows what is stored."""
+        return f"{self.storage.plugin.name}, {tuple(self.shape)} of {self.dtype}"
+
+    def _dense(self) -> Tensor:
+        with torch.no_grad():
+            return self.storage.restore(self.tensors, self.shape).to(self.dtype)
+
+    def _dense_at(self, versions: Sequence[tuple[Tensor, int]]) -> Tensor:
+        if any(tensor._version != version for tensor, version in versions):
+            raise RuntimeError(
+                f"The stored weight of shape {list(self.shape)} was changed between a forward and its backward."
+            )
+        return self._dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredWeight":
+        """Moves the tensors and keeps their types: a cast is one of the dense value."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return cast(StoredWeight, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
+
+
+def stored_weights(layer: nn.Module) -> dict[str, StoredWeight]:
+    """Returns the stored weights of a layer by attribute name; empty for most layers."""
+    return {
+        name.removesuffix(SUFFIX): module
+        for name, module in layer._modules.items()
+        if isinstance(module, StoredWeight) and name.endswith(SUFFIX)
+    }
+
+
+def stored_weight(layer: nn.Module, name: str) -> StoredWeight | None:
+    """Returns the stored weight of that attribute name; None if it is not stored."""
+    module = layer._modules.get(name + SUFFIX)
+    return module if isinstance(module, StoredWeight) else None
+
+
+def all_stored(modules: Any) -> Iterator[tuple[nn.Module, str, StoredWeight]]:
+    """Yields layer, attribute name and stored weight of all that are stored in some modules."""
+    for module in modules:
+        for name, stored in stored_weights(module).items():
+            yield module, name, stored

@@ -1,0 +1,109 @@
+"""Which weights a config stores in fewer bytes, and how."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, TargetError, listing
+from lora_plugins.inplace import full_name
+from lora_plugins.plan import patterns
+from lora_plugins.plan.survey import Site, Survey, Weight
+from lora_plugins.plan.targets import within
+from lora_plugins.plugins import STORAGES, InitPlugin, Registry, Storage, storage_options
+
+
+def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
+    """Returns the storage that a config asks for; None if it asks for none.
+
+    Raises:
+        PluginError: If there is no such storage.
+        ConfigError: If an option of it is unknown or wrong.
+    """
+    if config.quantize is None:
+        return None
+    plugin = registry.get(STORAGES, config.quantize)
+    return Storage(plugin, storage_options(plugin, config.quantize_options))
+
+
+def stored_weights(
+    config: LoraConfig, survey: Survey, targets: Sequence[Site], saved: set[str], storage: Storage | None
+) -> dict[str, Storage]:
+    """Returns how weights are to be stored, by full name, those that are already stored so included.
+
+    Args:
+        config: The configuration of the adapter.
+        survey: The model.
+        targets: The layers to adapt.
+        saved: What is trained in full.
+        storage: The config's storage; None if it has none.
+
+    Raises:
+        TargetError: If a weight cannot be stored, or nothing would be.
+    """
+    if storage is None:
+        return {}
+    sites = targets if config.quantize_modules is None else _chosen(config, survey, saved)
+    least = storage.options["min_size"]
+    large = {name: (site, weight) for name, site, weight in _weights(sites) if _size(weight) >= least}
+    refused = [f"{name!r}: {reason}" for name, found in large.items() if (reason := _reason(*found, storage))]
+    if refused:
+        raise TargetError(
+            f"These weights cannot be stored as {storage.plugin.name}; name others in quantize_modules:\n  "
+            + "\n  ".join(refused)
+        )
+    if not large:
+        raise TargetError(
+            f"quantize={storage.plugin.name!r} stores nothing: all weights of {len(sites)} layers have fewer than "
+            f"{least} elements. Name larger ones in quantize_modules, or set quantize_options={{'min_size': ...}}."
+        )
+    return dict.fromkeys(large, storage)
+
+
+def check_init_options(config: LoraConfig, init: InitPlugin) -> None:
+    """Refuses options of an init that the storage decides.
+
+    Raises:
+        ConfigError: If one is given.
+    """
+    decided = [key for key in init.storage_options if key in config.init_options] if config.quantize else []
+    if decided:
+        raise ConfigError(
+            f"init_options: {listing(decided)} of {init.name!r} are those of quantize={config.quantize!r} here; say "
+            "them in quantize_options."
+        )
+
+
+def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:
+    free = [site for site in survey.sites if site.plugin and not any(within(name, saved) for name in site.names)]
+    if config.quantize_modules is None or config.quantize_modules == "all":
+        return free
+    found = patterns.select("quantize_modules", config.quantize_modules, [n for site in free for n in site.names])
+    chosen = {name for matches in found.values() for name in matches}
+    return [site for site in free if chosen & set(site.names)]
+
+
+def _weights(sites: Sequence[Site]) -> Iterator[tuple[str, Site, Weight]]:
+    for site in sites:
+        if site.failure is not None:
+            raise site.failure
+        for tensor, weight in site.weights.items():
+            yield full_name(site.name, tensor), site, weight
+
+
+def _size(weight: Weight) -> int:
+    rows, columns = weight.shape
+    return rows * columns
+
+
+def _reason(site: Site, weight: Weight, storage: Storage) -> str:
+    if weight.stored is not None:
+        return "" if weight.stored.is_same(storage) else f"it is stored as {weight.stored} already"
+    reasons: Mapping[str, bool] = {
+        "it is computed from other tensors": weight.computed,
+        f"it has the type {weight.dtype}, not a floating one": not weight.dtype.is_floating_point,
+        f"it {weight.problem}": bool(weight.problem),
+        "it is on the meta device; load its values first": weight.on_meta,
+        "the layer is a TorchScript module": site.scripted,
+        site.fixed_class: bool(site.fixed_class),
+        "an adapter was trained on its float value; quantize with the first adapter": site.adapted,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
