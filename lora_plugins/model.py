@@ -25,8 +25,8 @@ from lora_plugins.adapter import (
     model_state,
     present_state,
     set_active,
-    strip,
     swap,
+    unload,
     whole,
     without_adapters,
 )
@@ -300,27 +300,39 @@ class LoraModel(metaclass=_Told):
         unmerge(self.model, self._state)
 
     @_whole
-    def unload(self) -> nn.Module:
-        """Removes all adapters and returns the model as it was before, bit for bit."""
+    def unload(self, *, dequantize: bool | None = None) -> nn.Module:
+        """Removes all adapters and returns the model as it was before, bit for bit.
+
+        Where the base is stored in fewer bytes (`LoraConfig.quantize`), its float values were not kept.
+
+        Args:
+            dequantize: Whether stored weights become parameters with their dense values, or stay stored. Left out, they
+                stay, and a warning says which.
+        """
         state = self._state
         state.check("unload")
         if state.merged:
             unmerge(self.model, state)
-        strip(self.model, state)
+        unload(self.model, state, dequantize)
         return self.model
 
     @outside_inference
-    def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR) -> nn.Module:
+    def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR, dequantize: bool = False) -> nn.Module:
         """Writes the updates of all active adapters into the weights for good, and removes the adapters.
 
         Trained heads and biases stay. The model has its own classes and state-dict keys again. Everything is checked
         before the first weight changes; then it goes layer by layer, so that the model is never in memory twice. If it
         is stopped in the middle, the model computes what it did, and another call merges the rest.
 
+        Args:
+            max_error: Share of an update that rounding may lose.
+            dequantize: Whether stored weights (`LoraConfig.quantize`) become parameters. Else the merged values are
+                stored again, which is refused where it would lose more than `max_error` of an update: nearly always.
+
         Raises:
             MergeError: As `merge_adapter` does, or if a weight is computed in an unknown way.
         """
-        merge_and_unload(self.model, self._state, max_error)
+        merge_and_unload(self.model, self._state, max_error, dequantize=dequantize)
         return self.model
 
     @_whole
@@ -525,14 +537,23 @@ class LoraModel(metaclass=_Told):
         packed = _read(self.model, path, self._registry, format, format_options)
         with base_in_place(self.model, state):
             unpacked = unpack(self.model, packed, self._registry)
-        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values)
+        new = unpacked.stored
+        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, new)
 
     @_whole
     def _add_packed(self, packed: PackedAdapter, adapter_name: str) -> None:
         with self._adding(adapter_name):
             unpacked = unpack(self.model, packed, self._registry)
             changed = rebuilt_bases(self.model, unpacked, packed)
-            add(self.model, adapter_name, unpacked.plan, unpacked.content, unpacked.values, changed)
+            add(
+                self.model,
+                adapter_name,
+                unpacked.plan,
+                unpacked.content,
+                unpacked.values,
+                changed,
+                unpacked.stored,
+            )
 
     @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:

@@ -14,6 +14,7 @@ from lora_plugins.adapter.content import (
     changed_bases,
     factor_dtype,
     initialize,
+    new_stored_weights,
     slot_matrix,
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
@@ -30,7 +31,7 @@ from lora_plugins.adapter.state import (
     present_state,
 )
 from lora_plugins.adapter.swap import swap
-from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, strip
+from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, unload
 from lora_plugins.adapter.whole import whole
 
 __all__ = [
@@ -64,11 +65,12 @@ __all__ = [
     "initialize",
     "mixed_batch",
     "model_state",
+    "new_stored_weights",
     "present_state",
     "set_active",
     "slot_matrix",
-    "strip",
     "swap",
+    "unload",
     "whole",
     "without_adapters",
 ]

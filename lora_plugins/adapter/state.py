@@ -16,6 +16,7 @@ from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
 from lora_plugins.errors import StateError, listing, near
 from lora_plugins.inplace import (
+    SUFFIX,
     NamedModule,
     freeze,
     full_name,
@@ -285,7 +286,9 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
 def _check_unchanged(state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
     """Refuses a base for adapters whose init has changed the base."""
     for name, adapter in state.adapters.items():
-        if adapter.plan.init.changes_base and any(prefix + key in state_dict for key in state.values.of(name)):
+        owned = {prefix + key for key in state.values.of(name)}
+        stored = tuple(f"{prefix}{key}{SUFFIX}." for key in adapter.plan.stored)
+        if adapter.plan.init.changes_base and any(key in owned or key.startswith(stored) for key in state_dict):
             raise StateError(
                 f"The adapter {name!r} was started by {adapter.plan.init.name!r}, which changed the base; another base "
                 "would undo that. Load the base before the adapter is added, or take it off first: unload()."

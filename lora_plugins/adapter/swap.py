@@ -5,6 +5,7 @@ but values: what `torch.compile` has compiled, a CUDA graph and an optimizer go 
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,19 @@ from torch.autograd.graph import increment_version
 from lora_plugins.adapter.content import AdapterContent, SlotTensors
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.inplace import own_tensor, slot_tensors
+from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PlannedLayer
 
 
 def swap(
-    model: nn.Module, state: ModelState, adapter: str, plan: Plan, content: AdapterContent, values: Mapping[str, Tensor]
+    model: nn.Module,
+    state: ModelState,
+    adapter: str,
+    plan: Plan,
+    content: AdapterContent,
+    values: Mapping[str, Tensor],
+    stored: Mapping[str, StoredWeight] = MappingProxyType({}),
 ) -> None:
     """Gives an adapter the tensors of another one.
 
@@ -30,6 +37,7 @@ def swap(
         plan: What the other one adapts.
         content: Its factors.
         values: Its heads, biases and statistics.
+        stored: The base weights that it needs stored in fewer bytes and that are not.
 
     Raises:
         AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.
@@ -37,6 +45,8 @@ def swap(
     """
     state.check("swap_adapter")
     own = state.adapter(adapter).plan
+    if stored:
+        raise _unfit(f"it was trained on {listing(stored)} stored in fewer bytes")
     _check(own, plan, values)
     given = {layer.name: layer for layer in plan.layers}
     new: list[tuple[Tensor, Tensor]] = []

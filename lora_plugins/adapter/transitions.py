@@ -5,6 +5,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -27,7 +28,16 @@ from lora_plugins.adapter.state import (
     open_state,
 )
 from lora_plugins.errors import ConfigError, StateError, listing
-from lora_plugins.inplace import RESERVED, StoredWeight, holder_of, layer_state, put_stored, strip_adapters
+from lora_plugins.inplace import (
+    RESERVED,
+    StoredWeight,
+    all_stored,
+    holder_of,
+    layer_state,
+    make_dense,
+    put_stored,
+    strip_adapters,
+)
 from lora_plugins.plan import Plan
 from lora_plugins.utils import without_collection
 
@@ -117,6 +127,27 @@ def add(
     if first:
         state.active = (adapter,)
     apply_state(model, state)
+
+
+def unload(model: nn.Module, state: ModelState, dequantize: bool | None) -> None:
+    """Takes all adapters off a model whose weights hold no merged update.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        dequantize: Whether stored weights become dense. None leaves them, with a warning.
+    """
+    strip(model, state)
+    stored = dict.fromkeys(weight for _, _, weight in all_stored(model))
+    if dequantize:
+        make_dense(model)
+    elif stored and dequantize is None:
+        kinds = listing(dict.fromkeys(weight.storage.plugin.name for weight in stored))
+        warnings.warn(
+            f"{len(stored)} weights stay stored as {kinds}: their float values were not kept. Say "
+            "unload(dequantize=True) for a float model with the dense values, or dequantize=False for this one.",
+            stacklevel=6,
+        )
 
 
 def _by_layer(weights: Iterable[str]) -> dict[str, set[str]]:

@@ -8,6 +8,7 @@ from lora_plugins.files.folder import add_entry, read, write
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
+from lora_plugins.files.stored_base import described
 from lora_plugins.files.unpacked import UnpackedAdapter, rebuilt_bases, unpack
 from lora_plugins.plugins import PackedAdapter
 
@@ -19,6 +20,7 @@ __all__ = [
     "UnpackedAdapter",
     "add_entry",
     "checksum",
+    "described",
     "fingerprints",
     "format_of",
     "manifest_of",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.inplace import detached_weight, full_name
+from lora_plugins.inplace import detached_weight, full_name, stored_weight
 from lora_plugins.plan import Plan
 
 TOLERANCE = 1e-2
@@ -47,11 +47,17 @@ def same(first: dict[str, float], second: dict[str, float]) -> bool:
 
 
 def fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
-    """Returns the fingerprints of the untouched weights that a plan adapts, by full name."""
+    """Returns the fingerprints of the untouched weights that a plan adapts, by full name.
+
+    Stored weights have none: of them there are checksums.
+    """
     return {
-        full_name(layer.name, slot.tensor): fingerprint(detached_weight(model.get_submodule(layer.name), slot.tensor))
+        name: fingerprint(detached_weight(module, slot.tensor))
         for layer in plan.layers
         for slot in {slot.tensor: slot for slot in layer.slots}.values()
+        for module in [model.get_submodule(layer.name)]
+        if (name := full_name(layer.name, slot.tensor)) not in plan.stored
+        and stored_weight(module, slot.tensor) is None
     }
 
 

@@ -97,4 +97,5 @@ _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "tensors": lambda value: isinstance(value, dict),
     "base": _maps_to(_is_fingerprint),
     "changed": lambda value: isinstance(value, dict),
+    "stored": lambda value: value is None or _maps_to(lambda entry: isinstance(entry, dict))(value),
 }

@@ -10,6 +10,7 @@ from lora_plugins.adapter import ModelState, base_in_place
 from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import origin
+from lora_plugins.files.stored_base import described
 from lora_plugins.inplace import slot_tensors
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, PlannedLayer, Registry, registry_of
@@ -32,7 +33,8 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
         with base_in_place(model, state):
             adapter.fingerprints.update(fingerprints(model, plan))
     changed = _changed(model, state, adapter_name)
-    manifest = manifest_of(plan, registry, adapter_name, tensors, adapter.fingerprints, changed)
+    stored = described(model, registry)
+    manifest = manifest_of(plan, registry, adapter_name, tensors, adapter.fingerprints, changed, stored)
     return PackedAdapter(manifest, tensors)
 
 
@@ -43,6 +45,7 @@ def manifest_of(
     tensors: Mapping[str, Tensor],
     base: Mapping[str, dict[str, float]],
     changed: Mapping[str, str],
+    stored: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns the manifest of an adapter.
 
@@ -53,6 +56,7 @@ def manifest_of(
         tensors: All its tensors, by the keys that `files.manifest` gives them.
         base: Fingerprints of the adapted weights.
         changed: Checksums of the weights that its init changed.
+        stored: What is said of the weights that are stored in fewer bytes; see `files.stored_base`.
     """
     return {
         "format": FORMAT,
@@ -69,6 +73,7 @@ def manifest_of(
         },
         "base": base,
         "changed": changed,
+        **({"stored": stored} if stored else {}),
     }
 
 

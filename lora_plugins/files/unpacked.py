@@ -13,7 +13,8 @@ from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import check_origins
-from lora_plugins.inplace import model_modules, own_tensor
+from lora_plugins.files.stored_base import new_checked, with_stored
+from lora_plugins.inplace import StoredWeight, model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot, registry_of
 
@@ -26,11 +27,13 @@ class UnpackedAdapter:
         plan: What it adapts.
         content: Its factors by layer name and slot suffix.
         values: Its heads, biases and statistics by full name.
+        stored: The base weights that are stored in fewer bytes with it, by full name.
     """
 
     plan: Plan
     content: AdapterContent
     values: Mapping[str, Tensor]
+    stored: Mapping[str, StoredWeight]
 
 
 def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> UnpackedAdapter:
@@ -52,8 +55,9 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         registry = registry or registry_of(config)
         check_origins(manifest, config, registry)
         check_patterns(config, [name for entry in model_modules(model) for name in entry.names])
-        plan = make_plan(model, config, registry)
+        plan = make_plan(model, config, registry, restoring=True)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+        plan = with_stored(plan, model, manifest.get("stored") or {}, registry)
     except AdapterFileError:
         raise
     except (LoraError, TypeError) as error:
@@ -71,7 +75,8 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         for layer, slot, _ in plan.slots()
     }
     values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
-    return UnpackedAdapter(plan, content, values)
+    stored = new_checked(model, plan, content, manifest.get("stored") or {})
+    return UnpackedAdapter(plan, content, values, stored)
 
 
 def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     """
     manifest = packed.manifest
     config = LoraConfig.from_dict(manifest["config"])
-    plan = make_plan(model, config, registry)
+    plan = make_plan(model, config, registry, restoring=True)
     plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
     source = _Source(packed, plan, model)
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
@@ -107,6 +107,8 @@ def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
         "DoRA on a base that the init changed": layer.variant is not None and plan.init.changes_base,
         f"the init {plan.init.name!r}, whose base is no low-rank change": plan.init.changes_base
         and any(keys != {"A", "B"} for keys in recipes),
+        f"the init {plan.init.name!r} on a base that is stored in fewer bytes": plan.init.changes_base
+        and bool(source.packed.manifest.get("stored")),
         "a layer that stands in the model more than once": bool(layer.aliases),
         "a weight that several adapted layers share": bool(layer.ties),
     }

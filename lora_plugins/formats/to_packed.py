@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter import changed_bases, initialize
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listing
-from lora_plugins.files import checksum, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
+from lora_plugins.files import checksum, described, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.places import modules_by_name, placed_layers, placed_values
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight
@@ -47,7 +47,9 @@ def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | 
     recipes, changed = _started_anew(model, plan)
     tensors |= recipes
     registry = registry or registry_of(plan.config)
-    manifest = manifest_of(plan, registry, adapter.name, tensors, fingerprints(model, plan), changed)
+    manifest = manifest_of(
+        plan, registry, adapter.name, tensors, fingerprints(model, plan), changed, described(model, registry)
+    )
     return PackedAdapter(manifest, tensors)
 
 

@@ -19,17 +19,19 @@ from lora_plugins.inplace.modules import (
     persistent_buffers,
 )
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
-from lora_plugins.inplace.stored_weight import StoredWeight, all_stored, stored_weight, stored_weights
-from lora_plugins.inplace.storing import put_dense, put_stored
+from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
+from lora_plugins.inplace.storing import Replacing, make_dense, put_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
 from lora_plugins.inplace.weights import detached_weight, frozen_statistics, is_shard, raw_weight, weight_key
 
 __all__ = [
     "RESERVED",
     "STATE",
+    "SUFFIX",
     "AdapterTensors",
     "LayerState",
     "NamedModule",
+    "Replacing",
     "StoredWeight",
     "all_stored",
     "base_class_of",
@@ -45,6 +47,7 @@ __all__ = [
     "is_frozen",
     "is_shard",
     "layer_state",
+    "make_dense",
     "make_plain",
     "model_modules",
     "own_mode",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError
 from lora_plugins.inplace.layer_state import STORED_BASE, base_class_of
 from lora_plugins.inplace.made_again import made_again
 from lora_plugins.inplace.stored_weight import stored_weight, stored_weights
@@ -33,6 +34,7 @@ def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *names]
     namespace["_load_from_state_dict"] = _load_into(base)
+    namespace["__setattr__"] = _set
     namespace["forward"] = making_again(_look_up if base is nn.Embedding else base.forward)
     return type(f"Stored{base.__name__}", (base,), namespace)
 
@@ -56,6 +58,16 @@ def _dense(name: str) -> property:
         return stored.dense()
 
     return property(get)
+
+
+def _set(layer: nn.Module, name: str, value: Any) -> None:
+    if stored_weight(layer, name) is not None:
+        raise StateError(
+            f"{name!r} of this {base_class_of(layer).__name__} is stored as "
+            f"{stored_weights(layer)[name].storage.plugin.name} and cannot be assigned. Make the model dense first: "
+            "unload(dequantize=True)."
+        )
+    nn.Module.__setattr__(layer, name, value)
 
 
 def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:

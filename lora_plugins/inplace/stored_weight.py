@@ -4,7 +4,7 @@ The layer's own class is extended by one that answers with the dense value, made
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,8 @@ def stored_weight(layer: nn.Module, name: str) -> StoredWeight | None:
     return module if isinstance(module, StoredWeight) else None
 
 
-def all_stored(modules: Any) -> Iterator[tuple[nn.Module, str, StoredWeight]]:
-    """Yields layer, attribute name and stored weight of all that are stored in some modules."""
-    for module in modules:
+def all_stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, StoredWeight]]:
+    """Yields layer, attribute name and stored weight of all that are stored in a model, shared ones for each layer."""
+    for module in model.modules():
         for name, stored in stored_weights(module).items():
             yield module, name, stored

@@ -1,4 +1,4 @@
-"""Puts stored weights in the place of parameters, and parameters in the place of stored weights."""
+"""Puts stored weights in the place of parameters, and what was merged or made dense in the place of stored weights."""
 
 import torch
 from torch import Tensor, nn
@@ -6,31 +6,64 @@ from torch import Tensor, nn
 from lora_plugins.inplace.adapted_class import refresh_class
 from lora_plugins.inplace.layer_state import state_of
 from lora_plugins.inplace.stored_class import resting_class
-from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, stored_weight
+from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight
 
 
 def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
     """Puts a stored weight in the place of a parameter, or of another stored weight."""
-    layer._parameters.pop(name, None)
+    layer._parameters[name] = None  # keeps its place among the others
     layer._modules[name + SUFFIX] = stored
     _refresh(layer)
 
 
-def put_dense(layer: nn.Module, name: str, value: Tensor | None = None) -> None:
-    """Makes a parameter of a stored weight.
-
-    Args:
-        layer: The layer.
-        name: Attribute name of the weight.
-        value: Its value from now on; by default the dense one that it has.
-    """
-    stored = stored_weight(layer, name)
-    assert stored is not None
-    with torch.no_grad():
-        dense = (stored.dense() if value is None else value).to(stored.dtype)
+def put_dense(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter in the place of a stored weight."""
     del layer._modules[name + SUFFIX]
     _refresh(layer)
-    layer._parameters[name] = nn.Parameter(dense, requires_grad=stored.was_trained)
+    layer._parameters[name] = parameter
+
+
+class Replacing:
+    """Replaces stored weights by others with new values; those that layers share stay shared.
+
+    Args:
+        dequantize: Whether they become parameters; else they are stored as before.
+    """
+
+    def __init__(self, *, dequantize: bool) -> None:
+        self._dequantize = dequantize
+        self._made: dict[int, tuple[StoredWeight, nn.Parameter | StoredWeight]] = {}
+
+    def put(self, layer: nn.Module, name: str, value: Tensor | None = None) -> None:
+        """Replaces one stored weight.
+
+        Args:
+            layer: The layer.
+            name: Attribute name of the weight.
+            value: Its value from now on; by default the dense one that it has.
+        """
+        stored = stored_weight(layer, name)
+        assert stored is not None
+        if id(stored) not in self._made:
+            with torch.no_grad():
+                self._made[id(stored)] = stored, self._new(stored, stored.dense() if value is None else value)
+        new = self._made[id(stored)][1]
+        if isinstance(new, StoredWeight):
+            put_stored(layer, name, new)
+        else:
+            put_dense(layer, name, new)
+
+    def _new(self, stored: StoredWeight, value: Tensor) -> nn.Parameter | StoredWeight:
+        if self._dequantize:
+            return nn.Parameter(value.to(stored.dtype), requires_grad=stored.was_trained)
+        return StoredWeight(stored.storage, value, stored.dtype, device=stored.device, requires_grad=stored.was_trained)
+
+
+def make_dense(model: nn.Module) -> None:
+    """Makes all stored weights of a model parameters with their dense values."""
+    replacing = Replacing(dequantize=True)
+    for layer, name, _ in [*all_stored(model)]:
+        replacing.put(layer, name)
 
 
 def _refresh(layer: nn.Module) -> None:

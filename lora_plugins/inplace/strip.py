@@ -9,10 +9,17 @@ from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.parametrized import make_plain
 from lora_plugins.inplace.stored_class import resting_class
+from lora_plugins.inplace.stored_weight import stored_weight
+from lora_plugins.inplace.storing import Replacing
 
 
-def strip_adapters(layer: nn.Module) -> None:
-    """Takes all adapters off a layer, whose merged weights stay; may be done again from any step."""
+def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None:
+    """Takes all adapters off a layer, whose merged weights stay; may be done again from any step.
+
+    Args:
+        layer: An adapted layer.
+        replacing: What puts merged values in the place of stored weights; needed where there are some.
+    """
     state, computed = layer_state(layer), {}
     for name, value in state.merged.items():
         parameter = layer._parameters.get(name)
@@ -26,5 +33,10 @@ def strip_adapters(layer: nn.Module) -> None:
     for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
         del layer._modules[name]
     for name, value in computed.items():
-        make_plain(layer, name, value)
+        if stored_weight(layer, name) is None:
+            make_plain(layer, name, value)
+        else:
+            assert replacing is not None
+            replacing.put(layer, name, value)
+            layer.__class__ = resting_class(layer)
     del layer.__dict__[STATE]

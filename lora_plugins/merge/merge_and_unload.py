@@ -8,17 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter import ModelState, adapted_layers, close_state
-from lora_plugins.inplace import STATE, full_name, layer_state, remover, strip_adapters
+from lora_plugins.inplace import (
+    STATE,
+    Replacing,
+    full_name,
+    layer_state,
+    make_dense,
+    remover,
+    stored_weight,
+    stored_weights,
+    strip_adapters,
+)
 from lora_plugins.merge.merge_adapter import checked
+from lora_plugins.merge.storing_again import check_storing
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
 
 @torch.no_grad()
-def merge_and_unload(model: nn.Module, state: ModelState, max_error: float) -> None:
+def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, dequantize: bool) -> None:
     """Writes the updates of all active adapters into the weights and takes all adapters off the model.
 
     One layer after the other, so that the model is not in memory twice, and such that it computes the same between any
     two steps. Stopped in the middle, it can be called again.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        max_error: Share of an update that rounding may lose.
+        dequantize: Whether stored weights become dense ones; else the merged values are stored again.
 
     Raises:
         MergeError: As `merge` does, or if a weight is computed in an unknown way.
@@ -28,13 +45,18 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float) -> N
     adapters = state.unmerged
     checked(model, layers, state, adapters, max_error)
     _check_computed(layers, adapters)
+    if not dequantize:
+        check_storing(layers, adapters, max_error)
+    replacing = Replacing(dequantize=dequantize)
     for group in _sharing(layers):
         merged = {place_of(delta.layer, delta.tensor): delta.effective() for delta in weight_deltas(group, adapters)}
         state.leaving, state.kept = True, {}
         for layer in group.values():
             _answer_with(layer, merged)
         for layer in group.values():
-            strip_adapters(layer)
+            strip_adapters(layer, replacing)
+    if dequantize:
+        make_dense(model)
     close_state(model)
 
 
@@ -63,7 +85,8 @@ def _sharing(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
 
 
 def _size(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer._parameters.values() if parameter is not None)
+    stored = sum(weight.shape.numel() for weight in stored_weights(layer).values())
+    return stored + sum(parameter.numel() for parameter in layer._parameters.values() if parameter is not None)
 
 
 def _check_computed(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> None:
@@ -72,5 +95,5 @@ def _check_computed(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) 
         state = layer_state(layer)
         changing = {slot.tensor for a in adapters if a in state.active for slot in state.adapters[a].slots}
         for tensor in sorted(changing | state.merged.keys()):
-            if layer._parameters.get(tensor) is None:
+            if layer._parameters.get(tensor) is None and stored_weight(layer, tensor) is None:
                 remover(layer, tensor, full_name(name, tensor))

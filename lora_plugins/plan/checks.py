@@ -19,12 +19,27 @@ def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
 
 
 def reasons(
-    target: Target, slots: tuple[Slot, ...], init: InitPlugin, variant: VariantPlugin | None, dropout: float
+    target: Target,
+    slots: tuple[Slot, ...],
+    init: InitPlugin,
+    variant: VariantPlugin | None,
+    dropout: float,
+    *,
+    restoring: bool = False,
 ) -> list[str]:
-    """Returns why a layer, or one that is tied to it, cannot be adapted; empty if all can."""
+    """Returns why a layer, or one that is tied to it, cannot be adapted; empty if all can.
+
+    Args:
+        target: The layer, and those tied to it.
+        slots: Where updates go.
+        init: The init.
+        variant: The variant; None for plain LoRA.
+        dropout: Probability of dropping an element of the input.
+        restoring: Whether the adapter's tensors are there already, so that the init does not start them.
+    """
     site = target.site
     found = {other.name: _layer_reason(other, slots) for other in target.sites}
-    found[site.name] = found[site.name] or _weight_reason(site, slots, init) or _input_reason(site, init)
+    found[site.name] = found[site.name] or _weight_reason(site, slots, init, restoring) or _input_reason(site, init)
     texts = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
     if dropout and not texts:
         texts += [
@@ -58,14 +73,14 @@ def _layer_reason(site: Site, slots: tuple[Slot, ...]) -> str:
     return ""
 
 
-def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin) -> str:
+def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin, restoring: bool) -> str:
     for slot in slots:
         weight = site.weights[slot.tensor]
         if weight.computed and init.changes_base:
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
         if weight.computed and init.needs == "gradients":
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
-        if weight.stored is not None and (init.changes_base or init.needs == "gradients"):
+        if weight.stored is not None and not restoring and (init.changes_base or init.needs == "gradients"):
             return (
                 f"{slot.tensor!r} is stored as {weight.stored.plugin.name} already, so the init {init.name!r} cannot "
                 "start from its float value; adapt the float model, with quantize in the config"

@@ -32,13 +32,17 @@ from lora_plugins.plugins import (
 )
 
 
-def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = None) -> Plan:
+def make_plan(
+    model: nn.Module, config: LoraConfig, registry: Registry | None = None, *, restoring: bool = False
+) -> Plan:
     """Decides what an adapter would do to a model; touches nothing.
 
     Args:
         model: Any module, adapted already or not.
         config: The configuration of the adapter.
         registry: The layer types and inits there are; by default those of the plugins that the config lets load.
+        restoring: Whether the adapter's tensors are there already, so that its init does not start them, and how
+            weights are stored is known.
 
     Raises:
         TargetError: If a pattern matches nothing, two of them tie, or a targeted layer cannot be served.
@@ -48,11 +52,11 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None = 
     registry = registry or registry_of(config)
     init = _checked_init(config, registry)
     variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
-    storage = storage_of(config, registry)
+    storage = None if restoring else storage_of(config, registry)
     check_init_options(config, init)
     found = survey(model, registry)
     current = with_current_names(model, config, [name for site in found.sites for name in site.names])
-    plan = planned(found, current, registry, init, variant, storage)
+    plan = planned(found, current, registry, init, variant, storage, restoring=restoring)
     return plan if current is config else replace(plan, config=config)
 
 
@@ -63,6 +67,8 @@ def planned(
     init: InitPlugin,
     variant: VariantPlugin | None,
     storage: Storage | None = None,
+    *,
+    restoring: bool = False,
 ) -> Plan:
     """Decides what an adapter would do to a surveyed model.
 
@@ -73,6 +79,7 @@ def planned(
         init: The config's init.
         variant: The config's variant; None for plain LoRA.
         storage: How the config stores weights; None if it does not.
+        restoring: As in `make_plan`.
 
     Raises:
         TargetError: As `make_plan` does.
@@ -80,7 +87,7 @@ def planned(
     _check_shapes(survey)
     saved = saved_modules(config, survey)
     targets = target_sites(config, survey, registry, saved)
-    layers = _layers(config, targets, init, variant)
+    layers = _layers(config, targets, init, variant, restoring=restoring)
     trained = _trained(config, survey, saved, targets)
     stored = stored_weights(config, survey, targets, saved, storage)
     _check_trained(survey, trained, layers)
@@ -116,7 +123,7 @@ def _checked_init(config: LoraConfig, registry: Registry) -> InitPlugin:
 
 
 def _layers(
-    config: LoraConfig, sites: Sequence[Site], init: InitPlugin, variant: VariantPlugin | None
+    config: LoraConfig, sites: Sequence[Site], init: InitPlugin, variant: VariantPlugin | None, *, restoring: bool
 ) -> list[tuple[Site, PlannedLayer]]:
     failure = next((site.failure for site in sites if site.failure is not None), None)
     if failure is not None:
@@ -129,7 +136,7 @@ def _layers(
     refused: list[str] = []
     for target in grouped(sites):
         slots = _slots(target.site, fused.get(target.names, []))
-        reasons = checks.reasons(target, slots, init, variant, config.dropout)
+        reasons = checks.reasons(target, slots, init, variant, config.dropout, restoring=restoring)
         refused += reasons
         if not reasons:
             r, alpha = ranks.get(target.names, config.r), alphas.get(target.names, config.alpha)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, RowMajorPlugin, Slot, StateError, TargetError
 from lora_plugins.adapter import transitions
-from lora_plugins.inplace import StoredWeight, put_dense, stored_weights
+from lora_plugins.inplace import StoredWeight, all_stored, make_dense
 from lora_plugins.plugins import build_registry, hookimpl
 from tests.core.layer_cases import LAYER_CASES, LayerCase
 from tests.core.libraries import Conv1D
@@ -39,10 +39,10 @@ def randomized(model):
 def made_dense(model):
     """A copy of a model with the dense values in the place of the stored ones, as float LoRA has them."""
     other = copy.deepcopy(model)
-    for module in [*other.modules()]:
-        for name in stored_weights(module):
-            put_dense(module, name)
-            module._parameters[name].requires_grad_(False)
+    layers = [(layer, name) for layer, name, _ in all_stored(other)]
+    make_dense(other)
+    for layer, name in layers:
+        layer._parameters[name].requires_grad_(False)
     return other
 
 
@@ -284,7 +284,7 @@ def test_copies_pickles_and_state_dicts():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), twin):
         assert torch.equal(other(x()), expected)
         assert other[0].weight_stored.codes is not model[0].weight_stored.codes
-    LoraModel(model).unload()
+    LoraModel(model).unload(dequantize=False)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x()), model(x()))
         assert repr(other) == repr(model)
@@ -302,7 +302,7 @@ def test_a_cast_is_one_of_the_dense_value():
         }
     model.float()
     assert all(torch.equal(value, before[name]) for name, value in model[0].weight_stored.state_dict().items())
-    LoraModel(model).unload()
+    LoraModel(model).unload(dequantize=False)
     LoraModel(model.half(), LoraConfig(r=2, target_modules=["0"]))
     assert model[0].lora_A["default"].dtype == torch.float32
     assert weight.shape == model[0].weight.shape
@@ -313,7 +313,7 @@ def test_without_adapters_it_computes_the_dense_value():
     dense = made_dense(lora.model)
     with lora.disable_adapter(), LoraModel(dense).disable_adapter():
         assert torch.equal(lora.model(x()), dense(x()))
-    lora.unload()
+    lora.unload(dequantize=False)
     LoraModel(dense).unload()
     assert torch.equal(lora.model(x()), dense(x()))
     assert stored_names(lora.model) == {"0.weight", "2.weight"}
@@ -332,7 +332,7 @@ def test_an_embedding_makes_only_the_looked_up_rows_dense(monkeypatch):
         model(index)
     with lora.disable_adapter():
         model(index)
-    lora.unload()
+    lora.unload(dequantize=False)
     model(index)
 
 
@@ -433,6 +433,15 @@ def test_dense_values_do_not_load_over_stored_ones():
     model = adapted().model
     with pytest.raises(RuntimeError, match=r"'0.weight' is stored as nf4 here and dense in the state dict"):
         model.load_state_dict(build().state_dict())
+
+
+def test_a_stored_weight_is_not_assigned():
+    lora = adapted()
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"'weight' of this Linear is stored as nf4 and cannot be assigned"):
+            lora.model[0].weight = nn.Parameter(torch.zeros(96, 64))
+        lora.model[0].bias = None
+        lora.unload(dequantize=False) if lora.model[0].__dict__.get("_lora") else None
 
 
 def test_what_fails_in_the_middle_leaves_the_float_model(monkeypatch, untouched):
