@@ -97,6 +97,8 @@ class LoraCallback(Callback):
         config: What is adapted, and how.
         adapter_name: Name of the adapter.
         merge_on_fit_end: Whether the adapter is merged into the module when `fit` ends.
+        dequantize: Whether a merged or exported model has dense weights where the config stores those of the base in
+            fewer bytes (`quantize`), which cannot hold a merged update.
         merge_source: Which weights the module has after `fit`, and are saved: the `last` ones, or those of the `best`
             checkpoint, as the trainer's ModelCheckpoint with a `monitor` has it.
         target: Name of the submodule to adapt, such as `network`; by default the whole LightningModule. Names in the
@@ -125,6 +127,7 @@ class LoraCallback(Callback):
         *,
         adapter_name: str = "default",
         merge_on_fit_end: bool = True,
+        dequantize: bool = False,
         merge_source: Literal["last", "best"] = "last",
         target: str | None = None,
         save_adapter_to: str | list[str | AdapterFile] | None = None,
@@ -144,6 +147,7 @@ class LoraCallback(Callback):
         self.config = config
         self.adapter_name = adapter_name
         self.merge_on_fit_end = merge_on_fit_end
+        self.dequantize = dequantize
         self.merge_source = merge_source
         self.target = target
         self.save_adapter_to = save_adapter_to
@@ -246,7 +250,7 @@ class LoraCallback(Callback):
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
         if self.merge_on_fit_end or self.export_to is not None:
-            check_mergeable(target)
+            check_mergeable(target, dequantize=self.dequantize)
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
@@ -329,7 +333,7 @@ class LoraCallback(Callback):
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             # A debugging run of a few batches is not stopped by what they did not learn.
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
-            self._merge = merge_reversibly(self._target(pl_module), max_error)
+            self._merge = merge_reversibly(self._target(pl_module), max_error, dequantize=self.dequantize)
             for callback in group:
                 callback._remove_names()
         print_files(files)
@@ -509,7 +513,7 @@ class LoraCallback(Callback):
             if trainer.is_global_zero:
                 files[file.title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
-            with temporarily_merged(target, self.max_error):
+            with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
                 tensors = plain_state_dict(target)
             files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
         return files

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,26 +119,43 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
     return _bases(model, plan, content, names, plan.init.changed_base)
 
 
-def new_stored_weights(model: nn.Module, plan: Plan, content: AdapterContent) -> dict[str, StoredWeight]:
+def new_stored_weights(
+    model: nn.Module,
+    plan: Plan,
+    content: AdapterContent,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> dict[str, StoredWeight]:
     """Stores the weights that the plan names, by full name, beside the model; tied ones are one and the same.
 
     Weights that are stored already are left out.
+
+    Args:
+        model: The model.
+        plan: What is adapted and stored.
+        content: The adapter's tensors.
+        dtypes: The types that weights had when they were stored before, by full name.
 
     Raises:
         StateError: If a weight has values that are not finite.
     """
     new = {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
-    changed = _bases(model, plan, content, set(new), plan.init.base_to_store, wide=True)
+    changed = _bases(model, plan, content, set(new), plan.init.base_to_store, dtypes, wide=True)
     made: dict[int, StoredWeight] = {}
     for name, storage in new.items():
         parameter = own_tensor(model, name)
         if id(parameter) in made and name not in changed:
             continue
-        value = changed.get(name, parameter.detach())
+        dtype = dtypes.get(name, parameter.dtype)
+        value = changed.get(name, parameter.detach().to(dtype))
         if not bool(value.isfinite().all()):
             raise StateError(f"{name!r} has values that are not finite, which cannot be stored as {storage}.")
         made[id(parameter)] = StoredWeight(
-            storage, value, parameter.dtype, device=parameter.device, requires_grad=parameter.requires_grad
+            storage,
+            value,
+            parameter.dtype,
+            source_dtype=dtype,
+            device=parameter.device,
+            requires_grad=parameter.requires_grad,
         )
     return {name: made[id(own_tensor(model, name))] for name in new}
 
@@ -148,6 +166,7 @@ def _bases(
     content: AdapterContent,
     names: set[str],
     compute: Callable[..., Tensor],
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     *,
     wide: bool = False,
 ) -> dict[str, Tensor]:
@@ -159,6 +178,7 @@ def _bases(
         content: The adapter's tensors.
         names: Full names of the weights that are wanted.
         compute: What the init computes, as `InitPlugin.changed_base`.
+        dtypes: The types that weights had when that was computed before, by full name.
         wide: Whether in the type of the factors, in place of the weight's.
     """
     if not plan.init.changes_base:
@@ -169,6 +189,7 @@ def _bases(
         if name not in names:
             continue
         original = detached_weight(model.get_submodule(layer.name), slot.tensor)
+        original = original.to(dtypes.get(name, original.dtype))
         weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_plugins.adapter import AdapterContent, new_stored_weights
@@ -73,7 +74,7 @@ def new_checked(
         AdapterFileError: If one differs in a bit, or cannot be stored.
     """
     try:
-        new = new_stored_weights(model, plan, content)
+        new = new_stored_weights(model, plan, content, {name: _dtype(entry) for name, entry in entries.items()})
     except LoraError as error:
         raise AdapterFileError(f"The base cannot be stored as it was: {error}") from error
     stored = {**stored_of(model), **new}
@@ -94,6 +95,7 @@ def _description(stored: StoredWeight, registry: Registry) -> dict[str, Any]:
         "storage": stored.storage.plugin.name,
         **origin,
         "options": dict(stored.storage.options),
+        "dtype": str(stored.source_dtype).removeprefix("torch."),
         "sum": _sum(stored),
     }
 
@@ -103,6 +105,13 @@ def _sum(stored: StoredWeight) -> str:
     for name, tensor in sorted(stored.tensors.items()):
         digest.update(f"{name}:{list(tensor.shape)}:{checksum(tensor)};".encode())
     return digest.hexdigest()
+
+
+def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    dtype = getattr(torch, str(entry.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise AdapterFileError("The manifest has no proper entry 'stored'; it is damaged. Copy the adapter again.")
+    return dtype
 
 
 def _storage(entry: Mapping[str, Any], registry: Registry) -> Storage:

@@ -23,6 +23,7 @@ class StoredWeight(nn.Module):
         storage: How it is stored.
         weight: The dense weight.
         dtype: The type of the dense value; by default that of the weight.
+        source_dtype: The type of the float weight that it is made from; by default that of the weight.
         device: Where the stored tensors go; by default where the weight is.
         requires_grad: Whether the dense weight was trained, and will be once it is dense again.
     """
@@ -33,6 +34,7 @@ class StoredWeight(nn.Module):
         weight: Tensor,
         dtype: torch.dtype | None = None,
         *,
+        source_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         requires_grad: bool = False,
     ) -> None:
@@ -40,6 +42,7 @@ class StoredWeight(nn.Module):
         self.storage = storage
         self.shape = weight.shape
         self.dtype = dtype or weight.dtype
+        self.source_dtype = source_dtype or weight.dtype
         self.was_trained = requires_grad
         for name, tensor in storage.store(weight).items():
             self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))

@@ -105,10 +105,13 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
             )
     base, found = packed.manifest["base"], own.manifest["base"]
     wrong = [key for key in found if key not in base or not same(found[key], base[key])]
+    stored, present = packed.manifest.get("stored", {}), own.manifest.get("stored", {})
+    wrong += [key for key in {**stored, **present} if stored.get(key) != present.get(key)]
     if wrong:
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} was trained on another base: {listing(wrong)} differ from the weights "
-            f"it was made for ({len(wrong)} of {len(found)}). Load the same pretrained weights first, unmerged."
+            f"it was made for ({len(wrong)} of {len(found) + len(present)}). Load the same pretrained weights first, "
+            "unmerged."
         )
 
 

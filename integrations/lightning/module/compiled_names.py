@@ -53,6 +53,6 @@ def rename_adapter(packed: PackedAdapter, rename: Rename) -> PackedAdapter:
         return {change(key): value for key, value in entries.items()}
 
     manifest = dict(packed.manifest)
-    changes = {"layers": rename, "base": rename, "changed": rename, "tensors": tensor_key}
+    changes = {"layers": rename, "base": rename, "changed": rename, "stored": rename, "tensors": tensor_key}
     manifest.update({key: keys(manifest[key], change) for key, change in changes.items() if key in manifest})
     return PackedAdapter(manifest, keys(packed.tensors, tensor_key))

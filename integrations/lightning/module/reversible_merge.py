@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -13,7 +14,16 @@ from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
-from lora_plugins.inplace import full_name, layer_state, own_tensor
+from lora_plugins.inplace import (
+    StoredWeight,
+    full_name,
+    holder_of,
+    layer_state,
+    model_modules,
+    own_tensor,
+    put_stored,
+    stored_weights,
+)
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
@@ -27,6 +37,7 @@ class ReversibleMerge:
 
     Args:
         base: The raw value of every tensor that merging or training in place changed, by full name.
+        stored: The weights that were stored in fewer bytes, by full name.
         adapters: The adapters, in the order in which they were added.
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
@@ -35,6 +46,7 @@ class ReversibleMerge:
     """
 
     base: dict[str, Tensor]
+    stored: dict[str, StoredWeight]
     adapters: dict[str, PackedAdapter]
     active: dict[str, float]
     merged: dict[str, int]
@@ -50,8 +62,11 @@ class ReversibleMerge:
         return [
             name
             for name, merged in self.merged.items()
-            if name not in own or own[name].shape != self.base[name].shape or checksum(own[name]) != merged
+            if name not in own or own[name].shape != self._shape(name) or checksum(own[name]) != merged
         ]
+
+    def _shape(self, name: str) -> torch.Size:
+        return (self.base[name] if name in self.base else self.stored[name]).shape
 
     def is_of(self, target: nn.Module) -> bool:
         """Whether `target` has the very values of the merge: the module that was merged, or a copy of it."""
@@ -65,6 +80,9 @@ class ReversibleMerge:
         for name, value in self.base.items():
             tensor = own_tensor(target, name)
             tensor.data = value.to(tensor.device)
+        for name, weight in self.stored.items():
+            layer, key = holder_of(target, name)
+            put_stored(layer, key, weight.to(cast(Tensor, layer._parameters[key]).device))
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
         if lora.active_weights != self.active:
@@ -72,7 +90,9 @@ class ReversibleMerge:
         set_marks(target, self.marks)
 
 
-def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) -> ReversibleMerge:
+def merge_reversibly(
+    target: nn.Module, max_error: float = DEFAULT_MAX_ERROR, *, dequantize: bool = False
+) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
 
     The raw weights stay in memory, one copy of each that an adapter changes.
@@ -80,14 +100,16 @@ def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) ->
     Args:
         target: The module.
         max_error: Share of an update that rounding may lose.
+        dequantize: Whether weights that are stored in fewer bytes become dense.
 
     Raises:
         MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
-        StateError: If a weight is computed by a parametrization, which merging replaces for good.
+        StateError: If a weight is computed by a parametrization, which merging replaces for good; or stored in fewer
+            bytes, and is not to become dense.
     """
     lora = LoraModel(target)
     state = state_of_adapters(target)
-    check_mergeable(target)
+    check_mergeable(target, dequantize=dequantize)
     adapters = {name: lora.pack(name) for name in lora.adapters}
     active = lora.active_weights
     weights = {
@@ -96,31 +118,44 @@ def merge_reversibly(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) ->
         for layer, tensors in plan.weights().items()
         for tensor in tensors
     }
+    stored = {
+        full_name(entry.name, name): weight
+        for entry in model_modules(target)
+        for name, weight in stored_weights(entry.module).items()
+    }
+    changed = sorted((weights | set(state.values.base)) - stored.keys())
     with base_in_place(target, state):
-        base = {name: own_tensor(target, name).data for name in sorted(weights | set(state.values.base))}
+        base = {name: own_tensor(target, name).data for name in changed}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
     lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
-    lora.merge_and_unload()
-    merged, before, marks = (
-        checksums({name: own_tensor(target, name) for name in base}),
-        checksums(base),
-        marks_of(target),
-    )
+    lora.merge_and_unload(dequantize=dequantize)
+    before = checksums({**base, **{name: weight.dense() for name, weight in stored.items()}})
+    merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
-    return ReversibleMerge(base, adapters, active, merged, weakref.ref(target), marks)
+    return ReversibleMerge(base, stored, adapters, active, merged, weakref.ref(target), marks)
 
 
-def check_mergeable(target: nn.Module) -> None:
-    """Checks that every adapted weight is a parameter of its layer, and not computed from other tensors.
+def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
+    """Checks that every adapted weight is a parameter of its layer, or becomes one.
+
+    Args:
+        target: The module.
+        dequantize: Whether weights that are stored in fewer bytes become dense.
 
     Raises:
-        StateError: If some are computed, naming their layers.
+        StateError: If some are computed from other tensors, or stored, naming their layers.
     """
+    stored = [name for name, module in target.named_modules() if stored_weights(module)]
+    if stored and not dequantize:
+        raise StateError(
+            f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "
+            "dequantize=True, so that the merged model has dense weights; or merge_on_fit_end=False and export_to=None."
+        )
     computed = [
         name
         for name, layer in adapted_layers(target).items()
-        if any(weight not in _parameter_names(layer) for weight in layer_state(layer).weight_names)
+        if set(layer_state(layer).weight_names) - _parameter_names(layer) - stored_weights(layer).keys()
     ]
     if computed:
         raise StateError(
@@ -131,9 +166,11 @@ def check_mergeable(target: nn.Module) -> None:
 
 
 @contextmanager
-def temporarily_merged(target: nn.Module, max_error: float = DEFAULT_MAX_ERROR) -> Iterator[ReversibleMerge]:
+def temporarily_merged(
+    target: nn.Module, max_error: float = DEFAULT_MAX_ERROR, *, dequantize: bool = False
+) -> Iterator[ReversibleMerge]:
     """Merges for the time of a `with` block."""
-    result = merge_reversibly(target, max_error)
+    result = merge_reversibly(target, max_error, dequantize=dequantize)
     try:
         yield result
     finally:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
 from lora_plugins.errors import listing
+from lora_plugins.inplace import stored_weights
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -98,7 +99,8 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
         trainer: The trainer.
 
     Raises:
-        StateError: If a tensor is on the meta device, or the init does more than start as an identity.
+        StateError: If a tensor is on the meta device, the init does more than start as an identity, or weights
+            are stored in fewer bytes.
     """
     empty = [name for name, tensor in (*target.named_parameters(), *target.named_buffers()) if tensor.is_meta]
     if empty:
@@ -107,7 +109,13 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
             "would fill adapters with arbitrary values. Load the pretrained weights before fit, in __init__ or setup()."
         )
     name = type(trainer.strategy).__name__
-    init = LoraModel.plan(target, config).init
+    plan = LoraModel.plan(target, config)
+    init = plan.init
+    if plan.stored or any(stored_weights(module) for module in target.modules()):
+        raise StateError(
+            f"Weights that are stored in fewer bytes cannot be split over processes, as {name} does. Leave quantize "
+            "out, or use strategy='ddp'."
+        )
     if init.changes_base:
         raise StateError(f"The init {init.name!r} changes the base, which {name} would not keep. Choose another init.")
     if not init.identity and trainer.state.fn != "fit":

@@ -70,6 +70,18 @@ def test_the_float_base_is_stored_again_to_the_same_bits(fields, dtype, tmp_path
 
 
 @pytest.mark.parametrize("init", ["kaiming", "loftq"])
+def test_trained_in_half_precision_and_loaded_onto_the_wide_base(init, tmp_path):
+    lora = adapted(dtype=torch.bfloat16, init=init)
+    lora.save_adapter(tmp_path)
+    model = build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert torch.equal(model[0].weight_stored.dense().bfloat16(), lora.model[0].weight_stored.dense())
+    adapted(init=init).save_adapter(tmp_path / "wide")
+    with pytest.raises(AdapterFileError, match="in their original type"):
+        LoraModel.load_adapter(build(dtype=torch.bfloat16), tmp_path / "wide")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "loftq"])
 def test_onto_the_stored_base_that_it_left(init, tmp_path):
     lora = adapted(init=init)
     expected = output(lora.model)
@@ -129,6 +141,7 @@ DAMAGE = {
     "storage": (lambda m: m["stored"]["0.weight"].update(storage="nf9"), "stored as 'nf9' of lora-plugins"),
     "option": (lambda m: m["stored"]["0.weight"]["options"].update(block_size=7), "block_size of nf4 is an even count"),
     "entry": (lambda m: m.update(stored=3), "no proper entry 'stored'"),
+    "dtype": (lambda m: m["stored"]["0.weight"].update(dtype="save"), "no proper entry 'stored'"),
     "gone": (lambda m: m.pop("stored"), "no weight that is stored so"),
     "fewer": (lambda m: m["stored"].pop("0.weight"), r"differ: .*weights? only in"),
 }

@@ -19,6 +19,12 @@ CASES = {
     "head": (replace(CONFIG, target_modules=["net.0"], modules_to_save=["net.3"]), {}),
     "biases": (replace(CONFIG, bias="all"), {}),
     "loftq": (replace(CONFIG, init="loftq"), {}),
+    "nf4": (replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0}), {}),
+    "nf4_loftq": (replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0}, init="loftq"), {}),
+    "nf4_bf16_true": (
+        replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0}),
+        {"precision": "bf16-true"},
+    ),
     "accumulation": (CONFIG, {"accumulate_grad_batches": 3}),
     "bf16_true": (CONFIG, {"precision": "bf16-true"}),
     "bf16_mixed": (CONFIG, {"precision": "bf16-mixed"}),

@@ -1,0 +1,105 @@
+"""Fitting on a base that is stored in fewer bytes: checkpoints, merging, export, and what comes after."""
+
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraModel, StateError
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+
+NF4 = replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0})
+STORED = {f"net.{i}.weight_stored.{name}" for i in (0, 3) for name in ("codes", "scale_codes", "scale_maxima")}
+
+
+def fitted(folder, config=NF4, module=None, **options):
+    module = module or Classifier(lr=0.3)
+    saver = ModelCheckpoint(folder / "checkpoints", filename="last")
+    callback = LoraCallback(config, **{"merge_on_fit_end": False, "print_plan": False, **options})
+    run = trainer(folder, [callback, saver], max_epochs=2)
+    run.fit(module, loader(), loader())
+    return run, module, saver.best_model_path
+
+
+def loss(run, module, **options):
+    return run.test(module, loader(), verbose=False, **options)[0]["val/loss"]
+
+
+def test_a_checkpoint_leaves_the_stored_base_out(tmp_path):
+    run, module, path = fitted(tmp_path)
+    assert set(module.state_dict()) >= STORED
+    checkpoint = load(path)
+    assert not [key for key in checkpoint["state_dict"] if "stored" in key]
+    assert set(checkpoint["lora_plugins"]["left_out"]) >= STORED
+    expected = loss(run, module)
+    other = load_from_checkpoint(Classifier, path)
+    assert not differing(values(other), values(module))
+    fresh = Classifier(lr=0.3)
+    assert loss(trainer(tmp_path, [LoraCallback(NF4)]), fresh, ckpt_path=path) == expected
+
+
+def test_another_base_is_refused(tmp_path):
+    _, _, path = fitted(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"another base: 'net.0.weight', 'net.3.weight', stored as nf4"):
+        load_from_checkpoint(Classifier, path, base_seed=1)
+    run = trainer(tmp_path, [LoraCallback(NF4, merge_on_fit_end=False, print_plan=False)])
+    with pytest.raises(AdapterFileError, match=r"trained on another base: 'net.0.weight', 'net.3.weight' differ"):
+        run.fit(Classifier(base_seed=1), loader(), ckpt_path=path)
+    run = trainer(tmp_path, [LoraCallback(replace(NF4, quantize="int8"), merge_on_fit_end=False, print_plan=False)])
+    with pytest.raises(AdapterFileError, match="quantize is 'nf4' in the file and 'int8' here"):
+        run.fit(Classifier(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("options", [{"merge_on_fit_end": True}, {"export_to": "merged.safetensors"}], ids=str)
+def test_merging_without_a_word_on_dense_weights_is_refused_before_training(options, tmp_path):
+    module = Classifier()
+    with pytest.raises(StateError, match=r"'net.0', 'net.3' are stored in fewer bytes.*dequantize=True"):
+        fitted(tmp_path, module=module, **options)
+    assert module.trainer.global_step == 0
+
+
+def test_merging_and_exporting_dense_weights(tmp_path):
+    path = tmp_path / "merged.safetensors"
+    run, module, checkpoint = fitted(tmp_path, merge_on_fit_end=True, export_to=str(path), dequantize=True)
+    fresh = Classifier()
+    assert values(module).keys() == values(fresh).keys()
+    assert [type(m) for m in module.modules()] == [type(m) for m in fresh.modules()]
+    fresh.load_state_dict(safetensors.torch.load_file(path))
+    assert not differing(values(fresh), values(module))
+    assert loss(run, module) == pytest.approx(loss(run, module, ckpt_path=checkpoint), rel=1e-5)
+
+
+def test_a_second_fit_undoes_the_merge_bit_for_bit(tmp_path):
+    run, module, path = fitted(tmp_path, merge_on_fit_end=True, dequantize=True)
+    once = load(path)["state_dict"]
+    run.fit_loop.max_epochs = 2
+    run.test(module, loader(), ckpt_path=path, verbose=False)
+    assert isinstance(module.net[0], nn.Linear)
+    codes = {key: value.clone() for key, value in module.state_dict().items() if key in STORED}
+    assert set(codes) == STORED
+    assert not differing({key: module.state_dict()[key] for key in once}, once)
+    assert not differing(codes, {key: fitted(tmp_path / "b")[1].state_dict()[key] for key in STORED})
+
+
+def test_an_adapter_folder_of_a_run(tmp_path):
+    _, module, _ = fitted(tmp_path, save_adapter_to=str(tmp_path / "adapter"))
+    other = Classifier()
+    LoraModel.load_adapter(other, tmp_path / "adapter")
+    assert not differing(values(other), values(module))
+
+
+def test_train_validate_train(tmp_path):
+    """What validation does without gradients leaves what training needs."""
+    run, module, _ = fitted(tmp_path)
+    before = values(module)
+    run.validate(module, loader(), verbose=False)
+    assert not differing(values(module), before)
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader(), loader())
+    assert {key.split(".")[2] for key in differing(values(module), before) if "lora" in key} == {"lora_A", "lora_B"}
+    assert not differing({k: v for k, v in values(module).items() if k in STORED}, before) & STORED
+    assert torch.isfinite(torch.tensor(loss(run, module)))
