@@ -73,7 +73,8 @@ def _set(layer: nn.Module, name: str, value: Any) -> None:
 def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
     """Makes the rows dense that are looked up, and no others."""
     stored = stored_weight(layer, "weight")
-    if stored is None or layer.max_norm is not None:
+    # A class that extends this one, as that of an adapted layer, answers with another weight.
+    if stored is None or layer.max_norm is not None or STORED_BASE not in type(layer).__dict__:
         return nn.Embedding.forward(layer, input)
     return stored.rows(input)
 

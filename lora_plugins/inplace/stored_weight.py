@@ -44,8 +44,19 @@ class StoredWeight(nn.Module):
         self.dtype = dtype or weight.dtype
         self.source_dtype = source_dtype or weight.dtype
         self.was_trained = requires_grad
+        self.succeeded_by(None)
         for name, tensor in storage.store(weight).items():
             self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
+
+    @property
+    def successor(self) -> "nn.Parameter | StoredWeight | None":
+        """What takes its place in layers that share it, while it is replaced in one after the other."""
+        found: nn.Parameter | StoredWeight | None = self.__dict__["_successor"]
+        return found
+
+    def succeeded_by(self, new: "nn.Parameter | StoredWeight | None") -> None:
+        """Takes note of what takes its place."""
+        self.__dict__["_successor"] = new  # as no parameter or child of its own
 
     @property
     def tensors(self) -> dict[str, Tensor]:

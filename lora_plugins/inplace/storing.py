@@ -13,26 +13,26 @@ def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
     """Puts a stored weight in the place of a parameter, or of another stored weight."""
     layer._parameters[name] = None  # keeps its place among the others
     layer._modules[name + SUFFIX] = stored
+    stored.succeeded_by(None)
     _refresh(layer)
 
 
 def put_dense(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Puts a parameter in the place of a stored weight."""
-    del layer._modules[name + SUFFIX]
-    _refresh(layer)
+    """Puts a parameter in the place of a stored weight; may be done again from any step."""
     layer._parameters[name] = parameter
+    layer._modules.pop(name + SUFFIX, None)
+    _refresh(layer)
 
 
 class Replacing:
-    """Replaces stored weights by others with new values; those that layers share stay shared.
+    """Replaces stored weights by others with new values; those that layers share stay shared, also where it is stopped.
 
     Args:
         dequantize: Whether they become parameters; else they are stored as before.
     """
 
     def __init__(self, *, dequantize: bool) -> None:
-        self._dequantize = dequantize
-        self._made: dict[int, tuple[StoredWeight, nn.Parameter | StoredWeight]] = {}
+        self._kind = nn.Parameter if dequantize else StoredWeight
 
     def put(self, layer: nn.Module, name: str, value: Tensor | None = None) -> None:
         """Replaces one stored weight.
@@ -44,17 +44,18 @@ class Replacing:
         """
         stored = stored_weight(layer, name)
         assert stored is not None
-        if id(stored) not in self._made:
+        new = stored.successor
+        if not isinstance(new, self._kind):
             with torch.no_grad():
-                self._made[id(stored)] = stored, self._new(stored, stored.dense() if value is None else value)
-        new = self._made[id(stored)][1]
+                new = self._new(stored, stored.dense() if value is None else value)
+            stored.succeeded_by(new)
         if isinstance(new, StoredWeight):
             put_stored(layer, name, new)
         else:
             put_dense(layer, name, new)
 
     def _new(self, stored: StoredWeight, value: Tensor) -> nn.Parameter | StoredWeight:
-        if self._dequantize:
+        if self._kind is nn.Parameter:
             return nn.Parameter(value.to(stored.dtype), requires_grad=stored.was_trained)
         return StoredWeight(stored.storage, value, stored.dtype, device=stored.device, requires_grad=stored.was_trained)
 

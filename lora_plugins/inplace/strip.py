@@ -23,7 +23,10 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
     state, computed = layer_state(layer), {}
     for name, value in state.merged.items():
         parameter = layer._parameters.get(name)
-        if parameter is None:
+        if stored_weight(layer, name) is not None:
+            assert replacing is not None
+            replacing.put(layer, name, value)
+        elif parameter is None:
             computed[name] = value
         else:
             parameter.data = value
@@ -33,10 +36,5 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
     for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
         del layer._modules[name]
     for name, value in computed.items():
-        if stored_weight(layer, name) is None:
-            make_plain(layer, name, value)
-        else:
-            assert replacing is not None
-            replacing.put(layer, name, value)
-            layer.__class__ = resting_class(layer)
+        make_plain(layer, name, value)
     del layer.__dict__[STATE]

@@ -29,6 +29,7 @@ class Spec:
         variant: How they change the weight.
         norm: What running statistics do.
         memory: What is kept for the backward.
+        quantize: How the weights of the layers are stored; None for floating numbers.
     """
 
     sites: tuple[str, ...]
@@ -45,6 +46,7 @@ class Spec:
     variant: str = "lora"
     norm: str = "freeze"
     memory: str = "normal"
+    quantize: str | None = None
 
     def config(self) -> LoraConfig:
         """Returns the configuration that asks for it."""
@@ -68,6 +70,8 @@ class Spec:
             "variant": self.variant,
             "norm": self.norm,
             "memory": self.memory,
+            "quantize": self.quantize,
+            "quantize_options": {"min_size": 0} if self.quantize else {},
         }
         default = LoraConfig()
         return {key: value for key, value in wanted.items() if value != getattr(default, key)}

@@ -25,6 +25,10 @@ MODELS = {
     "norms": (("norms", "conv2d"), Spec(("norms.inner", "conv2d.conv"), norm="track", bias="lora_only")),
     "computed": (("computed", "groups"), Spec(("computed.proj", "groups.conv"), init="gaussian", memory="low")),
     "changed": (("linear", "conv1d"), Spec(("linear.proj", "conv1d.conv"), init="pissa", saves=())),
+    "stored": (
+        ("linear", "attention", "tied"),
+        Spec(("linear.proj", "attention.mha", "tied.a", "tied.b"), init="gaussian", quantize="nf4"),
+    ),
     "plugin": (("bilinear", "read"), Spec(("bilinear.form", "read.proj"), variant="dora", init="gaussian")),
 }
 """Blocks of the zoo and what an adapter does to them, by name."""
@@ -58,6 +62,12 @@ class Scene:
             with torch.no_grad():
                 parameter.add_(0.02 * (1 + number % 3))
         return model
+
+    def unloaded(self):
+        """The base, whose float values are gone where it is stored."""
+        if self.spec.quantize is None:
+            return self.base()
+        return lora(self.adapted("a")).unload(dequantize=False)
 
     def merged(self):
         model = self.adapted("a", "b")
@@ -99,8 +109,9 @@ CALLS = {
     "delete-last": (lambda s: s.adapted("a"), lambda s, m: lora(m).delete_adapter("a")),
     "merge": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).merge_adapter(max_error=10)),
     "unmerge": (lambda s: s.merged(), lambda s, m: lora(m).unmerge_adapter()),
-    "unload": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).unload()),
-    "unload-merged": (lambda s: s.merged(), lambda s, m: lora(m).unload()),
+    "unload": (lambda s: s.adapted("a", "b"), lambda s, m: lora(m).unload(dequantize=False)),
+    "unload-merged": (lambda s: s.merged(), lambda s, m: lora(m).unload(dequantize=False)),
+    "unload-dense": (lambda s: s.adapted("a"), lambda s, m: lora(m).unload(dequantize=True)),
     "combine": (
         lambda s: s.adapted("a", "b"),
         lambda s, m: lora(m).add_weighted_adapter(["a", "b"], [0.5, 2.0], "c", "svd"),
@@ -116,8 +127,9 @@ CALLS = {
 }
 """What a model is before, and the call; by name."""
 
-REFUSED = {("changed", "combine"), ("plugin", "combine"), ("changed", "swap")}
-"""Calls that are refused, by model: what has changed the base, or is a variant, is not combined, or not swapped."""
+REFUSED = {("changed", "combine"), ("plugin", "combine"), ("changed", "swap"), ("stored", "learn")}
+"""Calls that are refused, by model: what has changed the base, or is a variant, is not combined, or not swapped; an
+init that changes the base does not start from a stored one."""
 
 each = pytest.mark.parametrize(
     ("name", "call"), [(name, call) for name in MODELS for call in CALLS if (name, call) not in REFUSED]
@@ -141,7 +153,7 @@ def check(scene, prepare, call, points):
     lines = count_lines(lambda: call(scene, model))
     after = picture(model, scene.inputs)
     again = outcome(call, scene, model)
-    base = picture(scene.base(), scene.inputs)
+    base = picture(scene.unloaded(), scene.inputs)
     for at in points(lines):
         model = copy.deepcopy(prepared)
         where, raised = stopped(lambda model=model: call(scene, model), at)
@@ -152,7 +164,7 @@ def check(scene, prepare, call, points):
         if at % 2:
             assert outcome(call, scene, model) == (after if is_before else again), where
         elif found["adapters"]:
-            lora(model).unload()
+            lora(model).unload(dequantize=False)
             assert not differences(picture(model, scene.inputs), base), where
 
 
@@ -203,11 +215,12 @@ def check_merge_for_good(scene, points):
     prepared = scene.adapted("a", "b")
     before = picture(prepared, scene.inputs)
     model = copy.deepcopy(prepared)
-    lines = count_lines(lambda: lora(model).merge_and_unload(max_error=10))
+    options = {"max_error": 10, "dequantize": scene.spec.quantize is not None}
+    lines = count_lines(lambda: lora(model).merge_and_unload(**options))
     after = picture(model, scene.inputs)
     for at in points(lines):
         model = copy.deepcopy(prepared)
-        where, _ = stopped(lambda model=model: lora(model).merge_and_unload(max_error=10), at)
+        where, _ = stopped(lambda model=model: lora(model).merge_and_unload(**options), at)
         assert torch.is_grad_enabled(), where
         with torch.no_grad():
             outputs = model(*scene.inputs)
@@ -215,7 +228,7 @@ def check_merge_for_good(scene, points):
             expected = torch.frombuffer(bytearray(before["outputs"][block]), dtype=output.dtype).view(output.shape)
             torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg=f"{where}: {block}")
         if picture(model, scene.inputs)["adapters"] is not None:
-            lora(model).merge_and_unload(max_error=10)
+            lora(model).merge_and_unload(**options)
         assert not differences(picture(model, scene.inputs), after), where
 
 
