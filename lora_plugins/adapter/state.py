@@ -20,7 +20,9 @@ from lora_plugins.inplace import (
     NamedModule,
     freeze,
     full_name,
+    hold,
     is_shard,
+    let_go,
     model_modules,
     own_tensor,
     own_tensors,
@@ -183,6 +185,8 @@ def open_state(model: nn.Module) -> ModelState:
         model.register_load_state_dict_pre_hook(_accept_base_checkpoint)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(_check_training)
         warn_on_save(model, partial(_acting_names, state))
+        for module in model.modules():
+            hold(module)
     return state
 
 
@@ -196,6 +200,7 @@ def close_state(model: nn.Module) -> None:
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)
+        let_go(entry.module)
     for name, parameter in own_tensors(modules, "_parameters").items():
         required = state.requires_grad.get(name, parameter.requires_grad)
         require_gradient(parameter, required, state.guards, name)

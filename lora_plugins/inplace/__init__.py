@@ -9,6 +9,7 @@ from lora_plugins.inplace.container import RESERVED, AdapterTensors
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
+from lora_plugins.inplace.library_weights import foreign_kind, foreign_problem, foreign_weights, hold, let_go
 from lora_plugins.inplace.modules import (
     NamedModule,
     full_name,
@@ -39,14 +40,19 @@ __all__ = [
     "class_reason",
     "detached_weight",
     "factors",
+    "foreign_kind",
+    "foreign_problem",
+    "foreign_weights",
     "freeze",
     "frozen_statistics",
     "full_name",
     "has_statistics",
+    "hold",
     "holder_of",
     "is_frozen",
     "is_shard",
     "layer_state",
+    "let_go",
     "make_dense",
     "make_plain",
     "model_modules",

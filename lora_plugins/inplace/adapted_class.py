@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.deltas import effective_weight, stacked_adapters, term_of
 from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
 from lora_plugins.inplace.weights import LazyWeightsOf, weights_of
@@ -35,10 +36,12 @@ def _extra_repr(layer: nn.Module) -> str:
 
 
 def _arguments(layer: nn.Module) -> tuple[Any, ...]:
-    """What the generated class of a layer is made from."""
+    """Returns the arguments of `adapted_class` for a layer."""
     state = layer_state(layer)
+    kinds = foreign_weights(layer)
+    foreign = next((kinds[name] for name in state.weight_names if name in kinds), None)
     stored = tuple(stored_weights(layer))
-    return state.base_class, state.weight_names, state.has_branch, state.extended_by, stored
+    return state.base_class, state.weight_names, state.has_branch, state.extended_by, stored, foreign
 
 
 def refresh_class(layer: nn.Module) -> None:
@@ -57,6 +60,7 @@ def adapted_class(
     has_branch: bool,
     extended_by: type[LayerPlugin[Any]] | None = None,
     stored: tuple[str, ...] = (),
+    foreign: Foreign | None = None,
 ) -> type[nn.Module]:
     """Generates the class of adapted layers, once for each base class.
 
@@ -66,6 +70,7 @@ def adapted_class(
         has_branch: Whether a plugin's branch may replace the base class's forward.
         extended_by: The type of the plugin that has attributes of the class; None if there is none.
         stored: Attribute names of the weights that are stored.
+        foreign: How another library quantized one of the weights; None if none did.
     """
     name = base.__name__
     if stored:
@@ -79,9 +84,34 @@ def adapted_class(
         namespace |= extended_by.class_attributes
     if has_branch:
         namespace["forward"] = making_again(_forward(base, LazyWeightsOf)) if stored else _forward(base)
+    if foreign is not None:
+        namespace |= _quantized(base, foreign, has_branch)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
     # class has a base without __dict__, as abstract ones often do, would have another layout.
     return type(f"Lora{name}", (base,), namespace)
+
+
+def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
+    """What the class of a layer has whose library reads the quantized weight under the name that answers densely."""
+
+    def save(layer: nn.Module, *args: Any) -> None:
+        with as_its_own(layer, base):
+            base._save_to_state_dict(layer, *args)
+
+    def load(layer: nn.Module, *args: Any) -> None:
+        with as_its_own(layer, base):
+            base._load_from_state_dict(layer, *args)
+
+    own = foreign.forward or base.forward
+    inner = _forward(base, own=own) if has_branch else own
+
+    def cast(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = next(iter(foreign_weights(layer)))
+        dtype = foreign.dtype(layer, layer._parameters[name])
+        return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
+
+    forward = making_again(inner if foreign.forward is None else cast)
+    return {"forward": forward, "_save_to_state_dict": save, "_load_from_state_dict": load}
 
 
 @functools.cache
@@ -155,14 +185,18 @@ def by_position(
     return tuple(given), named
 
 
-def _forward(base: type[nn.Module], read: Callable[..., Mapping[str, Tensor]] = weights_of) -> Any:
-    names = positional_names(base)
+def _forward(
+    base: type[nn.Module],
+    read: Callable[..., Mapping[str, Tensor]] = weights_of,
+    own: Callable[..., Any] | None = None,
+) -> Any:
+    names, own = positional_names(base), own or base.forward
 
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         state, training = layer_state(layer), layer.training
         branch = state.branch
         if branch is None or not branch.acts(training):
-            return base.forward(layer, *args, **kwargs)
+            return own(layer, *args, **kwargs)
         if kwargs:
             args, kwargs = by_position(names, args, kwargs)
         weights = read(layer, branch.tensors)
@@ -180,12 +214,6 @@ def _forward(base: type[nn.Module], read: Callable[..., Mapping[str, Tensor]] = 
     return forward
 
 
-def _rebuild(
-    base: Any,
-    weights: tuple[str, ...],
-    has_branch: bool,
-    extended_by: type[LayerPlugin[Any]] | None = None,
-    stored: tuple[str, ...] = (),
-) -> nn.Module:
-    generated = adapted_class(base, weights, has_branch, extended_by, stored)
+def _rebuild(*arguments: Any) -> nn.Module:
+    generated = adapted_class(*arguments)
     return generated.__new__(generated)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lora_plugins.inplace.adapted_class import refresh_class
 from lora_plugins.inplace.layer_state import state_of
+from lora_plugins.inplace.library_weights import foreign_weights, put_dense_foreign
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight
 
@@ -61,10 +62,13 @@ class Replacing:
 
 
 def make_dense(model: nn.Module) -> None:
-    """Makes all stored weights of a model parameters with their dense values."""
+    """Makes all stored weights of a model, those of other libraries included, parameters with their dense values."""
     replacing = Replacing(dequantize=True)
     for layer, name, _ in [*all_stored(model)]:
         replacing.put(layer, name)
+    for layer in model.modules():
+        for name in foreign_weights(layer):
+            put_dense_foreign(layer, name)
 
 
 def _refresh(layer: nn.Module) -> None:

@@ -1,12 +1,13 @@
 """Takes everything of ours off a layer."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import STATE, layer_state
+from lora_plugins.inplace.library_weights import foreign_kind, put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import stored_weight
@@ -26,13 +27,15 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
         if stored_weight(layer, name) is not None:
             assert replacing is not None
             replacing.put(layer, name, value)
+        elif foreign_kind(parameter) is not None:
+            put_dense_foreign(layer, name, value)
         elif parameter is None:
             computed[name] = value
         else:
             parameter.data = value
             increment_version(parameter)  # so that an earlier forward has no backward of other weights
-    rest: Any = resting_class(layer)
-    layer.__class__ = rest
+    if not issubclass(state.base_class, type(layer)):  # else its weight has become dense, and its class with it
+        layer.__class__ = cast(Any, resting_class(layer))
     for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
         del layer._modules[name]
     for name, value in computed.items():

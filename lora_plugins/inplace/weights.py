@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
+from lora_plugins.inplace.library_weights import foreign_kind
+from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.plugins import LazyWeights
 
@@ -23,7 +25,7 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     for store in (layer._parameters, layer._buffers, layer.__dict__):
         value = store.get(name)
         if value is not None:
-            return cast(Tensor, value)
+            return _dense_of(layer, value)
     stored = stored_weight(layer, name)
     if stored is not None:
         return stored.dense()
@@ -34,9 +36,23 @@ def detached_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns the raw weight, detached, without letting a parametrization move its own statistics."""
     parameter = layer._parameters.get(name)
     if parameter is not None:
-        return parameter.detach()
+        with torch.no_grad():
+            return _dense_of(layer, parameter).detach()
     with frozen_statistics(layer), torch.no_grad():
         return raw_weight(layer, name).detach()
+
+
+def _dense_of(layer: nn.Module, value: Any) -> Tensor:
+    """Returns a weight, made dense where another library has quantized it."""
+    kind = foreign_kind(value)
+    if kind is None:
+        return cast(Tensor, value)
+
+    def make() -> Tensor:
+        with torch.no_grad():
+            return kind.dense(layer, value)
+
+    return note(make(), make)
 
 
 @contextmanager

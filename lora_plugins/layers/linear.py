@@ -51,7 +51,12 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
 
     name = "linear"
     module_type = nn.Linear
-    branch_types: ClassVar = (nn.Linear, NonDynamicallyQuantizableLinear)
+    branch_types: ClassVar = (
+        nn.Linear,
+        NonDynamicallyQuantizableLinear,
+        "bitsandbytes.nn.modules.Linear4bit",
+        "bitsandbytes.nn.modules.Linear8bitLt",
+    )
     branch_use: ClassVar[BranchUse] = "always"
     branch_takes_delta = True
 

@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_names, check_shared
 from lora_plugins.errors import MergeError, StateError, listing
-from lora_plugins.inplace import holder_of, layer_state, recompute, state_of
+from lora_plugins.inplace import foreign_kind, holder_of, layer_state, recompute, state_of
 from lora_plugins.merge.weight_delta import weight_deltas
 from lora_plugins.plugins import PLAIN
 
@@ -69,7 +69,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
     merged = [(delta, delta.effective()) for delta in weight_deltas(layers, adapters)]
     for delta, weight in merged:
         parameter = delta.layer._parameters.get(delta.tensor)
-        if parameter is None:
+        if parameter is None or foreign_kind(parameter) is not None:
             layer_state(delta.layer).merged[delta.tensor] = weight
         else:
             state.kept.setdefault(delta.name, parameter.data)

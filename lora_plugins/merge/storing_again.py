@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import MergeError
-from lora_plugins.inplace import StoredWeight, full_name, layer_state, stored_weight
+from lora_plugins.errors import MergeError, listing
+from lora_plugins.inplace import StoredWeight, foreign_weights, full_name, layer_state, stored_weight
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
 
@@ -21,6 +21,17 @@ def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], ma
     Raises:
         MergeError: If more would be lost of one.
     """
+    foreign = {
+        full_name(name, tensor): kind
+        for name, layer in layers.items()
+        for tensor, kind in foreign_weights(layer).items()
+        if tensor in layer_state(layer).weight_names
+    }
+    if foreign:
+        raise MergeError(
+            f"{listing(foreign)} is quantized by {next(iter(foreign.values())).title}, which is not written to. Merge "
+            "into dense weights: merge_and_unload(dequantize=True); or leave the adapter unmerged."
+        )
     lost = {name: _lost(stored, value) for name, stored, value in _merged(layers, adapters)}
     too_much = {name: share for name, share in lost.items() if not share <= max_error}
     if too_much:

@@ -80,9 +80,11 @@ def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin, restor
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
         if weight.computed and init.needs == "gradients":
             return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
-        if weight.stored is not None and not restoring and (init.changes_base or init.needs == "gradients"):
+        how = weight.foreign and f"quantized by {weight.foreign}"
+        how = how if weight.stored is None else f"stored as {weight.stored.plugin.name}"
+        if how and not restoring and (init.changes_base or init.needs == "gradients"):
             return (
-                f"{slot.tensor!r} is stored as {weight.stored.plugin.name} already, so the init {init.name!r} cannot "
+                f"{slot.tensor!r} is {how} already, so the init {init.name!r} cannot "
                 "start from its float value; adapt the float model, with quantize in the config"
             )
         if not weight.dtype.is_floating_point:

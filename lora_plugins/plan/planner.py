@@ -85,6 +85,7 @@ def planned(
         TargetError: As `make_plan` does.
     """
     _check_shapes(survey)
+    _check_backward(survey)
     saved = saved_modules(config, survey)
     targets = target_sites(config, survey, registry, saved)
     layers = _layers(config, targets, init, variant, restoring=restoring)
@@ -111,6 +112,18 @@ def _check_shapes(survey: Survey) -> None:
     lazy = [name for name, parameter in survey.parameters.items() if parameter.lazy]
     if lazy:
         raise TargetError(f"{listing(lazy)} has no shape yet. Run the model once on a batch, then adapt it.")
+
+
+def _check_backward(survey: Survey) -> None:
+    """Refuses layers through which no gradient could go, adapted or not."""
+    broken = [
+        f"{full_name(site.name, name)!r} {weight.problem}"
+        for site in survey.sites
+        for name, weight in site.weights.items()
+        if weight.breaks
+    ]
+    if broken:
+        raise TargetError("The model cannot be trained:\n  " + "\n  ".join(broken))
 
 
 def _checked_init(config: LoraConfig, registry: Registry) -> InitPlugin:

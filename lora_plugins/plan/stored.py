@@ -98,6 +98,7 @@ def _reason(site: Site, weight: Weight, storage: Storage) -> str:
     if weight.stored is not None:
         return "" if weight.stored.is_same(storage) else f"it is stored as {weight.stored} already"
     reasons: Mapping[str, bool] = {
+        f"it is quantized by {weight.foreign} already": bool(weight.foreign),
         "it is computed from other tensors": weight.computed,
         f"it has the type {weight.dtype}, not a floating one": not weight.dtype.is_floating_point,
         f"it {weight.problem}": bool(weight.problem),

@@ -4,7 +4,7 @@ Everything after it is a function of these records, so plans can be made, and te
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,8 @@ from lora_plugins.inplace import (
     base_class_of,
     class_reason,
     detached_weight,
+    foreign_kind,
+    foreign_problem,
     full_name,
     has_statistics,
     model_modules,
@@ -45,6 +47,8 @@ class Weight:
         on_meta: Whether it has no values yet.
         problem: Why an update cannot be added to it.
         stored: How it is stored; None if it is dense.
+        foreign: Which library has quantized it; empty if none did.
+        breaks: Whether its problem makes a backward through the layer wrong, adapted or not.
     """
 
     key: WeightKey
@@ -54,6 +58,8 @@ class Weight:
     on_meta: bool = False
     problem: str = ""
     stored: Storage | None = None
+    foreign: str = ""
+    breaks: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class OwnParameter:
     Args:
         key: Which weight it is.
         size: Its number of elements.
-        floating: Whether its type is a floating one.
+        floating: Whether its type is a floating one, and not only looks like one to its users.
         dtype: Its type.
         lazy: Whether it has no shape yet.
         aliases: Its other full names, where modules share it.
@@ -163,7 +169,8 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
 
 def _parameter(parameter: Tensor, aliases: list[str]) -> OwnParameter:
     lazy = is_lazy(parameter)
-    size, floating = 0 if lazy else parameter.numel(), parameter.dtype.is_floating_point
+    size = 0 if lazy else parameter.numel()
+    floating = parameter.dtype.is_floating_point and foreign_kind(parameter) is None
     return OwnParameter(id(parameter), size, floating, parameter.dtype, lazy, tuple(aliases))
 
 
@@ -217,10 +224,16 @@ def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight
         rows, columns = plugin.to_matrix(torch.empty(stored.shape, device="meta")).shape
         on_meta = stored.device.type == "meta"
         return Weight(key or id(stored), (rows, columns), stored.dtype, on_meta=on_meta, stored=stored.storage)
+    kind = foreign_kind(entry.module._parameters.get(tensor))
+    foreign = "" if kind is None else kind.title
+    if problem := foreign_problem(entry.module, tensor):
+        return Weight(
+            key or (entry.name, tensor), (1, 1), problem=problem, foreign=foreign, breaks=bool(kind and kind.breaks)
+        )
     weight = detached_weight(entry.module, tensor)
     rows, columns = plugin.to_matrix(weight).shape
-    problem = _problem(weight)
-    return Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta, problem)
+    found = Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta)
+    return replace(found, problem=_problem(weight), foreign=foreign)
 
 
 def _problem(weight: Tensor) -> str:

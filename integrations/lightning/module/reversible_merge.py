@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError

@@ -156,7 +156,8 @@ def x():
 
 def kept(model, batch):
     """Bytes that the forward keeps for the backward; parameters and the batch left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), batch)}
+    own = [each for each in model.parameters() if not type(each).__module__.startswith("torchao")]
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*own, batch)}
     storages = {}
 
     def pack(tensor):

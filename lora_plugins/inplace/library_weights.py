@@ -1,0 +1,215 @@
+"""Weights that other libraries quantized: read as dense values, never written.
+
+bitsandbytes' `Linear4bit` and `Linear8bitLt`, and the tensors of torchao. They are told by the names of their types, so
+that neither library is imported. What a weight of theirs cannot do is said by `foreign_problem`, while planning.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_plugins.inplace.layer_state import base_class_of
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One kind of quantized weights.
+
+    Args:
+        title: What messages call it.
+        dense: Returns the dense value of a weight of a layer.
+        dtype: Returns the type of that value.
+        problem: Says why updates cannot be added to it; empty if they can.
+        forward: Computes what the layer does, with the dense weight that it answers with and an input of its type; None
+            where the layer's own forward does so.
+        dense_class: The class that the layer has once its weight is dense; None for its own.
+        held: Attributes that the layer has other values of while its model is adapted.
+        breaks: Whether a weight with a problem makes a backward through the layer wrong, adapted or not.
+    """
+
+    title: str
+    dense: Callable[[Any, Any], Tensor]
+    dtype: Callable[[Any, Any], torch.dtype]
+    problem: Callable[[Any, Any], str]
+    forward: Callable[..., Tensor] | None = None
+    dense_class: type[nn.Module] | None = None
+    held: tuple[tuple[str, Any], ...] = ()
+    breaks: bool = False
+
+
+def foreign_kind(value: object) -> Foreign | None:
+    """Returns the kind of a quantized weight; None for a weight that is dense."""
+    if type(value) in (nn.Parameter, Tensor):
+        return None
+    cls = type(value)
+    if cls.__module__.partition(".")[0] == "torchao":
+        return _TORCHAO
+    return _BITSANDBYTES.get(f"{cls.__module__}.{cls.__name__}")
+
+
+def foreign_weights(layer: nn.Module) -> dict[str, Foreign]:
+    """Returns the kinds of a layer's quantized weights by attribute name; empty for most layers."""
+    found = {name: foreign_kind(value) for name, value in layer._parameters.items()}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def foreign_problem(layer: nn.Module, name: str) -> str:
+    """Says why updates cannot be added to a weight that another library quantized; empty if they can."""
+    if base_class_of(layer).__module__.startswith(_QUANTO):
+        return (
+            "is one of quanto, whose layers quantize what they read in each forward, the update included; use "
+            "LoraConfig.quantize, bitsandbytes or torchao, or exclude the layer"
+        )
+    value = layer._parameters.get(name)
+    kind = foreign_kind(value)
+    return "" if kind is None else kind.problem(layer, value)
+
+
+def hold(layer: nn.Module) -> None:
+    """Keeps the library from what would make the weights of a layer unreadable while its model is adapted."""
+    for kind in foreign_weights(layer).values():
+        for name, value in kind.held:
+            if name in layer.__dict__ and _held(name) not in layer.__dict__:
+                layer.__dict__[_held(name)] = layer.__dict__[name]
+                layer.__dict__[name] = value
+
+
+def let_go(layer: nn.Module) -> None:
+    """Takes back what `hold` did."""
+    for key in [key for key in layer.__dict__ if key.startswith(_HELD)]:
+        layer.__dict__[key.removeprefix(_HELD)] = layer.__dict__.pop(key)
+
+
+@contextmanager
+def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
+    """Gives a layer the class that its library made, which reads quantized weights, for the time of the block."""
+    cls: Any = type(layer)
+    layer.__class__ = base
+    try:
+        yield
+    finally:
+        layer.__class__ = cls
+
+
+_HELD = "_lora_held_"
+
+_QUANTO = "optimum.quanto"
+
+
+def _held(name: str) -> str:
+    return _HELD + name
+
+
+def _dense_4_bits(layer: Any, weight: Any) -> Tensor:
+    functional: Any = sys.modules["bitsandbytes.functional"]  # of whoever made the weight
+    dense: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return dense
+
+
+def _dtype_4_bits(layer: Any, weight: Any) -> torch.dtype:
+    dtype: torch.dtype = weight.quant_state.dtype
+    return dtype
+
+
+def _problem_4_bits(layer: Any, weight: Any) -> str:
+    if weight.quant_state is None:
+        return "is not quantized yet; move the model to its device first, and adapt it then"
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return (
+            "was packed anew by a forward of bitsandbytes in eval mode on a CPU, and cannot be read any more; load the "
+            "model again, and adapt it before it is run"
+        )
+    return ""
+
+
+def _dense_8_bits(layer: Any, weight: Any) -> Tensor:
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    dense: Tensor = (weight.data.float() * (scales.float()[:, None] / 127)).to(_dtype_8_bits(layer, weight))
+    return dense
+
+
+def _dtype_8_bits(layer: Any, weight: Any) -> torch.dtype:
+    dtype: torch.dtype = torch.float32 if layer.bias is None else layer.bias.dtype  # its own is known to nobody
+    return dtype
+
+
+def _problem_8_bits(layer: Any, weight: Any) -> str:
+    if weight.has_fp16_weights:
+        return "keeps values of 16 bits, which are quantized in the forward; make it with has_fp16_weights=False"
+    if weight.data.dtype != torch.int8 or (weight.SCB is None and layer.state.SCB is None):
+        return "is not quantized yet; move the model to its device first, and adapt it then"
+    return ""
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """What a linear layer of bitsandbytes computes, with the dense weight that it answers with."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _dense_torchao(layer: Any, weight: Any) -> Tensor:
+    dense: Tensor = weight.dequantize() if hasattr(weight, "dequantize") else weight.get_original_weight()
+    return dense
+
+
+def _own_dtype(layer: Any, weight: Any) -> torch.dtype:
+    dtype: torch.dtype = weight.dtype
+    return dtype
+
+
+def _problem_torchao(layer: Any, weight: Any) -> str:
+    dynamic = any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
+    if dynamic or "Activation" in type(weight).__name__:
+        return (
+            f"is a {type(weight).__name__} of torchao that quantizes inputs too, which has no gradient to the input; "
+            "quantize weights only, such as by Int8WeightOnlyConfig, or exclude the layer"
+        )
+    try:
+        with torch.no_grad():
+            dense = _dense_torchao(layer, weight)
+    except Exception as error:  # of a type that we do not know
+        return f"is a {type(weight).__name__} of torchao that cannot be made dense ({type(error).__name__}: {error})"
+    return "" if type(dense) is Tensor else f"is a {type(weight).__name__} of torchao that cannot be made dense"
+
+
+_TORCHAO = Foreign("torchao", _dense_torchao, _own_dtype, _problem_torchao)
+
+_BITSANDBYTES = {
+    "bitsandbytes.nn.modules.Params4bit": Foreign(
+        "bitsandbytes, 4 bits",
+        _dense_4_bits,
+        _dtype_4_bits,
+        _problem_4_bits,
+        _linear,
+        nn.Linear,
+        (("support_avx512bf16_for_cpu", False),),
+        breaks=True,
+    ),
+    "bitsandbytes.nn.modules.Int8Params": Foreign(
+        "bitsandbytes, 8 bits", _dense_8_bits, _dtype_8_bits, _problem_8_bits, _linear, nn.Linear
+    ),
+}
+"""Kinds by the import path of their type."""
+
+
+def put_dense_foreign(layer: nn.Module, name: str, value: Tensor | None = None) -> None:
+    """Puts a parameter in the place of a weight that another library quantized.
+
+    Args:
+        layer: The layer, without adapters or about to lose them.
+        name: Attribute name of the weight.
+        value: Its value from now on; by default the dense one that it has.
+    """
+    weight: Any = layer._parameters[name]
+    kind = foreign_kind(weight)
+    assert kind is not None
+    with torch.no_grad():
+        dense = kind.dense(layer, weight) if value is None else value
+    layer._parameters[name] = nn.Parameter(dense, requires_grad=False)
+    if kind.dense_class is not None:
+        layer.__class__ = kind.dense_class

@@ -1,0 +1,298 @@
+"""Layers that bitsandbytes and torchao quantized are adapted in place, or refused by name while planning."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, MergeError, TargetError
+from lora_plugins.inplace import detached_weight
+from tests.core.inplace.test_stored import kept
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def floating():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64, bias=False), nn.GELU(), nn.Linear(64, 3))
+
+
+def with_bitsandbytes(make):
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    model = floating()
+    for at in (0, 2):
+        layer = model[at]
+        new = make(modules)(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        new.load_state_dict(layer.state_dict())
+        model[at] = new.to("cpu")
+    return model
+
+
+def four_bits(**options):
+    return lambda: with_bitsandbytes(
+        lambda modules: lambda *sizes, **more: modules.Linear4bit(*sizes, **more, quant_type="nf4", **options)
+    )
+
+
+def eight_bits():
+    def make(modules):
+        return lambda *sizes, **more: modules.Linear8bitLt(*sizes, **more, has_fp16_weights=False)
+
+    return with_bitsandbytes(make)
+
+
+def with_torchao(config, **options):
+    def make():
+        quantization = pytest.importorskip("torchao.quantization")
+        model = floating()
+        quantization.quantize_(model, getattr(quantization, config)(**options), lambda module, name: name in ("0", "2"))
+        return model
+
+    return make
+
+
+MODELS = {
+    "bnb-nf4": four_bits(),
+    "bnb-nf4-single": four_bits(compress_statistics=False),
+    "bnb-nf4-bfloat16-bytes": four_bits(quant_storage=torch.bfloat16),
+    "bnb-int8": eight_bits,
+    "torchao-int8": with_torchao("Int8WeightOnlyConfig"),
+    "torchao-intx": with_torchao("IntxWeightOnlyConfig"),
+    "torchao-float8": with_torchao("Float8WeightOnlyConfig"),
+}
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+CONFIG = LoraConfig(r=4, alpha=8.0, target_modules=["0", "2"], modules_to_save=["4"])
+
+
+def x():
+    return torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+
+
+def randomized(model):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def pair(make, **fields):
+    """An adapted quantized model, and float LoRA on its dense values."""
+    model, dense = make(), floating()
+    for at in (0, 2):
+        dense[at].weight.data.copy_(detached_weight(model[at], "weight"))
+    for each in (model, dense):
+        LoraModel(each, LoraConfig(**{**CONFIG.to_dict(), **fields}))
+        randomized(each)
+    return model, dense
+
+
+def results(model):
+    output = model(x())
+    output.square().sum().backward()
+    return {"output": output.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
+
+
+@models
+@pytest.mark.parametrize("fields", [{}, {"variant": "dora"}, {"dropout": 0.5}], ids=["lora", "dora", "dropout"])
+def test_the_law_holds_for_the_dense_values(make, fields):
+    model, dense = pair(make, **fields)
+    if "dropout" in fields:
+        model.eval()
+        dense.eval()
+    expected, got = results(dense), results(model)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float((got[name] - value).abs().max()) <= 1e-6 * max(float(value.abs().max()), 1.0), name
+    model.train()(x()).sum().backward()
+
+
+@models
+def test_nothing_dense_is_kept(make):
+    model, dense = pair(make)
+    assert kept(model, x()) <= 1.02 * kept(dense, x())
+
+
+@models
+def test_the_weight_reads_with_its_update(make):
+    model, dense = pair(make)
+    torch.testing.assert_close(model[0].weight, dense[0].weight)
+    assert isinstance(model[0], nn.Linear)
+
+
+@models
+def test_train_validate_train(make):
+    """On a processor with avx512_bf16, a forward of bitsandbytes' own in eval mode packs 4-bit weights anew."""
+    model, _ = pair(make)
+    expected = results(model)
+    model.eval()
+    lora = LoraModel(model)
+    with torch.no_grad():
+        model(x())
+        with lora.disable_adapter():
+            model(x())
+    model.train().zero_grad()
+    again = results(model)
+    for name, value in expected.items():
+        assert torch.equal(again[name], value), name
+
+
+def _is_torchao(tensor):
+    """Whether it is one of torchao's; the bytes of others may look like nan."""
+    return type(tensor).__module__.startswith("torchao")
+
+
+@models
+def test_unloading_gives_the_quantized_model_back(make):
+    plain = make()
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    classes, attributes = [type(m) for m in plain.modules()], [sorted(vars(m)) for m in plain.modules()]
+    model = LoraModel(plain, CONFIG).unload()
+    assert [type(m) for m in model.modules()] == classes
+    assert [sorted(vars(m)) for m in model.modules()] == attributes
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        first, second = (t.dequantize() if _is_torchao(t) else t for t in (after[key], value))
+        assert torch.equal(torch.atleast_1d(first).view(torch.uint8), torch.atleast_1d(second).view(torch.uint8)), key
+
+
+@models
+def test_the_state_dict_keeps_what_the_library_writes(make):
+    expected = list(make().state_dict())
+    model, _ = pair(make)
+    assert [key for key in model.state_dict() if "lora" not in key] == expected
+
+
+@models
+def test_adapters_travel(make, tmp_path):
+    model, _ = pair(make)
+    LoraModel(model).save_adapter(tmp_path)
+    other = make()
+    LoraModel.load_adapter(other, tmp_path)
+    assert torch.equal(other(x()), model(x()))
+
+
+@models
+def test_copies(make):
+    model, _ = pair(make)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x()), model(x()))
+
+
+@models
+def test_merging(make):
+    model, dense = pair(make)
+    lora = LoraModel(model)
+    expected = model.eval()(x())
+    lora.merge_adapter()
+    torch.testing.assert_close(model(x()), expected)
+    lora.unmerge_adapter()
+    assert torch.equal(model(x()), expected)
+    with pytest.raises(MergeError, match=r"'0.weight', '2.weight' is quantized by .*dequantize=True"):
+        lora.merge_and_unload()
+    assert torch.equal(model(x()), expected)
+    lora.merge_and_unload(dequantize=True)
+    assert [type(layer) for layer in model] == [type(layer) for layer in floating()]
+    assert list(model.state_dict()) == list(floating().state_dict())
+    torch.testing.assert_close(model(x()), LoraModel(dense).merge_and_unload().eval()(x()))
+
+
+@models
+@pytest.mark.parametrize("init", ["pissa", "loftq", "lora_ga"])
+def test_inits_that_change_the_base_are_refused(make, init):
+    model = make()
+    with pytest.raises(TargetError, match=rf"'0': 'weight' is quantized by .* already, so the init '{init}' cannot"):
+        LoraModel(model, LoraConfig(init=init, target_modules=["0"]))
+
+
+@models
+def test_other_refusals(make):
+    model = make()
+    with pytest.raises(TargetError, match=r"'0.weight': it is quantized by .* already"):
+        LoraModel(model, LoraConfig(quantize="nf4", quantize_options={"min_size": 0}))
+    with pytest.raises(TargetError, match=r"cannot be trained: '2.weight"):
+        LoraModel(model, LoraConfig(target_modules=["0"], modules_to_save=["2"]))
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+def refused(model, message):
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(TargetError, match=message):
+        LoraModel(model, LoraConfig(target_modules=["0", "2"]))
+    assert [type(module) for module in model.modules()] == classes
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+def test_inputs_that_are_quantized_too_are_refused():
+    for config in ("Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"):
+        refused(with_torchao(config)(), r"'0': 'weight' is a \w+ of torchao that quantizes inputs too.*exclude")
+
+
+def test_weights_that_bitsandbytes_packed_anew_are_refused():
+    model = MODELS["bnb-nf4"]().eval()
+    with torch.no_grad():
+        model[0](x())
+    if not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs anew on processors with avx512_bf16 only")
+    refused(model, r"'0.weight' was packed anew by a forward of bitsandbytes.*load the model again")
+    refused(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), model[0]), r"'3.weight' was packed anew")
+
+
+def test_weights_that_are_not_quantized_yet_are_refused():
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    model = floating()
+    model[0] = modules.Linear4bit(64, 96)
+    model[2] = modules.Linear8bitLt(96, 64, has_fp16_weights=False)
+    refused(model, r"'0.weight' is not quantized yet; move the model to its device first")
+    model[0] = nn.Linear(64, 96)
+    refused(model, r"'2': 'weight' is not quantized yet; move the model to its device first")
+    model[2] = modules.Linear8bitLt(96, 64)
+    refused(model, "'2': 'weight' keeps values of 16 bits")
+
+
+def test_a_model_of_transformers_with_bitsandbytes_config(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"]
+    )
+    model = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "model", quantization_config=quantization, device_map="cpu"
+    )
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]))
+    images = torch.randn(2, 3, 16, 16)
+    model.train()
+    model(images, labels=torch.tensor([0, 2])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        expected = randomized(model).eval()(images).logits
+    model.train()(images, labels=torch.tensor([0, 2])).loss.backward()  # after what validation runs
+    lora.save_adapter(tmp_path / "adapter")
+    again = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "model", quantization_config=quantization, device_map="cpu"
+    )
+    LoraModel.load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images).logits, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_of_quanto_are_refused(frozen):
+    quanto = pytest.importorskip("optimum.quanto")
+    model = floating()
+    quanto.quantize(model, weights=quanto.qint8)
+    if frozen:
+        quanto.freeze(model)
+    refused(model, "'0': 'weight' is one of quanto")
