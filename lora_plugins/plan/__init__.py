@@ -3,6 +3,7 @@
 One walk over the model (`survey`) gives frozen records, and the plan is a function of them.
 """
 
+from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan
@@ -10,6 +11,7 @@ from lora_plugins.plan.renamings import current_name, former_names
 from lora_plugins.plan.targets import LeftOut
 
 __all__ = [
+    "LayerGroup",
     "LeftOut",
     "Plan",
     "current_name",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.plan.groups import LayerGroup, full_name, group_layers, group_tensors
 from lora_plugins.plan.targets import LeftOut
 from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot, Storage
 
@@ -103,8 +104,7 @@ class Plan:
         """Returns for each layer: name, class, plugin, rank, alpha and parameter count, as text."""
         return [
             (
-                " = ".join((layer.name or "(the model)", *layer.aliases, *(tie.layer for tie in layer.ties)))
-                + "".join(f"[{slot.part}]" for slot in layer.slots if slot.part),
+                full_name(layer),
                 layer.module_class,
                 layer.plugin.name,
                 str(layer.r),
@@ -113,6 +113,14 @@ class Plan:
             )
             for layer in self.layers
         ]
+
+    def groups(self) -> list[LayerGroup]:
+        """Returns the layers in groups that differ in the numbers of blocks only, for tables that people read."""
+        return group_layers(self.layers)
+
+    def trained_groups(self) -> dict[str, int]:
+        """Returns how many tensors are trained in place, by module of `modules_to_save` or else by their own name."""
+        return group_tensors(self.trained, self.config.modules_to_save)
 
     def __str__(self) -> str:
         table = [("layer", "class", "plugin", "r", "alpha", "parameters"), *self.rows()]
