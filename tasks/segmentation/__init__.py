@@ -3,7 +3,15 @@
 There is a data module for each source of images with masks: folders, lists, data sets of Hugging Face.
 """
 
-from lora_plugins.tasks.segmentation.colors import class_colors, colorize, overlay, palette_image
+from lora_plugins.tasks.segmentation.colors import (
+    IGNORED,
+    Mask,
+    Pixels,
+    class_colors,
+    colorize,
+    overlay,
+    palette_image,
+)
 from lora_plugins.tasks.segmentation.from_folder import MaskFolderDataModule
 from lora_plugins.tasks.segmentation.from_hub import HubMaskDataModule
 from lora_plugins.tasks.segmentation.from_list import MaskListDataModule
@@ -11,10 +19,13 @@ from lora_plugins.tasks.segmentation.mask_decoder import MaskDecoder
 from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 
 __all__ = [
+    "IGNORED",
     "HubMaskDataModule",
+    "Mask",
     "MaskDecoder",
     "MaskFolderDataModule",
     "MaskListDataModule",
+    "Pixels",
     "SemanticSegmentationTask",
     "class_colors",
     "colorize",

@@ -1,5 +1,6 @@
 """The colors of classes, and masks drawn in them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,36 @@ Mask = np.ndarray[Any, np.dtype[np.int64]]
 """Class indices (H, W)."""
 
 CLASS_0 = (20, 20, 20)
+HUES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+"""The colors of Okabe and Ito (2008) but black, which people who confuse red and green can tell apart."""
+
 IGNORED = (128, 128, 128)
 OPACITY = 0.5
+STRONGEST = 0.8
+"""How far a color is moved toward white or black at most."""
 
 
 def class_colors(classes: int) -> Pixels:
-    """A color for each class: dark for class 0, which is usually the background, else a rainbow."""
-    from matplotlib import colormaps
+    """A color for each class: dark for class 0, which is usually the background, else Okabe's and Ito's.
 
-    rainbow = colormaps["gist_rainbow"](np.linspace(0, 1, max(1, classes - 1)))[:, :3]
-    return np.concatenate([[CLASS_0], (rainbow * 255).round()])[:classes].astype(np.uint8)
+    From the ninth class on, the seven hues come again, lighter and darker by turns: these colors differ, but no palette
+    of so many can be told apart by everybody.
+    """
+    rounds = range(math.ceil(max(0, classes - 1) / len(HUES)))
+    colors = [CLASS_0, *(_shaded(hue, turn) for turn in rounds for hue in HUES)]
+    return np.array(colors[:classes], dtype=np.uint8).reshape(-1, 3)
+
+
+def _shaded(hue: tuple[int, int, int], turn: int) -> tuple[int, ...]:
+    """A hue as it comes in a turn, from 0: itself, then half way to white and to black, then in between."""
+    end = 255 if turn % 2 else 0
+    share = STRONGEST * _spread((turn + 1) // 2)
+    return tuple(round(channel + (end - channel) * share) for channel in hue)
+
+
+def _spread(index: int) -> float:
+    """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ...; every start of it is spread evenly."""
+    return int(f"{index:b}"[::-1], 2) / 2 ** index.bit_length()
 
 
 def colorize(mask: Mask, colors: Pixels, ignore_index: int) -> Pixels:
