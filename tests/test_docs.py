@@ -30,6 +30,7 @@ PUBLIC = (
     "lora_plugins",
     "lora_plugins.integrations.lightning",
     "lora_plugins.integrations.transformers",
+    "lora_plugins.integrations.diffusers",
     "lora_plugins.tasks",
     "lora_plugins.formats",
     "lora_plugins.testing",

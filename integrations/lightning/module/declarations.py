@@ -25,7 +25,7 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
     """
     suggested = getattr(module, "lora_targets", None)
     if config.target_modules is None and suggested:
-        config = replace(config, target_modules=list(suggested))
+        config = replace(config, target_modules=suggested if isinstance(suggested, str) else list(suggested))
     declared: Iterable[str] = getattr(module, "head_modules", ())
     prefix = f"{path}." if path else ""
     heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]

@@ -1,0 +1,51 @@
+"""LoRA on pipelines of diffusers: one adapter over the denoiser and the text encoders.
+
+    lora = LoraPipeline(pipe, LoraConfig(r=8))        # the layers that are usual for its architecture
+    LoraPipeline.load_adapter(pipe, "style.safetensors")  # ours, diffusers' or the WebUI's
+
+Only `load_pipeline` imports diffusers; the rest works on a pipeline that is there.
+"""
+
+from typing import TYPE_CHECKING
+
+from lora_plugins.utils import lazily
+
+if TYPE_CHECKING:
+    from lora_plugins.integrations.diffusers.families import FAMILIES, LAYERS, Family, default_targets, family_of
+    from lora_plugins.integrations.diffusers.loading import load_pipeline
+    from lora_plugins.integrations.diffusers.lora_pipeline import LoraPipeline
+    from lora_plugins.integrations.diffusers.parts import parts_of
+    from lora_plugins.integrations.diffusers.sampling import Sampling, in_eval_mode, sample
+    from lora_plugins.integrations.diffusers.sheets import contact_sheet
+
+__all__ = [
+    "FAMILIES",
+    "LAYERS",
+    "Family",
+    "LoraPipeline",
+    "Sampling",
+    "contact_sheet",
+    "default_targets",
+    "family_of",
+    "in_eval_mode",
+    "load_pipeline",
+    "parts_of",
+    "sample",
+]
+
+_MODULES = {
+    "FAMILIES": "families",
+    "LAYERS": "families",
+    "Family": "families",
+    "LoraPipeline": "lora_pipeline",
+    "Sampling": "sampling",
+    "contact_sheet": "sheets",
+    "default_targets": "families",
+    "family_of": "families",
+    "in_eval_mode": "sampling",
+    "load_pipeline": "loading",
+    "parts_of": "parts",
+    "sample": "sampling",
+}
+
+__getattr__ = lazily(__name__, _MODULES)

@@ -1,0 +1,83 @@
+"""`LoraPipeline`, the handle to the adapters of a pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_plugins import Calibration, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
+from lora_plugins.integrations.diffusers.families import default_targets, family_of
+from lora_plugins.integrations.diffusers.parts import parts_of
+
+
+class LoraPipeline(LoraModel):
+    """A handle to a pipeline of diffusers and its adapters, each over the denoiser and the text encoders.
+
+    It is a `LoraModel` of the pipeline's parts: `set_adapter(names, weights=...)`, `merge_adapter`, `unmerge_adapter`,
+    `save_adapter(path, format="diffusers")` and all others are there. Names of layers begin with the name of a part, as
+    in `unet.conv_in`. The pipeline stays the user's own, and is called as before. Where `unload` and `merge_and_unload`
+    return a module, it is that of the parts.
+
+    Args:
+        pipe: The pipeline.
+        config: The first adapter, or None for a handle to a pipeline that is adapted already. If it names no
+            `target_modules`, they are the attention projections of the denoiser.
+        adapter_name: Name of that adapter.
+        registry: As in `LoraModel`.
+        init_data: As in `LoraModel`.
+
+    Raises:
+        ConfigError: If it is no pipeline, or of a kind that is not served while the config names no layers.
+        TargetError: As in `LoraModel`.
+        StateError: As in `LoraModel`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        registry: Registry | None = None,
+        init_data: InitData | Calibration | None = None,
+    ) -> None:
+        config = None if config is None else _completed(pipe, config)
+        super().__init__(parts_of(pipe), config, adapter_name, registry=registry, init_data=init_data)
+
+    @staticmethod
+    def plan(pipe: Any, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
+        """Returns what would be adapted in a pipeline; touches nothing. See `LoraModel.plan`."""
+        return LoraModel.plan(parts_of(pipe), _completed(pipe, config), registry=registry)
+
+    @classmethod
+    def load_adapter(
+        cls,
+        pipe: Any,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        format: str | None = None,
+        format_options: Mapping[str, Any] | None = None,
+        registry: Registry | None = None,
+    ) -> "LoraPipeline":
+        """Puts a saved adapter on a pipeline, adapted or not. See `LoraModel.load_adapter`."""
+        LoraModel.load_adapter(
+            parts_of(pipe), path, adapter_name, format=format, format_options=format_options, registry=registry
+        )
+        return cls(pipe, registry=registry)
+
+    @classmethod
+    def load_packed(
+        cls, pipe: Any, packed: PackedAdapter, adapter_name: str | None = None, *, registry: Registry | None = None
+    ) -> "LoraPipeline":
+        """Puts an adapter on a pipeline from its manifest and tensors. See `LoraModel.load_packed`."""
+        LoraModel.load_packed(parts_of(pipe), packed, adapter_name, registry=registry)
+        return cls(pipe, registry=registry)
+
+
+def _completed(pipe: Any, config: LoraConfig) -> LoraConfig:
+    """Returns a config that names its layers."""
+    parts = parts_of(pipe)
+    if config.target_modules is not None or parts is pipe:
+        return config
+    return replace(config, target_modules=default_targets(family_of(pipe), parts))

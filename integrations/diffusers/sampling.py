@@ -1,0 +1,103 @@
+"""Pictures of a pipeline, the same ones for the same seeds."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from lora_plugins import ConfigError
+
+_PLAIN: Mapping[str, bool] = MappingProxyType({"use_resolution_binning": False, "clean_caption": False})
+"""Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled.
+
+    Args:
+        steps: The number of steps of the scheduler.
+        guidance: The scale of classifier-free guidance; at most 1 for none.
+        height: Of the pictures; by default what the pipeline was made for.
+        width: Likewise.
+        negative_prompt: What the guidance leads away from.
+        batch_size: How many pictures are sampled at once. It can change their last bits.
+
+    Raises:
+        ConfigError: For a number that is none.
+    """
+
+    steps: int = 30
+    guidance: float = 5.0
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is at least 1.")
+
+    def arguments(self, pipe: Any, count: int) -> dict[str, Any]:
+        """Returns the arguments of a pipeline's call for so many pictures."""
+        given = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "height": self.height,
+            "width": self.width,
+            "negative_prompt": [self.negative_prompt] * count if self.negative_prompt else None,
+        }
+        taken = inspect.signature(type(pipe).__call__).parameters
+        plain = {name: value for name, value in _PLAIN.items() if name in taken}
+        return {**plain, **{name: value for name, value in given.items() if value is not None}}
+
+
+def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None) -> list[Image]:
+    """Returns a picture for each prompt and its seed.
+
+    The noise of a picture depends on its seed alone: not on the others, the device or the state of torch's random
+    numbers, which is left as it is.
+
+    Args:
+        pipe: The pipeline; it samples in eval mode, and its modes are restored.
+        prompts: The prompts.
+        seeds: A seed for each.
+        sampling: How.
+
+    Raises:
+        ConfigError: If a prompt is empty, or there is not one seed for each.
+    """
+    sampling = sampling or Sampling()
+    if len(prompts) != len(seeds):
+        raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each prompt.")
+    if any(not prompt.strip() for prompt in prompts):
+        raise ConfigError("A prompt is empty. Say what is to be seen.")
+    pictures: list[Image] = []
+    with torch.no_grad(), in_eval_mode(pipe):
+        for start in range(0, len(prompts), sampling.batch_size):
+            chosen = slice(start, start + sampling.batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
+            arguments = sampling.arguments(pipe, len(generators))
+            pictures += pipe(list(prompts[chosen]), generator=generators, **arguments).images
+    return pictures
+
+
+@contextmanager
+def in_eval_mode(pipe: Any) -> Iterator[None]:
+    """Puts all parts of a pipeline into eval mode for the time of a `with` block."""
+    modules = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

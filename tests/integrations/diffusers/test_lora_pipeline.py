@@ -1,0 +1,179 @@
+"""One adapter over the parts of a pipeline: files, weights, merging, and every bit as before."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, StateError, TargetError
+from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, default_targets, family_of, parts_of
+from tests.integrations.diffusers.pipelines import PIPELINES, build
+
+SAMPLING = Sampling(steps=2, guidance=3.0, height=16, width=16)
+TOLERANCE = 1e-5
+"""Of pictures in [0, 1] in float32, which go through a pipeline of some hundred layers."""
+
+
+def drawn(pipe, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    arguments = SAMPLING.arguments(pipe, 1)
+    return pipe(["a photo of sks dog"], generator=[generator], output_type="np", **arguments).images
+
+
+def distance(first, second):
+    return float(np.abs(first - second).max())
+
+
+def config(pipe, words=("attention",), **fields):
+    targets = default_targets(family_of(pipe), parts_of(pipe), words, text_encoder=True)
+    return LoraConfig(**{"r": 2, "alpha": 5, "target_modules": targets, **fields})
+
+
+def moved(lora, seed=0):
+    """Gives all adapters values that change the pipeline."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lora.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return lora
+
+
+def bits(pipe):
+    return {name: tensor.clone() for name, tensor in parts_of(pipe).state_dict().items()}
+
+
+def same_bits(pipe, before):
+    now = parts_of(pipe).state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
+def test_an_adapter_over_all_parts_comes_back_in_every_format(name, format, tmp_path):
+    pipe = build(name)
+    before, base = bits(pipe), drawn(pipe)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected = drawn(pipe)
+    assert distance(expected, base) > 1e-3
+    path = lora.save_adapter(tmp_path / "file.safetensors" if format != "lora_plugins" else tmp_path, format=format)
+    lora.unload()
+    assert same_bits(pipe, before)
+    assert distance(drawn(pipe), base) == 0
+    LoraPipeline.load_adapter(pipe, path)
+    assert distance(drawn(pipe), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Flux"])
+@pytest.mark.parametrize("text_encoder", [True, False], ids=["with text encoders", "denoiser alone"])
+def test_diffusers_draws_the_same_pictures_from_its_file(name, text_encoder, tmp_path):
+    pipe, theirs = build(name), build(name)
+    targets = default_targets(family_of(pipe), parts_of(pipe), text_encoder=text_encoder)
+    lora = moved(LoraPipeline(pipe, config(pipe, target_modules=targets)))
+    assert distance(drawn(pipe), drawn(theirs)) > 1e-3
+    theirs.load_lora_weights(lora.save_adapter(tmp_path / "file.safetensors", format="diffusers"))
+    assert distance(drawn(pipe), drawn(theirs)) <= TOLERANCE
+
+
+def test_convolutions_too_in_diffusers_file(tmp_path):
+    pipe, theirs = build("Stable Diffusion"), build("Stable Diffusion")
+    words = ("attention", "feed_forward", "convolutions")
+    lora = moved(LoraPipeline(pipe, config(pipe, words)))
+    theirs.load_lora_weights(lora.save_adapter(tmp_path / "file.safetensors", format="diffusers"))
+    assert distance(drawn(pipe), drawn(theirs)) <= TOLERANCE
+
+
+def test_a_config_without_layers_has_those_of_the_family():
+    pipe = build("Stable Diffusion")
+    plan = LoraPipeline.plan(pipe, LoraConfig(r=2))
+    assert {layer.name.rpartition("attn")[2][2:] for layer in plan.layers} == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert LoraPipeline(pipe, LoraConfig(r=2)).plans["default"].layers == plan.layers
+
+
+def test_several_are_tried_with_weights_and_reset():
+    """What users of a WebUI do."""
+    pipe = build("Stable Diffusion")
+    before, base = bits(pipe), drawn(pipe)
+    lora = LoraPipeline(pipe, config(pipe), "style")
+    lora.add_adapter("subject", config(pipe, r=3))
+    moved(lora)
+    pictures = {}
+    for names, weights in {("style",): [1.0], ("subject",): [0.5], ("style", "subject"): [0.7, 0.3]}.items():
+        lora.set_adapter(names, weights=weights)
+        pictures[names] = drawn(pipe)
+        lora.merge_adapter()
+        assert distance(drawn(pipe), pictures[names]) <= TOLERANCE
+        lora.unmerge_adapter()
+        assert distance(drawn(pipe), pictures[names]) == 0
+    with lora.disable_adapter():
+        assert distance(drawn(pipe), base) == 0
+    lora.delete_adapter("style")
+    lora.unload()
+    assert same_bits(pipe, before)
+    assert distance(drawn(pipe), base) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Pipelines loaded with `dtype=torch.float16`:UserWarning")
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Stable Diffusion 3"])
+def test_five_rounds_of_merging_in_half_precision_change_no_bit(name):
+    pipe = build(name)
+    for part in parts_of(pipe).values():
+        part.half()
+    before = bits(pipe)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    for _ in range(5):
+        lora.merge_adapter()
+        assert not same_bits(pipe, before)
+        lora.unmerge_adapter()
+    lora.unload()
+    assert same_bits(pipe, before)
+
+
+def test_a_second_handle_sees_the_same_adapters():
+    pipe = build("Stable Diffusion")
+    LoraPipeline(pipe, config(pipe), "style")
+    assert list(LoraPipeline(pipe).adapters) == ["style"]
+    LoraPipeline(pipe).unload()
+    with pytest.raises(StateError, match="no adapter"):
+        LoraPipeline(pipe)
+
+
+def test_merged_for_good_it_is_a_pipeline_like_any_other(tmp_path):
+    pipe = build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected = drawn(pipe)
+    lora.merge_and_unload()
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert distance(drawn(loaded), expected) <= TOLERANCE
+
+
+def test_an_adapter_of_another_base_is_refused_and_nothing_changes(tmp_path):
+    pipe, other = build("Stable Diffusion"), build("Stable Diffusion")
+    path = moved(LoraPipeline(pipe, config(pipe))).save_adapter(tmp_path)
+    with torch.no_grad():
+        for parameter in parts_of(other).parameters():
+            parameter.mul_(1.5)
+    before = bits(other)
+    with pytest.raises(AdapterFileError, match="base"):
+        LoraPipeline.load_adapter(other, path)
+    assert same_bits(other, before)
+
+
+def test_an_adapter_of_another_family_is_refused(tmp_path):
+    pipe = build("Stable Diffusion")
+    path = moved(LoraPipeline(pipe, config(pipe))).save_adapter(tmp_path / "file.safetensors", format="diffusers")
+    with pytest.raises(AdapterFileError, match="unet"):
+        LoraPipeline.load_adapter(build("Flux"), path)
+
+
+def test_layers_that_do_not_exist_are_named():
+    with pytest.raises(TargetError, match="to_qq"):
+        LoraPipeline(build("Stable Diffusion"), LoraConfig(r=2, target_modules=["to_qq"]))
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), object()], ids=["a module", "an object"])
+def test_what_is_no_pipeline_is_named(thing):
+    with pytest.raises(ConfigError, match="no pipeline of diffusers"):
+        LoraPipeline(thing, LoraConfig(r=2))

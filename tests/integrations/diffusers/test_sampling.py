@@ -1,0 +1,45 @@
+"""Samples with seeds of their own, and contact sheets."""
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from tests.integrations.diffusers.pipelines import build
+
+PROMPTS = ["a photo of sks dog", "a cat", "a dog"]
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone():
+    pipe = build("Stable Diffusion")
+    pipe.unet.train()
+    sampling = Sampling(steps=2, guidance=2.0, batch_size=2)
+    state = torch.get_rng_state()
+    together = sample(pipe, PROMPTS, [3, 4, 5], sampling)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pipe.unet.training
+    assert not pipe.text_encoder.training
+    again = sample(pipe, PROMPTS[2:], [5], sampling)
+    assert again[0].tobytes() == together[2].tobytes()
+    assert together[0].tobytes() != sample(pipe, PROMPTS[:1], [4], sampling)[0].tobytes()
+
+
+def test_bad_input_is_named():
+    pipe = build("Stable Diffusion")
+    with pytest.raises(ConfigError, match="A prompt is empty"):
+        sample(pipe, ["a dog", " "], [0, 1])
+    with pytest.raises(ConfigError, match="3 prompts and 1 seeds"):
+        sample(pipe, PROMPTS, [0])
+    with pytest.raises(ConfigError, match="steps is 0"):
+        Sampling(steps=0)
+
+
+def test_a_contact_sheet_holds_all_pictures():
+    red, blue = Image.new("RGB", (64, 32), "red"), Image.new("L", (8, 8), 255)
+    sheet = contact_sheet({"first row": [red, red], "second": [blue]})
+    colors = {color for _, color in sheet.getcolors(maxcolors=4096)}
+    assert (255, 0, 0) in colors
+    assert sheet.width >= 2 * 96  # 32 is enlarged twice
+    with pytest.raises(ConfigError, match="at least one picture"):
+        contact_sheet({"nothing": []})
