@@ -18,8 +18,8 @@ FLOOR_TESTS ?= tests/core
 
 .PHONY: run compare test test-slow test-core test-floor coverage lint types docs release clean
 
-run: $(VENV)/vision ## Fine-tune the shipped segmentation model on the embedded data.
-	$(if $(filter tasks/cls.yaml tasks/seg.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
+run: $(VENV)/$(if $(filter tasks/dreambooth.yaml,$(CONFIG)),diffusion,vision) ## Fine-tune a shipped model on embedded data.
+	$(if $(filter tasks/cls.yaml tasks/seg.yaml tasks/dreambooth.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
 
 compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by side.
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks compare

@@ -1,8 +1,9 @@
 """Vision tasks of lora_plugins; imported as `lora_plugins.tasks`.
 
-Two tasks, image classification and semantic segmentation, over models of timm, transformers, torchvision and
-segmentation-models-pytorch; data modules for files on disk, for data sets of Hugging Face and for data that needs no
-download; and callbacks that show what a fit has done. The YAML files beside this module put them together.
+Image classification and semantic segmentation over models of timm, transformers, torchvision and
+segmentation-models-pytorch, and text-to-image diffusion over pipelines of diffusers; data modules for files on disk,
+for data sets of Hugging Face and for data that needs no download; and callbacks that show what a fit has done. The YAML
+files beside this module put them together.
 
 Names are imported when they are first used: the libraries behind them take seconds.
 """
@@ -25,8 +26,20 @@ if TYPE_CHECKING:
         ImageListDataModule,
     )
     from lora_plugins.tasks.data import VisionDataModule
+    from lora_plugins.tasks.diffusion import (
+        ClassPictures,
+        PicturesDataModule,
+        SamplePictures,
+        SavePipeline,
+        TextToImageTask,
+    )
     from lora_plugins.tasks.errors import DataError, WeightsError
-    from lora_plugins.tasks.examples import DigitScenesDataModule, DigitsDataModule
+    from lora_plugins.tasks.examples import (
+        DigitPicturesDataModule,
+        DigitScenesDataModule,
+        DigitsDataModule,
+        ReadDigits,
+    )
     from lora_plugins.tasks.inference import export_task, load_task, merged_task, predict_folder
     from lora_plugins.tasks.models import ModelConfig
     from lora_plugins.tasks.reporting import (
@@ -46,7 +59,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BeforeAfter",
+    "ClassPictures",
     "DataError",
+    "DigitPicturesDataModule",
     "DigitScenesDataModule",
     "DigitsDataModule",
     "HtmlReport",
@@ -58,9 +73,14 @@ __all__ = [
     "MaskFolderDataModule",
     "MaskListDataModule",
     "ModelConfig",
+    "PicturesDataModule",
     "PredictionPicture",
+    "ReadDigits",
+    "SamplePictures",
+    "SavePipeline",
     "SemanticSegmentationTask",
     "TensorBoardImages",
+    "TextToImageTask",
     "VisionDataModule",
     "WeightsError",
     "draw_predictions",
@@ -73,7 +93,9 @@ __all__ = [
 
 _ROOMS = {
     "BeforeAfter": "reporting",
+    "ClassPictures": "diffusion",
     "DataError": "errors",
+    "DigitPicturesDataModule": "examples",
     "DigitScenesDataModule": "examples",
     "DigitsDataModule": "examples",
     "HtmlReport": "reporting",
@@ -85,9 +107,14 @@ _ROOMS = {
     "MaskFolderDataModule": "segmentation",
     "MaskListDataModule": "segmentation",
     "ModelConfig": "models",
+    "PicturesDataModule": "diffusion",
     "PredictionPicture": "reporting",
+    "ReadDigits": "examples",
+    "SamplePictures": "diffusion",
+    "SavePipeline": "diffusion",
     "SemanticSegmentationTask": "segmentation",
     "TensorBoardImages": "reporting",
+    "TextToImageTask": "diffusion",
     "VisionDataModule": "data",
     "WeightsError": "errors",
     "draw_predictions": "reporting",

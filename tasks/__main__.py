@@ -5,15 +5,35 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
 
+from lora_plugins.cli import Command
+
 COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "predict": ("inference", "predict_main", "labels or masks for a folder of images"),
         "export": ("inference", "export_main", "a merged network for other runtimes, .pt2 or .onnx"),
         "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
         "pretrain": ("examples", "pretrain_main", "train the small backbones that are shipped"),
+        "pretrain-diffusion": ("examples", "pretrain_diffusion_main", "train the text-to-image model that is shipped"),
     }
 )
 """By command: the room and the function that runs it, which is imported when it is asked for, and what it does."""
+
+
+def _generate(arguments: list[str]) -> int:
+    return int(import_module("lora_plugins.tasks.diffusion").generate_main(arguments[1:]))
+
+
+PROGRAM: Mapping[str, Command] = MappingProxyType(
+    {
+        "generate": Command(
+            "draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline",
+            _generate,
+            ("diffusers", "transformers", "lightning", "PIL", "torchvision"),
+            "lora-plugins[diffusion]",
+        )
+    }
+)
+"""The commands of the program `lora-plugins`, which the entry point `tasks` of its commands names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage(given: Sequence[str]) -> str:
-    commands = "\n".join(f"  {name:10}{does}" for name, (_, _, does) in COMMANDS.items())
+    commands = "\n".join(f"  {name:20}{does}" for name, (_, _, does) in COMMANDS.items())
     usage = f"usage: python -m lora_plugins.tasks COMMAND [--help] ...\n\n{commands}"
     if not given or given[0].startswith("-"):
         return usage

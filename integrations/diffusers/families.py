@@ -47,17 +47,15 @@ class Family:
 
 
 def _unet(projections: str) -> Mapping[str, str]:
-    return MappingProxyType(
-        {
-            "attention": rf"unet\..*\.({projections})",
-            "feed_forward": r"unet\..*\.ff\.net\.(0\.proj|2)",
-            "convolutions": rf"unet\.(.*\.)?({_CONVOLUTIONS})",
-        }
-    )
+    return {
+        "attention": rf"unet\..*\.({projections})",
+        "feed_forward": r"unet\..*\.ff\.net\.(0\.proj|2)",
+        "convolutions": rf"unet\.(.*\.)?({_CONVOLUTIONS})",
+    }
 
 
 def _transformer(attention: str, feed_forward: str, **more: str) -> Mapping[str, str]:
-    return MappingProxyType({"attention": attention, "feed_forward": feed_forward, **more})
+    return {"attention": attention, "feed_forward": feed_forward, **more}
 
 
 _WHOLE_CLIP = rf"text_encoder\..*\.({_CLIP})"

@@ -7,6 +7,7 @@ one machine.
 """
 
 import argparse
+import json
 import string
 from collections.abc import Sequence
 from importlib import import_module
@@ -198,8 +199,16 @@ def pretrain_diffusion(folder: Path, steps: int = STEPS) -> Path:
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.half()
     pipe.save_pretrained(folder)
+    _without_surplus(folder / "vae" / "config.json")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder
+
+
+def _without_surplus(path: Path) -> None:
+    """Remove what AutoencoderTiny writes into its configuration and warns of when it reads it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,8 +4,14 @@ From that provenance, `inference` loads a task again.
 """
 
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
-from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable, warmup_cosine
-from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
+from lora_plugins.tasks.training.optimization import (
+    OptimizerCallable,
+    SchedulerCallable,
+    check_optimizer,
+    configured_optimizer,
+    warmup_cosine,
+)
+from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance, write_provenance
 from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
 
 __all__ = [
@@ -20,5 +26,8 @@ __all__ = [
     "SchedulerCallable",
     "VisionTask",
     "balanced_weights",
+    "check_optimizer",
+    "configured_optimizer",
     "warmup_cosine",
+    "write_provenance",
 ]

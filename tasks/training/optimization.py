@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lora_plugins import ConfigError
@@ -43,8 +46,36 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LRSc
     return LambdaLR(optimizer, factor)
 
 
-def check_optimizer(optimizer: object, *, lr: float, weight_decay: float) -> None:
-    """Check the argument `optimizer` of a task.
+def configured_optimizer(
+    module: LightningModule,
+    optimizer: OptimizerCallable | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    lr_scheduler: SchedulerCallable | None,
+) -> OptimizerLRScheduler:
+    """The optimizer of a module's parameters that require gradients, AdamW by default, and its scheduler, if any.
+
+    Raises:
+        ConfigError: If a scheduler is to follow a training without end.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    made = (optimizer or partial(AdamW, lr=lr, weight_decay=weight_decay))(parameters)
+    if lr_scheduler is None:
+        return made
+    steps = module.trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
+    return {
+        "optimizer": made,
+        "lr_scheduler": {"scheduler": lr_scheduler(made, int(steps)), "interval": "step"},
+    }
+
+
+def check_optimizer(
+    optimizer: object, *, lr: float, weight_decay: float, default: tuple[float, float] = (LR, WEIGHT_DECAY)
+) -> None:
+    """Check the argument `optimizer` of a task, whose default optimizer has `default` as rate and decay.
 
     Raises:
         ConfigError: If it is not callable, or if arguments of the default optimizer are given beside it.
@@ -56,7 +87,7 @@ def check_optimizer(optimizer: object, *, lr: float, weight_decay: float) -> Non
             f"optimizer is {optimizer!r}. It is called with the parameters to train and makes an optimizer: "
             "torch.optim.AdamW, or functools.partial(torch.optim.SGD, lr=0.1). In YAML, give its class_path."
         )
-    if (lr, weight_decay) != (LR, WEIGHT_DECAY):
+    if (lr, weight_decay) != default:
         raise ConfigError(
             f"lr={lr} and weight_decay={weight_decay} are of the default optimizer, which `optimizer` replaces. Set "
             "them in `optimizer`: functools.partial(torch.optim.AdamW, lr=1e-3)."

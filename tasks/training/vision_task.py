@@ -1,11 +1,9 @@
 """The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +25,7 @@ from lora_plugins.tasks.training.optimization import (
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
+    configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
 
@@ -261,18 +260,9 @@ class VisionTask(LoraCheckpointMixin):
         Raises:
             ConfigError: If a scheduler is to follow a training without end.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        make = self.optimizer or partial(torch.optim.AdamW, lr=self.lr, weight_decay=self.weight_decay)
-        optimizer = make(parameters)
-        if self.lr_scheduler is None:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer, int(steps)), "interval": "step"},
-        }
+        return configured_optimizer(
+            self, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, lr_scheduler=self.lr_scheduler
+        )
 
     def mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The images and (soft) targets to train on: by default unchanged."""

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "segmentation", "training"},
     "inference": {"data", "errors", "segmentation", "training"},
-    "examples": {"classification", "data", "errors", "models", "segmentation", "training"},
+    "diffusion": {"data", "errors", "reporting", "training"},
+    "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or the file `errors`."""
 

@@ -75,7 +75,7 @@ HUB = {  # the file, the local data set in the hub's format, and what replaces t
         ],
     ),
 }
-EMBEDDED = ("cls", "seg")
+EMBEDDED = ("cls", "seg", "dreambooth")
 EVERY = sorted({*FOLDERS, *HUB, *EMBEDDED})
 
 

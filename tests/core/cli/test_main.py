@@ -22,6 +22,7 @@ usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python 
   export     write a checkpoint's merged network as a plain .safetensors file
   merge      write a checkpoint with its adapter merged, for load_from_checkpoint
   recipes    list, show and copy the YAML files that are shipped
+  generate   draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline
   inspect    show what is in an adapter file of any format
   convert    write an adapter in another format
   plugins    list the installed plugins

@@ -1,0 +1,90 @@
+"""Pictures with prompts: one prompt for all of a folder, a `.txt` beside each picture, or a list."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_plugins.tasks.data import image_files, read_errors, read_image, read_list
+from lora_plugins.tasks.errors import DataError, listed
+
+CAPTION_SUFFIX = ".txt"
+IMAGE, PROMPT = "image", "prompt"
+"""The columns of a list."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture with its prompt.
+
+    Attributes:
+        path: The picture.
+        prompt: The prompt.
+        size: Height and width of the picture.
+    """
+
+    path: Path
+    prompt: str
+    size: tuple[int, int]
+
+
+def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
+    """The pictures of a folder.
+
+    Args:
+        folder: The folder.
+        prompt: The prompt of all pictures; None if each has a `.txt` beside it.
+
+    Raises:
+        DataError: If there is no folder or no picture, one cannot be read, a caption is missing or empty, or there are
+            captions beside a prompt for all.
+    """
+    paths = image_files(folder)
+    if not paths:
+        raise DataError(f"{folder.absolute()} holds no picture.")
+    captions = [path.with_suffix(CAPTION_SUFFIX) for path in paths]
+    if prompt is None:
+        return _checked([(path, _caption(caption)) for path, caption in zip(paths, captions, strict=True)], str(folder))
+    beside = [caption.name for caption in captions if caption.is_file()]
+    if beside:
+        raise DataError(
+            f"{folder.absolute()} has captions beside its pictures ({', '.join(beside[:3])}), and there is one prompt "
+            f"for all, {prompt!r}. Leave out `prompt`, or remove the captions."
+        )
+    return _checked([(path, prompt) for path in paths], str(folder))
+
+
+def captioned_list(path: Path, root: Path) -> list[Captioned]:
+    """The pictures of a list, `.csv` or `.jsonl`, with the columns `image`, relative to a folder, and `prompt`.
+
+    Raises:
+        DataError: If the list or a picture cannot be read, or a prompt is empty.
+    """
+    rows = read_list(path, [IMAGE, PROMPT])
+    return _checked([(root / str(row[IMAGE]), str(row[PROMPT])) for row in rows], str(path))
+
+
+def _caption(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Captioned]:
+    """Read every picture once: what is wrong is told before anything is trained."""
+    errors = read_errors([path for path, _ in pairs], read_image)
+    problems = [error for error in errors if error is not None]
+    for path, prompt in pairs:
+        caption = path.with_suffix(CAPTION_SUFFIX)
+        if prompt is None:
+            problems.append(f"{path} has no caption: there is no readable {caption.name} beside it, and no `prompt`.")
+        elif not prompt.strip():
+            problems.append(f"The prompt of {path} is empty.")
+    if problems:
+        raise DataError(f"{len(problems)} problems with the pictures of {where}:\n{listed(problems)}")
+    return [Captioned(path, str(prompt).strip(), _size(path)) for path, prompt in pairs]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    width, height = read_image(path).size
+    return height, width

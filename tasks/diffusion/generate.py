@@ -1,0 +1,163 @@
+"""`lora-plugins generate`: pictures from a pipeline and adapters, a checkpoint, or a merged pipeline."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.adapter import model_state
+from lora_plugins.files import MANIFEST
+from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
+from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.tasks.diffusion.packaged import pipeline_source
+from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
+from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.training import PROVENANCE_KEY
+
+SHEET = "sheet.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw, and write pictures and a contact sheet; returns the exit code.
+
+    Raises:
+        ConfigError: For arguments that do not go together, or a pipeline that is not served.
+        AdapterFileError: For an adapter that is damaged or of another base.
+        WeightsError: For a checkpoint that is none of ours.
+    """
+    given = _parser().parse_args(arguments)
+    _check(given)
+    sampling = Sampling(
+        steps=given.steps,
+        guidance=given.guidance,
+        height=given.height,
+        width=given.width,
+        negative_prompt=given.negative_prompt,
+        batch_size=given.batch_size,
+    )
+    pipe = _from_checkpoint(given.checkpoint, given.dtype) if given.checkpoint else _from_adapters(given)
+    pipe.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: dict[str, list[Image]] = {}
+    for label in ("base", "adapter") if given.compare else ("",):
+        with _base(pipe) if label == "base" else nullcontext():
+            rows |= _drawn(pipe, given, sampling, label)
+    _write(Path(given.out), rows, given.seed)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-plugins generate", description="Draw pictures for prompts.")
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="what is to be seen; several give a row each")
+    add("--model", help="folder or name of the pipeline, merged or not; by default what the adapter was trained on")
+    add("--adapter", action="append", default=[], help="folder or file of any format, or hf://...; several add up")
+    add("--weight", action="append", type=float, help="what the update of each adapter is multiplied by, 1 by default")
+    add("--checkpoint", help="a checkpoint of a TextToImageTask, in place of a model and adapters")
+    add("--compare", action="store_true", help="the same pictures of the base model beside")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt; each next one has the next")
+    add("--pictures", type=int, default=4, help="how many pictures of each prompt")
+    add("--out", default="generated", help="the folder")
+    add("--steps", type=int, default=30)
+    add("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; at most 1 for none")
+    add("--negative-prompt", default="", help="what the guidance leads away from")
+    add("--height", type=int)
+    add("--width", type=int)
+    add("--batch-size", type=int, default=8, help="how many pictures are drawn at once")
+    add("--dtype", help="type of the weights: float32 (by default), bfloat16 or float16")
+    add("--device", help="by default cuda where there is one, or else cpu")
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Tell what is wrong before anything is loaded."""
+    if any(not prompt.strip() for prompt in given.prompt):
+        raise ConfigError("A prompt is empty. Say what is to be seen.")
+    if given.pictures < 1:
+        raise ConfigError(f"--pictures is {given.pictures}; it is at least 1.")
+    if given.dtype is not None and given.dtype not in DTYPES:
+        raise unknown("dtype", given.dtype, DTYPES)
+    if given.checkpoint and (given.model or given.adapter):
+        raise ConfigError("A checkpoint has its model and its adapter: leave out --model and --adapter.")
+    if given.weight is not None and len(given.weight) != len(given.adapter):
+        raise ConfigError(
+            f"There are {len(given.adapter)} adapters and {len(given.weight)} weights: give one --weight for each "
+            "--adapter, in their order."
+        )
+    if given.compare and not (given.checkpoint or given.adapter):
+        raise ConfigError("--compare shows a pipeline without and with adapters, and there is none: give --adapter.")
+
+
+def _from_adapters(given: argparse.Namespace) -> Any:
+    """A pipeline with adapters, all of them active."""
+    pipe = load_pipeline(pipeline_source(given.model or _base_of(given.adapter)), DTYPES[given.dtype or "float32"])
+    names = [f"adapter{number}" for number in range(len(given.adapter))]
+    for name, path in zip(names, given.adapter, strict=True):
+        LoraPipeline.load_adapter(pipe, path, name)
+    if names:
+        LoraPipeline(pipe).set_adapter(names, weights=given.weight, trainable=False)
+    return pipe
+
+
+def _base_of(adapters: Sequence[str]) -> str:
+    """The pipeline that adapters of our own were trained on, as their folders say."""
+    found = {base for path in adapters if (base := _said(Path(path) / MANIFEST))}
+    if len(found) == 1:
+        return found.pop()
+    reason = (
+        f"the adapters were trained on {' and '.join(sorted(found))}" if found else "no adapter says which it is of"
+    )
+    raise ConfigError(f"It is not known which pipeline is meant: {reason}. Give --model.")
+
+
+def _said(manifest: Path) -> str | None:
+    try:
+        base = json.loads(manifest.read_text(encoding="utf-8"))[PROVENANCE_KEY]["arguments"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _from_checkpoint(path: str, dtype: str | None) -> Any:
+    if not Path(path).is_file():
+        raise WeightsError(f"There is no checkpoint {path}.")
+    said = read_checkpoint(Path(path)).get(PROVENANCE_KEY)
+    own = f"{TextToImageTask.__module__}.{TextToImageTask.__qualname__}"
+    if not isinstance(said, dict) or said.get("class") != own:
+        raise WeightsError(f"{path} is no checkpoint of a TextToImageTask.")
+    changed: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return TextToImageTask.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed).pipe
+
+
+def _base(pipe: Any) -> AbstractContextManager[Any]:
+    parts = parts_of(pipe)
+    if model_state(parts) is None:
+        raise ConfigError("--compare shows a pipeline without and with adapters, and the checkpoint has none.")
+    return LoraModel(parts).disable_adapter()
+
+
+def _drawn(pipe: Any, given: argparse.Namespace, sampling: Sampling, label: str) -> dict[str, list[Image]]:
+    prompts = [prompt for prompt in given.prompt for _ in range(given.pictures)]
+    seeds = [given.seed + number for _ in given.prompt for number in range(given.pictures)]
+    drawn = sample(pipe, prompts, seeds, sampling)
+    return {
+        " ".join(part for part in (label, f"{number + 1}:", prompt) if part): drawn[
+            number * given.pictures : (number + 1) * given.pictures
+        ]
+        for number, prompt in enumerate(given.prompt)
+    }
+
+
+def _write(folder: Path, rows: dict[str, list[Image]], seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pictures in rows.items():
+        stem = name.partition(":")[0].replace(" ", "-")
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"{stem}-seed-{seed + number}.png")
+    contact_sheet(rows).save(folder / SHEET)
+    print(f"{sum(len(pictures) for pictures in rows.values())} pictures and {SHEET} in {folder}")

@@ -1,0 +1,152 @@
+"""A callback that samples the same prompts with the same seeds before, during and after a fit, and reports."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL.Image import Image
+from rich.console import Console
+
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.adapter import model_state
+from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
+from lora_plugins.tasks.reporting import Figure, Table, as_data_url, curves_figure, render_page
+
+BEFORE, AFTER, REPORT = "before", "after", "report.html"
+
+
+class SamplePictures(Callback):
+    """Samples prompts with fixed seeds: of the base model, after epochs, and at the end.
+
+    Pictures go to TensorBoard, where the trainer has one, and to `before.png`, `after.png` and `report.html` in a
+    folder. A sample does not change the training: torch's random numbers stay as they are.
+
+    Args:
+        folder: The folder.
+        prompts: The prompts.
+        pictures: How many pictures of each prompt, with the seeds 0, 1, ...
+        sampling: How they are sampled.
+        every: The number of epochs from one time to the next.
+
+    Raises:
+        ConfigError: If there are no prompts, one is empty, or a number is none.
+    """
+
+    def __init__(
+        self, folder: str, prompts: list[str], pictures: int = 4, sampling: Sampling | None = None, every: int = 1
+    ) -> None:
+        if not prompts or any(not prompt.strip() for prompt in prompts):
+            raise ConfigError(f"The prompts of SamplePictures are {prompts}; give at least one, and no empty one.")
+        if pictures < 1 or every < 1:
+            raise ConfigError(f"pictures is {pictures} and every {every}; both are at least 1.")
+        self.folder, self.prompts, self.pictures, self.every = Path(folder), prompts, pictures, every
+        self.sampling = sampling or Sampling()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sheets: dict[str, Image] = {}
+        self._losses: dict[str, list[tuple[int, float]]] = {}
+        self._plan: list[Sequence[str]] = []
+        self._summary, self._trained, self._total, self._start = "", 0, 0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a task that draws.
+
+        Raises:
+            ConfigError: For another module.
+        """
+        if not isinstance(pl_module, TextToImageTask):
+            raise ConfigError(f"SamplePictures needs a TextToImageTask; {type(pl_module).__name__} is none.")
+        self._reset()
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the base model."""
+        task = cast(TextToImageTask, pl_module)
+        self._total = sum(p.numel() for p in task.parts.parameters())
+        self._trained = sum(p.numel() for p in task.parts.parameters() if p.requires_grad)
+        state = model_state(task.parts)
+        if state is not None:
+            plans = LoraModel(task.parts).plans.values()
+            self._plan = [[str(cell) for cell in row] for plan in plans for row in plan.rows()]
+            self._summary = " ".join(plan.summary() for plan in plans)
+        with nullcontext() if state is None else LoraModel(task.parts).disable_adapter():
+            self._add(trainer, task, BEFORE)
+        self._start = time.perf_counter()
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample, and record the losses of the epoch."""
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("train/"):
+                self._losses.setdefault(name, []).append((trainer.current_epoch, float(value)))
+        if (trainer.current_epoch + 1) % self.every == 0:
+            self._add(trainer, cast(TextToImageTask, pl_module), f"epoch {trainer.current_epoch + 1}")
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample, and write the files."""
+        if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+            return
+        seconds = time.perf_counter() - self._start
+        self._add(trainer, cast(TextToImageTask, pl_module), AFTER)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (BEFORE, AFTER):
+            self._sheets[name].save(self.folder / f"{name}.png")
+        path = self.folder / REPORT
+        path.write_text(self._page(trainer, cast(TextToImageTask, pl_module), seconds), encoding="utf-8")
+        Console().print(f"Samples and report: [bold]{self.folder}[/bold]", soft_wrap=True)
+
+    def _add(self, trainer: Trainer, task: TextToImageTask, name: str) -> None:
+        prompts = [prompt for prompt in self.prompts for _ in range(self.pictures)]
+        seeds = [seed for _ in self.prompts for seed in range(self.pictures)]
+        sampled = sample(task.pipe, prompts, seeds, self.sampling)
+        rows = {
+            prompt: sampled[number * self.pictures : (number + 1) * self.pictures]
+            for number, prompt in enumerate(self.prompts)
+        }
+        self._sheets[name] = contact_sheet(rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                pixels = np.asarray(self._sheets[name])
+                cast(Any, logger.experiment).add_image("samples", pixels, trainer.global_step, dataformats="HWC")
+
+    def _page(self, trainer: Trainer, task: TextToImageTask, seconds: float) -> str:
+        share = self._trained / max(1, self._total)
+        tables = [
+            Table(
+                "What it took",
+                ("", ""),
+                [
+                    ("model", f"{task.model} ({task.family.name})"),
+                    ("parameters trained", f"{self._trained:,} of {self._total:,} ({share:.2%})"),
+                    ("steps", str(trainer.global_step)),
+                    ("time of the fit", f"{seconds:.1f} s"),
+                ],
+            )
+        ]
+        if self._plan:
+            header = ("layer", "type", "plugin", "rank", "alpha", "parameters")
+            tables.append(Table("What was adapted", header[: len(self._plan[0])], self._plan, folded=True))
+        names = [name.removeprefix("train/") for name in self._losses]
+        figures = [Figure(f"Curve of {name}", as_data_url(curves_figure(self._losses, name))) for name in names]
+        figures += [Figure(name.capitalize(), _as_url(sheet)) for name, sheet in self._sheets.items()]
+        return render_page(f"Samples of {task.model}", [*tables, *figures], self._summary)
+
+
+def _as_url(sheet: Image) -> str:
+    class Saved:
+        """What `as_data_url` takes: something that saves itself."""
+
+        def savefig(self, stream: BytesIO, dpi: int, format: str) -> None:
+            sheet.save(stream, format)
+
+    return as_data_url(Saved())

@@ -1,0 +1,294 @@
+"""The task of text-to-image diffusion."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.adapter import model_state
+from lora_plugins.errors import listing
+from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
+from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
+from lora_plugins.tasks.diffusion.memory import Memory, Tensors
+from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
+from lora_plugins.tasks.diffusion.packaged import pipeline_source
+from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
+from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.training import (
+    PROVENANCE_KEY,
+    OptimizerCallable,
+    SchedulerCallable,
+    check_optimizer,
+    configured_optimizer,
+    write_provenance,
+)
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+LR, WEIGHT_DECAY = 1e-4, 0.01
+"""Of the default optimizer, AdamW."""
+
+
+class TextToImageTask(LoraCheckpointMixin):
+    """Fine-tunes a text-to-image pipeline of diffusers, by itself or with a `LoraCallback(target="parts")`.
+
+    Args:
+        model: A folder that `save_pretrained` of a pipeline wrote, a name on the Hugging Face Hub, or
+            `package:digits_diffusion`, which is shipped.
+        layers: Kinds of layers of the denoiser that are adapted if a `LoraConfig` names no `target_modules`: some of
+            `attention`, `feed_forward` and `convolutions`.
+        train_text_encoder: Whether text encoders are trained too; their attention projections are adapted then.
+        prediction: What the denoiser predicts: `auto` for what the scheduler says, or `epsilon` or `v_prediction`.
+        min_snr_gamma: The largest signal-to-noise ratio that counts in the loss, such as 5; none by default.
+        offset_noise: The strength of noise that is the same in all pixels of a channel, such as 0.1.
+        prior_weight: The weight of the loss on pictures of the class.
+        cache: Whether latents of pictures, and prompts that a frozen text encoder reads, are computed once and kept.
+        gradient_checkpointing: Whether activations are computed again in the backward, for less memory.
+        optimizer: Makes the optimizer; see `VisionTask`.
+        lr: Learning rate of the default optimizer.
+        weight_decay: Weight decay of the default optimizer.
+        lr_scheduler: Makes a scheduler of the optimizer and the number of its steps; see `VisionTask`.
+        ema: Decay of an exponential moving average of the trained parameters, such as 0.99; 0 for none.
+        dtype: Type of the weights of the pipeline: `float32`, `bfloat16` or `float16`.
+        revision: The branch, tag or commit of a name on the Hub.
+
+    Attributes:
+        pipe: The pipeline, with the parts that are trained.
+        parts: The denoiser and the text encoders, by their names in the pipeline.
+        family: The family of the pipeline.
+        lora_targets: The layers to adapt if a `LoraConfig` names no `target_modules`.
+
+    Raises:
+        ConfigError: If there is no such pipeline, it is of a kind that is not served, or arguments do not go together.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        layers: Sequence[str] = ("attention",),
+        train_text_encoder: bool = False,
+        prediction: str = AUTO,
+        min_snr_gamma: float | None = None,
+        offset_noise: float = 0.0,
+        prior_weight: float = 1.0,
+        cache: bool = True,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable | None = None,
+        lr: float = LR,
+        weight_decay: float = WEIGHT_DECAY,
+        lr_scheduler: SchedulerCallable | None = None,
+        ema: float = 0.0,
+        dtype: str = "float32",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "layers": list(layers),
+                "train_text_encoder": train_text_encoder,
+                "prediction": prediction,
+                "min_snr_gamma": min_snr_gamma,
+                "offset_noise": offset_noise,
+                "prior_weight": prior_weight,
+                "cache": cache,
+                "gradient_checkpointing": gradient_checkpointing,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "ema": ema,
+                "dtype": dtype,
+                "revision": revision,
+            }
+        )
+        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=(LR, WEIGHT_DECAY))
+        for name, value in {"offset_noise": offset_noise, "prior_weight": prior_weight}.items():
+            if not value >= 0:
+                raise ConfigError(f"{name} is {value}; it is at least 0.")
+        if not 0 <= ema < 1:
+            raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        self.model, self.train_text_encoder, self.ema = model, train_text_encoder, ema
+        self.offset_noise, self.prior_weight, self.cache = offset_noise, prior_weight, cache
+        self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
+        self.pipe = load_pipeline(pipeline_source(model), DTYPES[dtype], revision=revision)
+        self.family = family_of(self.pipe)
+        self.conditioning = CONDITIONING[self.family.name]
+        self.parts = parts_of(self.pipe)
+        self.parts.train()  # from_pretrained leaves them in eval mode
+        self.objective = self._objective(prediction, min_snr_gamma)
+        self.lora_targets = default_targets(self.family, self.parts, layers, text_encoder=train_text_encoder)
+        self._freeze()
+        if gradient_checkpointing:
+            self._save_memory()
+        self._latents = Memory(self._encode_picture)
+        self._conditions = Memory(self._encode_prompt)
+        self._pixels: Tensor | None = None
+
+    def _objective(self, prediction: str, min_snr_gamma: float | None) -> Objective:
+        scheduler = self.pipe.scheduler
+        objective = objective_of(scheduler.config, type(scheduler).__name__, prediction, min_snr_gamma)
+        if prediction in (EPSILON, VELOCITY):  # so that pictures are sampled as the denoiser is trained
+            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+        return objective
+
+    def _freeze(self) -> None:
+        trained = [self.family.denoiser, *(self.family.text_encoders if self.train_text_encoder else ())]
+        for module in (self.parts, self.pipe.vae):
+            module.requires_grad_(False)
+        for name in trained:
+            if name in self.parts:
+                self.parts[name].requires_grad_(True)
+
+    def _save_memory(self) -> None:
+        cast(Any, self.parts[self.family.denoiser]).enable_gradient_checkpointing()
+        for name in self.family.text_encoders if self.train_text_encoder else ():
+            if name in self.parts:
+                cast(Any, self.parts[name]).activation_checkpointing_enable()
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of pictures have to be multiples of."""
+        return int(self.pipe.vae_scale_factor) * self.conditioning.multiple(self.pipe)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average, if there is one."""
+        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+
+    def setup(self, stage: str) -> None:
+        """Check the sizes of pictures, and let the base model draw pictures of the class that are missing.
+
+        Raises:
+            ConfigError: For sizes that the pipeline cannot take.
+        """
+        data = self._datamodule()
+        if stage != "fit" or not isinstance(data, PicturesDataModule):
+            return
+        wrong = sorted(size for size in data.sizes if any(side % self.multiple for side in size))
+        if wrong:
+            raise ConfigError(
+                f"Pictures of {wrong[0][0]}x{wrong[0][1]} pixels do not fit {self.model}, whose sides are multiples of "
+                f"{self.multiple}. Set `resolution`, and `bucket_step` if there are buckets."
+            )
+        if data.class_pictures is not None:
+            if self.trainer.is_global_zero:
+                self.pipe.to(self.trainer.strategy.root_device)
+                self._draw_class(data.class_pictures)
+            self.trainer.strategy.barrier()
+
+    def _draw_class(self, class_pictures: Any) -> None:
+        if model_state(self.parts) is None:
+            class_pictures.draw_missing(self.pipe)
+            return
+        with LoraModel(self.parts).disable_adapter():
+            class_pictures.draw_missing(self.pipe)
+
+    def on_fit_start(self) -> None:
+        """Move the autoencoder, and check that no adapter is on a text encoder that is not trained.
+
+        Raises:
+            ConfigError: If one is.
+        """
+        self.pipe.vae.to(self.device)  # which is no module of the task: it is neither trained nor saved
+        if self.train_text_encoder or model_state(self.parts) is None:
+            return
+        names = [layer.name for plan in LoraModel(self.parts).plans.values() for layer in plan.layers]
+        inside = [name for name in names if not name.startswith(f"{self.family.denoiser}.")]
+        if inside:
+            raise ConfigError(
+                f"The adapter is on {listing(inside, 3)}, and the text encoder is not trained. Set "
+                "`train_text_encoder: true`, or leave these layers out of target_modules."
+            )
+
+    def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        latents = self.latents_of(batch)
+        noise = with_offset(torch.randn(latents.shape).to(latents), self.offset_noise)
+        noised = self.objective(latents, noise)
+        condition = self.condition_of(batch.prompts)
+        dtype = DTYPES[self.hparams["dtype"]]
+        told = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in condition.items()}
+        predicted: Tensor = self.conditioning.denoise(
+            self.pipe, noised.latents.to(dtype), noised.times, told, batch.sizes
+        )
+        errors = (predicted.float() - noised.target).square().flatten(1).mean(1) * noised.weights
+        loss = errors[~batch.is_class].mean()
+        self.log("train/subject_loss", loss, batch_size=len(errors), on_step=False, on_epoch=True)
+        if bool(batch.is_class.any()):
+            prior = errors[batch.is_class].mean()
+            self.log("train/class_loss", prior, batch_size=len(errors), on_step=False, on_epoch=True)
+            loss = loss + self.prior_weight * prior
+        self.log("train/loss", loss, batch_size=len(errors), on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    @torch.no_grad()
+    def latents_of(self, batch: PictureBatch) -> Tensor:
+        """Latents (N, C, h, w) of pictures, float32, scaled as the denoiser takes them; drawn anew each time."""
+        self._pixels = batch.pixels
+        found = self._latents.of(batch.names) if self.cache else self._encode_pixels(batch.pixels)
+        self._pixels = None
+        latents = found["mean"] + found["deviation"] * torch.randn(found["mean"].shape).to(found["mean"])
+        config = self.pipe.vae.config
+        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return scaled
+
+    def condition_of(self, prompts: list[str]) -> Condition:
+        """What the denoiser is told of prompts."""
+        if self.train_text_encoder:
+            return self._encode_prompts(prompts)
+        with torch.no_grad(), in_eval_mode(self.pipe):  # T5 has dropout
+            return self._conditions.of(prompts) if self.cache else self._encode_prompts(prompts)
+
+    def _encode_prompts(self, prompts: list[str]) -> Condition:
+        return self.conditioning.encode(self.pipe, prompts, self.device)
+
+    def _encode_prompt(self, prompt: str, number: int) -> Tensors:
+        return self._encode_prompts([prompt])
+
+    def _encode_picture(self, name: str, number: int) -> Tensors:
+        return self._encode_pixels(cast(Tensor, self._pixels)[number : number + 1])
+
+    def _encode_pixels(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Mean and standard deviation of latents, in float32: some autoencoders overflow in half precision."""
+        gray = int(self.pipe.vae.config.in_channels) == 1
+        pixels = pixels.mean(1, keepdim=True) if gray else pixels
+        with torch.autocast(self.device.type, enabled=False):
+            encoded = self.pipe.vae.encode(pixels.to(next(self.pipe.vae.parameters()).dtype))
+        if hasattr(encoded, "latent_dist"):
+            return {"mean": encoded.latent_dist.mean.float(), "deviation": encoded.latent_dist.std.float()}
+        return {"mean": encoded.latents.float(), "deviation": torch.zeros_like(encoded.latents).float()}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the parameters that require gradients, and its scheduler, if there is one."""
+        return configured_optimizer(
+            self, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, lr_scheduler=self.lr_scheduler
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the provenance into a checkpoint."""
+        checkpoint[PROVENANCE_KEY] = self.provenance()
+
+    def on_fit_end(self) -> None:
+        """Write the provenance into the files of a `LoraCallback`."""
+        write_provenance(self.trainer, self.provenance)
+
+    def provenance(self) -> dict[str, Any]:
+        """Which task this is, in plain types: class and arguments, the base model among them."""
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": json.loads(json.dumps(dict(self.hparams))),
+        }
+
+    def _datamodule(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)

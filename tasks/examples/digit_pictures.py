@@ -1,0 +1,41 @@
+"""The embedded data of Dreambooth: a few pictures of one digit as a subject, in files like anyone's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_plugins import ConfigError
+from lora_plugins.tasks.data import TEST
+from lora_plugins.tasks.diffusion import PicturesDataModule
+from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+
+
+class DigitPicturesDataModule(PicturesDataModule):
+    """Pictures of one handwritten digit, which are written into a folder first.
+
+    Args:
+        root: The folder; pictures that are there already stay.
+        digit: The digit.
+        count: How many pictures.
+        seed: Which ones.
+        **others: Arguments of `PicturesDataModule`.
+
+    Raises:
+        ConfigError: If there are not so many pictures.
+    """
+
+    def __init__(self, root: str, digit: int = 9, count: int = 6, seed: int = 0, **others: Any) -> None:
+        super().__init__(root, **others)
+        self.digit, self.count, self.seed = digit, count, seed
+
+    def prepare_data(self) -> None:
+        """Write the pictures."""
+        ink = load_digit_splits([self.digit])[TEST].ink.numpy()
+        if not 1 <= self.count <= len(ink):
+            raise ConfigError(f"count is {self.count}; there are {len(ink)} pictures of the digit {self.digit}.")
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        for number in np.random.default_rng(self.seed).permutation(len(ink))[: self.count]:
+            pixels = (ink[number] * 255).round().astype(np.uint8)
+            Image.fromarray(pixels).save(Path(self.root) / f"digit-{self.digit}-{number:03d}.png")

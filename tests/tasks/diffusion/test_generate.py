@@ -1,0 +1,124 @@
+"""`lora-plugins generate`: from adapters, a checkpoint and a merged pipeline, with seeds, weights and a comparison."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from lora_plugins import LoraConfig
+from lora_plugins.cli.main import main
+from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, load_pipeline, sample
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks import PicturesDataModule, SavePipeline, TextToImageTask
+from tests.integrations.diffusers.pipelines import build
+
+SIZE = ["--steps=2", "--guidance=2", "--height=16", "--width=16", "--device=cpu"]
+SAMPLING = Sampling(steps=2, guidance=2.0, height=16, width=16)
+PROMPT = "a sks dog"
+
+
+@pytest.fixture
+def run(tmp_path, picture_folder):
+    """A folder with what a fit leaves: base, adapter, checkpoint and the merged pipeline."""
+    build("Stable Diffusion").save_pretrained(tmp_path / "base")
+    task = TextToImageTask(str(tmp_path / "base"), lr=5e-2, train_text_encoder=True)
+    lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
+    data = PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
+    trainer = Trainer(
+        max_epochs=4,
+        callbacks=[lora, SavePipeline(str(tmp_path / "merged"))],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, data)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    checkpoint.rename(tmp_path / "run.ckpt")
+    return tmp_path
+
+
+def drawn(run, *arguments, name="out"):
+    """The pictures that the command leaves, by name."""
+    folder = run / name
+    code = main(["generate", "--prompt", PROMPT, f"--out={folder}", *SIZE, *map(str, arguments)])
+    assert code == 0
+    return {path.stem: Image.open(path).copy() for path in sorted(folder.glob("*.png"))}
+
+
+def bytes_of(pictures):
+    return [picture.tobytes() for name, picture in pictures.items() if name != "sheet"]
+
+
+def expected(pipe, seeds, prompt=PROMPT):
+    return [picture.tobytes() for picture in sample(pipe, [prompt] * len(seeds), seeds, SAMPLING)]
+
+
+def test_from_an_adapter_that_says_its_base(run):
+    found = drawn(run, "--adapter", run / "adapter", "--seed=5", "--pictures=2")
+    assert list(found) == ["1-seed-5", "1-seed-6", "sheet"]
+    pipe = load_pipeline(run / "base")
+    base = expected(pipe, [5, 6])
+    LoraPipeline.load_adapter(pipe, run / "adapter")
+    assert bytes_of(found) == expected(pipe, [5, 6]) != base
+
+
+def test_an_adapter_a_checkpoint_and_the_merged_pipeline_draw_the_same(run):
+    ways = [("--adapter", run / "adapter"), ("--checkpoint", run / "run.ckpt"), ("--model", run / "merged")]
+    pictures = [bytes_of(drawn(run, *way, name=str(number))) for number, way in enumerate(ways)]
+    assert pictures[0] == pictures[1]
+    for one, other in zip(pictures[0], pictures[2], strict=True):  # merging rounds
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1
+
+
+def test_several_adapters_with_weights(run):
+    pipe = load_pipeline(run / "base")
+    lora = LoraPipeline.load_adapter(pipe, run / "adapter", "first")
+    lora.save_adapter(run / "second.safetensors", "first", format="diffusers")
+    lora.save_adapter(run / "third.safetensors", "first", format="kohya")
+    files = ["--adapter", run / "second.safetensors", "--adapter", run / "third.safetensors"]
+    half = ["--weight=0.75", "--weight=0.25"]
+    found = drawn(run, "--model", run / "base", *files, *half, "--pictures=1")
+    (one,) = bytes_of(found)
+    (other,) = expected(pipe, [0])
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1  # the sum of three quarters and one
+
+
+@pytest.mark.parametrize("way", ["adapter", "checkpoint"])
+def test_a_comparison_sheet(run, way):
+    given = {"adapter": ("--adapter", run / "adapter"), "checkpoint": ("--checkpoint", run / "run.ckpt")}[way]
+    found = drawn(run, *given, "--compare", "--pictures=1", "--prompt", "a cat")
+    assert list(found) == ["adapter-1-seed-0", "adapter-2-seed-0", "base-1-seed-0", "base-2-seed-0", "sheet"]
+    pipe = load_pipeline(run / "base")
+    assert found["base-1-seed-0"].tobytes() == expected(pipe, [0])[0]
+    assert found["base-2-seed-0"].tobytes() != found["adapter-2-seed-0"].tobytes()
+    assert found["sheet"].height > 4 * 48
+
+
+def test_bad_input_is_named(run, capsys):
+    adapter, base = ["--adapter", str(run / "adapter")], ["--model", str(run / "base")]
+    other = run / "other"
+    pipe = build("Stable Diffusion")
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.mul_(1.5)
+    pipe.save_pretrained(other)
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, run / "strange.ckpt")
+    cases = {
+        "A prompt is empty": ["--prompt", " ", *base],
+        "no adapter says which it is of. Give --model": ["--prompt", "a"],
+        "give one --weight for each": ["--prompt", "a", *adapter, "--weight=1", "--weight=2"],
+        "leave out --model and --adapter": ["--prompt", "a", *base, "--checkpoint", "x.ckpt"],
+        "There is no checkpoint": ["--prompt", "a", "--checkpoint", "x.ckpt"],
+        "is no checkpoint of a TextToImageTask": ["--prompt", "a", "--checkpoint", str(run / "strange.ckpt")],
+        "there is none: give --adapter": ["--prompt", "a", *base, "--compare"],
+        "There is no folder": ["--prompt", "a", "--model", "nowhere"],
+        "base": ["--prompt", "a", *adapter, "--model", str(other)],
+        "Unknown dtype 'half'": ["--prompt", "a", *base, "--dtype", "half"],
+        "--pictures is 0": ["--prompt", "a", *base, "--pictures", "0"],
+    }
+    for message, arguments in cases.items():
+        assert main(["generate", f"--out={run / 'bad'}", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (run / "bad").exists()
