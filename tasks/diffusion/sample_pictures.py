@@ -108,7 +108,8 @@ class SamplePictures(Callback):
     def _add(self, trainer: Trainer, task: TextToImageTask, name: str) -> None:
         prompts = [prompt for prompt in self.prompts for _ in range(self.pictures)]
         seeds = [seed for _ in self.prompts for seed in range(self.pictures)]
-        sampled = sample(task.pipe, prompts, seeds, self.sampling)
+        with task.on_device() as pipe:
+            sampled = sample(pipe, prompts, seeds, self.sampling)
         rows = {
             prompt: sampled[number * self.pictures : (number + 1) * self.pictures]
             for number, prompt in enumerate(self.prompts)

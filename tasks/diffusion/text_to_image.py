@@ -1,7 +1,8 @@
 """The task of text-to-image diffusion."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -183,8 +184,8 @@ class TextToImageTask(LoraCheckpointMixin):
             )
         if data.class_pictures is not None:
             if self.trainer.is_global_zero:
-                self.pipe.to(self.trainer.strategy.root_device)
-                self._draw_class(data.class_pictures)
+                with self.on_device():
+                    self._draw_class(data.class_pictures)
             self.trainer.strategy.barrier()
 
     def _draw_class(self, class_pictures: Any) -> None:
@@ -193,6 +194,17 @@ class TextToImageTask(LoraCheckpointMixin):
             return
         with LoraModel(self.parts).disable_adapter():
             class_pictures.draw_missing(self.pipe)
+
+    @contextmanager
+    def on_device(self) -> Iterator[Any]:
+        """Gives the pipeline on the device of the training for the time of a `with` block.
+
+        Before a training and after it, the trainer has the task elsewhere.
+        """
+        try:
+            yield self.pipe.to(self.trainer.strategy.root_device)
+        finally:
+            self.pipe.to(self.device)
 
     def on_fit_start(self) -> None:
         """Move the autoencoder, and check that no adapter is on a text encoder that is not trained.

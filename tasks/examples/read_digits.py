@@ -58,7 +58,7 @@ class ReadDigits(Callback):
         """Sample the base model."""
         task = cast(TextToImageTask, pl_module)
         with nullcontext() if model_state(task.parts) is None else LoraModel(task.parts).disable_adapter():
-            self._before = self._sampled(task.pipe)
+            self._before = self._sampled(task)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,13 +66,14 @@ class ReadDigits(Callback):
         task, reader = cast(TextToImageTask, pl_module), DigitReader()
         found = {BEFORE: self._before}
         if self.adapter is None:
-            found[AFTER] = self._sampled(task.pipe)
+            found[AFTER] = self._sampled(task)
         else:
             pipe = load_pipeline(pipeline_source(task.model))
             lora = LoraPipeline.load_adapter(pipe, self.adapter)
-            found[AFTER] = self._sampled(pipe)
+            pipe.to(trainer.strategy.root_device)
+            found[AFTER] = self._sampled_by(pipe)
             lora.unload()
-            found[RESET] = self._sampled(pipe)
+            found[RESET] = self._sampled_by(pipe)
         self.shares = {name: self._read(reader, pictures) for name, pictures in found.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, pictures in found.items():
@@ -84,7 +85,11 @@ class ReadDigits(Callback):
     def _prompts(self) -> list[str]:
         return [prompt for prompt, count in self.counts.items() for _ in range(count)]
 
-    def _sampled(self, pipe: object) -> list[Image]:
+    def _sampled(self, task: TextToImageTask) -> list[Image]:
+        with task.on_device() as pipe:
+            return self._sampled_by(pipe)
+
+    def _sampled_by(self, pipe: object) -> list[Image]:
         prompts = self._prompts()
         return sample(pipe, prompts, range(len(prompts)), self.sampling)
 
