@@ -12,6 +12,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
         "predict": ("inference", "predict_main", "labels or masks for a folder of images"),
         "export": ("inference", "export_main", "a merged network for other runtimes, .pt2 or .onnx"),
         "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
+        "compare-dreambooth": ("examples", "compare_dreambooth_main", "the same for Dreambooth, with three seeds"),
         "pretrain": ("examples", "pretrain_main", "train the small backbones that are shipped"),
         "pretrain-diffusion": ("examples", "pretrain_diffusion_main", "train the text-to-image model that is shipped"),
     }

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, StateError
+from lora_plugins.adapter import model_state
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Their names in pipelines of diffusers, and so in its adapter files."""
@@ -19,11 +20,23 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
 
     Raises:
         ConfigError: If it is no pipeline of diffusers, or has none of the parts.
+        StateError: If a part was replaced while it had adapters, or has adapters of its own.
     """
     if isinstance(pipe, nn.ModuleDict):
         return pipe
     parts = getattr(pipe, _ATTRIBUTE, None)
     found = _components(pipe)
+    alone = [name for name, part in found.items() if model_state(part) is not None]
+    if alone:
+        raise StateError(
+            f"{', '.join(alone)} of the {type(pipe).__name__} has adapters of its own: go on with LoraModel for it, or "
+            "unload them first."
+        )
+    if parts is not None and not _same(parts, found) and model_state(parts) is not None:
+        raise StateError(
+            f"A part of the {type(pipe).__name__} was replaced while it had adapters: LoraModel(parts).unload() first. "
+            f"It had {', '.join(parts)}, and has {', '.join(found)}."
+        )
     if parts is None or not _same(parts, found):
         parts = nn.ModuleDict(found)
         setattr(pipe, _ATTRIBUTE, parts)

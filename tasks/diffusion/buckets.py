@@ -1,7 +1,8 @@
 """Sizes of training pictures: one for all, or buckets of aspect ratios of about the same area."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -84,5 +85,7 @@ class BucketBatchSampler(BatchSampler):
             yield from waiting.values()
 
     def __len__(self) -> int:
-        counts = [self.buckets.count(bucket) for bucket in set(self.buckets)]
+        counts = list(Counter(self.buckets).values())
+        if len(counts) == 1:  # of the one bucket, each process has a share
+            counts = [len(cast(Sized, self.sampler))]
         return sum(count // self.batch_size if self.drop_last else -(-count // self.batch_size) for count in counts)

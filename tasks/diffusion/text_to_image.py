@@ -223,6 +223,11 @@ class TextToImageTask(LoraCheckpointMixin):
                 "`train_text_encoder: true`, or leave these layers out of target_modules."
             )
 
+    def on_train_start(self) -> None:
+        """Let each process draw noise of its own: they were seeded alike."""
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch: PictureBatch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         latents = self.latents_of(batch)

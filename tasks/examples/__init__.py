@@ -11,6 +11,8 @@ from lora_plugins.tasks.examples.diffusion_pretraining import pretrain_diffusion
 from lora_plugins.tasks.examples.digit_pictures import DigitPicturesDataModule
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 from lora_plugins.tasks.examples.digits import DigitsDataModule
+from lora_plugins.tasks.examples.dreambooth_comparison import main as compare_dreambooth_main
+from lora_plugins.tasks.examples.dreambooth_comparison import run_dreambooth
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
 from lora_plugins.tasks.examples.pretraining import DIGITS, RECIPES, architecture, pretrain
 from lora_plugins.tasks.examples.pretraining import main as pretrain_main
@@ -27,6 +29,7 @@ __all__ = [
     "DigitsDataModule",
     "ReadDigits",
     "architecture",
+    "compare_dreambooth_main",
     "compare_main",
     "load_digit_splits",
     "pretrain",
@@ -34,4 +37,5 @@ __all__ = [
     "pretrain_diffusion_main",
     "pretrain_main",
     "run_comparison",
+    "run_dreambooth",
 ]

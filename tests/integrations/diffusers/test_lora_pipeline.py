@@ -1,11 +1,13 @@
 """One adapter over the parts of a pipeline: files, weights, merging, and every bit as before."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, StateError, TargetError
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, default_targets, family_of, parts_of
 from tests.integrations.diffusers.pipelines import PIPELINES, build
 
@@ -177,3 +179,32 @@ def test_layers_that_do_not_exist_are_named():
 def test_what_is_no_pipeline_is_named(thing):
     with pytest.raises(ConfigError, match="no pipeline of diffusers"):
         LoraPipeline(thing, LoraConfig(r=2))
+
+
+def test_a_part_with_adapters_of_its_own_is_refused():
+    pipe = build("Stable Diffusion")
+    LoraModel(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(StateError, match="unet of the StableDiffusionPipeline has adapters of its own"):
+        LoraPipeline(pipe, LoraConfig(r=2))
+    LoraModel(pipe.unet).unload()
+    LoraPipeline(pipe, LoraConfig(r=2))
+
+
+def test_a_part_that_is_replaced_under_adapters_is_refused():
+    pipe = build("Stable Diffusion")
+    LoraPipeline(pipe, LoraConfig(r=2))
+    own, pipe.text_encoder = pipe.text_encoder, build("Stable Diffusion").text_encoder
+    with pytest.raises(StateError, match="was replaced while it had adapters"):
+        LoraPipeline(pipe)
+    pipe.text_encoder = own
+    LoraPipeline(pipe).unload()
+
+
+def test_a_copy_has_adapters_of_its_own():
+    pipe = build("Stable Diffusion")
+    moved(LoraPipeline(pipe, config(pipe)))
+    copied = copy.deepcopy(pipe)
+    expected = drawn(pipe)
+    assert distance(drawn(copied), expected) == 0
+    LoraPipeline(copied).unload()
+    assert distance(drawn(pipe), expected) == 0

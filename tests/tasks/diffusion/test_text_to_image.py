@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, load_pipeline, parts_of
@@ -231,8 +232,13 @@ def test_prediction_is_set_in_the_scheduler_too(folders):
 
 
 def test_samples_and_report_are_left(folders, pictures, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     samples = SamplePictures(str(tmp_path / "out"), ["a sks dog", "a cat"], 2, SAMPLING, every=2)
-    fit(TextToImageTask(folders(), lr=1e-2), pictures(), samples, SavePipeline(str(tmp_path / "merged")), epochs=2)
+    merged, logger = SavePipeline(str(tmp_path / "merged")), TensorBoardLogger(tmp_path, "logs", "run")
+    fit(TextToImageTask(folders(), lr=1e-2), pictures(), samples, merged, epochs=2, logger=logger)
+    events = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
+    assert [event.step for event in events.Images("samples")] == [0, 4, 4]
     page = (tmp_path / "out" / "report.html").read_text()
     for text in ("Before", "Epoch 2", "After", "Curve of loss", "What was adapted", "unet.mid_block"):
         assert text in page

@@ -21,7 +21,10 @@ def test_two_ranks_train_one_adapter(tmp_path, picture_folder):
     command = [sys.executable, "-m", "tests.tasks.diffusion.two_ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    (first_names, first), (second_names, second) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    (first_names, first, batches, noise), (second_names, second, _, other_noise) = ranks
+    assert batches == 2
+    assert noise != other_noise
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     for epoch in (slice(0, 2), slice(2, 4)):
         assert sorted(name for names in (*first_names[epoch], *second_names[epoch]) for name in names) == sorted(

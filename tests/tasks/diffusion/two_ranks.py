@@ -28,7 +28,10 @@ class Dump(Callback):
 
     def on_train_end(self, trainer, pl_module):
         tensors = LoraModel(pl_module.parts).pack("default").tensors
-        torch.save((self.names, tensors), self.folder / f"rank-{trainer.global_rank}.pt")
+        torch.save(
+            (self.names, tensors, trainer.num_training_batches, torch.rand(())),
+            self.folder / f"rank-{trainer.global_rank}.pt",
+        )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,14 @@ def test_a_new_digit_is_learned_and_the_old_ones_are_kept(capsys):
     check_files(folder)
 
 
+def test_the_plan_shows_the_default_layers(capsys):
+    assert main(["plan", "--config", CONFIG]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("unet.conv_in", "attn2.to_q", "text_encoder"))
+    assert main(["plan", "--config", CONFIG, "--model.init_args.layers=[attention]"]) == 0
+    assert "conv_in" not in capsys.readouterr().out
+
+
 def check_files(folder):
     """The merged pipeline and diffusers' own loader of its file draw the same pictures."""
     sampling = Sampling(steps=5, guidance=2.0)
