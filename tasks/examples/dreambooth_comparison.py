@@ -23,7 +23,7 @@ from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
 from lora_plugins.tasks.examples.read_digits import AFTER, BEFORE, ReadDigits
 
 NO_PRIOR = ("--data.init_args.class_pictures=null",)
-FULL = ("--lora=null", "--optimizer.init_args.lr=0.0005")
+FULL = ("--lora=null", "--optimizer.init_args.lr=0.0003")
 RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "LoRA": (),

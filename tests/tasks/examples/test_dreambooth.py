@@ -13,8 +13,9 @@ from lora_plugins.cli.main import main
 from lora_plugins.integrations.diffusers import Sampling, load_pipeline, sample
 from lora_plugins.tasks import DigitPicturesDataModule
 from lora_plugins.tasks.diffusion import pipeline_source
-from lora_plugins.tasks.examples import DigitReader, load_digit_splits
+from lora_plugins.tasks.examples import DigitReader, load_digit_splits, run_dreambooth
 from lora_plugins.tasks.examples.diffusion_pretraining import KNOWN_DIGITS, digit_prompt, pretrain_diffusion
+from lora_plugins.tasks.examples.dreambooth_comparison import RUNS
 
 pytest.importorskip("diffusers")
 CONFIG = str(files("lora_plugins.tasks") / "dreambooth.yaml")
@@ -61,6 +62,16 @@ def test_the_plan_shows_the_default_layers(capsys):
     assert all(name in printed for name in ("unet.conv_in", "attn2.to_q", "text_encoder"))
     assert main(["plan", "--config", CONFIG, "--model.init_args.layers=[attention]"]) == 0
     assert "conv_in" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
+@pytest.mark.parametrize(("name", "trained"), [("LoRA", 103_248), ("full fine-tuning", 637_617)])
+def test_a_row_of_the_comparison(name, trained):
+    short = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--data.init_args.class_pictures=null")
+    outcome = run_dreambooth(0, "runs/here", *RUNS[name], *short)
+    assert outcome.trained == trained
+    assert outcome.before[1] == outcome.after[1] == 1
+    assert Path("runs/here/digits-reset.png").is_file() == (name == "LoRA")
 
 
 def check_files(folder):
