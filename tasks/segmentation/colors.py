@@ -42,7 +42,7 @@ def _shaded(hue: tuple[int, int, int], turn: int) -> tuple[int, ...]:
 
 def _spread(index: int) -> float:
     """The van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ...; every start of it is spread evenly."""
-    return int(f"{index:b}"[::-1], 2) / 2 ** index.bit_length()
+    return int(f"{index:b}"[::-1], 2) / (1 << index.bit_length())
 
 
 def colorize(mask: Mask, colors: Pixels, ignore_index: int) -> Pixels:
