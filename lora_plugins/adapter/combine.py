@@ -86,6 +86,9 @@ PRUNED: Mapping[str, Merge] = {
 }
 """The combinations that prune the updates first; they take the options `density` and `rank`."""
 
+_VARIANCE = "running_var"
+"""What normalization layers of torch call their running variance."""
+
 COMBINATIONS: Mapping[str, tuple[str, ...]] = {
     "cat": (),
     "linear": (),
@@ -314,4 +317,9 @@ def _values(
             total = total + weight * (value.double() - base.double())
         values[name] = total.to(owned[0][0].dtype)
         _check_range(name, values[name].dtype, values[name])
+        if name.rpartition(".")[2] == _VARIANCE and bool((values[name] < 0).any()):
+            raise ConfigError(
+                f"The combination of {name!r} is less than 0 in places, and a variance is not: its norm would compute "
+                "nan. Give weights from 0 on, of a sum of at most 1, or combine adapters with norm='freeze'."
+            )
     return values

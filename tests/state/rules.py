@@ -265,6 +265,19 @@ def _combine(
         sites = tuple({site for adapter in found for site in adapter.spec.sites})
         saves = tuple({root for adapter in found for root in adapter.spec.saves})
         yield from _fits(reference, Spec(sites, saves=saves))
+    if _negative_variance(reference, found, weights):
+        yield ConfigError
+
+
+def _negative_variance(reference: Reference, found: list[Any], weights: tuple[float, ...]) -> bool:
+    """Whether the running variance of a norm would be less than 0 in a combination."""
+    for key in (key for key in reference.base if key.endswith("running_var")):
+        owned = [(adapter.values[key], w) for adapter, w in zip(found, weights, strict=False) if key in adapter.values]
+        base = reference.base[key].double()
+        total = base + sum(w * (value.double() - base) for value, w in owned)
+        if owned and bool((total.to(reference.base[key].dtype) < 0).any()):
+            return True
+    return False
 
 
 def _save(reference: Reference, saved: Any, name: str | None, **_: Any) -> Errors:

@@ -202,3 +202,23 @@ def update(lora, adapter, layer):
     """`ΔW` of one adapter, from its state dict."""
     A, B = (lora.model[layer].get_submodule(f"lora_{factor}")[adapter] for factor in "AB")
     return next(planned for planned in lora.plans[adapter].layers if planned.name == layer).scaling * B @ A
+
+
+def test_a_variance_is_never_less_than_0():
+    """Weights that are right for updates can make one of a norm's statistics; found by random calls."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    fields = {"target_modules": ["0"], "norm": "track"}
+    lora = LoraModel(model, LoraConfig(r=2, **fields), "a")
+    lora.add_adapter("b", LoraConfig(r=2, **fields))
+    for name, scale in (("a", 0.1), ("b", 3.0)):
+        lora.set_adapter(name)
+        for _ in range(20):
+            model.train()(scale * torch.randn(64, 4))
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"'1.running_var' is less than 0 in places"):
+        lora.add_weighted_adapter(["a", "b"], [1.0, -1.0], "c")
+    assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == []
+    lora.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
+    lora.set_adapter("c")
+    assert model(torch.randn(3, 4)).isfinite().all()
