@@ -1,9 +1,9 @@
 """Do the tests bite? `python -m tests.mutants adapter merge --sample 50` changes one place at a time and runs them.
 
 Each mutant is the package with one small change: a comparison turned, a condition negated, a statement that is a call
-dropped, a number moved by one, a sign or an operator turned. First the tests that run the changed line are run on it,
-then all of its room. A mutant that passes survives, and is printed: the tests lack something, or the code says more
-than it needs to.
+dropped, a number moved by one, a sign or an operator turned. The tests of the core that run the changed line are run on
+it, or those of its room where it is run by an import. A mutant that passes survives, and is printed: the tests lack
+something, or the code says more than it needs to.
 """
 
 import argparse
@@ -40,6 +40,9 @@ TESTS = {
     "kernels": ("tests/core/kernels", "tests/core/layers", "--ignore=tests/core/kernels/test_removal.py"),
 }
 """By room, its own tests and those that walk through it."""
+
+CORE = ("tests/core", *STATE)
+"""All tests among which those that run a line are looked for."""
 
 TURNED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq,
@@ -195,15 +198,13 @@ class Coverage:
     """Which tests run which lines.
 
     Args:
-        room: The room.
         folder: Where the measurement is kept.
     """
 
-    def __init__(self, room: str, folder: Path) -> None:
-        measured = folder / f"{room}.coverage"
-        options = folder / f"{room}.ini"
+    def __init__(self, folder: Path) -> None:
+        measured, options = folder / "measured", folder / "options.ini"
         options.write_text(f"[run]\ndata_file = {measured}\nsource = {PACKAGE}\ndynamic_context = test_function\n")
-        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *TESTS[room]]
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *CORE]
         environment = {**os.environ, "COVERAGE_CORE": "ctrace"}  # the faster one does not tell tests apart
         subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
         data = coverage.CoverageData(str(measured))
@@ -237,16 +238,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of one mutant")
     given = parser.parse_args()
     survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        covering = Coverage(Path(folder))
     for room in given.rooms or TESTS:
         paths = [path.relative_to(PACKAGE) for path in sorted((PACKAGE / room).rglob("*.py"))]
         found = [mutant for path in paths for mutant in mutants_of(path)]
         chosen = Random(given.seed).sample(found, min(given.sample or len(found), len(found)))
         started, alive = time.perf_counter(), 0
-        with tempfile.TemporaryDirectory() as folder:
-            covering = Coverage(room, Path(folder))
         for mutant in chosen:
-            first = covering.tests(mutant)
-            if (not first or survives(mutant, first, given.timeout)) and survives(mutant, TESTS[room], given.timeout):
+            if survives(mutant, covering.tests(mutant) or TESTS[room], given.timeout):
                 alive += 1
                 print(f"survived: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
         seconds = time.perf_counter() - started
