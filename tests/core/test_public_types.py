@@ -47,6 +47,6 @@ def test_every_type_of_a_public_signature_is_public(name):
     }
 
 
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if dataclasses.is_dataclass(cls)], ids=lambda cls: cls.__name__)
-def test_every_public_dataclass_is_frozen(cls):
-    assert cls.__dataclass_params__.frozen
+@pytest.mark.parametrize("name", [name for name in PUBLIC if dataclasses.is_dataclass(PUBLIC[name])])
+def test_every_public_dataclass_is_frozen(name):
+    assert PUBLIC[name].__dataclass_params__.frozen
