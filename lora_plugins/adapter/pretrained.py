@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.inplace import state_of
+from lora_plugins.adapter.attach import adapter_tensors
 
 SAVE = "save_pretrained"
 
@@ -38,7 +38,10 @@ class WarnedSave:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Warns, and saves."""
-        if self._acting() and any(state_of(each) is not None for each in self._module.modules()):
+        written = set(adapter_tensors(self._module))
+        if (given := kwargs.get("state_dict")) is not None:
+            written &= set(given)
+        if self._acting() and written:
             warnings.warn(
                 f"{type(self._module).__name__}.save_pretrained writes base and adapter apart, and from_pretrained "
                 "drops the adapter: what was trained would be lost. Save the adapter with LoraModel(model)."

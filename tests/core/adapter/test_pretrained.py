@@ -77,6 +77,17 @@ def test_the_base_is_saved_as_ever_in_a_block(vit, transformers, tmp_path):
         assert torch.equal(logits(transformers.AutoModelForImageClassification.from_pretrained(tmp_path)), logits(vit))
 
 
+def test_a_state_dict_that_is_given_counts(vit, transformers, tmp_path):
+    plain = LoraModel(copy.deepcopy(vit), TARGETS).merge_and_unload()
+    LoraModel(vit, TARGETS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.save_pretrained(tmp_path, state_dict=plain.state_dict())
+    assert torch.equal(logits(transformers.AutoModelForImageClassification.from_pretrained(tmp_path)), logits(plain))
+    with pytest.warns(UserWarning, match=WARNING):
+        vit.save_pretrained(tmp_path, state_dict=vit.state_dict())
+
+
 def test_a_part_and_a_model_in_another_warn_too(vit, tmp_path):
     module = nn.ModuleDict({"net": vit, "other": nn.Linear(4, 4)})
     LoraModel(module, TARGETS)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
+from lora_plugins import AdapterFileError, ConfigError, InitData, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
 from tests.integrations.transformers.toys import (
@@ -29,6 +29,9 @@ from tests.integrations.transformers.toys import (
 def build_vit():
     """A `model_init`, which the Trainer calls with a trial if it takes anything."""
     return vit()
+
+
+BEST = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 
 
 def files(folder):
@@ -211,6 +214,16 @@ class TestResume:
         assert not differing(before, values(run.model))
         run.train()
 
+    def test_a_damaged_checkpoint_is_refused(self, tmp_path):
+        trainer(tmp_path).train()
+        (file,) = (tmp_path / "checkpoint-6").glob("adapter-*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1])
+        run = trainer(tmp_path)
+        before = values(run.model)
+        with pytest.raises(AdapterFileError, match="truncated or changed"):
+            run.train(resume_from_checkpoint=True)
+        assert not differing(before, values(run.model))
+
     def test_a_checkpoint_of_a_whole_model_is_refused(self, tmp_path):
         transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images()).train()
         with pytest.raises(StateError, match="holds no adapter"):
@@ -246,6 +259,8 @@ class TestMerging:
         pytest.param({"weight_decay": 0.1, "max_grad_norm": 0.5}, id="decay and clipping"),
         pytest.param({"optim": "sgd", "weight_decay": 0.1}, id="sgd"),
         pytest.param({"model_init": build_vit}, id="model_init"),
+        pytest.param({"callbacks": [transformers.EarlyStoppingCallback(2)], **BEST}, id="early stopping"),
+        pytest.param({"eval_on_start": True, "eval_strategy": "epoch"}, id="evaluation first"),
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, id="compiled"),
         pytest.param({"dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 2}, id="evaluation"),
     ],
@@ -372,6 +387,29 @@ class TestModelsThatAreAdaptedAlready:
         again = vit()
         assert LoraModel.load_adapter(again, tmp_path / "checkpoint-6").active_adapters == ("mine",)
         assert not differing(values(again), values(model))
+
+    def test_an_init_that_learns_from_data_is_resumed(self, tmp_path):
+        def adapted():
+            model = vit()
+            batches = [{"pixel_values": torch.stack([each["pixel_values"] for each in images()])}]
+            data = InitData(batches, step=lambda model, batch: model(**batch))
+            LoraModel(model, LoraConfig(r=2, target_modules=["q_proj"], init="eva"), init_data=data)
+            return model
+
+        straight = trainer(tmp_path, adapted(), None)
+        straight.train()
+        resumed = trainer(tmp_path, adapted(), None)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not differing(values(straight.model), values(resumed.model))
+
+    def test_one_that_was_loaded_goes_on(self, tmp_path):
+        straight = trainer(tmp_path)
+        straight.train()
+        model = vit()
+        LoraModel.load_adapter(model, tmp_path / "checkpoint-3")
+        resumed = trainer(tmp_path, model, None)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not differing(values(straight.model), values(resumed.model))
 
     def test_a_second_trainer_goes_on_with_the_same_adapter(self, tmp_path):
         model = vit()
