@@ -32,7 +32,7 @@ HARMLESS: tuple[Callable[..., Any], ...] = (
 """Types that do nothing when they are made of what a file has."""
 
 HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-_WRITTEN_AS_DICT = "attribute_dicts"
+WRITTEN_AS_DICT = "attribute_dicts"
 
 Path = tuple[Any, ...]
 """The keys that lead to a value in nested hyperparameters."""
@@ -74,14 +74,14 @@ def with_plain_dicts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dic
         return dict(checkpoint), {}
     paths: list[Path] = []
     plain = _plain(checkpoint[HYPERPARAMETERS], (), paths)
-    about = {_WRITTEN_AS_DICT: [list(path) for path in paths]} if paths else {}
+    about = {WRITTEN_AS_DICT: [list(path) for path in paths]} if paths else {}
     return {**checkpoint, HYPERPARAMETERS: plain}, about
 
 
 def with_attribute_dicts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint whose hyperparameters are what they were before `with_plain_dicts`."""
     result = dict(checkpoint)
-    for path in sorted(map(tuple, checkpoint[KEY].get(_WRITTEN_AS_DICT, [])), key=len, reverse=True):
+    for path in sorted(map(tuple, checkpoint[KEY].get(WRITTEN_AS_DICT, [])), key=len, reverse=True):
         result[HYPERPARAMETERS] = _replaced(result[HYPERPARAMETERS], path)
     return result
 

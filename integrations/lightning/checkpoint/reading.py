@@ -41,7 +41,7 @@ def reading_errors(path: object) -> Iterator[None]:
         objects = not_allowed(path)
         if objects:
             raise AdapterFileError(
-                f"{path} holds objects among its hyperparameters that are not read without being allowed: "
+                f"{path} holds objects that are not read without being allowed: "
                 f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
                 f"allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint and export_checkpoint, or "
                 "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."

@@ -16,10 +16,16 @@ from torch import nn
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.objects import HYPERPARAMETERS, not_allowed, with_attribute_dicts
+from lora_plugins.integrations.lightning.checkpoint.objects import (
+    HYPERPARAMETERS,
+    WRITTEN_AS_DICT,
+    not_allowed,
+    with_attribute_dicts,
+)
 
 _INSTANTIATOR = "_instantiator"
 _STOOD_THERE = "instantiator"
+LINE = "line"
 _ONE_ARGUMENT = LightningModule.CHECKPOINT_HYPER_PARAMS_NAME
 
 
@@ -30,12 +36,12 @@ def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[st
         return dict(checkpoint), {}
     line = f"{rebuilding_line(module, None)} (this file has a LoRA adapter, and not the base)"
     about = {_STOOD_THERE: saved.get(_INSTANTIATOR), "hyperparameters": HYPERPARAMETERS in checkpoint}
-    return {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}, {"line": about}
+    return {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}, {LINE: about}
 
 
 def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint as it was before `with_line`."""
-    about, result = checkpoint[KEY].get("line"), dict(checkpoint)
+    about, result = checkpoint[KEY].get(LINE), dict(checkpoint)
     if about is None:
         return result
     saved = {key: value for key, value in result.pop(HYPERPARAMETERS).items() if key != _INSTANTIATOR}
@@ -47,7 +53,9 @@ def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a small checkpoint with the hyperparameters of the module that it was made of."""
     with entry_errors():
-        return with_attribute_dicts(without_line(checkpoint))
+        result = with_attribute_dicts(without_line(checkpoint))
+    entry = {key: value for key, value in checkpoint[KEY].items() if key not in (LINE, WRITTEN_AS_DICT)}
+    return {**result, KEY: entry}
 
 
 def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:

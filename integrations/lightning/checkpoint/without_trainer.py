@@ -1,9 +1,9 @@
 """Loads adapter-only checkpoints without a Trainer."""
 
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
 import torch
@@ -38,12 +38,12 @@ class LoraCheckpointMixin(LightningModule):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint, with adapters or without; see `LightningModule.load_from_checkpoint`."""
-        small = _small_in_memory(checkpoint_path)
-        if small is not None:
-            checkpoint_path, weights_only = small, False
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **kwargs
-        )
+        options = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
+        with TemporaryDirectory() as folder:
+            small = _as_written(checkpoint_path, Path(folder))
+            if _is_lightnings_own(cls):
+                options["weights_only"] = weights_only if small is None else False
+            return super().load_from_checkpoint(small or checkpoint_path, **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the adapters onto the module and completes the state dict with the module's own base.
@@ -101,20 +101,22 @@ def load_from_checkpoint(
     loading: Any = real
     if not issubclass(real, LoraCheckpointMixin):
         loading = type(real.__name__, (LoraCheckpointMixin, real), {"__module__": real.__module__})
-    module: Module = loading.load_from_checkpoint(
+    with TemporaryDirectory() as folder:
+        written = _write(checkpoint, Path(folder))
         # Objects in it are those that were just read as allowed ones.
-        _in_memory(checkpoint),
-        map_location=map_location,
-        strict=True,
-        weights_only=False,
-        **kwargs,
-    )
+        module: Module = loading.load_from_checkpoint(
+            written, map_location=map_location, strict=True, weights_only=False, **kwargs
+        )
     module.__class__ = real
     return module
 
 
-def _small_in_memory(path: Any) -> io.BytesIO | None:
-    """Returns a small checkpoint, read without unpickling objects, as its module wrote it; None of any other."""
+def _as_written(path: Any, folder: Path) -> Path | None:
+    """Writes a small checkpoint again as its module wrote it, if it can be read without unpickling objects.
+
+    Returns:
+        Where it is; None for any other checkpoint.
+    """
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     try:
@@ -122,14 +124,20 @@ def _small_in_memory(path: Any) -> io.BytesIO | None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # Lightning says what is wrong with a file that is no checkpoint
         return None
-    return _in_memory(original(checkpoint)) if isinstance(checkpoint, dict) and KEY in checkpoint else None
+    return _write(original(checkpoint), folder) if isinstance(checkpoint, dict) and KEY in checkpoint else None
 
 
-def _in_memory(checkpoint: dict[str, Any]) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    buffer.seek(0)
-    return buffer
+def _write(checkpoint: dict[str, Any], folder: Path) -> Path:
+    """Writes a checkpoint to a file, since a class with a loader of its own may read it more than once."""
+    path = folder / "checkpoint.ckpt"
+    torch.save(checkpoint, path)
+    return path
+
+
+def _is_lightnings_own(cls: type[LightningModule]) -> bool:
+    """Whether the class has Lightning's loader, which takes `weights_only`; others decide that for themselves."""
+    owners = [each for each in cls.__mro__ if "load_from_checkpoint" in vars(each)]
+    return next(each for each in owners if each is not LoraCheckpointMixin) is LightningModule
 
 
 def _named_class(checkpoint: dict[str, Any], module_class: type[Module]) -> type[Module]:

@@ -110,6 +110,29 @@ def test_harmless_types_are_read_as_they_are(kind, through, tmp_path):
         assert loaded.option.b[0].c + loaded.option.b[1][1].d == 6
 
 
+class OwnLoader(Classifier):
+    """Reads the file itself before Lightning does, twice, as chemprop does."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, map_location=None, hparams_file=None, strict=True, **kwargs):
+        for _ in range(2):
+            assert torch.load(checkpoint_path, weights_only=False)["hyper_parameters"]["width"] == 24
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=False, **kwargs
+        )
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixin", "function"])
+def test_a_class_with_a_loader_of_its_own(mixed, tmp_path):
+    class Ours(LoraCheckpointMixin, OwnLoader):
+        pass
+
+    module = OwnLoader(width=24)
+    path = written(tmp_path, module)
+    loaded = Ours.load_from_checkpoint(path) if mixed else load_from_checkpoint(OwnLoader, path)
+    assert not differing(values(loaded), values(module))
+
+
 class Options(dict):
     """What torch reads in no case without unpickling."""
 
