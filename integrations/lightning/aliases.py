@@ -7,7 +7,8 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from lora_plugins import StateError
@@ -35,6 +36,21 @@ def alias_pytorch_lightning() -> None:
             "before the import of the package that imports it."
         )
     sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def pytorch_lightning_aliased() -> Iterator[None]:
+    """Does it for the time of the block, unless `pytorch_lightning` is imported already or an alias."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path) or ALIASES.keys() & sys.modules.keys():
+        yield
+        return
+    alias_pytorch_lightning()
+    try:
+        yield
+    finally:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        for name in [name for name in sys.modules if name.partition(".")[0] in ALIASES]:
+            del sys.modules[name]
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -30,7 +30,6 @@ def _trainer(arguments: list[str]) -> int:
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
     prepared = _prepared(arguments)
-    _alias()
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
     with _given_arguments():
@@ -40,7 +39,6 @@ def _trainer(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     prepared = _prepared(["fit", *arguments[1:]])
-    _alias()
     from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
     with _given_arguments():
@@ -49,7 +47,6 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _merged_file(arguments: list[str]) -> int:
-    _alias()
     from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():
@@ -58,14 +55,6 @@ def _merged_file(arguments: list[str]) -> int:
 
 
 _NEEDS = ("lightning", "jsonargparse", "rich", "yaml")  # yaml comes with jsonargparse
-
-
-def _alias() -> None:
-    """Lets classes of packages that import pytorch_lightning be named in YAML files, unless it is imported already."""
-    from lora_plugins.integrations.lightning.aliases import ALIASES, alias_pytorch_lightning  # noqa: PLC0415
-
-    if not ALIASES.keys() & sys.modules.keys():
-        alias_pytorch_lightning()
 
 
 def _look_for(name: str) -> None:
@@ -103,11 +92,14 @@ def _given_arguments() -> Iterator[None]:
     """Lets LightningCLI run on arguments that it did not read from the process itself.
 
     Modules of the current folder can be named in `class_path`, as with `python -m`. LightningCLI's warning that the
-    process has arguments too is silenced: they are the same.
+    process has arguments too is silenced: they are the same. Packages that import pytorch_lightning, whose classes the
+    arguments may name, get those of lightning.
     """
+    from lora_plugins.integrations.lightning.aliases import pytorch_lightning_aliased  # noqa: PLC0415
+
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with warnings.catch_warnings(), _without_tips():
+    with warnings.catch_warnings(), _without_tips(), pytorch_lightning_aliased():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         yield
 

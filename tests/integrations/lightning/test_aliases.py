@@ -91,6 +91,24 @@ def test_without_it_the_call_is_named(tmp_path):
     assert "alias_pytorch_lightning()" in done.stderr
 
 
+def test_a_block_leaves_nothing(tmp_path):
+    code = (
+        "import sys, lightning.pytorch\n"
+        "from lora_plugins.integrations.lightning.aliases import pytorch_lightning_aliased\n"
+        "with pytorch_lightning_aliased():\n"
+        "    import pytorch_lightning.callbacks as inner\n"
+        "assert inner is lightning.pytorch.callbacks\n"
+        "assert 'pytorch_lightning' not in sys.modules\n"
+        "import pytorch_lightning\n"
+        "assert pytorch_lightning is not lightning.pytorch\n"
+        "with pytorch_lightning_aliased():\n"
+        "    import pytorch_lightning as again\n"
+        "assert again is pytorch_lightning\n"
+    )
+    done = run(tmp_path, code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_line_does_it_by_itself(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "model: {class_path: foreign.Module}\nlora: {r: 2}\ntrainer: {max_epochs: 1, accelerator: cpu, logger: false}\n"
