@@ -22,7 +22,7 @@ from lora_plugins.errors import (
     StateError,
     TargetError,
 )
-from lora_plugins.files import PackedAdapter
+from lora_plugins.files import PackedAdapter, load_quantized
 from lora_plugins.merge import MergedWeight, MergeReport
 from lora_plugins.model import LoraModel
 from lora_plugins.plan import LeftOut, Plan
@@ -118,4 +118,5 @@ __all__ = [
     "build_registry",
     "calibrate",
     "hookimpl",
+    "load_quantized",
 ]

@@ -19,7 +19,7 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
-from lora_plugins.adapter.sharing import check_shared
+from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import (
     Adapter,
     ModelState,
@@ -53,6 +53,7 @@ __all__ = [
     "allocated",
     "apply_state",
     "base_in_place",
+    "by_layer",
     "calibrate",
     "changed_bases",
     "check_names",

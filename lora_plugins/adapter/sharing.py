@@ -1,6 +1,6 @@
 """Weights that several layers share, where a change would reach a layer that is not adapted."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -32,3 +32,12 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
                     f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
                     "untie the two."
                 )
+
+
+def by_layer(weights: Iterable[str]) -> dict[str, set[str]]:
+    """Returns attribute names of weights by layer name, from their full names."""
+    found: dict[str, set[str]] = {}
+    for name in weights:
+        layer, _, tensor = name.rpartition(".")
+        found.setdefault(layer, set()).add(tensor)
+    return found

@@ -6,7 +6,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from lora_plugins.adapter.content import (
     trained_values,
     with_own_tensors,
 )
-from lora_plugins.adapter.sharing import check_shared
+from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import (
     Adapter,
     ModelState,
@@ -107,7 +107,7 @@ def add(
     if plan.init.changes_base:
         check_shared(model, plan.weights())
     if plan.stored:
-        check_shared(model, _by_layer(plan.stored))
+        check_shared(model, by_layer(plan.stored))
     if stored is None:
         stored = new_stored_weights(model, plan, content)
     if changed is None:
@@ -148,15 +148,6 @@ def unload(model: nn.Module, state: ModelState, dequantize: bool | None) -> None
             "unload(dequantize=True) for a float model with the dense values, or dequantize=False for this one.",
             stacklevel=6,
         )
-
-
-def _by_layer(weights: Iterable[str]) -> dict[str, set[str]]:
-    """Returns attribute names of weights by layer name."""
-    found: dict[str, set[str]] = {}
-    for name in weights:
-        layer, _, tensor = name.rpartition(".")
-        found.setdefault(layer, set()).add(tensor)
-    return found
 
 
 def set_active(

@@ -3,6 +3,7 @@
 Nothing is pickled, and nothing is half written.
 """
 
+from lora_plugins.files.base_files import load_quantized
 from lora_plugins.files.fingerprint import checksum, fingerprints, same
 from lora_plugins.files.folder import add_entry, read, write
 from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, recipe_prefix, tensor_key, value_key
@@ -23,6 +24,7 @@ __all__ = [
     "described",
     "fingerprints",
     "format_of",
+    "load_quantized",
     "manifest_of",
     "options_of",
     "pack",

@@ -6,7 +6,7 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
-from lora_plugins.plan.planner import make_plan
+from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
 from lora_plugins.plan.targets import LeftOut
 
@@ -20,4 +20,5 @@ __all__ = [
     "former_names",
     "is_risky",
     "make_plan",
+    "weights_to_store",
 ]

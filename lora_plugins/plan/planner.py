@@ -60,6 +60,24 @@ def make_plan(
     return plan if current is config else replace(plan, config=config)
 
 
+def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -> dict[str, Storage]:
+    """Returns how the weights of a model are to be stored that has no values yet, by full name.
+
+    Args:
+        model: A model, on the meta device or not.
+        config: The configuration of the adapter that is to come.
+        registry: The layer types and storages there are.
+
+    Raises:
+        TargetError: As `make_plan` does.
+    """
+    found = survey(model, registry)
+    current = with_current_names(model, config, [name for site in found.sites for name in site.names])
+    saved = saved_modules(current, found)
+    targets = target_sites(current, found, registry, saved)
+    return stored_weights(current, found, targets, saved, storage_of(current, registry), loading=True)
+
+
 def planned(
     survey: Survey,
     config: LoraConfig,

@@ -25,7 +25,13 @@ def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
 
 
 def stored_weights(
-    config: LoraConfig, survey: Survey, targets: Sequence[Site], saved: set[str], storage: Storage | None
+    config: LoraConfig,
+    survey: Survey,
+    targets: Sequence[Site],
+    saved: set[str],
+    storage: Storage | None,
+    *,
+    loading: bool = False,
 ) -> dict[str, Storage]:
     """Returns how weights are to be stored, by full name, those that are already stored so included.
 
@@ -35,6 +41,7 @@ def stored_weights(
         targets: The layers to adapt.
         saved: What is trained in full.
         storage: The config's storage; None if it has none.
+        loading: Whether the values of weights without any are about to be loaded.
 
     Raises:
         TargetError: If a weight cannot be stored, or nothing would be.
@@ -44,7 +51,7 @@ def stored_weights(
     sites = targets if config.quantize_modules is None else _chosen(config, survey, saved)
     least = storage.options["min_size"]
     large = {name: (site, weight) for name, site, weight in _weights(sites) if _size(weight) >= least}
-    refused = [f"{name!r}: {reason}" for name, found in large.items() if (reason := _reason(*found, storage))]
+    refused = [f"{name!r}: {reason}" for name, found in large.items() if (reason := _reason(*found, storage, loading))]
     if refused:
         raise TargetError(
             f"These weights cannot be stored as {storage.plugin.name}; name others in quantize_modules:\n  "
@@ -94,7 +101,7 @@ def _size(weight: Weight) -> int:
     return rows * columns
 
 
-def _reason(site: Site, weight: Weight, storage: Storage) -> str:
+def _reason(site: Site, weight: Weight, storage: Storage, loading: bool) -> str:
     if weight.stored is not None:
         return "" if weight.stored.is_same(storage) else f"it is stored as {weight.stored} already"
     reasons: Mapping[str, bool] = {
@@ -102,7 +109,7 @@ def _reason(site: Site, weight: Weight, storage: Storage) -> str:
         "it is computed from other tensors": weight.computed,
         f"it has the type {weight.dtype}, not a floating one": not weight.dtype.is_floating_point,
         f"it {weight.problem}": bool(weight.problem),
-        "it is on the meta device; load its values first": weight.on_meta,
+        "it is on the meta device; load its values first": weight.on_meta and not loading,
         "the layer is a TorchScript module": site.scripted,
         site.fixed_class: bool(site.fixed_class),
         "an adapter was trained on its float value; quantize with the first adapter": site.adapted,

@@ -1,0 +1,161 @@
+"""A base that is stored in fewer bytes as it is read: one tensor after the other, never the float model as a whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lora_plugins.adapter import by_layer, check_shared
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, listing
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, put_stored
+from lora_plugins.plan import weights_to_store
+from lora_plugins.plugins import Registry, Storage, registry_of
+
+_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What a folder of Hugging Face has: one file, or an index of several."""
+
+
+@torch.no_grad()
+def load_quantized(
+    model: nn.Module,
+    path: str | Path,
+    config: LoraConfig,
+    *,
+    registry: Registry | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Gives a model on the meta device its values, and stores those in fewer bytes that a config says.
+
+    Each tensor is read, stored and forgotten before the next one, so that memory peaks at the stored size and what one
+    layer takes meanwhile. The same bits are stored as by `LoraModel(model, config)` on the float model, which may
+    follow with the same config.
+
+    Args:
+        model: A model whose parameters are on the meta device: `with torch.device("meta"): model = build()`.
+        path: A safetensors file, an index (`.index.json`), or a folder with `model.safetensors` or its index.
+        config: The config of the adapter that is to come; its `quantize` fields say what is stored, and how.
+        registry: The plugins to use; by default those that the config lets load.
+        device: Where the values go.
+
+    Returns:
+        The model.
+
+    Raises:
+        MergeError: If a weight would be stored that another layer shares, which keeps it as it is.
+        ConfigError: If the config has no `quantize`, the file cannot be read, its keys are not those of the model's
+            state dict, or a tensor of the model would stay without values. The model is untouched then.
+    """
+    if config.quantize is None:
+        raise ConfigError("load_quantized stores weights as the config says, and it has no quantize. Set it, as 'nf4'.")
+    stored = weights_to_store(model, config, registry or registry_of(config))
+    files = _files(Path(path))
+    places = _places(model)
+    check_shared(model, by_layer(stored))
+    storages = {id(_tensor(places[name])): storage for name, storage in stored.items()}
+    _check_keys(model, places, files)
+    made: dict[int, nn.Parameter | StoredWeight | Tensor] = {}
+    for key, file in files.items():
+        module, name = places[key]
+        old = module._parameters.get(name)
+        value = _read(file, key)
+        if old is None:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = value.to(device, buffer.dtype)
+        elif id(old) not in made:
+            made[id(old)] = _made(value.to(device, old.dtype), old, storages.get(id(old)))
+    for module, name in places.values():
+        old = module._parameters.get(name)
+        if old is not None and id(old) in made:
+            _put(module, name, made[id(old)])
+    return model
+
+
+def _made(value: Tensor, old: Tensor, storage: Storage | None) -> nn.Parameter | StoredWeight:
+    if storage is None:
+        return nn.Parameter(value, requires_grad=old.requires_grad)
+    return StoredWeight(storage, value, requires_grad=old.requires_grad)
+
+
+def _put(module: nn.Module, name: str, new: Any) -> None:
+    if isinstance(new, StoredWeight):
+        put_stored(module, name, new)
+    else:
+        module._parameters[name] = new
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Returns the file of each tensor."""
+    if path.is_dir():
+        path = path / (_INDEX if (path / _INDEX).is_file() else _FILE)
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there. Give a safetensors file, an index of some, or their folder.")
+    try:
+        if path.suffix == ".json":
+            weights = json.loads(path.read_text())["weight_map"]
+            return {str(key): path.parent / Path(str(name)).name for key, name in weights.items()}
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+            return dict.fromkeys(file.keys(), path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors or an index of some: {error!r}.") from error
+
+
+def _read(path: Path, key: str) -> Tensor:
+    # Opened anew for each tensor: the pages of a file that stays open stay in memory.
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+        tensor: Tensor = file.get_tensor(key)
+        return tensor.clone()
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Returns module and attribute name of each tensor of a model's state dict, under all its names."""
+    places: dict[str, tuple[nn.Module, str]] = {}
+    for entry in model_modules(model):
+        module = entry.module
+        kept = [name for name, buffer in module._buffers.items() if buffer is not None]
+        kept = [name for name in kept if name not in module._non_persistent_buffers_set]
+        parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
+        for alias in entry.names:
+            places.update({full_name(alias, name): (module, name) for name in (*parameters, *kept)})
+    return places
+
+
+def _check_keys(model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], files: Mapping[str, Path]) -> None:
+    """Checks that the files have a value for each tensor of the model, of its shape, and nothing else."""
+    surplus = [key for key in files if key not in places]
+    given = {id(_tensor(places[key])) for key in files if key in places}
+    missing = [key for key, place in places.items() if id(_tensor(place)) not in given]
+    empty = [
+        full_name(entry.name, name)
+        for entry in model_modules(model)
+        for name in entry.module._non_persistent_buffers_set
+        if (buffer := entry.module._buffers.get(name)) is not None and buffer.is_meta
+    ]
+    if surplus or missing:
+        raise ConfigError(
+            f"The file and the model differ: {len(missing)} tensors only in the model ({listing(missing) or 'none'}), "
+            f"{len(surplus)} only in the file ({listing(surplus) or 'none'})."
+        )
+    if empty:
+        raise ConfigError(
+            f"{listing(empty)} is on the meta device and in no state dict, so no file has its values. Compute it, and "
+            "set it on the model before."
+        )
+    for key, file in files.items():
+        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call, unused-ignore]
+            shape = opened.get_slice(key).get_shape()
+        if list(_tensor(places[key]).shape) != list(shape):
+            raise ConfigError(f"{key!r} is {shape} in {file.name} and {list(_tensor(places[key]).shape)} in the model.")
+
+
+def _tensor(place: tuple[nn.Module, str]) -> Tensor:
+    module, name = place
+    parameter = module._parameters.get(name)
+    tensor = module._buffers[name] if parameter is None else parameter
+    assert tensor is not None
+    return tensor
