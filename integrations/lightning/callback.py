@@ -34,6 +34,8 @@ from lora_plugins.integrations.lightning.module import (
     find_target,
     forgotten_layers,
     freeze_alike,
+    merge_as_bytes,
+    merge_from_bytes,
     merge_reversibly,
     merged_weights,
     modes_of_frozen_norms,
@@ -48,7 +50,13 @@ from lora_plugins.integrations.lightning.module import (
     with_declarations,
     write_safetensors,
 )
-from lora_plugins.integrations.lightning.shims import MethodShims, expecting_eval_mode
+from lora_plugins.integrations.lightning.shims import (
+    MethodShims,
+    carried,
+    carry,
+    expecting_eval_mode,
+    starts_by_multiprocessing,
+)
 from lora_plugins.integrations.lightning.strategies import (
     AdaptBeforeSharding,
     CheckpointShims,
@@ -222,6 +230,8 @@ class LoraCallback(Callback):
         shims = self._module_shims = MethodShims(pl_module)
         if not is_sharded(trainer):
             follow_building(shims, pl_module)
+        if self._merge is None and (data := carried(trainer, self.state_key)) is not None:
+            self._merge = merge_from_bytes(data, self._target(pl_module))
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
         if stage == "fit" and self.merge_source == "best":
@@ -334,6 +344,8 @@ class LoraCallback(Callback):
             # A debugging run of a few batches is not stopped by what they did not learn.
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
             self._merge = merge_reversibly(self._target(pl_module), max_error, dequantize=self.dequantize)
+            if starts_by_multiprocessing(trainer) and not self._merge.stored:
+                carry(trainer, self.state_key, merge_as_bytes(self._merge))
             for callback in group:
                 callback._remove_names()
         print_files(files)

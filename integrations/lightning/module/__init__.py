@@ -13,6 +13,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.built_layers import built
+from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
 from lora_plugins.integrations.lightning.module.copies import (
     NetworkCopy,
@@ -82,6 +83,8 @@ __all__ = [
     "lost_layers",
     "mark_merged",
     "mark_moved",
+    "merge_as_bytes",
+    "merge_from_bytes",
     "merge_reversibly",
     "merged_weights",
     "modes_of_frozen_norms",

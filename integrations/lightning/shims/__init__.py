@@ -4,6 +4,7 @@ Each private part is used in one file, which says what is lost without it. Depen
 """
 
 from lora_plugins.integrations.lightning.shims.average_model import Averaging, drop_average
+from lora_plugins.integrations.lightning.shims.carried_state import carried, carry
 from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
 from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
 from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
@@ -13,6 +14,8 @@ from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import s
 __all__ = [
     "Averaging",
     "MethodShims",
+    "carried",
+    "carry",
     "drop_average",
     "expecting_eval_mode",
     "expecting_override",

@@ -25,6 +25,9 @@ from lora_plugins.utils import version
 _FOLLOWS = 3
 """Batches in which a copy is moved, by the last of which its adapter has to have moved too."""
 
+_OF_PAIRS = ("size", "shape", "same number", "key")
+"""Words of the errors that torch raises for pairs which do not belong together."""
+
 _ROUNDING = 16
 """Units in the last place by which an average of equal values may differ from them."""
 
@@ -73,7 +76,10 @@ class MovedByHand:
 
     def explain(self, error: BaseException) -> None:
         """Adds a note to an error that may come of pairs that do not belong together."""
-        if self._unlike and isinstance(error, RuntimeError | KeyError | ValueError | IndexError):
+        of_pairs = isinstance(error, KeyError | ValueError | IndexError) or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_PAIRS)
+        )
+        if self._unlike and of_pairs:
             error.add_note(f"It may come of this: {self._unlike[0].message('If the module moves it by hand')}")
 
 
@@ -91,7 +97,11 @@ class _Watched:
         self._marks = None
 
     def written(self) -> bool:
+        """Whether something was written into them, or other memory was put in their place."""
         return self._marks is not None and self._marks != self._now()
+
+    def written_in_place(self) -> bool:
+        return self._marks is not None and [old for old, _ in self._marks] != [new for new, _ in self._now()]
 
     def _now(self) -> list[tuple[int, int]]:
         return [(version(tensor), tensor.data_ptr()) for tensor in self._tensors]
@@ -114,8 +124,11 @@ class _Unlike:
         self._looks += 1
         if self._looks <= 2 * _FOLLOWS:
             self.compare()
-        if self.watched.written():
+        if self.watched.written_in_place():
             raise StateError(self.message("As the module moves it by hand"))
+        if self.watched.written():  # or it was moved to another device and back
+            self.compare()
+            self.note()
 
     def compare(self) -> None:
         if checksums(self._tensors) != self._sums:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -87,8 +87,9 @@ class NoNorm(Classifier):
 
 
 def run(folder, name, strategy, epochs, **options) -> Trainer:
+    more = options.pop("more", [])
     lora = LoraCallback(options.pop("config", CONFIG), print_plan=False, **{"merge_on_fit_end": False, **options})
-    return trainer(folder, [lora, DumpTrained(folder, name)], strategy=strategy, devices=2, max_epochs=epochs)
+    return trainer(folder, [lora, DumpTrained(folder, name), *more], strategy=strategy, devices=2, max_epochs=epochs)
 
 
 def ddp(folder: Path) -> None:
@@ -215,8 +216,15 @@ def spawned(folder: Path) -> None:
     for merge in (True, False):
         module = NoNorm()
         strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
-        run(folder, f"spawned-{merge}", strategy, 1, merge_on_fit_end=merge).fit(module, loader())
+        saver = ModelCheckpoint(folder, filename=f"spawned-{merge}")
+        runs = run(folder, f"spawned-{merge}", strategy, 1, merge_on_fit_end=merge, more=[saver])
+        runs.fit(module, loader())
         torch.save(module.state_dict(), folder / f"spawned-state-{merge}.pt")
+        if merge:
+            path = folder / f"spawned-{merge}.ckpt"
+            given = [("merged", None), ("checkpoint", path), ("merged_again", None)]
+            found = {name: runs.validate(module, loader(), ckpt_path=at, verbose=False) for name, at in given}
+            torch.save(found, folder / "spawned-found.pt")
 
 
 def unused(folder: Path) -> None:

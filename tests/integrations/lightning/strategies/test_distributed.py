@@ -72,6 +72,10 @@ def test_spawned_processes_bring_the_merged_weights_back(tmp_path):
     assert differing(merged, values(NoNorm())) == {"net.0.weight", "net.3.weight"}
     assert not differing(lost, values(NoNorm()))
     assert "will have no adapter" in said
+    found = torch.load(tmp_path / "spawned-found.pt")
+    metric = found["checkpoint"][0]["val/loss"]
+    assert metric == pytest.approx(found["merged"][0]["val/loss"], rel=1e-5)  # the merged weight is rounded once
+    assert found["merged_again"] == found["merged"]
 
 
 @pytest.fixture(scope="module")

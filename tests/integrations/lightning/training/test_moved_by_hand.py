@@ -59,6 +59,12 @@ def by_lerp(student, teacher):
     torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), weight=1 - M)
 
 
+def offload(student, teacher):
+    """To another device and back, as far as memory tells."""
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.clone()
+
+
 UPDATES = [by_data, in_place, by_data_in_place, by_name, by_state_dict, by_lerp]
 updates = pytest.mark.parametrize("update", UPDATES, ids=[update.__name__ for update in UPDATES])
 WHEN = ["training_step", "on_before_zero_grad", "on_train_batch_end"]
@@ -175,8 +181,9 @@ class TestFollows:
         x = torch.randn(4, 4)
         assert torch.equal(module.teacher.eval()(x), start(x))
 
-    def test_reference_may_be_left_out(self, tmp_path):
-        fit(tmp_path, Teacher(lambda *_: None), ALONE)
+    @pytest.mark.parametrize("update", [lambda *_: None, offload], ids=["still", "offloaded"])
+    def test_reference_may_be_left_out(self, tmp_path, update):
+        fit(tmp_path, Teacher(update), ALONE)
 
     @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
     def test_heads(self, tmp_path, frozen):
