@@ -95,8 +95,9 @@ class LoraCallback(Callback):
     At the start of `fit` the module's layers are adapted in place and everything else is frozen, before optimizers are
     made. Every checkpoint of the run holds what is trained and leaves the frozen base out, on every path on which
     Lightning saves one; `trainer.fit`, `validate`, `test` and `predict` take such a file as `ckpt_path`. When `fit`
-    ends, the adapter is merged and the module has its own classes and state-dict keys again. A later `fit` of the same
-    Trainer undoes the merge, bit for bit, and goes on with the adapter.
+    ends, the adapter is merged and the module has its own classes and state-dict keys again. A later `fit` with
+    the same callback undoes the merge, bit for bit, and goes on with the adapter, if the module still has the merged
+    values.
 
     A module may declare `head_modules`, the names of modules with newly initialized parameters. They are trained as if
     `modules_to_save` listed them.
@@ -374,8 +375,8 @@ class LoraCallback(Callback):
 
         Elsewhere the weights that are there win, and a line says so if it is the module that was merged.
         """
-        merge, target = self._merge, self._target(module)
-        if merge is None or model_state(target) is not None:
+        merge = self._merge
+        if merge is None or model_state(target := self._target(module)) is not None:
             return
         if merge.is_of(target):
             merge.undo(target)

@@ -20,8 +20,10 @@ from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, 
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
+    frozen_keys,
     lost_layers,
     mark_merged,
+    mark_moved,
     merged_weights,
     name_mapper,
     state_of_adapters,
@@ -50,6 +52,8 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             for adapter in entry["adapters"]:
                 added += _attach_or_overwrite(module, adapter, checkpoint.get("state_dict", {}))
             check_no_surplus(module, entry)
+            saved = map(name_mapper(module), checkpoint.get("state_dict", {}))
+            mark_moved(module, frozen_keys(module).intersection(saved))  # by hand, in the run that wrote it
             return _with_base(module, checkpoint, entry["left_out"])
     except BaseException:
         for target, name in reversed(added):

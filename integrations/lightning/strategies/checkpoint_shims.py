@@ -36,7 +36,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     with_present_base,
     without_base,
 )
-from lora_plugins.integrations.lightning.module import adapted_targets, frozen_keys, mark_moved, plain_name
+from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.integrations.lightning.shims import MethodShims
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
@@ -143,7 +143,7 @@ class CheckpointShims:
         for owner in self._owners:
             owner.undo_merge(self._module)
         if not is_overridden("on_load_checkpoint", self._module):
-            return self._averaged(self._restored(checkpoint))
+            return self._averaged(restore(self._module, checkpoint))
         return self._load_around_hook(checkpoint)
 
     def _load_around_hook(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -155,20 +155,14 @@ class CheckpointShims:
         if missing_layers(module, checkpoint):
             complete = with_present_base(module, checkpoint)
         else:
-            complete = self._averaged(self._restored(checkpoint))
+            complete = self._averaged(restore(module, checkpoint))
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
             shims.remove()
-            complete.update(self._averaged(self._restored(without_base(module, complete))))
+            complete.update(self._averaged(restore(module, without_base(module, complete))))
 
         shims.after("on_load_checkpoint", after_hook)
-        return complete
-
-    def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        complete = restore(self._module, checkpoint)
-        saved = {plain_name(key) for key in checkpoint["state_dict"]}
-        mark_moved(self._module, (name for name in frozen_keys(self._module) if plain_name(name) in saved))
         return complete
 
     def _averaged(self, complete: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Audit:
         self._by_hand.before_batch()
 
     def _name_frozen_adapters(self) -> None:
-        ours = [copy.name for copy in self._copies if copy.frozen]
+        ours = [copy.name for copy in self._copies if copy.frozen and copy.equal]
         frozen = {name for name in frozen_by_others(self._module) if not any(is_within(name, part) for part in ours)}
         new = sorted(frozen - self._frozen_by_others)
         self._frozen_by_others.update(new)

@@ -224,6 +224,11 @@ class TestFollows:
         )
         assert torch.equal(resumed.teacher[0].weight, module.teacher[0].weight)
         assert "teacher.0.weight" in load(tmp_path / "again.ckpt")["state_dict"]
+        again.update = lambda *_: None
+        run = trainer(tmp_path, [lora(BOTH)], max_epochs=1)
+        run.fit(again, loader())
+        run.save_checkpoint(tmp_path / "loaded.ckpt")
+        assert "teacher.0.weight" in load(tmp_path / "loaded.ckpt")["state_dict"]
 
     @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
     def test_teacher_that_is_copied_late(self, tmp_path, hook):
