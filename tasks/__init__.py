@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         SavePipeline,
         TextToImageTask,
     )
-    from lora_plugins.tasks.errors import DataError, WeightsError
+    from lora_plugins.tasks.errors import DataError, ReportError, WeightsError
     from lora_plugins.tasks.examples import (
         DigitPicturesDataModule,
         DigitScenesDataModule,
@@ -76,6 +76,7 @@ __all__ = [
     "PicturesDataModule",
     "PredictionPicture",
     "ReadDigits",
+    "ReportError",
     "SamplePictures",
     "SavePipeline",
     "SemanticSegmentationTask",
@@ -110,6 +111,7 @@ _ROOMS = {
     "PicturesDataModule": "diffusion",
     "PredictionPicture": "reporting",
     "ReadDigits": "examples",
+    "ReportError": "errors",
     "SamplePictures": "diffusion",
     "SavePipeline": "diffusion",
     "SemanticSegmentationTask": "segmentation",

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
 
-from lora_plugins.cli import Command
-
 COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "predict": ("inference", "predict_main", "labels or masks for a folder of images"),
@@ -18,23 +16,6 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     }
 )
 """By command: the room and the function that runs it, which is imported when it is asked for, and what it does."""
-
-
-def _generate(arguments: list[str]) -> int:
-    return int(import_module("lora_plugins.tasks.diffusion").generate_main(arguments[1:]))
-
-
-PROGRAM: Mapping[str, Command] = MappingProxyType(
-    {
-        "generate": Command(
-            "draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline",
-            _generate,
-            ("diffusers", "transformers", "lightning", "PIL", "torchvision"),
-            "lora-plugins[diffusion]",
-        )
-    }
-)
-"""The commands of the program `lora-plugins`, which the entry point `tasks` of its commands names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,10 @@ class WeightsError(LoraError, ValueError):
     """A file of weights and a network do not fit together."""
 
 
+class ReportError(LoraError, ValueError):
+    """A report of a run is not there, damaged, or of another kind than those it is compared with."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for an unknown name, with near matches; the caller raises it.
 

@@ -1,8 +1,9 @@
-"""Figures of a fit: predictions, the confusion matrix, curves."""
+"""Figures of a fit: predictions and the confusion matrix."""
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,15 +12,20 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lora_plugins.tasks.segmentation import class_colors, colorize, overlay
+from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
 from lora_plugins.tasks.training import VisionTask
 
 INCHES = 2.0
+DPI = 200
+"""Dots per inch of a figure in a file: enough for print."""
+
 MASK_TITLES = ("image", "true mask", "predicted mask", "overlay")
 KEY_COLUMNS, MOST_KEYS = 5, 25
 """The key of a figure of masks names the classes that occur, up to as many as fit under it."""
 
-MOST_TICKS = 40
+VOID = "void (not counted)"
+MOST_TICKS, MOST_NUMBERS = 40, 20
+RIGHT, WRONG = "black", "#D55E00"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,45 +33,52 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    # Axes of images have an aspect of their own: this layout puts them side by side without gaps.
+    figure = Figure(figsize=(width, height), layout="compressed")
+    cast(Any, figure.get_layout_engine()).set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG in print quality, cut to what is drawn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
 
 
 def labels_figure(task: VisionTask, images: Tensor, labels: Tensor, predicted: Tensor) -> Any:
     """A figure of images (N, channels, H, W) in a row, each with its true and predicted class."""
     names = task.class_labels
-    figure = new_figure(INCHES * len(images), INCHES + 0.6)
+    width, height = _cell(images)
+    figure = new_figure(width * len(images), height + 0.6)
     axes = figure.subplots(1, len(images), squeeze=False)
     for axis, image, true, guess in zip(axes[0], images, labels.tolist(), predicted.tolist(), strict=True):
-        axis.imshow(image.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axis.imshow(as_pixels(image))
         label = names[true] if 0 <= true < len(names) else "(ignored)"
-        axis.set_title(f"{label}\n→ {names[guess]}", fontsize="small", color="black" if guess == true else "firebrick")
+        axis.set_title(f"{label}\n→ {names[guess]}", fontsize="small", color=RIGHT if guess == true else WRONG)
         axis.set_axis_off()
     return figure
 
 
 def masks_figure(task: VisionTask, images: Tensor, masks: Tensor, predicted: Tensor) -> Any:
     """A figure with a row for each image (N, channels, H, W): image, true mask, predicted mask, overlay."""
-    from matplotlib.patches import Patch
-
     classes, ignored = task.model_config.num_classes, task.ignore_index
-    names = task.class_labels
     colors = class_colors(classes)
-    figure = new_figure(INCHES * len(MASK_TITLES), INCHES * len(images) + 0.6)
+    width, height = _cell(images)
+    keys = _mask_keys(task, masks, predicted)
+    key_height = 0.25 * math.ceil(len(keys) / KEY_COLUMNS)
+    figure = new_figure(width * len(MASK_TITLES), height * len(images) + 0.3 + key_height)
     axes = figure.subplots(len(images), len(MASK_TITLES), squeeze=False)
     for row, image, true, guess in zip(axes, images, masks.numpy(), predicted.numpy(), strict=True):
-        pixels = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        pixels = as_pixels(image)
         true_mask, predicted_mask = (colorize(mask, colors, ignored) for mask in (true, guess))
         shown = (pixels, true_mask, predicted_mask, overlay(pixels, guess, colors, ignored))
         for axis, panel in zip(row, shown, strict=True):
-            axis.imshow(panel)
+            axis.imshow(panel, interpolation="nearest" if panel is not pixels else None)
             axis.set_axis_off()
     for axis, title in zip(axes[0], MASK_TITLES, strict=True):
-        axis.set_title(title)
-    occurring = [i for i in range(classes) if bool(((masks == i) | (predicted == i)).any())][:MOST_KEYS]
-    patches = [Patch(color=colors[i] / 255, label=names[i]) for i in occurring]
-    figure.legend(handles=patches, loc="outside lower center", ncols=KEY_COLUMNS, fontsize="small")
+        axis.set_title(title, fontsize="medium")
+    figure.legend(handles=keys, loc="outside lower center", ncols=KEY_COLUMNS, fontsize="small", frameon=False)
     return figure
 
 
@@ -76,47 +89,49 @@ def examples_figure(task: VisionTask, images: Tensor, targets: Tensor, predicted
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:
-    """A figure of a confusion matrix (true, predicted), each row normalized."""
+    """A figure of a confusion matrix (true, predicted), as percents of each row."""
     counts = confusion.float()
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    side = min(10.0, 2.5 + 0.3 * len(names))
+    side = min(10.0, 2.5 + 0.4 * len(names))
     figure = new_figure(side + 0.8, side)
     axis = figure.subplots()
     drawn = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(names) <= MOST_TICKS:
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
         axis.set_yticks(range(len(names)), names, fontsize="small")
-    figure.colorbar(drawn, shrink=0.8)
+    if len(names) <= MOST_NUMBERS:
+        for (row, column), share in np.ndenumerate(shares):
+            color = "white" if share > 0.5 else "black"
+            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize="x-small", color=color)
+    figure.colorbar(drawn, shrink=0.8, format="{x:.0%}", label="of the true class")
     return figure
 
 
-def curves_figure(history: Mapping[str, Sequence[tuple[int, float]]], name: str) -> Any:
-    """A figure of one metric over the epochs, for train and val.
-
-    Args:
-        history: Epoch and value by full name, such as `val/loss`.
-        name: The metric, without its split.
-    """
-    figure = new_figure(4.5, 3.0)
-    axis = figure.subplots()
-    for split in ("train", "val"):
-        points = history.get(f"{split}/{name}")
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=split)
-    axis.set_title(name)
-    axis.set_xlabel("epoch")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return figure
+def as_pixels(image: Tensor) -> Pixels:
+    """An image (channels, H, W) in [0, 1] as 8-bit pixels (H, W, 3)."""
+    pixels: Pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    return pixels
 
 
-def as_data_url(figure: Any) -> str:
-    """A figure as a PNG in a `data:` URL."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=90, format="png")
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _cell(images: Tensor) -> tuple[float, float]:
+    """Width and height in inches of a cell of the aspect of images (N, channels, H, W), in any aspect as large."""
+    height, width = images.shape[-2:]
+    return INCHES * math.sqrt(width / height), INCHES * math.sqrt(height / width)
+
+
+def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
+    """A patch for each class that occurs, and one for ignored pixels."""
+    from matplotlib.patches import Patch
+
+    classes, names = task.model_config.num_classes, task.class_labels
+    colors = cast(Any, class_colors(classes) / 255)
+    occurring = [i for i in range(classes) if bool(((masks == i) | (predicted == i)).any())][:MOST_KEYS]
+    keys = [Patch(facecolor=colors[i], label=names[i]) for i in occurring]
+    if bool((masks == task.ignore_index).any()):
+        keys.append(Patch(facecolor=cast(Any, np.array(IGNORED) / 255), label=VOID))
+    return keys
 
 
 def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
@@ -130,14 +145,21 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
 
 
-@torch.inference_mode()
-def eval_logits(task: VisionTask, images: Tensor) -> Tensor:
-    """Logits of images in eval mode; the mode of every module is restored."""
+@contextmanager
+def eval_mode(task: VisionTask) -> Iterator[None]:
+    """Has a task in eval mode; the mode of every module is restored."""
     training = {module: module.training for module in task.modules()}
     task.eval()
     try:
-        logits: Tensor = task(images.to(task.device)).float().cpu()
-        return logits
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@torch.inference_mode()
+def eval_logits(task: VisionTask, images: Tensor) -> Tensor:
+    """Logits of images in eval mode; the mode of every module is restored."""
+    with eval_mode(task):
+        logits: Tensor = task(images.to(task.device)).float().cpu()
+    return logits

@@ -1,9 +1,13 @@
-"""A report of a fit: one HTML file with metrics, curves, the plan, costs, and the best and worst examples."""
+"""A report of a fit: one HTML file to read and to show, and its numbers as JSON beside it."""
 
 import resource
+import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,62 +16,85 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from lora_plugins import ConfigError, LoraModel
+from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks.data import Batch
-from lora_plugins.tasks.reporting.figures import (
-    as_data_url,
-    confusion_figure,
-    curves_figure,
-    eval_logits,
-    examples_figure,
-    first_val_loader,
+from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
+from lora_plugins.tasks.reporting.class_results import class_results, most_confused
+from lora_plugins.tasks.reporting.figures import first_val_loader
+from lora_plugins.tasks.reporting.next_steps import next_steps
+from lora_plugins.tasks.reporting.run_facts import (
+    Facts,
+    data_facts,
+    data_name,
+    environment_facts,
+    lora_facts,
+    method_of,
+    model_facts,
+    training_facts,
 )
-from lora_plugins.tasks.reporting.html import Figure, Table, render_page
+from lora_plugins.tasks.reporting.sample_choice import Judged, choose, example, judge, on_device_of
+from lora_plugins.tasks.segmentation import IGNORED
 from lora_plugins.tasks.training import VisionTask
+from lora_plugins.utils import replace_file
 
-Row = tuple[str, ...]
-BLANK = "-"
+VAL = "val/"
+MOST_CELLS = 64
+"""A confusion matrix of more classes is not stored."""
+
+MEBIBYTE = 2**20
+
+Point = tuple[float, float]
+"""Epochs done, and the value of a metric then."""
 
 
 class HtmlReport(Callback):
     """Writes one self-contained HTML file at the end of a fit, and prints its path.
 
     It holds the metrics before training (the frozen base with a new head; they need a sanity check over the whole
-    split, `num_sanity_val_steps: -1`) and after it; what was adapted; the number of trained parameters; the sizes of
-    adapter and model; time and memory; curves; the confusion matrix; and the val samples with the lowest and the
-    highest loss.
+    split, `num_sanity_val_steps: -1`) and after it, for all classes and for each; curves; the confusion matrix; samples
+    of the val split, worst first; what was adapted; what it took; how the run was made, and how to go on. A JSON file
+    of the same name has the numbers, for `lora-plugins report compare`.
+
+    Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on.
 
     Args:
         path: The file to write.
-        samples: The number of best, and of worst, samples of the val split to show.
+        samples: The number of worst, and of best, samples of the val split to show. Others are added so that each class
+            is shown.
     """
 
-    def __init__(self, path: str, samples: int = 4) -> None:
+    def __init__(self, path: str, samples: int = 8) -> None:
         if samples < 1:
             raise ConfigError(f"samples is {samples}; a report shows at least one.")
+        if Path(path).suffix.lower() not in (".html", ".htm"):
+            raise ConfigError(f"path is {path!r}. A report is an HTML file: name one that ends in .html.")
         self.path, self.samples = Path(path), samples
         self._reset()
 
     def _reset(self) -> None:
-        self._history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._history: dict[str, list[Point]] = defaultdict(list)
         self._before: dict[str, float] = {}
-        self._plan: list[Row] = []
-        self._summary: list[str] = []
+        self._confusion_before: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._plans: list[Plan] = []
+        self._training: Facts = {}
+        self._method = ""
         self._seconds: list[float] = []
-        self._trained = self._total = self._epoch = 0
+        self._trained = self._total = self._epoch = self._first_epoch = self._batches = 0
         self._start = self._epoch_start = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task to report on.
+        """Check that there is a task to report on, and a place to write to.
 
         Raises:
-            ConfigError: For another module.
+            ConfigError: For another module, or a path that cannot be written.
         """
         if stage == "fit" and not isinstance(pl_module, VisionTask):
             raise ConfigError(f"HtmlReport reports on tasks of lora_plugins; {type(pl_module).__name__} is not one.")
+        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            _check_writable(self.path)
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,21 +104,33 @@ class HtmlReport(Callback):
             torch.cuda.reset_peak_memory_stats()
         for callback in _lora_callbacks(trainer):
             target = pl_module.get_submodule(callback.target or "")
-            plan = LoraModel(target).plans[callback.adapter_name]
-            self._plan += [tuple(str(cell) for cell in row) for row in plan.rows()]
-            self._summary.append(plan.summary())
+            self._plans.append(LoraModel(target).plans[callback.adapter_name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the trained parameters."""
-        parameters = list(cast(VisionTask, pl_module).network.parameters())
+        """Record what is trained, and how."""
+        task = cast(VisionTask, pl_module)
+        parameters = list(task.network.parameters())
         self._total = sum(p.numel() for p in parameters)
         self._trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self._training, self._method = training_facts(trainer, task), method_of(task, self._plans)
+        self._first_epoch = trainer.current_epoch
+        self._counts = torch.zeros(task.model_config.num_classes, dtype=torch.long)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of the last epoch, which a task logs after its callbacks ran, and start the clock."""
         if self._seconds:
-            self._record(trainer, "train/")
-        self._epoch, self._epoch_start = trainer.current_epoch, time.perf_counter()
+            self._record(trainer, "train/", self._epoch + 1)
+        self._epoch, self._batches, self._epoch_start = trainer.current_epoch, 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the labels of the first epoch."""
+        self._batches = batch_idx + 1
+        targets = Batch.read(batch).targets
+        if self._counts is not None and not self._seconds and targets is not None:
+            counted = targets[targets != cast(VisionTask, pl_module).ignore_index]
+            self._counts += torch.bincount(counted.flatten(), minlength=len(self._counts)).cpu()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the time of the epoch, with its validation."""
@@ -99,111 +138,164 @@ class HtmlReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of the last epoch."""
-        self._record(trainer, "train/")
+        self._record(trainer, "train/", self._epoch + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metrics."""
+        """Record the metrics; those before training only if they are of the whole split."""
         if trainer.state.fn != "fit":
             return
-        if trainer.sanity_checking:
-            self._before = _metrics(trainer, "val/")
-        else:
-            self._record(trainer, "val/")
+        if not trainer.sanity_checking:
+            self._record(trainer, VAL, self._epoch + min(1.0, self._batches / max(1, trainer.num_training_batches)))
+        elif list(trainer.num_sanity_val_batches) == list(trainer.num_val_batches):
+            metrics = trainer.callback_metrics
+            self._before = {name: float(value) for name, value in metrics.items() if name.startswith(VAL)}
+            self._confusion_before = cast(VisionTask, pl_module).confusion.get("val")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page."""
+        """Write the page and its numbers."""
         if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
             return
-        task = cast(VisionTask, pl_module)
+        seconds = time.perf_counter() - self._start
+        task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
+        with on_device_of(trainer, task):
+            judged = judge(task, loader)
+            examples = [example(task, loader, index, judged) for index in choose(judged, self.samples)]
+        run = as_stored(self._run(trainer, task, judged, seconds))
+        void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"{task.model_config.name}: {task.main_metric} {self._last(f'val/{task.main_metric}')}"
-        self.path.write_text(
-            render_page(title, [*self._tables(trainer), *self._figures(trainer, task)], " ".join(self._summary)),
-            encoding="utf-8",
-        )
+        replace_file(self.path, render_report(run, examples, void).encode())
+        replace_file(self.path.with_suffix(".json"), run_as_json(run).encode())
         Console().print(f"Report: [bold]{self.path}[/bold]", soft_wrap=True)
 
-    def _record(self, trainer: Trainer, prefix: str) -> None:
-        for name, value in _metrics(trainer, prefix).items():
-            self._history[name].append((self._epoch, value))
+    def _record(self, trainer: Trainer, prefix: str, at: float) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(prefix):
+                self._history[name].append((at, float(value)))
 
-    def _last(self, name: str) -> str:
-        points = self._history.get(name)
-        return f"{points[-1][1]:.4f}" if points else BLANK
+    def _run(self, trainer: Trainer, task: VisionTask, judged: Judged, seconds: float) -> RunRecord:
+        callbacks, per_pixel = _lora_callbacks(trainer), task.main_metric == "mean_iou"
+        data, labels = cast(Any, trainer).datamodule, task.class_labels
+        confusion, costs = judged.confusion, self._costs(callbacks, seconds)
+        results = class_results(labels, confusion, self._confusion_before, self._counts, per_pixel=per_pixel)
+        return RunRecord(
+            model=task.model_config.name,
+            data="its data" if data is None else data_name(data),
+            method=self._method,
+            date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+            per_pixel=per_pixel,
+            main_metric=task.main_metric,
+            metrics=self._metrics(task.main_metric, _epoch_left(trainer, callbacks, self._history)),
+            class_metric="iou" if per_pixel else "recall",
+            classes=results,
+            confusion=tuple(map(tuple, confusion.tolist())) if len(labels) <= MOST_CELLS else (),
+            confused=most_confused(confusion),
+            history=self._curves(),
+            costs=costs,
+            plan=tuple(row for plan in self._plans for row in _plan_rows(plan)),
+            trained={name: count for plan in self._plans for name, count in plan.trained_groups().items()},
+            facts=self._facts(trainer, task, costs),
+            next_steps=next_steps(trainer, task, callbacks),
+        )
 
-    def _tables(self, trainer: Trainer) -> list[Table]:
-        metrics = [
-            (
-                name.removeprefix("val/"),
-                f"{self._before[name]:.4f}" if name in self._before else BLANK,
-                self._last(name),
-            )
-            for name in self._history
-            if name.startswith("val/")
-        ]
-        tables = [
-            Table("Metrics on val", ("metric", "before (frozen base, new head)", "after"), metrics),
-            Table("What it took", ("", ""), self._costs(trainer)),
-        ]
-        if self._plan:
-            header = ("layer", "type", "plugin", "rank", "alpha", "parameters")
-            tables.append(Table("What was adapted", header[: len(self._plan[0])], self._plan, folded=True))
-        return tables
+    def _metrics(self, main: str, epoch: float | None) -> dict[str, Metric]:
+        """The val metrics before training and after the given epoch, or else the last; the one that matters first."""
+        found = {main: Metric(None, None)}
+        for name, points in self._history.items():
+            short = name.removeprefix(VAL)
+            if name.startswith(VAL) and "/" not in short:
+                found[short] = Metric(self._before.get(name), _value_at(epoch, points))
+        return found
 
-    def _costs(self, trainer: Trainer) -> list[Row]:
-        seconds = sorted(self._seconds)
-        rows: list[Row] = [
-            ("parameters trained", f"{self._trained:,} of {self._total:,} ({self._trained / max(1, self._total):.2%})"),
-            ("time of the fit", f"{time.perf_counter() - self._start:.1f} s"),
-            ("time of an epoch (median)", f"{seconds[len(seconds) // 2]:.2f} s" if seconds else BLANK),
-            ("peak memory of the process", f"{_process_mebibytes():,.0f} MiB"),
-        ]
-        if torch.cuda.is_available():
-            rows.append(("peak memory of the GPU", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"))
-        for callback in _lora_callbacks(trainer):
-            files = {**{each.title: each.path for each in callback.adapter_files}, "merged model": callback.export_to}
-            rows += [(f"size of the {name}", _size(Path(path))) for name, path in files.items() if path]
-        return rows
-
-    def _figures(self, trainer: Trainer, task: VisionTask) -> list[Figure]:
-        curves = [
-            Figure(f"Curve of {name}", as_data_url(curves_figure(self._history, name)))
-            for name in ("loss", task.main_metric)
-        ]
-        if "val" in task.confusion:
-            drawn = as_data_url(confusion_figure(task.confusion["val"], task.class_labels))
-            curves.append(Figure("Confusion matrix on val", drawn))
-        return [*curves, *self._examples(trainer, task)]
-
-    def _examples(self, trainer: Trainer, task: VisionTask) -> list[Figure]:
-        loader = first_val_loader(trainer)
-        losses = torch.cat([_losses(task, Batch.read(batch)) for batch in loader])
-        order = losses.argsort().tolist()
-        chosen = {
-            "Best examples (lowest loss)": order[: self.samples],
-            "Worst examples (highest loss)": order[::-1][: self.samples],
+    def _curves(self) -> dict[str, tuple[tuple[float, float], ...]]:
+        """The history of all metrics but those of single classes; what was measured before training comes first."""
+        start = {name: [(float(self._first_epoch), value)] for name, value in self._before.items()}
+        return {
+            name: tuple(start.get(name, []) + points) for name, points in self._history.items() if name.count("/") == 1
         }
-        figures = []
-        for title, indices in chosen.items():
-            batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
-            predicted = eval_logits(task, batch.images).argmax(1)
-            figure = examples_figure(task, batch.images, cast(Tensor, batch.targets), predicted)
-            figures.append(Figure(title, as_data_url(figure)))
-        return figures
+
+    def _costs(self, callbacks: list[LoraCallback], seconds: float) -> Costs:
+        cuda = torch.cuda.is_available()
+        return Costs(
+            trained=self._trained,
+            total=self._total,
+            seconds=seconds,
+            epoch_seconds=statistics.median(self._seconds) if self._seconds else None,
+            process_mib=_process_mebibytes(),
+            gpu_mib=torch.cuda.max_memory_allocated() / MEBIBYTE if cuda else None,
+            sizes={what: _bytes(path) for what, path in _files(callbacks).items()},
+        )
+
+    def _facts(self, trainer: Trainer, task: VisionTask, costs: Costs) -> dict[str, Facts]:
+        memory = {"peak memory": f"{costs.process_mib:,.0f} MiB"}
+        if costs.gpu_mib is not None:
+            memory["peak memory of the GPU"] = f"{costs.gpu_mib:,.0f} MiB"
+        files = {what: str(path) for what, path in _files(_lora_callbacks(trainer)).items()}
+        length = {"epochs": str(self._epoch + 1), "steps": f"{trainer.global_step:,}"}
+        groups = {
+            "Model": model_facts(task, task.provenance()["image_size"]),
+            "LoRA": lora_facts(self._plans),
+            "Training": {**length, **self._training},
+            "Data": data_facts(trainer),
+            "Environment": {**environment_facts(trainer, task), **memory},
+            "Files": files,
+        }
+        return {group: facts for group, facts in groups.items() if facts}
 
 
-def _losses(task: VisionTask, batch: Batch) -> Tensor:
-    """Cross entropy of each sample of a batch, (N,), the mean over all labels but `ignore_index`."""
-    targets = cast(Tensor, batch.targets).long()
-    logits = eval_logits(task, batch.images)
-    if targets.ndim > 1 and logits.shape[-2:] != targets.shape[-2:]:
-        logits = torch.nn.functional.interpolate(logits, size=targets.shape[-2:], mode="bilinear", align_corners=False)
-    losses = cross_entropy(logits, targets, ignore_index=task.ignore_index, reduction="none").flatten(1 - targets.ndim)
-    counts = (targets != task.ignore_index).flatten(1 - targets.ndim)
-    if targets.ndim == 1:
-        return losses
-    return losses.sum(1) / counts.sum(1).clamp(min=1)
+def _check_writable(path: Path) -> None:
+    """Try to write beside the report.
+
+    Raises:
+        ConfigError: If that is not possible.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"The report {path} cannot be written: {error}. Change `path` of HtmlReport.") from error
+    if path.is_dir():
+        raise ConfigError(f"The report {path} cannot be written: it is a folder. Change `path` of HtmlReport.")
+
+
+def _epoch_left(trainer: Trainer, callbacks: list[LoraCallback], history: Mapping[str, list[Point]]) -> float | None:
+    """The epochs done of the weights that the fit leaves, where these are the best ones; None if they are the last."""
+    if all(callback.merge_source == "last" for callback in callbacks):
+        return None
+    monitored = [c for c in cast(Any, trainer).checkpoint_callbacks if getattr(c, "monitor", None)]
+    points = history.get(monitored[0].monitor) if monitored else None
+    if not points or monitored[0].best_model_score is None:
+        return None
+    score = float(monitored[0].best_model_score)
+    return min(points, key=lambda point: abs(point[1] - score))[0]
+
+
+def _value_at(epoch: float | None, points: Sequence[Point]) -> float:
+    """The value after so many epochs, or else the last."""
+    return next((value for at, value in points if at == epoch), points[-1][1])
+
+
+def _plan_rows(plan: Plan) -> Iterator[PlanRow]:
+    for group in plan.groups():
+        first = group.layers[0]
+        yield PlanRow(
+            name=group.name,
+            count=len(group.layers),
+            module_class=first.module_class,
+            plugin=first.plugin.name,
+            rank=first.r,
+            alpha=first.alpha,
+            parameters=group.parameters,
+            share=group.parameters / group.weight,
+        )
+
+
+def _files(callbacks: list[LoraCallback]) -> dict[str, Path]:
+    """The files that callbacks have written, by what they are."""
+    files = {each.title: Path(each.path) for callback in callbacks for each in callback.adapter_files}
+    merged = [Path(callback.export_to) for callback in callbacks if callback.export_to]
+    return files | {f"merged model{'' if not at else f' {at + 1}'}": path for at, path in enumerate(merged)}
 
 
 def _lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
@@ -211,15 +303,11 @@ def _lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
     return [callback for callback in callbacks if isinstance(callback, LoraCallback)]
 
 
-def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-
-
 def _process_mebibytes() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak / MEBIBYTE if sys.platform == "darwin" else peak / 2**10
 
 
-def _size(path: Path) -> str:
+def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else list(path.rglob("*"))
-    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 2**20:.2f} MiB"
+    return sum(file.stat().st_size for file in files if file.is_file())

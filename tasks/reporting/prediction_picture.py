@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure
+from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure, save_figure
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 
 
@@ -38,8 +38,7 @@ def draw_predictions(
         raise DataError("A picture of predictions needs samples with masks.")
     predicted = eval_logits(task, batch.images).argmax(1)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    masks_figure(task, batch.images, batch.targets, predicted).savefig(path, dpi=100)
+    save_figure(masks_figure(task, batch.images, batch.targets, predicted), path)
     return path
 
 

@@ -1,78 +1,191 @@
 """The report of a fit."""
 
-import shutil
-import subprocess
-from pathlib import Path
+import json
+import math
+import shlex
 
-import numpy as np
 import pytest
-from PIL import Image
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
-from lora_plugins import LoraConfig
+from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
     DigitScenesDataModule,
     DigitsDataModule,
     HtmlReport,
     ImageClassificationTask,
+    MaskFolderDataModule,
     SemanticSegmentationTask,
 )
+from lora_plugins.tasks.__main__ import main
+from lora_plugins.tasks.pages import read_run
 
-from ..conftest import tiny_segformer, tiny_vit
+from ..browser import browser_page, needs_browser
+from ..conftest import noise, tiny_segformer, tiny_vit, write_image
 
 
 def scenes():
     return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=3, batch_size=2)
 
 
+def digits():
+    return DigitsDataModule([0, 1, 2])
+
+
+def lora(folder, target="network", **options):
+    return LoraCallback(LoraConfig(r=2), target=target, save_adapter_to=str(folder / "a"), print_plan=False, **options)
+
+
 @pytest.fixture
 def report(trainer, tmp_path):
     """The report of a fit of masks, with LoRA."""
-    lora = LoraCallback(LoraConfig(r=2), target="network", save_adapter_to=str(tmp_path / "a"), print_plan=False)
     path = tmp_path / "report.html"
-    run = trainer(callbacks=[lora, HtmlReport(str(path), samples=2)], num_sanity_val_steps=-1, max_epochs=2)
-    run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+    run = trainer(callbacks=[lora(tmp_path), HtmlReport(str(path), samples=2)], num_sanity_val_steps=-1, max_epochs=2)
+    run.fit(SemanticSegmentationTask(tiny_segformer(), ignore_index=255), datamodule=scenes())
     return path
 
 
 class TestReport:
     def test_it_holds_all_and_needs_nothing_beside_it(self, report):
         text = report.read_text()
-        wanted = ("mean_iou", "before (frozen base, new head)", "parameters trained", "size of the adapter", "q_proj")
-        for part in (*wanted, "Curve of loss", "Confusion matrix", "Best examples", "Worst examples", "peak memory"):
+        headings = ("Mean IoU", "IoU of each class", "Loss", "What is taken for what", "Examples", "What was trained")
+        facts = ("learning rate", "seed", "torch", "DigitScenesDataModule", "peak memory", "LoRA, r=2", "q_proj")
+        for part in (*headings, *facts, "before training", "adapter"):
             assert part in text
-        assert "http" not in text.replace("http-equiv", "")
-        assert text.count("data:image/png;base64,") == 5
+        assert "http" not in text
+        assert text.count("data:image/png;base64,") == 3 * 3  # image, truth and prediction of all three scenes
 
-    @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+    def test_its_numbers_are_those_of_the_fit(self, trainer, tmp_path):
+        path, task, data = tmp_path / "r.html", SemanticSegmentationTask(tiny_segformer()), scenes()
+        (before,) = trainer().validate(task, datamodule=data, verbose=False)
+        fit = trainer(callbacks=[HtmlReport(str(path))], num_sanity_val_steps=-1, max_epochs=2)
+        fit.fit(task, datamodule=data)
+        run = read_run(path)
+        for name, metric in run.metrics.items():
+            assert metric.before == pytest.approx(before[f"val/{name}"])
+            assert metric.after == pytest.approx(float(fit.callback_metrics[f"val/{name}"]))
+        assert next(iter(run.metrics)) == "mean_iou"
+        for result in run.classes:
+            for value, metrics in ((result.before, before), (result.after, fit.callback_metrics)):
+                logged = float(metrics[f"val/iou/{result.name}"])
+                assert value == (None if math.isnan(logged) else pytest.approx(logged))
+        assert torch.equal(torch.tensor(run.confusion), task.confusion["val"])
+        assert sum(result.train for result in run.classes) == 4 * 64 * 64
+        assert (run.method, run.costs.trained, run.costs.total) == ("full fine-tuning", *[run.costs.total] * 2)
+
+    @needs_browser
     def test_a_browser_shows_it(self, report, tmp_path):
-        picture = tmp_path / "seen.png"
-        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        shown = subprocess.run(
-            [*browser, "--window-size=1000,2000", f"--screenshot={picture}", report.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+        with browser_page(tmp_path) as page:
+            page.open(report.as_uri())
+            assert page.run("document.querySelectorAll('.curve').length") == 4
+            assert page.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert page.problems == []
+
+    def test_classes_of_the_plan_are_grouped(self, report):
+        run = read_run(report)
+        assert any(row.count > 1 and "0-3" in row.name for row in run.plan)
+        assert run.trained == {"decode_head": 13}  # all of it is new
+
+
+class TestNextSteps:
+    @pytest.fixture
+    def base(self, tmp_path):
+        """A file of weights that are not random."""
+        file = tmp_path / "base.safetensors"
+        save_file(SemanticSegmentationTask(tiny_segformer()).network.state_dict(), file)
+        return str(file)
+
+    def steps(self, trainer, folder, weights, **files):
+        callback = LoraCallback(LoraConfig(r=2), target="network", print_plan=False, **files)
+        task = SemanticSegmentationTask(tiny_segformer(weights=weights))
+        trainer(callbacks=[callback, HtmlReport(str(folder / "r.html"))]).fit(task, datamodule=scenes())
+        return list(read_run(folder / "r.html").next_steps.values())
+
+    @pytest.mark.parametrize("file", ["save_adapter_to", "export_to"], ids=["adapter", "merged"])
+    def test_they_can_be_pasted(self, trainer, tmp_path, base, monkeypatch, capsys, file):
+        monkeypatch.chdir(tmp_path)
+        predict, _, python = self.steps(trainer, tmp_path, base, **{file: "a file of a run.safetensors"})
+        write_image(tmp_path / "IMAGES" / "a.png", noise())
+        assert main(shlex.split(predict)[3:]) == 0, capsys.readouterr().err
+        assert (tmp_path / "OUT" / "masks" / "a.png").is_file()
+        exec(python)
+        assert "ground" in capsys.readouterr().out
+
+    def test_a_random_base_cannot_be_had_again(self, trainer, tmp_path):
+        files = {"save_adapter_to": str(tmp_path / "a"), "export_to": str(tmp_path / "m.safetensors")}
+        assert self.steps(trainer, tmp_path, "none", save_adapter_to=files["save_adapter_to"]) == []
+        predict, *_ = self.steps(trainer, tmp_path, "none", **files)
+        assert "m.safetensors" in predict
+
+
+class TestHistory:
+    def test_curves_have_a_point_an_epoch(self, trainer, tmp_path):
+        """A task logs its metrics of the train split after the callbacks' turn."""
+        path = tmp_path / "r.html"
+        trainer(callbacks=[HtmlReport(str(path))], max_epochs=3).fit(
+            ImageClassificationTask(tiny_vit()), datamodule=digits()
         )
-        assert picture.is_file(), shown.stderr
-        pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
-        assert len(np.unique(pixels, axis=0)) > 200  # text, curves and pictures, not a blank page
+        for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+            assert [epoch for epoch, _ in read_run(path).history[name]] == [1, 2, 3]
 
+    def test_validations_within_an_epoch_have_their_place(self, trainer, tmp_path):
+        path = tmp_path / "r.html"
+        fit = trainer(callbacks=[HtmlReport(str(path))], val_check_interval=0.5, num_sanity_val_steps=-1)
+        fit.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        assert [epoch for epoch, _ in read_run(path).history["val/loss"]] == [0, 0.5, 1]
 
-def test_curves_have_a_point_an_epoch(trainer, tmp_path):
-    """A task logs its metrics of the train split after the callbacks' turn."""
-    report = HtmlReport(str(tmp_path / "r.html"))
-    trainer(callbacks=[report], max_epochs=3).fit(
-        ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2])
-    )
-    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
-        assert [epoch for epoch, _ in report._history[name]] == [0, 1, 2]
+    @pytest.mark.parametrize("steps", [0, 1], ids=["none", "a part of the split"])
+    def test_without_a_whole_check_there_is_no_before(self, trainer, tmp_path, steps):
+        path = tmp_path / "r.html"
+        trainer(callbacks=[HtmlReport(str(path))], num_sanity_val_steps=steps).fit(
+            SemanticSegmentationTask(tiny_segformer()), datamodule=scenes()
+        )
+        run = read_run(path)
+        assert {metric.before for metric in run.metrics.values()} == {None}
+        assert {result.before for result in run.classes} == {None}
+        assert "num_sanity_val_steps" in path.read_text()
+
+    def test_the_best_weights_have_their_own_numbers(self, trainer, tmp_path):
+        """A rate that ruins what was learned: the first epoch is the best."""
+        path, best = tmp_path / "r.html", ModelCheckpoint(tmp_path, monitor="val/loss")
+        task = ImageClassificationTask(tiny_vit(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+        schedule = [lora(tmp_path, merge_source="best"), best, HtmlReport(str(path))]
+        trainer(callbacks=schedule, max_epochs=4, enable_checkpointing=True).fit(task, datamodule=digits())
+        run = read_run(path)
+        losses = [value for _, value in run.history["val/loss"]]
+        assert run.metrics["loss"].after == pytest.approx(min(losses))
+        right = sum(run.confusion[i][i] for i in range(3)) / sum(map(sum, run.confusion))
+        assert run.metrics["accuracy"].after == pytest.approx(right)
 
 
 def test_a_report_of_labels(trainer, tmp_path):
-    path = Path(tmp_path / "r.html")
-    trainer(callbacks=[HtmlReport(str(path))]).fit(
-        ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2])
-    )
-    assert "Worst examples" in path.read_text()
+    path = tmp_path / "r.html"
+    trainer(callbacks=[HtmlReport(str(path))]).fit(ImageClassificationTask(tiny_vit()), datamodule=digits())
+    assert "only mistakes" in path.read_text()
+    assert json.loads((tmp_path / "r.json").read_text())["class_metric"] == "recall"
+
+
+def test_images_keep_their_aspect_and_ignored_pixels_are_in_the_key(trainer, tmp_path, mask_folders):
+    path, size = tmp_path / "r.html", (32, 64)
+    data = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=size, batch_size=2)
+    task = SemanticSegmentationTask(tiny_segformer(3), ignore_index=255)
+    trainer(callbacks=[HtmlReport(str(path))]).fit(task, datamodule=data)
+    assert "aspect-ratio: 64 / 32" in path.read_text()
+    assert "void (not counted)" in path.read_text()
+    assert read_run(path).data == "data"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("report.txt", "ends in .html"), ("file/report.html", "cannot be written"), ("folder.html", "it is a folder")],
+    ids=["another kind", "below a file", "a folder"],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_training(trainer, tmp_path, path, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        trainer(callbacks=[HtmlReport(str(tmp_path / path))]).fit(
+            ImageClassificationTask(tiny_vit()), datamodule=digits()
+        )

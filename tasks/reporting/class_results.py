@@ -1,0 +1,70 @@
+"""Results of each class, from confusion matrices."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_plugins.tasks.pages import ClassResult
+from lora_plugins.tasks.segmentation import class_colors
+
+MOST_CONFUSED = 20
+
+
+def class_results(
+    names: Sequence[str], after: Tensor, before: Tensor | None, train: Tensor | None, *, per_pixel: bool
+) -> tuple[ClassResult, ...]:
+    """The results of each class: its IoU if a label is predicted for each pixel, else its recall.
+
+    Args:
+        names: Names of the classes.
+        after: The confusion matrix (true, predicted) of the val split after training.
+        before: Likewise, before training; None if it was not measured.
+        train: How often each class was trained on, (classes,); None if that was not counted.
+        per_pixel: Whether there is a label for each pixel.
+    """
+    scores = [None if matrix is None else _scores(matrix, per_pixel) for matrix in (before, after)]
+    precision = _shares(after.diagonal(), after.sum(0))
+    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in class_colors(len(names)).tolist()]
+    return tuple(
+        ClassResult(
+            name=name,
+            color=colors[i],
+            before=scores[0][i] if scores[0] else None,
+            after=scores[1][i] if scores[1] else None,
+            precision=precision[i],
+            train=None if train is None else int(train[i]),
+            val=int(after[i].sum()),
+        )
+        for i, name in enumerate(names)
+    )
+
+
+def most_confused(confusion: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """The largest numbers beside the diagonal of a confusion matrix: true class, predicted class, how often."""
+    mistakes = confusion.clone().fill_diagonal_(0).flatten()
+    counts, places = mistakes.topk(min(MOST_CONFUSED, len(mistakes)))
+    pairs = zip(counts.tolist(), places.tolist(), strict=True)
+    return tuple((place // len(confusion), place % len(confusion), count) for count, place in pairs if count)
+
+
+def count_confusion(targets: Tensor, predicted: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """The confusion matrix (true, predicted) of labels of any shape, without those that are ignored."""
+    counted = targets != ignore_index
+    flat = targets[counted] * classes + predicted[counted]
+    return torch.bincount(flat, minlength=classes**2).reshape(classes, classes)
+
+
+def mean_iou(confusion: Tensor) -> float | None:
+    """The mean IoU over the classes that occur; None if there are none."""
+    known = [score for score in _scores(confusion, True) if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _scores(confusion: Tensor, per_pixel: bool) -> list[float | None]:
+    true, predicted, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    return _shares(right, true + predicted - right if per_pixel else true)
+
+
+def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
+    return [part / whole if whole else None for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True)]

@@ -1,0 +1,169 @@
+"""Facts about a run, for people: how it was trained, on what data, with which software, on which device."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lora_plugins import Plan
+from lora_plugins.tasks.training import VisionTask
+
+LIBRARIES: Mapping[str, str] = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "smp": "segmentation-models-pytorch",
+    "torchvision": "torchvision",
+}
+"""The distribution that a source of networks is."""
+
+VARIANTS: Mapping[str, str] = {"lora": "LoRA", "dora": "DoRA"}
+"""What variants are called in the field."""
+
+DATA_PLACES = ("file", "source", "root")
+"""Attributes of data modules that say where the data is."""
+
+SEED_VARIABLE = "PL_GLOBAL_SEED"
+"""The environment variable in which `seed_everything` of Lightning keeps the seed."""
+
+Facts = dict[str, str]
+
+
+def method_of(task: VisionTask, plans: Sequence[Plan]) -> str:
+    """How a task is fine-tuned: with LoRA, in full, or its head alone."""
+    if plans:
+        ranks = sorted({layer.r for plan in plans for layer in plan.layers})
+        name = " and ".join(dict.fromkeys(VARIANTS.get(plan.config.variant, plan.config.variant) for plan in plans))
+        return f"{name}, r={ranks[0]}" if len(ranks) == 1 else f"{name}, r={ranks[0]} to {ranks[-1]}"
+    trained = [name for name, parameter in task.named_parameters() if parameter.requires_grad]
+    if len(trained) == sum(1 for _ in task.parameters()):
+        return "full fine-tuning"
+    heads = tuple(f"{head}." for head in task.head_modules)
+    return "frozen backbone" if all(name.startswith(heads) for name in trained) else "a part of the network"
+
+
+def data_name(data: Any) -> str:
+    """What data is called in a title."""
+    place = _place(data)
+    return Path(place).name or place if place else type(data).__name__.removesuffix("DataModule")
+
+
+def training_facts(trainer: Trainer, task: VisionTask) -> Facts:
+    """How a run is trained; asked when it starts."""
+    data = cast(Any, trainer).datamodule
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    accumulate = trainer.accumulate_grad_batches
+    facts = {
+        "optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers),
+        "learning rate": _rates(groups),
+        "weight decay": ", ".join(dict.fromkeys(f"{group.get('weight_decay', 0):g}" for group in groups)),
+        "schedule": ", ".join(schedulers) or "constant",
+        "loss": str(task.hparams["loss"]),
+        "batch size": f"{_batch_size(trainer, data)}" + (f", {accumulate} batches a step" if accumulate > 1 else ""),
+        "gradients clipped at": f"{trainer.gradient_clip_val:g}" if trainer.gradient_clip_val else "",
+        "moving average": f"{task.ema:g}" if task.ema else "",
+        "precision": str(trainer.precision),
+        "seed": os.environ.get(SEED_VARIABLE) or "none set",
+    }
+    return _known(facts)
+
+
+def lora_facts(plans: Sequence[Plan]) -> Facts:
+    """What the adapters are."""
+    facts: Facts = {}
+    for plan in plans:
+        config = plan.config
+        facts |= {
+            "rank": str(config.r),
+            "alpha": f"{plan.layers[0].alpha:g}",
+            "init": config.init,
+            "dropout": f"{config.dropout:g}" if config.dropout else "",
+            "variant": VARIANTS.get(config.variant, config.variant),
+            "layers": str(len(plan.layers)),
+            "frozen norms": str(len(plan.frozen_norms)) if plan.frozen_norms else "",
+        }
+    return _known(facts)
+
+
+def model_facts(task: VisionTask, size: Any) -> Facts:
+    """What the network is."""
+    config = task.model_config
+    return _known(
+        {
+            "network": f"{config.name} ({config.source})",
+            "weights": str(config.weights),
+            "classes": str(config.num_classes),
+            "image size": "" if size is None else f"{size[0]} x {size[1]}",
+        }
+    )
+
+
+def data_facts(trainer: Trainer) -> Facts:
+    """What the data is."""
+    data = cast(Any, trainer).datamodule
+    sizes = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+    return _known(
+        {
+            "module": "" if data is None else type(data).__name__,
+            "where": _place(data),
+            **{split: _length(loader) for split, loader in sizes.items()},
+            "augmentation": str(getattr(data, "augmentation", "")),
+            "sampler": str(getattr(data, "sampler", "")),
+        }
+    )
+
+
+def environment_facts(trainer: Trainer, task: LightningModule) -> Facts:
+    """Device and versions."""
+    source = LIBRARIES.get(cast(VisionTask, task).model_config.source, "")
+    names = dict.fromkeys(["lora-plugins", "torch", "lightning", source])
+    versions = [f"{name} {found}" for name in names if (found := _version(name))]
+    device = trainer.strategy.root_device
+    cpu = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads ({platform.machine()})"
+    count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    return {
+        "device": count + (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu),
+        "versions": ", ".join(versions),
+        "Python": platform.python_version(),
+        "folder": os.getcwd(),
+    }
+
+
+def _rates(groups: Sequence[Mapping[str, Any]]) -> str:
+    rates = [f"{float(group.get('initial_lr', group['lr'])):g}" for group in groups]
+    if len(set(rates)) <= 1:
+        return "".join(rates[:1])
+    names = [str(group.get("name", f"group {number}")) for number, group in enumerate(groups, 1)]
+    return ", ".join(f"{rate} ({name})" for rate, name in zip(rates, names, strict=True))
+
+
+def _batch_size(trainer: Trainer, data: Any) -> Any:
+    return getattr(data, "batch_size", None) or getattr(trainer.train_dataloader, "batch_size", "unknown")
+
+
+def _place(data: Any) -> str:
+    return next((str(place) for name in DATA_PLACES if (place := getattr(data, name, None))), "")
+
+
+def _length(loader: Any) -> str:
+    first = loader[0] if isinstance(loader, list) else loader
+    try:
+        return f"{len(first.dataset):,} images"
+    except (AttributeError, TypeError):  # a data set that does not know its length
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name) if name else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _known(facts: Facts) -> Facts:
+    return {label: value for label, value in facts.items() if value}

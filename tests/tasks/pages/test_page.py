@@ -1,0 +1,181 @@
+"""The report and the comparison, in a real browser."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from lora_plugins.tasks.pages import Costs, Metric, render_comparison, render_report
+
+from ..browser import DESKTOP, PHONE, browser_page, needs_browser
+from .conftest import NAMES, run_of
+
+SIZES = {"desktop": DESKTOP, "phone": PHONE}
+
+
+def runs():
+    """Three runs of which the second is best."""
+    full = replace(run_of(), method="full fine-tuning", costs=Costs(20000, 20000, 90.0, None, 500.0, 100.0))
+    better = replace(full, metrics={"mean_iou": Metric(0.25, 0.9)})
+    return {"LoRA, r=8": run_of(), "full": better, "without val": replace(full, history={}, metrics={
+        "mean_iou": Metric(None, None)
+    })}  # fmt: skip
+
+
+PAGES = {
+    "masks": lambda masks, labels: render_report(run_of(), masks, "#808080"),
+    "labels": lambda masks, labels: render_report(run_of(per_pixel=False), labels),
+    "comparison": lambda masks, labels: render_comparison(runs(), ["The runs have different data."]),
+}
+
+
+@pytest.fixture(params=PAGES)
+def text(request, masks, labels):
+    return PAGES[request.param](masks, labels)
+
+
+def test_a_page_asks_for_nothing_beside_it(text):
+    assert "http" not in text
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
+
+
+def test_names_of_classes_are_text(text):
+    assert "<b>bold</b>" not in text
+    assert "Straße" in text
+
+
+@needs_browser
+class TestInABrowser:
+    @pytest.fixture
+    def page(self, text, tmp_path):
+        (tmp_path / "page.html").write_text(text)
+        with browser_page(tmp_path) as page:
+            yield page
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+    def test_it_is_shown_without_a_problem(self, page, tmp_path, scheme, size):
+        page.prefer(scheme)
+        page.resize(size)
+        page.open((tmp_path / "page.html").as_uri())
+        assert page.problems == []
+        assert [url for url in page.requests if not url.startswith(("data:", "file:"))] == []
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        (red, *_) = page.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        assert (red < 60) == (scheme == "dark")
+        other = {"light": "dark", "dark": "light"}[scheme]
+        page.click("[data-theme-button]")
+        assert page.run("getComputedStyle(document.documentElement).colorScheme") == other
+        assert page.run("document.querySelector('[data-theme-button]').textContent").lower() == scheme
+
+    def test_curves_are_drawn_over_whole_epochs(self, page, tmp_path):
+        page.open((tmp_path / "page.html").as_uri())
+        drawn = page.run("[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.curve').length)")
+        assert drawn in ([2, 2], [2])  # train and val of loss and metric; two runs with val metrics
+        ticks = page.run("[...document.querySelector('.plot').querySelectorAll('.x-tick')].map(t => t.textContent)")
+        assert ticks == ["0", "1", "2"]
+        x, y = page.middle(".plot svg")
+        page.move(x, y)
+        tip = page.run("document.querySelector('.tip').textContent").splitlines()
+        assert tip[0] == "after 1 epoch"
+        assert len(tip) == 3
+
+
+@needs_browser
+class TestMasks:
+    @pytest.fixture
+    def page(self, masks, tmp_path):
+        (tmp_path / "page.html").write_text(render_report(run_of(), masks, "#808080"))
+        with browser_page(tmp_path) as page:
+            page.open((tmp_path / "page.html").as_uri())
+            yield page
+            assert page.problems == []
+
+    @pytest.mark.parametrize(
+        ("value", "covered"),
+        [(0, [0, 0]), (0.5, [50, 0]), (1, [100, 0]), (1.25, [75, 25]), (2, [0, 100])],
+        ids=["image", "half way", "truth", "a quarter", "prediction"],
+    )
+    def test_the_slider_goes_from_image_to_truth_to_prediction(self, page, value, covered):
+        page.run(
+            f"(() => {{ const i = document.querySelector('.slide input'); i.value = {value};"
+            " i.dispatchEvent(new Event('input')); })()"
+        )
+        clips = page.run(
+            "[...document.querySelectorAll('.example .over-image')].slice(0, 2).map(e => e.style.clipPath)"
+        )
+        assert [round(100 - sum(sides(clip)[1::2])) for clip in clips] == covered
+
+    @pytest.mark.parametrize("stop", [0, 1, 2], ids=["image", "truth", "prediction"])
+    def test_the_stops_are_buttons(self, page, stop):
+        page.click(f"[data-stop='{stop}']")
+        assert page.run("document.querySelector('.slide input').value") == str(stop)
+        assert page.run(f"document.querySelector('[data-stop=\"{stop}\"]').ariaPressed") == "true"
+
+    def test_a_drag_over_the_picture_moves_the_edge(self, page):
+        x, y = page.middle(".stack")
+        width = page.run("document.querySelector('.stack').clientWidth")
+        page.press(x, y)
+        page.move(x + width / 4, y, pressed=True)
+        page.press(x + width / 4, y, "mouseReleased")
+        assert float(page.run("document.querySelector('.slide input').value")) == pytest.approx(1.75, abs=0.02)
+
+    def test_the_filter_hides_what_does_not_show_the_class(self, page):
+        shown = "[...document.querySelectorAll('.example')].filter(e => e.offsetParent).length"
+        assert page.run(shown) == 3
+        choose(page, "[data-filter]", "1")
+        assert page.run(shown) == 2
+        assert "2 of 3" in page.run("document.querySelector('[data-shown]').textContent")
+        choose(page, "[data-filter]", "")
+        assert page.run(shown) == 3
+
+    def test_the_worst_come_first_until_the_best_shall(self, page):
+        names = "[...document.querySelectorAll('.example .name')].map(e => e.textContent)"
+        assert page.run(names) == ["scene 0", "scene 1", "scene 2"]
+        choose(page, "[data-order]", "best")
+        assert page.run(names) == ["scene 2", "scene 1", "scene 0"]
+
+    def test_classes_are_sorted(self, page):
+        names = "[...document.querySelectorAll('.bar b')].map(e => e.textContent)"
+        assert page.run(names) == NAMES
+        choose(page, "[data-sort]", "after")
+        assert page.run(names) == [NAMES[1], NAMES[0], NAMES[2]]
+
+    def test_the_matrix_has_numbers_and_names(self, page):
+        rows = page.run("[...document.querySelectorAll('.matrix tbody tr')].map(r => r.innerText.split('\\t'))")
+        assert rows == [[NAMES[0], "95.0", "5.0", "0"], [NAMES[1], "30.0", "70.0", "0"], [NAMES[2], "0", "0", "0"]]
+        page.move(*page.middle(".matrix td.miss"))
+        assert page.run("document.querySelector('.tip').textContent").startswith(f"{NAMES[0]} → {NAMES[1]}\n3 of 60")
+
+    def test_void_is_in_the_key(self, page):
+        assert "void" in page.run("document.querySelector('.tools .keys').textContent")
+
+    def test_a_command_is_copied_or_selected(self, page):
+        page.click("[data-copy]")
+        page.run("new Promise(done => setTimeout(done, 100))")
+        assert page.run("document.querySelector('[data-copy]').textContent") in ("Copied", "Selected")
+
+
+@needs_browser
+def test_only_mistakes(labels, tmp_path):
+    (tmp_path / "page.html").write_text(render_report(run_of(per_pixel=False), labels))
+    with browser_page(tmp_path) as page:
+        page.open((tmp_path / "page.html").as_uri())
+        page.click("[data-wrong]")
+        verdicts = "[...document.querySelectorAll('.example')].filter(e => e.offsetParent).map(e => e.dataset.loss)"
+        assert page.run(verdicts) == ["2.0"]
+        assert page.problems == []
+
+
+def sides(clip):
+    """The four sides of a `clip-path: inset(...)` in percent: top, right, bottom, left."""
+    numbers = [float(number) for number in re.findall(r"[\d.]+", clip)]
+    top, right, bottom, left = (numbers * 4)[:4] if len(numbers) in (1, 2, 4) else (*numbers, numbers[1])
+    return top, right, bottom, left
+
+
+def choose(page, selector, value):
+    page.run(
+        f"(() => {{ const e = document.querySelector('{selector}'); e.value = '{value}';"
+        " e.dispatchEvent(new Event('change')); })()"
+    )
