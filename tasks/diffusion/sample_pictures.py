@@ -1,7 +1,7 @@
 """A callback that samples the same prompts with the same seeds before, during and after a fit, and reports."""
 
 import time
-from collections.abc import Sequence
+from base64 import b64encode
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +17,9 @@ from rich.console import Console
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
-from lora_plugins.tasks.reporting import Figure, Table, as_data_url, curves_figure, render_page
+from lora_plugins.tasks.pages import SampleRecord, render_samples
 
 BEFORE, AFTER, REPORT = "before", "after", "report.html"
 
@@ -54,7 +55,7 @@ class SamplePictures(Callback):
     def _reset(self) -> None:
         self._sheets: dict[str, Image] = {}
         self._losses: dict[str, list[tuple[int, float]]] = {}
-        self._plan: list[Sequence[str]] = []
+        self._plan: list[LayerGroup] = []
         self._summary, self._trained, self._total, self._start = "", 0, 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,7 +77,7 @@ class SamplePictures(Callback):
         state = model_state(task.parts)
         if state is not None:
             plans = LoraModel(task.parts).plans.values()
-            self._plan = [[str(cell) for cell in row] for plan in plans for row in plan.rows()]
+            self._plan = [group for plan in plans for group in plan.groups()]
             self._summary = " ".join(plan.summary() for plan in plans)
         with nullcontext() if state is None else LoraModel(task.parts).disable_adapter():
             self._add(trainer, task, BEFORE)
@@ -122,32 +123,18 @@ class SamplePictures(Callback):
 
     def _page(self, trainer: Trainer, task: TextToImageTask, seconds: float) -> str:
         share = self._trained / max(1, self._total)
-        tables = [
-            Table(
-                "What it took",
-                ("", ""),
-                [
-                    ("model", f"{task.model} ({task.family.name})"),
-                    ("parameters trained", f"{self._trained:,} of {self._total:,} ({share:.2%})"),
-                    ("steps", str(trainer.global_step)),
-                    ("time of the fit", f"{seconds:.1f} s"),
-                ],
-            )
-        ]
-        if self._plan:
-            header = ("layer", "type", "plugin", "rank", "alpha", "parameters")
-            tables.append(Table("What was adapted", header[: len(self._plan[0])], self._plan, folded=True))
-        names = [name.removeprefix("train/") for name in self._losses]
-        figures = [Figure(f"Curve of {name}", as_data_url(curves_figure(self._losses, name))) for name in names]
-        figures += [Figure(name.capitalize(), _as_url(sheet)) for name, sheet in self._sheets.items()]
-        return render_page(f"Samples of {task.model}", [*tables, *figures], self._summary)
+        facts = {
+            "model": f"{task.model} ({task.family.name})",
+            "parameters trained": f"{self._trained:,} of {self._total:,} ({share:.2%})",
+            "steps": str(trainer.global_step),
+            "time of the fit": f"{seconds:.1f} s",
+        }
+        losses = {name.removeprefix("train/"): points for name, points in self._losses.items()}
+        sheets = {name.capitalize(): _as_url(sheet) for name, sheet in self._sheets.items()}
+        return render_samples(SampleRecord(str(task.model), self._summary, facts, self._plan, losses, sheets))
 
 
 def _as_url(sheet: Image) -> str:
-    class Saved:
-        """What `as_data_url` takes: something that saves itself."""
-
-        def savefig(self, stream: BytesIO, dpi: int, format: str) -> None:
-            sheet.save(stream, format)
-
-    return as_data_url(Saved())
+    stream = BytesIO()
+    sheet.save(stream, "png")
+    return "data:image/png;base64," + b64encode(stream.getvalue()).decode()

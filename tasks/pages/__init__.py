@@ -5,7 +5,7 @@ They are made from data alone, so that nothing here knows of models or takes lon
 
 from lora_plugins.tasks.pages.command import report_main
 from lora_plugins.tasks.pages.metric_kinds import MetricKind, kind_of
-from lora_plugins.tasks.pages.page import Example, render_comparison, render_report
+from lora_plugins.tasks.pages.page import Example, SampleRecord, render_comparison, render_report, render_samples
 from lora_plugins.tasks.pages.run_record import (
     ClassResult,
     Costs,
@@ -25,11 +25,13 @@ __all__ = [
     "MetricKind",
     "PlanRow",
     "RunRecord",
+    "SampleRecord",
     "as_stored",
     "kind_of",
     "read_run",
     "render_comparison",
     "render_report",
+    "render_samples",
     "report_main",
     "run_as_json",
 ]

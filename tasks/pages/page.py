@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.pages.metric_kinds import BLANK, kind_of
 from lora_plugins.tasks.pages.run_record import ClassResult, RunRecord
 
@@ -101,6 +102,34 @@ def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) 
         colors=COLORS,
         settings=_differing(list(runs.values())),
     )
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """A run that taught a model to draw.
+
+    Attributes:
+        model: Its name.
+        summary: What was adapted, in a sentence.
+        facts: What the run took, by label.
+        plan: The adapted layers in groups.
+        losses: Points (epoch, value) of each loss, by name.
+        sheets: Pictures of samples, by title, as `data:` URLs.
+    """
+
+    model: str
+    summary: str
+    facts: Mapping[str, str]
+    plan: Sequence[LayerGroup]
+    losses: Mapping[str, Sequence[tuple[float, float]]]
+    sheets: Mapping[str, str]
+
+
+def render_samples(run: SampleRecord) -> str:
+    """The report of a run that taught a model to draw."""
+    lines = [[{"name": "train", "color": 1, "dashed": False, "points": points}] for points in run.losses.values()]
+    charts = [_chart(name, line) for name, line in zip(run.losses, lines, strict=True)]
+    return _render("samples.html", run=run, charts=charts)
 
 
 def _differing(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:

@@ -4,21 +4,14 @@ They read what a task logs and predicts, and change nothing in its training.
 """
 
 from lora_plugins.tasks.reporting.before_after import BeforeAfter
-from lora_plugins.tasks.reporting.figures import as_data_url, curves_figure
-from lora_plugins.tasks.reporting.html import Figure, Table, render_page
 from lora_plugins.tasks.reporting.html_report import HtmlReport
 from lora_plugins.tasks.reporting.prediction_picture import PredictionPicture, draw_predictions
 from lora_plugins.tasks.reporting.tensorboard_images import TensorBoardImages
 
 __all__ = [
     "BeforeAfter",
-    "Figure",
     "HtmlReport",
     "PredictionPicture",
-    "Table",
     "TensorBoardImages",
-    "as_data_url",
-    "curves_figure",
     "draw_predictions",
-    "render_page",
 ]

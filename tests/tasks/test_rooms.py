@@ -14,7 +14,7 @@ ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "pages": {"errors"},
-    "command_table": {"pages"},
+    "command_table": {"diffusion", "pages"},
     "data": {"errors"},
     "models": {"errors"},
     "training": {"data", "errors", "models"},
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
     "inference": {"data", "errors", "segmentation", "training"},
-    "diffusion": {"data", "errors", "reporting", "training"},
+    "diffusion": {"data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""

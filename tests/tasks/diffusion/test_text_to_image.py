@@ -240,7 +240,7 @@ def test_samples_and_report_are_left(folders, pictures, tmp_path):
     events = EventAccumulator(str(tmp_path / "logs" / "run")).Reload()
     assert [event.step for event in events.Images("samples")] == [0, 4, 4]
     page = (tmp_path / "out" / "report.html").read_text()
-    for text in ("Before", "Epoch 2", "After", "Curve of loss", "What was adapted", "unet.mid_block"):
+    for text in ("Before", "Epoch 2", "After", "loss", "What was adapted", "unet.mid_block"):
         assert text in page
     assert "Epoch 1" not in page
     assert (tmp_path / "out" / "before.png").read_bytes() != (tmp_path / "out" / "after.png").read_bytes()
