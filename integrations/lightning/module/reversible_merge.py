@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import safetensors.torch
 import torch
@@ -83,7 +82,7 @@ class ReversibleMerge:
             tensor.data = value.to(tensor.device)
         for name, weight in self.stored.items():
             layer, key = holder_of(target, name)
-            put_stored(layer, key, weight.to(cast(Tensor, layer._parameters[key]).device))
+            put_stored(layer, key, weight.to(own_tensor(target, name).device))
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
         if lora.active_weights != self.active:

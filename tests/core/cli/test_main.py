@@ -23,6 +23,7 @@ usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python 
   merge      write a checkpoint with its adapter merged, for load_from_checkpoint
   recipes    list, show and copy the YAML files that are shipped
   generate   draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline
+  report     put the reports of runs side by side
   inspect    show what is in an adapter file of any format
   convert    write an adapter in another format
   plugins    list the installed plugins
