@@ -10,6 +10,7 @@ are. What is told apart here, by shapes and values alone:
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def find_copies(module: nn.Module) -> list[NetworkCopy]:
         for part in free:
             if part.is_disjoint_from(origin):
                 equal, frozen = part.equals(origin), origin.required and not part.required
-                if equal or frozen:
+                if frozen or (equal and not _are_repeated(module, origin.name, part.name)):
                     found.append(NetworkCopy(origin.name, part.name, equal, frozen))
     return found
 
@@ -156,6 +157,12 @@ def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tens
 def is_within(name: str, part: str) -> bool:
     """Whether a name is that of a part of a module, or of something in it."""
     return not part or name == part or name.startswith(f"{part}.")
+
+
+def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
+    """Whether two parts belong to members of one list, as the layers that `nn.TransformerEncoder` clones."""
+    shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)))
+    return isinstance(module.get_submodule(".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
 
 
 def _parts(module: nn.Module) -> list[_Part]:

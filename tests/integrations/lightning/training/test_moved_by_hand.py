@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
@@ -387,3 +389,28 @@ def test_towers_of_one_pretrained_network_are_trained_each_on_its_own(tmp_path):
     fit(tmp_path, module, LoraConfig(r=2))
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
     fit(tmp_path, Towers(), LoraConfig(r=2, target_modules=["net.0"]))
+
+
+def test_layers_that_are_clones_of_one_are_no_copies(tmp_path):
+    """`nn.TransformerEncoder` clones its layer: all start with equal values, and none follows another."""
+
+    class Encoder(LightningModule):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        def on_train_start(self):
+            self.starts = [layer.linear1.lora_A["default"].clone() for layer in self.net.layers]
+
+        def training_step(self, batch, _):
+            return mse_loss(self.net(batch), batch)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    module = Encoder()
+    lora = LoraCallback(LoraConfig(r=2), merge_on_fit_end=False, print_plan=False)
+    run = trainer(tmp_path, [lora], max_epochs=1)
+    run.fit(module, DataLoader(torch.randn(4, 3, 8), batch_size=2))
+    assert not torch.equal(*module.starts)
