@@ -3,6 +3,7 @@
 `build_network` builds what a `ModelConfig` describes, and says which modules are new and what its images look like.
 """
 
+from lora_plugins.tasks.models.checkpointing import enable_checkpointing
 from lora_plugins.tasks.models.lora_targets import default_targets
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
@@ -19,6 +20,7 @@ __all__ = [
     "build_network",
     "class_dependent_modules",
     "default_targets",
+    "enable_checkpointing",
     "packaged_weights",
     "source_of",
 ]

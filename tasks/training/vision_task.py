@@ -16,7 +16,14 @@ from torchmetrics import MetricCollection
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
-from lora_plugins.tasks.models import ModelConfig, Source, build_network, default_targets, source_of
+from lora_plugins.tasks.models import (
+    ModelConfig,
+    Source,
+    build_network,
+    default_targets,
+    enable_checkpointing,
+    source_of,
+)
 from lora_plugins.tasks.training.compat import is_earlier_file
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
 from lora_plugins.tasks.training.optimization import (
@@ -54,6 +61,8 @@ class VisionTask(LoraCheckpointMixin):
             every optimizer step. By default the learning rate is constant.
         ema: Decay of an exponential moving average of the trained parameters, such as 0.99; 0 for none. The average is
             what is validated and saved.
+        gradient_checkpointing: Whether activations are computed again in the backward, one block at a time, and not
+            kept: a fraction of the memory for about a third more time. For networks of timm and transformers.
         ignore_index: The label that loss and metrics ignore.
         class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
             are saved in every file.
@@ -93,6 +102,7 @@ class VisionTask(LoraCheckpointMixin):
         weight_decay: float = WEIGHT_DECAY,
         lr_scheduler: SchedulerCallable | None = None,
         ema: float = 0.0,
+        gradient_checkpointing: bool = False,
         ignore_index: int = -100,
         class_names: Sequence[str] | None = None,
         **retired: Any,
@@ -112,6 +122,7 @@ class VisionTask(LoraCheckpointMixin):
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "ema": ema,
+                "gradient_checkpointing": gradient_checkpointing,
                 "ignore_index": ignore_index,
                 "class_names": names,
             }
@@ -126,6 +137,8 @@ class VisionTask(LoraCheckpointMixin):
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
         self._set_class_weights(class_weights)
         self._build_network(model)
+        if gradient_checkpointing:
+            enable_checkpointing(self.network)
         metrics = self.build_metrics()
         self.train_metrics = self.build_train_metrics().clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")

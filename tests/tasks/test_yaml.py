@@ -65,6 +65,15 @@ HUB = {  # the file, the local data set in the hub's format, and what replaces t
             "--trainer.precision=32-true",
         ],
     ),
+    "food101_dinov2g_qlora": (
+        "labeled_rows",
+        [
+            "--model.init_args.model.name=vit_tiny_patch16_224",
+            "--model.init_args.model.options={img_size: 16, patch_size: 4, embed_dim: 64, depth: 2, num_heads: 2}",
+            "--model.init_args.model.num_classes=2",
+            "--trainer.precision=32-true",
+        ],
+    ),
     "scene_parse_segformer": (
         "masked_rows",
         [
@@ -75,7 +84,8 @@ HUB = {  # the file, the local data set in the hub's format, and what replaces t
         ],
     ),
 }
-EMBEDDED = ("cls", "seg", "dreambooth")
+EMBEDDED = ("cls", "cls_qlora", "seg", "dreambooth")
+METRICS = [("cls", "accuracy"), ("cls_qlora", "accuracy"), ("seg", "mean_iou")]
 EVERY = sorted({*FOLDERS, *HUB, *EMBEDDED})
 
 
@@ -97,13 +107,13 @@ def test_it_parses(name, capsys):
     assert "lora:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cls", "seg"])
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_data(name, capsys):
     assert main(["fit", "--config", str(TASKS / f"{name}.yaml"), *SHORT]) == 0
     check_outcome(name, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("name", "metric"), [("cls", "accuracy"), ("seg", "mean_iou")])
+@pytest.mark.parametrize(("name", "metric"), METRICS)
 def test_the_merged_model_is_a_file_of_weights_like_any_other(name, metric, capsys):
     config = ["--config", str(TASKS / f"{name}.yaml")]
     main(["fit", *config, *SHORT])
@@ -114,7 +124,7 @@ def test_the_merged_model_is_a_file_of_weights_like_any_other(name, metric, caps
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # each fit has a log folder of its own
-@pytest.mark.parametrize(("name", "metric"), [("cls", "accuracy"), ("seg", "mean_iou")])
+@pytest.mark.parametrize(("name", "metric"), METRICS)
 def test_a_checkpoint_goes_on_in_every_command(name, metric, capsys):
     config = ["--config", str(TASKS / f"{name}.yaml"), "--trainer.accelerator=cpu"]
     main(["fit", *config, *SHORT])
