@@ -33,7 +33,7 @@ class BlockwiseStorage(StoragePlugin):
 
     @abstractmethod
     def unpacked(self, codes: Tensor) -> Tensor:
-        """Returns the levels of stored codes, `(n,)` of float32."""
+        """Returns the levels of stored codes, `(n,)` of float32; a new tensor."""
 
     @abstractmethod
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class BlockwiseStorage(StoragePlugin):
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size, options: Mapping[str, Any]) -> Tensor:
         """Multiplies the levels of each block with its scale."""
-        blocks = self.unpacked(tensors["codes"]).view(-1, options["block_size"]) * _scales(tensors)[:, None]
+        blocks = self.unpacked(tensors["codes"]).view(-1, options["block_size"]).mul_(_scales(tensors)[:, None])
         return blocks.flatten()[: shape.numel()].view(shape)
 
     def rows(

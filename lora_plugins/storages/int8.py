@@ -23,7 +23,7 @@ class Int8Storage(BlockwiseStorage):
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """Divides the integers."""
-        return codes.float() / 127
+        return codes.float().div_(127)
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
         """Divides those at the positions."""
