@@ -16,6 +16,9 @@ MOST_NUMBERED = 25
 COLORS = 7
 """How many colors the style has for lines."""
 
+SETTINGS = ("Model", "LoRA", "Training", "Data")
+"""Groups of facts that are settings."""
+
 Chart = Mapping[str, Any]
 """Its title, how its numbers are written, and its lines: name, number of a color, points."""
 
@@ -133,8 +136,8 @@ def render_samples(run: SampleRecord) -> str:
 
 
 def _differing(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """The facts, by group and label, in which runs differ."""
-    entries = dict.fromkeys((group, label) for run in runs for group, facts in run.facts.items() for label in facts)
+    """The settings, by group and label, in which runs differ."""
+    entries = dict.fromkeys((group, label) for run in runs for group in SETTINGS for label in run.facts.get(group, {}))
     return [
         (group, label) for group, label in entries if len({run.facts.get(group, {}).get(label) for run in runs}) > 1
     ]
@@ -184,7 +187,7 @@ def _percent(share: float | None) -> str:
     """A share in percent, with two significant digits below ten percent."""
     if share is None:
         return BLANK
-    return f"{100 * share:.1f}%" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
+    return f"{100 * share:.1f}%" if share >= 0.1 or share == 0 else f"{100 * share:#.2g}%"
 
 
 def _size(number: float) -> str:
@@ -200,7 +203,7 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return BLANK
     if seconds < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:#.3g}".rstrip(".") + " s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"

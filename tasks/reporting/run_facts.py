@@ -21,7 +21,8 @@ LIBRARIES: Mapping[str, str] = {
 }
 """The distribution that a source of networks is."""
 
-VARIANTS: Mapping[str, str] = {"lora": "LoRA", "dora": "DoRA"}
+PLAIN = "lora"
+VARIANTS: Mapping[str, str] = {PLAIN: "LoRA", "dora": "DoRA"}
 """What variants are called in the field."""
 
 DATA_PLACES = ("file", "source", "root")
@@ -83,7 +84,7 @@ def lora_facts(plans: Sequence[Plan]) -> Facts:
             "alpha": f"{plan.layers[0].alpha:g}",
             "init": config.init,
             "dropout": f"{config.dropout:g}" if config.dropout else "",
-            "variant": VARIANTS.get(config.variant, config.variant),
+            "variant": "" if config.variant == PLAIN else VARIANTS.get(config.variant, config.variant),
             "layers": str(len(plan.layers)),
             "frozen norms": str(len(plan.frozen_norms)) if plan.frozen_norms else "",
         }
@@ -124,7 +125,7 @@ def environment_facts(trainer: Trainer, task: LightningModule) -> Facts:
     names = dict.fromkeys(["lora-plugins", "torch", "lightning", source])
     versions = [f"{name} {found}" for name in names if (found := _version(name))]
     device = trainer.strategy.root_device
-    cpu = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads ({platform.machine()})"
+    cpu = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()} of {os.cpu_count()}"
     count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return {
         "device": count + (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu),

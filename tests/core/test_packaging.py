@@ -67,7 +67,11 @@ def test_entry_points_and_marker_are_in_the_wheel(wheel):
         "lora-plugins = lora_plugins.cli.main:main",
         "lightning = lora_plugins.cli.main:main",
     )
-    commands = ("[lora_plugins.commands]", "lightning = lora_plugins.integrations.lightning.cli:COMMANDS")
+    commands = (
+        "[lora_plugins.commands]",
+        "lightning = lora_plugins.integrations.lightning.cli:COMMANDS",
+        "tasks = lora_plugins.tasks.command_table:COMMANDS",
+    )
     for line in (*own, *scripts, *commands, "[pytest11]", "lora_plugins = pytest_lora_plugins"):
         assert line in points
     assert "lora_plugins/py.typed" in wheel

@@ -14,7 +14,14 @@ PROGRAM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="chromium is not installed")
 
 DESKTOP, PHONE = (1280, 900), (390, 844)
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run", "--mute-audio")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--remote-debugging-pipe",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
 
 START = """
 import os, sys

@@ -191,7 +191,7 @@
         card.hidden = !shows || Boolean(wrong && wrong.checked && !("mistake" in card.dataset));
       }
       const shown = cards.filter((card) => !card.hidden).length;
-      one("[data-shown]").textContent = shown === cards.length ? `${shown} are here.` : `${shown} of ${cards.length} are shown.`;
+      one("[data-shown]").textContent = shown === cards.length ? `${shown} samples.` : `${shown} of ${cards.length} samples.`;
     };
     const arrange = () => {
       const sign = order.value === "best" ? 1 : -1;

@@ -125,7 +125,7 @@ class TestMasks:
         assert page.run(shown) == 3
         choose(page, "[data-filter]", "1")
         assert page.run(shown) == 2
-        assert "2 of 3" in page.run("document.querySelector('[data-shown]').textContent")
+        assert "2 of 3 samples" in page.run("document.querySelector('[data-shown]').textContent")
         choose(page, "[data-filter]", "")
         assert page.run(shown) == 3
 
