@@ -12,11 +12,12 @@ BIN = $(abspath $(VENV))/bin
 # Environments beside the usual one, in folders of their own.
 CORE_VENV ?= .venv-core
 FLOOR_VENV ?= .venv-floor
+MODULES_VENV ?= .venv-modules
 RELEASE_VENV ?= .venv-release
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
 
-.PHONY: run compare test test-slow test-core test-floor coverage lint types docs release clean
+.PHONY: run compare test test-slow test-core test-floor test-modules coverage lint types docs release clean
 
 run: $(VENV)/$(if $(filter tasks/dreambooth.yaml,$(CONFIG)),diffusion,vision) ## Fine-tune a shipped model on embedded data.
 	$(if $(filter tasks/cls.yaml tasks/seg.yaml tasks/dreambooth.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
@@ -37,6 +38,16 @@ test-core: ## The tests of the core, where nothing but the core and pytest is in
 test-floor: ## The same with the oldest versions that are allowed; downloads 3 to 4 GB.
 	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing
 	$(FLOOR_VENV)/bin/pytest $(FLOOR_TESTS)
+
+test-modules: $(MODULES_VENV)/modules ## Published LightningModules, with the packages that they are in.
+	OMP_NUM_THREADS=1 $(MODULES_VENV)/bin/pytest -m modules tests/modules
+
+# One package after the other: each narrows what those before it have chosen, and none is asked to fit all at once.
+$(MODULES_VENV)/modules: .ci/modules.txt pyproject.toml
+	test -x $(MODULES_VENV)/bin/python || $(PYTHON) -m venv $(MODULES_VENV)
+	while read package; do $(MODULES_VENV)/bin/pip install --quiet $$package || exit 1; done < .ci/modules.txt
+	$(MODULES_VENV)/bin/pip install --quiet "setuptools>=77" $(PACKAGE)[lightning,testing] pytest-timeout
+	touch $@
 
 coverage: $(VENV)/dev ## The fast tests, and which lines and branches they miss, in build/coverage.
 	$(BIN)/coverage erase
@@ -75,4 +86,4 @@ $(VENV)/%: pyproject.toml
 	touch $@
 
 clean: ## Remove what the targets made.
-	rm -rf $(VENV) $(CORE_VENV) $(FLOOR_VENV) $(RELEASE_VENV) build dist *.egg-info .coverage*
+	rm -rf $(VENV) $(CORE_VENV) $(FLOOR_VENV) $(MODULES_VENV) $(RELEASE_VENV) build dist *.egg-info .coverage*

@@ -1,0 +1,1 @@
+"""LightningModules that others published, with and without the callback; `make test-modules` runs them."""

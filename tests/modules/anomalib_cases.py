@@ -1,0 +1,70 @@
+"""anomalib: flows, students of frozen teachers, autoencoders, without pretrained weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+
+from tests.modules.case import Case
+from tests.modules.data import image, loader
+
+TINY = "updates of first steps that are lost in rounding (issue 21, D6)"
+
+
+@contextmanager
+def _random_weights() -> Iterator[None]:
+    """Lets timm make networks without their pretrained weights, where a class has no argument for that."""
+    import timm
+
+    create = timm.create_model
+
+    def without(*names, **options):
+        return create(*names, **{**options, "pretrained": False})
+
+    with mock.patch("timm.create_model", without):
+        yield
+
+
+def _build(name, arguments):
+    from anomalib.models import image as models
+
+    none = dict.fromkeys(("pre_processor", "post_processor", "evaluator", "visualizer"), False)
+    return getattr(models, name)(**{**none, **arguments})
+
+
+def _batches(size: int, batch_size: int):
+    def collate(images):
+        from anomalib.data import ImageBatch
+
+        count = len(images)
+        return ImageBatch(
+            image=torch.stack(images),
+            gt_label=torch.arange(count) % 2 > 0,
+            gt_mask=torch.zeros(count, size, size, dtype=torch.bool),
+        )
+
+    return loader(lambda at: image(size=size), 2 * batch_size, batch_size, collate)
+
+
+def _case(name, size=64, batch_size=2, expected=None, config=None, **arguments):
+    return Case(
+        "anomalib",
+        name,
+        partial(_build, name, arguments),
+        partial(_batches, size, batch_size),
+        expected=expected or {},
+        config=config or {},
+        objects=True,
+        around=_random_weights,
+    )
+
+
+CASES = [
+    _case("Fastflow", 256, pre_processor=True, backbone="resnet18", pre_trained=False, flow_steps=2),
+    _case("Ganomaly", 256, expected={"merge": TINY}, pre_processor=True, n_features=4, latent_vec_size=8),
+    _case("Cflow", 64, backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, coupling_blocks=2),
+    _case("Stfpm", 64, layers=["layer1", "layer2"]),
+    _case("ReverseDistillation", 256, pre_processor=True, backbone="resnet18", pre_trained=False),
+]
