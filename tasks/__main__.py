@@ -1,4 +1,4 @@
-"""The commands of the tasks: `python -m lora_plugins.tasks predict MODEL IMAGES OUT`, and others."""
+"""What our own examples are made with: `python -m lora_plugins.tasks compare`, and others."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,6 @@ from types import MappingProxyType
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
-        "predict": ("inference", "predict_main", "labels or masks for a folder of images"),
-        "export": ("inference", "export_main", "a merged network for other runtimes, .pt2 or .onnx"),
         "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
         "compare-dreambooth": ("examples", "compare_dreambooth_main", "the same for Dreambooth, with three seeds"),
         "pretrain": ("examples", "pretrain_main", "train the small backbones that are shipped"),

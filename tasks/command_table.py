@@ -1,8 +1,29 @@
-"""The table of commands, which the entry point `tasks` of the group `lora_plugins.commands` names."""
+"""The table of commands, which the entry point `tasks` of the group `lora_plugins.commands` names.
 
-from collections.abc import Mapping
+The commands of Lightning are among them, so that two of them can be extended: `predict` and `export` of a path are the
+tasks', with flags they are Lightning's.
+"""
+
+from collections.abc import Callable, Mapping
 
 from lora_plugins.cli import Command
+from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
+
+
+def _predict(arguments: list[str]) -> int:
+    if len(arguments) == 1 or any(argument.startswith("-") for argument in arguments[:2]):
+        return OF_LIGHTNING["predict"].run(arguments)
+    from lora_plugins.tasks.inference import predict_main
+
+    return int(predict_main(arguments[1:]))
+
+
+def _export(arguments: list[str]) -> int:
+    if any(argument.partition("=")[0] == "--model" for argument in arguments):
+        return OF_LIGHTNING["export"].run(arguments)
+    from lora_plugins.tasks.inference import export_main
+
+    return int(export_main(arguments[1:]))
 
 
 def _report(arguments: list[str]) -> int:
@@ -18,13 +39,22 @@ def _generate(arguments: list[str]) -> int:
 
 
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")
+_NEEDS = ("lightning", "jsonargparse", "rich", "yaml", "torchmetrics", "torchvision", "PIL", "timm", "transformers")
+
+
+def _command(run: Callable[[list[str]], int], summary: str, options_first: bool = False) -> Command:
+    return Command(summary, run, _NEEDS, "lora-plugins[vision]", options_first)
+
 
 COMMANDS: Mapping[str, Command] = {
+    **OF_LIGHTNING,
+    "predict": _command(_predict, "write labels or masks: predict MODEL IMAGES", options_first=True),
+    "export": _command(_export, "write a network for other runtimes: export MODEL OUT.onnx"),
+    "report": Command("put the reports of runs side by side", _report, ("jinja2",), "lora-plugins[vision]"),
     "generate": Command(
         "draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline",
         _generate,
         _OF_DIFFUSION,
         "lora-plugins[diffusion]",
     ),
-    "report": Command("put the reports of runs side by side", _report, ("jinja2",), "lora-plugins[vision]"),
 }

@@ -4,11 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 
 from lora_plugins.cli.commands import CORE_COMMANDS, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
+from lora_plugins.plugins import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""
@@ -39,6 +41,9 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in CORE_COMMANDS:
         return _run(CORE_COMMANDS[name], arguments)
+    if name == "--version":
+        print(f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}")
+        return 0
     commands = installed_commands()
     if name in ("-h", "--help"):
         print(_overview(commands.table))

@@ -6,6 +6,7 @@ Data modules for labels are in `classification`, those for masks in `segmentatio
 from lora_plugins.tasks.data.batch import Batch, check_targets
 from lora_plugins.tasks.data.hub_dataset import HubDataset
 from lora_plugins.tasks.data.image_io import (
+    IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     check_folder,
     image_files,
@@ -26,6 +27,7 @@ __all__ = [
     "BALANCED",
     "ERROR",
     "IMAGES_ONLY",
+    "IMAGE_SUFFIXES",
     "INTERPOLATIONS",
     "MASK_SUFFIXES",
     "PROBLEM_POLICIES",

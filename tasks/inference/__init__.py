@@ -1,6 +1,6 @@
 """A fitted task in use: load it from what a fit has left, predict for a folder of images, export it.
 
-`predict_main` and `export_main` are the commands `predict` and `export` of `python -m lora_plugins.tasks`.
+`predict_main` and `export_main` are the commands `predict` and `export` of `lora-plugins`.
 """
 
 from lora_plugins.tasks.inference.export import export_task

@@ -1,11 +1,13 @@
-"""Export a merged network for other runtimes: `python -m lora_plugins.tasks export MODEL OUT.pt2` (or `OUT.onnx`).
+"""Export a merged network for other runtimes: `lora-plugins export MODEL OUT.pt2` (or `OUT.onnx`).
 
 The exported network takes images (N, channels, H, W) in [0, 1] of one size, by default the size that the task was
 trained with, normalizes them, and returns logits; N is dynamic. The file is loaded again, and removed if its logits
-differ from those of the task.
+differ from those of the task. It holds the names of the classes, as a JSON list: `class_names` in the metadata of ONNX,
+and among the extra files of `torch.export.load`.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference.loading import merged_task
 from lora_plugins.tasks.training import VisionTask
 
+CLASS_NAMES = "class_names"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
 
@@ -82,7 +85,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         expected: Tensor = network(images)
         shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
-        exported = FORMATS[path.suffix](program, path)
+        exported = FORMATS[path.suffix](program, path, {CLASS_NAMES: json.dumps([*task.class_labels])})
         cases = ((images, expected), (images[:1], expected[:1]))  # two batch sizes
         scale = expected.abs().max()
         difference = max(float((exported(batch) - logits).abs().max() / scale) for batch, logits in cases)
@@ -95,7 +98,9 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks export")
+    parser = argparse.ArgumentParser(
+        prog="lora-plugins export", description="Write a merged network for other runtimes."
+    )
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
     parser.add_argument("out", help="the file to write: .pt2 or .onnx")
     parser.add_argument(
@@ -119,23 +124,26 @@ def _test_images(channels: int, size: Size) -> Tensor:
     return torch.cat([torch.rand(1, channels, *size, generator=generator), smooth])
 
 
-def _to_pt2(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    torch.export.save(program, path)
+def _to_pt2(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
+    torch.export.save(program, path, extra_files=dict(said))
     return torch.export.load(path).module()
 
 
-def _to_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+def _to_onnx(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'lora-plugins[onnx]'") from error
-    torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
+    made = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
+    if made is None:
+        raise RuntimeError("torch.onnx.export made no program.")
+    made.model.metadata_props.update(said)
+    made.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-FORMATS: Mapping[str, Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]] = MappingProxyType(
-    {".pt2": _to_pt2, ".onnx": _to_onnx}
-)
+_Write = Callable[[ExportedProgram, Path, Mapping[str, str]], Callable[[Tensor], Tensor]]
+FORMATS: Mapping[str, _Write] = MappingProxyType({".pt2": _to_pt2, ".onnx": _to_onnx})

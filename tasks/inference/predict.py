@@ -1,11 +1,13 @@
-"""Predict labels or masks for a folder of images: `python -m lora_plugins.tasks predict MODEL IMAGES OUT`.
+"""Predict labels or masks for images: `lora-plugins predict MODEL IMAGES --out OUT`.
 
-MODEL is a checkpoint, an adapter folder or a merged file of a task. A classifier writes `OUT/labels.csv`, a segmenter
-`OUT/masks/NAME.png`, 8-bit indices with a palette, and `OUT/overlays/NAME.png`.
+MODEL is a checkpoint, an adapter folder or a merged file of a task; IMAGES an image, a folder of images, or a pattern
+such as `"photos/*/*.jpg"`. A classifier writes `OUT/labels.csv`, a segmenter `OUT/masks/NAME.png`, 8-bit indices with a
+palette, and `OUT/overlays/NAME.png`.
 """
 
 import argparse
 import csv
+import glob
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +20,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli import exit_on_closed_output
-from lora_plugins.errors import ConfigError, LoraError, near
-from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size, image_files, read_errors, read_image
+from lora_plugins.errors import ConfigError, LoraError, listing, near
+from lora_plugins.tasks.data import (
+    ERROR,
+    IMAGE_SUFFIXES,
+    PROBLEM_POLICIES,
+    SKIP,
+    Size,
+    image_files,
+    read_errors,
+    read_image,
+)
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
@@ -28,6 +39,7 @@ from lora_plugins.tasks.training import VisionTask
 
 LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
 MAX_CLASSES = 256
+MAX_TOLD = 5
 
 
 def predict_folder(
@@ -40,11 +52,11 @@ def predict_folder(
     flips: bool = False,
     on_problem: str = ERROR,
 ) -> list[Path]:
-    """Predict for every image in a folder, and write the predictions.
+    """Predict for images on disk, and write the predictions.
 
     Args:
         task: The task, in eval mode.
-        images: The folder of images, of any size.
+        images: An image, a folder of images, or a pattern of paths; the images are of any size.
         out: The folder to write into; it is created.
         window: For segmentation, see `mask_probabilities`.
         overlap: Likewise.
@@ -56,15 +68,13 @@ def predict_folder(
         The written files.
 
     Raises:
-        DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
+        DataError: If there are no images, some cannot be read or have one name, or the task has too many classes for a
+            palette.
         ConfigError: For a window without masks, or another wrong option.
     """
     if window is not None and not isinstance(task, SemanticSegmentationTask):
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
-    paths = image_files(Path(images))
-    if not paths:
-        raise DataError(f"{Path(images).absolute()} holds no image.")
-    paths = _readable(paths, on_problem)
+    paths = _readable(_found(str(images)), on_problem)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(task, SemanticSegmentationTask):
@@ -75,10 +85,14 @@ def predict_folder(
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks predict")
+    parser = argparse.ArgumentParser(
+        prog="lora-plugins predict",
+        description="Write labels (a CSV file with probabilities) or masks for images.",
+        epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help.",
+    )
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
-    parser.add_argument("images", help="a folder of images, of any size")
-    parser.add_argument("out", help="the folder to write into")
+    parser.add_argument("images", help="an image, a folder of images, or a pattern in quotes: 'photos/*.jpg'")
+    parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
     parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
     parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
@@ -98,8 +112,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(files)} file{'s' if len(files) > 1 else ''} in {options.out}")
+    print(_told(files))
     return 0
+
+
+def _told(files: Sequence[Path]) -> str:
+    """Says what was written, and where."""
+    if files[0].name == LABELS:
+        with files[0].open(newline="", encoding="utf-8") as stream:
+            labels = Counter(row["label"] for row in csv.DictReader(stream))
+        counts = ", ".join(f"{count} {name}" for name, count in labels.most_common(MAX_TOLD))
+        more = f", and {len(labels) - MAX_TOLD} labels more" if len(labels) > MAX_TOLD else ""
+        return f"Labels of {_images(labels.total())} with probabilities: {files[0]} ({counts}{more})"
+    masks = [file for file in files if file.parent.name == MASKS]
+    overlays = masks[0].parent.with_name(OVERLAYS)
+    return f"Masks of {_images(len(masks))}: {masks[0].parent}, and over the images: {overlays}"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
+
+
+def _found(images: str) -> list[Path]:
+    """The images that an argument names."""
+    path = Path(images)
+    paths = [path] if path.is_file() else _matching(images) if glob.has_magic(images) else image_files(path)
+    if not paths:
+        raise DataError(f"{path.absolute()} {'matches' if glob.has_magic(images) else 'holds'} no image.")
+    twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"Several images are called {listing(twice)}, and what is written is named by them. Predict folder by "
+            "folder, each with an --out of its own."
+        )
+    return paths
+
+
+def _matching(pattern: str) -> list[Path]:
+    found = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
+    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:

@@ -14,7 +14,7 @@ ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "pages": {"errors"},
-    "command_table": {"diffusion", "pages"},
+    "command_table": {"diffusion", "inference", "pages"},
     "data": {"errors"},
     "models": {"errors"},
     "training": {"data", "errors", "models"},

@@ -1,5 +1,7 @@
 """Exported networks answer as the task does."""
 
+import json
+
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ class TestExport:
         task = merged_task(fitted[kind][1]["adapter"])
         assert export_task(task, tmp_path / "m.pt2") < 1e-5
         images = torch.rand(3, 3, *size)
-        found = torch.export.load(tmp_path / "m.pt2").module()(images)
+        said = {"class_names": ""}
+        found = torch.export.load(tmp_path / "m.pt2", extra_files=said).module()(images)
+        assert json.loads(said["class_names"]) == task.class_names
         torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
 
     def test_another_size(self, fitted, tmp_path, capsys):
@@ -41,6 +45,10 @@ class TestExport:
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_onnx(self, fitted, tmp_path, kind):
-        pytest.importorskip("onnxruntime")
+        runtime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         assert export_task(merged_task(fitted[kind][1]["adapter"]), tmp_path / "m.onnx") < 1e-4
+        session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
+        names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+        assert names == load_task(fitted[kind][1]["adapter"]).class_names
+        assert [each.name for each in session.get_outputs()] == ["logits"]

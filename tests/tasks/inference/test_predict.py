@@ -23,7 +23,7 @@ class TestPredict:
         for i, size in enumerate(((20, 24), (90, 33))):
             write_image(tmp_path / "images" / f"{i}.png", noise(*size, seed=i))
         task.image_size = (16, 16)
-        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), "--flips"]) == 0
+        assert predict([str(files[file]), str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--flips"]) == 0
         rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
         assert [row["image"] for row in rows] == ["0.png", "1.png"]
         for row in rows:
@@ -48,7 +48,7 @@ class TestPredict:
         sizes = {"a": (150, 100), "b": (30, 70)}
         for name, size in sizes.items():
             write_image(tmp_path / "images" / f"{name}.png", noise(*size))
-        assert predict([str(files[file]), str(tmp_path / "images"), str(tmp_path / "out"), *options]) == 0
+        assert predict([str(files[file]), str(tmp_path / "images"), "--out", str(tmp_path / "out"), *options]) == 0
         task.image_size = (64, 64)
         for name, (height, width) in sizes.items():
             image = torch.from_numpy(noise(height, width)).permute(2, 0, 1).float() / 255
@@ -72,7 +72,7 @@ class TestPredict:
     )
     def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
         write_image(tmp_path / "images" / "a.png", noise())
-        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
         assert predict([*files, *options]) == 1
         assert message in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ class TestPredict:
         write_image(tmp_path / "images" / "b.png", noise())
         for name in ("a", "c"):
             (tmp_path / "images" / f"{name}.png").write_bytes(b"no picture")
-        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images"), str(tmp_path / "out")]
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
         assert predict(files) == 1
         said = capsys.readouterr().err
         assert "2 of 3 images cannot be read" in said
@@ -92,5 +92,34 @@ class TestPredict:
         assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
 
     def test_an_error_is_one_line(self, tmp_path, capsys):
-        assert predict([str(tmp_path / "nothing"), str(tmp_path), str(tmp_path)]) == 1
+        assert predict([str(tmp_path / "nothing"), str(tmp_path), "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: There is no")
+
+
+class TestWhatIsPredicted:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [("images/a.png", ["a.png"]), ("images", ["a.png", "b.jpg"]), ("images/**/*.jpg", ["b.jpg", "c.jpg"])],
+        ids=["an image", "a folder", "a pattern"],
+    )
+    def test_is_an_image_a_folder_or_a_pattern(self, fitted, tmp_path, capsys, given, expected):
+        for name in ("a.png", "b.jpg", "further/c.jpg"):
+            write_image(tmp_path / "images" / name, noise())
+        (tmp_path / "images" / "notes.txt").write_text("no image")
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / given), "--out", str(tmp_path / "out")]
+        assert predict(files) == 0
+        rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
+        assert [row["image"] for row in rows] == expected
+        plural = "s" if len(expected) > 1 else ""
+        assert f"Labels of {len(expected)} image{plural} with probabilities: {tmp_path}" in capsys.readouterr().out
+
+    def test_images_of_one_name_are_refused(self, fitted, tmp_path, capsys):
+        for name in ("x/a.png", "y/a.png"):
+            write_image(tmp_path / "images" / name, noise())
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images/*/*.png"), "--out", str(tmp_path / "out")]
+        assert predict(files) == 1
+        assert "Several images are called 'a.png'" in capsys.readouterr().err
+
+    def test_a_pattern_that_matches_nothing(self, fitted, tmp_path, capsys):
+        assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "*.png")]) == 1
+        assert "*.png matches no image" in capsys.readouterr().err
