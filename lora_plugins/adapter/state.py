@@ -176,9 +176,14 @@ def present_state(model: nn.Module) -> ModelState:
 
 
 def open_state(model: nn.Module) -> ModelState:
-    """Returns the adapters of a model, after giving it an empty set of them if it has none."""
+    """Returns the adapters of a model, after giving it an empty set of them if it has none.
+
+    Raises:
+        StateError: If it lies in an adapted model or has one in it: a layer would have two sets of adapters.
+    """
     state = model_state(model)
     if state is None:
+        _check_not_nested(model)
         parameters = own_tensors(model_modules(model), "_parameters")
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
@@ -188,6 +193,20 @@ def open_state(model: nn.Module) -> ModelState:
         for module in model.modules():
             hold(module)
     return state
+
+
+def _check_not_nested(model: nn.Module) -> None:
+    inner = [name for name, module in model.named_modules() if model_state(module) is not None]
+    if inner:
+        raise StateError(
+            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the whole "
+            "model one, or its parts, side by side; unload() takes adapters off."
+        )
+    if any(state_of(module) is not None for module in model.modules()):
+        raise StateError(
+            "This model is a part of an adapted one, and shares its layers. Use the LoraModel of that one; unload() "
+            "takes its adapters off."
+        )
 
 
 def close_state(model: nn.Module) -> None:

@@ -322,3 +322,26 @@ def test_a_thousand_layers(record_property):
     lora.unload()
     record_property("unload_seconds", time.perf_counter() - start)
     assert all(type(layer) is nn.Linear for layer in model)
+
+
+class TestNested:
+    """Two handles over the same layers would each keep a state of them."""
+
+    def test_a_part_of_an_adapted_model(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+        lora = LoraModel(model, LoraConfig(r=2))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(StateError, match="a part of an adapted one"):
+            LoraModel(model[1], LoraConfig(r=2), "b")
+        assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == []
+        lora.unload()
+        LoraModel(model[1], LoraConfig(r=2), "b")
+
+    def test_a_model_with_an_adapted_part(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+        part = LoraModel(model[1], LoraConfig(r=2))
+        with pytest.raises(StateError, match="'1' in this model has a LoraModel already"):
+            LoraModel(model, LoraConfig(r=2), "b")
+        assert all(parameter.requires_grad for parameter in model[0].parameters())
+        LoraModel(model[0], LoraConfig(r=2))  # side by side
+        part.unload()
