@@ -460,7 +460,7 @@ class LoraCallback(Callback):
         if self.train_mode and trainer.state.fn == "fit":
             set_training_mode(target, [module.get_submodule(copy.name) for copy in self._copies if copy.equal])
         self._modes = modes_of_frozen_norms(module)
-        self._start = frozen_sums(module)
+        self._start = {} if is_sharded(trainer) else frozen_sums(module)  # whole tensors are no shards
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""

@@ -13,6 +13,7 @@ in a model that is new altogether, a head is no more forgotten than the rest.
 import math
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
 from lora_plugins import Plan
@@ -34,7 +35,8 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
     """
     layers = {entry.name: entry.module for entry in model_modules(target) if isinstance(entry.module, _TYPES)}
     adapted = {layer.name for layer in plan.layers}
-    looks = [_looks_new(layer) for layer in islice((layers[name] for name in layers if name in adapted), _SAMPLE)]
+    known = (layer for name, layer in layers.items() if name in adapted and _weight_of(layer).numel() >= _FEW)
+    looks = [_looks_new(layer) for layer in islice(known, _SAMPLE)]
     if not looks or 2 * sum(looks) >= len(looks):
         return []
     names = list(layers)
@@ -43,12 +45,17 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
     return [name for name in names[last + 1 :] if name not in trained and _looks_new(layers[name])]
 
 
+def _weight_of(layer: nn.Module) -> Tensor:
+    """Returns a layer's own weight; nothing where another thing computes it, or it is not there yet."""
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    return torch.empty(0) if weight is None or weight.is_meta or not weight.is_floating_point() else weight.detach()
+
+
 def _looks_new(layer: nn.Module) -> bool:
-    own = dict(layer.named_parameters(recurse=False))
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    weight, bias = _weight_of(layer), dict(layer.named_parameters(recurse=False)).get("bias")
+    if not weight.numel():
         return False
-    return (bias is not None and not bias.any()) or (weight.numel() >= _FEW and _is_even(weight.detach()))
+    return (bias is not None and not bias.any()) or (weight.numel() >= _FEW and _is_even(weight))
 
 
 def _is_even(weight: Tensor) -> bool:

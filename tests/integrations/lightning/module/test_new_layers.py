@@ -89,6 +89,12 @@ def test_model_that_is_new_altogether_has_no_forgotten_head(tmp_path):
     fit(tmp_path, Classifier(), LoraConfig(r=2, target_modules=["net.0"]))
 
 
+def test_adapted_layers_that_are_too_small_to_tell_say_nothing(tmp_path):
+    module = Classifier()
+    module.net = nn.Sequential(*list(module.net), nn.Linear(3, 32), nn.Linear(32, 3))
+    fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.3"]))
+
+
 def test_head_outside_the_target_is_the_modules_own(tmp_path):
     module = Pretrained(nn.Identity)
     module.head = new()
