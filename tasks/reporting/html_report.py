@@ -1,5 +1,6 @@
 """A report of a fit: one HTML file to read and to show, and its numbers as JSON beside it."""
 
+import math
 import resource
 import statistics
 import sys
@@ -145,7 +146,7 @@ class HtmlReport(Callback):
         if trainer.state.fn != "fit":
             return
         if not trainer.sanity_checking:
-            self._record(trainer, VAL, self._epoch + min(1.0, self._batches / max(1, trainer.num_training_batches)))
+            self._record(trainer, VAL, self._epoch + self._share_of_epoch(trainer))
         elif list(trainer.num_sanity_val_batches) == list(trainer.num_val_batches):
             metrics = trainer.callback_metrics
             self._before = {name: float(value) for name, value in metrics.items() if name.startswith(VAL)}
@@ -167,6 +168,11 @@ class HtmlReport(Callback):
         replace_file(self.path, render_report(run, examples, void).encode())
         replace_file(self.path.with_suffix(".json"), run_as_json(run).encode())
         Console().print(f"Report: [bold]{self.path}[/bold]", soft_wrap=True)
+
+    def _share_of_epoch(self, trainer: Trainer) -> float:
+        """How much of the epoch is done; all of it where the data does not know its length."""
+        batches = trainer.num_training_batches
+        return 1.0 if math.isinf(batches) else min(1.0, self._batches / max(1, batches))
 
     def _record(self, trainer: Trainer, prefix: str, at: float) -> None:
         for name, value in trainer.callback_metrics.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
@@ -175,6 +176,25 @@ def test_images_keep_their_aspect_and_ignored_pixels_are_in_the_key(trainer, tmp
     assert "aspect-ratio: 64 / 32" in path.read_text()
     assert "void (not counted)" in path.read_text()
     assert read_run(path).data == "data"
+
+
+class Endless(IterableDataset):
+    """Samples that come one after another."""
+
+    def __iter__(self):
+        for i in range(6):
+            yield torch.rand(3, 16, 16), i % 3
+
+
+def test_data_without_a_module_or_a_length(trainer, tmp_path):
+    path, samples = tmp_path / "r.html", [(torch.rand(3, 16, 16), i % 3) for i in range(4)]
+    fit = trainer(callbacks=[HtmlReport(str(path))], max_epochs=2, num_sanity_val_steps=-1)
+    fit.fit(ImageClassificationTask(tiny_vit()), DataLoader(Endless(), 2), DataLoader(samples, 2))
+    run = read_run(path)
+    assert [epoch for epoch, _ in run.history["val/loss"]] == [0, 1, 2]
+    assert [(result.train, result.val) for result in run.classes] == [(2, 2), (2, 1), (2, 1)]
+    assert run.facts["Data"] == {"val": "4 images"}
+    assert "sample 0" in path.read_text()
 
 
 @pytest.mark.parametrize(
