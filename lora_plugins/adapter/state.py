@@ -199,8 +199,8 @@ def _check_not_nested(model: nn.Module) -> None:
     inner = [name for name, module in model.named_modules() if model_state(module) is not None]
     if inner:
         raise StateError(
-            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the whole "
-            "model one, or its parts, side by side; unload() takes adapters off."
+            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the "
+            "whole model one, or its parts, side by side; unload() takes adapters off."
         )
     if any(state_of(module) is not None for module in model.modules()):
         raise StateError(
