@@ -10,8 +10,6 @@ import torch
 from tests.modules.case import Case
 from tests.modules.data import image, loader
 
-TINY = "updates of first steps that are lost in rounding (issue 21, D6)"
-
 
 @contextmanager
 def _random_weights() -> Iterator[None]:
@@ -63,7 +61,7 @@ def _case(name, size=64, batch_size=2, expected=None, config=None, **arguments):
 
 CASES = [
     _case("Fastflow", 256, pre_processor=True, backbone="resnet18", pre_trained=False, flow_steps=2),
-    _case("Ganomaly", 256, expected={"merge": TINY}, pre_processor=True, n_features=4, latent_vec_size=8),
+    _case("Ganomaly", 256, pre_processor=True, n_features=4, latent_vec_size=8),
     _case("Cflow", 64, backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, coupling_blocks=2),
     _case("Stfpm", 64, layers=["layer1", "layer2"]),
     _case("ReverseDistillation", 256, pre_processor=True, backbone="resnet18", pre_trained=False),

@@ -39,6 +39,7 @@ class Case:
         objects: Whether its hyperparameters are objects, which need `weights_only=False`.
         sums_up: Parts of the names of metrics that the class never resets, so that they are of all runs so far.
         around: What a module is built in.
+        by_hand: The networks with weights of their own that the class moves by hand, and checkpoints hold.
     """
 
     package: str
@@ -52,6 +53,7 @@ class Case:
     objects: bool = False
     sums_up: tuple[str, ...] = ()
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    by_hand: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -136,7 +138,8 @@ def _fit(run: Run) -> None:
     moved = [key for key in end if "lora_B" in key and end[key].any()]
     assert moved, "no adapter has moved"
     saved = torch.load(run.path("lora", 1), weights_only=False)["state_dict"]
-    adapted = {key.rpartition(".lora_B")[0] + ".weight" for key in moved}
+    layers = [key.rpartition(".lora_B")[0] for key in moved]
+    adapted = {f"{layer}.weight" for layer in layers if not layer.startswith(run.case.by_hand)}
     changed = [key for key in adapted & start.keys() if not torch.equal(start[key], end[key])]
     assert not changed, f"the base has moved: {changed}"
     assert not adapted & saved.keys(), f"the small checkpoint has the base: {sorted(adapted & saved.keys())}"

@@ -12,8 +12,6 @@ import torch
 from tests.modules.case import Case
 from tests.modules.data import image, loader
 
-TINY = "updates of first steps that are lost in rounding (issue 21, D6)"
-
 
 def _features():
     from torchvision.models import resnet18
@@ -122,7 +120,6 @@ CASES = [
         "deepforest",
         _forest,
         dict,
-        expected={"merge": TINY},
         arguments=_forest_arguments,
         objects=True,
         around=_random_retinanet,

@@ -5,8 +5,7 @@ import torch
 from tests.modules.case import Case
 from tests.modules.data import image, loader
 
-TEACHERS = "a momentum encoder that averages an adapted student (issue 21, D3 and D5)"
-TINY = "updates of first steps that are lost in rounding (issue 21, D6)"
+ITSELF = "its target shares the backbone, which it writes rounded averages of; refused after the first steps"
 
 
 def _labels(key: str = "label", kind: str = "class", size: int = 32):
@@ -52,7 +51,7 @@ def _task(name: str, **arguments):
     return build
 
 
-def _case(name, what, batches, expected=None, options=None, config=None, **arguments):
+def _case(name, what, batches, expected=None, options=None, config=None, by_hand=(), **arguments):
     return Case(
         "torchgeo",
         f"{name}-{what}" if what else name,
@@ -61,6 +60,7 @@ def _case(name, what, batches, expected=None, options=None, config=None, **argum
         expected=expected or {},
         options=options or {},
         config=config or {},
+        by_hand=by_hand,
     )
 
 
@@ -75,7 +75,6 @@ CASES = [
         _labels(),
         model="efficientnet_b0",
         num_classes=3,
-        expected={"merge": TINY},
     ),
     _case(
         "ClassificationTask",
@@ -126,7 +125,7 @@ CASES = [
             output_dim=dim,
             memory_bank_size=bank,
             size=32,
-            expected=dict.fromkeys(("fit", "resume", "validate", "load", "merge"), TEACHERS),
+            by_hand=("backbone_momentum", "projection_head_momentum"),
         )
         for version, layers, dim, bank in ((1, 1, 512, 8), (2, 2, 8, 8), (3, 3, 8, 0))
     ),
@@ -135,6 +134,6 @@ CASES = [
         "",
         _labels(),
         model="resnet18",
-        expected=dict.fromkeys(("fit", "resume", "validate", "load", "merge"), TEACHERS),
+        expected=dict.fromkeys(("fit", "resume", "validate", "load", "merge"), ITSELF),
     ),
 ]
