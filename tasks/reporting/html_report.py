@@ -84,7 +84,7 @@ class HtmlReport(Callback):
         self._method = ""
         self._seconds: list[float] = []
         self._trained = self._total = self._epoch = self._first_epoch = self._batches = 0
-        self._start = self._epoch_start = 0.0
+        self._start = self._epoch_start = self._took = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a task to report on, and a place to write to.
@@ -152,17 +152,23 @@ class HtmlReport(Callback):
             self._before = {name: float(value) for name, value in metrics.items() if name.startswith(VAL)}
             self._confusion_before = cast(VisionTask, pl_module).confusion.get("val")
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page and its numbers."""
-        if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        """Stop the clock."""
+        self._took = time.perf_counter() - self._start
+
+    @rank_zero_only
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the page and its numbers.
+
+        Every callback has ended the fit by now, whatever their order: weights and files are those that it leaves.
+        """
+        if stage != "fit" or cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
             return
-        seconds = time.perf_counter() - self._start
         task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
         with on_device_of(trainer, task):
             judged = judge(task, loader)
             examples = [example(task, loader, index, judged) for index in choose(judged, self.samples)]
-        run = as_stored(self._run(trainer, task, judged, seconds))
+        run = as_stored(self._run(trainer, task, judged))
         void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, render_report(run, examples, void).encode())
@@ -179,10 +185,10 @@ class HtmlReport(Callback):
             if name.startswith(prefix):
                 self._history[name].append((at, float(value)))
 
-    def _run(self, trainer: Trainer, task: VisionTask, judged: Judged, seconds: float) -> RunRecord:
+    def _run(self, trainer: Trainer, task: VisionTask, judged: Judged) -> RunRecord:
         callbacks, per_pixel = _lora_callbacks(trainer), task.main_metric == "mean_iou"
         data, labels = cast(Any, trainer).datamodule, task.class_labels
-        confusion, costs = judged.confusion, self._costs(callbacks, seconds)
+        confusion, costs = judged.confusion, self._costs(callbacks)
         results = class_results(labels, confusion, self._confusion_before, self._counts, per_pixel=per_pixel)
         return RunRecord(
             model=task.model_config.name,
@@ -220,12 +226,12 @@ class HtmlReport(Callback):
             name: tuple(start.get(name, []) + points) for name, points in self._history.items() if name.count("/") == 1
         }
 
-    def _costs(self, callbacks: list[LoraCallback], seconds: float) -> Costs:
+    def _costs(self, callbacks: list[LoraCallback]) -> Costs:
         cuda = torch.cuda.is_available()
         return Costs(
             trained=self._trained,
             total=self._total,
-            seconds=seconds,
+            seconds=self._took,
             epoch_seconds=statistics.median(self._seconds) if self._seconds else None,
             process_mib=_process_mebibytes(),
             gpu_mib=torch.cuda.max_memory_allocated() / MEBIBYTE if cuda else None,

@@ -148,17 +148,20 @@ class TestHistory:
         assert {result.before for result in run.classes} == {None}
         assert "num_sanity_val_steps" in path.read_text()
 
-    def test_the_best_weights_have_their_own_numbers(self, trainer, tmp_path):
+    @pytest.mark.parametrize("first", [True, False], ids=["before the report", "after it"])
+    def test_the_best_weights_have_their_own_numbers(self, trainer, tmp_path, first):
         """A rate that ruins what was learned: the first epoch is the best."""
         path, best = tmp_path / "r.html", ModelCheckpoint(tmp_path, monitor="val/loss")
         task = ImageClassificationTask(tiny_vit(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
-        schedule = [lora(tmp_path, merge_source="best"), best, HtmlReport(str(path))]
-        trainer(callbacks=schedule, max_epochs=4, enable_checkpointing=True).fit(task, datamodule=digits())
+        adapter = lora(tmp_path, merge_source="best")
+        callbacks = [adapter, best, HtmlReport(str(path))] if first else [HtmlReport(str(path)), adapter, best]
+        trainer(callbacks=callbacks, max_epochs=4, enable_checkpointing=True).fit(task, datamodule=digits())
         run = read_run(path)
         losses = [value for _, value in run.history["val/loss"]]
         assert run.metrics["loss"].after == pytest.approx(min(losses))
         right = sum(run.confusion[i][i] for i in range(3)) / sum(map(sum, run.confusion))
         assert run.metrics["accuracy"].after == pytest.approx(right)
+        assert run.costs.sizes["adapter"] > 0
 
 
 def test_a_report_of_labels(trainer, tmp_path):
