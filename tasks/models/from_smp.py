@@ -3,6 +3,7 @@
 https://github.com/qubvel-org/segmentation_models.pytorch; an encoder of timm is written `tu-` and its timm name.
 """
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.models.from_timm import check_name
 from lora_plugins.tasks.models.model_config import ModelConfig
-from lora_plugins.tasks.models.network import Network, children_except
+from lora_plugins.tasks.models.network import Network, children_except, is_inside
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
 TIMM = "tu-"
@@ -29,7 +30,7 @@ def build_segmenter(config: ModelConfig) -> Network:
     module = _create(config)
     heads = children_except(module, ENCODER)
     if config.weights not in (NONE, PRETRAINED):
-        state = read_weights(config.weights)
+        state = _of_encoder(read_weights(config.weights), module.state_dict())
         heads = load_strict(module, state, heads=heads, base=ENCODER, where=repr(config.weights))
     return Network(module.train(), heads, *_own_normalization(config))
 
@@ -37,6 +38,24 @@ def build_segmenter(config: ModelConfig) -> Network:
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Call the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
     return cast(Tensor, network(images))
+
+
+def _of_encoder(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the network's names, where the file is of the encoder alone, or of a timm classifier.
+
+    A network of features that timm makes of a classifier has the classifier's names with `_` for some `.`, and leaves
+    its last layers out. So a file is of the encoder if it holds each of the encoder's tensors under such a name; what
+    else it holds is of the layers that were left out.
+    """
+    in_file = {key.replace(".", "_"): key for key in state}
+    encoder = [key for key in own if is_inside(key, [ENCODER])]
+    if any(is_inside(key, [ENCODER]) for key in state) or len(in_file) < len(state):
+        return dict(state)
+    for prefix in (f"{ENCODER}.model.", f"{ENCODER}."):
+        names = {key: in_file.get(key.removeprefix(prefix).replace(".", "_"), "") for key in encoder}
+        if all(names.values()):
+            return {key: state[name] for key, name in names.items()}
+    return dict(state)
 
 
 def _create(config: ModelConfig) -> nn.Module:

@@ -4,11 +4,14 @@ A new head is the only thing that a file may lack. Which modules can be a head i
 every other key that is missing, unexpected or of another shape is an error that lists it.
 """
 
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Size, Tensor, nn
@@ -18,6 +21,11 @@ from lora_plugins.tasks.models.network import is_inside
 
 NONE, PRETRAINED, PACKAGE = "none", "pretrained", "package:"
 FOLDER_FILE = "model.safetensors"
+PICKLED = frozenset({".pth", ".pt", ".bin", ".ckpt"})
+STATE_DICTS = ("state_dict", "model_state_dict", "model")
+"""Where a file of `torch.save` holds its state dict, if not at the top."""
+
+DISTRIBUTED_PREFIX = "module."
 TASK_PREFIX = "network."
 
 
@@ -109,10 +117,11 @@ def load_strict(
 def read_weights(weights: str) -> dict[str, Tensor]:
     """Read the tensors that `weights` names: a file, a folder with a `model.safetensors`, or `package:NAME`.
 
-    A file of a whole task, whose keys all start with `network.`, is read as that of its network.
+    A file of a whole task, whose keys all start with `network.`, is read as that of its network. Files of `torch.save`
+    are read with `weights_only=True`.
 
     Raises:
-        WeightsError: If there is no such file, or if it is not a safetensors file.
+        WeightsError: If there is no such file, or if it holds no tensors by name.
     """
     if weights.startswith(PACKAGE):
         return _read_packaged(weights.removeprefix(PACKAGE))
@@ -142,15 +151,37 @@ def _not_found(weights: str, path: Path) -> WeightsError:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    state = _read_pickled(path) if path.suffix in PICKLED else _read_safetensors(path)
+    for prefix in (DISTRIBUTED_PREFIX, TASK_PREFIX):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise WeightsError(
             f"{path} is not a safetensors file ({error}). Write one with safetensors.torch.save_file(state_dict, path)."
         ) from error
-    if state and all(key.startswith(TASK_PREFIX) for key in state):
-        return {key.removeprefix(TASK_PREFIX): tensor for key, tensor in state.items()}
-    return state
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """A file of `torch.save`: a state dict, or a dictionary that holds one."""
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(
+            f"{path} holds no plain tensors ({reason}). Only those are read, as anything else could run code. Write "
+            "them with safetensors.torch.save_file(state_dict, path)."
+        ) from error
+    inner = [loaded[name] for name in STATE_DICTS if isinstance(loaded, Mapping) and name in loaded]
+    state = inner[0] if inner and isinstance(inner[0], Mapping) else loaded
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is no state dict: it holds other things than tensors by name.")
+    return dict(state)
 
 
 def as_shape(shape: Size | Sequence[int]) -> tuple[int, ...]:

@@ -173,3 +173,78 @@ def test_an_auxiliary_head_of_a_file_is_left_aside(tmp_path):
     network = build_network(named, SEGMENTERS)
     assert network.new_modules == ()
     assert torch.equal(network.module.decode_head.classifier.weight, whole.decode_head.classifier.weight)
+
+
+class TestFilesOfTorchSave:
+    @pytest.mark.parametrize(
+        "wrapped",
+        [
+            dict,
+            lambda state: {"state_dict": state, "epoch": 3},
+            lambda state: {f"module.{k}": v for k, v in state.items()},
+        ],
+        ids=["plain", "in a checkpoint", "of distributed training"],
+    )
+    def test_are_read(self, tmp_path, wrapped):
+        state = build(tiny_vit(5)).module.state_dict()
+        torch.save(wrapped(state), tmp_path / "w.pth")
+        built = build(tiny_vit(5, str(tmp_path / "w.pth")))
+        assert all(torch.equal(tensor, state[key]) for key, tensor in built.module.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (torch.nn.Linear(2, 2), "holds no plain tensors"),
+            ({"epoch": 3}, "is no state dict"),
+            (None, "no plain tensors"),
+        ],
+        ids=["a module", "something else", "no file of torch.save"],
+    )
+    def test_what_else_they_hold_is_refused(self, tmp_path, content, message):
+        if content is None:
+            (tmp_path / "w.pth").write_bytes(b"what is this")
+        else:
+            torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(WeightsError, match=message):
+            build(tiny_vit(5, str(tmp_path / "w.pth")))
+
+
+class TestFilesOfAnEncoder:
+    @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+    def test_a_classifier_of_timm(self, tmp_path, name):
+        """Also where the network of features has other names than the classifier."""
+        import timm
+
+        classifier = timm.create_model(name)
+        save_file(classifier.state_dict(), tmp_path / "w.safetensors")
+        small = {"encoder_name": f"tu-{name}", "encoder_depth": 3, "decoder_channels": [8, 8, 8]}
+        built = build(ModelConfig("smp", "Unet", 3, str(tmp_path / "w.safetensors"), small))
+        features = timm.create_model(name, features_only=True, out_indices=(0, 1))
+        features.load_state_dict(
+            {
+                key: classifier.state_dict()[original]
+                for key in features.state_dict()
+                for original in classifier.state_dict()
+                if original.replace(".", "_") == key.replace(".", "_")
+            }
+        )
+        loaded = built.module.state_dict()
+        for key, tensor in features.state_dict().items():
+            assert torch.equal(loaded[f"encoder.model.{key}"], tensor), key
+        assert set(built.new_modules) == {"decoder", "segmentation_head"}
+
+    def test_an_encoder_of_smp(self, tmp_path):
+        made = ModelConfig("smp", "Unet", 3, "none", {"encoder_name": "mobilenet_v2"}, HALF, HALF)
+        encoder = build(made).module.encoder.state_dict()
+        save_file(encoder, tmp_path / "w.safetensors")
+        built = build(
+            ModelConfig("smp", "Unet", 3, str(tmp_path / "w.safetensors"), {"encoder_name": "mobilenet_v2"}, HALF, HALF)
+        )
+        assert all(torch.equal(tensor, encoder[key]) for key, tensor in built.module.encoder.state_dict().items())
+
+    def test_a_file_of_another_encoder_is_refused(self, tmp_path):
+        import timm
+
+        save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "w.safetensors")
+        with pytest.raises(WeightsError, match="missing in the file: encoder"):
+            build(unet(3, str(tmp_path / "w.safetensors")))
