@@ -38,6 +38,12 @@ def _generate(arguments: list[str]) -> int:
     return int(generate_main(arguments[1:]))
 
 
+def _train(arguments: list[str]) -> int:
+    from lora_plugins.tasks.autoconfig import train_main
+
+    return int(train_main(arguments[1:]))
+
+
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")
 _NEEDS = ("lightning", "jsonargparse", "rich", "yaml", "torchmetrics", "torchvision", "PIL", "timm", "transformers")
 
@@ -47,6 +53,7 @@ def _command(run: Callable[[list[str]], int], summary: str, options_first: bool 
 
 
 COMMANDS: Mapping[str, Command] = {
+    "train": _command(_train, "fine-tune on your images: train DATA"),
     **OF_LIGHTNING,
     "predict": _command(_predict, "write labels or masks: predict MODEL IMAGES", options_first=True),
     "export": _command(_export, "write a network for other runtimes: export MODEL OUT.onnx"),

@@ -5,22 +5,25 @@ Data modules for labels are in `classification`, those for masks in `segmentatio
 
 from lora_plugins.tasks.data.batch import Batch, check_targets
 from lora_plugins.tasks.data.hub_dataset import HubDataset
-from lora_plugins.tasks.data.image_io import (
+from lora_plugins.tasks.data.image_module import ERROR, PROBLEM_POLICIES, SKIP, ImageDataModule
+from lora_plugins.tasks.data.samples import Item, TensorSamples
+from lora_plugins.tasks.data.transforms import AUGMENTATIONS, IMAGES_ONLY, INTERPOLATIONS, Size, image_transform
+from lora_plugins.tasks.data.vision_module import BALANCED, VisionDataModule
+from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    TEST,
+    TRAIN,
+    VAL,
     check_folder,
     image_files,
     open_image,
     read_errors,
     read_image,
+    read_list,
+    row_split,
     subfolders,
 )
-from lora_plugins.tasks.data.image_module import ERROR, PROBLEM_POLICIES, SKIP, ImageDataModule
-from lora_plugins.tasks.data.sample_lists import read_list, row_split
-from lora_plugins.tasks.data.samples import Item, TensorSamples
-from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
-from lora_plugins.tasks.data.transforms import AUGMENTATIONS, IMAGES_ONLY, INTERPOLATIONS, Size, image_transform
-from lora_plugins.tasks.data.vision_module import BALANCED, VisionDataModule
 
 __all__ = [
     "AUGMENTATIONS",

@@ -9,10 +9,9 @@ from typing import Any
 from PIL import Image
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.data.image_io import decode_image
 from lora_plugins.tasks.data.samples import Item
-from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
 from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, decode_image
 
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}

@@ -13,12 +13,11 @@ from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
 from lora_plugins.errors import listing, near
-from lora_plugins.tasks.data.image_io import read_errors
 from lora_plugins.tasks.data.samples import Item, LazySamples
-from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL, check_shares, hold_out
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
 from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_errors
 
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
 from lora_plugins.tasks.data.transforms import Size
 from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.files import TEST, TRAIN, VAL
 
 SHUFFLE, BALANCED = "shuffle", "balanced"
 SAMPLERS = (SHUFFLE, BALANCED)

@@ -13,9 +13,11 @@ PACKAGE = "lora_plugins.tasks"
 ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "pages": {"errors"},
-    "command_table": {"diffusion", "inference", "pages"},
-    "data": {"errors"},
+    "autoconfig": {"errors", "files"},
+    "command_table": {"autoconfig", "diffusion", "inference", "pages"},
+    "data": {"errors", "files"},
     "models": {"errors"},
     "training": {"data", "errors", "models"},
     "classification": {"data", "errors", "models", "training"},

@@ -11,9 +11,15 @@ from lora_plugins.utils import lazily
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI
     from lora_plugins.integrations.lightning.cli.merged_files import export_checkpoint, merge_checkpoint
+    from lora_plugins.integrations.lightning.cli.recipes import recipe_path
 
-__all__ = ["COMMANDS", "LoraCLI", "export_checkpoint", "merge_checkpoint"]
+__all__ = ["COMMANDS", "LoraCLI", "export_checkpoint", "merge_checkpoint", "recipe_path"]
 
-_MODULES = {"LoraCLI": "lora_cli", "export_checkpoint": "merged_files", "merge_checkpoint": "merged_files"}
+_MODULES = {
+    "LoraCLI": "lora_cli",
+    "export_checkpoint": "merged_files",
+    "merge_checkpoint": "merged_files",
+    "recipe_path": "recipes",
+}
 
 __getattr__ = lazily(__name__, _MODULES)

@@ -14,12 +14,13 @@ from tests.core.cli.blocked_packages import without
 OVERVIEW = """\
 usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python -m lora_plugins COMMAND)
 
+  train      fine-tune on your images: train DATA
   fit        train, as a YAML file says
   validate   measure on the validation split
   test       measure on the test split
-  predict    predict
+  predict    write labels or masks: predict MODEL IMAGES
   plan       print what fit would adapt, and train nothing
-  export     write a checkpoint's merged network as a plain .safetensors file
+  export     write a network for other runtimes: export MODEL OUT.onnx
   merge      write a checkpoint with its adapter merged, for load_from_checkpoint
   recipes    list, show and copy the YAML files that are shipped
   generate   draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline
@@ -48,10 +49,15 @@ class TestOtherCommands:
         assert all(f"  {name} " in out for name in installed_commands().table)
         assert (out, err) == (OVERVIEW, "")
 
-    def test_unknown_command_offers_a_near_one(self, capsys):
-        assert main(["plugin"]) == 1
+    def test_version(self, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"lora-plugins {metadata.version('lora-plugins')}\n"
+
+    @pytest.mark.parametrize(("typed", "meant"), [("plugin", "plugins"), ("trian", "train")])
+    def test_unknown_command_offers_a_near_one(self, capsys, typed, meant):
+        assert main([typed]) == 1
         err = capsys.readouterr().err
-        assert "'plugins'" in err
+        assert f"'{meant}'" in err
         assert "lightning-sdk" in err
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_plugins.tasks.data.splits import TEST, TRAIN, VAL
 from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
 
 Row = Mapping[str, Any]
 SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})

@@ -1,0 +1,164 @@
+"""The configuration that Lightning's `fit` runs: what was found, in the terms of a YAML file."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_plugins.tasks.autoconfig.model_choice import Choice
+from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS, Survey
+from lora_plugins.tasks.files import TRAIN, VAL
+
+TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
+EPOCHS: Mapping[str, int] = {LABELS: 10, MASKS: 20}
+LARGEST_BATCH: Mapping[str, int] = {LABELS: 32, MASKS: 8}
+STEPS = 4
+"""Steps that an epoch has at least, where there are images for that."""
+
+LR, RANK = 1e-3, 8
+HEADS_LR_RATIO = 3.0
+"""Learning rate of the new head, as a multiple of that of the adapters; docs/tasks.md says what it rests on."""
+
+SCHEDULE = "lora_plugins.tasks.warmup_cosine"
+ADAPTER, MERGED, REPORT, PICTURE, CONFIG = (
+    "adapter",
+    "merged.safetensors",
+    "report.html",
+    "predictions.png",
+    "train.yaml",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What flags say about training; None for what shall be inferred."""
+
+    epochs: int | None = None
+    rank: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    image_size: tuple[int, int] | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) -> dict[str, Any]:
+    """Makes the configuration.
+
+    Args:
+        found: The data.
+        choice: The model.
+        settings: What flags say.
+        out: The folder that a run writes into.
+    """
+    size = settings.image_size or found.size
+    is_masks = found.task == MASKS
+    return {
+        "seed_everything": settings.seed,
+        "trainer": {
+            "max_epochs": settings.epochs or EPOCHS[found.task],
+            "accelerator": settings.device,
+            "precision": _precision(settings.device),
+            "num_sanity_val_steps": -1,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(out),
+            "logger": _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out), name="logs"),
+            "callbacks": [
+                _object("lora_plugins.tasks.BeforeAfter"),
+                _object("lora_plugins.tasks.HtmlReport", path=str(out / REPORT)),
+                *([_object("lora_plugins.tasks.PredictionPicture", path=str(out / PICTURE))] if is_masks else []),
+            ],
+        },
+        "model": _object(
+            f"lora_plugins.tasks.{TASKS[found.task]}",
+            model={**choice.arguments, "num_classes": len(found.classes)},
+            **({} if found.coding is None else {"ignore_index": found.coding.ignore_index}),
+            lr=settings.lr or LR,
+            lr_scheduler=SCHEDULE,
+        ),
+        "data": _object(
+            f"lora_plugins.tasks.{found.module}",
+            **found.arguments,
+            **({} if size is None else {"image_size": [*size]}),
+            augmentation="crop_flip",
+            batch_size=settings.batch_size or _batch_size(found),
+        ),
+        "lora": {"r": settings.rank or RANK},
+        "lora_callback": {
+            "target": "network",
+            "heads_lr_ratio": HEADS_LR_RATIO,
+            "save_adapter_to": str(out / ADAPTER),
+            "export_to": str(out / MERGED),
+        },
+    }
+
+
+def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns what was inferred, in five lines: what about, what, and the flags that overrule it."""
+    trainer, data, model = made["trainer"], made["data"]["init_args"], made["model"]["init_args"]
+    size = data.get("image_size") or choice.size
+    shown = ", ".join(found.classes[:6]) + (", ..." if len(found.classes) > 6 else "")
+    coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found)}"
+    held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
+    images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
+    steps = math.ceil(found.counts[TRAIN] / data["batch_size"])
+    where = f"{_device(trainer['accelerator'])}, {trainer['precision']}"
+    return [
+        ("task", f"{found.task}: {found.found}", "--masks"),
+        (
+            "classes",
+            f"{len(found.classes)}: {shown}{coding}",
+            found.named_by,
+        ),
+        (
+            "splits",
+            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}",
+            "--val-share",
+        ),
+        (
+            "model",
+            f"{choice.name}, weights: {choice.weights}, {images}, LoRA of rank {made['lora']['r']}",
+            "--model --weights --image-size --rank",
+        ),
+        (
+            "training",
+            f"{trainer['max_epochs']} epochs of {steps} steps of {data['batch_size']} images, lr {model['lr']:g} with "
+            f"warm-up and cosine, {where}, seed {made['seed_everything']}",
+            "--epochs --batch-size --lr --device --seed",
+        ),
+    ]
+
+
+def _ignored(found: Survey) -> str:
+    if found.coding is None or found.coding.colors is not None:
+        return ""
+    return ", 0 is ignored" if found.coding.reduce_labels else f", {found.coding.ignore_index} is ignored"
+
+
+def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": class_path, **({"init_args": arguments} if arguments else {})}
+
+
+def _batch_size(found: Survey) -> int:
+    """The largest power of two that leaves some steps an epoch, up to what is usual for the task."""
+    fitting = max(2, found.counts[TRAIN] // STEPS)
+    return min(LARGEST_BATCH[found.task], int(2 ** (fitting.bit_length() - 1)))
+
+
+def _on_cuda(device: str) -> bool:
+    return device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+
+
+def _precision(device: str) -> str:
+    return "bf16-mixed" if _on_cuda(device) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,181 @@
+"""What the values of masks stand for: indices, black and white, gray levels, or colors."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import open_image
+
+IGNORED = 255
+"""The value of a mask that stands for no class, unless a flag says another one."""
+
+BLACK, WHITE = 0, 255
+GRAY_MODES = frozenset({"1", "L"})
+COLOR_MODES = frozenset({"RGB", "RGBA"})
+MAX_COLORS = 256
+THREADS = 4
+
+Value = int | tuple[int, ...]
+"""A gray value or index, or a color (r, g, b)."""
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How masks are read.
+
+    Attributes:
+        kind: What the values are, in words.
+        classes: Names of the classes, in the order of their indices.
+        ignore_index: The index of pixels that are not counted.
+        colors: The color of each class, if values are no indices.
+        reduce_labels: Whether 0 stands for no class, and 1 for the first one.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    ignore_index: int = IGNORED
+    colors: Mapping[str, Sequence[int]] | None = None
+    reduce_labels: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a `MaskDataModule`."""
+        colors = {} if self.colors is None else {"colors": {name: [*color] for name, color in self.colors.items()}}
+        reduced = {"reduce_labels": True} if self.reduce_labels else {}
+        return {"classes": [*self.classes], "ignore_index": self.ignore_index, **colors, **reduced}
+
+
+def mask_coding(paths: Sequence[Path], names: Sequence[str] | None, ignored: int | None) -> MaskCoding:
+    """Infers how masks are read, from every one of them.
+
+    Gray masks whose values leave most indices out, such as 0 and 255, or 0, 128 and 255, are gray levels; others hold
+    indices.
+
+    Args:
+        paths: The masks.
+        names: Names of the classes, if they are known.
+        ignored: The value that stands for no class, if it is known.
+
+    Raises:
+        DataError: If masks cannot be read, or are of several kinds, or hold too many colors, or values without a name.
+    """
+    with ThreadPoolExecutor(THREADS) as threads:
+        seen = list(threads.map(_values, paths))
+    wrong = [each for each in seen if isinstance(each, DataError)]
+    if wrong:
+        raise DataError(f"{len(wrong)} of {len(paths)} masks cannot be used:\n{listed([str(each) for each in wrong])}")
+    kinds: dict[str, set[Value]] = {}
+    where: dict[Value, Path] = {}
+    for path, found in zip(paths, seen, strict=True):
+        assert not isinstance(found, DataError)
+        kind, values = found
+        kinds.setdefault(kind, set()).update(values)
+        where |= {value: path for value in values if value not in where}
+    if len(kinds) > 1:
+        raise DataError(f"Some masks are {' and others '.join(sorted(kinds))}. Write all of them alike.")
+    ((kind, values),) = kinds.items()
+    coding = _coded(kind, sorted(values), names, ignored, where)
+    if len(coding.classes) < 2:
+        raise DataError(
+            f"All masks hold one value, {sorted(values)[0]}, and there is nothing to tell apart. A mask holds one "
+            "value for each class, the background included."
+        )
+    return coding
+
+
+def _values(path: Path) -> tuple[str, set[Value]] | DataError:
+    try:
+        mask = open_image(path)
+    except DataError as error:
+        return error
+    if mask.mode in COLOR_MODES:
+        counted = mask.convert("RGB").getcolors(MAX_COLORS)
+        if counted is None:
+            return DataError(
+                f"{path} holds more than {MAX_COLORS} colors: it is a photo, or was smoothed. A mask is written "
+                "without loss (PNG) and scaled without interpolation"
+            )
+        return "in color", {color for _, color in counted if isinstance(color, tuple)}
+    if mask.mode in GRAY_MODES or mask.mode == "P":
+        counts = Counter({int(value): count for count, value in _counted(mask)})
+        if _is_smoothed(counts):
+            return DataError(
+                f"{path} is black and white with {len(counts) - 2} grays between, as smoothing leaves them. Scale "
+                "masks without interpolation"
+            )
+        return "palette images" if mask.mode == "P" else "gray", set(counts)
+    return DataError(f"{path} has the mode {mask.mode}; a mask is an 8-bit image: gray, with a palette, or in color")
+
+
+def _counted(mask: Image.Image) -> Sequence[tuple[int, int]]:
+    counted: Any = (mask.convert("L") if mask.mode == "1" else mask).getcolors(256)
+    return counted or ()
+
+
+def _is_smoothed(counts: Counter[int]) -> bool:
+    """Whether nearly all of a mask is black and white, and the rest is many grays between."""
+    extremes = counts[BLACK] + counts[WHITE]
+    return len(counts) > 8 and counts[BLACK] > 0 and counts[WHITE] > 0 and extremes > 0.7 * counts.total()
+
+
+def _coded(
+    kind: str, values: Sequence[Any], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, Path]
+) -> MaskCoding:
+    if kind == "in color":
+        return _of_colors(kind, {f"color_{bytes(color).hex()}": color for color in values}, names)
+    if kind == "gray" and names is None and _are_levels(values, ignored):
+        levels = [value for value in values if value != ignored]
+        colors = {f"gray_{value}": (value,) * 3 for value in values}
+        if list(levels) == [BLACK, WHITE]:
+            return _of_colors("black and white", {"background": (BLACK,) * 3, "object": (WHITE,) * 3}, None)
+        return _of_colors("gray levels", colors, [f"gray_{value}" for value in levels])
+    if kind == "gray" and names is not None and [*values] == [BLACK, WHITE] and len(names) == 2:
+        return _of_colors("black and white", {"black": (BLACK,) * 3, "white": (WHITE,) * 3}, names)
+    return _of_indices(values, names, ignored, where)
+
+
+def _are_levels(values: Sequence[int], ignored: int | None) -> bool:
+    if [*values] == [BLACK, WHITE]:
+        return ignored is None
+    indices = [value for value in values if value not in (IGNORED, ignored)]
+    return bool(indices) and len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
+
+
+def _of_colors(kind: str, colors: Mapping[str, Sequence[int]], names: Sequence[str] | None) -> MaskCoding:
+    if names is None:
+        return MaskCoding(kind, tuple(colors), colors=colors)
+    if set(names) <= set(colors):  # what has no name among the classes is ignored
+        return MaskCoding(kind, tuple(names), colors=colors)
+    if len(names) != len(colors):
+        raise DataError(
+            f"The masks are {kind} and hold {len(colors)} colors, and {len(names)} classes are named. They are, in "
+            f"this order: {', '.join(f'#{bytes(color).hex()}' for color in colors.values())}"
+        )
+    return MaskCoding(kind, tuple(names), colors=dict(zip(names, colors.values(), strict=True)))
+
+
+def _of_indices(
+    values: Sequence[int], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, Path]
+) -> MaskCoding:
+    reduce_labels = ignored == 0
+    unseen = {IGNORED} if ignored is None or reduce_labels else {ignored}
+    indices = [value - reduce_labels for value in values if value not in unseen and not (reduce_labels and value == 0)]
+    count = max(indices, default=-1) + 1
+    if names is not None and count > len(names):
+        value = count - 1 + reduce_labels
+        raise DataError(
+            f"{where[value]} holds the value {value}, and {len(names)} classes are named ({', '.join(names)}), from "
+            f"{int(reduce_labels)} on. Name all classes, or say which value stands for none: --ignore-index {value}."
+        )
+    classes = tuple(names) if names is not None else tuple(f"class_{index}" for index in range(count))
+    if ignored is not None and 0 < ignored < len(classes):
+        raise DataError(
+            f"--ignore-index is {ignored}, and the values of the classes go on above it, to {len(classes) - 1}. What "
+            "stands for no class is 0, or a value above all classes."
+        )
+    return MaskCoding("indices", classes, IGNORED if ignored is None or reduce_labels else ignored, None, reduce_labels)

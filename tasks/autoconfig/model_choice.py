@@ -1,0 +1,181 @@
+"""Which network a name stands for, whether its weights can be had, and what images it takes."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_plugins.errors import ConfigError
+from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS
+from lora_plugins.tasks.errors import WeightsError, unknown
+
+DEFAULTS: Mapping[str, str] = {LABELS: "timm/vit_small_patch16_224", MASKS: "transformers/nvidia/mit-b0"}
+"""The model of each task, unless a flag names another one: small, and good for its size."""
+
+SEGFORMER = "transformers/segformer"
+"""The architecture of nvidia/mit-b0, which is known without the hub."""
+
+LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    LABELS: ("timm", "transformers"),
+    MASKS: ("smp", "timm", "torchvision", "transformers"),
+}
+DECODER = "Unet"
+IMAGENET: Mapping[str, list[float]] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SECONDS = 5.0
+"""In which the hub answers, or counts as out of reach."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A network.
+
+    Attributes:
+        name: What a user calls it.
+        arguments: Those of a `ModelConfig`, but for `num_classes`.
+        size: Height and width of its images, if it says.
+        weights: Where its weights come from, in words.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    size: tuple[int, int] | None
+    weights: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    source: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    repository: str | None = None
+
+
+def checked_weights(weights: str | None) -> str | None:
+    """Returns the absolute path of a file of weights.
+
+    Raises:
+        WeightsError: If there is no such file, or none of a kind that holds weights.
+    """
+    if weights is None:
+        return None
+    path = Path(weights)
+    if not path.exists():
+        beside = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise WeightsError(f"--weights: {unknown('file', str(path.name), beside)}")
+    if path.is_file() and path.suffix not in WEIGHTS_FILES:
+        raise WeightsError(f"--weights is {weights}. A file of weights ends in {', '.join(WEIGHTS_FILES)}.")
+    return str(path.absolute())
+
+
+def choose_model(task: str, model: str | None, weights: str | None, size: tuple[int, int] | None) -> Choice:
+    """Finds the network that a flag names, or the default one.
+
+    Args:
+        task: What it is for.
+        model: LIBRARY/NAME, the name of a timm model, or OWNER/NAME on the hub.
+        weights: A file of weights; None for the pretrained ones.
+        size: Height and width of the images, if they are given.
+
+    Raises:
+        ConfigError: For a name that does not exist, with near matches, or weights that cannot be had.
+    """
+    name = model or (SEGFORMER if task == MASKS and weights is not None else DEFAULTS[task])
+    library, _, rest = name.partition("/")
+    if library not in LIBRARIES[task] and "/" not in name:
+        library, rest = "timm", name
+    elif library not in LIBRARIES[task]:
+        library, rest = "transformers", name
+    # timm fits pretrained position embeddings to a size when it loads them; those of a file are fitted in each step.
+    resized = {} if size is None else {"img_size": [*size]} if weights is None else {"dynamic_img_size": True}
+    found = _OF_LIBRARY[library](task, rest, resized)
+    if weights is None:
+        _check_reachable(name, found)
+    options = {"options": dict(found.options)} if found.options else {}
+    arguments = {
+        "source": found.source,
+        "name": found.name,
+        "weights": weights or "pretrained",
+        **options,
+        **found.further,
+    }
+    return Choice(name, arguments, found.size, "pretrained" if weights is None else Path(weights).name)
+
+
+def _timm(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        raise unknown("model of timm", name, timm.list_models())
+    config: Any = timm.get_pretrained_cfg(name) if ":" not in name else None
+    fixed = bool(config and config.fixed_input_size)
+    own = (int(config.input_size[1]), int(config.input_size[2])) if config else None
+    repository = config.hf_hub_id if config else None
+    if task == MASKS:
+        if fixed:
+            raise ConfigError(
+                f"--model timm/{name} has features of one size, and a decoder for masks needs several. Take a "
+                "convolutional network, such as timm/convnext_nano, or none for the default, SegFormer."
+            )
+        return _Found("smp", DECODER, {"encoder_name": f"tu-{name}"}, repository=repository)
+    return _Found("timm", name, resized if fixed else {}, size=own, repository=repository)
+
+
+def _transformers(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
+    if name == "segformer":
+        return _Found("transformers", name, further=IMAGENET)
+    return _Found("transformers", name, repository=None if Path(name).is_dir() else name)
+
+
+def _smp(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
+    decoder, _, encoder = name.partition(":")
+    if not encoder:
+        raise ConfigError(f"--model smp/{name} names no encoder. Write smp/{decoder or DECODER}:resnet18, for example.")
+    return _Found("smp", decoder, {"encoder_name": encoder}, further=IMAGENET)
+
+
+def _torchvision(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
+    return _Found("torchvision", name)
+
+
+_OF_LIBRARY: Mapping[str, Callable[[str, str, Mapping[str, Any]], _Found]] = {
+    "timm": _timm,
+    "transformers": _transformers,
+    "smp": _smp,
+    "torchvision": _torchvision,
+}
+
+
+def _check_reachable(name: str, found: _Found) -> None:
+    if found.repository is None or _is_cached(found.repository) or _hub_answers():
+        return
+    raise ConfigError(
+        f"The pretrained weights of {name} are on the Hugging Face hub, which cannot be reached from here. Download "
+        f"them where it can ({found.repository}), and give the file: --weights FILE "
+        f"({', '.join(WEIGHTS_FILES[:2])})."
+    )
+
+
+def _is_cached(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,289 @@
+"""Looks at a folder or a list of images: which task it is for, with which classes and splits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from lora_plugins.errors import listing
+from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding, mask_coding
+from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import (
+    MASK_SUFFIXES,
+    TEST,
+    TRAIN,
+    VAL,
+    check_folder,
+    image_files,
+    read_errors,
+    read_list,
+    row_split,
+    subfolders,
+)
+
+LABELS, MASKS = "image classification", "semantic segmentation"
+IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
+OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
+VAL_SHARE = 0.2
+MAX_SIDE, STEP = 512, 32
+"""Of images with masks, which keep their size up to a side of 512, in multiples of 32."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What flags say about the data; None for what shall be inferred."""
+
+    masks: Path | None = None
+    classes: tuple[str, ...] | None = None
+    ignore_index: int | None = None
+    val_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        task: `LABELS` or `MASKS`.
+        module: The class of the data module, in `lora_plugins.tasks`.
+        arguments: Its arguments.
+        classes: Names of the classes.
+        counts: Images by split.
+        found: In words, what the task was told from.
+        size: Height and width for images with masks.
+        coding: How masks are read.
+    """
+
+    task: str
+    module: str
+    arguments: Mapping[str, Any]
+    classes: tuple[str, ...]
+    counts: Mapping[str, int]
+    found: str
+    size: tuple[int, int] | None = None
+    coding: MaskCoding | None = None
+
+    @property
+    def named_by(self) -> str:
+        """What names the classes."""
+        return "--classes --ignore-index" if self.coding is not None else "the names of the folders, or the labels"
+
+
+def survey(data: Path, flags: Flags) -> Survey:
+    """Looks at what is to be trained on; reads masks, and the headers of images.
+
+    Args:
+        data: A folder with a folder of images for each class, one with images and masks, or a list (CSV, JSON lines).
+        flags: What is known already.
+
+    Raises:
+        DataError: If it cannot be trained on, with the reason, and what to do.
+    """
+    if data.is_file():
+        return _of_list(data, flags)
+    check_folder(data)
+    if flags.masks is not None or (data / MASKS_FOLDER).is_dir():
+        return _of_mask_folders(data, flags)
+    if (data / IMAGES_FOLDER).is_dir():
+        others = [name for name in subfolders(data) if name != IMAGES_FOLDER]
+        hint = f" Masks in a folder of another name: --masks {data / others[0]}." if others else ""
+        raise DataError(
+            f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
+            "make a folder for each class."
+        )
+    return _of_class_folders(data, flags)
+
+
+def _of_class_folders(data: Path, flags: Flags) -> Survey:
+    if flags.classes is not None or flags.ignore_index is not None:
+        raise DataError(
+            f"--classes and --ignore-index are for masks; the classes of {data} are the names of its folders."
+        )
+    names = [path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if not names:
+        what = "images, and nothing says what is on them" if image_files(data) else "no images and no folder"
+        raise DataError(
+            f"{data} holds {what}. Make a folder of images for each class, {data}/CLASS/NAME.jpg; or put masks beside "
+            f"the images, {data}/{IMAGES_FOLDER}/NAME.jpg and {data}/{MASKS_FOLDER}/NAME.png (or --masks DIR)."
+        )
+    splits = _splits(data)
+    folders = {split: data / split for split in splits} or {TRAIN: data}
+    classes = subfolders(folders[TRAIN])
+    problems: list[str] = []
+    images: dict[str, dict[str, list[Path]]] = {}
+    for split, folder in folders.items():
+        images[split] = {name: image_files(folder / name) for name in subfolders(folder)}
+        problems += [f"{folder / name} holds no image" for name, paths in images[split].items() if not paths]
+        problems += [f"{folder / name} is no class of {folders[TRAIN]}" for name in images[split].keys() - {*classes}]
+    paths = [path for members in images.values() for found in members.values() for path in found]
+    _refuse([*problems, *_unreadable(paths)])
+    if len(classes) < 2:
+        raise DataError(
+            f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
+            "images for each class, at least two."
+        )
+    share, counts = _shared(
+        {split: sum(map(len, members.values())) for split, members in images.items()},
+        [len(found) for found in images[TRAIN].values()],
+        flags,
+    )
+    return Survey(
+        LABELS,
+        "ImageFolderDataModule",
+        {"root": str(data.absolute()), **share},
+        tuple(classes),
+        counts,
+        "a folder for each class",
+    )
+
+
+def _of_mask_folders(data: Path, flags: Flags) -> Survey:
+    masks_folder = check_folder(flags.masks or data / MASKS_FOLDER)
+    nested = (data / IMAGES_FOLDER).is_dir()
+    images_folder = data / IMAGES_FOLDER if nested else data
+    splits = _splits(images_folder)
+    pairs: dict[str, list[tuple[Path, Path]]] = {}
+    problems: list[str] = []
+    for split in splits or [TRAIN]:
+        inside = split if splits else ""
+        pairs[split] = _pairs(images_folder / inside, masks_folder / inside, problems)
+    _refuse(problems)
+    flat = [pair for members in pairs.values() for pair in members]
+    _refuse(_unreadable([image for image, _ in flat]))
+    coding = mask_coding([mask for _, mask in flat], flags.classes or _names(data), flags.ignore_index)
+    found = {split: len(members) for split, members in pairs.items()}
+    share, counts = _shared(found, [found[TRAIN]], flags)
+    folders = {"images": IMAGES_FOLDER if nested else ".", "masks": str(masks_folder.absolute())}
+    return Survey(
+        MASKS,
+        "MaskFolderDataModule",
+        {
+            "root": str(data.absolute()),
+            **({} if nested and flags.masks is None else folders),
+            **coding.arguments(),
+            **share,
+        },
+        coding.classes,
+        counts,
+        f"images with masks in {masks_folder}",
+        _common_size([image for image, _ in flat]),
+        coding,
+    )
+
+
+def _of_list(data: Path, flags: Flags) -> Survey:
+    rows = read_list(data, ("image",))
+    columns = [name for name in ("mask", "label") if rows[0].get(name) not in (None, "")]
+    if not columns:
+        raise DataError(
+            f"{data} has the columns {listing(rows[0])}. It needs one called 'label', or one called 'mask'."
+        )
+    column = columns[0]
+    rows = read_list(data, ("image", column))
+    splits: dict[str, list[Mapping[str, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        splits.setdefault(row_split(row, "split", f"Row {number} of {data}"), []).append(row)
+    if TRAIN not in splits:
+        raise DataError(f"No row of {data} is of the split {TRAIN!r}.")
+    images = [data.parent / str(row["image"]) for row in rows]
+    _refuse(_unreadable(images))
+    counts = {split: len(members) for split, members in splits.items()}
+    arguments: dict[str, Any] = {"file": str(data.absolute())}
+    if column == "mask":
+        masks = [data.parent / str(row["mask"]) for row in rows]
+        coding = mask_coding(masks, flags.classes or _names(data.parent), flags.ignore_index)
+        share, counts = _shared(counts, [counts[TRAIN]], flags)
+        arguments |= {**coding.arguments(), **share}
+        size = _common_size(images)
+        return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, "a list of masks", size, coding)
+    labels = [str(row[column]) for row in splits[TRAIN]]
+    classes = flags.classes or tuple(sorted({str(row[column]) for row in rows}))
+    if len(classes) < 2:
+        raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
+    share, counts = _shared(counts, [labels.count(name) for name in classes], flags)
+    chosen = {} if flags.classes is None else {"classes": [*classes]}
+    return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, "a list of labels")
+
+
+def _splits(folder: Path) -> list[str]:
+    """The folders of splits in a folder; none if its files are to be split."""
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    splits = [name for name in (TRAIN, VAL, TEST) if name in names]
+    for other, name in OTHER_NAMES.items():
+        if other in names and name not in names and (splits or other != "training"):
+            raise DataError(f"{folder / other} looks like the {name} split. Call it {folder / name}.")
+    if splits and TRAIN not in splits:
+        raise DataError(f"{folder} has a folder {splits[0]!r} and none called {TRAIN!r}, which is needed beside it.")
+    return splits
+
+
+def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:
+    pictures = {path.stem: path for path in image_files(images)}
+    found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
+    if not pictures:
+        problems.append(f"{images} holds no image")
+    if not found and image_files(masks):
+        problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
+        return []
+    problems += [f"{path} has no mask {masks / stem}.png" for stem, path in pictures.items() if stem not in found]
+    problems += [f"{path} has no image in {images}" for stem, path in found.items() if stem not in pictures]
+    return [(pictures[stem], found[stem]) for stem in pictures if stem in found]
+
+
+def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tuple[dict[str, float], dict[str, int]]:
+    """The argument `val_share`, if there is no val split, and the images by split."""
+    if VAL in counts:
+        if flags.val_share is not None:
+            raise DataError("--val-share makes a val split where there is none, and there is one.")
+        return {}, dict(counts)
+    share = VAL_SHARE if flags.val_share is None else flags.val_share
+    held = sum(round(share * count) for count in strata)
+    if not 0 < held < counts[TRAIN]:
+        raise DataError(
+            f"{counts[TRAIN]} images are too few to hold a share of {share:g} of each class out for validation. Add "
+            "images, or choose another --val-share."
+        )
+    return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
+
+
+def _names(folder: Path) -> tuple[str, ...] | None:
+    """The names of classes in a file beside the data, one a line."""
+    path = folder / NAMES_FILE
+    if not path.is_file():
+        return None
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _unreadable(paths: Sequence[Path]) -> list[str]:
+    return [error for error in read_errors(paths, _image_size) if error]
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the header of a file."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
+    """Height and width that fit most images."""
+    sizes = [_image_size(path) for path in paths]
+    width, height = (median(size[side] for size in sizes) for side in (0, 1))
+    scale = min(1.0, MAX_SIDE / max(width, height))
+    return _rounded(height * scale), _rounded(width * scale)
+
+
+def _rounded(length: float) -> int:
+    return max(STEP, round(length / STEP) * STEP)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise DataError(
+            f"The data cannot be used ({len(problems)} problem{'s' * (len(problems) > 1)}):\n{listed(problems)}"
+        )

@@ -1,0 +1,244 @@
+"""The command `lora-plugins train DATA`."""
+
+import argparse
+import re
+import sys
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from lora_plugins.errors import ConfigError, near
+from lora_plugins.integrations.lightning.cli import COMMANDS, recipe_path
+from lora_plugins.tasks.autoconfig.configuration import (
+    ADAPTER,
+    CONFIG,
+    MERGED,
+    PICTURE,
+    REPORT,
+    Settings,
+    configuration,
+    described,
+)
+from lora_plugins.tasks.autoconfig.model_choice import checked_weights, choose_model
+from lora_plugins.tasks.autoconfig.survey import Flags, survey
+
+EXAMPLE = "cls"
+"""The recipe that runs without DATA."""
+
+RUNS = Path("runs")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+WHAT: Mapping[str, str] = {
+    ADAPTER: "the LoRA adapter with the new head",
+    MERGED: "the whole network, merged, for use without lora_plugins",
+    REPORT: "what the training did, to look at in a browser",
+    PICTURE: "images, masks and predictions",
+    CONFIG: "the configuration that does the same",
+    "logs": "curves for TensorBoard, and checkpoints",
+}
+"""What a run leaves, by name in its folder."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code.
+
+    Raises:
+        ConfigError: If flags cannot be.
+        DataError: If the data cannot be trained on.
+        WeightsError: If there is no such file of weights.
+    """
+    given = _parser().parse_args(arguments)
+    _check_device(given.device)
+    weights = checked_weights(given.weights)
+    out = _out(given)
+    if given.data is None:
+        made, lines = _example(given, out), []
+    else:
+        found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
+        choice = choose_model(found.task, given.model, weights, given.image_size)
+        settings = Settings(
+            given.epochs, given.rank, given.lr, given.batch_size, given.image_size, given.device, given.seed
+        )
+        made = configuration(found, choice, settings, out)
+        lines = described(found, choice, made)
+    print(_table(given.data, lines), flush=True)
+    text = _yaml(made, arguments)
+    if given.save_config is not None:
+        _write(given.save_config, text)
+        print(f"Configuration: {given.save_config}")
+    if given.plan:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder) / CONFIG, text)
+            return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
+    _write(out / CONFIG, text)
+    code = COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
+    sys.stdout.flush()
+    print(_left(out))
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one message, without all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown is not None and unknown[1].startswith("-"):
+            message = f"there is no flag {unknown[1]}. {near(unknown[1], self._option_string_actions)}"
+        raise ConfigError(f"train: {message}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lora-plugins train",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="lora-plugins train [DATA] [flags]",
+        description="Fine-tune a model with LoRA on your images. What is not said is inferred, and printed first.",
+        epilog="Without DATA, handwritten digits that come along are learned, as a first try.",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "data",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="a folder of images for each class; or images/ and masks/; or a .csv or .jsonl list with columns image, "
+        "label or mask",
+    )
+    data.add_argument("--masks", type=Path, metavar="DIR", help="the folder of masks, PNG files named as the images")
+    data.add_argument("--classes", type=_names, metavar="A,B,...", help="of masks: names of the classes, in order")
+    data.add_argument("--ignore-index", type=int, metavar="N", help="of masks: the value that stands for no class")
+    data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
+    model.add_argument("--weights", metavar="FILE", help="its weights, .safetensors or .pth, if no hub is to be asked")
+    model.add_argument("--image-size", type=_size, metavar="N", help="N, or HEIGHTxWIDTH")
+    model.add_argument("--rank", type=_whole, metavar="N", help="of LoRA (8)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=_whole, metavar="N")
+    training.add_argument("--lr", type=_positive, metavar="X", help="learning rate (0.001)")
+    training.add_argument("--batch-size", type=_whole, metavar="N")
+    training.add_argument("--device", choices=DEVICES, default="auto")
+    training.add_argument("--seed", type=int, default=0, metavar="N")
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, metavar="DIR", help="where they are left (runs/NAME)")
+    out.add_argument("--save-config", type=Path, metavar="FILE", help="write the configuration there too")
+    out.add_argument("--plan", action="store_true", help="print what would be adapted, and train nothing")
+    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return _whole(height), _whole(width or height)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if len(names) < 2 or len({*names}) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} are not two or more different names with commas between")
+    return names
+
+
+def _check_device(device: str) -> None:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
+
+
+def _out(given: argparse.Namespace) -> Path:
+    """The folder of results: the one that is given, if there are none in it, or a new one."""
+    if given.out is not None:
+        if given.out.is_file() or _has_results(given.out):
+            raise ConfigError(f"--out is {given.out}, and there are results already. Name a new folder.")
+        return Path(given.out)
+    name = "digits" if given.data is None else given.data.absolute().resolve().stem
+    tried = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in tried if not _has_results(path))
+
+
+def _has_results(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (ADAPTER, MERGED))
+
+
+def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The configuration of the embedded example."""
+    data = ("masks", "classes", "ignore_index", "val_share", "model", "weights", "image_size")
+    wrong = [name for name in data if getattr(given, name) is not None]
+    if wrong:
+        raise ConfigError(f"--{wrong[0].replace('_', '-')} is given, and no DATA: lora-plugins train DATA [flags].")
+    made: dict[str, Any] = yaml.safe_load(
+        recipe_path(EXAMPLE).read_text(encoding="utf-8").replace(f"runs/{EXAMPLE}", str(out))
+    )
+    made["seed_everything"] = given.seed
+    made["trainer"] |= {"accelerator": given.device} | ({"max_epochs": given.epochs} if given.epochs else {})
+    made["model"]["init_args"] |= {"lr": given.lr} if given.lr else {}
+    made["data"]["init_args"] |= {"batch_size": given.batch_size} if given.batch_size else {}
+    made["lora"] |= {"r": given.rank} if given.rank else {}
+    return made
+
+
+def _table(data: Path | None, lines: Sequence[tuple[str, str, str]]) -> str:
+    if data is None:
+        return "No DATA is given: this learns handwritten digits that come along (recipe:cls)."
+    rows = [f"  {about:10}{what}  [{flags}]" for about, what, flags in lines]
+    return "\n".join([f"Found in {data}, each with the flags that overrule it:", *rows])
+
+
+def _yaml(made: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    command = " ".join(["lora-plugins train", *arguments])
+    head = textwrap.fill(f"What `{command}` made. Run it again: lora-plugins fit --config FILE", 118)
+    body: str = yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True)
+    return textwrap.indent(head, "# ") + "\n" + body
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
+        ) from error
+
+
+def _left(out: Path) -> str:
+    """Says where everything is, and what can be done with it."""
+    files = [f"  {out / name!s:32}  {what}" for name, what in WHAT.items() if (out / name).exists()]
+    return "\n".join(
+        [
+            "",
+            f"Done. In {out}:",
+            *files,
+            "Next:",
+            f"  lora-plugins predict {out / ADAPTER} IMAGES      (an image, a folder, or a pattern in quotes)",
+            f"  lora-plugins export {out / ADAPTER} {out / 'model.onnx'}",
+            f"  lora-plugins inspect {out / ADAPTER}",
+        ]
+    )

@@ -1,0 +1,224 @@
+"""What is told from a folder or a list, and what is refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS, Flags, survey
+from lora_plugins.tasks.errors import DataError
+
+from ..conftest import noise, write_image, written
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def masked(root, values, *, mode=None, colors=None, count=5, suffix=".png"):
+    """Images of 40x60 with masks that hold the values, in stripes."""
+    stripes = np.repeat(np.array(values, np.uint8), 60 // len(values))
+    mask = np.tile(np.resize(stripes, 60), (40, 1))
+    for number in range(count):
+        write_image(root / "images" / f"{number}.jpg", noise(40, 60, seed=number))
+        image = Image.fromarray(np.array(colors, np.uint8)[mask] if colors else mask)
+        image = image.convert(mode) if mode else image
+        (root / "masks").mkdir(exist_ok=True)
+        image.save(root / "masks" / f"{number}{suffix}")
+    return root
+
+
+class TestLabels:
+    def test_splits_in_folders(self, class_folders):
+        found = survey(class_folders, Flags())
+        assert (found.task, found.module, found.classes) == (LABELS, "ImageFolderDataModule", ("cat", "dog"))
+        assert found.counts == {"train": 8, "val": 4}
+        assert dict(found.arguments) == {"root": str(class_folders)}
+
+    @pytest.mark.parametrize(("share", "held"), [(None, 2), (0.4, 4)])
+    def test_splits_to_make(self, flat_folders, share, held):
+        found = survey(flat_folders, Flags(val_share=share))
+        assert found.counts == {"train": 10 - held, "val": held}
+        assert found.arguments["val_share"] == (share or 0.2)
+
+    def test_a_list(self, tmp_path):
+        rows = []
+        for number in range(10):
+            write_image(tmp_path / f"{number}.jpg", noise())
+            rows.append({"image": f"{number}.jpg", "label": "ab"[number % 2]})
+        found = survey(tmp_path.joinpath(written(tmp_path / "list.csv", rows)), Flags())
+        assert (found.module, found.classes, found.counts) == (
+            "ImageListDataModule",
+            ("a", "b"),
+            {"train": 8, "val": 2},
+        )
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        ("values", "options", "kind", "classes", "ignored"),
+        [
+            ([0, 1, 2], {}, "indices", ("class_0", "class_1", "class_2"), 255),
+            ([0, 1, 255], {}, "indices", ("class_0", "class_1"), 255),
+            ([0, 255], {}, "black and white", ("background", "object"), 255),
+            ([0, 255], {"mode": "1"}, "black and white", ("background", "object"), 255),
+            ([0, 128, 255], {}, "gray levels", ("gray_0", "gray_128", "gray_255"), 255),
+            ([0, 1], {"colors": [RED, GREEN]}, "in color", ("color_00ff00", "color_ff0000"), 255),
+            ([0, 1], {"colors": [(0, 0, 0), RED], "mode": "RGBA"}, "in color", ("color_000000", "color_ff0000"), 255),
+        ],
+        ids=["indices", "with 255", "black and white", "bits", "gray levels", "colors", "colors with alpha"],
+    )
+    def test_their_coding(self, tmp_path, values, options, kind, classes, ignored):
+        found = survey(masked(tmp_path / "data", values, **options), Flags())
+        assert (found.task, found.module, found.size) == (MASKS, "MaskFolderDataModule", (32, 64))
+        assert (found.coding.kind, found.classes, found.coding.ignore_index) == (kind, classes, ignored)
+
+    @pytest.mark.parametrize(
+        ("values", "flags", "expected"),
+        [
+            ([0, 1, 11], {"ignore_index": 11}, {"classes": ["class_0", "class_1"], "ignore_index": 11}),
+            ([0, 1, 2], {"ignore_index": 0}, {"classes": ["class_0", "class_1"], "reduce_labels": True}),
+            ([0, 1], {"classes": ("sky", "road", "car")}, {"classes": ["sky", "road", "car"]}),
+            ([0, 255], {"classes": ("ground", "cat")}, {"colors": {"ground": [0] * 3, "cat": [255] * 3}}),
+            ([0, 128, 255], {"ignore_index": 255}, {"classes": ["gray_0", "gray_128"]}),
+        ],
+        ids=["void above the classes", "void at 0", "names", "names of black and white", "a gray level that is void"],
+    )
+    def test_flags_overrule_it(self, tmp_path, values, flags, expected):
+        arguments = dict(survey(masked(tmp_path / "data", values), Flags(**flags)).arguments)
+        assert arguments | expected == arguments
+
+    def test_names_in_a_file(self, tmp_path):
+        root = masked(tmp_path / "data", [0, 1])
+        (root / "classes.txt").write_text("sky\nroad\n")
+        assert survey(root, Flags()).classes == ("sky", "road")
+
+    def test_masks_elsewhere(self, tmp_path):
+        root = masked(tmp_path / "data", [0, 1])
+        (root / "masks").rename(tmp_path / "labels")
+        found = survey(root / "images", Flags(masks=tmp_path / "labels"))
+        assert found.arguments["images"] == "."
+        assert found.arguments["masks"] == str(tmp_path / "labels")
+
+    @pytest.mark.parametrize("options", [{}, {"colors": [RED, GREEN]}, {"mode": "1"}], ids=["gray", "color", "bits"])
+    def test_the_data_module_takes_what_was_found(self, tmp_path, options):
+        from lora_plugins.tasks import MaskFolderDataModule
+
+        found = survey(masked(tmp_path / "data", [0, 255] if options == {"mode": "1"} else [0, 1], **options), Flags())
+        data = MaskFolderDataModule(**found.arguments, image_size=found.size, augmentation="none")
+        data.setup("fit")
+        assert {split: len(samples) for split, samples in data.splits.items()} == found.counts
+        assert set(data.splits["train"][0]["target"].unique().tolist()) == {0, 1}
+
+
+def one_class(root):
+    write_image(root / "cat" / "0.jpg", noise())
+
+
+def no_masks(root):
+    write_image(root / "images" / "0.jpg", noise())
+    write_image(root / "labels" / "0.png", noise())
+
+
+def only_images(root):
+    write_image(root / "0.jpg", noise())
+
+
+def unreadable(root):
+    for name in ("a/0.jpg", "b/1.jpg"):
+        write_image(root / name, noise())
+    (root / "a" / "broken.jpg").write_bytes(b"no image")
+
+
+def an_empty_class(root):
+    unreadable(root)
+    (root / "a" / "broken.jpg").unlink()
+    (root / "nothing").mkdir()
+
+
+def another_name_of_val(root):
+    for name in ("train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg"):
+        write_image(root / name, noise())
+
+
+def val_alone(root):
+    for name in ("val/a/0.jpg", "test/b/0.jpg"):
+        write_image(root / name, noise())
+
+
+def too_few(root):
+    for name in ("a/0.jpg", "b/0.jpg"):
+        write_image(root / name, noise())
+
+
+def without_partner(root):
+    masked(root, [0, 1])
+    (root / "masks" / "3.png").unlink()
+
+
+def one_value(root):
+    masked(root, [0])
+
+
+def jpeg_masks(root):
+    masked(root, [0, 1], suffix=".jpg")
+
+
+def a_photo_as_mask(root):
+    masked(root, [0, 1])
+    write_image(root / "masks" / "0.png", noise(40, 60))
+
+
+def smoothed(root):
+    masked(root, [0] * 20 + list(range(0, 100, 10)) + [255] * 30)
+
+
+def of_two_kinds(root):
+    masked(root, [0, 1])
+    write_image(root / "masks" / "0.png", np.full((40, 60, 3), 9, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "There is no folder"),
+        (one_class, "holds one class, 'cat', and there is nothing to tell apart"),
+        (no_masks, r"has no masks beside it.*--masks .*labels"),
+        (only_images, "nothing says what is on them"),
+        (unreadable, "(?s)1 problem.*broken.jpg cannot be read"),
+        (an_empty_class, "nothing holds no image"),
+        (another_name_of_val, "valid looks like the val split"),
+        (val_alone, "none called 'train'"),
+        (too_few, "2 images are too few"),
+        (without_partner, "3.jpg has no mask"),
+        (one_value, "All masks hold one value, 0"),
+        (jpeg_masks, "are no PNG files"),
+        (a_photo_as_mask, "more than 256 colors"),
+        (smoothed, "black and white with 9 grays between"),
+        (of_two_kinds, "Some masks are gray and others in color"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_cannot_be_trained_on(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        survey(tmp_path / "data", Flags())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"classes": ("a", "b")}, "holds the value 2, and 2 classes are named"),
+        ({"ignore_index": 1}, "the values of the classes go on above it"),
+    ],
+    ids=["a value without a name", "void between classes"],
+)
+def test_flags_that_do_not_fit_the_masks(tmp_path, flags, message):
+    with pytest.raises(DataError, match=message):
+        survey(masked(tmp_path / "data", [0, 1, 2]), Flags(**flags))
+
+
+def test_looking_needs_nothing_heavy():
+    code = "import sys, lora_plugins.tasks.autoconfig; print({'lightning', 'torchvision', 'timm'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

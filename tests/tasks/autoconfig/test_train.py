@@ -1,0 +1,158 @@
+"""`lora-plugins train DATA`, as it is typed: both tasks from folders to a fitted model."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lora_plugins.cli.main import main
+
+from ..conftest import noise, write_image
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tensorboard.*"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
+
+SMALL = {"labels": "timm/test_vit", "masks": "timm/test_resnet"}
+KINDS = ["labels", "masks"]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Makes `photos`, ten images with labels or with masks of black and white, and `weights`, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(kind, suffix=".safetensors"):
+        for number in range(10):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[4 : 20 + number, 8:24] = 255
+            image = noise(32, 32, seed=number) // 4 + (mask // 2)[..., None]
+            if kind == "masks":
+                write_image(tmp_path / "photos" / "images" / f"{number}.jpg", image)
+                write_image(tmp_path / "photos" / "masks" / f"{number}.png", mask)
+            else:
+                write_image(tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg", image)
+        torch.manual_seed(0)
+        network = timm.create_model(SMALL[kind].removeprefix("timm/"))
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                torch.nn.init.ones_(layer.weight)  # a block's last one starts at 0: no gradient before it
+        if suffix == ".safetensors":
+            save_file(network.state_dict(), f"weights{suffix}")
+        else:
+            torch.save({"state_dict": network.state_dict()}, f"weights{suffix}")
+        return ["photos", "--model", SMALL[kind], "--weights", f"weights{suffix}", "--epochs", "1", "--device", "cpu"]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_a_folder_to_predictions_in_two_lines(kind, folders, tmp_path, capsys):
+    images = {"labels": "photos/*/*.jpg", "masks": "photos/images"}[kind]
+    assert main(["train", *folders(kind)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    lines = {line.split()[0] for line in printed.partition("overrule it:")[2].splitlines()[1:6]}
+    assert lines == {"task", "classes", "splits", "model", "training"}
+    run = tmp_path / "runs" / "photos"
+    left = {"adapter", "merged.safetensors", "report.html", "train.yaml"}
+    assert left <= {path.name for path in run.iterdir()}
+    assert all(f"runs/photos/{name}" in printed for name in left)
+    assert "lora-plugins predict runs/photos/adapter IMAGES" in printed
+    assert main(["predict", "runs/photos/adapter", images]) == 0, capsys.readouterr().err
+    assert "10 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("labels", ".pth"), ("masks", ".safetensors")])
+def test_the_written_configuration_gives_the_same_adapter(kind, suffix, folders, tmp_path, capsys):
+    assert main(["train", *folders(kind, suffix), "--rank", "2", "--out", "first", "--save-config", "own.yaml"]) == 0
+    assert (tmp_path / "own.yaml").read_text() == (tmp_path / "first" / "train.yaml").read_text()
+    again = ["--lora_callback.save_adapter_to", "again", "--lora_callback.export_to", "again.safetensors"]
+    assert main(["fit", "--config", "own.yaml", *again]) == 0, capsys.readouterr().err
+    first, second = (
+        load_file(next((tmp_path / folder).glob("*.safetensors"))) for folder in ("first/adapter", "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    manifest = json.loads((tmp_path / "again" / "adapter.json").read_text())
+    assert manifest["config"]["r"] == 2
+
+
+def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tmp_path, capsys):
+    given = ["train", *folders("labels"), "--batch-size", "3", "--lr", "0.5", "--seed", "4", "--image-size", "80"]
+    assert main([*given, "--plan", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    assert "not trained yet" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "weights.safetensors", "it.yaml"}
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    assert made["seed_everything"] == 4
+    assert made["model"]["init_args"]["lr"] == 0.5
+    assert made["model"]["init_args"]["model"]["options"] == {"dynamic_img_size": True}
+    assert made["data"]["init_args"] | {"batch_size": 3, "image_size": [80, 80]} == made["data"]["init_args"]
+
+
+def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--plan", "--rank", "3", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    assert "this learns handwritten digits" in capsys.readouterr().out
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    assert made["lora"]["r"] == 3
+    assert made["lora_callback"]["save_adapter_to"] == "runs/digits/adapter"
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        (["--epoch", "3"], "there is no flag --epoch. Did you mean '--epochs'"),
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
+        (["--lr", "fast"], "argument --lr: 'fast' is not a number above 0"),
+        (["--image-size", "32x"], None),
+        (["--image-size", "big"], "argument --image-size"),
+        (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--model", "vit_smal_patch16_224"], "Unknown model of timm 'vit_smal_patch16_224'. Did you mean 'vit_small"),
+        (["--weights", "weihgts.safetensors"], "Did you mean 'weights.safetensors'"),
+        (["--weights", "photos.txt"], "--weights: Unknown file 'photos.txt'"),
+        (["--classes", "a,b"], "--classes and --ignore-index are for masks"),
+        (["--val-share", "2"], "argument --val-share: '2' is not a share"),
+        (["--out", "weights.safetensors"], "there are results already"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_mistakes_in_flags(folders, further, message, capsys):
+    given = [*folders("labels"), *further, "--plan"]
+    assert main(["train", *given]) == (0 if message is None else 1)
+    err = capsys.readouterr().err
+    assert (message or "") in err
+    assert "Traceback" not in err
+    assert "usage" not in err
+
+
+def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folders("labels")
+    assert main(["train", "photos"]) == 1
+    err = capsys.readouterr().err
+    assert "timm/vit_small_patch16_224 are on the Hugging Face hub, which cannot be reached" in err
+    assert "--weights FILE" in err
+
+
+def test_an_encoder_for_masks_has_features_of_several_sizes(folders, capsys):
+    assert main(["train", *folders("masks"), "--model", "timm/test_vit"]) == 1
+    assert "features of one size" in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(folders, tmp_path, capsys):
+    (tmp_path / "runs" / "photos" / "adapter").mkdir(parents=True)
+    assert main(["train", *folders("labels"), "--out", "runs/photos", "--plan"]) == 1
+    assert "there are results already" in capsys.readouterr().err
+    assert main(["train", *folders("labels"), "--plan", "--save-config", "it.yaml"]) == 0
+    assert "runs/photos-2/adapter" in (tmp_path / "it.yaml").read_text()
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 45
