@@ -25,7 +25,7 @@ from lora_plugins.errors import (
 from lora_plugins.files import PackedAdapter, load_quantized
 from lora_plugins.merge import MergedWeight, MergeReport
 from lora_plugins.model import LoraModel
-from lora_plugins.plan import LeftOut, Plan
+from lora_plugins.plan import LayerGroup, LeftOut, Plan
 from lora_plugins.plugins import (
     FORMATS,
     INITS,
@@ -82,6 +82,7 @@ __all__ = [
     "InitPlugin",
     "InitRegistrar",
     "InputMoments",
+    "LayerGroup",
     "LayerPlugin",
     "LayerRegistrar",
     "LayerSettings",

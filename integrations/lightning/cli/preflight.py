@@ -43,6 +43,9 @@ _OF_CHECKPOINTS = frozenset({"best", "last", "hpc"})
 _OTHER_FILES = frozenset(
     {".safetensors", ".png", ".jpg", ".jpeg", ".yaml", ".yml", ".json", ".onnx", ".pt2", ".py", ".sh"}
 )
+_OF_A_FOLDER = "FolderDataModule"
+"""How the names of the data modules end that read a folder of the user's, `root`."""
+
 _MISSING = object()
 
 
@@ -63,8 +66,8 @@ def check(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
             _refuse_flag(flag, flags)
         if flag in ("--config", "-c"):
             _merge(given, _configuration(value))
-        elif value is not None:
-            _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value))
+        elif value is not None or section == "print_config":
+            _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value or ""))
     for one in _CHECKS:
         one(given)
 
@@ -221,6 +224,8 @@ def _check_batch_size(given: Mapping[str, Any]) -> None:
 
 def _check_root(given: Mapping[str, Any]) -> None:
     root = _get(given, "data", "init_args", "root")
+    if "print_config" in given or not str(_get(given, "data", "class_path")).endswith(_OF_A_FOLDER):
+        return  # it is not read, or made first
     if isinstance(root, str) and not Path(root).is_dir():
         parent = next(folder for folder in Path(root).absolute().parents if folder.is_dir())
         missing = Path(root).absolute().relative_to(parent).parts[0]

@@ -76,7 +76,7 @@ class TestDoctor:
         monkeypatch.syspath_prepend(tmp_path)
         code, out = doctor(capsys)
         assert code == 1
-        lacking = "'formats', 'inits', 'layers', 'variants', 'lora_plugins.commands'"
+        lacking = "'formats', 'inits', 'layers', 'storages', 'variants', 'lora_plugins.commands'"
         assert f"[problem] lora-plugins itself lacks the entry points {lacking}" in out
         assert "pip install --force-reinstall --no-deps lora-plugins" in out
 
