@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -212,7 +213,7 @@ def _table(data: Path | None, lines: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _yaml(made: Mapping[str, Any], arguments: Sequence[str]) -> str:
-    command = " ".join(["lora-plugins train", *arguments])
+    command = shlex.join(["lora-plugins", "train", *arguments])
     head = textwrap.fill(f"What `{command}` made. Run it again: lora-plugins fit --config FILE", 118)
     body: str = yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True)
     return textwrap.indent(head, "# ") + "\n" + body
@@ -230,6 +231,7 @@ def _write(path: Path, text: str) -> None:
 
 def _left(out: Path) -> str:
     """Says where everything is, and what can be done with it."""
+    adapter, model = (shlex.quote(str(out / name)) for name in (ADAPTER, "model.onnx"))
     files = [f"  {out / name!s:32}  {what}" for name, what in WHAT.items() if (out / name).exists()]
     return "\n".join(
         [
@@ -237,8 +239,8 @@ def _left(out: Path) -> str:
             f"Done. In {out}:",
             *files,
             "Next:",
-            f"  lora-plugins predict {out / ADAPTER} IMAGES      (an image, a folder, or a pattern in quotes)",
-            f"  lora-plugins export {out / ADAPTER} {out / 'model.onnx'}",
-            f"  lora-plugins inspect {out / ADAPTER}",
+            f"  lora-plugins predict {adapter} IMAGES      (an image, a folder, or a pattern in quotes)",
+            f"  lora-plugins export {adapter} {model}",
+            f"  lora-plugins inspect {adapter}",
         ]
     )

@@ -37,6 +37,7 @@ def load_task(path: str | Path) -> VisionTask:
     if not path.exists():
         raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
     if path.is_dir():
+        _check_folder(path)
         provenance = _checked(_manifest(path / MANIFEST).get(PROVENANCE_KEY), path)
         task = _task_class(provenance, path)(**provenance["arguments"])
         target = task.get_submodule(provenance.get("target") or "")
@@ -60,6 +61,13 @@ def merged_task(path: str | Path) -> VisionTask:
     for module in adapted_targets(task).values():
         LoraModel(module).merge_and_unload()
     return task
+
+
+def _check_folder(path: Path) -> None:
+    """Says where the adapter is, if a folder is not one but holds one, as those of runs do."""
+    inside = sorted(each.parent for each in path.glob(f"*/{MANIFEST}"))
+    if inside and not (path / MANIFEST).exists():
+        raise WeightsError(f"{path} is no adapter folder, but holds one: {inside[0]}.")
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:

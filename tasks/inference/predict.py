@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to compute on")
     options = parser.parse_args(arguments)
     try:
+        _check_device(options.device)
         files = predict_folder(
             load_task(options.model).to(options.device),
             options.images,
@@ -116,13 +117,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--device is {name!r}, which torch cannot use here: {reason}. Leave it out, or take cpu."
+        ) from error
+
+
 def _told(files: Sequence[Path]) -> str:
     """Says what was written, and where."""
     if files[0].name == LABELS:
         with files[0].open(newline="", encoding="utf-8") as stream:
             labels = Counter(row["label"] for row in csv.DictReader(stream))
         counts = ", ".join(f"{count} {name}" for name, count in labels.most_common(MAX_TOLD))
-        more = f", and {len(labels) - MAX_TOLD} labels more" if len(labels) > MAX_TOLD else ""
+        more = f", and {len(labels) - MAX_TOLD} more" if len(labels) > MAX_TOLD else ""
         return f"Labels of {_images(labels.total())} with probabilities: {files[0]} ({counts}{more})"
     masks = [file for file in files if file.parent.name == MASKS]
     overlays = masks[0].parent.with_name(OVERLAYS)

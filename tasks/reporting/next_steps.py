@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks.training import VisionTask
 
-PROGRAM = "python -m lora_plugins.tasks"
+PROGRAM = "lora-plugins"
 RANDOM = "none"
 """`weights` of a network that starts at random."""
 
@@ -22,7 +22,7 @@ def next_steps(trainer: Trainer, task: VisionTask, callbacks: Sequence[LoraCallb
         return {}
     model, absolute = shlex.quote(str(path)), path.resolve()
     return {
-        f"In {Path.cwd()}, predict for a folder of images": f"{PROGRAM} predict {model} IMAGES OUT",
+        f"In {Path.cwd()}, predict for a folder of images": f"{PROGRAM} predict {model} IMAGES --out OUT",
         "Write it for other runtimes": f"{PROGRAM} export {model} model.onnx",
         "Go on in Python": (
             f"from lora_plugins.tasks import load_task\n\ntask = load_task({str(absolute)!r})\nprint(task.class_names)"

@@ -229,12 +229,21 @@ class TestCoreAlone:
         assert (done.returncode, done.stderr) == (0, "")
         assert words in done.stdout
 
-    @pytest.mark.parametrize("arguments", [[name] for name in ("fit", "plan", "export", "merge")] + [["--config", "x"]])
-    def test_commands_of_lightning_say_what_to_install(self, tmp_path, arguments):
+    @pytest.mark.parametrize(
+        ("arguments", "extra"),
+        [
+            *(([name], "lightning") for name in ("fit", "plan", "merge")),
+            (["--config", "x"], "lightning"),
+            (["train", "photos"], "vision"),
+            (["predict", "adapter", "photos"], "vision"),
+            (["export", "adapter", "x.onnx"], "vision"),
+        ],
+        ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+    )
+    def test_commands_of_extras_say_what_to_install(self, tmp_path, arguments, extra):
         done = without(self.ABSENT, f"sys.exit(main({arguments!r}))", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: this command needs ")
-        extra = "vision" if "export" in arguments else "lightning"
         assert done.stderr.endswith(f". Run: pip install 'lora-plugins[{extra}]'\n")
 
     def test_that_check_can_fail(self):

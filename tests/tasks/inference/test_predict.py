@@ -67,8 +67,9 @@ class TestPredict:
             ("labels", ["--window", "8", "8"], "A window is for masks"),
             ("masks", ["--window", "0", "8"], "window is 0x8"),
             ("masks", ["--overlap", "1"], "share of the window"),
+            ("labels", ["--device", "gpu7"], "--device is 'gpu7', which torch cannot use here"),
         ],
-        ids=["window of labels", "window of nothing", "overlap"],
+        ids=["window of labels", "window of nothing", "overlap", "device"],
     )
     def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
         write_image(tmp_path / "images" / "a.png", noise())
@@ -123,3 +124,8 @@ class TestWhatIsPredicted:
     def test_a_pattern_that_matches_nothing(self, fitted, tmp_path, capsys):
         assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "*.png")]) == 1
         assert "*.png matches no image" in capsys.readouterr().err
+
+    def test_the_folder_of_a_run_names_its_adapter(self, fitted, tmp_path, capsys):
+        run = fitted["labels"][1]["adapter"].parent
+        assert predict([str(run), str(tmp_path)]) == 1
+        assert f"is no adapter folder, but holds one: {run / 'adapter'}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
     DigitScenesDataModule,
@@ -20,7 +21,6 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     SemanticSegmentationTask,
 )
-from lora_plugins.tasks.__main__ import main
 from lora_plugins.tasks.pages import read_run
 
 from ..browser import browser_page, needs_browser
@@ -109,7 +109,7 @@ class TestNextSteps:
         monkeypatch.chdir(tmp_path)
         predict, _, python = self.steps(trainer, tmp_path, base, **{file: "a file of a run.safetensors"})
         write_image(tmp_path / "IMAGES" / "a.png", noise())
-        assert main(shlex.split(predict)[3:]) == 0, capsys.readouterr().err
+        assert main(shlex.split(predict)[1:]) == 0, capsys.readouterr().err
         assert (tmp_path / "OUT" / "masks" / "a.png").is_file()
         exec(python)
         assert "ground" in capsys.readouterr().out
