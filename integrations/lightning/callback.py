@@ -510,7 +510,7 @@ class LoraCallback(Callback):
         if model_state(target) is None:
             return
         try:
-            self._merge = merge_reversibly(target, self.max_error)
+            self._merge = merge_reversibly(target, self.max_error, dequantize=self.dequantize)
         except MergeError as error:  # what was tested is right nevertheless
             rank_zero_warn(f"The adapter stays on the module: {error}")
 

@@ -20,7 +20,7 @@ from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
 from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
-from lora_plugins.integrations.transformers.restoring import holds_adapter, restore
+from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
 
 
 class LoraTrainer(Trainer):

@@ -69,8 +69,9 @@ def test_entry_points_and_marker_are_in_the_wheel(wheel):
     )
     commands = (
         "[lora_plugins.commands]",
-        "lightning = lora_plugins.integrations.lightning.cli:COMMANDS",
         "tasks = lora_plugins.tasks.command_table:COMMANDS",
+        "[lora_plugins.recipes]",
+        "tasks = lora_plugins.tasks",
     )
     for line in (*own, *scripts, *commands, "[pytest11]", "lora_plugins = pytest_lora_plugins"):
         assert line in points

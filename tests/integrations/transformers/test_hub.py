@@ -36,7 +36,7 @@ def hub():
 def test_the_adapter_is_pushed_and_loaded(hub, tmp_path, strategy):
     environment = {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_of_the_test",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.getcwd(),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, strategy], cwd=tmp_path, env=environment, capture_output=True, text=True,

@@ -17,7 +17,7 @@ def test_two_ranks_train_one_adapter(tmp_path, picture_folder):
     build("Stable Diffusion").save_pretrained(tmp_path / "base")
     picture_folder(*[(16, 16)] * 4)
     root = Path(__file__).parents[3]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.tasks.diffusion.two_ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
