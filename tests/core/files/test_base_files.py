@@ -139,6 +139,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow  # the peak of a process is the system's to say: beside other tests it was twice as high
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_peaks_at_the_stored_size_and_one_layer(tmp_path):
     layers = [nn.Linear(1024, 1024) for _ in range(40)]  # 160 MiB, stored 21

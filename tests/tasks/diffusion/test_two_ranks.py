@@ -12,6 +12,7 @@ from lora_plugins.integrations.diffusers import LoraPipeline, load_pipeline
 from tests.integrations.diffusers.pipelines import build
 
 
+@pytest.mark.slow  # its port can be taken by another test that starts processes at the same time
 @pytest.mark.timeout(600)
 def test_two_ranks_train_one_adapter(tmp_path, picture_folder):
     build("Stable Diffusion").save_pretrained(tmp_path / "base")
