@@ -1,16 +1,19 @@
 """What methods are called with: arguments that are swapped, of another type or of another library."""
 
 import dataclasses
+import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lora_plugins.config import LoraConfig, shown
 from lora_plugins.errors import ConfigError
 from lora_plugins.words import ARGUMENTS, FIELDS
+
+Class = TypeVar("Class")
 
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((nn.Module,), "a torch.nn.Module"),
@@ -22,6 +25,18 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
 
 _RENAMED: Mapping[str, str] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 """Fields of PEFT's LoraConfig that have the same values here, under another name."""
+
+
+def with_checked_arguments(cls: type[Class]) -> type[Class]:
+    """Lets the public methods of a class, and its constructor, check their arguments before they run."""
+    for name, member in list(vars(cls).items()):
+        bound = isinstance(member, staticmethod | classmethod)
+        function = member.__func__ if bound else member
+        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
+            call = cls.__name__ if name == "__init__" else f"{cls.__name__}.{name}"
+            checked = _checked(function, call, skip=not isinstance(member, staticmethod))
+            setattr(cls, name, type(member)(checked) if bound else checked)
+    return cls
 
 
 def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -63,6 +78,19 @@ def check_config(call: str, config: Any) -> None:
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{call}: {_wrong_type('config', config)} {_remedy('config', config)}".rstrip())
+
+
+def _checked(function: Callable[..., Any], call: str, skip: int) -> Callable[..., Any]:
+    """Returns a function that checks its arguments, all but the first `skip`."""
+    signature = inspect.signature(function)
+    signature = signature.replace(parameters=[*signature.parameters.values()][skip:])
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(call, signature, args[skip:], kwargs)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _fits(parameter: str, value: Any) -> bool:

@@ -1,7 +1,6 @@
 """`LoraModel`, the handle to an adapted model."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from lora_plugins.adapter import (
     whole,
     without_adapters,
 )
-from lora_plugins.arguments import check_arguments
+from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
@@ -39,9 +38,8 @@ from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
 from lora_plugins.utils import outside_inference
-from lora_plugins.words import MEMBERS, said_of
+from lora_plugins.words import MEMBERS, Told, said_of_member
 
-Class = TypeVar("Class")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -56,48 +54,8 @@ def _whole(method: Method) -> Method:
     return cast(Method, changed)
 
 
-def _with_checked_arguments(cls: type[Class]) -> type[Class]:
-    """Lets the methods of a class name arguments that are swapped or of another library."""
-    for name, member in list(vars(cls).items()):
-        bound = isinstance(member, staticmethod | classmethod)
-        function = member.__func__ if bound else member
-        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
-            call = cls.__name__ if name == "__init__" else f"{cls.__name__}.{name}"
-            checked = _checked(function, call, skip=not isinstance(member, staticmethod))
-            setattr(cls, name, type(member)(checked) if bound else checked)
-    return cls
-
-
-def _checked(function: Callable[..., Any], call: str, skip: int) -> Callable[..., Any]:
-    """Returns a function that checks its arguments, all but the first `skip`."""
-    signature = inspect.signature(function)
-    signature = signature.replace(parameters=[*signature.parameters.values()][skip:])
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(call, signature, args[skip:], kwargs)
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _said(name: str, owner: object) -> str:
-    """Returns what to write instead of an attribute that does not exist."""
-    public = [each for each in dir(owner) if not each.startswith("_")]
-    return "" if name.startswith("_") else f" {said_of(name, MEMBERS, public)}"
-
-
-class _Told(type):
-    """The class of `LoraModel`, which names what to write instead of a method of another library."""
-
-    if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
-
-        def __getattr__(cls, name: str) -> NoReturn:
-            raise AttributeError(f"{cls.__name__} has no attribute {name!r}.{_said(name, cls)}")
-
-
-@_with_checked_arguments
-class LoraModel(metaclass=_Told):
+@with_checked_arguments
+class LoraModel(metaclass=Told):
     """A handle to a model and its LoRA adapters.
 
     The model stays the user's own object: its layers are adapted in place, and training, saving and calling it go on
@@ -573,8 +531,9 @@ class LoraModel(metaclass=_Told):
 
         def __getattr__(self, name: str) -> NoReturn:
             model = None if name in MEMBERS or name.startswith("_") else vars(self).get("model")
-            handle = f" It is a handle; the model itself has it: lora.model.{name}" if hasattr(model, name) else ""
-            raise AttributeError(f"LoraModel has no attribute {name!r}.{handle or _said(name, self)}")
+            handle = f"It is a handle; the model itself has it: lora.model.{name}" if hasattr(model, name) else ""
+            said = handle or said_of_member(name, self)
+            raise AttributeError(f"LoraModel has no attribute {name!r}. {said}".rstrip())
 
     @property
     def _state(self) -> ModelState:

@@ -4,6 +4,7 @@ There is one word for a thing: what is called otherwise here is an error that sa
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NoReturn
 
 from lora_plugins.errors import near
 
@@ -124,3 +125,18 @@ def said_of(name: str, words: Mapping[str, str], known: Iterable[str]) -> str:
         known: The names that exist, for a near match where the table does not have it.
     """
     return words[name] if name in words else near(name, known)
+
+
+def said_of_member(name: str, owner: object) -> str:
+    """Returns what to write instead of an attribute that an object or class lacks; empty for a private one."""
+    public = [each for each in dir(owner) if not each.startswith("_")]
+    return "" if name.startswith("_") else said_of(name, MEMBERS, public)
+
+
+class Told(type):
+    """A class that names what to write instead of an attribute that others have."""
+
+    if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
+
+        def __getattr__(cls, name: str) -> NoReturn:
+            raise AttributeError(f"{cls.__name__} has no attribute {name!r}. {said_of_member(name, cls)}".rstrip())
