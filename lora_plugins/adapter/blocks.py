@@ -1,9 +1,10 @@
 """Blocks: other adapters act for the time of a `with` statement, and then all is what it was."""
 
 from collections.abc import Callable
-from contextlib import ContextDecorator, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
@@ -14,9 +15,12 @@ from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor
 from lora_plugins.utils import mark_restored, mark_stand_ins
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-class Within(ContextDecorator, ExitStack):
-    """The `with` statement of a block.
+
+class Within(ExitStack):
+    """The `with` statement of a block, or a decorator that opens one for each call of a function.
 
     It is left twice: where the first leaving is interrupted, the model is still inside, and the second one leaves.
 
@@ -29,13 +33,26 @@ class Within(ContextDecorator, ExitStack):
     def __init__(self, model: nn.Module, opened: Block, check: Callable[[ModelState], None] | None = None) -> None:
         super().__init__()
         self._model, self._opened, self._check = model, opened, check
+        self._inside: Block | None = None
+
+    def __call__(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """Returns a function that is called inside a block of its own."""
+
+        @wraps(function)
+        def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            with Within(self._model, self._opened, self._check):
+                return function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> nn.Module:  # type: ignore[override]
         model, state = self._model, present_state(self._model)
         state.check(self._opened.call)
+        if self._inside in state.blocks:  # an end of it would be the end of both
+            raise StateError(f"This block is open already. Open another one inside: {self._opened.call}(...).")
         if self._check is not None:
             self._check(state)
-        opened = replace(self._opened)
+        opened = self._inside = replace(self._opened)
         for _ in range(2):
             self.callback(_leave, model, opened)
         return whole(model, partial(_enter, model, state, opened))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lora_plugins.errors import StateError
-from lora_plugins.inplace import own_tensor
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace import holder_of, is_shard, own_tensor
 
 
 @dataclass
@@ -64,8 +64,17 @@ class OwnedTensors:
             adapters: Names of adapters.
             lasting: Whether they stay there, so that a backward through an earlier forward has to end in an error.
                 Inside a block the values of before come back, and with them what that backward needs.
+
+        Raises:
+            StateError: If one of the tensors has another shape than its values.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
+        replaced = [name for name in self._replaced(model) if self.owner.get(name) != wanted.get(name)]
+        if replaced:
+            raise StateError(
+                f"{listing(replaced)} has another shape than when it was adapted: the layer was replaced. unload() the "
+                "adapters, which leaves the new layer as it is, and adapt the model again."
+            )
         for name, base in self.base.items():
             present, owner = self.owner.get(name), wanted.get(name)
             if present == owner:
@@ -82,6 +91,19 @@ class OwnedTensors:
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner
+
+    def forget_replaced(self, model: nn.Module) -> None:
+        """Forgets all values of tensors in whose place is one of another shape, which is left alone."""
+        for name in self._replaced(model):
+            for values in (self.base, self.owner, *self.values.values()):
+                values.pop(name, None)
+
+    def _replaced(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, base in self.base.items()
+            if own_tensor(model, name).shape != base.shape and not is_shard(*holder_of(model, name))
+        ]
 
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """Returns an adapter's value of a tensor, in place or not."""

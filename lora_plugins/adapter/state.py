@@ -22,12 +22,15 @@ from lora_plugins.inplace import (
     full_name,
     hold,
     is_shard,
+    layer_state,
     let_go,
+    let_load,
     model_modules,
     own_tensor,
     own_tensors,
     state_of,
     thaw,
+    watch_loading,
 )
 from lora_plugins.plan import Plan
 from lora_plugins.utils import Versions
@@ -43,12 +46,12 @@ class Adapter:
     Args:
         plan: What it adapts.
         recipes: By layer name and slot suffix, what its init needs to change the base again.
-        fingerprints: Of the untouched weights by full name; filled when first needed, since the base stands still.
+        fingerprints: Those of the untouched weights that were taken, by full name; see `files.fingerprint`.
     """
 
     plan: Plan
     recipes: Mapping[tuple[str, str], Mapping[str, Tensor]]
-    fingerprints: dict[str, dict[str, float]] = field(default_factory=dict)
+    fingerprints: dict[str, tuple[object, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +195,8 @@ def open_state(model: nn.Module) -> ModelState:
         warn_on_save(model, partial(_acting_names, state))
         for module in model.modules():
             hold(module)
+            if module is not model:
+                watch_loading(module)
     return state
 
 
@@ -220,6 +225,7 @@ def close_state(model: nn.Module) -> None:
     for entry in modules:
         thaw(entry.module)
         let_go(entry.module)
+        let_load(entry.module)
     for name, parameter in own_tensors(modules, "_parameters").items():
         required = state.requires_grad.get(name, parameter.requires_grad)
         require_gradient(parameter, required, state.guards, name)
@@ -239,6 +245,23 @@ def _adapted(modules: list[NamedModule]) -> dict[str, nn.Module]:
     return {entry.name: entry.module for entry in modules if state_of(entry.module) is not None}
 
 
+def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
+    """Checks that an adapter is on all of its layers.
+
+    Raises:
+        StateError: If one of them is not there any more, and with it its update.
+    """
+    there = {
+        layer_state(layer).name for layer in adapted_layers(model).values() if adapter in layer_state(layer).adapters
+    }
+    lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in there]
+    if lost:
+        raise StateError(
+            f"The update of {listing(lost)} by the adapter {adapter!r} is gone: the layer was replaced. Put it back, "
+            "or take the adapter off: unload()."
+        )
+
+
 def apply_state(model: nn.Module, state: ModelState) -> None:
     """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
     modules = model_modules(model)
@@ -252,6 +275,7 @@ def let_act(modules: list[NamedModule], state: ModelState) -> None:
     acting = state.acting
     for layer in _adapted(modules).values():
         activate(layer, acting.adapters, acting.rows, {} if state.blocks else state.weights)
+        layer_state(layer).meanwhile = "in a block" if state.blocks else "merged" if state.merged else ""
     _apply_norms(modules, state)
 
 

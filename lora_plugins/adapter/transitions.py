@@ -230,6 +230,7 @@ def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
 def strip(model: nn.Module, state: ModelState) -> None:
     """Takes all adapters off a model whose weights hold no merged update: the untouched model, bit for bit."""
     state.active = ()
+    state.values.forget_replaced(model)
     apply_state(model, state)
     for layer in adapted_layers(model).values():
         strip_adapters(layer)

@@ -43,9 +43,7 @@ class _Before:
         modules = _modules(model)
         self._classes = [(module, module.__class__) for module in modules]
         self._contents = [(content, content.copy()) for module in modules for content in _contents(module)]
-        self._contents += [
-            (hooks, hooks.copy()) for hooks in (model._forward_pre_hooks, model._load_state_dict_pre_hooks)
-        ]
+        self._contents.append((model._forward_pre_hooks, model._forward_pre_hooks.copy()))
         tensors = [tensor for module in modules for tensor in _tensors(module)]
         self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
 
@@ -84,7 +82,7 @@ def _contents(module: nn.Module) -> list[dict[Any, Any]]:
     if isinstance(module, AdapterTensors):
         return [module._parameters]
     attributes = vars(module)
-    found = [attributes, module._modules, module._parameters]
+    found = [attributes, module._modules, module._parameters, module._load_state_dict_pre_hooks]
     if module._buffers:
         found.append(module._buffers)
     if (layer := attributes.get(STATE)) is not None:

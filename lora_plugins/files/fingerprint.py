@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.inplace import detached_weight, full_name, stored_weight
+from lora_plugins.inplace import detached_weight, full_name, is_shard, stored_weight
 from lora_plugins.plan import Plan
+from lora_plugins.utils import version
 
 TOLERANCE = 1e-2
 """Distance, relative to the norm, up to which two weights count as the same: rounding to bfloat16 is below it."""
@@ -46,19 +47,38 @@ def same(first: dict[str, float], second: dict[str, float]) -> bool:
     return all(abs(first[key] - second[key]) <= scale for key in KEYS)
 
 
-def fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
+def fingerprints(
+    model: nn.Module, plan: Plan, taken: dict[str, tuple[object, dict[str, float]]] | None = None
+) -> dict[str, dict[str, float]]:
     """Returns the fingerprints of the untouched weights that a plan adapts, by full name.
 
     Stored weights have none: of them there are checksums.
+
+    Args:
+        model: The model, with the base's values in place.
+        plan: What is adapted.
+        taken: Fingerprints that were taken before, each with what tells whether its weight was written since; new ones
+            are put there. Of a weight that is split over processes, the one from before always counts.
     """
-    return {
-        name: fingerprint(detached_weight(module, slot.tensor))
-        for layer in plan.layers
-        for slot in {slot.tensor: slot for slot in layer.slots}.values()
-        for module in [model.get_submodule(layer.name)]
-        if (name := full_name(layer.name, slot.tensor)) not in plan.stored
-        and stored_weight(module, slot.tensor) is None
-    }
+    taken = {} if taken is None else taken
+    found = {}
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        for tensor in dict.fromkeys(slot.tensor for slot in layer.slots):
+            name = full_name(layer.name, tensor)
+            if name in plan.stored or stored_weight(module, tensor) is not None:
+                continue
+            stamp = _stamp(module, tensor)
+            if name not in taken or (taken[name][0] != stamp and not is_shard(module, tensor)):
+                taken[name] = stamp, fingerprint(detached_weight(module, tensor))
+            found[name] = taken[name][1]
+    return found
+
+
+def _stamp(layer: nn.Module, tensor: str) -> object:
+    """Returns what is the same as long as nobody writes into a weight; nothing is, where the weight is computed."""
+    parameter = layer._parameters.get(tensor)
+    return object() if parameter is None else (id(parameter), version(parameter))
 
 
 def checksum(tensor: Tensor) -> str:

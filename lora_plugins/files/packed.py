@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.adapter import ModelState, base_in_place
+from lora_plugins.adapter import ModelState, base_in_place, check_complete
 from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import origin
@@ -17,7 +17,12 @@ from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, Planned
 
 
 def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None) -> PackedAdapter:
-    """Returns an adapter of a model as plain data. The tensors are the model's own, not copies."""
+    """Returns an adapter of a model as plain data. The tensors are the model's own, not copies.
+
+    Raises:
+        StateError: If a layer of it was replaced.
+    """
+    check_complete(model, state, adapter_name)
     adapter = state.adapters[adapter_name]
     plan = adapter.plan
     registry = registry or registry_of(plan.config)
@@ -29,12 +34,11 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
             tensors[recipe_prefix(layer, slot) + name] = tensor
     for name in (*plan.trained, *plan.saved_buffers):
         tensors[value_key(name)] = state.values.value(model, adapter_name, name)
-    if not adapter.fingerprints:
-        with base_in_place(model, state):
-            adapter.fingerprints.update(fingerprints(model, plan))
+    with base_in_place(model, state):
+        base = fingerprints(model, plan, adapter.fingerprints)
     changed = _changed(model, state, adapter_name)
     stored = described(model, registry)
-    manifest = manifest_of(plan, registry, adapter_name, tensors, adapter.fingerprints, changed, stored)
+    manifest = manifest_of(plan, registry, adapter_name, tensors, base, changed, stored)
     return PackedAdapter(manifest, tensors)
 
 

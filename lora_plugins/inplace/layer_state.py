@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError
 from lora_plugins.plugins import LayerPlugin, PlannedLayer, Slot
 
 STATE = "_lora"
@@ -52,6 +53,7 @@ class LayerState:
             not yet.
         branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
+        meanwhile: In which condition the model has other values in the place of its own, and will put these back.
     """
 
     name: str
@@ -62,6 +64,15 @@ class LayerState:
     merged: dict[str, Tensor] = field(default_factory=dict)
     branch: Branch | None = None
     rows: tuple[str | None, ...] | None = None
+    meanwhile: Literal["", "in a block", "merged"] = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.meanwhile == "in a block":
+            raise StateError(
+                f"{self.name!r} cannot be copied or pickled inside disable_adapter() or mixed_batch(): the copy would "
+                "never leave the block. Leave the `with` block first."
+            )
+        return vars(self)
 
     @property
     def has_branch(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_names, check_shared
+from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_complete, check_names, check_shared
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.inplace import foreign_kind, holder_of, layer_state, recompute, state_of
 from lora_plugins.merge.weight_delta import weight_deltas
@@ -139,6 +139,7 @@ def _check_adapters(
             f"have to be merged at once: {listing(state.active)}."
         )
     for name in () if state.leaving else adapters:  # layers that have left may share a weight with those that have not
+        check_complete(model, state, name)
         check_shared(model, _weights_of(layers, name))
 
 

@@ -52,12 +52,33 @@ def test_a_block_is_a_decorator():
     assert not torch.equal(lora.model(X), base)
 
 
-def test_one_block_is_entered_twice():
+def test_a_decorated_function_that_calls_itself_stays_inside():
+    lora = headed()
+    with lora.disable_adapter():
+        base = lora.model(X)
+
+    @lora.disable_adapter()
+    def run(depth):
+        """Runs."""
+        return [*(run(depth - 1) if depth else []), lora.model(X)]
+
+    assert run.__doc__ == "Runs."
+    assert all(torch.equal(output, base) for output in run(2))
+
+
+def test_a_block_is_entered_again_when_it_has_ended_and_not_before():
     lora = headed()
     before, block = lora.model(X), lora.disable_adapter()
-    with block, block:
-        pass
-    assert torch.equal(lora.model(X), before)
+    with lora.disable_adapter():
+        base = lora.model(X)
+    for _ in range(2):
+        with block:
+            with pytest.raises(StateError, match=r"open already. Open another one inside: disable_adapter"):
+                block.__enter__()
+            with lora.disable_adapter():
+                pass
+            assert torch.equal(lora.model(X), base)
+        assert torch.equal(lora.model(X), before)
 
 
 def test_a_backward_inside_is_refused_where_a_head_was_trained():

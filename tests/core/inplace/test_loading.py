@@ -1,0 +1,101 @@
+"""State dicts that are loaded into a part of an adapted model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
+
+X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.BatchNorm1d(6))
+    return nn.Sequential(backbone, nn.Linear(6, 2)).double().eval()
+
+
+def adapted(**fields):
+    return LoraModel(model_of(), LoraConfig(r=2, target_modules=["0.0"], **{"init": "gaussian", **fields}), "a")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"init": "pissa"}], ids=["plain", "biases", "changed base"])
+@pytest.mark.parametrize("part", ["0", "0.0"])
+def test_a_base_is_loaded_into_the_whole_model_only(part, fields, strict):
+    lora = adapted(**fields)
+    before = lora.model(X)
+    other = model_of(1).get_submodule(part).state_dict()
+    with pytest.raises(StateError, match=r"is a part of an adapted model, with '0\.0'.*into the whole model"):
+        lora.model.get_submodule(part).load_state_dict(other, strict=strict)
+    assert torch.equal(lora.model(X), before)
+
+
+def test_the_way_the_message_says_is_right():
+    lora, other = adapted(), model_of(1)
+    part = {f"0.{key}": value for key, value in other[0].state_dict().items()}
+    lora.model.load_state_dict(part, strict=False)
+    with lora.disable_adapter():
+        assert torch.equal(lora.model[0](X), other[0](X))
+
+
+@pytest.mark.parametrize(
+    ("enter", "leave", "message"),
+    [
+        pytest.param(lambda lora: lora.merge_adapter(), lambda lora: lora.unmerge_adapter(), "merged", id="merged"),
+        pytest.param(lambda lora: lora.disable_adapter(), None, "inside disable_adapter", id="in a block"),
+    ],
+)
+def test_nothing_is_loaded_that_would_be_lost(enter, leave, message):
+    lora = adapted()
+    own = copy.deepcopy(lora.model[0].state_dict())
+    entered = enter(lora)
+    if leave is None:
+        entered.__enter__()
+    with pytest.raises(StateError, match=f"nothing can be loaded into it .*{message}"):
+        lora.model[0].load_state_dict(own)
+    lora.model[1].load_state_dict(model_of(1)[1].state_dict())  # no adapter is there
+    entered.__exit__(None, None, None) if leave is None else leave(lora)
+    lora.model[0].load_state_dict({key: value + 1 for key, value in own.items()})
+    assert torch.equal(lora.model[0][0].lora_A["a"], own["0.lora_A.a"] + 1)
+
+
+def test_an_adapter_belongs_to_the_base_that_a_part_was_given(tmp_path):
+    lora, other = adapted(), adapted()
+    other.model.load_state_dict(model_of(1).state_dict())
+    lora.save_adapter(tmp_path / "before")
+    lora.model[0].load_state_dict(other.model[0].state_dict())
+    lora.save_adapter(tmp_path / "after")
+    LoraModel.load_adapter(model_of(1), tmp_path / "after")
+    with pytest.raises(AdapterFileError):
+        LoraModel.load_adapter(model_of(0), tmp_path / "after")
+
+
+def test_an_adapter_belongs_to_the_base_that_was_written_in_place(tmp_path):
+    lora, other = adapted(), model_of(1)
+    lora.save_adapter(tmp_path / "before")
+    with torch.no_grad():
+        dict(lora.model.named_parameters())["0.0.weight"].copy_(other[0][0].weight)
+    lora.save_adapter(tmp_path / "after")
+    LoraModel.load_adapter(other, tmp_path / "after")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+@pytest.mark.parametrize("part", ["0", "0.0"])
+def test_a_part_is_not_copied_inside_a_block(part, duplicate):
+    lora = adapted()
+    with lora.disable_adapter(), pytest.raises(StateError, match=r"'0\.0' cannot be copied or pickled inside"):
+        duplicate(lora.model.get_submodule(part))
+    twin = duplicate(lora.model.get_submodule(part))
+    assert torch.equal(twin(X), lora.model.get_submodule(part)(X))
+
+
+def test_the_untouched_model_loads_as_ever():
+    lora = adapted()
+    lora.unload()
+    lora.model[0].load_state_dict(model_of(1)[0].state_dict())
+    assert torch.equal(lora.model[0](X), model_of(1)[0](X))
+    assert not any(module._load_state_dict_pre_hooks for module in lora.model.modules())
