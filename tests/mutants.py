@@ -2,8 +2,12 @@
 
 Each mutant is the package with one small change: a comparison turned, a condition negated, a statement that is a call
 dropped, a number moved by one, a sign or an operator turned. The tests of the core that run the changed line are run on
-it, or those of its room where it is run by an import. A mutant that passes survives, and is printed: the tests lack
-something, or the code says more than it needs to.
+it, those of its own file and room first, or all of its room where the line is run by an import. A mutant that passes
+survives, and is printed: the tests lack something, or the code says more than it needs to. At the end the tests that
+found mutants are run without one, and have to pass.
+
+Which tests run which line is measured first, which takes as long as all tests of the core, several times over;
+`--measured FOLDER` keeps it there, for further samples of the same code.
 """
 
 import argparse
@@ -31,17 +35,16 @@ import torch  # noqa: F401
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(str(find_spec("lora_plugins").origin)).parent  # it is not imported here, but with a mutant in it
 STATE = ("tests/state/test_found.py", "tests/state/test_interruptions.py", "tests/state/test_sequences.py")
-TESTS = {
-    "adapter": ("tests/core/adapter", "tests/core/test_model.py", *STATE),
-    "merge": ("tests/core/merge", "tests/core/test_model.py", *STATE),
-    "inplace": ("tests/core/inplace", "tests/core/layers", "tests/core/variants", *STATE),
-    "plan": ("tests/core/plan", "tests/core/test_model.py"),
-    "files": ("tests/core/files", "tests/core/test_model.py"),
-    "kernels": ("tests/core/kernels", "tests/core/layers", "--ignore=tests/core/kernels/test_removal.py"),
-}
-"""By room, its own tests and those that walk through it."""
+ROOMS = ("adapter", "merge", "plan", "files", "inplace", "kernels", "layers", "variants", "storages")
+"""Those that are looked at where none is named; any other folder of the core can be."""
 
-CORE = ("tests/core", *STATE)
+APART = ("cli", "hub", "testing", "test_imports.py", "test_packaging.py", "test_rooms.py", "kernels/test_removal.py")
+"""Tests of the core that start other processes, in which there is no mutant, or read the source."""
+
+TYPES = "tests/core/test_public_types.py"
+"""Asks classes what they are, and is run beside the tests of a room where a line is run by an import."""
+
+CORE = ("tests/core", *STATE, *(f"--ignore=tests/core/{name}" for name in APART))
 """All tests among which those that run a line are looked for."""
 
 TURNED: dict[type[ast.AST], type[ast.AST]] = {
@@ -144,28 +147,51 @@ def mutants_of(path: Path) -> list[Mutant]:
     ]
 
 
-def survives(mutant: Mutant, tests: Sequence[str], timeout: float) -> bool:
-    """Runs tests on a mutant, in a copy of this process that has not imported the package; a hang counts as found."""
+def found_by(mutant: Mutant | None, tests: Sequence[str], timeout: float, note: Path) -> str | None:
+    """Runs tests on a mutant, in a copy of this process that has not imported the package.
+
+    Args:
+        mutant: The mutant; None for the package as it is.
+        tests: Names of tests, as pytest takes them.
+        timeout: Seconds; a hang counts as found.
+        note: A file that the copy writes into.
+
+    Returns:
+        The test that failed, or what happened instead; None where all pass.
+    """
+    note.write_text("the import")
     child = os.fork()
     if not child:
-        os._exit(_run(mutant, tests))
+        os._exit(_run(mutant, tests, note))
     ended = time.monotonic() + timeout
     while time.monotonic() < ended:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status) == 0
+            return None if os.waitstatus_to_exitcode(status) == 0 else note.read_text()
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return False
+    return "a hang"
 
 
-def _run(mutant: Mutant, tests: Sequence[str]) -> int:
-    sys.meta_path.insert(0, _Finder(mutant))
+def _run(mutant: Mutant | None, tests: Sequence[str], note: Path) -> int:
+    if mutant is not None:
+        sys.meta_path.insert(0, _Finder(mutant))
     for output in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     # Rewriting assertions would load our modules, which include a plugin of pytest, in the mutant's place.
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *tests]))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *tests], [_Note(note)]))
+
+
+class _Note:
+    """A plugin of pytest that writes down which test failed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._path.write_text(report.nodeid)
 
 
 class _Finder(MetaPathFinder, SourceLoader):
@@ -198,27 +224,38 @@ class Coverage:
     """Which tests run which lines.
 
     Args:
-        folder: Where the measurement is kept.
+        folder: Where the measurement is kept; it is made if it is not there.
     """
 
     def __init__(self, folder: Path) -> None:
-        measured, options = folder / "measured", folder / "options.ini"
-        options.write_text(f"[run]\ndata_file = {measured}\nsource = {PACKAGE}\ndynamic_context = test_function\n")
-        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *CORE]
-        environment = {**os.environ, "COVERAGE_CORE": "ctrace"}  # the faster one does not tell tests apart
-        subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        measured = folder / "measured"
+        if not measured.exists():
+            _measure(folder, measured)
         data = coverage.CoverageData(str(measured))
         data.read()
         self._contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
         data.close(force=True)
 
-    def tests(self, mutant: Mutant) -> list[str]:
-        """The tests that run a line, those of its own file first; what is run while the package is imported has all."""
+    def tests(self, mutant: Mutant, most: int) -> list[str]:
+        """At most so many tests that run a line, those of its own file and room first, of the others some at random."""
         contexts = self._contexts.get(str(PACKAGE / mutant.path), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
         named = sorted({node for context in ran if (node := _node(context))})
-        own = f"test_{mutant.path.stem.strip('_')}.py"
-        return sorted(named, key=lambda test: own not in test)
+        Random(0).shuffle(named)
+        room, own = f"tests/core/{mutant.path.parts[0]}/", f"/test_{mutant.path.stem.strip('_')}.py"
+        return sorted(named, key=lambda test: (own not in test, room not in test))[:most] or [room, TYPES]
+
+
+def _measure(folder: Path, measured: Path) -> None:
+    options, data = folder / "options.ini", folder / "running"
+    options.write_text(f"[run]\ndata_file = {data}\nsource = {PACKAGE}\ndynamic_context = test_function\n")
+    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *CORE]
+    environment = {**os.environ, "COVERAGE_CORE": "ctrace"}  # the faster one does not tell tests apart
+    with (folder / "output.txt").open("w") as output:
+        code = subprocess.run(command, env=environment, cwd=ROOT, stdout=output, check=False).returncode
+    if code:
+        raise SystemExit(f"The tests fail without a mutant: {(folder / 'output.txt').read_text()[-2000:]}")
+    data.rename(measured)
 
 
 def _node(context: str) -> str | None:
@@ -232,29 +269,36 @@ def _node(context: str) -> str | None:
 def main() -> int:
     """Runs a sample of the mutants of some rooms; returns 1 if one survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("rooms", nargs="*", help=f"of {', '.join(TESTS)}; by default all")
+    parser.add_argument("rooms", nargs="*", help=f"folders of the core; by default {', '.join(ROOMS)}")
     parser.add_argument("--sample", type=int, default=50, help="mutants of each room; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", type=int, default=200, help="tests for one mutant, at most")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of one mutant")
+    parser.add_argument("--measured", type=Path, help="a folder that keeps which tests run which line")
     given = parser.parse_args()
-    survived = 0
+    survived, finders = 0, set()
     with tempfile.TemporaryDirectory() as folder:
-        covering = Coverage(Path(folder))
-    for room in given.rooms or TESTS:
-        paths = [path.relative_to(PACKAGE) for path in sorted((PACKAGE / room).rglob("*.py"))]
-        found = [mutant for path in paths for mutant in mutants_of(path)]
-        chosen = Random(given.seed).sample(found, min(given.sample or len(found), len(found)))
-        started, alive = time.perf_counter(), 0
-        for mutant in chosen:
-            if survives(mutant, covering.tests(mutant) or TESTS[room], given.timeout):
-                alive += 1
-                print(f"survived: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
-        seconds = time.perf_counter() - started
-        print(
-            f"{room}: {len(chosen) - alive} of {len(chosen)} found, of {len(found)} in all, {seconds:.0f} s", flush=True
-        )
-        survived += alive
-    return 1 if survived else 0
+        note = Path(folder, "note")
+        covering = Coverage(given.measured or Path(folder))
+        for room in given.rooms or ROOMS:
+            paths = [path.relative_to(PACKAGE) for path in sorted((PACKAGE / room).rglob("*.py"))]
+            every = [mutant for path in paths for mutant in mutants_of(path)]
+            chosen = Random(given.seed).sample(every, min(given.sample or len(every), len(every)))
+            started, alive = time.perf_counter(), 0
+            for mutant in chosen:
+                finder = found_by(mutant, covering.tests(mutant, given.tests), given.timeout, note)
+                if finder is None:
+                    alive += 1
+                    print(f"survived: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
+                elif "::" in finder:
+                    finders.add(finder)
+            found, seconds = len(chosen) - alive, time.perf_counter() - started
+            print(f"{room}: {found} of {len(chosen)} found, of {len(every)} in all, {seconds:.0f} s", flush=True)
+            survived += alive
+        failed = found_by(None, sorted(finders), 10 * given.timeout, note) if finders else None
+    if failed is not None:
+        print(f"{failed} fails without a mutant too: what it found may not be found")
+    return 1 if survived or failed else 0
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ class OwnedTensors:
     def forget_replaced(self, model: nn.Module) -> None:
         """Forgets all values of tensors in whose place is one of another shape, which is left alone."""
         for name in self._replaced(model):
-            for values in (self.base, self.owner, *self.values.values()):
+            self.owner.pop(name, None)
+            for values in (self.base, *self.values.values()):
                 values.pop(name, None)
 
     def _replaced(self, model: nn.Module) -> list[str]:

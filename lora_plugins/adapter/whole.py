@@ -82,7 +82,7 @@ def _contents(module: nn.Module) -> list[dict[Any, Any]]:
     if isinstance(module, AdapterTensors):
         return [module._parameters]
     attributes = vars(module)
-    found = [attributes, module._modules, module._parameters, module._load_state_dict_pre_hooks]
+    found: list[dict[Any, Any]] = [attributes, module._modules, module._parameters, module._load_state_dict_pre_hooks]
     if module._buffers:
         found.append(module._buffers)
     if (layer := attributes.get(STATE)) is not None:

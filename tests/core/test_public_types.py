@@ -1,7 +1,9 @@
 """Whatever a public signature names can be imported from where the signature is."""
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 import typing
 
 import pytest
@@ -50,3 +52,17 @@ def test_every_type_of_a_public_signature_is_public(name):
 @pytest.mark.parametrize("name", [name for name in PUBLIC if dataclasses.is_dataclass(PUBLIC[name])])
 def test_every_public_dataclass_is_frozen(name):
     assert PUBLIC[name].__dataclass_params__.frozen
+
+
+STATES = {"LayerState", "ModelState", "OwnedTensors", "_Sums"}
+"""What is written into, and therefore not frozen."""
+
+
+def test_what_is_passed_on_is_frozen():
+    names = [module.name for module in pkgutil.walk_packages(lora_plugins.__path__, "lora_plugins.")]
+    inner = [name for name in names if name.split(".")[1] not in ("integrations", "tasks", "__main__")]
+    modules = [importlib.import_module(name) for name in inner]
+    classes = {cls for module in modules for cls in vars(module).values() if isinstance(cls, type)}
+    ours = {cls for cls in classes if dataclasses.is_dataclass(cls) and cls.__module__ in inner}
+    assert len(ours) > len(STATES)
+    assert {cls.__name__ for cls in ours if not cls.__dataclass_params__.frozen} == STATES

@@ -1,5 +1,6 @@
 """Adapter folders: exact on the way out and back, and never half written."""
 
+import copy
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
-from lora_plugins.files import MANIFEST
+from lora_plugins.files import MANIFEST, add_entry, read
 from tests.core.file_cases import (
     adapt,
     assert_same_state,
@@ -281,3 +282,14 @@ class TestKilledWhileWriting:
         monkeypatch.setattr(os, "fsync", lambda handle: (order.append("sync"), synced(handle)))
         adapt(build()).save_adapter(tmp_path)
         assert order == ["sync", ".safetensors", "sync", ".json"]
+
+
+def test_an_entry_is_added_and_the_adapter_still_loads(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    folder = LoraModel(copy.deepcopy(model), LoraConfig(r=2)).save_adapter(tmp_path / "adapter")
+    before = read(folder).manifest
+    add_entry(folder, "made_with", {"seed": 3})
+    found = read(folder).manifest
+    assert found["made_with"] == {"seed": 3}
+    assert [key for key in before if found[key] != before[key]] == ["manifest_sha256"]
+    LoraModel.load_adapter(model, folder)

@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+from lora_plugins import AdapterFileError, LoraConfig, LoraError, LoraModel
 from lora_plugins.files import foreign_patterns
 from tests.core.file_cases import manifest_of, write_manifest
 
@@ -46,3 +46,9 @@ def test_others_load(pattern, tmp_path):
     assert re.fullmatch(pattern, "a" * 40)
     saved(tmp_path, target_modules=pattern)
     LoraModel.load_adapter(build(), tmp_path)
+
+
+def test_one_that_is_no_expression_is_told_as_ever(tmp_path):
+    saved(tmp_path, target_modules="a+(a+)+(")
+    with pytest.raises(LoraError, match="is not a regular expression"):
+        LoraModel.load_adapter(build(), tmp_path)

@@ -253,3 +253,30 @@ def test_autocast_changes_no_bit(more, inputs, dtype):
     assert other[0].weight.dtype == dtype
     assert torch.equal(other[0].weight, lora.model[0].weight)
     assert report == expected
+
+
+@HALF
+def test_an_error_that_counts_is_measured(dtype):
+    model = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+    lora = adapt(model)
+    with torch.no_grad():
+        model[0].lora_B["default"].mul_(0.02)
+    before = model[0]._parameters["weight"].detach().double()
+    delta = 4 * (model[0].lora_B["default"].double() @ model[0].lora_A["default"].double()).detach()
+    (found,) = lora.merge_adapter(max_error=1).weights
+    lost = (model[0].weight.detach().double() - before - delta).norm() / delta.norm()
+    assert lost > 2e-3
+    assert found.relative_error == pytest.approx(float(lost), rel=1e-3)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_lies_in_memory_as_it_did(merge):
+    layers = [nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), nn.Conv2d(6, 6, 3), nn.Linear(6, 5)]
+    layers[2].weight = nn.Parameter(torch.randn(6, 5).T)
+    model = nn.Sequential(*layers)
+    strides = [layer.weight.stride() for layer in layers]
+    lora = adapt(model)
+    expected = [layer.weight.detach() for layer in layers]
+    getattr(lora, merge)()
+    assert [layer.weight.stride() for layer in layers] == strides
+    assert all(torch.allclose(layer.weight, weight) for layer, weight in zip(layers, expected, strict=True))

@@ -31,6 +31,17 @@ class TestTypesWithoutAPlugin:
         ]
         assert str(found.left_out[0]) in str(found)
 
+    def test_only_matrices_of_numbers_could_be_adapted(self):
+        bank = nn.Module()
+        bank.row, bank.column = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
+        bank.codes = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+        assert plan(nn.ModuleDict({"up": nn.Linear(4, 4), "bank": bank})).left_out == ()
+        bank.cube = nn.Parameter(torch.randn(2, 1, 2))
+        found = plan(nn.ModuleDict({"up": nn.Linear(4, 4), "bank": bank})).left_out
+        assert [str(each) for each in found] == [
+            "not adapted: Module ('bank'): no plugin adapts this type, which has 'cube'"
+        ]
+
     @pytest.mark.parametrize(
         "fields",
         [{"target_modules": ["up"]}, {"exclude_modules": ["one", "two", "bank"]}],

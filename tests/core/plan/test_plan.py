@@ -380,3 +380,16 @@ def test_a_model_that_is_adapted_already_has_the_same_norms():
     assert before == ("1", "2.parametrizations.weight.0")
     LoraModel(model, config)
     assert LoraModel.plan(model, config).frozen_norms == before
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_other_ranks_keep_the_scaling(swin, rslora):
+    found = plan(swin, target_modules=["qkv", "proj"], r=4, alpha=6, use_rslora=rslora)
+    first, second, *others = names(found)
+    changed = found.with_ranks({first: 9, second: 0})
+    assert names(changed) == [first, *others]
+    assert [layer.r for layer in changed.layers] == [9, *[4] * len(others)]
+    assert changed.layers[0].settings.scaling == pytest.approx(found.layers[0].settings.scaling)
+    assert changed.layers[0].alpha == pytest.approx(found.layers[0].scaling * (3 if rslora else 9))
+    assert changed.layers[1:] == found.layers[2:]
+    assert dict(changed.ranks) == {first: 9, second: 0}

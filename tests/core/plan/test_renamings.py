@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, TargetError
+from lora_plugins.plan import current_name, former_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,3 +72,27 @@ def test_present_names_and_other_models_are_left_alone():
         LoraModel.plan(vit(), LoraConfig(target_modules=["q_proj"]))
         with pytest.raises(TargetError):
             LoraModel.plan(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["query"]))
+
+
+def test_former_names_of_a_part_are_those_of_the_whole():
+    former = former_names(vit())
+    assert former["vit.layers.0.attention.q_proj"].endswith("attention.query")
+    model = nn.ModuleDict({"net": vit(), "nets": nn.Linear(4, 4)})
+    assert former_names(model) == {f"net.{name}": f"net.{old}" for name, old in former.items()}
+
+
+@pytest.mark.parametrize("path", ["", "net"])
+def test_present_names_by_former_ones(path):
+    model = nn.ModuleDict({"net": vit(), "nets": nn.Linear(4, 4)}) if path else vit()
+    current = current_name(model)
+    former = former_names(model)
+    assert former
+    assert {current(old) for old in former.values()} == set(former)
+    assert [current(name) for name in former] == list(former)
+
+
+def test_names_of_other_parts_stay():
+    model = nn.ModuleDict({"net": vit(), "nets": nn.Linear(4, 4)})
+    old = former_names(vit())["vit.layers.0.attention.q_proj"]
+    assert current_name(model)(f"nets.{old}") == f"nets.{old}"
+    assert current_name(nn.Linear(4, 4))(old) == old
