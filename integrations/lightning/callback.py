@@ -458,7 +458,8 @@ class LoraCallback(Callback):
             freeze_alike(module, self._copies)
             self._names += add_names(module, self._copies)
         if self.train_mode and trainer.state.fn == "fit":
-            set_training_mode(target, [module.get_submodule(copy.name) for copy in self._copies if copy.equal])
+            averages = [copy.name for copy in self._copies if copy.equal and not copy.shares]
+            set_training_mode(target, [module.get_submodule(name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
         self._start = {} if is_sharded(trainer) else frozen_sums(module)  # whole tensors are no shards
 

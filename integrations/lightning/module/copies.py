@@ -5,12 +5,14 @@ to be adapted as the original is: then its adapter follows that of the original,
 are. What is told apart here, by shapes and values alone:
 
 - an equal copy has the values of the original, as `copy.deepcopy` makes it;
-- a frozen copy was frozen by its author, and the original was not. It may have other values.
+- a frozen copy was frozen by its author, and the original was not. It may have other values;
+- a sharing copy has modules of the original in it, and others of its own: a second projection on one backbone. It may
+  have other values.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import combinations, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +32,14 @@ class NetworkCopy:
         name: The name of the copy.
         equal: Whether the values of what neither trains are the same, bit for bit.
         frozen: Whether the author froze the copy, and not the origin.
+        shares: Whether it has some of the origin's own modules.
     """
 
     origin: str
     name: str
     equal: bool
     frozen: bool
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def find_copies(module: nn.Module) -> list[NetworkCopy]:
     alike: dict[object, list[_Part]] = {}
     for part in _parts(module):
         alike.setdefault(part.layout, []).append(part)
-    found: list[NetworkCopy] = []
+    found = [copy for copy in _sharing(module) if any(is_within(layer, copy.origin) for layer in layers)]
     for parts in alike.values():  # in the order of the module: outer parts first
         free = [part for part in parts if not any(is_within(part.name, copy.name) for copy in found)]
         adapted = [part for part in free if any(is_within(layer, part.name) for layer in layers)]
@@ -106,8 +110,10 @@ def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
     """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
     for copy in copies:
         if copy.equal and copy.frozen and is_adapted_alike(module, copy):
-            for _, parameter in module.get_submodule(copy.name).named_parameters():
-                parameter.requires_grad_(False)
+            shared = {id(parameter) for parameter in module.get_submodule(copy.origin).parameters()}
+            for parameter in module.get_submodule(copy.name).parameters():
+                if id(parameter) not in shared:
+                    parameter.requires_grad_(False)
 
 
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str) -> None:
@@ -148,9 +154,11 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
 def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yields the frozen parameters of a copy: the full name, the parameter, and that of the origin."""
     _, trained = _of_the_author(module)
+    all_of_them = own_tensors(model_modules(module), "_parameters")
+    in_place = {id(all_of_them[name]) for name in trained & all_of_them.keys()}
     own, origin = (own_tensors(model_modules(module.get_submodule(p)), "_parameters") for p in (copy.name, copy.origin))
     for name, tensor in own.items():
-        if full_name(copy.origin, name) not in trained:
+        if id(origin[name]) not in in_place:
             yield full_name(copy.name, name), tensor, origin[name]
 
 
@@ -163,6 +171,45 @@ def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
     """Whether two parts belong to members of one list, as the layers that `nn.TransformerEncoder` clones."""
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)))
     return isinstance(module.get_submodule(".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
+
+
+def _sharing(module: nn.Module) -> list[NetworkCopy]:
+    """Finds copies that have modules of their origin, and others of their own, by the second names of modules."""
+    found: dict[str, NetworkCopy] = {}
+    for entry in model_modules(module):
+        owners = [pair for names in combinations(entry.names, 2) for pair in _owners(*names)]
+        for first, second in owners:
+            if second in found or _are_repeated(module, first, second):
+                continue
+            copy = _sharing_copy(module, first, second)
+            if copy is not None:
+                found[second] = copy
+    return [*found.values()]
+
+
+def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
+    """Yields what two names of one module are below, as long as they have the same name there."""
+    while True:
+        (first, _, own), (second, _, other) = first.rpartition("."), second.rpartition(".")
+        if own != other or not first or not second or first == second:
+            return
+        yield first, second
+
+
+def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
+    """Returns the second part as a copy of the first, or the other way round if the author froze what the first has."""
+    tensors = [own_tensors(model_modules(module.get_submodule(part)), "_parameters") for part in (first, second)]
+    layouts = [[(name, t.shape, t.dtype) for name, t in own.items()] for own in tensors]
+    pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
+    if layouts[0] != layouts[1] or not 0 < len(pairs) < len(layouts[0]):
+        return None
+    required, _ = _of_the_author(module)
+    needed = {id(tensor): required[name] for name, tensor in own_tensors(model_modules(module), "_parameters").items()}
+    learns = [any(needed[id(pair[part])] for pair in pairs) for part in (0, 1)]
+    if learns[1] and not learns[0]:
+        first, second = second, first
+    equal = all(checksum(own) == checksum(its) for own, its in pairs)
+    return NetworkCopy(first, second, equal, frozen=learns[0] != learns[1], shares=True)
 
 
 def _parts(module: nn.Module) -> list[_Part]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import adapted_layers, base_in_place, model_state
+from lora_plugins.adapter import ModelState, adapted_layers, base_in_place, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import (
@@ -30,6 +30,9 @@ from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.utils import replace_file
 
+Fingerprints = dict[str, dict[str, float]]
+"""Of weights, by full name."""
+
 
 @dataclass(frozen=True)
 class ReversibleMerge:
@@ -38,7 +41,9 @@ class ReversibleMerge:
     Args:
         base: The raw value of every tensor that merging or training in place changed, by full name.
         stored: The weights that were stored in fewer bytes, by full name.
-        adapters: The adapters, in the order in which they were added.
+        adapters: The adapters, in the order in which they were added, as those of `base`.
+        pretrained: For each of them, the fingerprints of the weights that it was made for, which files have: those of
+            a teacher may have been moved by hand since.
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
         target: The module.
@@ -48,6 +53,7 @@ class ReversibleMerge:
     base: dict[str, Tensor]
     stored: dict[str, StoredWeight]
     adapters: dict[str, PackedAdapter]
+    pretrained: dict[str, Fingerprints]
     active: dict[str, float]
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
@@ -85,6 +91,7 @@ class ReversibleMerge:
             put_stored(layer, key, weight.to(own_tensor(target, name).device))
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
+            state_of_adapters(target).adapters[name].fingerprints.update(self.pretrained[name])
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
         set_marks(target, self.marks)
@@ -110,7 +117,7 @@ def merge_reversibly(
     lora = LoraModel(target)
     state = state_of_adapters(target)
     check_mergeable(target, dequantize=dequantize)
-    adapters = {name: lora.pack(name) for name in lora.adapters}
+    adapters, pretrained = _packed(lora, state)
     active = lora.active_weights
     weights = {
         full_name(layer, tensor)
@@ -133,7 +140,7 @@ def merge_reversibly(
     before = checksums({**base, **{name: weight.dense() for name, weight in stored.items()}})
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
-    return ReversibleMerge(base, stored, adapters, active, merged, weakref.ref(target), marks)
+    return ReversibleMerge(base, stored, adapters, pretrained, active, merged, weakref.ref(target), marks)
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
@@ -187,6 +194,23 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     return path
+
+
+def _packed(lora: LoraModel, state: ModelState) -> tuple[dict[str, PackedAdapter], dict[str, Fingerprints]]:
+    """Returns the adapters as those of the weights that are there, and the fingerprints that files have instead."""
+    adapters, pretrained = {}, {}
+    for name, adapter in state.adapters.items():
+        lora.pack(name)  # takes the fingerprints, where they were not taken yet
+        pretrained[name] = dict(adapter.fingerprints)
+        adapter.fingerprints.clear()
+        try:
+            packed = lora.pack(name)
+            own = dict(adapter.fingerprints)
+            adapters[name] = PackedAdapter({**packed.manifest, "base": own}, packed.tensors)
+        finally:
+            adapter.fingerprints.clear()
+            adapter.fingerprints.update(pretrained[name])
+    return adapters, pretrained
 
 
 def _copied(packed: PackedAdapter) -> PackedAdapter:

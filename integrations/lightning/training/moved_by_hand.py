@@ -156,11 +156,17 @@ def _named(part: str, layers: Collection[str]) -> str:
 
 
 class _Alike:
-    """A copy that is adapted as its origin is: its adapter follows, and its base stays that of the origin."""
+    """A copy that is adapted as its origin is: its adapter follows, and what averages equal values stays as it is.
+
+    These are the base of an equal copy, which is that of the origin, and what a copy shares with its origin: a copy of
+    the latter's values is kept, since it is averaged with itself.
+    """
 
     def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
         self._module, self._copy = module, copy
-        self._base = list(base_pairs(module, copy)) if copy.equal else []
+        pairs = [(own, origin) for _, own, origin in base_pairs(module, copy)]
+        self._base = [(own, origin) for own, origin in pairs if copy.equal and own is not origin]
+        self._base += [(own, local(own).clone()) for own, origin in pairs if own is origin]
         self._own, self._origin = (adapter_tensors(module.get_submodule(p)) for p in (copy.name, copy.origin))
         self._factors = _Watched(self._own.values())
         self._sums = checksums(self._own)
@@ -191,12 +197,12 @@ class _Alike:
         self.note()
 
     def _differs(self) -> bool:
-        return any(not torch.equal(local(own), local(origin)) for _, own, origin in self._base)
+        return any(not torch.equal(local(own), local(origin)) for own, origin in self._base)
 
     def _settle(self) -> None:
         """Takes rounding out of a base that averages equal values; what differs by more is the module's own doing."""
         with torch.no_grad():
-            for _, own, origin in self._base:
+            for own, origin in self._base:
                 if not own.is_floating_point():
                     continue
                 close = _ROUNDING * torch.finfo(own.dtype).eps * origin.abs().max()

@@ -166,6 +166,16 @@ class TestFollows:
         changed = differing(values(module), values(Teacher()))
         assert changed == {f"{part}.{index}.weight" for part in ("net", "teacher") for index in (0, 3)}
 
+    def test_teacher_with_values_of_its_own_merges_and_goes_on(self, tmp_path):
+        """Its weights are others by then than those that the adapter was put on, and files are of the latter."""
+        module, callback = Teacher(in_place, pretrained=True), LoraCallback(BOTH)
+        for _ in range(2):
+            saver = ModelCheckpoint(tmp_path, filename="it", enable_version_counter=False)
+            trainer(tmp_path, [callback, saver]).fit(module, loader(), loader())
+        again = load_from_checkpoint(Teacher, tmp_path / "it.ckpt", update=in_place, pretrained=True)
+        LoraModel(again).merge_and_unload()
+        assert not differing(values(again), values(module))
+
     def test_gradients_do_not_train_a_frozen_teacher(self, tmp_path):
         class Leaky(Teacher):
             def training_step(self, batch, batch_idx):
@@ -374,6 +384,85 @@ class TestWrappers:
         assert module.get_submodule(part)[0].lora_B["default"].abs().sum() > 0
         LoraModel(module).unload()
         assert not {name for name in differing(values(module), values(cls())) if "n_averaged" not in name}
+
+
+class Projector(nn.Module):
+    """A network and a projection of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.projection = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.projection(self.model(x))
+
+
+class OneBackbone(Classifier):
+    """Its target has a projection of its own on the same backbone, as torchgeo's BYOL does."""
+
+    def __init__(self, update=by_data, target_first=False):
+        super().__init__(lr=0.05)
+        self.update = update
+        names = ["online", "target"]
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            for name in reversed(names) if target_first else names:
+                setattr(self, name, Projector(self.net))
+        self.target.projection.requires_grad_(not target_first)
+
+    def save_hyperparameters(self, *_):
+        """A function is no hyperparameter."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            wanted = self.target(batch[0])
+        self.update(self.online, self.target)
+        return mse_loss(self.online(batch[0] + 0.1), wanted)
+
+
+@pytest.mark.parametrize("target_first", [False, True], ids=["online_first", "target_first"])
+@pytest.mark.parametrize("update", [by_data, by_name, by_state_dict, by_lerp])
+class TestSharesWhatItAverages:
+    def test_base_stays_and_files_are_exact(self, tmp_path, update, target_first):
+        def run(callbacks, epochs, **given):
+            torch.manual_seed(1)
+            module = OneBackbone(update, target_first)
+            trainer(tmp_path, callbacks, max_epochs=epochs).fit(module, loader(), loader(), **given)
+            return module
+
+        config = LoraConfig(r=2)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        module, start = run([lora(config), saver], 4), values(OneBackbone(update, target_first))
+        changed = differing(start, base_of(module)) & start.keys()
+        assert {name for name in changed if "num_batches" not in name and "running" not in name} == {
+            "target.projection.weight",
+            "target.projection.bias",
+        }
+        expected = M**16 * start["target.projection.bias"] + (1 - M**16) * start["online.projection.bias"]
+        torch.testing.assert_close(module.target.projection.bias.detach(), expected)
+        assert module.net[0].lora_B["default"].any()
+        assert module.target.projection.lora_B["default"].any()
+        path = tmp_path / "epoch=1.ckpt"
+        assert "net.0.weight" not in load(path)["state_dict"]
+        resumed = run([lora(config)], 4, ckpt_path=path)
+        assert not differing(values(resumed), values(module))
+        path = tmp_path / "epoch=3.ckpt"
+        again = load_from_checkpoint(OneBackbone, path, update=update, target_first=target_first)
+        assert not differing(values(again), values(module))
+
+    def test_merges(self, tmp_path, update, target_first):
+        module, callback = OneBackbone(update, target_first), LoraCallback(LoraConfig(r=2))
+        for _ in range(2):
+            trainer(tmp_path, [callback]).fit(module, loader())
+            assert values(module).keys() == values(OneBackbone(update, target_first)).keys()
+
+
+@pytest.mark.parametrize("update", [in_place, by_data_in_place])
+def test_average_with_itself_that_shrinks_what_is_shared(tmp_path, update):
+    """In place, `m * x` is written before `(1 - m) * x` is added: no average, without adapters neither."""
+    with pytest.raises(StateError, match=r"frozen tensors changed.*net\.0\.weight"):
+        fit(tmp_path, OneBackbone(update), LoraConfig(r=2))
 
 
 def test_towers_of_one_pretrained_network_are_trained_each_on_its_own(tmp_path):
