@@ -39,6 +39,7 @@ from lora_plugins.integrations.lightning.module import (
     merge_reversibly,
     merged_weights,
     modes_of_frozen_norms,
+    note_built,
     plain_name,
     plain_state_dict,
     rename_adapter,
@@ -284,18 +285,21 @@ class LoraCallback(Callback):
                 torch.cuda.set_rng_state(random["random_cuda"].cpu())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the audit."""
+        """Lets warnings about modules in eval mode pass again."""
         self._expected_warnings.close()
-        self._audit = Audit(trainer, pl_module, self._copies, self._start)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Checks once an epoch that the base is still frozen.
+        """Starts the audit, after all hooks of the module in which it may load a teacher; checks once an epoch.
 
         Raises:
-            StateError: If another callback made it trainable.
+            StateError: If another callback made the base trainable.
         """
-        if self._audit is not None:
-            self._audit.before_batch(first_of_epoch=batch_idx == 0)
+        first = batch_idx == 0 or self._audit is None
+        if self._audit is None:
+            if not is_sharded(trainer):
+                note_built(pl_module)  # what was converted since
+            self._audit = Audit(trainer, pl_module, self._copies, self._start)
+        self._audit.before_batch(first_of_epoch=first)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient."""
@@ -461,7 +465,9 @@ class LoraCallback(Callback):
             averages = [copy.name for copy in self._copies if copy.equal and not copy.shares]
             set_training_mode(target, [module.get_submodule(name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
-        self._start = {} if is_sharded(trainer) else frozen_sums(module)  # whole tensors are no shards
+        if not is_sharded(trainer):  # whole tensors are no shards
+            self._start = frozen_sums(module)
+            note_built(module)
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""

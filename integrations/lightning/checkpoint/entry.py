@@ -9,7 +9,8 @@ was left out and how to rebuild the adapters, in plain types and tensors:
 The last two say how the hyperparameters in the file differ from those of the module, see `objects` and `rebuilding`.
 `tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters. Where an
 earlier adapter was merged into weights, which no pretrained base has, a further part, "base", lists their keys in the
-state dict: they are put into the module first.
+state dict: they are put into the module first. "outside" has the fingerprint of each frozen tensor that was left out
+and belongs to none of the targets.
 """
 
 from collections.abc import Iterator, Mapping

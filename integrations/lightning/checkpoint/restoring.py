@@ -26,6 +26,9 @@ from lora_plugins.integrations.lightning.module import (
     mark_moved,
     merged_weights,
     name_mapper,
+    not_as_built,
+    note_built,
+    outside,
     state_of_adapters,
 )
 
@@ -52,8 +55,10 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             for adapter in entry["adapters"]:
                 added += _attach_or_overwrite(module, adapter, checkpoint.get("state_dict", {}))
             check_no_surplus(module, entry)
+            _check_outside(module, entry.get("outside", {}))
             saved = map(name_mapper(module), checkpoint.get("state_dict", {}))
-            mark_moved(module, frozen_keys(module).intersection(saved))  # by hand, in the run that wrote it
+            # By hand, or by training, in the run that wrote it.
+            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(saved))
             return _with_base(module, checkpoint, entry["left_out"])
     except BaseException:
         for target, name in reversed(added):
@@ -86,6 +91,20 @@ def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], r
         for target in adapted_targets(module).values():
             for adapter in state_of_adapters(target).adapters.values():
                 adapter.fingerprints.clear()  # of the base that was
+
+
+def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) -> None:
+    """Checks that frozen parts outside of the targets have the values that a checkpoint left out."""
+    rename = name_mapper(module)
+    names = {rename(key): values for key, values in expected.items()}
+    wrong = not_as_built(module, names)
+    if wrong:
+        raise AdapterFileError(
+            f"The checkpoint leaves {listing(wrong, 3)} out ({len(wrong)} frozen tensors outside of the target), and "
+            f"{type(module).__name__} has other values there than the module that was trained had by then. Build it "
+            "with the same values: the same pretrained weights, or the same seed if they are random."
+        )
+    note_built(module, names)
 
 
 def _attach_or_overwrite(

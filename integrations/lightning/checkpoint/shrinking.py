@@ -20,6 +20,7 @@ from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraC
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     check_not_replaced,
+    frozen_as_built,
     frozen_keys,
     merged_weights,
     plain_name,
@@ -41,7 +42,8 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     targets = adapted_targets(module)
     if not targets:
         return dict(checkpoint)
-    frozen = {plain_name(key) for key in frozen_keys(module)}
+    parts = {plain_name(key): values for key, values in frozen_as_built(module).items()}
+    frozen = {plain_name(key) for key in frozen_keys(module)} | parts.keys()
     left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in frozen]
     small = map_state_dicts(
         without_functions(checkpoint),
@@ -52,8 +54,9 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     small, dicts = with_plain_dicts(small)
     small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
     merged = [plain_name(name) for name in merged_weights(module)]
-    base = {"base": merged} if merged else {}
-    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **base, **dicts, **line}}
+    about = {"base": merged, "outside": {key: values for key, values in parts.items() if key in set(left_out)}}
+    about = {key: values for key, values in about.items() if values}
+    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **about, **dicts, **line}}
 
 
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,12 @@ from lora_plugins.integrations.lightning.module.copies import (
     start_alike,
 )
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
+from lora_plugins.integrations.lightning.module.frozen_parts import (
+    frozen_as_built,
+    not_as_built,
+    note_built,
+    outside,
+)
 from lora_plugins.integrations.lightning.module.merged_base import mark_merged, merged_weights
 from lora_plugins.integrations.lightning.module.modes import (
     modes_of_frozen_norms,
@@ -72,6 +78,7 @@ __all__ = [
     "find_target",
     "forgotten_layers",
     "freeze_alike",
+    "frozen_as_built",
     "frozen_by_author",
     "frozen_by_others",
     "frozen_keys",
@@ -89,6 +96,9 @@ __all__ = [
     "merged_weights",
     "modes_of_frozen_norms",
     "name_mapper",
+    "not_as_built",
+    "note_built",
+    "outside",
     "plain_name",
     "plain_state_dict",
     "rename_adapter",

@@ -1,0 +1,126 @@
+"""Frozen parts outside of the targets, such as a teacher or the network of a metric.
+
+Checkpoints leave them out like the frozen base, while they have the values that the module was built with. Flags do
+not tell that, so check sums do: they are taken of everything outside when the module is adapted, and compared whenever
+a checkpoint is written.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lora_plugins.adapter import adapter_tensors
+from lora_plugins.files import fingerprint, same
+from lora_plugins.inplace import model_modules, own_tensors
+from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
+
+_BUILT = "_lora_built"
+"""Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""
+
+Fingerprint = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The values of a tensor when the module was built."""
+
+    dtype: torch.dtype
+    total: int
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Built":
+        return cls(tensor.dtype, checksum(tensor), _fingerprint(tensor))
+
+    def has_values_of(self, tensor: Tensor) -> bool:
+        return tensor.dtype == self.dtype and checksum(tensor) == self.total
+
+    def was_converted_to(self, tensor: Tensor) -> bool:
+        """Whether the values are the same in another type, as a precision plugin leaves them."""
+        return tensor.dtype != self.dtype and same(self.fingerprint, _fingerprint(tensor))
+
+
+def note_built(module: nn.Module, names: Collection[str] | None = None) -> None:
+    """Takes note, on the module, of the values that it was built with outside of its targets.
+
+    What is noted already stays, since the module may have been trained since, unless it was converted to another type.
+
+    Args:
+        module: The module.
+        names: The tensors to note; by default all but those that came with a checkpoint.
+    """
+    notes = _notes(module)
+    for name, tensor in outside(module).items():
+        wanted = name not in moved_by_hand(module) if names is None else name in names
+        if wanted and (name not in notes or notes[name].was_converted_to(tensor)):
+            notes[name] = _Built.of(tensor)
+    if notes:
+        module.__dict__[_BUILT] = notes
+
+
+def frozen_as_built(module: nn.Module) -> dict[str, Fingerprint]:
+    """Returns the tensors outside of the targets that are frozen and have the values that the module was built with.
+
+    Frozen are parameters that require no gradient, and buffers of modules whose parameters are all frozen.
+
+    Returns:
+        Their fingerprints, by name.
+    """
+    notes, moved, frozen = _notes(module), moved_by_hand(module), set(_frozen(module))
+    return {
+        name: notes[name].fingerprint
+        for name, tensor in outside(module).items()
+        if name in notes and name in frozen and name not in moved and notes[name].has_values_of(tensor)
+        if all(map(math.isfinite, notes[name].fingerprint.values()))  # nothing can be compared with others
+    }
+
+
+def not_as_built(module: nn.Module, expected: Mapping[str, Fingerprint]) -> list[str]:
+    """Returns the names of tensors that are missing, have other fingerprints, or have changed since they were noted."""
+    found, notes = outside(module), _notes(module)
+    return [
+        name
+        for name, values in expected.items()
+        if name not in found
+        or not same(values, _fingerprint(found[name]))
+        or (name in notes and not notes[name].has_values_of(found[name]))
+    ]
+
+
+def outside(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a module that belong to none of its targets, by name."""
+    inside: set[int] = set()
+    for target in adapted_targets(module).values():
+        modules = model_modules(target)
+        own = [*own_tensors(modules, "_parameters").values(), *own_tensors(modules, "_buffers").values()]
+        inside |= {id(tensor) for tensor in (*own, *adapter_tensors(target).values())}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {n: t.detach() for n, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
+
+
+def _notes(module: nn.Module) -> dict[str, _Built]:
+    return dict(module.__dict__.get(_BUILT, {}))
+
+
+def _frozen(module: nn.Module) -> Iterator[str]:
+    """Yields the names of parameters that require no gradient, and of buffers of frozen modules."""
+    parts: list[str] = []
+    for name, part in module.named_modules(remove_duplicate=False):  # outer ones first
+        if any(name.startswith(f"{frozen}.") for frozen in parts):
+            continue
+        own = [*part.named_parameters(name, remove_duplicate=False)]
+        yield from (full for full, parameter in own if not parameter.requires_grad)
+        if own and not any(parameter.requires_grad for _, parameter in own):
+            parts.append(name)
+            yield from (full for full, _ in part.named_buffers(name, remove_duplicate=False))
+
+
+def _fingerprint(tensor: Tensor) -> Fingerprint:
+    """Returns the fingerprint of a tensor of any type."""
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return fingerprint(numbers if numbers.is_floating_point() else numbers.double())
