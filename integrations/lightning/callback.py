@@ -83,6 +83,7 @@ from lora_plugins.integrations.lightning.training import (
     copy_into_averages,
     drop_averages,
     frozen_sums,
+    keep_base_of_averages,
     needs_data,
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
@@ -325,6 +326,11 @@ class LoraCallback(Callback):
         """
         if self._audit is not None:
             self._audit.before_validation()
+        self._keep_base(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets averages of the module have its frozen base."""
+        self._keep_base(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the frozen base has not changed.
@@ -332,6 +338,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If it has.
         """
+        self._keep_base(trainer, pl_module)
         if self._audit is not None:
             self._audit.finish()
 
@@ -420,6 +427,11 @@ class LoraCallback(Callback):
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
+
+    def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
+        """Takes rounding out of what callbacks have averaged, before they exchange it with the module."""
+        if trainer.state.fn == "fit" and not is_sharded(trainer):
+            keep_base_of_averages(trainer, module)
 
     def _adapt(self, trainer: Trainer, module: LightningModule, before: AdaptBeforeSharding | None) -> None:
         """Adapts the module after the last place in which it may build layers."""

@@ -1,11 +1,15 @@
 """anomalib: flows, students of frozen teachers, autoencoders, without pretrained weights."""
 
+import functools
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
+from lightning.pytorch import LightningDataModule
 
 from tests.modules.case import Case
 from tests.modules.data import image, loader
@@ -46,6 +50,40 @@ def _batches(size: int, batch_size: int):
     return loader(lambda at: image(size=size), 2 * batch_size, batch_size, collate)
 
 
+@functools.cache
+def _pictures() -> Path:
+    """Writes pictures that a class takes other images from, where it would download a data set."""
+    from PIL import Image
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "class").mkdir()
+    for at in range(4):
+        Image.new("RGB", (64, 64), (at * 40, 100, 50)).save(folder / "class" / f"{at}.png")
+    return folder
+
+
+def _load_teacher(module) -> None:
+    """As EfficientAd's own method does, with random weights instead of downloaded ones."""
+    teacher = module.model.teacher
+    generator = torch.Generator().manual_seed(5)
+    state = {key: torch.randn(value.shape, generator=generator) * 0.05 for key, value in teacher.state_dict().items()}
+    teacher.load_state_dict(state)
+
+
+def _efficient_ad():
+    from anomalib.models import EfficientAd
+
+    EfficientAd.prepare_pretrained_model = _load_teacher  # called when training starts
+    return _build("EfficientAd", {"imagenet_dir": _pictures()})
+
+
+def _one_by_one():
+    data = LightningDataModule()
+    data.train_batch_size = 1
+    data.train_dataloader = data.val_dataloader = partial(_batches, 256, 1)
+    return data
+
+
 def _case(name, size=64, batch_size=2, expected=None, config=None, **arguments):
     return Case(
         "anomalib",
@@ -65,4 +103,13 @@ CASES = [
     _case("Cflow", 64, backbone="resnet18", layers=["layer1", "layer2"], pre_trained=False, coupling_blocks=2),
     _case("Stfpm", 64, layers=["layer1", "layer2"]),
     _case("ReverseDistillation", 256, pre_processor=True, backbone="resnet18", pre_trained=False),
+    _case("Draem", 64, dtd_dir=_pictures()),
+    _case("Supersimplenet", 256, pre_processor=True, backbone="resnet18", layers=["layer2", "layer3"]),
+    Case(
+        "anomalib",
+        "EfficientAd",
+        _efficient_ad,
+        _one_by_one,
+        objects=True,
+    ),
 ]

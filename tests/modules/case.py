@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lora_plugins import LoraConfig
@@ -63,7 +64,7 @@ class Case:
     @property
     def imported(self) -> str:
         """What its package is imported as."""
-        return self.package.replace("-", "_")
+        return {"kaiko-eva": "eva"}.get(self.package, self.package.replace("-", "_"))
 
 
 class Run:
@@ -97,7 +98,7 @@ class Run:
             "limit_train_batches": 2,
             "limit_val_batches": 1,
             "limit_test_batches": 1,
-            "default_root_dir": self.folder,
+            "default_root_dir": self.folder / f"{name}_files",
         }
         return Trainer(callbacks=[*callbacks, saves], **{**options, **self.case.options})
 
@@ -124,6 +125,8 @@ class Run:
         return found
 
     def scores(self, trainer: Trainer, module: LightningModule, **given: Any) -> dict[str, float]:
+        if not is_overridden("validation_step", module):
+            return {}
         names = {"datamodule": "datamodule", "val_dataloaders": "dataloaders"}
         data = {names[key]: value for key, value in self.loaders().items() if key in names}
         torch.manual_seed(3)

@@ -17,6 +17,10 @@ def _convolutions(outputs: int):
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 1))
 
 
+def _zigzag():
+    return nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
 def _numbers(at: int):
     return {"input": torch.randn(4), "target": torch.randn(1)}
 
@@ -40,6 +44,18 @@ def _data_module(make):
 
 SPECTRAL = "spectral norm computes its weights, which fit cannot merge and take back; it says so, and how to merge"
 UNFITTED = "the class cannot be validated before it is fitted, without the callback neither"
+
+
+def _card(task: str, outputs: int):
+    def arguments():
+        from lightning_uq_box.models import ConditionalGuidedLinearModel
+
+        guidance = ConditionalGuidedLinearModel(
+            5, x_dim=4, y_dim=outputs, n_hidden=[16, 16], cat_x=True, cat_y_pred=True
+        )
+        return {"cond_mean_model": _network(outputs), "guidance_model": guidance, "n_steps": 5, "ema_update_every": 1}
+
+    return arguments
 
 
 def _case(name, make, arguments, batches=loader, **expected):
@@ -103,5 +119,26 @@ CASES = [
         },
         batches=_data_module,
         validate=UNFITTED,
+    ),
+    _case("CARDRegression", _numbers, _card("regression", 1)),
+    _case("ZigZagRegression", _numbers, lambda: {"model": _zigzag(), "loss_fn": nn.MSELoss()}),
+    _case(
+        "MasksemblesRegression",
+        _numbers,
+        lambda: {"model": _network(1), "loss_fn": nn.MSELoss(), "num_estimators": 4, "scale": 2.0},
+    ),
+    _case("DensityLayerModelRegression", _numbers, lambda: {"model": _network(1), "pretrain_epochs": 0}, _data_module),
+    _case(
+        "SGLDRegression",
+        _numbers,
+        lambda: {
+            "model": _network(2),
+            "loss_fn": nn.MSELoss(),
+            "lr": 0.01,
+            "weight_decay": 0.0,
+            "noise_factor": 0.1,
+            "burnin_epochs": 2,
+            "n_sgld_samples": 2,
+        },
     ),
 ]

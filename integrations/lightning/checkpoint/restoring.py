@@ -17,7 +17,7 @@ from lora_plugins.integrations.lightning.checkpoint.comparison import (
     locate_adapter,
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, state_key
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     frozen_keys,
@@ -59,7 +59,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             saved = map(name_mapper(module), checkpoint.get("state_dict", {}))
             # By hand, or by training, in the run that wrote it.
             mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(saved))
-            return _with_base(module, checkpoint, entry["left_out"])
+            return _complete(module, checkpoint, entry)
     except BaseException:
         for target, name in reversed(added):
             LoraModel(target).delete_adapter(name)
@@ -148,15 +148,23 @@ def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> No
         lora.set_adapter([*wanted], weights=[*wanted.values()])
 
 
-def _with_base(module: nn.Module, checkpoint: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
-    """Returns a checkpoint whose state dicts have the base's present values under the keys that were left out."""
+def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint whose state dicts have all that was put into the module, and the base that was left out.
+
+    A module's own `on_save_checkpoint` may have taken keys of adapters out: then their tensors are in the entry.
+    """
     current, rename = module.state_dict(), name_mapper(module)
-    left_out = [rename(key) for key in left_out]
+    left_out = [rename(key) for key in entry["left_out"]]
     unknown = [key for key in left_out if key not in current]
     if unknown:
         raise AdapterFileError(
             f"The checkpoint was trained on another base: {type(module).__name__} has no {listing(unknown)} "
             f"({len(unknown)} of {len(left_out)} frozen tensors)."
         )
-    base = {key: current[key] for key in left_out}
-    return map_state_dicts(checkpoint, lambda state: {**base, **{rename(k): v for k, v in state.items()}})
+    restored = [
+        rename(state_key(adapter["target"], str(adapter["manifest"].get("adapter_name")), key))
+        for adapter in entry["adapters"]
+        for key in adapter["tensors"]
+    ]
+    present = {key: current[key] for key in (*left_out, *restored) if key in current}
+    return map_state_dicts(checkpoint, lambda state: {**present, **{rename(k): v for k, v in state.items()}})

@@ -16,6 +16,7 @@ from itertools import combinations, takewhile
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of
@@ -45,7 +46,7 @@ class NetworkCopy:
 @dataclass(frozen=True)
 class _Part:
     name: str
-    layout: tuple[tuple[str, torch.Size, torch.dtype], ...]
+    layout: tuple[tuple[str, torch.Size | None, torch.dtype], ...]
     tensors: tuple[Tensor, ...]
     trained: tuple[bool, ...]
     required: bool
@@ -199,9 +200,9 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
 def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
     """Returns the second part as a copy of the first, or the other way round if the author froze what the first has."""
     tensors = [own_tensors(model_modules(module.get_submodule(part)), "_parameters") for part in (first, second)]
-    layouts = [[(name, t.shape, t.dtype) for name, t in own.items()] for own in tensors]
+    layouts = [[(name, _shape(t), t.dtype) for name, t in own.items()] for own in tensors]
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
-    if layouts[0] != layouts[1] or not 0 < len(pairs) < len(layouts[0]):
+    if layouts[0] != layouts[1] or any(None in entry for entry in layouts[0]) or not 0 < len(pairs) < len(layouts[0]):
         return None
     required, _ = _of_the_author(module)
     needed = {id(tensor): required[name] for name, tensor in own_tensors(model_modules(module), "_parameters").items()}
@@ -210,6 +211,11 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
         first, second = second, first
     equal = all(checksum(own) == checksum(its) for own, its in pairs)
     return NetworkCopy(first, second, equal, frozen=learns[0] != learns[1], shares=True)
+
+
+def _shape(tensor: Tensor) -> torch.Size | None:
+    """Returns the shape of a tensor; a lazy one has none yet."""
+    return None if is_lazy(tensor) else tensor.shape
 
 
 def _parts(module: nn.Module) -> list[_Part]:
@@ -227,9 +233,9 @@ def _parts(module: nn.Module) -> list[_Part]:
         names = members.get(entry.name, [])
         tensors = tuple(parameters[name] for name in names)
         short = [name.removeprefix(f"{entry.name}.") for name in names]
-        layout = tuple((n, t.shape, t.dtype) for n, t in zip(short, tensors, strict=True))
+        layout = tuple((n, _shape(t), t.dtype) for n, t in zip(short, tensors, strict=True))
         in_place = tuple(name in trained for name in names)
-        if names:
+        if names and not any(is_lazy(tensor) for tensor in tensors):
             parts.append(_Part(entry.name, layout, tensors, in_place, any(required[name] for name in names)))
     return parts
 

@@ -3,7 +3,7 @@
 Each private part is used in one file, which says what is lost without it. Depends on no other room.
 """
 
-from lora_plugins.integrations.lightning.shims.average_model import Averaging, drop_average
+from lora_plugins.integrations.lightning.shims.average_model import Averaging, averaged_module, drop_average
 from lora_plugins.integrations.lightning.shims.carried_state import carried, carry
 from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
 from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
@@ -14,6 +14,7 @@ from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import s
 __all__ = [
     "Averaging",
     "MethodShims",
+    "averaged_module",
     "carried",
     "carry",
     "drop_average",

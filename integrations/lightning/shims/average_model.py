@@ -5,6 +5,8 @@ module that is merged, and validation exchanges their tensors by position.
 """
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 Averaging = WeightAveraging | StochasticWeightAveraging
 
@@ -12,3 +14,9 @@ Averaging = WeightAveraging | StochasticWeightAveraging
 def drop_average(callback: Averaging) -> None:
     """Makes an averaging callback what it is before `fit`."""
     callback._average_model = None
+
+
+def averaged_module(callback: Averaging) -> nn.Module | None:
+    """Returns the copy of the module that an averaging callback has; None before training."""
+    average: nn.Module | None = callback._average_model
+    return average.module if isinstance(average, AveragedModel) else average

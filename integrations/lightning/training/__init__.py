@@ -4,7 +4,11 @@ Depends on `module`, `shims` and `strategies`.
 """
 
 from lora_plugins.integrations.lightning.training.audit import Audit, Sums, frozen_sums
-from lora_plugins.integrations.lightning.training.averages import copy_into_averages, drop_averages
+from lora_plugins.integrations.lightning.training.averages import (
+    copy_into_averages,
+    drop_averages,
+    keep_base_of_averages,
+)
 from lora_plugins.integrations.lightning.training.calibration_data import (
     adapt_after_restoring,
     calibrate_on_train_batches,
@@ -23,6 +27,7 @@ __all__ = [
     "copy_into_averages",
     "drop_averages",
     "frozen_sums",
+    "keep_base_of_averages",
     "needs_data",
     "parameter_groups",
 ]

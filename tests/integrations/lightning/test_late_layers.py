@@ -153,3 +153,27 @@ class TestFirstStep:
         run = trainer(tmp_path, [callback()])
         run.fit(module, loader())
         assert LoraModel(module).plans["default"].layers[1].name == "net.3"
+
+
+def test_lazy_head_beside_the_target(tmp_path):
+    """Trained as the author trains it, and in the files."""
+
+    class Headed(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.LazyLinear(3)
+
+        def forward(self, x):
+            return self.head(self.net(x))
+
+    def lora():
+        config = LoraConfig(r=2, target_modules=["0", "3"])
+        return LoraCallback(config, target="net", merge_on_fit_end=False, print_plan=False)
+
+    module = Headed()
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    run = trainer(tmp_path, [lora(), saver])
+    run.fit(module, loader(), loader())
+    expected = run.validate(module, loader(), verbose=False)
+    fresh = trainer(tmp_path, [lora()]).validate(Headed(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert fresh == expected

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
 from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, callback
-from tests.integrations.lightning.toys import Classifier, differing, loader, trainer, values
+from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
 
 def test_fresh_process_gives_the_same_predictions(tmp_path):
@@ -96,3 +97,21 @@ def test_two_adapters_on_one_module(tmp_path):
     again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
     assert LoraModel(again).active_adapters == ("first", "second")
     assert not differing(values(module), values(again))
+
+
+def test_module_that_saves_its_head_alone(tmp_path):
+    """Its hook takes the adapters of the backbone out of the state dict, and puts the backbone in again."""
+
+    class HeadAlone(Classifier):
+        def on_save_checkpoint(self, checkpoint):
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key: value for key, value in state.items() if key.startswith("net.3.")}
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"].update({f"net.{key}": value for key, value in self.net.state_dict().items()})
+
+    module = HeadAlone()
+    trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, filename="it")]).fit(module, loader(), loader())
+    again = load_from_checkpoint(HeadAlone, tmp_path / "it.ckpt")
+    kept = {f"net.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}  # taken out as well
+    assert differing(values(again), values(module)) <= kept

@@ -13,6 +13,7 @@ from tests.integrations.lightning.toys import BASE, Classifier, differing, load,
 
 AVERAGING = {
     "ema": lambda: EMAWeightAveraging(decay=0.5),
+    "rounding": lambda: EMAWeightAveraging(decay=0.8),  # the average of equal values differs from them by a bit
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
 }
 
