@@ -20,7 +20,7 @@ from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
 from lora_plugins.integrations.lightning.checkpoint import loading_lines
 from lora_plugins.integrations.lightning.class_paths import allow_class_path
-from lora_plugins.integrations.lightning.console import print_files, print_lines, print_plan
+from lora_plugins.integrations.lightning.console import print_plan, tell_written
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     ReversibleMerge,
@@ -360,9 +360,8 @@ class LoraCallback(Callback):
                 carry(trainer, self.state_key, merge_as_bytes(self._merge))
             for callback in group:
                 callback._remove_names()
-        print_files(files)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print_lines(loading_lines(trainer, pl_module))
+            tell_written(trainer, files, loading_lines(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""

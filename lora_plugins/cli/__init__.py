@@ -4,7 +4,7 @@ The core's own commands, such as `plugins` and `convert`, need nothing but the c
 entry points of the group `lora_plugins.commands`, each of which names a table of `Command`s.
 """
 
-from lora_plugins.cli.commands import Command, installed_commands
+from lora_plugins.cli.commands import INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.pipes import exit_on_closed_output
 
-__all__ = ["Command", "exit_on_closed_output", "installed_commands"]
+__all__ = ["INTERRUPTED", "Command", "exit_on_closed_output", "installed_commands"]

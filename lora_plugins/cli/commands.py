@@ -11,6 +11,10 @@ GROUP = "lora_plugins.commands"
 """Entry-point group for further commands. An entry point names a `Mapping[str, Command]`, by the commands' names."""
 
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
+
+
 @dataclass(frozen=True)
 class Command:
     """One command of the program.

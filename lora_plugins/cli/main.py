@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from lora_plugins.cli.commands import CORE_COMMANDS, Command, installed_commands
+from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
@@ -24,11 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the name of the program; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error that was printed.
+        The exit code: 0, 1 after an error that was printed, or 130 where Ctrl-C ended it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(given)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         ours = _lora_error(error)
         if ours is None or os.environ.get(TRACEBACK_VARIABLE):

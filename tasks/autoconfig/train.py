@@ -3,7 +3,6 @@
 import argparse
 import re
 import shlex
-import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from lora_plugins.tasks.autoconfig.configuration import (
     ADAPTER,
     CONFIG,
     MERGED,
-    PICTURE,
-    REPORT,
     Settings,
     configuration,
     described,
@@ -33,15 +30,6 @@ EXAMPLE = "cls"
 
 RUNS = Path("runs")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-WHAT: Mapping[str, str] = {
-    ADAPTER: "the LoRA adapter with the new head",
-    MERGED: "the whole network, merged, for use without lora_plugins",
-    REPORT: "what the training did, to look at in a browser",
-    PICTURE: "images, masks and predictions",
-    CONFIG: "the configuration that does the same",
-    "logs": "curves for TensorBoard, and checkpoints",
-}
-"""What a run leaves, by name in its folder."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -76,10 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             _write(Path(folder) / CONFIG, text)
             return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
     _write(out / CONFIG, text)
-    code = COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
-    sys.stdout.flush()
-    print(_left(out))
-    return code
+    return COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,20 +212,3 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
         ) from error
-
-
-def _left(out: Path) -> str:
-    """Says where everything is, and what can be done with it."""
-    adapter, model = (shlex.quote(str(out / name)) for name in (ADAPTER, "model.onnx"))
-    files = [f"  {out / name!s:32}  {what}" for name, what in WHAT.items() if (out / name).exists()]
-    return "\n".join(
-        [
-            "",
-            f"Done. In {out}:",
-            *files,
-            "Next:",
-            f"  lora-plugins predict {adapter} IMAGES      (an image, a folder, or a pattern in quotes)",
-            f"  lora-plugins export {adapter} {model}",
-            f"  lora-plugins inspect {adapter}",
-        ]
-    )

@@ -12,11 +12,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL.Image import Image
-from rich.console import Console
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
@@ -104,7 +104,7 @@ class SamplePictures(Callback):
             self._sheets[name].save(self.folder / f"{name}.png")
         path = self.folder / REPORT
         path.write_text(self._page(trainer, cast(TextToImageTask, pl_module), seconds), encoding="utf-8")
-        Console().print(f"Samples and report: [bold]{self.folder}[/bold]", soft_wrap=True)
+        tell_written(trainer, {"Samples and report": self.folder})
 
     def _add(self, trainer: Trainer, task: TextToImageTask, name: str) -> None:
         prompts = [prompt for prompt in self.prompts for _ in range(self.pictures)]

@@ -5,10 +5,10 @@ from typing import cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
+from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 
 
@@ -46,4 +46,4 @@ class SavePipeline(Callback):
                 "SavePipeline needs the adapter merged. Set `merge_on_fit_end: true` of the LoraCallback."
             )
         task.pipe.save_pretrained(self.folder)
-        Console().print(f"Merged pipeline: [bold]{self.folder}[/bold]", soft_wrap=True)
+        tell_written(trainer, {"Merged pipeline": self.folder})

@@ -15,16 +15,15 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
 from lora_plugins.tasks.reporting.class_results import class_results, most_confused
 from lora_plugins.tasks.reporting.figures import first_val_loader
-from lora_plugins.tasks.reporting.next_steps import next_steps
 from lora_plugins.tasks.reporting.run_facts import (
     Facts,
     data_facts,
@@ -37,7 +36,7 @@ from lora_plugins.tasks.reporting.run_facts import (
 )
 from lora_plugins.tasks.reporting.sample_choice import Judged, choose, example, judge, on_device_of
 from lora_plugins.tasks.segmentation import IGNORED
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.training import VisionTask, next_steps
 from lora_plugins.utils import replace_file
 
 VAL = "val/"
@@ -173,7 +172,7 @@ class HtmlReport(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, render_report(run, examples, void).encode())
         replace_file(self.path.with_suffix(".json"), run_as_json(run).encode())
-        Console().print(f"Report: [bold]{self.path}[/bold]", soft_wrap=True)
+        tell_written(trainer, {"Report": self.path})
 
     def _share_of_epoch(self, trainer: Trainer) -> float:
         """How much of the epoch is done; all of it where the data does not know its length."""
@@ -207,7 +206,7 @@ class HtmlReport(Callback):
             plan=tuple(row for plan in self._plans for row in _plan_rows(plan)),
             trained={name: count for plan in self._plans for name, count in plan.trained_groups().items()},
             facts=self._facts(trainer, task, costs),
-            next_steps=next_steps(trainer, task, callbacks),
+            next_steps=next_steps(trainer, task.model_config),
         )
 
     def _metrics(self, main: str, epoch: float | None) -> dict[str, Metric]:

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure, save_figure
@@ -72,4 +72,4 @@ class PredictionPicture(Callback):
         loader = first_val_loader(trainer)
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
         path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)
-        Console().print(f"Picture of predictions: [bold]{path}[/bold]", soft_wrap=True)
+        tell_written(trainer, {"Picture of predictions": path})

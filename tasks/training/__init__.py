@@ -13,6 +13,7 @@ from lora_plugins.tasks.training.optimization import (
 )
 from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance, write_provenance
 from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
+from lora_plugins.tasks.training.what_follows import next_steps
 
 __all__ = [
     "CONFUSION",
@@ -28,6 +29,7 @@ __all__ = [
     "balanced_weights",
     "check_optimizer",
     "configured_optimizer",
+    "next_steps",
     "warmup_cosine",
     "write_provenance",
 ]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from lora_plugins.tasks.training.optimization import (
     configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
+from lora_plugins.tasks.training.what_follows import next_commands
 
 CONFUSION = "confusion"
 
@@ -296,6 +297,10 @@ class VisionTask(LoraCheckpointMixin):
             "image_size": None if size is None else list(size),
             "interpolation": self.interpolation,
         }
+
+    def next_commands(self, trainer: Trainer) -> dict[str, str]:
+        """Commands that go on with what a fit has left, by what they do; the command line prints them at its end."""
+        return next_commands(trainer, self.model_config)
 
     def _datamodule(self) -> Any:
         """The data module of the trainer, if there are both."""

@@ -1,14 +1,12 @@
 """The table of commands, which the entry point `lightning` of the group `lora_plugins.commands` names."""
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from lora_plugins.cli import Command
+from lora_plugins.cli import INTERRUPTED, Command
 
 
 def _prepared(arguments: list[str]) -> list[str]:
@@ -33,8 +31,8 @@ def _trainer(arguments: list[str]) -> int:
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
     with _given_arguments():
-        LoraCLI(args=prepared)
-    return 0
+        cli = LoraCLI(args=prepared)
+    return INTERRUPTED if cli.interruption.asked else 0
 
 
 def _plan(arguments: list[str]) -> int:
@@ -91,29 +89,14 @@ COMMANDS: Mapping[str, Command] = {
 def _given_arguments() -> Iterator[None]:
     """Lets LightningCLI run on arguments that it did not read from the process itself.
 
-    Modules of the current folder can be named in `class_path`, as with `python -m`. LightningCLI's warning that the
-    process has arguments too is silenced: they are the same. Packages that import pytorch_lightning, whose classes the
-    arguments may name, get those of lightning.
+    Modules of the current folder can be named in `class_path`, as with `python -m`. Packages that import
+    pytorch_lightning, whose classes the arguments may name, get those of lightning. What libraries say in every run is
+    left out.
     """
     from lora_plugins.integrations.lightning.aliases import pytorch_lightning_aliased  # noqa: PLC0415
+    from lora_plugins.integrations.lightning.cli.quiet import quiet  # noqa: PLC0415
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with warnings.catch_warnings(), _without_tips(), pytorch_lightning_aliased():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    with quiet(), pytorch_lightning_aliased():
         yield
-
-
-@contextmanager
-def _without_tips() -> Iterator[None]:
-    """Leaves out the advertisements that Lightning logs for other packages."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-
-    def is_none(record: logging.LogRecord) -> bool:
-        return "Tip: For seamless" not in record.getMessage()
-
-    logger.addFilter(is_none)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_none)

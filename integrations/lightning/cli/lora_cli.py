@@ -5,16 +5,19 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning.callback import LoraCallback
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
+from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained
+from lora_plugins.integrations.lightning.cli.interruption import Interruption
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
-from lora_plugins.integrations.lightning.console import print_plan
+from lora_plugins.integrations.lightning.console import FitConsole, print_lines, print_plan
 
 _FROM_FILE = "sub_configs" if "sub_configs" in signature(ArgumentParser.add_argument).parameters else "enable_path"
 """The option of jsonargparse that lets a section be the path of a file; called otherwise before 4.49."""
@@ -27,12 +30,20 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
     `LoraCallback` joins the trainer's callbacks, ahead of them. `lora_callback:` holds the callback's other
     arguments. Without `lora:`, this is LightningCLI. Model and data are named by `class_path`. The optimizer of the
     section `optimizer:` trains what requires a gradient, adapters included.
+
+    Its commands show one line of progress, in place of Lightning's bar and summary of the model, and `fit` says at its
+    end where everything is. Ctrl-C ends a fit as if it were over.
+
+    Attributes:
+        console: What a command shows.
+        interruption: Answers Ctrl-C.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("subclass_mode_model", True)
         kwargs.setdefault("subclass_mode_data", True)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
+        self.interruption = Interruption()
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -57,7 +68,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the trainer, with the callback if there is a `lora:` section."""
+        """Builds the trainer, with the callback if there is a `lora:` section, and what a command shows."""
         config = self._section("lora")
         if config is not None:
             options = self._section("lora_callback")
@@ -65,7 +76,31 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             section = self._section("trainer")
             others = section.get("callbacks") or []
             section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Fits, answers Ctrl-C, and says where everything is."""
+        with self.interruption.listening():
+            self.trainer.fit(model, **kwargs)
+            if self.trainer.is_global_zero:
+                configs = [str(path) for path in self._section("config") or []]
+                stopped = self.interruption.asked
+                print_lines(closing_lines(self.trainer, model, self.console, configs, stopped))
+
+    def _shown(self) -> dict[str, Any]:
+        """Arguments of the trainer for what a command shows, where the configuration does not say otherwise."""
+        section = self._section("trainer")
+        callbacks = section.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        own = section.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in callbacks)
+        self.console = FitConsole(shows=own)
+        # Last, so that what other callbacks say at the end of a stage is said before the line is left.
+        shown: dict[str, Any] = {"callbacks": [*callbacks, self.console, self.interruption]}
+        if own:
+            shown["enable_progress_bar"] = False
+        if section.get("enable_model_summary") is None:
+            shown["enable_model_summary"] = False
+        return shown
 
     def _section(self, name: str) -> Any:
         """Returns a section of the instantiated configuration, which lies below the subcommand where there is one."""

@@ -1,44 +1,50 @@
 """The commands that go on with the model of a run."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
 from lora_plugins.integrations.lightning import LoraCallback
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.models import ModelConfig
 
 PROGRAM = "lora-plugins"
 RANDOM = "none"
 """`weights` of a network that starts at random."""
 
 
-def next_steps(trainer: Trainer, task: VisionTask, callbacks: Sequence[LoraCallback]) -> dict[str, str]:
-    """Commands that can be pasted, by what they do; none if the run left no file that can be loaded."""
-    path = _file(trainer, task, callbacks)
+def next_steps(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
+    """Commands that can be pasted, and lines of Python, by what they do; none if the run left nothing to load."""
+    path = _file(trainer, config)
     if path is None:
         return {}
-    model, absolute = shlex.quote(str(path)), path.resolve()
+    lines = f"from lora_plugins.tasks import load_task\n\ntask = load_task({str(path.resolve())!r})"
+    return {**next_commands(trainer, config), "Go on in Python": f"{lines}\nprint(task.class_names)"}
+
+
+def next_commands(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
+    """Commands that can be pasted, by what they do; none if the run left no file that can be loaded."""
+    path = _file(trainer, config)
+    if path is None:
+        return {}
+    model = shlex.quote(str(path))
     return {
         f"In {Path.cwd()}, predict for a folder of images": f"{PROGRAM} predict {model} IMAGES --out OUT",
         "Write it for other runtimes": f"{PROGRAM} export {model} model.onnx",
-        "Go on in Python": (
-            f"from lora_plugins.tasks import load_task\n\ntask = load_task({str(absolute)!r})\nprint(task.class_names)"
-        ),
     }
 
 
-def _file(trainer: Trainer, task: VisionTask, callbacks: Sequence[LoraCallback]) -> Path | None:
+def _file(trainer: Trainer, config: ModelConfig) -> Path | None:
     """The smallest file that the run left and `load_task` takes: an adapter, a merged model, a checkpoint.
 
     Adapters, and checkpoints of a `LoraCallback`, need the base that they are of: random weights cannot be had again.
     """
-    merged = [callback.export_to for callback in callbacks]
-    checkpoint = cast(Any, trainer).checkpoint_callback
+    run = cast(Any, trainer)  # whose types lack some attributes
+    callbacks = [callback for callback in run.callbacks if isinstance(callback, LoraCallback)]
+    merged, checkpoint = [callback.export_to for callback in callbacks], run.checkpoint_callback
     stored = [getattr(checkpoint, name, None) for name in ("best_model_path", "last_model_path")]
-    if callbacks and task.model_config.weights == RANDOM:
+    if callbacks and config.weights == RANDOM:
         found: list[str | None] = [*merged]
     else:
         adapters = [file.path for callback in callbacks for file in callback.adapter_files if file.is_ours]

@@ -1,0 +1,68 @@
+"""The end of a fit: where everything is, and the commands to go on with."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.console import FitConsole
+
+PROGRAM = "lora-plugins"
+
+
+def closing_lines(
+    trainer: Trainer, module: LightningModule, console: FitConsole, configs: Sequence[str], stopped: bool
+) -> list[str]:
+    """Returns what is printed at the end of a fit.
+
+    A module may have a method `next_commands(trainer)` that returns commands by what they do; others are validated,
+    inspected and loaded.
+
+    Args:
+        trainer: The trainer.
+        module: The module that was fitted.
+        console: What callbacks have written.
+        configs: Paths of the configurations.
+        stopped: Whether Ctrl-C ended the fit.
+    """
+    files = {**console.written, **_files_of_lightning(trainer), **_last("Configuration", configs)}
+    own = getattr(module, "next_commands", None)
+    commands: list[str] = list(own(trainer).values()) if callable(own) else []
+    head = "Stopped by Ctrl-C. Left:" if stopped else "Left:"
+    lines = ["", head, *(f"  {what}: {path}" for what, path in files.items())] if files else []
+    following = (commands or _commands(files, configs)) + _inspection(trainer)
+    following = (following + console.to_paste)[:3]
+    return [*lines, *(["Next:", *(f"  {line}" for line in following)] if following else [])]
+
+
+def _files_of_lightning(trainer: Trainer) -> dict[str, Any]:
+    run = cast(Any, trainer)  # whose types lack some attributes
+    stored = [
+        path
+        for callback in run.checkpoint_callbacks
+        for name in ("best_model_path", "last_model_path")
+        if (path := getattr(callback, name, "")) and Path(path).exists()
+    ]
+    log = run.logger and run.log_dir
+    return {**_last("Checkpoint", stored[:1]), **_last("Log", [log] if log else [])}
+
+
+def _last(what: str, paths: Sequence[Any]) -> dict[str, Any]:
+    return {what: paths[-1]} if paths else {}
+
+
+def _commands(files: dict[str, Any], configs: Sequence[str]) -> list[str]:
+    if "Checkpoint" not in files or not configs:
+        return []
+    whole = Path(str(files.get("Log", ""))) / "config.yaml"  # with what flags said
+    given = " ".join(f"--config {shlex.quote(str(path))}" for path in ([whole] if whole.is_file() else configs))
+    return [f"{PROGRAM} validate {given} --ckpt_path {shlex.quote(str(files['Checkpoint']))}"]
+
+
+def _inspection(trainer: Trainer) -> list[str]:
+    callbacks = [each for each in cast(Any, trainer).callbacks if isinstance(each, LoraCallback)]
+    paths = [file.path for callback in callbacks for file in callback.adapter_files if Path(file.path).exists()]
+    return [f"{PROGRAM} inspect {shlex.quote(path)}" for path in paths[:1]]

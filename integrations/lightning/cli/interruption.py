@@ -1,0 +1,79 @@
+"""Ctrl-C: the first one ends a fit as if it were over, and what there is is saved; the second one ends at once."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lora_plugins.cli import INTERRUPTED
+
+_STOPPING = "Stopping, to save what there is. Ctrl-C again ends at once."
+_NOTHING = "Interrupted before training: nothing was saved."
+_AT_ONCE = "Ended at once."
+_SHOW_CURSOR = "\x1b[?25h"
+"""What a terminal needs whose bar was not stopped."""
+
+
+class Interruption(Callback):
+    """Answers Ctrl-C while it is `listening`.
+
+    Processes that train together stop together, which a signal to each of them cannot promise: there Ctrl-C stays
+    Lightning's, which saves nothing.
+
+    Attributes:
+        asked: Whether there was a Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._trainer: Trainer | None = None
+        self._process = os.getpid()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on there is something to save."""
+        self._trainer = trainer
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Answers Ctrl-C in place of Python, where this is the main thread of a single process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._answer)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state without the trainer, for processes that are spawned."""
+        return {**self.__dict__, "_trainer": None}
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that loads data goes on, for the validation at the end
+        if self.asked:
+            _say(_AT_ONCE)
+            os._exit(INTERRUPTED)
+        self.asked = True
+        if self._trainer is None:
+            _say(_NOTHING)
+            raise SystemExit(INTERRUPTED)
+        if self._trainer.world_size > 1:
+            raise KeyboardInterrupt
+        _say(_STOPPING)
+        self._trainer.should_stop = True
+        self._trainer.fit_loop.min_epochs = self._trainer.fit_loop.epoch_loop.min_steps = None
+
+
+def _say(line: str) -> None:
+    """Writes a line at once, whatever the process is writing: over the line of a bar, which comes again below it."""
+    terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
+    text = f"\r\x1b[2K{line}{_SHOW_CURSOR}\n" if terminal else f"{line}\n"
+    os.write(2, text.encode())

@@ -1,0 +1,51 @@
+"""What libraries say in every run, and what nobody can do anything about."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LINES = (
+    r"^Seed set to ",
+    r"^GPU available: False",
+    r"^TPU available: ",
+    r"^Loading `train_dataloader` to estimate",
+    r"^`Trainer\.fit` stopped: `max_epochs=",
+    r"Tip: For seamless",
+    r"^\W*Using \d+bit Automatic Mixed Precision",
+)
+"""Beginnings of lines that Lightning logs; the console says the same, or they say nothing."""
+
+WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6.6 calls an old name of torch 2.13
+    r".*does not have many workers",
+    r".*smaller than the logging interval",
+    r"LightningCLI's args parameter",  # those that it was given are those of the process
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*does not contain any matching `on_step`",
+)
+"""Beginnings of warnings about what is so on purpose, or is nothing that a user can change."""
+
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves these lines and warnings out."""
+    pattern = re.compile("|".join(LINES))
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or pattern.search(record.getMessage()) is None
+
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        with warnings.catch_warnings():
+            for message in WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)

@@ -1,0 +1,94 @@
+"""One line of a terminal that shows how far something is; what is printed meanwhile stands above it."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
+
+SECONDS = 0.1
+"""Between two pictures of the bar. No thread draws it: a fork of a process with threads can hang."""
+
+
+class Bar:
+    """A progress bar of one line.
+
+    The display is stopped once and for all, with its last picture left as a line: nothing that is printed afterwards is
+    drawn over. Lines of `logging` that go to the terminal go above the bar as well.
+    """
+
+    def __init__(self) -> None:
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=one_line),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(table_column=one_line),
+            TextColumn("{task.fields[left]}", table_column=one_line),
+            TextColumn("{task.fields[metric]}", table_column=one_line, markup=False),
+            console=Console(),
+            auto_refresh=False,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=None, left="", metric="")
+        self._drawn = 0.0
+        self._streams = _logging_through_stderr()
+        self._progress.start()
+        self._streams.__enter__()
+
+    def show(
+        self,
+        text: str,
+        done: float = 0,
+        total: float | None = None,
+        left: str = "",
+        metric: str = "",
+        now: bool = False,
+    ) -> None:
+        """Shows a state.
+
+        Args:
+            text: What is being done.
+            done: How much of it is done.
+            total: How much there is; None if that is not known.
+            left: The time that is left, in words.
+            metric: The metric to show.
+            now: Whether it is drawn at once, and not at most ten times a second.
+        """
+        self._progress.update(self._task, description=text, completed=done, total=total, left=left, metric=metric)
+        if now or time.monotonic() - self._drawn >= SECONDS:
+            self._progress.refresh()
+            self._drawn = time.monotonic()
+
+    def stop(self) -> None:
+        """Ends the display, with its last picture left as a line."""
+        self._streams.__exit__(None, None, None)
+        self._progress.stop()
+
+
+def is_terminal() -> bool:
+    """Whether the output is a terminal whose lines can be drawn over: no file, no pipe."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+
+
+@contextmanager
+def _logging_through_stderr() -> Iterator[None]:
+    """Lets handlers of `logging` that took the terminal's stream write to what stands in its place now."""
+    known = [logging.root, *logging.Logger.manager.loggerDict.values()]
+    handlers = [handler for logger in known for handler in getattr(logger, "handlers", ())]
+    replaced = [
+        (handler, handler.stream)
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__)
+    ]
+    for handler, _ in replaced:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler, stream in replaced:
+            handler.setStream(stream)

@@ -1,0 +1,221 @@
+"""`FitConsole`: what a run shows on its way, and where everything is when it has ended."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lora_plugins.integrations.lightning.console.bar import Bar, is_terminal
+from lora_plugins.integrations.lightning.console.main_metric import as_text, shown_metrics
+from lora_plugins.integrations.lightning.console.plan_table import print_lines
+
+_UNLIMITED = -1
+"""`max_epochs` and `max_steps` of a trainer without such a limit."""
+
+
+class FitConsole(Callback):
+    """Shows a run in one line of a terminal: how far it is, the time that is left, the metric that matters.
+
+    Where the output is no terminal, each epoch is a plain line.
+
+    Args:
+        shows: Whether it shows anything; if not, it only collects what the run has written.
+
+    Attributes:
+        written: The files that callbacks have written, by what they are.
+        to_paste: Lines of Python that load them.
+    """
+
+    def __init__(self, shows: bool = True) -> None:
+        self.shows = shows
+        self.written: dict[str, Path] = {}
+        self.to_paste: list[str] = []
+        self._bar: Bar | None = None
+        self._start = 0.0
+        self._first_step = 0
+        self._epoch = ""
+        self._line: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Shows nothing from processes other than the first."""
+        self.written, self.to_paste, self._line = {}, [], None
+        self.shows = self.shows and trainer.is_global_zero
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the bar."""
+        self._show("Before training", 0, _batches(trainer.num_sanity_val_batches), now=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start, self._first_step = time.monotonic(), _steps_done(trainer)
+        self._epoch = _epoch(trainer)
+        self._show_training(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells of the epoch before: its metrics are whole now."""
+        self._end_epoch(trainer)
+        self._epoch = _epoch(trainer)
+        self._line = f"epoch {self._epoch}"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar."""
+        self._show_training(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves the bar, or says within a fit that it validates."""
+        if trainer.sanity_checking:
+            self._show("Before training", batch_idx + 1, _batches(trainer.num_sanity_val_batches))
+        elif trainer.state.fn == "fit":
+            self._show_training(trainer, validating=True)
+        else:
+            self._show("Validating", batch_idx + 1, _batches(trainer.num_val_batches))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves the bar."""
+        self._show("Testing", batch_idx + 1, _batches(trainer.num_test_batches))
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves the bar."""
+        self._show("Predicting", batch_idx + 1, _batches(trainer.num_predict_batches))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the last metrics, and leaves the bar as a line."""
+        self._end_epoch(trainer)
+        self._show_training(trainer, now=True)
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the bar as a line, if this is no part of a fit."""
+        if trainer.state.fn != "fit":
+            self._stop()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the bar as a line."""
+        self._stop()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the bar as a line."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the terminal back."""
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the terminal back."""
+        self._stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state without the terminal, for processes that are spawned."""
+        return {**self.__dict__, "_bar": None}
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        line, self._line = self._line, None
+        if line is not None and self.shows and not is_terminal():
+            metrics = [as_text(name, value) for name, value in shown_metrics(trainer).items()]
+            left = "" if trainer.should_stop else self._left(*_progress(trainer))
+            print("  ".join([line, *metrics, *([left] if left else [])]), flush=True)
+
+    def _show_training(self, trainer: Trainer, validating: bool = False, now: bool = False) -> None:
+        done, total = _progress(trainer)
+        metric = next((as_text(name, value) for name, value in shown_metrics(trainer).items()), "")
+        text = f"Epoch {self._epoch}" + (", validating" if validating else "")
+        left = "" if trainer.should_stop else self._left(done, total)
+        self._show(text, done, total, left, metric, now=now)
+
+    def _show(
+        self, text: str, done: float, total: float | None, left: str = "", metric: str = "", now: bool = False
+    ) -> None:
+        if not self.shows or not is_terminal():
+            return
+        if self._bar is None:
+            self._bar = Bar()
+        self._bar.show(text, done, total, left, metric, now=now)
+
+    def _stop(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+
+    def _left(self, done: float, total: float | None) -> str:
+        """The time that is left if the rest goes as what was done since training started; validation included."""
+        since = done - self._first_step
+        if total is None or since <= 0 or done >= total:
+            return ""
+        return f"{_clock((time.monotonic() - self._start) / since * (total - done))} left"
+
+
+def tell_written(trainer: Trainer, files: Mapping[str, Path], to_paste: Sequence[str] = ()) -> None:
+    """Tells where files are that a callback wrote: at the end of the run with all others, or else at once.
+
+    Args:
+        trainer: The trainer.
+        files: Paths by what they are, such as `Report`.
+        to_paste: Lines of Python that load them.
+    """
+    console = next((each for each in cast(Any, trainer).callbacks if isinstance(each, FitConsole)), None)
+    if console is not None:
+        console.written.update(files)
+        console.to_paste.extend(to_paste)
+    else:
+        print_lines([*(f"{what}: {path}" for what, path in files.items()), *to_paste])
+
+
+def _epoch(trainer: Trainer) -> str:
+    limit = trainer.max_epochs
+    number = trainer.current_epoch + 1
+    return f"{number}" if limit is None or limit == _UNLIMITED else f"{min(number, limit)}/{limit}"
+
+
+def _steps_done(trainer: Trainer) -> int:
+    """Batches of training that are done, those of a run that goes on included."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
+
+
+def _progress(trainer: Trainer) -> tuple[float, float | None]:
+    """How much of the training is done, and how much there is: batches, or optimizer steps if these are limited."""
+    done, per_epoch, epochs = float(_steps_done(trainer)), float(trainer.num_training_batches), trainer.max_epochs
+    if trainer.max_steps != _UNLIMITED:
+        return float(trainer.global_step), float(trainer.max_steps)
+    if epochs is None or epochs == _UNLIMITED or per_epoch == float("inf"):
+        return done, None
+    return min(done, per_epoch * epochs), per_epoch * epochs
+
+
+def _batches(counts: Any) -> float | None:
+    numbers = counts if isinstance(counts, list) else [counts]
+    total = float(sum(numbers))
+    return None if total == float("inf") else total
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,28 @@
+"""Which of the metrics that a module logs says how well it does."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+
+
+def shown_metrics(trainer: Trainer) -> dict[str, float]:
+    """Returns what the module logs for the progress bar, or else all that it logs, the metric that matters first.
+
+    That is what a ModelCheckpoint or EarlyStopping monitors, or else one of the val split that is no loss, the loss of
+    the val split, one of the train split, its loss.
+    """
+    metrics: Mapping[str, Any] = trainer.progress_bar_metrics or trainer.callback_metrics
+    callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack
+    monitored = {getattr(callback, "monitor", None) for callback in callbacks}
+    found = {name: float(value) for name, value in metrics.items() if isinstance(float(value), float)}
+
+    def order(name: str) -> tuple[bool, bool, bool]:
+        return name not in monitored, not name.startswith("val"), "loss" in name
+
+    return {name: found[name] for name in sorted(found, key=order)}
+
+
+def as_text(name: str, value: float) -> str:
+    """Returns a metric as it is shown, with three digits that count."""
+    return f"{name} {value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{name} {value:.2e}"

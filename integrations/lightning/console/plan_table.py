@@ -1,0 +1,57 @@
+"""Prints the plan of an adapter."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_plugins import Plan
+from lora_plugins.errors import listing
+
+
+def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -> None:
+    """Prints what is adapted: layer, plugin, rank, parameters and their share of the layer's own weight.
+
+    Layers that differ in the number of their block share a row, such as `blocks.0-11.attn.qkv x12`.
+
+    Args:
+        plan: The plan.
+        title: The title of the table.
+        forgotten: Names of layers that look new and are not trained.
+    """
+    table = Table(title=title)
+    table.add_column("layer", overflow="fold")
+    table.add_column("plugin")
+    for column in ("rank", "parameters", "of its weight"):
+        table.add_column(column, justify="right")
+    for group in plan.groups():
+        first = group.layers[0]
+        plugin = first.plugin.name if first.variant is None else f"{first.plugin.name}, {first.variant.name}"
+        share = f"{group.parameters / group.weight:.1%}"
+        table.add_row(_times(group.name, len(group.layers)), plugin, str(first.r), f"{group.parameters:,}", share)
+    console = Console()
+    console.print(table)
+    trained = [_times(name, count) for name, count in plan.trained_groups().items()]
+    more = [f"... ({len(trained) - _MOST} more)"] if len(trained) > _MOST else []
+    notes = [
+        *([f"Trained in place: {', '.join([*trained[:_MOST], *more])}"] if trained else []),
+        *([f"Looks new, and is not trained: {listing(forgotten)}"] if forgotten else []),
+        *map(str, plan.left_out),
+    ]
+    for note in [*notes, plan.summary()]:
+        console.print(note, markup=False, highlight=False)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines that can be pasted: they are never wrapped."""
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _times(name: str, count: int) -> str:
+    return name if count == 1 else f"{name} x{count}"
+
+
+_MOST = 8
+"""Groups of tensors that are listed; further ones are counted."""

@@ -1,0 +1,138 @@
+"""What a run shows on a terminal, in a file, and after Ctrl-C."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lora_plugins import LoraModel
+from lora_plugins.cli import INTERRUPTED
+from lora_plugins.cli.main import main
+from tests.integrations.lightning.console.talkative import SAID
+from tests.integrations.lightning.toys import Classifier
+
+pytest.importorskip("pyte")
+
+from tests.integrations.lightning.console.terminal import run
+
+HERE = "tests.integrations.lightning.console.talkative"
+FIT = [sys.executable, "-m", "lora_plugins", "fit", "--config"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration whose steps take some seconds each, and gives its path."""
+
+    def write(seconds=0.0, epochs=3, **trainer):
+        content = {
+            "seed_everything": 1,
+            "model": {"class_path": f"{HERE}.Talkative", "init_args": {"width": 8, "seconds": seconds}},
+            "data": {"class_path": "tests.integrations.lightning.toys.Data"},
+            "lora": {"r": 2, "target_modules": ["net.0", "net.3"]},
+            "lora_callback": {
+                "save_adapter_to": str(tmp_path / "adapter"),
+                "export_to": str(tmp_path / "m.safetensors"),
+            },
+            "trainer": {
+                "max_epochs": epochs,
+                "accelerator": "cpu",
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": str(tmp_path)},
+                },
+                "callbacks": [{"class_path": f"{HERE}.Last"}],
+                **trainer,
+            },
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_terminal_loses_no_line_and_keeps_one_of_the_bar(config, columns, tmp_path):
+    seen = run([*FIT, config()], columns)
+    assert seen.code == 0, seen.lines
+    assert seen.cursor
+    text = " ".join(" ".join(seen.lines).split())
+    assert [each for each in SAID if text.count(f"said: {each}") != 1] == []
+    last = [line for line in seen.lines if "100%" in line]
+    assert len(last) == 1
+    assert re.fullmatch(r"Epoch 3/3 ━+ 100% +val/loss \d\.\d{3}", last[0])
+    assert len(last[0]) == columns
+    assert re.search(r"2 layers adapted, \d+ of \d+ parameters trainable", text)
+    whole = "".join(line.ljust(columns) for line in seen.lines)  # paths are not wrapped: the terminal breaks them
+    for what, path in {"Adapter": "adapter", "Merged model": "m.safetensors", "Configuration": "run.yaml"}.items():
+        assert f"{what}: {tmp_path / path}" in whole
+    for what in ("Checkpoint: ", "Log: ", "Next:", "lora-plugins validate --config", "lora-plugins inspect"):
+        assert what in whole
+    for noise in ("GPU available", "Seed set", "Tip:", "LeafSpec", "many workers", "FLOPs", "max_epochs="):
+        assert noise not in whole
+
+
+def test_a_file_has_plain_lines(config):
+    """Also where colors are asked for in pipes: lines are drawn over nowhere but on a terminal."""
+    done = subprocess.run([*FIT, config()], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode()
+    assert [
+        line for line in out.splitlines() if re.match(r"epoch \d/3  val/loss \d\.\d+  train/loss \d\.\d+", line)
+    ] == [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert out.count("\nepoch ") == 3
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+    assert done.stderr.decode().splitlines()[-1].strip() in {f"said: {each}" for each in SAID}
+
+
+def test_ctrl_c_saves_what_there_is_and_says_where(config, tmp_path):
+    seen = run([*FIT, config(seconds=0.05, epochs=500)], 100, press_after="Epoch 2/")
+    assert seen.code == INTERRUPTED == 130, seen.lines
+    text = "\n".join(seen.lines)
+    assert seen.cursor
+    assert "Stopping, to save what there is" in text
+    assert "Stopped by Ctrl-C. Left:" in text
+    assert "said: at the end of fit" in text
+    assert "Traceback" not in text
+    assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
+    assert (tmp_path / "m.safetensors").is_file()
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_fit_that_must_train_longer(config, tmp_path):
+    seen = run([*FIT, config(seconds=0.05, epochs=500, min_epochs=400)], 100, press_after="Epoch 2/")
+    assert seen.code == INTERRUPTED, seen.lines
+    assert (tmp_path / "adapter" / "adapter.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(config, tmp_path):
+    seen = run([*FIT, config(seconds=5.0)], 100, press_after="Epoch 1/", times=2)
+    assert seen.code == INTERRUPTED, seen.lines
+    assert seen.waited < 2
+    assert seen.cursor
+    assert "Ended at once." in "\n".join(seen.lines)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_training_leaves_nothing(config, tmp_path):
+    seen = run([sys.executable, "-X", "importtime", *FIT[1:], config()], 100, press_after="jsonargparse")
+    assert seen.code == INTERRUPTED, seen.lines[-20:]
+    assert "Interrupted." in "\n".join(seen.lines)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore:said")
+def test_a_user_who_wants_no_bar_or_another_gets_that(config, capsys):
+    assert main(["fit", "--config", config(enable_progress_bar=False)]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 1/3" not in out
+    assert "Adapter: " in out
+    bar = [{"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"}]
+    assert main(["fit", "--config", config(callbacks=bar)]) == 0
+    captured = capsys.readouterr()
+    assert "epoch 1/3" not in captured.out
+    assert "Epoch 2" in captured.out + captured.err
