@@ -1,16 +1,17 @@
-"""Predict labels or masks for images: `lora-plugins predict MODEL IMAGES --out OUT`.
+"""Predict labels or masks for images: `lora-plugins predict MODEL IMAGES... --out OUT`.
 
-MODEL is a checkpoint, an adapter folder or a merged file of a task; IMAGES an image, a folder of images, or a pattern
+MODEL is a checkpoint, an adapter folder or a merged file of a task; IMAGES are images, folders of images, or patterns
 such as `"photos/*/*.jpg"`. A classifier writes `OUT/labels.csv`, a segmenter `OUT/masks/NAME.png`, 8-bit indices with a
-palette, and `OUT/overlays/NAME.png`.
+palette, and `OUT/overlays/NAME.png`. NAME is the path below the folder that all images are in.
 """
 
 import argparse
 import csv
 import glob
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli import exit_on_closed_output
-from lora_plugins.errors import ConfigError, LoraError, listing, near
+from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.data import (
     ERROR,
     IMAGE_SUFFIXES,
@@ -44,7 +45,7 @@ MAX_TOLD = 5
 
 def predict_folder(
     task: VisionTask,
-    images: str | Path,
+    images: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     window: Size | None = None,
@@ -56,7 +57,7 @@ def predict_folder(
 
     Args:
         task: The task, in eval mode.
-        images: An image, a folder of images, or a pattern of paths; the images are of any size.
+        images: An image, a folder of images, or a pattern of paths, or several of these; the images are of any size.
         out: The folder to write into; it is created.
         window: For segmentation, see `mask_probabilities`.
         overlap: Likewise.
@@ -68,13 +69,14 @@ def predict_folder(
         The written files.
 
     Raises:
-        DataError: If there are no images, some cannot be read or have one name, or the task has too many classes for a
-            palette.
+        DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
         ConfigError: For a window without masks, or another wrong option.
     """
     if window is not None and not isinstance(task, SemanticSegmentationTask):
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
-    paths = _readable(_found(str(images)), on_problem)
+    named = [images] if isinstance(images, str | Path) else images
+    found = dict.fromkeys(path for each in named for path in _found(str(each)))
+    paths = _named(_readable([*found], on_problem))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(task, SemanticSegmentationTask):
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help.",
     )
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
-    parser.add_argument("images", help="an image, a folder of images, or a pattern in quotes: 'photos/*.jpg'")
+    parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
     parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
     parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(_told(files))
+    print(_told(files, Path(options.out)))
     return 0
 
 
@@ -127,17 +129,16 @@ def _check_device(name: str) -> None:
         ) from error
 
 
-def _told(files: Sequence[Path]) -> str:
+def _told(files: Sequence[Path], out: Path) -> str:
     """Says what was written, and where."""
-    if files[0].name == LABELS:
+    if files[0] == out / LABELS:
         with files[0].open(newline="", encoding="utf-8") as stream:
             labels = Counter(row["label"] for row in csv.DictReader(stream))
         counts = ", ".join(f"{count} {name}" for name, count in labels.most_common(MAX_TOLD))
         more = f", and {len(labels) - MAX_TOLD} more" if len(labels) > MAX_TOLD else ""
         return f"Labels of {_images(labels.total())} with probabilities: {files[0]} ({counts}{more})"
-    masks = [file for file in files if file.parent.name == MASKS]
-    overlays = masks[0].parent.with_name(OVERLAYS)
-    return f"Masks of {_images(len(masks))}: {masks[0].parent}, and over the images: {overlays}"
+    masks = [file for file in files if file.is_relative_to(out / MASKS)]
+    return f"Masks of {_images(len(masks))}: {out / MASKS}, and over the images: {out / OVERLAYS}"
 
 
 def _images(count: int) -> str:
@@ -149,14 +150,22 @@ def _found(images: str) -> list[Path]:
     path = Path(images)
     paths = [path] if path.is_file() else _matching(images) if glob.has_magic(images) else image_files(path)
     if not paths:
-        raise DataError(f"{path.absolute()} {'matches' if glob.has_magic(images) else 'holds'} no image.")
-    twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"Several images are called {listing(twice)}, and what is written is named by them. Predict folder by "
-            "folder, each with an --out of its own."
-        )
+        does = "matches" if glob.has_magic(images) else "holds"
+        raise DataError(f"{path.absolute()} {does} no image.{_below(path)}")
     return paths
+
+
+def _below(folder: Path) -> str:
+    """Says which pattern finds the images in the folders of a folder."""
+    pattern = str(folder / "**" / "*")
+    count = len(_matching(pattern)) if folder.is_dir() else 0
+    return f" In the folders below there {'is' if count == 1 else 'are'} {count}: {pattern!r}." if count else ""
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """The images by their paths below the folder that all of them are in."""
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    return {path.absolute().relative_to(common).as_posix(): path for path in paths}
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -177,41 +186,47 @@ def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
     return [path for path, error in zip(paths, errors, strict=True) if not error]
 
 
-def _write_labels(task: VisionTask, paths: Sequence[Path], file: Path, flips: bool) -> Path:
+def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips: bool) -> Path:
     names = task.class_labels
     with file.open("w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
         rows.writerow(["image", "label", "probability", *names])
-        for path in paths:
+        for name, path in paths.items():
             probabilities = label_probabilities(task, _tensor(path), flips=flips)
             best = int(probabilities.argmax())
             columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
-            rows.writerow([path.name, names[best], *columns])
+            rows.writerow([name, names[best], *columns])
     return file
 
 
 def _write_masks(
-    task: SemanticSegmentationTask, paths: Sequence[Path], out: Path, window: Size | None, overlap: float, flips: bool
+    task: SemanticSegmentationTask,
+    paths: Mapping[str, Path],
+    out: Path,
+    window: Size | None,
+    overlap: float,
+    flips: bool,
 ) -> list[Path]:
     classes = task.model_config.num_classes
     if classes > MAX_CLASSES:
         raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MAX_CLASSES}.")
     colors, written = class_colors(classes), []
-    for folder in (MASKS, OVERLAYS):
-        (out / folder).mkdir(exist_ok=True)
-    stems = Counter(path.stem for path in paths)
-    for path in paths:
+    stems = Counter(str(Path(name).with_suffix("")) for name in paths)
+    for given, path in paths.items():
         image = _tensor(path)
         mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        name = f"{path.stem if stems[path.stem] == 1 else path.name}.png"
+        stem = str(Path(given).with_suffix(""))
+        name = f"{stem if stems[stem] == 1 else given}.png"
         outputs = {
             MASKS: palette_image(mask, colors),
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
         }
         for folder, output in outputs.items():
-            output.save(out / folder / name)
-            written.append(out / folder / name)
+            file = out / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            output.save(file)
+            written.append(file)
     return written
 
 

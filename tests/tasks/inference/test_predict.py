@@ -100,26 +100,40 @@ class TestPredict:
 class TestWhatIsPredicted:
     @pytest.mark.parametrize(
         ("given", "expected"),
-        [("images/a.png", ["a.png"]), ("images", ["a.png", "b.jpg"]), ("images/**/*.jpg", ["b.jpg", "c.jpg"])],
-        ids=["an image", "a folder", "a pattern"],
+        [
+            (["images/a.png"], ["a.png"]),
+            (["images"], ["a.png", "b.jpg"]),
+            (["images/**/*.jpg"], ["b.jpg", "further/b.jpg"]),
+            (["images/b.jpg", "images/further", "images/b.jpg"], ["b.jpg", "further/b.jpg"]),
+        ],
+        ids=["an image", "a folder", "a pattern", "several"],
     )
     def test_is_an_image_a_folder_or_a_pattern(self, fitted, tmp_path, capsys, given, expected):
-        for name in ("a.png", "b.jpg", "further/c.jpg"):
+        for name in ("a.png", "b.jpg", "further/b.jpg"):
             write_image(tmp_path / "images" / name, noise())
         (tmp_path / "images" / "notes.txt").write_text("no image")
-        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / given), "--out", str(tmp_path / "out")]
-        assert predict(files) == 0
+        paths = [str(tmp_path / each) for each in given]
+        assert predict([str(fitted["labels"][1]["merged"]), *paths, "--out", str(tmp_path / "out")]) == 0
         rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
         assert [row["image"] for row in rows] == expected
         plural = "s" if len(expected) > 1 else ""
         assert f"Labels of {len(expected)} image{plural} with probabilities: {tmp_path}" in capsys.readouterr().out
 
-    def test_images_of_one_name_are_refused(self, fitted, tmp_path, capsys):
-        for name in ("x/a.png", "y/a.png"):
+    def test_masks_lie_as_the_images_do(self, fitted, tmp_path, capsys):
+        for name in ("x/a.png", "y/a.png", "y/a.jpg"):
             write_image(tmp_path / "images" / name, noise())
-        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / "images/*/*.png"), "--out", str(tmp_path / "out")]
-        assert predict(files) == 1
-        assert "Several images are called 'a.png'" in capsys.readouterr().err
+        out = tmp_path / "masks"
+        assert predict([str(fitted["masks"][1]["merged"]), str(tmp_path / "images/*/*"), "--out", str(out)]) == 0
+        written = {file.relative_to(out).as_posix() for file in out.rglob("*.png")}
+        names = ("x/a.png", "y/a.png.png", "y/a.jpg.png")
+        assert written == {f"{folder}/{name}" for folder in ("masks", "overlays") for name in names}
+        told = f"Masks of 3 images: {out / 'masks'}, and over the images: {out / 'overlays'}"
+        assert told in capsys.readouterr().out
+
+    def test_a_folder_of_folders(self, fitted, tmp_path, capsys):
+        write_image(tmp_path / "images" / "x" / "a.png", noise())
+        assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "images")]) == 1
+        assert f"holds no image. In the folders below there is 1: '{tmp_path}/images/**/*'." in capsys.readouterr().err
 
     def test_a_pattern_that_matches_nothing(self, fitted, tmp_path, capsys):
         assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "*.png")]) == 1
