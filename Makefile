@@ -17,7 +17,7 @@ RELEASE_VENV ?= .venv-release
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
 
-.PHONY: run compare test test-slow test-core test-floor test-modules coverage lint types docs release clean
+.PHONY: run compare test test-slow test-core test-floor test-modules coverage lint types docs front notebooks release clean
 
 run: $(VENV)/$(if $(filter tasks/dreambooth.yaml,$(CONFIG)),diffusion,vision) ## Fine-tune a shipped model on embedded data.
 	$(if $(filter tasks/cls.yaml tasks/seg.yaml tasks/dreambooth.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
@@ -68,6 +68,12 @@ types: $(VENV)/dev ## The type checker.
 
 docs: $(VENV)/dev ## The site, in build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+front: $(VENV)/dev ## What the front page shows: the output of a run, and pictures of reports. Needs Chromium.
+	PYTHONPATH=. $(BIN)/python docs/front.py
+
+notebooks: $(VENV)/dev ## Run the notebooks of the docs, and keep what they print.
+	OMP_NUM_THREADS=1 $(BIN)/python docs/run_notebooks.py
 
 release: $(RELEASE_VENV)/bin/twine ## The files of a release, in dist, checked up to the upload.
 	rm -rf dist

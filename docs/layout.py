@@ -16,6 +16,9 @@ from mkdocs.plugins import event_priority
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"lora_plugins": ".", "integrations": "integrations", "tasks": "tasks"}
 MARK = re.compile(r"^<!-- every public name of (\S+) -->$", re.MULTILINE)
+README = re.compile(r"^<!-- the README up to (.+) -->$", re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!http|docs/)[^)]*\)")
+"""A link of the README to what the site does not have."""
 
 
 @event_priority(100)  # before mkdocstrings reads its configuration
@@ -40,14 +43,25 @@ def copy_package(folder: Path) -> None:
 
 
 def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
-    """Called by mkdocs for each page; puts an entry for each name of a module's `__all__` where a page asks for it."""
+    """Called by mkdocs for each page; puts what a page asks for where it does.
+
+    That is an entry for each name of a module's `__all__`, and the beginning of the README, with the links of the site.
+    """
     sources = Path(config.extra["sources"])
 
     def entries(match: re.Match[str]) -> str:
         module = match.group(1)
         return "\n\n".join(f"::: {module}.{name}" for name in public_names(sources, module))
 
-    return MARK.sub(entries, markdown)
+    return README.sub(lambda match: readme(until=match.group(1)), MARK.sub(entries, markdown))
+
+
+def readme(until: str) -> str:
+    """Returns the README up to a heading, as a page of the site."""
+    text, heading, _ = (ROOT / "README.md").read_text().partition(f"\n{until}\n")
+    if not heading:
+        raise ValueError(f"README.md has no line {until!r}.")
+    return LINK.sub(r"\1", text).replace("](docs/", "](")
 
 
 def on_post_build(config: Any) -> None:
