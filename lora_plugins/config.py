@@ -29,7 +29,12 @@ def _with_known_fields(cls: type[T]) -> type[T]:
         if said:
             lines = [f"LoraConfig has no field {listing(keys, len(keys))}. {word}" for word, keys in said.items()]
             raise ConfigError("\n".join(lines))
-        init(self, *values, **fields)
+        if values:
+            raise TypeError(
+                f"LoraConfig takes its fields by name, not {listing(values)} by place: LoraConfig(r=8, "
+                "target_modules=['qkv'])."
+            )
+        init(self, **fields)
 
     cls.__init__ = checked  # type: ignore[method-assign]
     return cls

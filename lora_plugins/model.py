@@ -535,6 +535,10 @@ class LoraModel(metaclass=Told):
             said = handle or said_of_member(name, self)
             raise AttributeError(f"LoraModel has no attribute {name!r}. {said}".rstrip())
 
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            """A habit from PEFT that is told."""
+            raise TypeError("LoraModel is a handle and computes nothing; call the model itself: lora.model(...)")
+
     @property
     def _state(self) -> ModelState:
         return present_state(self.model)

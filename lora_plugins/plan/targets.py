@@ -80,9 +80,21 @@ def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], regis
         if not handled & set(matches):
             raise TargetError(
                 f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
-                f"{inner_hint(matches, handled) or patterns.nearest(pattern, handled)}{registry.absent()}"
+                f"{_of_others(matches, free) or inner_hint(matches, handled) or patterns.nearest(pattern, handled)}"
+                f"{registry.absent()}"
             ) from registry.cause()
     return {name for matches in found.values() for name in matches}
+
+
+def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
+    """What to do where matched modules are wrappers of another library, with its adapter below them."""
+    adapters = [name for site in free if site.foreign_adapter for name in site.names]
+    if not any(within(name, matches) for name in adapters):
+        return ""
+    return (
+        "Another library has adapted the model. Take its adapter off or merge it first, and adapt the model that this "
+        "returns; in PEFT: model = peft_model.unload(), or merge_and_unload()."
+    )
 
 
 def _means_all(config: LoraConfig) -> bool:

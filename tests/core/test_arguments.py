@@ -4,9 +4,10 @@ import inspect
 import pickle
 
 import pytest
+import torch
 from torch import nn
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
 from lora_plugins.words import ARGUMENTS, MEMBERS
 
 CONFIG = LoraConfig(r=2, target_modules=["0"])
@@ -118,6 +119,15 @@ class TestConfigsOfPeft:
             LoraModel(net(), peft.LoHaConfig(r=4))
         assert "LoraConfig(" not in str(caught.value)
 
+    @pytest.mark.parametrize("targets", [["0"], ".*0", ["base_model.model.0"]], ids=str)
+    def test_a_model_that_they_have_adapted_is_told_from_a_wrong_pattern(self, peft, targets):
+        theirs = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"]))
+        before = list(theirs.state_dict())
+        with pytest.raises(TargetError, match=r"Another library has adapted the model.*peft_model\.unload\(\)"):
+            LoraModel(theirs, LoraConfig(target_modules=targets))
+        assert list(theirs.state_dict()) == before
+        LoraModel(theirs.unload(), LoraConfig(target_modules=["0"]))
+
     def test_swapped_ones_are_told_the_order(self, peft):
         with pytest.raises(ConfigError, match="model is a LoraConfig of peft"):
             LoraModel(peft.LoraConfig(), net())
@@ -139,6 +149,10 @@ class TestMembers:
     def test_what_the_model_has_is_asked_of_the_model(self):
         with pytest.raises(AttributeError, match=r"the model itself has it: lora\.model\.parameters"):
             lora().parameters()
+
+    def test_the_model_is_called_and_not_the_handle(self):
+        with pytest.raises(TypeError, match=r"call the model itself: lora\.model"):
+            lora()(torch.zeros(1, 4))
 
     def test_private_names_are_not_guessed_at(self):
         name = "_repr_html_"

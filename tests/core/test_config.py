@@ -77,7 +77,7 @@ def test_config_errors_are_value_errors_of_the_library():
 def test_fields_are_frozen_and_given_by_name():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoraConfig().r = 4
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"by name, not 8 by place: LoraConfig\(r=8"):
         LoraConfig(8)
 
 
