@@ -32,7 +32,6 @@ from lora_plugins.integrations.lightning.module import (
     check_not_replaced,
     find_copies,
     find_target,
-    forgotten_layers,
     freeze_alike,
     merge_as_bytes,
     merge_from_bytes,
@@ -87,6 +86,7 @@ from lora_plugins.integrations.lightning.training import (
     needs_data,
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
+from lora_plugins.plan import forgotten_layers
 
 allow_class_path()
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapter_tensors, model_state
 from lora_plugins.errors import listing
+from lora_plugins.plan import forgotten_layers
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,6 +56,12 @@ class TrainingGuard(TrainerCallback):
             raise StateError(f"The optimizer does not hold {listing(missing)}, which are to be trained.")
         if state.is_world_process_zero:
             print(f"LoRA adapter {self.adapter_name!r}: {plan.summary()}")
+        if forgotten := forgotten_layers(model, plan):
+            warnings.warn(
+                f"{listing(forgotten, 3)} look newly initialized, and nothing trains them. A new head belongs into "
+                "modules_to_save of the LoraConfig; one that is to stay as it is can be left so.",
+                stacklevel=2,
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -63,6 +63,8 @@ class LoraTrainer(Trainer):
             raise ConfigError("LoraTrainer has no argument 'peft_config'. It is 'lora_config' here.")
         if lora_config is not None:
             check_config("LoraTrainer", lora_config)
+        if any(isinstance(value, LoraConfig) for value in (*args, kwargs.get("args"))):
+            raise ConfigError("LoraTrainer has its config by name: LoraTrainer(model, args, ..., lora_config=config).")
         self.lora_config = lora_config
         self.adapter_name = adapter_name
         self.merge_on_train_end = merge_on_train_end

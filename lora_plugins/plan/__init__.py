@@ -4,6 +4,7 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 """
 
 from lora_plugins.plan.groups import LayerGroup
+from lora_plugins.plan.new_layers import forgotten_layers
 from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
@@ -17,6 +18,7 @@ __all__ = [
     "current_name",
     "exact_expression",
     "exact_pattern",
+    "forgotten_layers",
     "former_names",
     "is_risky",
     "make_plan",

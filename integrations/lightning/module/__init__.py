@@ -39,7 +39,6 @@ from lora_plugins.integrations.lightning.module.modes import (
     set_modes_of_frozen_norms,
     set_training_mode,
 )
-from lora_plugins.integrations.lightning.module.new_layers import forgotten_layers
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     ReversibleMerge,
     check_mergeable,
@@ -76,7 +75,6 @@ __all__ = [
     "copy_factors",
     "find_copies",
     "find_target",
-    "forgotten_layers",
     "freeze_alike",
     "frozen_as_built",
     "frozen_by_author",

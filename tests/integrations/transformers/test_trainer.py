@@ -1,6 +1,7 @@
 """`LoraTrainer`: real runs of the Trainer of transformers on small models."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,21 @@ def test_it_prints_what_is_trained(tmp_path, capsys):
     assert f"LoRA adapter 'default': {LoraModel(run.model).plans['default'].summary()}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("saved", [["classifier"], []], ids=["trained", "forgotten"])
+def test_a_new_head_that_nobody_trains_is_told(tmp_path, saved):
+    model = vit()
+    with torch.no_grad():  # as from_pretrained gives it: training has left nothing but the head new
+        for layer in model.vit.modules():
+            if isinstance(layer, nn.Linear):
+                layer.bias.add_(0.1)
+    run = trainer(tmp_path, model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=saved))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.train()
+    said = [str(each.message) for each in told if "newly initialized" in str(each.message)]
+    assert [text.partition(" look")[0] for text in said] == ([] if saved else ["'classifier'"])
+
+
 class TestModelsThatAreAdaptedAlready:
     def test_they_are_taken_as_they_are(self, tmp_path):
         model = vit()
@@ -447,6 +463,10 @@ class TestModelsThatAreAdaptedAlready:
 
 
 class TestRefused:
+    def test_a_config_by_place(self):
+        with pytest.raises(ConfigError, match="has its config by name"):
+            LoraTrainer(vit(), VIT)
+
     def test_a_config_of_another_kind(self, tmp_path):
         with pytest.raises(ConfigError, match=r"^LoraTrainer: config is a dict"):
             trainer(tmp_path, config={"r": 4})

@@ -16,8 +16,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lora_plugins import Plan
 from lora_plugins.inplace import model_modules
+from lora_plugins.plan.plan import Plan
 
 _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FEW = 64
