@@ -25,9 +25,22 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def pytest_addoption(parser):
-    """Knows the option `timeout` of pyproject.toml where pytest-timeout, which reads it, is not installed."""
+    """Adds the device, and the option `timeout` of pyproject.toml where pytest-timeout, which reads it, is missing."""
+    parser.addoption("--device", default="cpu", help="where tests that have a choice run: cpu, cuda, ...")
     if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds for a test; read by pytest-timeout")
+
+
+def pytest_configure(config):
+    """Hands the device to the conformance kit, where its pytest plugin is loaded."""
+    if hasattr(config.option, "lora_device"):
+        config.option.lora_device = config.option.device
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where tests that have a choice run."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

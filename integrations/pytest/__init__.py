@@ -15,7 +15,8 @@
     def test_storage(storage_check):
         storage_check(MyStorage())
 
-Each check of the kit is a test of its own: `test_layer[law]`, `test_layer[gradients]` and so on.
+Each check of the kit is a test of its own: `test_layer[law]`, `test_layer[gradients]` and so on. With
+`pytest --lora-device cuda`, layer types, variants and storages are checked there.
 
 pytest imports this module in every project of an environment, so it imports neither torch nor lora_plugins before one
 of the fixtures is used. That is also why it is a package of its own: importing anything below `lora_plugins` imports
@@ -35,6 +36,12 @@ SUFFIX = "_check"
 """What the names of our fixtures end with; the kind of plugins stands before it."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option; it is not called `--device`, since projects have options of that name."""
+    group = parser.getgroup("lora_plugins")
+    group.addoption("--lora-device", default="cpu", help="where the conformance kit of lora_plugins checks: cuda, ...")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Makes one test of each check, for tests that use a fixture of ours."""
     if not any(name.endswith(SUFFIX) for name in metafunc.fixturenames):
@@ -43,7 +50,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     for kit in KITS:
         if kit.fixture in metafunc.fixturenames:
-            runs = [partial(_one_check, kit.check, name) for name in kit.checks]
+            place = {"device": metafunc.config.getoption("--lora-device")} if kit.takes_device else {}
+            runs = [partial(_one_check, kit.check, name, **place) for name in kit.checks]
             metafunc.parametrize(kit.fixture, runs, ids=list(kit.checks))
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_plugins.adapter.content import AdapterContent, factor_dtype
 from lora_plugins.inplace import (
@@ -75,7 +76,16 @@ def activate(
     state = layer_state(layer)
     state.active = tuple(name for name in adapters if name in state.adapters)
     state.rows, state.weights = rows, {name: weights[name] for name in state.active if name in weights}
+    state.index = _index(layer, state.active, rows) if rows is not None and state.active else None
     refresh_class(layer)
+
+
+def _index(layer: nn.Module, active: tuple[str, ...], rows: tuple[str | None, ...]) -> Tensor:
+    """Returns the place of each row's adapter among the active ones, and behind them for rows of none of them."""
+    places: dict[str | None, int] = {name: at for at, name in enumerate(active)}
+    device = next(adapter_parameters(layer, active[0])).device
+    with torch.inference_mode(False):
+        return torch.tensor([places.get(row, len(active)) for row in rows], device=device)
 
 
 def adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:

@@ -229,7 +229,7 @@ def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tu
         return A, torch.full_like(B, math.inf), 0.0  # which is refused by name
     if kind in PRUNED:
         updates = torch.stack([term.B @ term.A for term in terms])
-        factor = torch.tensor([term.weight for term in terms], dtype=torch.float64).view(-1, 1, 1)
+        factor = torch.tensor([term.weight for term in terms], dtype=torch.float64, device="cpu").view(-1, 1, 1)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         exact = PRUNED[kind](updates.cpu(), factor, options["density"], generator)
     ranks = [term.A.shape[0] for term in terms]

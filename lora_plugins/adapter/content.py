@@ -82,8 +82,8 @@ def _context(
     return InitContext(
         layer=layer.name,
         weight=slot_matrix(layer, slot, weight).to(dtype=dtype, **place),
-        A=torch.empty(layer.r, columns, dtype=dtype),
-        B=torch.empty(rows, layer.r, dtype=dtype),
+        A=torch.empty(layer.r, columns, dtype=dtype, device="cpu"),
+        B=torch.empty(rows, layer.r, dtype=dtype, device="cpu"),
         scaling=layer.scaling,
         lookup=layer.plugin.lookup,
         generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),

@@ -21,7 +21,12 @@ def input_moments(
     model: nn.Module, plan: Plan, batches: Iterable[Any], step: Step
 ) -> dict[tuple[str, str], SlotCalibration]:
     """Returns the moments of what each slot's matrix is multiplied by; the model is run in eval mode."""
-    sums = {(layer.name, slot.suffix): _Sums(layer, slot, shape[1]) for layer, slot, shape in plan.slots()}
+    sums = {
+        (layer.name, slot.suffix): _Sums(
+            layer, slot, shape[1], next(model.get_submodule(layer.name).parameters()).device
+        )
+        for layer, slot, shape in plan.slots()
+    }
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(total.add, with_kwargs=True)
         for (name, _), total in sums.items()
@@ -58,6 +63,7 @@ class _Sums:
     layer: PlannedLayer
     slot: Slot
     width: int
+    device: torch.device
     count: int = 0
     total: Tensor | None = None
     gram: Tensor | None = None
@@ -78,8 +84,10 @@ class _Sums:
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns count, sum and outer products over all processes."""
-        total = torch.zeros(self.width, dtype=torch.float64) if self.total is None else self.total
-        gram = torch.zeros(self.width, self.width, dtype=torch.float64) if self.gram is None else self.gram
+        total = torch.zeros(self.width, dtype=torch.float64, device=self.device) if self.total is None else self.total
+        gram = self.gram
+        if gram is None:
+            gram = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         sums = (torch.tensor(self.count, device=total.device), total, gram)
         for tensor in sums:
             _add_up(tensor)

@@ -38,7 +38,8 @@ def fingerprint(weight: Tensor) -> dict[str, float]:
 
 @functools.cache
 def _signs() -> Tensor:
-    return torch.randint(0, 2, (len(KEYS) - 1, _PERIOD), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (len(KEYS) - 1, _PERIOD), device="cpu", generator=generator).double() * 2 - 1
 
 
 def same(first: dict[str, float], second: dict[str, float]) -> bool:

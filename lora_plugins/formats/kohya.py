@@ -132,7 +132,7 @@ class KohyaFormat(PortableFormat):
 
 def _number(value: float) -> Tensor:
     """Returns a number as a tensor, in single precision where that has it."""
-    single = torch.tensor(value, dtype=torch.float32)
+    single = torch.tensor(value, dtype=torch.float32, device="cpu")
     return single if float(single) == value else single.double().fill_(value)
 
 

@@ -96,7 +96,7 @@ def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator
     As `torch.svd_lowrank`, which multiplies by the matrix twice in each iteration, but for symmetric matrices: its
     products with the transposed matrix take twenty times as long on a CPU (measured at 4608 columns in float64).
     """
-    start = torch.randn(len(scatter), min(count, len(scatter)), dtype=scatter.dtype, generator=generator)
+    start = torch.randn(len(scatter), min(count, len(scatter)), dtype=scatter.dtype, device="cpu", generator=generator)
     basis = torch.linalg.qr(scatter @ start).Q
     for _ in range(2 * niter):
         basis = torch.linalg.qr(scatter @ basis).Q
@@ -106,7 +106,7 @@ def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator
 
 def _shares(request: RankRequest, count: int, niter: int | None, generator: torch.Generator) -> list[float]:
     """The shares of variance that the leading directions of a layer explain, averaged over its slots."""
-    shares = torch.zeros(count, dtype=torch.float64)
+    shares = torch.zeros(count, dtype=torch.float64, device="cpu")
     for calibration in request.slots:
         inputs = calibration.inputs
         assert inputs is not None

@@ -24,18 +24,18 @@ Chosen = tuple[Tensor, Tensor]
 
 
 def _halves(first: int, second: int) -> Callable[[int, torch.Generator], Chosen]:
-    return lambda r, _: (torch.arange(r) + first * r, torch.arange(r) + second * r)
+    return lambda r, _: (torch.arange(r, device="cpu") + first * r, torch.arange(r, device="cpu") + second * r)
 
 
 def _random(r: int, generator: torch.Generator) -> Chosen:
-    chosen = torch.randperm(2 * r, generator=generator)[:r]
+    chosen = torch.randperm(2 * r, device="cpu", generator=generator)[:r]
     return chosen, chosen
 
 
 DIRECTIONS: Mapping[str, Callable[[int, torch.Generator], Chosen]] = {
     "ArB2r": _halves(0, 1),
     "A2rBr": _halves(1, 0),
-    "ArBr": lambda r, _: (torch.arange(r) * 2 + 1, torch.arange(r) * 2),
+    "ArBr": lambda r, _: (torch.arange(r, device="cpu") * 2 + 1, torch.arange(r, device="cpu") * 2),
     "random": _random,
 }
 """The ways to choose singular vectors, by PEFT's names."""

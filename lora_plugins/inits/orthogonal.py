@@ -33,7 +33,7 @@ class OrthogonalInit(InitPlugin):
             )
 
         def normal(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, generator=context.generator, dtype=context.A.dtype)
+            return torch.randn(rows, columns, generator=context.generator, dtype=context.A.dtype, device="cpu")
 
         Q, _ = torch.linalg.qr(normal(rank, rank))
         context.A.copy_((normal(columns, rank // 2) @ Q[0::2]).T / 10)

@@ -103,5 +103,4 @@ def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None
         )
     tensor = state.adapters[state.active[0]].slots[0].tensor
     terms = [cast(Term, joined(terms_of(layer, tensor, name))) for name in state.active]
-    index = [state.active.index(row) if row in state.active else len(state.active) for row in rows]
-    return StackedAdapters.stack(terms, torch.tensor(index, device=x.device))
+    return StackedAdapters.stack(terms, cast(Tensor, state.index).to(x.device))

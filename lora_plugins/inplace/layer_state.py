@@ -53,6 +53,8 @@ class LayerState:
             not yet.
         branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
+        index: Then, the place of each row's adapter in `active`, behind them for the base; on the layer's device, so
+            that no forward copies it there.
         meanwhile: In which condition the model has other values in the place of its own, and will put these back.
     """
 
@@ -64,6 +66,7 @@ class LayerState:
     merged: dict[str, Tensor] = field(default_factory=dict)
     branch: Branch | None = None
     rows: tuple[str | None, ...] | None = None
+    index: Tensor | None = None
     meanwhile: Literal["", "in a block", "merged"] = ""
 
     def __getstate__(self) -> dict[str, Any]:

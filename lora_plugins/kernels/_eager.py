@@ -35,9 +35,23 @@ def is_eager(x: Tensor) -> bool:
     )
 
 
-def applies_in_eager_mode(x: Tensor, *_: object, **__: object) -> bool:
-    """The checker of a kernel that computes any call in plain eager mode."""
-    return is_eager(x)
+def applies_in_eager_mode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    *_: object,
+    **__: object,
+) -> bool:
+    """The checker of a kernel that computes any call in plain eager mode.
+
+    Not dropout that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
+    """
+    recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_eager(x) and not recorded
 
 
 def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ class Dropout:
         """
         bits = 8 if abs(round(256 * p) / 256 - p) <= _ROUNDING * p else 16
         threshold = max(1, min(round(2**bits * p), 2**bits - 1))
-        return cls(int(torch.randint(2**62, ())), threshold, bits, random_words.pinned())
+        return cls(int(torch.randint(2**62, (), device="cpu")), threshold, bits, random_words.pinned())
 
     @property
     def scale(self) -> float:

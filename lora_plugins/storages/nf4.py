@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.storages.blockwise import BlockwiseStorage
-from lora_plugins.utils import levels
+from lora_plugins.utils import levels, on_device
 
 _LEVELS = levels(4).float()
 
@@ -29,9 +29,9 @@ class NF4Storage(BlockwiseStorage):
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """Looks up each byte."""
-        return _PAIRS.to(codes.device).index_select(0, codes.int()).view(torch.float32)
+        return on_device(_PAIRS, codes.device).index_select(0, codes.int()).view(torch.float32)
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
         """Takes the half of a byte that each position is in."""
         halves = codes[positions // 2].int() >> (4 * (1 - positions % 2))
-        return _LEVELS.to(codes.device)[halves & 15]
+        return on_device(_LEVELS, codes.device)[halves & 15]

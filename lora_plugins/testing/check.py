@@ -14,6 +14,8 @@ from lora_plugins.utils import own_randomness
 
 Case = TypeVar("Case")
 
+CPU = torch.device("cpu")
+
 TIGHT = 1e-10
 """What sums in another order may differ by in float64, as a share of the largest value."""
 

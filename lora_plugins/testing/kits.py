@@ -21,11 +21,13 @@ class Kit:
         kind: The kind.
         check: Runs the checks on a plugin.
         checks: All checks by name, in the order they are run.
+        takes_device: Whether `check` can be told a device; inits draw on the CPU, and files have none.
     """
 
     kind: PluginKind[Any]
     check: Callable[..., None]
     checks: Mapping[str, Check[Any]]
+    takes_device: bool = False
 
     @property
     def fixture(self) -> str:
@@ -34,10 +36,10 @@ class Kit:
 
 
 KITS: tuple[Kit, ...] = (
-    Kit(LAYERS, check_layer_plugin, LAYER_CHECKS),
+    Kit(LAYERS, check_layer_plugin, LAYER_CHECKS, takes_device=True),
     Kit(INITS, check_init_plugin, INIT_CHECKS),
-    Kit(VARIANTS, check_variant_plugin, VARIANT_CHECKS),
+    Kit(VARIANTS, check_variant_plugin, VARIANT_CHECKS, takes_device=True),
     Kit(FORMATS, check_format_plugin, FORMAT_CHECKS),
-    Kit(STORAGES, check_storage_plugin, STORAGE_CHECKS),
+    Kit(STORAGES, check_storage_plugin, STORAGE_CHECKS, takes_device=True),
 )
 """One kit for each kind."""

@@ -227,7 +227,7 @@ def _mixed_in_half(case: LayerCase, model: Holder, dtype: torch.dtype) -> None:
 
 def _mixed_under_autocast(case: LayerCase) -> None:
     model = case.adapted(torch.float32).eval()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(case.device.type, torch.bfloat16):
         if runs(case.model(torch.float32).eval(), case.arguments(model.layer)):
             _mixed_near(case, model, "under autocast")
 

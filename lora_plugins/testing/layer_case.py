@@ -11,6 +11,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path
+from lora_plugins.testing.check import CPU
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -37,6 +38,7 @@ class LayerCase:
         inputs: Makes what the layer is called with, given the layer.
         options: The layer's options.
         backend: The backend of torch.compile; None leaves compiling out.
+        device: Where layer and inputs are; their values are drawn on the CPU, the same for every device.
     """
 
     plugin: LayerPlugin[Any]
@@ -44,6 +46,7 @@ class LayerCase:
     inputs: Callable[[Any], Any]
     options: Mapping[str, Any]
     backend: str | None = "eager"
+    device: torch.device = CPU
 
     def registry(self) -> Registry:
         """Returns a registry of this plugin and the built-in inits; the plugin may be installed as well.
@@ -56,7 +59,7 @@ class LayerCase:
     def model(self, dtype: torch.dtype = torch.float64) -> Holder:
         """Builds a model of one layer, with the same values each time."""
         with own_randomness(0):
-            return Holder(self.build(**self.options)).to(dtype)
+            return Holder(self.build(**self.options)).to(self.device, dtype)
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
         """Makes inputs in the type of a layer, the same for the same seed."""
@@ -64,7 +67,7 @@ class LayerCase:
             made = self.inputs(layer)
         dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
         inputs = made if isinstance(made, list | tuple) else (made,)
-        return tuple(_as_type(x, dtype) for x in inputs)
+        return tuple(_placed(x, dtype, self.device) for x in inputs)
 
     def adapt(self, model: nn.Module, target: str = "layer", **fields: Any) -> LoraModel:
         """Adapts a layer of a model, so that it starts different from the untouched one."""
@@ -98,16 +101,18 @@ class LayerCase:
         return [{}, *({"layer": [part]} for part in self.plugin.parts(self.model().layer))]
 
 
-def _as_type(x: Any, dtype: torch.dtype) -> Any:
-    """Returns an input in another type; one that consists of several, as the state of an LSTM, with all of them so."""
+def _placed(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Returns an input on a device, and if it is floating in a type; of several, as the state of an LSTM, each so."""
     if type(x) in (list, tuple):
-        return type(x)(_as_type(each, dtype) for each in x)
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        return type(x)(_placed(each, dtype, device) for each in x)
+    if not isinstance(x, Tensor):
+        return x
+    return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
 def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1, **named: Any) -> Any:
     """Calls a module, with the same random numbers each time, for layers that draw some themselves."""
-    with own_randomness(seed):
+    with own_randomness(seed, module):
         return module(*inputs, **named)
 
 

@@ -67,7 +67,7 @@ def _under_autocast(case: LayerCase) -> None:
     model, untouched = case.adapted(torch.float32), case.model(torch.float32)
     inputs = case.arguments(model.layer)
     for training in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(case.device.type, torch.bfloat16):
             if not runs(untouched.train(training), inputs):
                 return
             got, expected = call(model.train(training), inputs), call(lawful(case, model), inputs)
@@ -78,7 +78,7 @@ def _under_autocast(case: LayerCase) -> None:
 def _learns(model: nn.Module, inputs: tuple[Any, ...], where: str, *, autocast: bool = False) -> None:
     """Requires that a backward gives A and B finite gradients of their own type."""
     leaves = adapter_leaves(model.layer)  # type: ignore[arg-type]
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with torch.autocast(leaves[0].device.type, torch.bfloat16) if autocast else nullcontext():
         outputs = tensors_of(call(model.train(), inputs))
     total = torch.stack([output.float().sum() for output in outputs if output.requires_grad]).sum()
     for gradient in torch.autograd.grad(total, leaves):

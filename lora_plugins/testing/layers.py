@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_plugins.plugins import LayerPlugin
@@ -30,6 +31,7 @@ def check_layer_plugin(
     only: Collection[str] | None = None,
     skip: Collection[str] = (),
     compile_backend: str | None = "eager",
+    device: str | torch.device = "cpu",
 ) -> None:
     """Checks a layer plugin over the options of its layer; it need not be registered or installed.
 
@@ -42,6 +44,7 @@ def check_layer_plugin(
         only: Names of the checks to run; all of `LAYER_CHECKS` by default.
         skip: Names of checks not to run.
         compile_backend: The backend of torch.compile to check with; None leaves compiling out.
+        device: Where layer and inputs are moved, such as "cuda"; it has to know float64.
 
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
@@ -60,7 +63,7 @@ def check_layer_plugin(
     """
     checks = chosen(LAYER_CHECKS, only, skip)
     for each in options:
-        case = LayerCase(plugin, build, inputs, dict(each), compile_backend)
+        case = LayerCase(plugin, build, inputs, dict(each), compile_backend, torch.device(device))
         subject = f"{type(plugin).__name__}{f' with {dict(each)}' if each else ''}"
         for check in checks:
             run(check, case, subject)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import CPU, Check, by_name, chosen, require, require_close, require_same_state
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -24,10 +24,12 @@ class StorageCase:
     Args:
         plugin: The storage.
         given: The options that it is given.
+        device: Where it is checked.
     """
 
     plugin: StoragePlugin
     given: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = CPU
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -38,7 +40,7 @@ class StorageCase:
         """Yields weights of several shapes, the same each time."""
         for seed, shape in enumerate(SHAPES):
             with own_randomness(seed):
-                yield torch.randn(shape)
+                yield torch.randn(shape).to(self.device)
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
@@ -72,7 +74,7 @@ def _dense(case: StorageCase) -> None:
 
 
 def _zeros(case: StorageCase) -> None:
-    weight = torch.zeros(8, 96)
+    weight = torch.zeros(8, 96, device=case.device)
     require_close("the dense weight of zeros", case.restore(case.store(weight), weight.shape), weight, 0)
 
 
@@ -95,7 +97,7 @@ def _bits(case: StorageCase) -> None:
         dense = case.restore(stored, weight.shape)
         require_close("the dense weight, made again", case.restore(stored, weight.shape), dense, 0)
     before = torch.get_rng_state()
-    case.store(torch.ones(64, 64))
+    case.store(torch.ones(64, 64, device=case.device))
     require(torch.equal(torch.get_rng_state(), before), "storing draws from the global generator")
 
 
@@ -115,13 +117,14 @@ def _rows(case: StorageCase) -> None:
     for weight in case.weights():
         stored = case.store(weight)
         dense = case.restore(stored, weight.shape)
-        for index in (torch.tensor([0]), torch.arange(len(weight)).flip(0)[:, None], torch.zeros(2, 3).int()):
+        for each in (torch.tensor([0]), torch.arange(len(weight)).flip(0)[:, None], torch.zeros(2, 3).int()):
+            index = each.to(case.device)
             rows = case.plugin.rows(stored, index, weight.shape, case.options)
             require_close(f"rows of the dense weight of shape {tuple(weight.shape)}", rows, dense[index], 0)
 
 
 def _size(case: StorageCase) -> None:
-    weight = torch.randn(256, 256)
+    weight = torch.randn(256, 256).to(case.device)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in case.store(weight).values())
     require(stored < 2 * weight.numel(), f"{weight.numel()} values take {stored} bytes")
 
@@ -188,6 +191,7 @@ def check_storage_plugin(
     options: Mapping[str, Any] | None = None,
     only: Collection[str] | None = None,
     skip: Collection[str] = (),
+    device: str | torch.device = "cpu",
 ) -> None:
     """Checks a storage on weights of several shapes; it need not be registered or installed.
 
@@ -196,12 +200,13 @@ def check_storage_plugin(
         options: The options that it is given.
         only: Names of the checks to run; all of `STORAGE_CHECKS` by default.
         skip: Names of checks not to run.
+        device: Where it is checked, such as "cuda".
 
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
         ConfigError: If there is no check of a name.
     """
-    case = StorageCase(plugin, options or {})
+    case = StorageCase(plugin, options or {}, torch.device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

@@ -17,6 +17,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
+    CPU,
     MODES,
     Check,
     by_name,
@@ -45,10 +46,12 @@ class VariantCase:
     Args:
         variant: The plugin.
         layer: Name of the layer, from `LAYERS`.
+        device: Where it is checked.
     """
 
     variant: VariantPlugin
     layer: str
+    device: torch.device = CPU
 
     def registry(self) -> Registry:
         """Returns the installed plugins with this variant.
@@ -61,7 +64,7 @@ class VariantCase:
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         """Builds the model, with the same values each time."""
         with own_randomness(0):
-            return nn.Sequential(LAYERS[self.layer]()).to(dtype).eval()
+            return nn.Sequential(LAYERS[self.layer]()).to(self.device, dtype).eval()
 
     def adapt(self, model: nn.Module, **fields: Any) -> LoraModel:
         """Puts an adapter of the variant on the model."""
@@ -88,9 +91,12 @@ class VariantCase:
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns the output for one batch."""
+        return torch.as_tensor(model(self.batch(dtype)))
+
+    def batch(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns one batch, the same each time."""
         with own_randomness(1):
-            x = torch.randn(INPUTS[self.layer], dtype=torch.float64).to(dtype)
-        return torch.as_tensor(model(x))
+            return torch.randn(INPUTS[self.layer], dtype=torch.float64).to(self.device, dtype)
 
 
 def move(lora: LoraModel) -> LoraModel:
@@ -237,8 +243,7 @@ def _ranks(case: VariantCase) -> None:
 def _device(case: VariantCase) -> None:
     lora = case.trained()
     expected = case.expected(lora)
-    with own_randomness(1):
-        x = torch.randn(INPUTS[case.layer], dtype=torch.float64)
+    x = case.batch()
     # A tensor that is made without saying where lands on the default device, which is none here.
     with torch.device("meta"):
         got = lora.model(x)
@@ -385,7 +390,11 @@ VARIANT_CHECKS: dict[str, Check[VariantCase]] = by_name(_CHECKS)
 
 
 def check_variant_plugin(
-    variant: VariantPlugin, *, only: Collection[str] | None = None, skip: Collection[str] = ()
+    variant: VariantPlugin,
+    *,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+    device: str | torch.device = "cpu",
 ) -> None:
     """Checks a variant on a linear layer, whole and in parts, and a grouped convolution; it need not be installed.
 
@@ -393,6 +402,7 @@ def check_variant_plugin(
         variant: The plugin.
         only: Names of the checks to run; all of `VARIANT_CHECKS` by default.
         skip: Names of checks not to run.
+        device: Where it is checked, such as "cuda"; it has to know float64.
 
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
@@ -405,6 +415,6 @@ def check_variant_plugin(
     """
     selected = chosen(VARIANT_CHECKS, only, skip)
     for layer in LAYERS:
-        case = VariantCase(variant, layer)
+        case = VariantCase(variant, layer, torch.device(device))
         for check in selected:
             checks.run(check, case, f"{type(variant).__name__} on {layer}")

@@ -6,6 +6,7 @@ Every other room may use them.
 from lora_plugins.utils.atomic_file import remove_leftovers, replace_file
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
+from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
@@ -27,6 +28,7 @@ __all__ = [
     "mark_restored",
     "mark_stand_ins",
     "nearest_levels",
+    "on_device",
     "outside_inference",
     "own_randomness",
     "quantize_dequantize",

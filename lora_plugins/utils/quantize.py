@@ -22,12 +22,12 @@ def levels(bits: int) -> Tensor:
         bits: 2 or 4 for NormalFloat, 8 for the 255 levels of a symmetric integer.
     """
     if bits == 8:
-        return torch.arange(-127, 128, dtype=torch.float64) / 127
+        return torch.arange(-127, 128, dtype=torch.float64, device="cpu") / 127
     count = 2**bits
-    quantile = torch.tensor(_OUTERMOST_QUANTILE, dtype=torch.float64)
+    quantile = torch.tensor(_OUTERMOST_QUANTILE, dtype=torch.float64, device="cpu")
     positive = torch.special.ndtri(_linspace(quantile, count // 2 + 1))
     negative = -torch.special.ndtri(_linspace(quantile, count // 2))
-    table = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
+    table = torch.cat([negative, torch.zeros(1, dtype=torch.float64, device="cpu"), positive.flip(0)])
     # Rounded once, so that no platform's last bit of ndtri matters.
     return (table / table.abs().max()).float().double()
 
@@ -66,4 +66,4 @@ def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
 
 def _linspace(outermost: Tensor, steps: int) -> Tensor:
     """Quantiles from the outermost down to, not including, the median."""
-    return torch.linspace(float(outermost), 0.5, steps, dtype=torch.float64)[:-1]
+    return torch.linspace(float(outermost), 0.5, steps, dtype=torch.float64, device="cpu")[:-1]

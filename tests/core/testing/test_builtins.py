@@ -104,9 +104,10 @@ def test_every_built_in_plugin_is_checked():
 
 @pytest.mark.parametrize("check", LAYER_CHECKS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(name, check):
+def test_layer(name, check, device):
     build, inputs, options = LAYERS[name]
-    check_layer_plugin(default_registry().get(kinds.LAYERS, name), build, inputs, options, only=[check])
+    plugin = default_registry().get(kinds.LAYERS, name)
+    check_layer_plugin(plugin, build, inputs, options, only=[check], device=device)
 
 
 @pytest.mark.parametrize("check", INIT_CHECKS)

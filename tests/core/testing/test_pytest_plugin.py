@@ -30,6 +30,43 @@ def test_init(init_check):
     init_check(Dead())
 """
 
+PLACED = """
+import pytest
+import torch
+from torch import nn
+from lora_plugins import RowMajorPlugin
+from lora_plugins.storages.nf4 import NF4Storage
+from lora_plugins.variants.dora import DoraVariant
+
+class Told(RowMajorPlugin):
+    name = "told"
+    module_type = nn.Bilinear
+
+    def to_matrix(self, weight):
+        print("layer on", weight.device)
+        return super().to_matrix(weight)
+
+def test_layer(layer_check):
+    inputs = lambda layer: (torch.randn(5, 2), torch.randn(5, 3))
+    layer_check(Told(), lambda: nn.Bilinear(2, 3, 4), inputs)
+
+class Stored(NF4Storage):
+    def store(self, weight, options):
+        print("storage on", weight.device)
+        return super().store(weight, options)
+
+def test_storage(storage_check):
+    storage_check(Stored())
+
+class Varied(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        print("variant on", weight.device)
+        return super().first_values(weight, A, B, scaling)
+
+def test_variant(variant_check):
+    variant_check(Varied())
+"""
+
 UNRELATED = """
 import sys
 
@@ -70,6 +107,15 @@ def test_each_check_is_a_test_of_its_own(run):
     failed = done.stdout.count(" FAILED ")
     assert done.stdout.count(" PASSED ") == len(LAYER_CHECKS) - 1 + len(INIT_CHECKS) - failed
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_device_is_where_it_checks(run, device):
+    """On meta tensors nothing passes that compares values, but everything is there."""
+    places = [] if device == "cpu" else ["--lora-device", device]
+    said = run(PLACED, "-rA", "-k", "law or dense or shapes", *places).stdout.splitlines()
+    found = {line for line in said if line.startswith(("layer on", "storage on", "variant on"))}
+    assert found == {f"{what} on {device}" for what in ("layer", "storage", "variant")}
 
 
 def test_a_project_that_does_not_use_it_imports_nothing(run):

@@ -1,0 +1,28 @@
+"""Constants on the device that they are wanted on."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+def on_device(constant: Tensor, device: torch.device) -> Tensor:
+    """Returns a constant of the CPU on a device; copied there once, since each copy waits for the device.
+
+    Args:
+        constant: It lives as long as the process.
+        device: Where it is wanted.
+    """
+    if constant.device == device or is_compiling():
+        return constant.to(device)
+    copy = _copied(constant, device)
+    if type(copy) is not Tensor:  # made in a mode, such as that of fake tensors, which may end
+        _copied.cache_clear()
+    return copy
+
+
+@functools.cache
+def _copied(constant: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return constant.to(device)
