@@ -46,6 +46,7 @@ from lora_plugins.integrations.lightning.module import (
     set_modes_of_frozen_norms,
     set_training_mode,
     start_alike,
+    take_fingerprints,
     temporarily_merged,
     with_declarations,
     write_safetensors,
@@ -299,6 +300,7 @@ class LoraCallback(Callback):
         if self._audit is None:
             if not is_sharded(trainer):
                 note_built(pl_module)  # what was converted since
+                take_fingerprints(pl_module)
             self._audit = Audit(trainer, pl_module, self._copies, self._start)
         self._audit.before_batch(first_of_epoch=first)
 

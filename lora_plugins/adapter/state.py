@@ -47,11 +47,13 @@ class Adapter:
         plan: What it adapts.
         recipes: By layer name and slot suffix, what its init needs to change the base again.
         fingerprints: Those of the untouched weights that were taken, by full name; see `files.fingerprint`.
+        kept: Those that files have whatever the weights are now, since whoever moves them saves them beside.
     """
 
     plan: Plan
     recipes: Mapping[tuple[str, str], Mapping[str, Tensor]]
     fingerprints: dict[str, tuple[object, dict[str, float]]] = field(default_factory=dict)
+    kept: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
     for name in (*plan.trained, *plan.saved_buffers):
         tensors[value_key(name)] = state.values.value(model, adapter_name, name)
     with base_in_place(model, state):
-        base = fingerprints(model, plan, adapter.fingerprints)
+        base = {**fingerprints(model, plan, adapter.fingerprints), **adapter.kept}
     changed = _changed(model, state, adapter_name)
     stored = described(model, registry)
     manifest = manifest_of(plan, registry, adapter_name, tensors, base, changed, stored)

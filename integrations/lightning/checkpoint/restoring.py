@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.module import (
     note_built,
     outside,
     state_of_adapters,
+    take_fingerprints,
 )
 
 
@@ -57,6 +58,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             check_no_surplus(module, entry)
             _check_outside(module, entry.get("outside", {}))
             saved = map(name_mapper(module), checkpoint.get("state_dict", {}))
+            take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.
             mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(saved))
             return _complete(module, checkpoint, entry)

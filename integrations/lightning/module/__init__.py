@@ -56,6 +56,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
     layers_of_factors,
     mark_moved,
     state_of_adapters,
+    take_fingerprints,
     trained_parameters,
 )
 
@@ -105,6 +106,7 @@ __all__ = [
     "set_training_mode",
     "start_alike",
     "state_of_adapters",
+    "take_fingerprints",
     "temporarily_merged",
     "trained_parameters",
     "with_declarations",

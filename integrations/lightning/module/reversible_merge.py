@@ -42,8 +42,7 @@ class ReversibleMerge:
         base: The raw value of every tensor that merging or training in place changed, by full name.
         stored: The weights that were stored in fewer bytes, by full name.
         adapters: The adapters, in the order in which they were added, as those of `base`.
-        pretrained: For each of them, the fingerprints of the weights that it was made for, which files have: those of
-            a teacher may have been moved by hand since.
+        kept: For each of them, the fingerprints that files have whatever the weights are now.
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
         target: The module.
@@ -53,7 +52,7 @@ class ReversibleMerge:
     base: dict[str, Tensor]
     stored: dict[str, StoredWeight]
     adapters: dict[str, PackedAdapter]
-    pretrained: dict[str, Fingerprints]
+    kept: dict[str, Fingerprints]
     active: dict[str, float]
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
@@ -91,7 +90,7 @@ class ReversibleMerge:
             put_stored(layer, key, weight.to(own_tensor(target, name).device))
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
-            state_of_adapters(target).adapters[name].fingerprints.update(self.pretrained[name])
+            state_of_adapters(target).adapters[name].kept.update(self.kept[name])
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
         set_marks(target, self.marks)
@@ -117,7 +116,8 @@ def merge_reversibly(
     lora = LoraModel(target)
     state = state_of_adapters(target)
     check_mergeable(target, dequantize=dequantize)
-    adapters, pretrained = _packed(lora, state)
+    adapters = _packed(lora, state)
+    kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
     active = lora.active_weights
     weights = {
         full_name(layer, tensor)
@@ -140,7 +140,7 @@ def merge_reversibly(
     before = checksums({**base, **{name: weight.dense() for name, weight in stored.items()}})
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
-    return ReversibleMerge(base, stored, adapters, pretrained, active, merged, weakref.ref(target), marks)
+    return ReversibleMerge(base, stored, adapters, kept, active, merged, weakref.ref(target), marks)
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
@@ -196,21 +196,18 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def _packed(lora: LoraModel, state: ModelState) -> tuple[dict[str, PackedAdapter], dict[str, Fingerprints]]:
-    """Returns the adapters as those of the weights that are there, and the fingerprints that files have instead."""
-    adapters, pretrained = {}, {}
-    for name, adapter in state.adapters.items():
-        lora.pack(name)  # takes the fingerprints, where they were not taken yet
-        pretrained[name] = dict(adapter.fingerprints)
-        adapter.fingerprints.clear()
-        try:
-            packed = lora.pack(name)
-            own = dict(adapter.fingerprints)
-            adapters[name] = PackedAdapter({**packed.manifest, "base": own}, packed.tensors)
-        finally:
-            adapter.fingerprints.clear()
-            adapter.fingerprints.update(pretrained[name])
-    return adapters, pretrained
+def _packed(lora: LoraModel, state: ModelState) -> dict[str, PackedAdapter]:
+    """Returns the adapters as those of the weights that are there."""
+    for adapter in state.adapters.values():
+        adapter.fingerprints.clear()  # of what was written past autograd (`weight.data`) in the meantime
+    packed = {name: lora.pack(name) for name in state.adapters}
+    return {
+        name: PackedAdapter(
+            {**each.manifest, "base": {key: values for key, (_, values) in state.adapters[name].fingerprints.items()}},
+            each.tensors,
+        )
+        for name, each in packed.items()
+    }
 
 
 def _copied(packed: PackedAdapter) -> PackedAdapter:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from lora_plugins import LoraError
+from lora_plugins import LoraError, LoraModel
 from lora_plugins.adapter import ModelState, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, own_tensors
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
@@ -67,6 +67,23 @@ def mark_moved(module: nn.Module, names: Iterable[str]) -> None:
     moved = moved_by_hand(module) | frozenset(names)
     if moved:
         module.__dict__[_MOVED] = moved
+    for path, target in adapted_targets(module).items():
+        for adapter in state_of_adapters(target).adapters.values():
+            for name, (_, values) in adapter.fingerprints.items():
+                if full_name(path, name) in moved:
+                    adapter.kept.setdefault(name, values)
+
+
+def take_fingerprints(module: nn.Module) -> None:
+    """Takes fingerprints of what adapters are trained on, where none are known since it was loaded.
+
+    They have to be taken before the module moves any of it by hand; those that are known are of the values it had when
+    it was built, which is how it will be built again.
+    """
+    for target in adapted_targets(module).values():
+        for name, adapter in state_of_adapters(target).adapters.items():
+            if not adapter.fingerprints:
+                LoraModel(target).pack(name)
 
 
 def frozen_by_author(module: nn.Module) -> set[str]:
