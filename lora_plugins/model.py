@@ -515,10 +515,14 @@ class LoraModel(metaclass=Told):
 
     @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:
-        """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes."""
+        """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes.
+
+        It loads onto the base as it was before a training moved weights of it by hand, which checkpoints hold beside
+        the adapter.
+        """
         self._state.check("save_adapter")
         self._state.adapter(adapter_name)
-        return pack(self.model, self._state, adapter_name, self._registry)
+        return pack(self.model, self._state, adapter_name, self._registry, of_first_base=True)
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many, in the form that PEFT made usual."""

@@ -47,7 +47,7 @@ class Adapter:
         plan: What it adapts.
         recipes: By layer name and slot suffix, what its init needs to change the base again.
         fingerprints: Those of the untouched weights that were taken, by full name; see `files.fingerprint`.
-        kept: Those that files have whatever the weights are now, since whoever moves them saves them beside.
+        kept: Those of weights as they were before they were moved by hand, by whoever saves them beside the adapter.
     """
 
     plan: Plan

@@ -16,8 +16,18 @@ from lora_plugins.plan import Plan
 from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, PlannedLayer, Registry, registry_of
 
 
-def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None) -> PackedAdapter:
+def pack(
+    model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None, *, of_first_base: bool = False
+) -> PackedAdapter:
     """Returns an adapter of a model as plain data. The tensors are the model's own, not copies.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        adapter_name: Which of them.
+        registry: The plugins; by default those that its config lets load.
+        of_first_base: Whether it is to load onto the base as it was before weights of it were moved by hand: those
+            that `Adapter.kept` names.
 
     Raises:
         StateError: If a layer of it was replaced.
@@ -35,7 +45,9 @@ def pack(model: nn.Module, state: ModelState, adapter_name: str, registry: Regis
     for name in (*plan.trained, *plan.saved_buffers):
         tensors[value_key(name)] = state.values.value(model, adapter_name, name)
     with base_in_place(model, state):
-        base = {**fingerprints(model, plan, adapter.fingerprints), **adapter.kept}
+        base = fingerprints(model, plan, adapter.fingerprints)
+    if of_first_base:
+        base |= adapter.kept
     changed = _changed(model, state, adapter_name)
     stored = described(model, registry)
     manifest = manifest_of(plan, registry, adapter_name, tensors, base, changed, stored)

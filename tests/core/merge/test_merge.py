@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
+from lora_plugins import LoraConfig, LoraModel, MergeError, MergeReport, StateError
 from tests.core.libraries import Conv1D
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -280,3 +280,39 @@ def test_a_weight_lies_in_memory_as_it_did(merge):
     getattr(lora, merge)()
     assert [layer.weight.stride() for layer in layers] == strides
     assert all(torch.allclose(layer.weight, weight) for layer, weight in zip(layers, expected, strict=True))
+
+
+def test_a_fresh_adapter_loses_nothing():
+    report = adapt(model_of(), init="gaussian").merge_adapter()
+    assert [weight.relative_error for weight in report.weights] == [0, 0]
+    assert report.worst == 0
+    assert MergeReport((), ()).worst == 0
+
+
+@pytest.mark.parametrize("base", [0.0, 1.0], ids=["zero", "ones"])
+def test_an_error_that_is_surely_small_is_bounded(base):
+    model = nn.Sequential(nn.Linear(16, 16))
+    nn.init.constant_(model[0].weight, base)
+    weight = model[0].weight.detach()
+    lora = adapt(model)
+    update = (model[0].weight - weight).detach()
+    (found,) = lora.merge_adapter().weights
+    bound = torch.finfo(torch.float32).eps / 2 * float((weight.norm() + update.norm()) / update.norm())
+    assert found.relative_error == pytest.approx(bound, rel=1e-3)
+
+
+@pytest.mark.parametrize(("scale", "refused"), [(0.3, False), (0.003, True)])
+def test_a_tenth_may_be_lost(scale, refused):
+    model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    lora = adapt(model)
+    with torch.no_grad():
+        model[0].lora_B["default"].mul_(scale)
+    lost = lora.merge_adapter(max_error=10).worst
+    assert (0.2 < lost < 0.9) if refused else (0.001 < lost < 0.1)
+    lora.unmerge_adapter()
+    for merge in (lora.merge_adapter, lora.merge_and_unload):
+        if refused:
+            with pytest.raises(MergeError, match=rf"would lose {lost:.0%} of the update"):
+                merge()
+    if not refused:
+        lora.merge_adapter()
