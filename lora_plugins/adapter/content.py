@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import StoredWeight, detached_weight, full_name, holder_of, own_tensor, stored_weight
 from lora_plugins.plan import Plan
-from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration
+from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
 from lora_plugins.utils import run_seed
 
 
@@ -119,6 +119,11 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
     return _bases(model, plan, content, names, plan.init.changed_base)
 
 
+def to_store(model: nn.Module, plan: Plan) -> dict[str, Storage]:
+    """Returns the weights of a plan that are not stored yet, by full name, and how they are to be."""
+    return {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
+
+
 def new_stored_weights(
     model: nn.Module,
     plan: Plan,
@@ -138,7 +143,7 @@ def new_stored_weights(
     Raises:
         StateError: If a weight has values that are not finite.
     """
-    new = {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
+    new = to_store(model, plan)
     changed = _bases(model, plan, content, set(new), plan.init.base_to_store, dtypes, wide=True)
     made: dict[int, StoredWeight] = {}
     for name, storage in new.items():

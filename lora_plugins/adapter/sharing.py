@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from lora_plugins.errors import MergeError
-from lora_plugins.inplace import full_name, model_modules, weight_key
+from lora_plugins.inplace import full_name, model_modules, stored_weights, weight_key
 
 
 def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
@@ -16,7 +16,7 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         weights: By layer name, the attribute names of all weights that are about to change.
 
     Raises:
-        MergeError: If one of them is also a parameter that is not among them, naming both.
+        MergeError: If one of them is also a weight that is not among them, naming both.
     """
     changing = {
         key: full_name(layer, tensor)
@@ -25,10 +25,11 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         if (key := weight_key(model.get_submodule(layer), tensor)) is not None
     }
     for entry in model_modules(model):
-        for own, parameter in entry.module._parameters.items():
-            if parameter is not None and id(parameter) in changing and own not in weights.get(entry.name, ()):
+        for own in (*entry.module._parameters, *stored_weights(entry.module)):
+            key = weight_key(entry.module, own)
+            if key in changing and own not in weights.get(entry.name, ()):
                 raise MergeError(
-                    f"{changing[id(parameter)]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
+                    f"{changing[key]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
                     f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
                     "untie the two."
                 )

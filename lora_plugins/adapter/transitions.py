@@ -15,6 +15,7 @@ from lora_plugins.adapter.content import (
     AdapterContent,
     changed_bases,
     new_stored_weights,
+    to_store,
     trained_values,
     with_own_tensors,
 )
@@ -106,8 +107,8 @@ def add(
     """
     if plan.init.changes_base:
         check_shared(model, plan.weights())
-    if plan.stored:
-        check_shared(model, by_layer(plan.stored))
+    if new := to_store(model, plan):
+        check_shared(model, by_layer(new))
     if stored is None:
         stored = new_stored_weights(model, plan, content)
     if changed is None:

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_complete, check_names, check_shared
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.inplace import foreign_kind, holder_of, layer_state, recompute, state_of
-from lora_plugins.merge.weight_delta import weight_deltas
+from lora_plugins.merge.weight_delta import place_of, weight_deltas
 from lora_plugins.plugins import PLAIN
 
 DEFAULT_MAX_ERROR = 0.1
@@ -67,10 +67,12 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
     layers = adapted_layers(model)
     report = checked(model, layers, state, adapters, max_error)
     merged = [(delta, delta.effective()) for delta in weight_deltas(layers, adapters)]
+    sharing = _sharing(layers)
     for delta, weight in merged:
         parameter = delta.layer._parameters.get(delta.tensor)
         if parameter is None or foreign_kind(parameter) is not None:
-            layer_state(delta.layer).merged[delta.tensor] = weight
+            for layer, tensor in sharing[place_of(delta.layer, delta.tensor)]:
+                layer_state(layer).merged[tensor] = weight
         else:
             state.kept.setdefault(delta.name, parameter.data)
             parameter.data = weight
@@ -121,6 +123,15 @@ def checked(
             lossy[weight] = delta.weight.dtype
     _check_loss(weights, lossy, max_error)
     return MergeReport(adapters, tuple(weights))
+
+
+def _sharing(layers: Mapping[str, nn.Module]) -> dict[object, list[tuple[nn.Module, str]]]:
+    """Returns the layers that have each weight, with its attribute name there."""
+    found: dict[object, list[tuple[nn.Module, str]]] = {}
+    for layer in layers.values():
+        for tensor in layer_state(layer).weight_names:
+            found.setdefault(place_of(layer, tensor), []).append((layer, tensor))
+    return found
 
 
 def _check_adapters(

@@ -1,5 +1,7 @@
 """Merging where the base is stored in fewer bytes, and what unloading leaves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,47 @@ def test_ties_are_kept():
     lora = LoraModel(model, LoraConfig(r=2, quantize="nf4", quantize_options={"min_size": 0}, init="none"))
     lora.merge_and_unload(dequantize=True)
     assert model["head"].weight is model["embed"].weight
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.middle, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.middle(self.embed(x.argmax(1))).tanh())
+
+
+TIED = LoraConfig(r=2, init="none", quantize="nf4", quantize_options={"min_size": 0})
+
+
+def test_both_ends_of_a_tie_are_merged():
+    lora = LoraModel(Tied(), TIED)
+    before = output(lora.model)
+    lora.merge_adapter()
+    torch.testing.assert_close(output(lora.model), before)
+    assert lora.model.head.weight is lora.model.embed.weight
+    lora.unmerge_adapter()
+    assert torch.equal(output(lora.model), before)
+
+
+@pytest.mark.parametrize("fold", ["merge_adapter", "merge_and_unload"])
+def test_one_end_of_a_stored_tie_is_not_merged_into_both(fold, untouched):
+    model = Tied()
+    lora = LoraModel(model, replace(TIED, target_modules=["middle"], quantize_modules="all"))
+    lora.add_adapter("other", LoraConfig(r=2, init="none", target_modules=["embed"]))
+    lora.set_adapter("other")
+    arguments = {"dequantize": True} if fold == "merge_and_unload" else {}
+    with untouched(model), pytest.raises(MergeError, match=r"'embed.weight' is the same tensor as 'head.weight'"):
+        getattr(lora, fold)(**arguments)
+
+
+def test_an_adapter_that_asks_for_what_is_stored_changes_no_tie():
+    lora = LoraModel(Tied(), TIED)
+    lora.add_adapter("other", replace(TIED, target_modules=["embed"]))
+    assert len(stored(lora.model)) == 2
 
 
 def test_unloading():
