@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from benchmarks.exactness.cases import Case
 from benchmarks.exactness.checks import CHECKS, check
-from benchmarks.exactness.ours import OurAdapted, Ours
+from benchmarks.exactness.ours import OurAdapted, Ours, OursOnNF4
 from benchmarks.exactness.suites import SUITES, find_case
 from benchmarks.exactness.sweep import sweep
 from benchmarks.exactness.timm_cases import MODELS
@@ -71,6 +71,17 @@ def test_a_tricky_model_passes_every_check(case: Case) -> None:
     result = check(case, Ours())
     assert result.failures == {}
     assert result.layers > 0
+    assert not result.left_out
+
+
+@pytest.mark.parametrize(
+    "case",
+    [find_case("timm", "convnext"), find_case("transformers", "DeformableDetrForObjectDetection"), COMPUTED],
+    ids=lambda case: f"{case.suite}-{case.name.partition(':')[0]}",
+)
+def test_a_base_in_4_bits_passes_every_check(case: Case) -> None:
+    result = check(case, OursOnNF4())
+    assert result.failures == {}
     assert not result.left_out
 
 
@@ -141,8 +152,9 @@ def test_a_case_that_hangs_or_does_not_exist_is_reported_by_name() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("library", [Ours.name, OursOnNF4.name])
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_model_of_a_suite_passes_every_check(suite: str) -> None:
-    jobs = [(suite, case.name, "lora_plugins") for case in SUITES[suite]()]
+def test_every_model_of_a_suite_passes_every_check(suite: str, library: str) -> None:
+    jobs = [(suite, case.name, library) for case in SUITES[suite]()]
     failures = {result.name: result.failures for result in sweep(jobs, processes=2, timeout=900) if result.failures}
     assert failures == {}

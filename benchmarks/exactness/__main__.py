@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.exactness.checks import Result
+from benchmarks.exactness.ours import Ours, OursOnNF4
 from benchmarks.exactness.suites import SUITES, library
 from benchmarks.exactness.sweep import Job, sweep
 from benchmarks.exactness.table import markdown
@@ -21,7 +22,8 @@ PACKAGES = ("torch", "timm", "torchvision", "transformers")
 def main(arguments: list[str] | None = None) -> int:
     """Runs the sweep; returns 0 if every model passed with lora_plugins."""
     options = _parser().parse_args(arguments)
-    libraries = ["lora_plugins", *options.peer]
+    ours = OursOnNF4.name if options.nf4 else Ours.name
+    libraries = [ours, *options.peer]
     jobs = [
         job for job in _jobs(options.suite, libraries) if not options.only or any(o in job[1] for o in options.only)
     ]
@@ -36,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     results.sort(key=lambda result: (list(SUITES).index(result.suite), result.name))
     versions = {name: metadata.version(name) for name in (*PACKAGES, *options.peer)}
     command = f"python -m benchmarks.exactness {' '.join(arguments or sys.argv[1:])}"
-    options.output.write_text(markdown(results, [library(name) for name in options.peer], versions, command))
-    return int(any(not result.passed for result in results if result.library == "lora_plugins"))
+    options.output.write_text(markdown(results, ours, [library(name) for name in options.peer], versions, command))
+    return int(any(not result.passed for result in results if result.library == ours))
 
 
 def _jobs(suites: list[str], libraries: list[str]) -> list[Job]:
@@ -47,6 +49,7 @@ def _jobs(suites: list[str], libraries: list[str]) -> list[Job]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="which suites to run")
+    parser.add_argument("--nf4", action="store_true", help="store all weights of the base in 4 bits")
     parser.add_argument("--peer", nargs="*", choices=["peft"], default=[], help="libraries to run beside ours")
     parser.add_argument("--only", nargs="*", default=[], help="run only cases whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")

@@ -77,6 +77,9 @@ class Library(Protocol):
     skipped: ClassVar[Mapping[str, str]]
     """Checks that the library is not held to, with the reason."""
 
+    def prepare(self, model: nn.Module) -> None:
+        """Gives a fresh model the values that the base of an adapted one has, where the library rounds them."""
+
     def adapts(self, layer: nn.Module) -> bool:
         """Whether the library says that it adapts layers of this class."""
 
@@ -137,7 +140,7 @@ def check(case: Case, library: Library) -> Result:
     """
     started = time.perf_counter()
     result = Result(case.suite, case.name, library.name)
-    model = fresh(case)
+    model = _base(case, library)
     base = _base_outputs(case, model)
     before = snapshot(model)
     result.bare = _bare(model)
@@ -186,7 +189,7 @@ class _Run:
             adapted.unmerge()
             self._restored(self.before, adapted.unload())
         del adapted, model
-        again = fresh(self.case)
+        again = _base(self.case, self.library)
         with torch.no_grad():
             outputs(self.case, again)  # some models add hooks to themselves at their first call
         before = snapshot(again)  # of its own: each parametrized layer has its own class
@@ -203,7 +206,7 @@ class _Run:
             if text:
                 raise CheckFailedError(text)
         with self._checking("folded"):
-            self._same("folded", self.library.load(fresh(self.case), self.folder).fold())
+            self._same("folded", self.library.load(_base(self.case, self.library), self.folder).fold())
 
     @contextmanager
     def _checking(self, name: str) -> Iterator[None]:
@@ -238,7 +241,7 @@ class _Run:
     def _gradients(self, adapted: Adapted, output: list[Tensor]) -> None:
         """Runs the checks of law and gradients, which share the reference model."""
         updates = list(adapted.updates())
-        reference = fresh(self.case)
+        reference = _base(self.case, self.library)
         with self._checking("law"):
             weights = overwrite(reference, updates)
             expected = outputs(self.case, reference)
@@ -294,6 +297,12 @@ class _Run:
             error = relative_error(outputs(self.case, model), self.base)
         if not error <= TOLERANCE:
             raise CheckFailedError(f"the state is the same, but the output is off by {error:.1e}")
+
+
+def _base(case: Case, library: Library) -> nn.Module:
+    model = fresh(case)
+    library.prepare(model)
+    return model
 
 
 def _base_outputs(case: Case, model: nn.Module) -> list[Tensor]:

@@ -27,6 +27,9 @@ class Peft:
         "residue": "it leaves the base frozen and moves keys, and promises nothing else",
     }
 
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing: the base stays as it is."""
+
     def adapts(self, layer: nn.Module) -> bool:
         """Whether PEFT knows the class."""
         return isinstance(layer, SUPPORTED)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.exactness.cases import Case
 from benchmarks.exactness.checks import Library
-from benchmarks.exactness.ours import Ours
+from benchmarks.exactness.ours import Ours, OursOnNF4
 from benchmarks.exactness.timm_cases import timm_cases
 from benchmarks.exactness.torchvision_cases import torchvision_cases
 from benchmarks.exactness.transformers_cases import transformers_cases
@@ -30,8 +30,8 @@ def find_case(suite: str, name: str) -> Case:
 
 def library(name: str) -> Library:
     """Returns a library by name; PEFT is imported only when it is asked for."""
-    if name == Ours.name:
-        return Ours()
+    if name in (Ours.name, OursOnNF4.name):
+        return Ours() if name == Ours.name else OursOnNF4()
     from benchmarks.exactness.peft_peer import Peft
 
     return Peft()

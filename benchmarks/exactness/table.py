@@ -5,16 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.exactness.checks import CHECKS, TOLERANCE, Library, Result
 
 
-def markdown(results: Sequence[Result], peers: Sequence[Library], versions: Mapping[str, str], command: str) -> str:
+def markdown(
+    results: Sequence[Result], ours: str, peers: Sequence[Library], versions: Mapping[str, str], command: str
+) -> str:
     """Returns the page.
 
     Args:
         results: Of all libraries and suites.
+        ours: The name of our own library.
         peers: Libraries beside ours, each with a column of its own.
         versions: Versions of the packages that took part.
         command: What made the results.
     """
-    names = ["lora_plugins", *(peer.name for peer in peers)]
+    names = [ours, *(peer.name for peer in peers)]
     return "\n".join(
         [
             "# Exact on every model",
