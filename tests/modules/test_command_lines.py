@@ -1,0 +1,57 @@
+"""The YAML files of docs/howto/other_cli.md, run by the command lines of torchgeo and terratorch, word for word."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_plugins.files import MANIFEST
+
+pytestmark = [pytest.mark.modules, pytest.mark.timeout(1200)]
+
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "other_cli.md"
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+def _land_use(folder: Path) -> None:
+    """Writes four pictures of each of three classes, and the files that split them, as torchgeo's UCMerced has them."""
+    random, names = np.random.default_rng(0), []
+    for name in ("agricultural", "beach", "forest"):
+        for at in range(4):
+            names.append(f"{name}{at:02}.tif")
+            _write(folder / "UCMerced_LandUse" / "Images" / name / names[-1], random.integers(0, 255, (32, 32, 3)))
+    for split in ("train", "val", "test"):
+        (folder / f"uc_merced-{split}.txt").write_text("\n".join(names))
+
+
+def _masks(folder: Path) -> None:
+    """Writes pictures and masks, for training and for validation."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for at in range(4):
+            _write(folder / split / "images" / f"{at}.tif", random.integers(0, 255, (64, 64, 3)))
+            _write(folder / split / "masks" / f"{at}.tif", random.integers(0, 3, (64, 64)))
+
+
+@pytest.mark.parametrize(("package", "data"), [("torchgeo", _land_use), ("terratorch", _masks)])
+def test_fit(tmp_path, package, data):
+    pytest.importorskip(package)
+    (text,) = re.findall(rf"```yml\n(# {package}\.yaml.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / f"{package}.yaml").write_text(text)
+    data(tmp_path / "data")
+    command = [str(Path(sys.executable).with_name(package)), "fit", "--config", f"{package}.yaml"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": "200"}}
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs" / "adapter" / MANIFEST).is_file()
+    assert "layers adapted" in done.stdout
