@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LoraError(Exception):
@@ -45,6 +46,17 @@ def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
     if matches:
         return f"Did you mean {listing(matches)}?"
     return f"There is {listing(known, 12)}." if known else "There are none."
+
+
+def no_folder(path: Path) -> str:
+    """Returns what is wrong with the path of a folder that is none: where its way breaks off, and what is near it."""
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    missing = path.absolute().relative_to(parent).parts[0]
+    if (parent / missing).exists():
+        return f"{parent / missing} is a file, and a folder is expected."
+    beside = [each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    hint = f" {near(missing, beside)}" if beside and len(parent.parts) > 1 else ""
+    return f"There is no folder {path}: {parent} has no {missing!r}.{hint}"
 
 
 def listing(names: Iterable[str], most: int = 8) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins import ConfigError, LoraModel
+from lora_plugins import ConfigError, LoraModel, Plan
+from lora_plugins.files import check_space, check_writable_file, check_writable_folder, check_writable_place
 from lora_plugins.plugins import OWN_FORMAT
 
 
@@ -78,3 +79,32 @@ def check_expressible(files: Sequence[AdapterFile], target: nn.Module, adapter_n
         if not file.is_ours:
             with tempfile.TemporaryDirectory() as folder:
                 file.write(target, adapter_name, Path(folder) / Path(file.path).name)
+
+
+def check_places(files: Sequence[AdapterFile], export_to: str | None) -> None:
+    """Checks before training that files can be written where they shall be.
+
+    Raises:
+        ConfigError: If one cannot.
+    """
+    for file in files:
+        check = check_writable_folder if file.is_ours else check_writable_place
+        check(Path(file.path), "save_adapter_to")
+    if export_to is not None:
+        check_writable_file(Path(export_to), "export_to")
+
+
+def check_room(files: Sequence[AdapterFile], export_to: str | None, plan: Plan) -> None:
+    """Checks before training that there is room for the files.
+
+    Raises:
+        ConfigError: If there is not.
+    """
+    for file in files:
+        check_space(Path(file.path), _BYTES * plan.trainable, "save_adapter_to")
+    if export_to is not None:
+        check_space(Path(export_to), _BYTES * plan.base_parameters, "export_to")
+
+
+_BYTES = 4
+"""Of a parameter in a file, in most models."""

@@ -17,7 +17,13 @@ from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, near
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.integrations.lightning.adapter_files import AdapterFile, adapter_files, check_expressible
+from lora_plugins.integrations.lightning.adapter_files import (
+    AdapterFile,
+    adapter_files,
+    check_expressible,
+    check_places,
+    check_room,
+)
 from lora_plugins.integrations.lightning.checkpoint import loading_lines
 from lora_plugins.integrations.lightning.class_paths import allow_class_path
 from lora_plugins.integrations.lightning.console import print_plan, tell_written
@@ -229,6 +235,8 @@ class LoraCallback(Callback):
         check_strategy(trainer, vars(self))
         if stage == "fit":
             check_callbacks(trainer)
+            if _writes(trainer):
+                check_places(self.adapter_files, self.export_to)
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
         shims = self._module_shims = MethodShims(pl_module)
@@ -268,6 +276,8 @@ class LoraCallback(Callback):
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
+        if _writes(trainer):
+            check_room(self.adapter_files, self.export_to, plan)
         forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
@@ -362,7 +372,7 @@ class LoraCallback(Callback):
                 carry(trainer, self.state_key, merge_as_bytes(self._merge))
             for callback in group:
                 callback._remove_names()
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if _writes(trainer):
             tell_written(trainer, files, loading_lines(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -581,3 +591,8 @@ class LoraCallback(Callback):
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
         self._random_state, self._undone = None, False
+
+
+def _writes(trainer: Trainer) -> bool:
+    """Whether this process writes the files of a run."""
+    return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]

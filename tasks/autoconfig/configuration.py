@@ -84,7 +84,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             **found.arguments,
             **({} if size is None else {"image_size": [*size]}),
             augmentation="crop_flip",
-            batch_size=settings.batch_size or _batch_size(found),
+            batch_size=settings.batch_size or batch_size(found),
         ),
         "lora": {"r": settings.rank or RANK},
         "lora_callback": {
@@ -105,7 +105,7 @@ def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tu
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
     images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
     steps = math.ceil(found.counts[TRAIN] / data["batch_size"])
-    where = f"{_device(trainer['accelerator'])}, {trainer['precision']}"
+    where = f"{device_of(trainer['accelerator'])}, {trainer['precision']}"
     return [
         ("task", f"{found.task}: {found.found}", "--masks"),
         (
@@ -142,7 +142,7 @@ def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": class_path, **({"init_args": arguments} if arguments else {})}
 
 
-def _batch_size(found: Survey) -> int:
+def batch_size(found: Survey) -> int:
     """The largest power of two that leaves some steps an epoch, up to what is usual for the task."""
     fitting = max(2, found.counts[TRAIN] // STEPS)
     return min(LARGEST_BATCH[found.task], int(2 ** (fitting.bit_length() - 1)))
@@ -156,7 +156,8 @@ def _precision(device: str) -> str:
     return "bf16-mixed" if _on_cuda(device) and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _device(device: str) -> str:
+def device_of(device: str) -> str:
+    """The device that a flag means: `cpu`, `cuda` or `mps`."""
     if device != "auto":
         return device
     if torch.cuda.is_available():

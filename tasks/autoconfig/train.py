@@ -12,23 +12,34 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from lora_plugins.errors import ConfigError, near
-from lora_plugins.integrations.lightning.cli import COMMANDS, recipe_path
+from lora_plugins.errors import ConfigError, listing, near
+from lora_plugins.files import check_writable_folder
+from lora_plugins.integrations.lightning.cli import COMMANDS, SHORT, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import (
     ADAPTER,
     CONFIG,
     MERGED,
+    PICTURE,
+    RANK,
+    REPORT,
+    TASKS,
     Settings,
+    batch_size,
     configuration,
     described,
+    device_of,
 )
-from lora_plugins.tasks.autoconfig.model_choice import checked_weights, choose_model
-from lora_plugins.tasks.autoconfig.survey import Flags, survey
+from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
+from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
+from lora_plugins.tasks.autoconfig.survey import Flags, Survey, survey
 
 EXAMPLE = "cls"
 """The recipe that runs without DATA."""
 
 RUNS = Path("runs")
+LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs"})
+"""What a run leaves in its folder."""
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -49,9 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
         choice = choose_model(found.task, given.model, weights, given.image_size)
-        settings = Settings(
-            given.epochs, given.rank, given.lr, given.batch_size, given.image_size, given.device, given.seed
-        )
+        batch = _batch_size(given, found, choice)
+        settings = Settings(given.epochs, given.rank, given.lr, batch, given.image_size, given.device, given.seed or 0)
         made = configuration(found, choice, settings, out)
         lines = described(found, choice, made)
     print(_table(given.data, lines), flush=True)
@@ -103,13 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
     model.add_argument("--weights", metavar="FILE", help="its weights, .safetensors or .pth, if no hub is to be asked")
     model.add_argument("--image-size", type=_size, metavar="N", help="N, or HEIGHTxWIDTH")
-    model.add_argument("--rank", type=_whole, metavar="N", help="of LoRA (8)")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=_whole, metavar="N")
-    training.add_argument("--lr", type=_positive, metavar="X", help="learning rate (0.001)")
-    training.add_argument("--batch-size", type=_whole, metavar="N")
-    training.add_argument("--device", choices=DEVICES, default="auto")
-    training.add_argument("--seed", type=int, default=0, metavar="N")
+    for flag, short in SHORT.items():
+        training.add_argument(flag, type=short.takes, metavar=short.metavar, help=short.meaning)
+    training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="DIR", help="where they are left (runs/NAME)")
     out.add_argument("--save-config", type=Path, metavar="FILE", help="write the configuration there too")
@@ -117,24 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
     return value
@@ -142,7 +133,7 @@ def _share(text: str) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return _whole(height), _whole(width or height)
+    return whole(height), whole(width or height)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -160,13 +151,30 @@ def _check_device(device: str) -> None:
 
 def _out(given: argparse.Namespace) -> Path:
     """The folder of results: the one that is given, if there are none in it, or a new one."""
+    data = None if given.data is None else given.data.resolve()
     if given.out is not None:
-        if given.out.is_file() or _has_results(given.out):
-            raise ConfigError(f"--out is {given.out}, and there are results already. Name a new folder.")
-        return Path(given.out)
-    name = "digits" if given.data is None else given.data.absolute().resolve().stem
-    tried = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+        return _checked_out(given.out, data)
+    name = "digits" if data is None else data.stem
+    # Inside of a folder of data, runs would count as data the next time.
+    runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
+    tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     return next(path for path in tried if not _has_results(path))
+
+
+def _checked_out(out: Path, data: Path | None) -> Path:
+    check_writable_folder(out, "--out")
+    if _has_results(out):
+        raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")
+    others = [each.name for each in out.iterdir() if each.name not in LEFT] if out.exists() else []
+    if others:
+        raise ConfigError(
+            f"--out is {out}, which holds something else: {listing(sorted(others), 3)}. Name a new folder."
+        )
+    if data is not None and out.resolve().is_relative_to(data):
+        raise ConfigError(
+            f"--out is {out}, inside of DATA, and would count as data the next time. Name another folder."
+        )
+    return out
 
 
 def _has_results(folder: Path) -> bool:
@@ -182,12 +190,26 @@ def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
     made: dict[str, Any] = yaml.safe_load(
         recipe_path(EXAMPLE).read_text(encoding="utf-8").replace(f"runs/{EXAMPLE}", str(out))
     )
-    made["seed_everything"] = given.seed
+    made["seed_everything"] = given.seed or 0
     made["trainer"] |= {"accelerator": given.device} | ({"max_epochs": given.epochs} if given.epochs else {})
     made["model"]["init_args"] |= {"lr": given.lr} if given.lr else {}
     made["data"]["init_args"] |= {"batch_size": given.batch_size} if given.batch_size else {}
     made["lora"] |= {"r": given.rank} if given.rank else {}
     return made
+
+
+def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice) -> int:
+    """The batch size: what a flag says, or else what fits; a step is tried in any case."""
+    model = {**choice.arguments, "num_classes": len(found.classes)}
+    size = given.image_size or found.size or choice.size
+    per_image = kept_bytes(TASKS[found.task], model, size, given.rank or RANK)
+    if given.batch_size is not None:
+        return int(given.batch_size)
+    wanted = batch_size(found)
+    fitting = fitting_batch(wanted, per_image, free_bytes(device_of(given.device)))
+    if fitting < wanted:
+        print(f"Steps of {fitting} images, not {wanted}: one takes {per_image / 2**20:,.0f} MiB of memory.")
+    return fitting
 
 
 def _table(data: Path | None, lines: Sequence[tuple[str, str, str]]) -> str:

@@ -7,7 +7,8 @@ from typing import IO, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.errors import no_folder
+from lora_plugins.tasks.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
@@ -22,15 +23,9 @@ def check_folder(folder: Path) -> Path:
     Raises:
         DataError: If it does not, with the folders beside it.
     """
-    if folder.is_dir():
-        return folder
-    parent = folder.parent
-    while not parent.is_dir():
-        parent = parent.parent
-    siblings = [path.name for path in parent.iterdir() if path.is_dir()]
-    missing = folder.relative_to(parent).parts[0]
-    hint = unknown("folder", missing, siblings) if siblings else f"{parent} holds no folder."
-    raise DataError(f"There is no folder {folder.absolute()}. In {parent.absolute()}: {hint}")
+    if not folder.is_dir():
+        raise DataError(no_folder(folder))
+    return folder
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -4,7 +4,6 @@ import math
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
+from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
@@ -94,7 +94,7 @@ class HtmlReport(Callback):
         if stage == "fit" and not isinstance(pl_module, VisionTask):
             raise ConfigError(f"HtmlReport reports on tasks of lora_plugins; {type(pl_module).__name__} is not one.")
         if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
-            _check_writable(self.path)
+            check_writable_file(self.path, "path of HtmlReport")
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,22 +252,6 @@ class HtmlReport(Callback):
             "Files": files,
         }
         return {group: facts for group, facts in groups.items() if facts}
-
-
-def _check_writable(path: Path) -> None:
-    """Try to write beside the report.
-
-    Raises:
-        ConfigError: If that is not possible.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(f"The report {path} cannot be written: {error}. Change `path` of HtmlReport.") from error
-    if path.is_dir():
-        raise ConfigError(f"The report {path} cannot be written: it is a folder. Change `path` of HtmlReport.")
 
 
 def _epoch_left(trainer: Trainer, callbacks: list[LoraCallback], history: Mapping[str, list[Point]]) -> float | None:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
+from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
@@ -65,6 +66,8 @@ class PredictionPicture(Callback):
             raise ConfigError(
                 f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
             )
+        if stage == "fit" and trainer.is_global_zero:
+            check_writable_file(Path(self.path), "path of PredictionPicture")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

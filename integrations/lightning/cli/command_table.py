@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from lora_plugins.cli import INTERRUPTED, Command
 
 
-def _prepared(arguments: list[str]) -> list[str]:
+def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
     """Writes short flags out, and looks for mistakes while nothing heavy is imported."""
     for name in _NEEDS:
         _look_for(name)
@@ -17,7 +17,7 @@ def _prepared(arguments: list[str]) -> list[str]:
     from lora_plugins.integrations.lightning.cli.short_flags import SHORT, expanded  # noqa: PLC0415
 
     written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
-    check([argument for argument in written if argument not in _TRAINER_COMMANDS], tuple(SHORT))
+    check([argument for argument in written if argument not in _TRAINER_COMMANDS], tuple(SHORT), writes=writes)
     return written
 
 
@@ -27,19 +27,25 @@ def _trainer(arguments: list[str]) -> int:
 
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
-    prepared = _prepared(arguments)
+    prepared = _prepared(arguments, writes="fit" in arguments and not _prints(arguments))
+    from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
-    with _given_arguments():
+    with _given_arguments(), explained_run():
         cli = LoraCLI(args=prepared)
     return INTERRUPTED if cli.interruption.asked else 0
 
 
+def _prints(arguments: list[str]) -> bool:
+    return any(argument.startswith("--print_config") for argument in arguments)
+
+
 def _plan(arguments: list[str]) -> int:
     prepared = _prepared(["fit", *arguments[1:]])
+    from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
     from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
-    with _given_arguments():
+    with _given_arguments(), explained_run():
         PlanCLI(args=prepared)
     return 0
 

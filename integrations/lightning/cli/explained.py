@@ -3,8 +3,13 @@
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lora_plugins import ConfigError
 from lora_plugins.errors import near
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
@@ -34,6 +39,24 @@ def explained(message: str, flags: Iterable[str] = ()) -> str:
             said = say(found, classes[-1] if classes else "", list(flags))
             return f"{where}: {said}" if where else said
     return "\n".join(line for line in message.splitlines() if "NoneType" not in line).strip()
+
+
+@contextmanager
+def explained_run() -> Iterator[None]:
+    """Turns errors of Lightning about arguments, and of a memory that is too small, into one message.
+
+    Raises:
+        ConfigError: Of such an error.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The memory of the device is too small: {str(error).partition('. ')[0]}. Take a smaller --batch-size, "
+            "--trainer.precision bf16-mixed, smaller images, or --model.init_args.gradient_checkpointing true."
+        ) from error
 
 
 def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:

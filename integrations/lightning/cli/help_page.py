@@ -14,7 +14,7 @@ ALL = "--help-all"
 
 def help_page(command: str) -> str:
     """Returns the help of `fit`, `validate`, `test` or `predict`."""
-    short = "\n".join(f"  {flag:14}{stands_for}" for flag, stands_for in SHORT.items())
+    short = "\n".join(f"  {flag:14}{each.meaning:22}{each.stands_for}" for flag, each in SHORT.items())
     return f"""usage: lora-plugins {command} --config FILE [--SECTION.NAME VALUE ...]
 
 A configuration is a YAML file, or recipe:NAME for one that is shipped: {", ".join(recipes())}.

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from lora_plugins import ConfigError, LoraConfig
-from lora_plugins.errors import near
+from lora_plugins.errors import near, no_folder
+from lora_plugins.files import check_writable_file, check_writable_folder
 
 SECTIONS = (
     "config",
@@ -49,12 +50,13 @@ _OF_A_FOLDER = "FolderDataModule"
 _MISSING = object()
 
 
-def check(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
+def check(arguments: Sequence[str], flags: Sequence[str] = (), *, writes: bool = False) -> None:
     """Checks what can be checked without Lightning.
 
     Args:
         arguments: Those of `fit` and the like, after the command's name.
         flags: Short flags, as further near matches.
+        writes: Whether the command writes what the configuration names.
 
     Raises:
         ConfigError: Of the first mistake, with the flag or key that it is in.
@@ -68,7 +70,7 @@ def check(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
             _merge(given, _configuration(value))
         elif value is not None or section == "print_config":
             _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value or ""))
-    for one in _CHECKS:
+    for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
 
 
@@ -227,13 +229,40 @@ def _check_root(given: Mapping[str, Any]) -> None:
     if "print_config" in given or not str(_get(given, "data", "class_path")).endswith(_OF_A_FOLDER):
         return  # it is not read, or made first
     if isinstance(root, str) and not Path(root).is_dir():
-        parent = next(folder for folder in Path(root).absolute().parents if folder.is_dir())
-        missing = Path(root).absolute().relative_to(parent).parts[0]
-        beside = [each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
-        hint = near(missing, beside) if len(parent.parts) > 1 else ""
-        raise ConfigError(
-            f"data.init_args.root: there is no folder {root}: {parent} has no {missing!r}. {hint}".rstrip()
-        )
+        raise ConfigError(f"data.init_args.root: {no_folder(Path(root))}")
+
+
+def _check_adapter_places(given: Mapping[str, Any]) -> None:
+    named = _get(given, "lora_callback", "save_adapter_to")
+    for entry in named if isinstance(named, list) else [named]:
+        if isinstance(entry, str):
+            check_writable_folder(Path(entry), "lora_callback.save_adapter_to")
+
+
+def _check_export_place(given: Mapping[str, Any]) -> None:
+    named, setting = _get(given, "lora_callback", "export_to"), "lora_callback.export_to"
+    if not isinstance(named, str):
+        return
+    check_writable_file(Path(named), setting)
+    if Path(named).exists() and Path(named).resolve() in {Path(path).resolve() for path in _texts(given.get("model"))}:
+        raise ConfigError(f"{setting} is {named}, which the model is read from: it would be replaced. Name a new file.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _texts(each)
+
+
+def _check_other_places(given: Mapping[str, Any]) -> None:
+    root, callbacks = _get(given, "trainer", "default_root_dir"), _get(given, "trainer", "callbacks")
+    if isinstance(root, str) and "://" not in root:
+        check_writable_folder(Path(root), "trainer.default_root_dir")
+    for number, callback in enumerate(callbacks if isinstance(callbacks, list) else ()):
+        path = _get(callback, "init_args", "path")
+        if str(_get(callback, "class_path")).startswith("lora_plugins.") and isinstance(path, str):
+            check_writable_file(Path(path), f"trainer.callbacks[{number}].init_args.path")
 
 
 def _check_trainer(given: Mapping[str, Any]) -> None:
@@ -263,4 +292,10 @@ _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
     _check_batch_size,
     _check_checkpoint,
     _check_accelerator,
+)
+
+_CHECKS_OF_WRITING: tuple[Callable[[Mapping[str, Any]], None], ...] = (
+    _check_adapter_places,
+    _check_export_place,
+    _check_other_places,
 )

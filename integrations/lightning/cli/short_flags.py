@@ -1,17 +1,76 @@
 """Short flags for what is given most often, and configurations by the name of a shipped recipe."""
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.recipes import PREFIX, recipe_path
 
-SHORT: Mapping[str, str] = {
-    "--epochs": "--trainer.max_epochs",
-    "--seed": "--seed_everything",
-    "--lr": "--model.init_args.lr",
-    "--batch-size": "--data.init_args.batch_size",
-    "--rank": "--lora.r",
+
+def whole(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is none.
+    """
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is none.
+    """
+    if not (text.isascii() and text.isdigit()) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ShortFlag:
+    """A short flag, for every command that trains.
+
+    Args:
+        stands_for: The dotted flag of `fit`.
+        takes: Makes its value of the text.
+        metavar: What help calls the value.
+        meaning: What it is.
+    """
+
+    stands_for: str
+    takes: Callable[[str], Any]
+    metavar: str
+    meaning: str
+
+
+SHORT: Mapping[str, ShortFlag] = {
+    "--epochs": ShortFlag("--trainer.max_epochs", whole, "N", "passes over the data"),
+    "--lr": ShortFlag("--model.init_args.lr", positive, "X", "learning rate"),
+    "--batch-size": ShortFlag("--data.init_args.batch_size", whole, "N", "images in a step"),
+    "--rank": ShortFlag("--lora.r", whole, "N", "of LoRA"),
+    "--seed": ShortFlag("--seed_everything", seed, "N", "of all random numbers"),
 }
-"""Short flags, and what each stands for."""
+"""The short flags; `train` has them too."""
 
 _CONFIG = ("--config", "-c")
 
@@ -20,15 +79,30 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     """Returns arguments with the dotted flags that short ones stand for, and with the paths of recipes.
 
     Raises:
-        ConfigError: If there is no recipe of a name.
+        ConfigError: If there is no recipe of a name, or a short flag has a value that it cannot have.
     """
     found: list[str] = []
+    before = ""
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        is_config = (flag in _CONFIG and equals) or (bool(found) and found[-1] in _CONFIG)
+        is_config = (flag in _CONFIG and equals) or before in _CONFIG
         if is_config and (value or argument).startswith(PREFIX):
             path = str(recipe_path((value or argument).removeprefix(PREFIX)))
             found.append(f"{flag}={path}" if equals else path)
+        elif flag in SHORT:
+            if equals:
+                _check(flag, value)
+            found.append(f"{SHORT[flag].stands_for}{equals}{value}")
         else:
-            found.append(f"{SHORT.get(flag, flag)}{equals}{value}")
+            if before in SHORT:
+                _check(before, argument)
+            found.append(argument)
+        before = "" if equals else flag
     return found
+
+
+def _check(flag: str, value: str) -> None:
+    try:
+        SHORT[flag].takes(value)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{flag}: {error}.") from error

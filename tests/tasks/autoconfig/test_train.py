@@ -117,7 +117,13 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--weights", "photos.txt"], "--weights: Unknown file 'photos.txt'"),
         (["--classes", "a,b"], "--classes and --ignore-index are for masks"),
         (["--val-share", "2"], "argument --val-share: '2' is not a share"),
-        (["--out", "weights.safetensors"], "there are results already"),
+        (["--out", "weights.safetensors"], "which is a file. Name a folder."),
+        (["--out", "weights.safetensors/x"], "weights.safetensors is a file"),
+        (["--out", "photos"], "which holds something else: 'cat', 'dog'. Name a new folder."),
+        (["--out", "photos/run"], "inside of DATA"),
+        (["--out", "/proc/run"], "nothing can be written in /proc"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
+        (["--image-size", "15"], "cannot be trained on images of 15x15"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
@@ -152,7 +158,17 @@ def test_results_are_not_overwritten(folders, tmp_path, capsys):
     assert "runs/photos-2/adapter" in (tmp_path / "it.yaml").read_text()
 
 
-def test_help_fits_a_screen(capsys):
+def test_runs_are_not_left_inside_the_data(folders, tmp_path, monkeypatch, capsys):
+    given = folders("labels")[1:]
+    given[given.index("weights.safetensors")] = "../weights.safetensors"
+    monkeypatch.chdir(tmp_path / "photos")
+    assert main(["train", ".", *given, "--plan", "--save-config", "../it.yaml"]) == 0, capsys.readouterr().err
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    assert made["trainer"]["default_root_dir"] == str(tmp_path / "runs" / "photos")
+
+
+def test_help_fits_a_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert len(capsys.readouterr().out.splitlines()) <= 45
+    assert len(capsys.readouterr().out.splitlines()) <= 40

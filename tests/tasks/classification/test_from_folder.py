@@ -33,7 +33,7 @@ class TestImageFolders:
 
     def test_a_missing_split(self, class_folders):
         (class_folders / "val").rename(class_folders / "valid")
-        with pytest.raises(DataError, match=r"no folder .*val\. .*Did you mean 'valid'"):
+        with pytest.raises(DataError, match=r"no folder .*val: .*Did you mean 'valid'"):
             loaded(ImageFolderDataModule(str(class_folders)))
 
     def test_all_wrong_folders_are_listed(self, class_folders):

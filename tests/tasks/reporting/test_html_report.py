@@ -202,7 +202,7 @@ def test_data_without_a_module_or_a_length(trainer, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("report.txt", "ends in .html"), ("file/report.html", "cannot be written"), ("folder.html", "it is a folder")],
+    [("report.txt", "ends in .html"), ("file/report.html", "is a file"), ("folder.html", "is a folder")],
     ids=["another kind", "below a file", "a folder"],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_training(trainer, tmp_path, path, message):

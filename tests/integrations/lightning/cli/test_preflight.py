@@ -22,10 +22,50 @@ AT_ONCE = {
     "trainer": (["--config", "recipe:cls", "--trainer.max_epochz", "3"], "Did you mean 'max_epochs'"),
     "flag": (["--config", "recipe:cls", "--epoch", "3"], "There is no flag --epoch. Did you mean '--epochs'"),
     "section": (["--config", "recipe:cls", "--tainer.max_epochs", "3"], "Did you mean '--trainer'"),
-    "batch size 0": (["--config", "recipe:cls", "--batch-size", "0"], "batch_size is 0; it is a whole number"),
-    "batch size -4": (["--config", "recipe:cls", "--batch-size", "-4"], "batch_size is -4; it is a whole number"),
+    "batch size 0": (
+        ["--config", "recipe:cls", "--batch-size", "0"],
+        "--batch-size: '0' is not a whole number of at least 1.",
+    ),
+    "batch size -4": (
+        ["--config", "recipe:cls", "--batch-size", "-4"],
+        "--batch-size: '-4' is not a whole number of at least 1.",
+    ),
     "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
     "near checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lst.ckpt"], "Did you mean 'last.ckpt'"),
+    "batch size of the file": (
+        ["--config", "recipe:cls", "--data.init_args.batch_size", "0"],
+        "batch_size is 0; it is a whole number",
+    ),
+    "epochs": (["--config", "recipe:cls", "--epochs=0"], "--epochs: '0' is not a whole number of at least 1."),
+    "rate": (["--config", "recipe:cls", "--lr", "-1"], "--lr: '-1' is not a number above 0."),
+    "adapter in a file": (
+        ["--config", "recipe:cls", "--lora_callback.save_adapter_to", "{folder}/a.jpg"],
+        "save_adapter_to is {folder}/a.jpg, which is a file. Name a folder.",
+    ),
+    "adapter below a file": (
+        ["--config", "recipe:cls", "--lora_callback.save_adapter_to", "{folder}/a.jpg/b/c"],
+        "{folder}/a.jpg is a file. Name another place.",
+    ),
+    "adapter where none can be": (
+        ["--config", "recipe:cls", "--lora_callback.save_adapter_to", "/proc/adapter"],
+        "nothing can be written in /proc",
+    ),
+    "export into a folder": (
+        ["--config", "recipe:cls", "--lora_callback.export_to", "{folder}"],
+        "export_to is {folder}, which is a folder. Name a file.",
+    ),
+    "export over the model": (
+        [
+            "--config=recipe:cls",
+            "--lora_callback.export_to={folder}/base.safetensors",
+            "--model.init_args.model.weights={folder}/base.safetensors",
+        ],
+        "which the model is read from",
+    ),
+    "root folder": (
+        ["--config", "recipe:cls", "--trainer.default_root_dir", "{folder}/run.yaml"],
+        "default_root_dir is {folder}/run.yaml, which is a file",
+    ),
     "a picture": (["--config", "recipe:cls", "--ckpt_path", "{folder}/a.jpg"], "a.jpg is not a checkpoint"),
 }
 
@@ -49,7 +89,7 @@ LATER = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
-    for name in ("run.yaml", "last.ckpt", "a.jpg"):
+    for name in ("run.yaml", "last.ckpt", "a.jpg", "base.safetensors"):
         (folder / name).write_text("trainer: {max_epochs: 1}")
     (folder / "broken.yaml").write_text("model: [")
     (folder / "images").mkdir()

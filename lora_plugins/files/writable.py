@@ -1,0 +1,74 @@
+"""Looks before a training whether its results can be written when it has ended."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from lora_plugins.errors import ConfigError
+
+MEBIBYTE = 2**20
+
+
+def check_writable_file(path: Path, setting: str) -> None:
+    """Checks that a file can be written, and makes nothing.
+
+    Args:
+        path: The file.
+        setting: What names it, for the message.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{setting} is {path}, which is a folder. Name a file.")
+    check_writable_place(path, setting)
+
+
+def check_writable_place(path: Path, setting: str) -> None:
+    """As `check_writable_file`, for what may be a file or a folder."""
+    _check_place(path, path.parent, setting)
+
+
+def check_writable_folder(path: Path, setting: str) -> None:
+    """As `check_writable_file`, for a folder that may be there or not."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{setting} is {path}, which is a file. Name a folder.")
+    _check_place(path, path, setting)
+
+
+def check_space(path: Path, needed: int, setting: str) -> None:
+    """Checks that there is room for a file or a folder.
+
+    Args:
+        path: Where it will be.
+        needed: Its size in bytes.
+        setting: What names it, for the message.
+
+    Raises:
+        ConfigError: If there is less on that disk.
+    """
+    free = shutil.disk_usage(_existing(path)).free
+    if free < needed:
+        raise ConfigError(
+            f"{setting} is {path}, which takes {needed / MEBIBYTE:,.0f} MiB, and that disk has {free / MEBIBYTE:,.0f} "
+            "MiB left. Make room, or name a place on another disk."
+        )
+
+
+def _check_place(path: Path, folder: Path, setting: str) -> None:
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise ConfigError(f"{setting} is {path}, and {existing} is a file. Name another place.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} is {path}, and nothing can be written in {existing}: {error.strerror or error}. Name another "
+            "place."
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the innermost folder (or file) on its way that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
