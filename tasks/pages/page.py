@@ -92,7 +92,7 @@ def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) 
     lines = [
         {"name": label, "color": number % COLORS, "dashed": number >= COLORS, "points": points}
         for number, (label, run) in enumerate(runs.items())
-        if (points := run.history.get(f"val/{name}"))
+        if (points := _points(run, f"val/{name}"))
     ]
     values = [metric.after for run in runs.values() if (metric := run.metrics.get(name)) and metric.after is not None]
     return _render(
@@ -148,8 +148,14 @@ def _lines(run: RunRecord, name: str) -> list[dict[str, Any]]:
     return [
         {"name": split, "color": color, "dashed": False, "points": points}
         for color, split in enumerate(("val", "train"))
-        if (points := run.history.get(f"{split}/{name}"))
+        if (points := _points(run, f"{split}/{name}"))
     ]
+
+
+def _points(run: RunRecord, name: str) -> Sequence[tuple[float, float | None]]:
+    """What a chart shows of a metric; nothing where no value of it is a finite number."""
+    points = run.history.get(name, ())
+    return points if any(value is not None for _, value in points) else ()
 
 
 def _chart(name: str, lines: Sequence[Mapping[str, Any]]) -> Chart:

@@ -65,7 +65,7 @@
     const xs = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
     const [x0, x1] = [xs[0], Math.max(xs[xs.length - 1], xs[0] + 1)];
     const [least, most] = [Math.min(...points.map((p) => p[1])), Math.max(...points.map((p) => p[1]))];
-    const yStep = niceStep(Math.max(most - least, Math.abs(most) * 0.02, 1e-9), 5, 0);
+    const yStep = niceStep(most > least ? Math.max(most - least, Math.abs(most) * 0.02) : Math.max(Math.abs(most), 1e-9), 5, 0);
     const [y0, y1] = [Math.floor(least / yStep + 1e-9) * yStep, Math.ceil(most / yStep - 1e-9) * yStep];
     const yTop = y1 > y0 ? y1 : y0 + yStep;
     const yDigits = Math.max(0, Math.ceil(-Math.log10(yStep * (chart.share ? 100 : 1)) - 1e-9));

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_plugins.tasks.pages import Costs, Metric, render_comparison, render_report
+from lora_plugins.tasks.pages import ClassResult, Costs, Metric, render_comparison, render_report
 
 from ..browser import DESKTOP, PHONE, browser_page, needs_browser
 from .conftest import NAMES, run_of
@@ -42,6 +42,74 @@ def test_a_page_asks_for_nothing_beside_it(text):
 def test_names_of_classes_are_text(text):
     assert "<b>bold</b>" not in text
     assert "Straße" in text
+
+
+def hard(per_pixel, classes=100):
+    """A run with many classes of long names, which ended after an epoch and has no finite loss."""
+    names = [f"Streptopelia_decaocto_subspecies_{i}_(Eurasian collared dove, juvenile plumage)" for i in range(classes)]
+    results = tuple(ClassResult(name, "#e69f00", None, i / classes, 0.5, 1, 1) for i, name in enumerate(names))
+    matrix = tuple(tuple(int((i * j) % 7 == 1) for j in range(classes)) for i in range(classes))
+    main = "mean_iou" if per_pixel else "accuracy"
+    history = {f"val/{main}": ((0.0, 0.25), (1.0, None)), "val/loss": ((0.0, None), (1.0, None))}
+    metrics = {main: Metric(0.25, None), "loss": Metric(None, None), "f1": Metric(0.5, None)}
+    return run_of(
+        per_pixel, classes=results, confusion=matrix, confused=((0, 1, 3), (1, 0, 3)), history=history, metrics=metrics,
+        model="vit_base_patch16_clip_quickgelu_224.metaclip_2pt5b_and_a_name_that_has_no_end",
+    )  # fmt: skip
+
+
+def of_hard_sizes(examples):
+    """Examples that are far from square."""
+    shapes = ((40, 400), (400, 40), (50, 50))
+    return [replace(each, width=w, height=h) for each, (w, h) in zip(examples, shapes, strict=False)]
+
+
+HARD = {
+    "masks": lambda masks, labels: render_report(hard(True), of_hard_sizes(masks), "#808080"),
+    "labels": lambda masks, labels: render_report(hard(False), of_hard_sizes(labels)),
+    "no examples": lambda masks, labels: render_report(hard(False, 2), []),
+    "comparison": lambda masks, labels: render_comparison({"a " + "long_name_" * 9: hard(False), "b": hard(False)}),
+}
+
+
+class TestWhatIsNotThere:
+    def test_a_metric_that_is_no_number_is_told_and_what_was_before_stays(self):
+        text = render_report(hard(False, 2), [])
+        assert "Accuracy is no finite number after training" in text
+        assert "before training 25.0%" in text
+        assert "Not measured before training" not in text
+        assert "before 50.0%</div>" in text
+
+    def test_a_chart_without_a_number_is_left_out(self):
+        text = render_report(hard(False, 2), [])
+        assert text.count("data-chart='") == 1
+        assert "#curves" not in render_report(replace(hard(False, 2), history={}), [])
+
+    def test_without_samples_there_is_no_section_of_them(self):
+        assert 'id="examples"' not in render_report(run_of(), [])
+        assert "#examples" not in render_report(run_of(), [])
+
+    def test_a_sample_that_does_not_count_is_neither_right_nor_wrong(self, labels):
+        text = render_report(run_of(per_pixel=False), [replace(labels[0], true_class=None)])
+        assert "(not counted)" in text
+        assert "✓" not in text
+
+    def test_classes_that_the_key_leaves_out_are_counted(self, masks):
+        assert "and 70 more, in the list of classes" in render_report(hard(True), masks)
+
+
+@needs_browser
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_pages_fit_the_window(kind, masks, labels, tmp_path):
+    (tmp_path / "page.html").write_text(HARD[kind](masks, labels))
+    with browser_page(tmp_path) as page:
+        for size in SIZES.values():
+            page.resize(size)
+            page.open((tmp_path / "page.html").as_uri())
+            assert page.problems == []
+            assert page.run("document.documentElement.scrollWidth <= innerWidth"), size
+            tall = "[...document.querySelectorAll('.stack')].map(e => e.clientHeight).filter(h => h > 440)"
+            assert page.run(tall) == []
 
 
 @needs_browser
