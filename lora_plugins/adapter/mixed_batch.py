@@ -8,7 +8,7 @@ from lora_plugins.adapter.blocks import Within
 from lora_plugins.adapter.state import Block, ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import layer_state
-from lora_plugins.plugins import LayerPlugin
+from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
 def mixed_batch(model: nn.Module, rows: tuple[str | None, ...]) -> Within:
@@ -39,11 +39,16 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
         name
         for name, layer in adapted_layers(model).items()
         for adapter in names
-        if (planned := layer_state(layer).adapters.get(adapter)) is not None
-        and (planned.variant or planned.branch_use != "always" or type(planned.plugin).mixed is LayerPlugin.mixed)
+        if (planned := layer_state(layer).adapters.get(adapter)) is not None and not _mixes(planned)
     ]
     if unable:
         raise StateError(
             f"The layers {listing(dict.fromkeys(unable))} are of a type or variant that cannot mix adapters in one "
             "batch. Run one batch for each adapter, with set_adapter."
         )
+
+
+def _mixes(planned: PlannedLayer) -> bool:
+    """Whether the rows of a batch may have adapters of their own on a layer."""
+    branches = planned.branch_use == "always" if planned.variant is None else planned.rescales
+    return branches and type(planned.plugin).mixed is not LayerPlugin.mixed and planned.branch_use != "never"

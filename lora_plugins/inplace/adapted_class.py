@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.deltas import effective_weight, stacked_adapters, term_of
+from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
@@ -208,7 +208,8 @@ def _forward(
                 )
             adapters = stacked_adapters(layer, state, state.rows, args[0])
             return branch.plugin.mixed(layer, weights, adapters, *args, **kwargs)
-        terms = [term_of(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
+        term = rescaled_term if branch.rescales else term_of
+        terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
         return branch.plugin.branch(layer, weights, terms, *args, **kwargs)
 
     return forward

@@ -10,7 +10,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
 from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
-from lora_plugins.plugins import PlannedLayer, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
+from lora_plugins.plugins import PlannedLayer, Rescaling, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.utils import in_full
 
 
@@ -31,6 +31,19 @@ def slot_tensors(layer: nn.Module, adapter: str, slot: Slot) -> dict[str, nn.Par
     """Returns all tensors of one slot of one adapter: `A`, `B`, and the variant's own by name."""
     A, B = factors(layer, adapter, slot)
     return {"A": A, "B": B, **own_tensors_of(layer, adapter, slot)}
+
+
+def rescaled_term(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *, training: bool) -> Term:
+    """Returns the update of a variant that rescales the rows of the weight, for a branch that does so."""
+    variant, own = planned.variant, own_tensors_of(layer, adapter, slot)
+    assert variant is not None
+    names = tuple(own)
+
+    def row_factors(direction: Tensor, *tensors: Tensor) -> Tensor:
+        return variant.row_factors(direction, dict(zip(names, tensors, strict=True)))
+
+    rescaling = Rescaling(tuple(own.values()), row_factors)
+    return Term(slot, *factors(layer, adapter, slot), planned.settings, training, rescaling=rescaling)
 
 
 def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *, training: bool) -> Term:
@@ -102,5 +115,17 @@ def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None
             "batch, so its rows cannot have adapters of their own. Run one batch for each adapter."
         )
     tensor = state.adapters[state.active[0]].slots[0].tensor
-    terms = [cast(Term, joined(terms_of(layer, tensor, name))) for name in state.active]
-    return StackedAdapters.stack(terms, cast(Tensor, state.index).to(x.device))
+    terms = [_mixed_term(layer, tensor, name, state.adapters[name]) for name in state.active]
+
+    def weight() -> Tensor:
+        return state.adapters[state.active[0]].plugin.to_matrix(weight_with_merged(layer, tensor))
+
+    with in_full(x):
+        return StackedAdapters.stack(terms, cast(Tensor, state.index).to(x.device), weight)
+
+
+def _mixed_term(layer: nn.Module, tensor: str, adapter: str, planned: PlannedLayer) -> Term:
+    """Returns the update of one adapter of a mixed batch."""
+    if planned.variant is not None:
+        return rescaled_term(layer, adapter, planned, planned.slots[0], training=False)
+    return cast(Term, joined(terms_of(layer, tensor, adapter)))

@@ -26,6 +26,7 @@ class Branch:
         drops: Whether an update has dropout.
         tensors: Attribute names of the weights.
         updates: Adapter, planned layer and slot of each active update.
+        rescales: Whether the only update is one that rescales the rows of the weight, and the plugin's branch does so.
     """
 
     plugin: LayerPlugin[Any]
@@ -33,10 +34,11 @@ class Branch:
     drops: bool
     tensors: tuple[str, ...]
     updates: tuple[tuple[str, PlannedLayer, Slot], ...]
+    rescales: bool = False
 
     def acts(self, training: bool) -> bool:
         """Whether it replaces the forward, in training mode or not."""
-        return self.always or (training and self.drops)
+        return self.always or self.rescales or (training and self.drops)
 
 
 @dataclass
@@ -109,10 +111,11 @@ class LayerState:
         first = updates[0][1]
         return Branch(
             plugin=first.plugin,
-            always=first.branch_use == "always",
+            always=first.branch_use == "always" or self.rows is not None,
             drops=any(planned.settings.dropout for _, planned, _ in updates),
             tensors=tuple(dict.fromkeys(slot.tensor for _, _, slot in updates)),
             updates=updates,
+            rescales=len(updates) == 1 and first.rescales and not self.weights,
         )
 
 

@@ -9,16 +9,20 @@ from lora_plugins.kernels.conv import lora_conv
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.linear import lora_linear
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, transposed_product
+from lora_plugins.kernels.rescaled import RowFactors, lora_rescaled, rescaled_weight
 
 __all__ = [
     "DISABLE_VARIABLE",
     "Geometry",
     "KernelStatus",
+    "RowFactors",
     "disabled_kernels",
     "effective_weight",
     "kernel_report",
     "linear_2d",
     "lora_conv",
     "lora_linear",
+    "lora_rescaled",
+    "rescaled_weight",
     "transposed_product",
 ]

@@ -6,6 +6,7 @@ inputs first, so there the matrix is transposed: A is (r, in) and B is (out/grou
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from lora_plugins.kernels import Geometry, lora_conv
+from lora_plugins.kernels import Geometry, lora_conv, lora_rescaled, rescaled_weight
 from lora_plugins.plugins import (
     BranchUse,
     ColumnMajorPlugin,
@@ -33,6 +34,7 @@ ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 class _ConvPlugin(RowMajorPlugin[Conv]):
     branch_use: ClassVar[BranchUse] = "always"
     branch_takes_delta = True
+    branch_takes_rescaling = True
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
         """The patches that the kernel is laid on, those of all groups together; x is `(n, channels, ...)`."""
@@ -50,12 +52,21 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
     def branch(self, layer: Conv, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Convolves `x` with the updated kernel, or with the untouched one and the dropped `x` with each update."""
         weight = base["weight"]
-        geometry = _geometry(layer)
-        term = joined(terms) if geometry is not None and x.ndim == weight.ndim and not is_compiling() else None
-        if term is not None and geometry is not None:
+        geometry = _geometry(layer) if x.ndim == weight.ndim else None
+        if (rescaled := terms[0].rescaling) is not None and geometry is not None:
+            term = terms[0]
+            return lora_rescaled(
+                x, weight, layer.bias, term.A, term.B, rescaled.own, rescaled.factors, term.scaling, term.dropout,
+                geometry, low_memory=term.low_memory,
+            )  # fmt: skip
+        with in_full(weight):
+            terms = [_with_delta(term, self.to_matrix(weight)) for term in terms]
+        joint = joined(terms) if geometry is not None and not is_compiling() else None
+        if joint is not None and geometry is not None:
             return lora_conv(
-                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, geometry, low_memory=term.low_memory
-            )
+                x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, geometry,
+                low_memory=joint.low_memory,
+            )  # fmt: skip
         if not any(term.dropout for term in terms):
             y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
             return y
@@ -68,7 +79,8 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
     def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Convolves each image with its own update, all at once as groups of one image with many channels."""
         weight = base["weight"]
-        y: Tensor = layer._conv_forward(x, weight, layer.bias)
+        bias = layer.bias if adapters.factors is None else None  # which has no factor
+        y: Tensor = layer._conv_forward(x, weight, bias)
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         padded = _padded(layer, x).to(A.dtype)
         kernels = B @ A if layer.groups > 1 else A  # A does not fit the input of all groups
@@ -77,13 +89,22 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         update = update.view(len(x), -1, *y.shape[2:])
         if layer.groups == 1:
             update = torch.bmm(B, update.flatten(2)).view(y.shape)
-        return y + update.to(y.dtype)
+        return adapters.rescale(y + update.to(y.dtype), layer.bias, 1)
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
         with in_full(weight):
             for term in terms:
                 weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         return weight
+
+
+def _with_delta(term: Term, weight: Tensor) -> Term:
+    """Returns an update with its `delta`, if a rescaling stands in its place."""
+    if term.rescaling is None:
+        return term
+    own, factors = term.rescaling.own, term.rescaling.factors
+    whole = rescaled_weight(weight, term.A, term.B, own, factors, term.scaling)
+    return replace(term, rescaling=None, delta=whole - weight)
 
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:

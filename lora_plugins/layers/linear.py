@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_plugins.kernels import linear_2d, lora_linear
+from lora_plugins.kernels import linear_2d, lora_linear, lora_rescaled
 from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, StackedAdapters, Term, joined
 from lora_plugins.utils import autocast_dtype
 
@@ -59,6 +59,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     )
     branch_use: ClassVar[BranchUse] = "always"
     branch_takes_delta = True
+    branch_takes_rescaling = True
 
     def parts(self, layer: nn.Linear) -> Mapping[str, Slot]:
         """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""
@@ -71,10 +72,16 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
         weight = base["weight"]
-        term = None if is_compiling() else joined(terms)
-        if term is not None:
+        if (rescaled := terms[0].rescaling) is not None:
+            term = terms[0]
+            return lora_rescaled(
+                x, weight, layer.bias, term.A, term.B, rescaled.own, rescaled.factors, term.scaling, term.dropout, None,
+                low_memory=term.low_memory,
+            )  # fmt: skip
+        joint = None if is_compiling() else joined(terms)
+        if joint is not None:
             return lora_linear(
-                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, low_memory=term.low_memory
+                x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory
             )
         return add_linear(F.linear(x, weight, layer.bias), x, terms)
 
@@ -83,12 +90,13 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         weight = base["weight"]
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
+        bias = layer.bias if adapters.factors is None else None  # which has no factor
         if autocast_dtype(x) is None:
-            y = linear_2d(x.reshape(-1, x.shape[-1]), weight, layer.bias).view(*x.shape[:-1], len(weight))
+            y = linear_2d(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
         else:
-            y = F.linear(x, weight, layer.bias)
+            y = F.linear(x, weight, bias)
         update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)
-        return y.add_(update.view(y.shape))
+        return adapters.rescale(y.add_(update.view(y.shape)), layer.bias, -1)
 
 
 class TransformersConv1DPlugin(ColumnMajorPlugin[nn.Module]):

@@ -37,6 +37,9 @@ class LayerPlugin(ABC, Generic[Layer]):
         branch_takes_delta: Whether `branch` adds `term.delta` where a term has one, in place of `scaling * B @ A`.
             Only then is it called with a variant, whose update may be any matrix; otherwise the layer runs its own
             `forward` with the effective weight, and refuses a variant with dropout.
+        branch_takes_rescaling: Whether `branch` computes with `term.rescaling` where its only term has one, which then
+            covers all rows of the weight and has no `delta`; and whether `mixed`, if there is one, honors
+            `adapters.factors`.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
     """
@@ -47,6 +50,7 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_types: ClassVar[Sequence[type[nn.Module] | str]] = ()
     branch_use: ClassVar[BranchUse] = "never"
     branch_takes_delta: ClassVar[bool] = False
+    branch_takes_rescaling: ClassVar[bool] = False
     class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -169,6 +173,7 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "branch_types": (are_module_classes, "a list of module classes or import paths"),
         "branch_use": (lambda value: value in get_args(BranchUse), f"one of {get_args(BranchUse)}"),
         "branch_takes_delta": A_FLAG,
+        "branch_takes_rescaling": A_FLAG,
         "class_attributes": (lambda value: isinstance(value, Mapping), "a mapping of attributes by name"),
     },
     claims={

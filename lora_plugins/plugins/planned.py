@@ -75,9 +75,19 @@ class PlannedLayer:
         own = [math.prod(shape) for slot in self.slots for shape in self.own_shapes(slot).values()]
         return sum(self.r * (rows + columns) for rows, columns in self.shapes) + sum(own)
 
+    @property
+    def rescales(self) -> bool:
+        """Whether its variant rescales the rows of the whole weight, and the plugin computes with that."""
+        whole = len(self.slots) == 1 and self.slots[0].rows is None and self.plugin.branch_takes_rescaling
+        return whole and self.variant is not None and self.variant.rescales_rows
+
     def own_shapes(self, slot: Slot) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes of the variant's own tensors of one slot, by name."""
-        return self.variant.shapes(*self.shapes[self.slots.index(slot)], self.r) if self.variant else {}
+        if self.variant is None:
+            return {}
+        # By name, since torch.compile does not follow how dataclasses are compared.
+        shapes = {each.suffix + each.tensor: shape for each, shape in zip(self.slots, self.shapes, strict=True)}
+        return self.variant.shapes(*shapes[slot.suffix + slot.tensor], self.r)
 
     def with_settings(self, **changes: Any) -> "PlannedLayer":
         """Returns the layer with other settings."""

@@ -1,6 +1,6 @@
 """What a branch is handed: the active updates of a layer, or the updates of the rows of a mixed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +9,19 @@ from torch.nn import functional as F
 
 from lora_plugins.config import LayerSettings
 from lora_plugins.plugins.slot import Slot
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What a variant does that rescales the rows of the updated weight.
+
+    Args:
+        own: The variant's own tensors.
+        factors: Returns what the rows are multiplied by, from `W + scaling * B @ A`, detached, and the own tensors.
+    """
+
+    own: Sequence[Tensor]
+    factors: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,8 @@ class Term:
         settings: The numbers that the plan has for the layer.
         training: Whether dropout acts.
         delta: `(out, in)`, what a variant adds to the slot's rows in place of `scaling * B @ A`; None for plain LoRA.
+        rescaling: What a variant does to `W + scaling * B @ A`, in place of a `delta`; only where the branch of the
+            plugin takes it.
     """
 
     slot: Slot
@@ -30,6 +45,7 @@ class Term:
     settings: LayerSettings
     training: bool = False
     delta: Tensor | None = None
+    rescaling: Rescaling | None = None
 
     @property
     def scaling(self) -> float:
@@ -62,7 +78,7 @@ def sum_of_deltas(terms: Sequence[Term]) -> Tensor:
 
 def joined(terms: Sequence[Term]) -> Term | None:
     """Returns one term that does what several do; None if a variant says what one does, or several have dropout."""
-    if any(term.delta is not None for term in terms):
+    if any(term.delta is not None or term.rescaling is not None for term in terms):
         return None
     if len(terms) == 1 and terms[0].slot.rows is None:
         return terms[0]
@@ -83,15 +99,24 @@ class StackedAdapters:
         A: `(adapters, r, in)`, smaller ranks filled up with zeros.
         B: `(adapters, out, r)`, scaled; the last one is zero, for rows of the base.
         index: `(batch,)`, the adapter of each row.
+        factors: `(adapters, out)`, what variants multiply the rows of `W + B A` by, one where an adapter has none; None
+            if there is no such variant.
     """
 
     A: Tensor
     B: Tensor
     index: Tensor
+    factors: Tensor | None = None
 
     @classmethod
-    def stack(cls, terms: Sequence[Term], index: Tensor) -> "StackedAdapters":
-        """Stacks one term for each adapter, and a zero behind them."""
+    def stack(cls, terms: Sequence[Term], index: Tensor, weight: Callable[[], Tensor]) -> "StackedAdapters":
+        """Stacks one term for each adapter, and a zero behind them.
+
+        Args:
+            terms: The updates.
+            index: The adapter of each row of the batch.
+            weight: Returns `W`, `(out, in)`; called for variants only.
+        """
         r = max(len(term.A) for term in terms)
         A = [F.pad(term.A, (0, 0, 0, r - len(term.A))) for term in terms]
         B = [F.pad(term.B * term.scaling, (0, r - len(term.A))) for term in terms]
@@ -99,7 +124,35 @@ class StackedAdapters:
             torch.stack([*A, torch.zeros_like(A[0])]),
             torch.stack([*B, torch.zeros_like(B[0])]),
             index,
+            _factors(terms, weight) if any(term.rescaling for term in terms) else None,
         )
+
+    def rescale(self, y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+        """Multiplies the outputs of each row of a batch by its adapter's factors, and adds a bias, which has none.
+
+        Args:
+            y: `(batch, ..., out, ...)`, without the bias where there are factors.
+            bias: `(out,)` or None.
+            axis: Of the outputs.
+        """
+        if self.factors is None:
+            return y
+        shape = [1] * y.ndim
+        shape[axis] = y.shape[axis]
+        rescaled = y * self.factors[self.index].view(len(y), *shape[1:])
+        return (rescaled if bias is None else rescaled + bias.view(shape)).to(y.dtype)
+
+
+def _factors(terms: Sequence[Term], weight: Callable[[], Tensor]) -> Tensor:
+    """Returns what the rows of the updated weight are multiplied by, for each term and for none."""
+    W, found = weight(), []
+    for term in terms:
+        if (how := term.rescaling) is None:
+            found.append(term.A.new_ones(len(W)))
+        else:
+            direction = torch.addmm(W.to(term.A.dtype), term.B, term.A, alpha=term.scaling)
+            found.append(how.factors(direction.detach(), *how.own))
+    return torch.stack([*found, torch.ones_like(found[0])])
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:

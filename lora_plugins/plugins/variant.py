@@ -62,6 +62,24 @@ class VariantPlugin(ABC):
             own: The variant's own tensors by name.
         """
 
+    def row_factors(self, direction: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Returns what each row of the direction `W + scaling * B @ A` is multiplied by, `(out,)`.
+
+        Optional, for a variant whose `delta_weight` is `f * (W + scaling * B @ A) - W` with these `f` held constant in
+        the gradients of W, A and B. Layers then compute with that weight in one function that keeps its input only.
+
+        Args:
+            direction: `W + scaling * B @ A`, `(out, in)`, detached. It may be written over afterwards, so that nothing
+                with a gradient may depend on it but through what is computed from it first, such as its norms.
+            own: The variant's own tensors by name, in which the factors are differentiable.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not only rescale rows.")
+
+    @property
+    def rescales_rows(self) -> bool:
+        """Whether all it does to the updated weight is to rescale its rows: whether it has `row_factors`."""
+        return type(self).row_factors is not VariantPlugin.row_factors
+
     def refusal(self, plugin: LayerPlugin[Any]) -> str | None:
         """Returns why the variant cannot serve a layer type that has its outputs as rows; None if it can."""
         return None

@@ -30,8 +30,11 @@ class DoraVariant(VariantPlugin):
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         """Returns `m · V / ‖V‖ - W`."""
         direction = torch.addmm(weight, B, A, alpha=scaling)
-        factor = own["magnitude"] / _norms(direction.detach())
-        return factor[:, None] * direction - weight
+        return self.row_factors(direction.detach(), own)[:, None] * direction - weight
+
+    def row_factors(self, direction: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Returns `m / ‖V‖`."""
+        return own["magnitude"] / _norms(direction)
 
 
 def _norms(matrix: Tensor) -> Tensor:

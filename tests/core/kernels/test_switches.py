@@ -160,10 +160,10 @@ class TestOperations:
         assert graphs == [[torch._C._nn.linear]]
 
     def test_kernels_are_named_after_their_files_and_compute_known_operations(self):
-        from lora_plugins.kernels import _autograd, conv, conv_geometry, dropout, linear, matmul
+        from lora_plugins.kernels import _autograd, conv, conv_geometry, dropout, linear, matmul, rescaled
         from lora_plugins.kernels._operation import Operation
 
-        rooms = (_autograd, conv, conv_geometry, dropout, linear, matmul)
+        rooms = (_autograd, conv, conv_geometry, dropout, linear, matmul, rescaled)
         known = {value.name for room in rooms for value in vars(room).values() if isinstance(value, Operation)}
         for name in FILES:
             module = __import__(f"{entries.__name__}.{name}", fromlist=["KERNELS"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin, hookimpl
 from lora_plugins.plugins import build_registry
 
@@ -156,13 +157,69 @@ def test_a_layer_with_its_inputs_first_is_refused():
         LoraModel(nn.Sequential(nn.ConvTranspose2d(4, 4, 2)), LoraConfig(variant="dora"))
 
 
-def test_it_cannot_be_combined_or_mixed():
+def test_it_cannot_be_combined():
     lora = adapted(LAYERS["linear"][0])
     with pytest.raises(StateError, match="of the variant 'dora', whose updates do not add up"):
         lora.add_weighted_adapter(["default"], [0.5], "half")
-    lora.model.eval()
+
+
+@layers
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
+def test_rows_of_a_batch_have_adapters_of_their_own(make, inputs, bias, dtype):
+    lora = adapted(make)
+    if not bias:
+        lora.model[0].bias = None
+    lora.add_adapter("plain", LoraConfig(r=3, alpha=5, init="none"))
+    lora.add_adapter("other", LoraConfig(r=1, init="none", variant="dora"))
+    lora.model.eval().to(dtype)
+    names = ["other", None, "default", "plain", "default"]
+    x = torch.cat([inputs()] * 3)[: len(names)].to(dtype)
+    with lora.mixed_batch(names):
+        mixed = lora.model(x)
+    for row, name in enumerate(names):
+        if name is None:
+            with lora.disable_adapter() as base:
+                alone = base(x)
+        else:
+            lora.set_adapter(name)
+            alone = lora.model(x)
+        tolerance = (
+            TIGHT if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
+        )  # the weight alone is rounded, too
+        torch.testing.assert_close(mixed[row], alone[row], **tolerance)
+
+
+def test_parts_of_a_layer_are_not_mixed():
+    config = LoraConfig(r=2, variant="dora", fused_parts={"0": ["q", "v"]})
+    lora = LoraModel(nn.Sequential(nn.Linear(6, 9)).eval(), config)
     with pytest.raises(StateError, match="cannot mix"), lora.mixed_batch(["default"]):
         pass
+
+
+@pytest.mark.parametrize("memory", ["normal", "low"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16_autocast"])
+def test_it_keeps_what_plain_lora_keeps(memory, dropout, dtype):
+    kept = {}
+    for variant in ("lora", "dora"):
+        model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.Unflatten(1, (1, 8, 8)))
+        model.append(nn.Conv2d(1, 4, 3)).append(nn.LayerNorm(6)).append(nn.Conv2d(4, 4, 1))
+        LoraModel(model, LoraConfig(r=2, variant=variant, dropout=dropout, memory=memory, init="none"))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            kept[variant] = kept_bytes(model, (torch.randn(64, 32, requires_grad=True),))
+    assert kept["dora"] <= 1.05 * kept["lora"]
+
+
+@layers
+def test_it_compiles_whole(make, inputs):
+    torch._dynamo.reset()
+    lora, x = adapted(make, dropout=0.0), inputs().double()
+    lora.model.train()
+    leaves = [p for p in lora.model.parameters() if p.requires_grad]
+    compiled = torch.compile(lora.model, backend="aot_eager", fullgraph=True)
+    got, wanted = ([y, *torch.autograd.grad(y.sin().sum(), leaves)] for y in (compiled(x), lora.model(x)))
+    torch.testing.assert_close(got, wanted, **TIGHT)
 
 
 def test_an_unknown_variant_is_refused():

@@ -1,0 +1,276 @@
+"""A layer with an updated and rescaled weight as one autograd function, which keeps its input only.
+
+The weight is formed again in the backward. What rescales its rows gets its gradient from the gradient of the whole
+weight, `G`: a product as large as the layer's own, but nothing has to be kept for it. Those of A and B follow from `G`
+by small products: with `f` held constant, they are `scaling · Bᵀ (f · G)` and `scaling · (f · G) Aᵀ`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
+from lora_plugins.kernels._channels import as_rows
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
+from lora_plugins.kernels._kernel import Kernel
+from lora_plugins.kernels._path import Path
+from lora_plugins.kernels.conv_geometry import Geometry
+from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
+from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
+
+_WHOLE = Path(effective_weight_first=True, small_products=False)
+"""Under autocast, weight and factors keep their types: what they make of each other is rounded, once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescaledOptions(Options):
+    """Options of a rescaled layer.
+
+    Args:
+        geometry: How a kernel moves; None in a linear layer.
+        factors: What the rows of the weight are multiplied by.
+    """
+
+    geometry: Geometry | None
+    factors: RowFactors
+
+
+def fused_rescaled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    own: Sequence[Tensor],
+    factors: RowFactors,
+    scaling: float,
+    dropout: float,
+    geometry: Geometry | None,
+    *,
+    low_memory: bool = False,
+) -> Tensor:
+    """Computes with `f · (W + scaling · B A)`; with dropout, only what that adds to `W` sees the dropped `x`."""
+    options = RescaledOptions(
+        scaling=scaling,
+        dropout=Dropout.draw(dropout) if dropout else None,
+        path=_WHOLE,
+        recompute_input=recomputation(x) if low_memory else None,
+        geometry=geometry,
+        factors=factors,
+    )
+
+    def compute(*tensors: Any) -> Tensor:
+        return _rescaled(*tensors, *own)  # type: ignore[no-any-return]
+
+    return call_under_autocast(compute, x, weight, bias, A, B, options)
+
+
+class _Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        options: RescaledOptions,
+        *own: Tensor,
+    ) -> Tensor:
+        save(ctx, options, x, weight, bias, A, B, *own)
+        direction = _direction(weight, A, B, options)
+        ctx.own, ctx.factors = _factors(direction, own, options)
+        factors, layer = ctx.factors.detach(), _layer(options)
+        inputs = layer.flat(x)
+        if options.dropout is None:
+            y = layer.apply(inputs, _like(weight, _rescale(direction, factors), x), bias)
+        else:
+            y = layer.apply(inputs, weight.to(x.dtype), bias)
+            update = _like(weight, _update(direction, factors, weight, options), x)
+            for part, some, _ in dropped_parts(inputs, x.dtype, options.dropout, masks=False):
+                part_of(y, part).add_(layer.apply(some, update, None))
+        return layer.outputs(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, A, B, *own = saved(ctx)
+        options: RescaledOptions = ctx.options
+        needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:])
+        if torch.is_grad_enabled():
+            found = law_gradients(_law(options), (x, weight, bias, A, B, *own), needed, gradient)
+            return (*found[:5], None, *found[5:])
+        layer, factors = _layer(options), ctx.factors.detach()
+        inputs, dy = layer.flat(x), layer.flat(gradient)
+        gradients = _whole_gradients if options.dropout is None else _update_gradients
+        dx, of_weight = gradients(dy, inputs, weight, _direction(weight, A, B, options), factors, options, needed[0])
+        G = of_weight.flatten(1).to(A.dtype)
+        if options.dropout is not None:
+            G = G * options.dropout.scale
+        products = linear_2d(G, A)
+        of_factors = (G * weight.flatten(1)).sum(1).add_((products * B).sum(1), alpha=options.scaling)
+        return (
+            None if dx is None else layer.laid_out_like(x, dx),
+            _weight_gradient(dy, inputs, weight, G, factors, options) if needed[1] else None,
+            layer.bias_gradient(dy) if needed[2] else None,
+            scaled_product(A, (B * factors[:, None]).T, G, options.scaling) if needed[3] else None,
+            (products * factors[:, None]).mul_(options.scaling) if needed[4] else None,
+            None,
+            *_own_gradients(ctx.own, ctx.factors, of_factors),
+        )
+
+
+_rescaled = raw_apply(_Rescaled)
+
+
+class _Linear:
+    """What is computed with the matrix of a linear layer, on the rows of its input."""
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        return as_rows(tensor, -1)
+
+    def apply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_2d(rows, weight, bias)
+
+    def outputs(self, rows: Tensor, x: Tensor) -> Tensor:
+        # In place, so as not to be a view: autograd would refuse to let what follows write into it.
+        return rows.resize_(*x.shape[:-1], rows.shape[1])
+
+    def gradients(self, dy: Tensor, rows: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
+        of_weight = transposed_product(dy, rows)
+        return self.of_input(dy, rows, weight) if of_x else None, of_weight
+
+    def of_input(self, dy: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        return matmul(dy, weight)
+
+    def laid_out_like(self, x: Tensor, gradient: Tensor) -> Tensor:
+        gradient = gradient.view(x.shape)
+        return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)
+
+    def bias_gradient(self, dy: Tensor) -> Tensor:
+        return dy.sum(0)
+
+
+class _Convolution:
+    """What is computed with the kernel of a convolution."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.geometry.convolve(x, weight, bias)
+
+    def outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        return y
+
+    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
+        dx, of_weight = self.geometry.gradients(dy, x, weight, of_x=of_x, of_kernel=True)
+        assert of_weight is not None
+        return dx, of_weight
+
+    def of_input(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        dx, _ = self.geometry.gradients(dy, x, weight, of_x=True, of_kernel=False)
+        assert dx is not None
+        return dx
+
+    def laid_out_like(self, x: Tensor, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def bias_gradient(self, dy: Tensor) -> Tensor:
+        return dy.transpose(0, 1).flatten(1).sum(1)
+
+
+def _layer(options: RescaledOptions) -> _Linear | _Convolution:
+    return _Linear() if options.geometry is None else _Convolution(options.geometry)
+
+
+def _direction(weight: Tensor, A: Tensor, B: Tensor, options: RescaledOptions) -> Tensor:
+    """Returns `W + scaling · B A` as a fresh matrix, in the wider type of both."""
+    return effective_weight(weight.flatten(1), A, B, options.scaling, torch.promote_types(weight.dtype, A.dtype))
+
+
+def _factors(direction: Tensor, own: Sequence[Tensor], options: RescaledOptions) -> tuple[list[Tensor], Tensor]:
+    """Returns the variant's own tensors as leaves, and what the rows are multiplied by, with its graph behind it."""
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in own]
+    with torch.enable_grad():
+        return leaves, options.factors(direction, *leaves)
+
+
+def _own_gradients(leaves: Sequence[Tensor], factors: Tensor, gradient: Tensor) -> Iterator[Tensor | None]:
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(torch.autograd.grad(factors, wanted, gradient, retain_graph=True) if wanted else ())
+    return (next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _rescale(direction: Tensor, factors: Tensor) -> Tensor:
+    """Multiplies the rows, in place."""
+    return direction.mul_(factors[:, None])
+
+
+def _update(direction: Tensor, factors: Tensor, weight: Tensor, options: RescaledOptions) -> Tensor:
+    """Returns what rescaling and update add to the weight, and what makes up for dropped elements."""
+    assert options.dropout is not None
+    return _rescale(direction, factors).sub_(weight.flatten(1)).mul_(options.dropout.scale)
+
+
+def _like(weight: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    """Returns a matrix in the shape and memory format of the weight, and in the type of the input."""
+    shaped = matrix.to(x.dtype).view(weight.shape)
+    return shaped if weight.is_contiguous() else torch.empty_like(weight, dtype=x.dtype).copy_(shaped)
+
+
+def _whole_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, direction: Tensor, factors: Tensor, options: RescaledOptions, of_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of x and of the whole weight."""
+    return _layer(options).gradients(dy, x, _like(weight, _rescale(direction, factors), x), of_x=of_x)
+
+
+def _update_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, direction: Tensor, factors: Tensor, options: RescaledOptions, of_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of x and of what is added to the weight, without what makes up for dropped elements."""
+    layer = _layer(options)
+    dx = layer.of_input(dy, x, weight.to(x.dtype)) if of_x else None
+    update = _like(weight, _update(direction, factors, weight, options), x)
+    of_weight = []
+    for part, some, mask in dropped_parts(x, x.dtype, options.dropout, masks=True):
+        branch, of_update = layer.gradients(part_of(dy, part), some, update, of_x=of_x)
+        if dx is not None and branch is not None and mask is not None:
+            part_of(dx, part).addcmul_(branch, mask)
+        of_weight.append(of_update)
+    return dx, sum_of_parts(of_weight)
+
+
+def _weight_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, G: Tensor, factors: Tensor, options: RescaledOptions
+) -> Tensor:
+    """Gradient of W itself."""
+    if options.dropout is None:
+        return (G * factors[:, None]).view(weight.shape).to(weight.dtype)
+    _, plain = _layer(options).gradients(dy, x, weight.to(x.dtype), of_x=False)
+    return plain.add(G.mul(factors[:, None] - 1).view(weight.shape)).to(weight.dtype)
+
+
+def _law(options: RescaledOptions) -> Callable[..., Tensor]:
+    def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *own: Tensor) -> Tensor:
+        apply = F.linear if options.geometry is None else options.geometry.convolve
+        inputs = _layer(options).flat(x)
+        whole = rescaled_weight(weight.flatten(1), A, B, own, options.factors, options.scaling).view(weight.shape)
+        y = apply(inputs, (whole if options.dropout is None else weight).to(x.dtype), bias)
+        if options.dropout is not None:
+            dropped = inputs * options.dropout.mask_like(inputs) * options.dropout.scale
+            y = y + apply(dropped, (whole - weight).to(x.dtype))
+        return y if options.geometry is not None else y.view(*x.shape[:-1], len(weight))
+
+    return law
+
+
+KERNELS = (Kernel("fused_rescaled", "lora_rescaled", eager_is_unknown, applies_in_eager_mode, fused_rescaled),)
