@@ -1,5 +1,6 @@
 """Large products in float32 go to oneDNN, where it is right and nothing else is wanted."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,11 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels import disabled_kernels, linear_2d, lora_linear
+from lora_plugins.kernels import DISABLE_VARIABLE, _switches, disabled_kernels, linear_2d, lora_linear
 from tests.core.kernels.needs import needs
 
-pytest.importorskip("lora_plugins.kernels.entries.onednn")
-pytestmark = needs("onednn")
+onednn = pytest.importorskip("lora_plugins.kernels.entries.onednn")
+
+
+@pytest.fixture(autouse=True)
+def another_maker(monkeypatch) -> None:
+    """As on a processor that is not of Intel, where the kernel would not be used."""
+    if DISABLE_VARIABLE in os.environ:
+        pytest.skip(f"{DISABLE_VARIABLE} is set")
+    monkeypatch.setattr(onednn, "_processor", lambda: "AuthenticAMD")
+    if reason := onednn.available():
+        pytest.skip(reason)
+    switches = _switches._Switches(_switches._entries())
+    monkeypatch.setattr(_switches, "_switches", lambda: switches)
+
+
+def test_it_is_not_used_on_processors_of_intel(monkeypatch):
+    monkeypatch.setattr(onednn, "_processor", lambda: "vendor_id : GenuineIntel")
+    assert onednn.available() == "on processors of Intel, MKL is as fast"
 
 
 @pytest.fixture(autouse=True)
