@@ -356,7 +356,7 @@ def test_a_step_is_captured_in_a_graph(fields):
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
 @pytest.mark.parametrize("layer", [*DROPPING, "embedding"])
 def test_half_precision_with_a_scaler(layer, dropout, device):
-    """Gradients that are too small for float16 move A and B, since the loss is scaled."""
+    """Gradients that are too small for float16 arrive, since the loss is scaled."""
     if dropout and layer not in DROPPING:
         pytest.skip("the layer takes no dropout")
     lora, inputs = adapted(layer, dropout=dropout)
@@ -365,7 +365,6 @@ def test_half_precision_with_a_scaler(layer, dropout, device):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12)
-    before = [parameter.detach().clone() for parameter in trained]
     with torch.autocast(device.type, torch.float16):
         loss = model(*inputs).float().mean() * 1e-6
     scaler.scale(loss).backward()
@@ -373,5 +372,5 @@ def test_half_precision_with_a_scaler(layer, dropout, device):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**12  # nothing overflowed
-    moves = [float((parameter.detach() - old).abs().max()) for parameter, old in zip(trained, before, strict=True)]
-    assert all(0 < move < 1e-3 for move in moves)
+    largest = [float(parameter.grad.abs().max()) for parameter in trained]  # not scaled any more
+    assert all(0 < value < 1e-5 for value in largest)
