@@ -205,8 +205,9 @@ class LoraModel(metaclass=Told):
             adapter_names: The adapter of each row of the batch; None for the base model.
 
         Raises:
-            StateError: If the model is in training mode, something is merged, an adapter is unknown or has its own
-                values of the model's parameters (such as a head), or a layer is of a type that cannot mix.
+            StateError: If the model is in training mode, something is merged, an adapter is unknown, a layer is of a
+                type that cannot mix, or an adapter has its own values (such as of a head) of a module that has adapted
+                layers, or, once that is called, that takes more than one tensor with the batch first.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 2)).eval()

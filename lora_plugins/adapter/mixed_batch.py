@@ -5,9 +5,9 @@ from functools import partial
 from torch import nn
 
 from lora_plugins.adapter.blocks import Within
-from lora_plugins.adapter.state import Block, ModelState, adapted_layers
+from lora_plugins.adapter.state import Block, ModelState, adapted_layers, own_holders
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import layer_state
+from lora_plugins.inplace import layer_state, model_modules, state_of
 from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
@@ -30,11 +30,17 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
         raise StateError("Mixing adapters in one batch is for inference. Call model.eval() first.")
     for name in names:
         state.adapter(name)
-        if own := state.values.of(name):
-            raise StateError(
-                f"The adapter {name!r} has its own values of {listing(own)}, which all rows of a batch share. "
-                "Run one batch for each adapter, with set_adapter."
-            )
+    modules = model_modules(model)
+    shared = [
+        name
+        for name, module in own_holders(modules, state, names).items()
+        if any(state_of(child) is not None for child in module.modules())
+    ]
+    if shared:
+        raise StateError(
+            f"Adapters have their own values of what {listing(shared)} holds, beside updates that go in by rows. Run "
+            "one batch for each adapter, with set_adapter."
+        )
     unable = [
         name
         for name, layer in adapted_layers(model).items()

@@ -21,15 +21,18 @@ from lora_plugins.inplace import (
     freeze,
     full_name,
     hold,
+    holders,
     is_shard,
     layer_state,
     let_go,
     let_load,
+    mix_rows,
     model_modules,
     own_tensor,
     own_tensors,
     state_of,
     thaw,
+    unmix_rows,
     watch_loading,
 )
 from lora_plugins.plan import Plan
@@ -275,10 +278,31 @@ def apply_state(model: nn.Module, state: ModelState) -> None:
 def let_act(modules: list[NamedModule], state: ModelState) -> None:
     """Makes layers and norm statistics what acts now, in a block or outside."""
     acting = state.acting
+    for entry in modules:
+        unmix_rows(entry.module)
     for layer in _adapted(modules).values():
         activate(layer, acting.adapters, acting.rows, {} if state.blocks else state.weights)
         layer_state(layer).meanwhile = "in a block" if state.blocks else "merged" if state.merged else ""
     _apply_norms(modules, state)
+    if acting.rows is not None:
+        mix_rows(
+            own_holders(modules, state, acting.adapters), acting.rows, _own_values(modules, state, acting.adapters)
+        )
+
+
+def own_holders(modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Returns the modules that hold a tensor of which one of some adapters has its own value, by name."""
+    own = _own_values(modules, state, adapters)
+    return holders({entry.name: entry.module for entry in modules}, {key for values in own.values() for key in values})
+
+
+def _own_values(
+    modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]
+) -> dict[str | None, dict[int, Tensor]]:
+    """Returns the own values of adapters, by the identity of the model's tensors."""
+    tensors = own_tensors(modules, "_parameters") | own_tensors(modules, "_buffers")
+    own = {name: state.values.of(name) for name in adapters}
+    return {name: {id(tensors[key]): values[key] for key in values} for name, values in own.items() if values}
 
 
 @contextmanager

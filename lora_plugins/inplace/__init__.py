@@ -21,6 +21,7 @@ from lora_plugins.inplace.modules import (
     persistent_buffers,
 )
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
+from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
 from lora_plugins.inplace.storing import Replacing, make_dense, put_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
@@ -50,6 +51,7 @@ __all__ = [
     "has_statistics",
     "hold",
     "holder_of",
+    "holders",
     "is_frozen",
     "is_shard",
     "layer_state",
@@ -57,6 +59,7 @@ __all__ = [
     "let_load",
     "make_dense",
     "make_plain",
+    "mix_rows",
     "model_modules",
     "own_mode",
     "own_tensor",
@@ -77,6 +80,7 @@ __all__ = [
     "strip_adapters",
     "terms_of",
     "thaw",
+    "unmix_rows",
     "watch_loading",
     "weight_key",
 ]

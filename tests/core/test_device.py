@@ -241,6 +241,8 @@ ON_THE_HOST = {
     "int(torch.randint(2 ** 62, (), device='cpu'))": "the seed of a mask",
     "float(2 ** self.bits)": "a number",
     "bool(hooks)": "a tuple",
+    "torch.tensor(places, device=device)": "made where a block begins",
+    "torch.tensor([at for places in groups.values() for at in places], device=device)": "likewise",
     "bool(module.__dict__.get(_TRAINING, module.training))": "a flag",
 }
 FACTORIES = frozenset(

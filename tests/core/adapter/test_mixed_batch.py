@@ -109,9 +109,123 @@ def test_a_merged_adapter_is_refused():
     refused(lora, "not possible while 'a' is merged")
 
 
-def test_an_adapter_with_a_head_of_its_own_is_refused():
-    lora = adapted(MODELS["linear"][0], modules_to_save=["2"], target_modules=["0"])
-    refused(lora, r"'a' has its own values of '2.bias', '2.weight'|'a' has its own values of '2.weight', '2.bias'")
+def scrambled(lora):
+    """Gives everything that adapters have values of their own, one adapter after the other."""
+    for name in lora.adapters:
+        lora.set_adapter(name)
+        with torch.no_grad():
+            for parameter in lora.model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) / 4)
+    lora.model.eval()
+    return lora
+
+
+def alone(lora, x, name):
+    with torch.no_grad():
+        if name is None:
+            with lora.disable_adapter() as model:
+                return model(x)
+        lora.set_adapter(name)
+        return lora.model(x)
+
+
+class Head(nn.Module):
+    """A head of several layers, whose output has another shape than its input, and a sum that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, *, factor: float = 1.0) -> Tensor:
+        return self.layers(self.norm(x)) * self.scale * factor
+
+
+@pytest.mark.parametrize("fields", [{}, {"norm": "track"}, {"modules_to_save": ["1", "2"]}], ids=str)
+@pytest.mark.parametrize("head", [lambda: nn.Linear(8, 4), Head], ids=["linear", "module"])
+def test_each_row_has_the_head_of_its_adapter(head, fields):
+    saved = fields.get("modules_to_save", ["2"])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), head()).double().eval()
+    config = LoraConfig(**{"r": 2, "target_modules": "0", "init": "none", **fields, "modules_to_save": saved})
+    lora = LoraModel(model, config, "a")
+    lora.add_adapter("b", config)
+    lora.add_adapter("plain", LoraConfig(r=3, target_modules="0", init="none"))
+    scrambled(lora)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    rows = ["b", "a", None, "plain", "b", "a", "a"]
+    kinds, before = [type(module) for module in lora.model.modules()], copy.deepcopy(lora.model.state_dict())
+    with torch.no_grad(), lora.mixed_batch(rows) as mixed_model:
+        mixed = mixed_model(x)
+    assert [type(module) for module in lora.model.modules()] == kinds
+    assert all(torch.equal(value, before[key]) for key, value in lora.model.state_dict().items())
+    for at, name in enumerate(rows):
+        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+    assert not torch.allclose(mixed[1], alone(lora, x[1:2], "plain")[0])
+
+
+class Past(nn.Module):
+    """Reads the weight of its head without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.body(x), self.head.weight)
+
+
+class Tied(nn.Module):
+    """Has a second module with the parameter of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.other = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.other.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.body(x))
+
+
+class Rowless(nn.Module):
+    """Calls its head with its rows and another dimension in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).repeat(2, 1))
+
+
+def two(model, **fields):
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init="none", **fields)
+    lora = LoraModel(model.double().eval(), config, "a")
+    lora.add_adapter("b", config)
+    return scrambled(lora)
+
+
+def test_a_head_that_is_read_past_its_forward_is_refused():
+    refused(two(Past()), "'weight' of 'head' is read without calling it")
+
+
+def test_a_head_that_shares_its_parameter_has_its_rows_there_too():
+    lora, x = two(Tied()), torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad(), lora.mixed_batch(["a", None, "b"]) as model:
+        mixed = model(x)
+    for at, name in enumerate(["a", None, "b"]):
+        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+
+
+def test_a_head_without_rows_is_refused():
+    refused(two(Rowless()), r"'head', .* gets tensors of the shapes \[4, 6\] for a batch of 2")
+
+
+def test_own_biases_of_adapted_layers_are_refused():
+    lora = adapted(MODELS["linear"][0], bias="lora_only", target_modules=["0"])
+    refused(lora, "own values of what '0' holds, beside updates")
 
 
 def test_another_number_of_rows_is_refused():

@@ -1,0 +1,142 @@
+"""Modules that have other values for other rows of a batch, such as a head that each adapter has trained.
+
+For the time of a mixed batch, such a module hands the rows of each adapter to a twin of itself with that adapter's
+values. Whoever reads its tensors without calling it would get the base's, and is refused.
+"""
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+
+_STATE = "_lora_row_twins"
+
+Values = Mapping[int, Tensor]
+"""Values by the identity of the tensor in whose place they are."""
+
+
+@dataclass(frozen=True)
+class _Twins:
+    """What a module knows for the time of a mixed batch.
+
+    Args:
+        name: Its full name, for messages.
+        base_class: Its class outside of the block.
+        each: The rows of each twin, and the twin.
+        order: Where each row is once the outputs of all twins follow each other.
+    """
+
+    name: str
+    base_class: type[nn.Module]
+    each: tuple[tuple[Tensor, nn.Module], ...]
+    order: Tensor
+
+
+def mix_rows(modules: Mapping[str, nn.Module], rows: Sequence[str | None], values: Mapping[str | None, Values]) -> None:
+    """Gives each row of a batch the values of its adapter in some modules.
+
+    Args:
+        modules: Those that hold a tensor of which some adapter has its own value, by name.
+        rows: The adapter of each row.
+        values: The values of each adapter that has some; other rows have those of the base.
+    """
+    twins = {name: _twins(name, module, rows, values) for name, module in modules.items()}
+    held = {key for of_adapter in values.values() for key in of_adapter}
+    for name, module in modules.items():
+        names = tuple(key for key, tensor in _tensors(module).items() if id(tensor) in held)
+        module.__dict__[_STATE] = twins[name]
+        module.__class__ = _row_class(type(module), names)
+
+
+def unmix_rows(module: nn.Module) -> None:
+    """Gives a module its own class back; nothing happens to one that has it."""
+    if _STATE in module.__dict__:
+        module.__class__ = module.__dict__.pop(_STATE).base_class
+
+
+def holders(modules: Mapping[str, nn.Module], wanted: Collection[int]) -> dict[str, nn.Module]:
+    """Returns the modules that hold one of some tensors, given by identity, also under another name; by name."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if any(id(tensor) in wanted for tensor in _tensors(module).values())
+    }
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _twins(name: str, module: nn.Module, rows: Sequence[str | None], values: Mapping[str | None, Values]) -> _Twins:
+    held = {id(tensor) for child in module.modules() for tensor in _tensors(child).values()}
+    groups: dict[str | None, list[int]] = {}
+    for at, row in enumerate(rows):
+        owner = row if held & values.get(row, {}).keys() else None
+        groups.setdefault(owner, []).append(at)
+    device = next(iter(_tensors(module).values())).device
+    with torch.inference_mode(False):
+        each = tuple(
+            (torch.tensor(places, device=device), _twin(module, values.get(owner, {}), {}))
+            for owner, places in groups.items()
+        )
+        order = torch.tensor([at for places in groups.values() for at in places], device=device).argsort()
+    return _Twins(name, type(module), each, order)
+
+
+def _twin(module: nn.Module, values: Values, made: dict[int, nn.Module]) -> nn.Module:
+    """Returns a module that shares everything with another one but the tensors that have other values."""
+    if id(module) not in made:
+        twin = made[id(module)] = type(module).__new__(type(module))
+        twin.__dict__ = {**module.__dict__}
+        for store in ("_parameters", "_buffers"):
+            twin.__dict__[store] = {
+                key: values.get(id(tensor), tensor) for key, tensor in getattr(module, store).items()
+            }
+        twin.__dict__["_modules"] = {
+            key: None if child is None else _twin(child, values, made) for key, child in module._modules.items()
+        }
+    return made[id(module)]
+
+
+def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Computes the rows of each twin by its forward; hooks of the module itself act around all of them."""
+    twins: _Twins = module.__dict__[_STATE]
+    count = len(twins.order)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 1 or not args or args[0] is not tensors[0] or tensors[0].shape[:1] != (count,):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors) or "none"
+        raise StateError(
+            f"{twins.name!r}, of which adapters have their own values, gets tensors of the shapes {shapes} for a batch "
+            f"of {count} adapter names. It has to get one, with the batch first. Run one batch for each adapter."
+        )
+    outputs = [twin.forward(args[0][index], *args[1:], **kwargs) for index, twin in twins.each]
+    for (index, _), output in zip(twins.each, outputs, strict=True):
+        if not isinstance(output, Tensor) or output.shape[:1] != index.shape:
+            raise StateError(
+                f"{twins.name!r}, of which adapters have their own values, does not return one tensor with the batch "
+                "first. Run one batch for each adapter, with set_adapter."
+            )
+    return torch.cat(outputs)[twins.order]
+
+
+@functools.cache
+def _row_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {name: _refusing(name) for name in names}
+    namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": _run}
+    return type(f"Rows{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
+
+
+def _refusing(name: str) -> property:
+    def get(module: nn.Module) -> Tensor:
+        raise StateError(
+            f"{name!r} of {module.__dict__[_STATE].name!r} is read without calling it, so the rows of a batch cannot "
+            "have their adapters' own values of it. Run one batch for each adapter, with set_adapter."
+        )
+
+    return property(get)
