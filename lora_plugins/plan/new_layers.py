@@ -48,7 +48,9 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
 def _weight_of(layer: nn.Module) -> Tensor:
     """Returns a layer's own weight; nothing where another thing computes it, or it is not there yet."""
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
-    return torch.empty(0) if weight is None or weight.is_meta or not weight.is_floating_point() else weight.detach()
+    if weight is None or weight.is_meta or not weight.is_floating_point():
+        return torch.empty(0, device="cpu")
+    return weight.detach()
 
 
 def _looks_new(layer: nn.Module) -> bool:

@@ -29,8 +29,8 @@ from lora_plugins.tasks.autoconfig.configuration import (
     described,
     device_of,
 )
-from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
 from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
+from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
 from lora_plugins.tasks.autoconfig.survey import Flags, Survey, survey
 
 EXAMPLE = "cls"

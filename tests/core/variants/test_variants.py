@@ -45,10 +45,7 @@ def by_the_formula(lora: LoraModel) -> nn.Module:
     W = layer._parameters["weight"].detach()
     V = W + 1.5 * (B @ A).view_as(W)
     norm = V.detach().flatten(1).norm(dim=1)
-    with lora.disable_adapter():
-        plain = copy.deepcopy(layer)
-    for name in ("lora_A", "lora_B", "lora_magnitude"):
-        del plain._modules[name]
+    plain = LoraModel(copy.deepcopy(lora.model)).unload()[0]
     del plain.weight
     plain.weight = (m / norm).view(-1, *[1] * (W.ndim - 1)) * V
     return plain
