@@ -34,7 +34,10 @@ import torch  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(str(find_spec("lora_plugins").origin)).parent  # it is not imported here, but with a mutant in it
-STATE = ("tests/state/test_found.py", "tests/state/test_interruptions.py", "tests/state/test_sequences.py")
+FOUND = "tests/state/test_found.py"
+"""Short sequences of calls, after each of which all of a model is judged: they find most, and soon."""
+
+STATE = (FOUND, "tests/state/test_interruptions.py", "tests/state/test_sequences.py")
 ROOMS = ("adapter", "merge", "plan", "files", "inplace", "kernels", "layers", "variants", "storages")
 """Those that are looked at where none is named; any other folder of the core can be."""
 
@@ -237,13 +240,16 @@ class Coverage:
         data.close(force=True)
 
     def tests(self, mutant: Mutant, most: int) -> list[str]:
-        """At most so many tests that run a line, those of its own file and room first, of the others some at random."""
+        """At most so many tests that run a line: those of its own file, `FOUND`, its room, then others at random."""
         contexts = self._contexts.get(str(PACKAGE / mutant.path), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
         named = sorted({node for context in ran if (node := _node(context))})
         Random(0).shuffle(named)
         room, own = f"tests/core/{mutant.path.parts[0]}/", f"/test_{mutant.path.stem.strip('_')}.py"
-        return sorted(named, key=lambda test: (own not in test, room not in test))[:most] or [room, TYPES]
+        return sorted(named, key=lambda test: (own not in test, FOUND not in test, room not in test))[:most] or [
+            room,
+            TYPES,
+        ]
 
 
 def _measure(folder: Path, measured: Path) -> None:
