@@ -393,3 +393,10 @@ def test_other_ranks_keep_the_scaling(swin, rslora):
     assert changed.layers[0].alpha == pytest.approx(found.layers[0].scaling * (3 if rslora else 9))
     assert changed.layers[1:] == found.layers[2:]
     assert dict(changed.ranks) == {first: 9, second: 0}
+
+
+def test_a_layer_that_stands_at_several_places_is_planned_once_by_all_names():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared}), "d": shared})
+    (layer,) = plan(model).layers
+    assert (layer.name, layer.aliases) == ("a", ("b.c", "d"))
