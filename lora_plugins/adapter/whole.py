@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from lora_plugins.adapter.state import MODEL_STATE
 from lora_plugins.inplace import STATE, AdapterTensors
@@ -81,6 +82,8 @@ def _contents(module: nn.Module) -> list[dict[Any, Any]]:
     """Returns the dictionaries in which a module, and what we know of it, is written down."""
     if isinstance(module, AdapterTensors):
         return [module._parameters]
+    if isinstance(module, ScriptModule):  # is never adapted, and has no dictionaries of Python
+        return []
     attributes = vars(module)
     found: list[dict[Any, Any]] = [attributes, module._modules, module._parameters, module._load_state_dict_pre_hooks]
     if module._buffers:

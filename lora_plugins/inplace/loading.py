@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.container import AdapterTensors
@@ -16,6 +17,8 @@ _NOW = {
 
 def watch_loading(part: nn.Module) -> None:
     """Refuses, from now on, state dicts that only the whole model can take."""
+    if isinstance(part, ScriptModule):  # which has no hooks, and is never adapted
+        return
     part.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]
 
 

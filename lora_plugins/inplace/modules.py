@@ -81,7 +81,7 @@ def persistent_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
     keys = {
         full_name(entry.name, key)
         for entry in modules
-        for key in entry.module._buffers
+        for key in entry.module._buffers.keys()  # noqa: SIM118  # a TorchScript module cannot be iterated over
         if key not in entry.module._non_persistent_buffers_set
     }
     return {name: tensor for name, tensor in own_tensors(modules, "_buffers").items() if name in keys}
@@ -96,7 +96,6 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def own_tensor(model: nn.Module, name: str) -> Tensor:
     """Returns the parameter or buffer of that full name."""
     module, key = holder_of(model, name)
-    tensor: Tensor | None = module._parameters.get(key)
-    tensor = module._buffers[key] if tensor is None else tensor
-    assert tensor is not None
-    return tensor
+    kinds = (module._parameters, module._buffers)
+    found = (kind[key] for kind in kinds if key in kind)  # not `get`, which a TorchScript module does not have
+    return next(tensor for tensor in found if tensor is not None)

@@ -87,7 +87,8 @@ def is_shard(layer: nn.Module, name: str) -> bool:
 
     They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter.
     """
-    parameter = layer._parameters.get(name)
+    parameters = layer._parameters
+    parameter = parameters[name] if name in parameters else None  # a TorchScript module has no `get`  # noqa: SIM401
     if "_is_fsdp_managed_module" in layer.__dict__:  # what FSDP says of all modules below it
         return parameter is not None or layer.__dict__[name].untyped_storage().size() == 0
     return hasattr(parameter, "placements")  # of a DTensor, whose import is too slow for those who do not use it
