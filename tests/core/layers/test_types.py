@@ -134,3 +134,17 @@ def test_in_every_type(name, type_name, mode):
 @pytest.mark.parametrize("name", NAMES)
 def test_under_autocast(name, type_name, mode):
     CHECKS[mode](setting(name, type_name, autocast=True))
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_of_a_linear_layer_that_are_added_term_by_term(dtype, variant):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24)).to(dtype)
+    lora = LoraModel(model, LoraConfig(r=2, init="none", dropout=1e-9, variant=variant), "a")
+    lora.add_adapter("b", LoraConfig(r=2, init="none", dropout=2e-9, variant=variant))
+    lora.set_adapter(["a", "b"])
+    x = torch.randn(5, 8).to(dtype)
+    y, exact = model(x).detach(), copy.deepcopy(model).double()(x.double()).detach()
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * float(exact.abs().max()))
