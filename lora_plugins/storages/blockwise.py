@@ -26,6 +26,8 @@ class BlockwiseStorage(StoragePlugin):
     options: ClassVar[Mapping[str, Any]] = {"block_size": 64, "double_quant": True}
     table: ClassVar[Tensor]
     """The levels in ascending order, float32."""
+    unit: ClassVar[float] = 1.0
+    """What the level 1 is in `unpacked`: scales are divided by it, as there are fewer of them than of values."""
 
     @abstractmethod
     def packed(self, codes: Tensor) -> Tensor:
@@ -33,11 +35,11 @@ class BlockwiseStorage(StoragePlugin):
 
     @abstractmethod
     def unpacked(self, codes: Tensor) -> Tensor:
-        """Returns the levels of stored codes, `(n,)` of float32; a new tensor."""
+        """Returns the levels of stored codes times `unit`, `(n,)` of float32; a new tensor."""
 
     @abstractmethod
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Returns the levels at some positions, any shape, of stored codes."""
+        """Returns the levels at some positions, any shape, of stored codes, times `unit`."""
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses blocks of an odd size, and what is no flag."""
@@ -58,7 +60,8 @@ class BlockwiseStorage(StoragePlugin):
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size, options: Mapping[str, Any]) -> Tensor:
         """Multiplies the levels of each block with its scale."""
-        blocks = self.unpacked(tensors["codes"]).view(-1, options["block_size"]).mul_(_scales(tensors)[:, None])
+        scales = _scales(tensors) / self.unit
+        blocks = self.unpacked(tensors["codes"]).view(-1, options["block_size"]).mul_(scales[:, None])
         return blocks.flatten()[: shape.numel()].view(shape)
 
     def rows(
@@ -67,7 +70,7 @@ class BlockwiseStorage(StoragePlugin):
         """Makes the values of these rows alone dense."""
         width = shape[1:].numel()
         positions = index.long()[..., None] * width + torch.arange(width, device=index.device)
-        scales = _scales(tensors)[positions // options["block_size"]]
+        scales = (_scales(tensors) / self.unit)[positions // options["block_size"]]
         return (self.levels_at(tensors["codes"], positions) * scales).view(*index.shape, *shape[1:])
 
 

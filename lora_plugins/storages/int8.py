@@ -16,15 +16,16 @@ class Int8Storage(BlockwiseStorage):
 
     name = "int8"
     table: ClassVar[Tensor] = _LEVELS
+    unit: ClassVar[float] = 127.0
 
     def packed(self, codes: Tensor) -> Tensor:
         """The integers themselves."""
         return (codes - 127).to(torch.int8)
 
     def unpacked(self, codes: Tensor) -> Tensor:
-        """Divides the integers."""
-        return codes.float().div_(127)
+        """The integers."""
+        return codes.float()
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Divides those at the positions."""
-        return codes[positions].float() / 127
+        """Those at the positions."""
+        return codes[positions].float()

