@@ -12,11 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan, StateError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, near
-from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -34,6 +33,7 @@ from lora_plugins.integrations.lightning.module import (
     add_names,
     built,
     check_mergeable,
+    check_merged_base,
     check_not_nested,
     check_not_replaced,
     find_copies,
@@ -45,18 +45,14 @@ from lora_plugins.integrations.lightning.module import (
     merged_weights,
     modes_of_frozen_norms,
     note_built,
-    plain_name,
-    plain_state_dict,
-    rename_adapter,
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
     start_alike,
     take_fingerprints,
-    temporarily_merged,
     with_declarations,
-    write_safetensors,
 )
+from lora_plugins.integrations.lightning.results import Results, best_checkpoint
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     carried,
@@ -75,7 +71,6 @@ from lora_plugins.integrations.lightning.strategies import (
     check_strategy,
     check_trainer,
     follow_building,
-    gather_adapter,
     is_sharded,
     warn_if_spawned,
 )
@@ -185,6 +180,7 @@ class LoraCallback(Callback):
         self._modes: dict[str, bool] = {}
         self._copies: list[NetworkCopy] = []
         self._start: Sums = {}
+        self._sums: dict[str, int] = {}
         self._names: list[tuple[set[str], set[str]]] = []
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
@@ -247,7 +243,7 @@ class LoraCallback(Callback):
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
         if stage == "fit" and self.merge_source == "best":
-            self._best_checkpoint(trainer)
+            best_checkpoint(trainer)
         if stage == "fit" and not self.merge_on_fit_end:
             warn_if_spawned(trainer)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
@@ -352,22 +348,26 @@ class LoraCallback(Callback):
         """
         self._keep_base(trainer, pl_module)
         if self._audit is not None:
-            self._audit.finish()
+            self._sums = self._audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, merges and exports, as the options say."""
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
-            checkpoint = trainer.strategy.load_checkpoint(self._best_checkpoint(trainer))
+            checkpoint = trainer.strategy.load_checkpoint(best_checkpoint(trainer))
             pl_module.load_state_dict(checkpoint["state_dict"])
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
-        files = {} if trainer.fast_dev_run else self._write(trainer, pl_module)  # type: ignore[attr-defined]
+        files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
         group = self._group(trainer)
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             # A debugging run of a few batches is not stopped by what they did not learn.
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
-            self._merge = merge_reversibly(self._target(pl_module), max_error, dequantize=self.dequantize)
+            prefix = f"{self.target}." if self.target else ""
+            sums = {name.removeprefix(prefix): total for name, total in self._sums.items() if name.startswith(prefix)}
+            self._merge = merge_reversibly(
+                self._target(pl_module), max_error, dequantize=self.dequantize, base_sums=sums
+            )
             if starts_by_multiprocessing(trainer) and not self._merge.stored:
                 carry(trainer, self.state_key, merge_as_bytes(self._merge))
             for callback in group:
@@ -471,7 +471,8 @@ class LoraCallback(Callback):
             check_not_nested(module, self.target)
             if is_sharded(trainer):
                 check_shardable(target, config, trainer)
-            self._check_base(module)
+            if merged_weights(target):
+                check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
             data = None
             if needs_data(config):
                 data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
@@ -505,30 +506,6 @@ class LoraCallback(Callback):
                     f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Use one value."
                 )
 
-    def _check_base(self, module: LightningModule) -> None:
-        """Tells that a new adapter would be one of weights that an earlier one was merged into.
-
-        Raises:
-            StateError: If it would be saved where its base is not.
-        """
-        target = self._target(module)
-        merged = merged_weights(target)
-        if not merged:
-            return
-        found = (
-            f"{len(merged)} weights of {type(module).__name__} are those that an adapter was merged into when an "
-            f"earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the pretrained ones. To "
-            "go on with the earlier one, give fit the same LoraCallback; to start anew, make the module again."
-        )
-        changes = LoraModel.plan(target, with_declarations(self.config, module, target, self.target)).init.changes_base
-        if self.adapter_files or changes:
-            what = f"save_adapter_to={self.save_adapter_to!r}" if self.adapter_files else f"init={self.config.init!r}"
-            raise StateError(
-                f"{found} With {what} it could not be loaded again, since no file has those weights. Use export_to, or "
-                "checkpoints, which hold them."
-            )
-        rank_zero_warn(f"{found} Its checkpoints hold these weights as well.")
-
     def _remove_names(self) -> None:
         names, self._names = self._names, []
         for collection, added in names:
@@ -544,45 +521,19 @@ class LoraCallback(Callback):
         except MergeError as error:  # what was tested is right nevertheless
             rank_zero_warn(f"The adapter stays on the module: {error}")
 
+    def _files_of_the_adapter(self, target: nn.Module, config: LoraConfig) -> str | None:
+        """Returns the option by which an adapter is left that needs the pretrained base, if there is one."""
+        if self.adapter_files:
+            return f"save_adapter_to={self.save_adapter_to!r}"
+        return f"init={self.config.init!r}" if LoraModel.plan(target, config).init.changes_base else None
+
+    def _results(self) -> Results:
+        return Results(
+            self.adapter_name, self.target or "", self.adapter_files, self.export_to, self.max_error, self.dequantize
+        )
+
     def _target(self, module: nn.Module) -> nn.Module:
         return find_target(module, self.target)
-
-    def _write(self, trainer: Trainer, module: LightningModule) -> dict[str, Path]:
-        """Writes the files that the options name; only the first process does, and returns their paths."""
-        target = self._target(module)
-        files: dict[str, Path] = {}
-        for file in self.adapter_files:
-            path = self._write_adapter(file, trainer, target)
-            if trainer.is_global_zero:
-                files[file.title.capitalize()] = path
-        if self.export_to is not None and trainer.is_global_zero:
-            with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
-                tensors = plain_state_dict(target)
-            files["Merged model"] = write_safetensors(Path(self.export_to), tensors)
-        return files
-
-    def _write_adapter(self, file: AdapterFile, trainer: Trainer, target: nn.Module) -> Path:
-        """Writes one file of the adapter; only the first process does, with what it gathers from all."""
-        if not file.is_ours:
-            return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
-        packed = rename_adapter(self._packed(trainer, target), plain_name)
-        return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
-
-    def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:
-        packed = LoraModel(target).pack(self.adapter_name)
-        if not is_sharded(trainer):
-            return packed
-        return gather_adapter(trainer, packed, plain_name(self.target or ""))
-
-    def _best_checkpoint(self, trainer: Trainer) -> str:
-        """The path of the best checkpoint; before training, only checks that there will be one."""
-        monitors = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)]
-        if not monitors:
-            raise ConfigError(
-                "merge_source='best' needs a ModelCheckpoint with a `monitor` among the trainer's callbacks, which "
-                "says what is best."
-            )
-        return str(getattr(monitors[0], "best_model_path", ""))
 
     def _end_run(self) -> None:
         self._expected_warnings.close()
@@ -590,7 +541,7 @@ class LoraCallback(Callback):
             if shims is not None:
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
-        self._random_state, self._undone = None, False
+        self._random_state, self._undone, self._sums = None, False, {}
 
 
 def _writes(trainer: Trainer) -> bool:

@@ -29,6 +29,11 @@ the callback and with it (`target_modules="all"`, `r=2`, two epochs).
 SemanticSegmentationTask-fcn is that class with `model="fcn"`, and so on.
 """
 
+TAIL = """Tried, and not in the table: pyannote-audio 4.0.7 cannot be imported with torch 2.13. The callback of
+finetuning-scheduler 2.14.1 thaws layers of the base by its own schedule, whatever its `max_depth`: the run stops at its
+first batch, and the message names them.
+"""
+
 
 def main(parts: list[str]) -> None:
     """Runs the cases whose ids have one of these parts, or all, and writes the table of all results so far."""
@@ -72,7 +77,7 @@ def _page(results, cases, steps) -> str:
         rows.append(f"| {case.package} {metadata.version(case.package)} | {case.name} | " + " | ".join(cells) + " |")
     listed = [f"{number}. {reason}" for reason, number in notes.items()]
     with_lightning = f"With torch {metadata.version('torch')} and lightning {metadata.version('lightning')}."
-    return "\n".join([HEAD, with_lightning, "", *rows, "", *listed]).rstrip() + "\n"
+    return "\n".join([HEAD, with_lightning, "", *rows, "", *listed, "", TAIL]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""torch-uncertainty, kaiko-eva and lightly-train: routines around a network of one's own, and teachers of lightly."""
+"""torch-uncertainty, kaiko-eva and lightly-train: routines around a network of one's own, and self-supervision."""
 
 import torch
 from torch import nn
@@ -42,16 +42,8 @@ def _labelled():
     return loader(lambda at: (image(), torch.tensor(at % 3)))
 
 
-def _numbered():
-    return loader(lambda at: (image(), torch.rand(())))
-
-
 def _masked():
     return loader(lambda at: (image(), torch.randint(0, 3, (32, 32))))
-
-
-def _fields():
-    return loader(lambda at: (image(), torch.rand(32, 32)))
 
 
 def _head_arguments():
@@ -104,7 +96,6 @@ def _method(name, **given):
         lambda: loader(lambda at: (image(size=64), image(size=64)), collate=collate),
         arguments=arguments,
         objects=True,
-        by_hand=("teacher_projection_head",),
     )
 
 
@@ -114,13 +105,11 @@ CASES = [
         _labelled,
         lambda: {"model": _network(3), "num_classes": 3, "loss": nn.CrossEntropyLoss()},
     ),
-    _routine("RegressionRoutine", _numbered, lambda: {"model": _network(1), "output_dim": 1, "loss": nn.MSELoss()}),
     _routine(
         "SegmentationRoutine",
         _masked,
         lambda: {"model": _pixels(3), "num_classes": 3, "loss": nn.CrossEntropyLoss(), "metric_subsampling_rate": 1.0},
     ),
-    _routine("PixelRegressionRoutine", _fields, lambda: {"model": _pixels(1), "output_dim": 1, "loss": nn.MSELoss()}),
     Case("kaiko-eva", "HeadModule", _head, _with_metadata, arguments=_head_arguments, objects=True),
     Case(
         "kaiko-eva",
@@ -132,17 +121,4 @@ CASES = [
         objects=True,
     ),
     _method("SimCLR", hidden_dim=16, output_dim=8),
-    _method(
-        "DINO",
-        hidden_dim=16,
-        bottleneck_dim=8,
-        output_dim=16,
-        teacher_temp=0.05,
-        warmup_teacher_temp=0.05,
-        warmup_teacher_temp_steps=1,
-        momentum_start=0.9,
-        student_freeze_last_layer_steps=1,
-        weight_decay_start=0.1,
-        weight_decay_end=0.1,
-    ),
 ]

@@ -24,14 +24,12 @@ def _write(path: Path, values: np.ndarray) -> None:
 
 
 def _land_use(folder: Path) -> None:
-    """Writes four pictures of each of three classes, and the files that split them, as torchgeo's UCMerced has them."""
-    random, names = np.random.default_rng(0), []
-    for name in ("agricultural", "beach", "forest"):
-        for at in range(4):
-            names.append(f"{name}{at:02}.tif")
-            _write(folder / "UCMerced_LandUse" / "Images" / name / names[-1], random.integers(0, 255, (32, 32, 3)))
+    """Writes a picture of each of the 21 classes, and the files that split them, as torchgeo's UCMerced has them."""
+    random, names = np.random.default_rng(0), [f"class{at:02}" for at in range(21)]
+    for name in names:
+        _write(folder / "UCMerced_LandUse" / "Images" / name / f"{name}.tif", random.integers(0, 255, (32, 32, 3)))
     for split in ("train", "val", "test"):
-        (folder / f"uc_merced-{split}.txt").write_text("\n".join(names))
+        (folder / f"uc_merced-{split}.txt").write_text("\n".join(f"{name}.tif" for name in names))
 
 
 def _masks(folder: Path) -> None:

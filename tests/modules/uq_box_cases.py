@@ -127,18 +127,4 @@ CASES = [
         _numbers,
         lambda: {"model": _network(1), "loss_fn": nn.MSELoss(), "num_estimators": 4, "scale": 2.0},
     ),
-    _case("DensityLayerModelRegression", _numbers, lambda: {"model": _network(1), "pretrain_epochs": 0}, _data_module),
-    _case(
-        "SGLDRegression",
-        _numbers,
-        lambda: {
-            "model": _network(2),
-            "loss_fn": nn.MSELoss(),
-            "lr": 0.01,
-            "weight_decay": 0.0,
-            "noise_factor": 0.1,
-            "burnin_epochs": 2,
-            "n_sgld_samples": 2,
-        },
-    ),
 ]

@@ -33,7 +33,11 @@ from lora_plugins.integrations.lightning.module.frozen_parts import (
     note_built,
     outside,
 )
-from lora_plugins.integrations.lightning.module.merged_base import mark_merged, merged_weights
+from lora_plugins.integrations.lightning.module.merged_base import (
+    check_merged_base,
+    mark_merged,
+    merged_weights,
+)
 from lora_plugins.integrations.lightning.module.modes import (
     modes_of_frozen_norms,
     set_modes_of_frozen_norms,
@@ -48,6 +52,7 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
     write_safetensors,
 )
 from lora_plugins.integrations.lightning.module.tensors import (
+    adapted_layers_moved,
     adapted_targets,
     frozen_by_author,
     frozen_by_others,
@@ -63,12 +68,14 @@ from lora_plugins.integrations.lightning.module.tensors import (
 __all__ = [
     "NetworkCopy",
     "ReversibleMerge",
+    "adapted_layers_moved",
     "adapted_targets",
     "add_adapter",
     "add_names",
     "base_pairs",
     "built",
     "check_mergeable",
+    "check_merged_base",
     "check_not_nested",
     "check_not_replaced",
     "checksum",

@@ -6,8 +6,11 @@ layer remembers the check sums of its merged weights; as soon as they have other
 
 from collections.abc import Iterable
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lora_plugins import StateError
+from lora_plugins.errors import listing
 from lora_plugins.inplace import full_name, holder_of, own_tensor
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 
@@ -43,3 +46,30 @@ def set_marks(target: nn.Module, marks: Marks) -> None:
         layer.__dict__.pop(_MERGED, None)
         if name in marks:
             layer.__dict__[_MERGED] = dict(marks[name])
+
+
+def check_merged_base(target: nn.Module, name: str, files: str | None) -> None:
+    """Tells that a new adapter would be one of weights that an earlier one was merged into.
+
+    Args:
+        target: What is about to be adapted.
+        name: What messages call the module.
+        files: What makes an adapter that cannot be loaded again without these weights; None if nothing does.
+
+    Raises:
+        StateError: If something does.
+    """
+    merged = merged_weights(target)
+    if not merged:
+        return
+    found = (
+        f"{len(merged)} weights of {name} are those that an adapter was merged into when an "
+        f"earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the pretrained ones. To "
+        "go on with the earlier one, give fit the same LoraCallback; to start anew, make the module again."
+    )
+    if files is not None:
+        raise StateError(
+            f"{found} With {files} it could not be loaded again, since no file has those weights. Use export_to, or "
+            "checkpoints, which hold them."
+        )
+    rank_zero_warn(f"{found} Its checkpoints hold these weights as well.")

@@ -1,10 +1,11 @@
 """Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import safetensors.torch
 import torch
@@ -97,7 +98,11 @@ class ReversibleMerge:
 
 
 def merge_reversibly(
-    target: nn.Module, max_error: float = DEFAULT_MAX_ERROR, *, dequantize: bool = False
+    target: nn.Module,
+    max_error: float = DEFAULT_MAX_ERROR,
+    *,
+    dequantize: bool = False,
+    base_sums: Mapping[str, int] = MappingProxyType({}),
 ) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
 
@@ -107,6 +112,7 @@ def merge_reversibly(
         target: The module.
         max_error: Share of an update that rounding may lose.
         dequantize: Whether weights that are stored in fewer bytes become dense.
+        base_sums: Check sums of raw weights by full name, as far as they are known.
 
     Raises:
         MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
@@ -137,7 +143,8 @@ def merge_reversibly(
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
     lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
     lora.merge_and_unload(dequantize=dequantize)
-    before = checksums({**base, **{name: weight.dense() for name, weight in stored.items()}})
+    dense = {name: weight.dense() for name, weight in stored.items()}
+    before = {n: base_sums[n] if n in base_sums and n in base else checksum(t) for n, t in {**base, **dense}.items()}
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
     return ReversibleMerge(base, stored, adapters, kept, active, merged, weakref.ref(target), marks)

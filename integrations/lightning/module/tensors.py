@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from lora_plugins import LoraError, LoraModel
-from lora_plugins.adapter import ModelState, adapter_tensors, model_state
+from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, own_tensors
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 
@@ -60,6 +60,14 @@ def moved_by_hand(module: nn.Module) -> frozenset[str]:
     """Returns the names of tensors that no adapter changes, and that the module itself has moved: see `mark_moved`."""
     found: frozenset[str] = module.__dict__.get(_MOVED, frozenset())
     return found
+
+
+def adapted_layers_moved(module: nn.Module) -> list[str]:
+    """Returns the adapted weights, by name, that the module has moved by hand."""
+    layers = {
+        full_name(path, name) for path, target in adapted_targets(module).items() for name in adapted_layers(target)
+    }
+    return sorted(name for name in moved_by_hand(module) if name.rpartition(".")[0] in layers)
 
 
 def mark_moved(module: nn.Module, names: Iterable[str]) -> None:

@@ -120,24 +120,29 @@ class Audit:
 
     def note_moved(self) -> None:
         """Takes note of what the module moved by hand, for the checkpoint that is about to be written."""
-        own = frozen_by_author(self._module)
-        tensors = {
-            name: tensor
-            for name, tensor in frozen_tensors(self._module).items()
-            if name in own or any(is_within(name, copy.name) for copy in self._copies)
-        }
-        mark_moved(self._module, changed(self._frozen, tensors))
+        mark_moved(self._module, changed(self._frozen, self._may_be_moved(frozen_tensors(self._module))))
+
+    def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns those that are of a teacher, or of a copy: what the author froze, or moves beside the optimizer."""
+        own, copies = frozen_by_author(self._module), [copy.name for copy in self._copies]
+        return {n: t for n, t in tensors.items() if n in own or any(is_within(n, copy) for copy in copies)}
 
     def explain(self, error: BaseException) -> None:
         """Adds to an error what may have caused it."""
         self._by_hand.explain(error)
 
     def _check_unchanged(self) -> None:
-        self.note_moved()
-        check_unchanged(self._frozen, frozen_tensors(self._module))
+        tensors = frozen_tensors(self._module)
+        moved = changed(self._frozen, tensors)
+        by_hand = self._may_be_moved({name: tensors[name] for name in moved})
+        mark_moved(self._module, by_hand)
+        check_unchanged([name for name in moved if name not in by_hand])
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, int]:
         """Checks that the frozen base has not changed.
+
+        Returns:
+            The check sums of the base, by name.
 
         Raises:
             StateError: If it has.
@@ -145,6 +150,7 @@ class Audit:
         self._name_frozen_adapters()
         self._by_hand.finish()
         self._check_unchanged()
+        return {name: self._frozen[name] for name in frozen_tensors(self._module) if name in self._frozen}
 
 
 def frozen_sums(module: nn.Module) -> Sums:
@@ -261,13 +267,15 @@ def changed(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[st
     return [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
 
 
-def check_unchanged(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
-    """Checks that the frozen base has not changed.
+def check_unchanged(moved: Sequence[str]) -> None:
+    """Checks that none of the frozen base has changed.
+
+    Args:
+        moved: The names of frozen tensors that have.
 
     Raises:
-        StateError: If some tensors changed, naming them.
+        StateError: If there are some, naming them.
     """
-    moved = changed(before, tensors)
     if moved:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "

@@ -1,0 +1,94 @@
+"""What a run leaves when `fit` ends: the adapter in files, the merged model, and which checkpoint is the best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lora_plugins import ConfigError, LoraModel
+from lora_plugins.errors import listing
+from lora_plugins.files import PackedAdapter, write
+from lora_plugins.integrations.lightning.adapter_files import AdapterFile
+from lora_plugins.integrations.lightning.module import (
+    adapted_layers_moved,
+    plain_name,
+    plain_state_dict,
+    rename_adapter,
+    temporarily_merged,
+    write_safetensors,
+)
+from lora_plugins.integrations.lightning.strategies import gather_adapter, is_sharded
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is written of one adapter.
+
+    Args:
+        adapter_name: Its name.
+        target: The name of the module that it is on; empty for the whole.
+        files: The files of the adapter.
+        export_to: The file of the merged model; None for none.
+        max_error: Share of an update that the merge may lose to rounding.
+        dequantize: Whether stored weights become dense in the merged model.
+    """
+
+    adapter_name: str
+    target: str
+    files: Sequence[AdapterFile]
+    export_to: str | None
+    max_error: float
+    dequantize: bool
+
+    def write(self, trainer: Trainer, module: nn.Module) -> dict[str, Path]:
+        """Writes the files; only the first process does, and returns their paths by what they are."""
+        target = module.get_submodule(self.target)
+        paths: dict[str, Path] = {}
+        self._warn_of_moved(module)
+        for file in self.files:
+            path = self._write_adapter(file, trainer, target)
+            if trainer.is_global_zero:
+                paths[file.title.capitalize()] = path
+        if self.export_to is not None and trainer.is_global_zero:
+            with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
+                tensors = plain_state_dict(target)
+            paths["Merged model"] = write_safetensors(Path(self.export_to), tensors)
+        return paths
+
+    def _warn_of_moved(self, module: nn.Module) -> None:
+        moved = adapted_layers_moved(module)
+        if self.files and moved:
+            rank_zero_warn(
+                f"The module has moved the frozen weights of {listing(moved, 3)} by hand, as those of a teacher, and "
+                "the files of the adapter do not have them: put on other models, it is exact for all other layers. "
+                "Checkpoints and export_to have them."
+            )
+
+    def _write_adapter(self, file: AdapterFile, trainer: Trainer, target: nn.Module) -> Path:
+        """Writes one file of the adapter; only the first process does, with what it gathers from all."""
+        if not file.is_ours:
+            return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
+        packed = rename_adapter(self._packed(trainer, target), plain_name)
+        return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
+
+    def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:
+        packed = LoraModel(target).pack(self.adapter_name)
+        return gather_adapter(trainer, packed, plain_name(self.target)) if is_sharded(trainer) else packed
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    """Returns the path of the best checkpoint; before training, it only checks that there will be one.
+
+    Raises:
+        ConfigError: If no ModelCheckpoint says what is best.
+    """
+    monitors = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)]
+    if not monitors:
+        raise ConfigError(
+            "merge_source='best' needs a ModelCheckpoint with a `monitor` among the trainer's callbacks, which "
+            "says what is best."
+        )
+    return str(getattr(monitors[0], "best_model_path", ""))
