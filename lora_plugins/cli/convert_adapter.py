@@ -1,6 +1,5 @@
 """`lora-plugins convert SRC DST --to FORMAT`: an adapter file of one format written in another."""
 
-import argparse
 import importlib
 import os
 import sys
@@ -12,6 +11,7 @@ import safetensors.torch
 from torch import nn
 
 from lora_plugins import LoraModel
+from lora_plugins.cli.parser import Parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.files import format_of, options_of
 from lora_plugins.formats import convert
@@ -43,8 +43,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lora-plugins convert", description="Write an adapter in another format.")
+def _parser() -> Parser:
+    parser = Parser(prog="lora-plugins convert", description="Write an adapter in another format.")
     parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
     parser.add_argument("target", type=Path, help="the folder or file to write")
     parser.add_argument("--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, ...")

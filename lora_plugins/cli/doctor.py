@@ -1,6 +1,5 @@
 """`lora-plugins doctor`: checks an installation, and says what to do about what it finds."""
 
-import argparse
 import platform
 import shutil
 import traceback
@@ -15,6 +14,7 @@ import torch
 import lora_plugins
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
+from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import ConfigError, PluginError, listing, near
 from lora_plugins.kernels import DISABLE_VARIABLE, kernel_report
@@ -49,7 +49,7 @@ class Finding:
 
 def run(arguments: Sequence[str]) -> int:
     """Prints what was found; returns 1 if there is a problem."""
-    argparse.ArgumentParser(
+    Parser(
         prog="lora-plugins doctor",
         description="Check the installation, the optional packages, the plugins and the command `lightning`.",
     ).parse_args(arguments)

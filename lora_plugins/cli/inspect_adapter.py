@@ -1,9 +1,9 @@
 """`lora-plugins inspect PATH`: what is in an adapter file of any format, without a model."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.text import table
 from lora_plugins.files import format_of
 from lora_plugins.hub import located
@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         AdapterFileError: If it is damaged, or of no format.
     """
-    parser = argparse.ArgumentParser(prog="lora-plugins inspect", description="Show what is in an adapter file.")
+    parser = Parser(prog="lora-plugins inspect", description="Show what is in an adapter file.")
     parser.add_argument("path", help="a folder or file of any format, or hf://owner/name")
     path = located(parser.parse_args(arguments).path)
     found = format_of(path)

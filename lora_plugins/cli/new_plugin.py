@@ -1,6 +1,5 @@
 """`lora-plugins new-plugin NAME`: writes a package with a layer type, an init, and tests that use the kit."""
 
-import argparse
 import os
 import re
 import tempfile
@@ -9,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from lora_plugins.cli.parser import Parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import KINDS, build_registry
 
@@ -27,7 +27,7 @@ FILES = {
 
 def run(arguments: Sequence[str]) -> int:
     """Writes a package, and prints what to do with it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lora-plugins new-plugin",
         description="Write a package with a layer type and an init to start from, and tests that use the kit.",
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
-from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS, Survey
 from lora_plugins.tasks.files import TRAIN, VAL
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}

@@ -1,10 +1,10 @@
 """What the values of masks stand for: indices, black and white, gray levels, or colors."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -50,27 +50,33 @@ class MaskCoding:
         return {"classes": [*self.classes], "ignore_index": self.ignore_index, **colors, **reduced}
 
 
-def mask_coding(paths: Sequence[Path], names: Sequence[str] | None, ignored: int | None) -> MaskCoding:
+def mask_coding(
+    paths: Sequence[Any],
+    names: Sequence[str] | None,
+    ignored: int | None,
+    read: Callable[[Any], Image.Image] = open_image,
+) -> MaskCoding:
     """Infers how masks are read, from every one of them.
 
     Gray masks whose values leave most indices out, such as 0 and 255, or 0, 128 and 255, are gray levels; others hold
     indices.
 
     Args:
-        paths: The masks.
+        paths: The masks, or what else `read` reads; as text, they are named in messages.
         names: Names of the classes, if they are known.
         ignored: The value that stands for no class, if it is known.
+        read: Reads a mask as it is stored.
 
     Raises:
         DataError: If masks cannot be read, or are of several kinds, or hold too many colors, or values without a name.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        seen = list(threads.map(_values, paths))
+        seen = list(threads.map(partial(_values, read=read), paths))
     wrong = [each for each in seen if isinstance(each, DataError)]
     if wrong:
         raise DataError(f"{len(wrong)} of {len(paths)} masks cannot be used:\n{listed([str(each) for each in wrong])}")
     kinds: dict[str, set[Value]] = {}
-    where: dict[Value, Path] = {}
+    where: dict[Value, object] = {}
     for path, found in zip(paths, seen, strict=True):
         assert not isinstance(found, DataError)
         kind, values = found
@@ -88,9 +94,9 @@ def mask_coding(paths: Sequence[Path], names: Sequence[str] | None, ignored: int
     return coding
 
 
-def _values(path: Path) -> tuple[str, set[Value]] | DataError:
+def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Value]] | DataError:
     try:
-        mask = open_image(path)
+        mask = read(path)
     except DataError as error:
         return error
     if mask.mode in COLOR_MODES:
@@ -124,7 +130,7 @@ def _is_smoothed(counts: Counter[int]) -> bool:
 
 
 def _coded(
-    kind: str, values: Sequence[Any], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, Path]
+    kind: str, values: Sequence[Any], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, object]
 ) -> MaskCoding:
     if kind == "in color":
         return _of_colors(kind, {f"color_{bytes(color).hex()}": color for color in values}, names)
@@ -160,7 +166,7 @@ def _of_colors(kind: str, colors: Mapping[str, Sequence[int]], names: Sequence[s
 
 
 def _of_indices(
-    values: Sequence[int], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, Path]
+    values: Sequence[int], names: Sequence[str] | None, ignored: int | None, where: Mapping[Value, object]
 ) -> MaskCoding:
     reduce_labels = ignored == 0
     unseen = {IGNORED} if ignored is None or reduce_labels else {ignored}

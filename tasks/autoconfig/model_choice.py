@@ -1,5 +1,6 @@
 """Which network a name stands for, whether its weights can be had, and what images it takes."""
 
+import difflib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 from lora_plugins.tasks.errors import WeightsError, unknown
 
 DEFAULTS: Mapping[str, str] = {LABELS: "timm/vit_small_patch16_224", MASKS: "transformers/nvidia/mit-b0"}
@@ -151,12 +152,14 @@ _OF_LIBRARY: Mapping[str, Callable[[str, str, Mapping[str, Any]], _Found]] = {
 
 
 def _check_reachable(name: str, found: _Found) -> None:
-    if found.repository is None or _is_cached(found.repository) or _hub_answers():
+    if found.repository is None or _is_cached(found.repository) or hub_answers():
         return
+    library = difflib.get_close_matches(name.partition("/")[0], _OF_LIBRARY, n=1)
+    hint = f" Or did you mean {library[0]}/{name.partition('/')[2]}?" if library and library[0] not in name else ""
     raise ConfigError(
         f"The pretrained weights of {name} are on the Hugging Face hub, which cannot be reached from here. Download "
         f"them where it can ({found.repository}), and give the file: --weights FILE "
-        f"({', '.join(WEIGHTS_FILES[:2])})."
+        f"({', '.join(WEIGHTS_FILES[:2])}).{hint}"
     )
 
 
@@ -167,7 +170,8 @@ def _is_cached(repository: str) -> bool:
     return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, which the environment may forbid."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

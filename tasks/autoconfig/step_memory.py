@@ -57,7 +57,7 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = task.train().loss(task.logits_for(images, targets), targets)
-        loss.backward()
+        torch.autograd.backward(loss)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ConfigError(
             f"The model {model['name']} cannot be trained on images of {height}x{width}: {error} Choose another "

@@ -1,17 +1,18 @@
 """Looks at a folder or a list of images: which task it is for, with which classes and splits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from PIL import Image
 
 from lora_plugins.errors import listing
-from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding, mask_coding
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
+from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
+from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
+    IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     TEST,
     TRAIN,
@@ -24,64 +25,27 @@ from lora_plugins.tasks.files import (
     subfolders,
 )
 
-LABELS, MASKS = "image classification", "semantic segmentation"
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
-VAL_SHARE = 0.2
-MAX_SIDE, STEP = 512, 32
-"""Of images with masks, which keep their size up to a side of 512, in multiples of 32."""
 
 
-@dataclass(frozen=True)
-class Flags:
-    """What flags say about the data; None for what shall be inferred."""
-
-    masks: Path | None = None
-    classes: tuple[str, ...] | None = None
-    ignore_index: int | None = None
-    val_share: float | None = None
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What was found.
-
-    Attributes:
-        task: `LABELS` or `MASKS`.
-        module: The class of the data module, in `lora_plugins.tasks`.
-        arguments: Its arguments.
-        classes: Names of the classes.
-        counts: Images by split.
-        found: In words, what the task was told from.
-        size: Height and width for images with masks.
-        coding: How masks are read.
-    """
-
-    task: str
-    module: str
-    arguments: Mapping[str, Any]
-    classes: tuple[str, ...]
-    counts: Mapping[str, int]
-    found: str
-    size: tuple[int, int] | None = None
-    coding: MaskCoding | None = None
-
-    @property
-    def named_by(self) -> str:
-        """What names the classes."""
-        return "--classes --ignore-index" if self.coding is not None else "the names of the folders, or the labels"
-
-
-def survey(data: Path, flags: Flags) -> Survey:
+def survey(data: Path | str, flags: Flags) -> Survey:
     """Looks at what is to be trained on; reads masks, and the headers of images.
 
     Args:
-        data: A folder with a folder of images for each class, one with images and masks, or a list (CSV, JSON lines).
+        data: A folder with a folder of images for each class, one with images and masks, a list (CSV, JSON lines), or a
+            data set of `datasets`.
         flags: What is known already.
 
     Raises:
         DataError: If it cannot be trained on, with the reason, and what to do.
     """
+    name = hub_name(str(data))
+    if name is not None:
+        return hub_survey(name, flags)
+    data = Path(data)
+    if data.suffix.lower() in IMAGE_SUFFIXES and data.is_file():
+        raise DataError(f"{data} is one image. Give a folder, with a folder of images for each class.")
     if data.is_file():
         return _of_list(data, flags)
     check_folder(data)
@@ -125,7 +89,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
             "images for each class, at least two."
         )
-    share, counts = _shared(
+    share, counts = shared(
         {split: sum(map(len, members.values())) for split, members in images.items()},
         [len(found) for found in images[TRAIN].values()],
         flags,
@@ -155,7 +119,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
     _refuse(_unreadable([image for image, _ in flat]))
     coding = mask_coding([mask for _, mask in flat], flags.classes or _names(data), flags.ignore_index)
     found = {split: len(members) for split, members in pairs.items()}
-    share, counts = _shared(found, [found[TRAIN]], flags)
+    share, counts = shared(found, [found[TRAIN]], flags)
     folders = {"images": IMAGES_FOLDER if nested else ".", "masks": str(masks_folder.absolute())}
     return Survey(
         MASKS,
@@ -169,7 +133,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
         coding.classes,
         counts,
         f"images with masks in {masks_folder}",
-        _common_size([image for image, _ in flat]),
+        common_size([_image_size(image) for image, _ in flat]),
         coding,
     )
 
@@ -195,15 +159,15 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     if column == "mask":
         masks = [data.parent / str(row["mask"]) for row in rows]
         coding = mask_coding(masks, flags.classes or _names(data.parent), flags.ignore_index)
-        share, counts = _shared(counts, [counts[TRAIN]], flags)
+        share, counts = shared(counts, [counts[TRAIN]], flags)
         arguments |= {**coding.arguments(), **share}
-        size = _common_size(images)
+        size = common_size([_image_size(image) for image in images])
         return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, "a list of masks", size, coding)
     labels = [str(row[column]) for row in splits[TRAIN]]
     classes = flags.classes or tuple(sorted({str(row[column]) for row in rows}))
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
-    share, counts = _shared(counts, [labels.count(name) for name in classes], flags)
+    share, counts = shared(counts, [labels.count(name) for name in classes], flags)
     chosen = {} if flags.classes is None else {"classes": [*classes]}
     return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, "a list of labels")
 
@@ -233,22 +197,6 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
     return [(pictures[stem], found[stem]) for stem in pictures if stem in found]
 
 
-def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tuple[dict[str, float], dict[str, int]]:
-    """The argument `val_share`, if there is no val split, and the images by split."""
-    if VAL in counts:
-        if flags.val_share is not None:
-            raise DataError("--val-share makes a val split where there is none, and there is one.")
-        return {}, dict(counts)
-    share = VAL_SHARE if flags.val_share is None else flags.val_share
-    held = sum(round(share * count) for count in strata)
-    if not 0 < held < counts[TRAIN]:
-        raise DataError(
-            f"{counts[TRAIN]} images are too few to hold a share of {share:g} of each class out for validation. Add "
-            "images, or choose another --val-share."
-        )
-    return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
-
-
 def _names(folder: Path) -> tuple[str, ...] | None:
     """The names of classes in a file beside the data, one a line."""
     path = folder / NAMES_FILE
@@ -268,18 +216,6 @@ def _image_size(path: Path) -> tuple[int, int]:
             return image.size
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """Height and width that fit most images."""
-    sizes = [_image_size(path) for path in paths]
-    width, height = (median(size[side] for size in sizes) for side in (0, 1))
-    scale = min(1.0, MAX_SIDE / max(width, height))
-    return _rounded(height * scale), _rounded(width * scale)
-
-
-def _rounded(length: float) -> int:
-    return max(STEP, round(length / STEP) * STEP)
 
 
 def _refuse(problems: Sequence[str]) -> None:

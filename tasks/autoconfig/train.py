@@ -1,18 +1,18 @@
 """The command `lora-plugins train DATA`."""
 
 import argparse
-import re
 import shlex
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 
-from lora_plugins.errors import ConfigError, listing, near
+from lora_plugins.cli import Parser
+from lora_plugins.errors import ConfigError, listing
 from lora_plugins.files import check_writable_folder
 from lora_plugins.integrations.lightning.cli import COMMANDS, SHORT, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import (
@@ -29,9 +29,11 @@ from lora_plugins.tasks.autoconfig.configuration import (
     described,
     device_of,
 )
+from lora_plugins.tasks.autoconfig.found import Flags, Survey
+from lora_plugins.tasks.autoconfig.hub_survey import hub_name
 from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
 from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
-from lora_plugins.tasks.autoconfig.survey import Flags, Survey, survey
+from lora_plugins.tasks.autoconfig.survey import survey
 
 EXAMPLE = "cls"
 """The recipe that runs without DATA."""
@@ -77,20 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     return COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one message, without all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        if unknown is not None and unknown[1].startswith("-"):
-            message = f"there is no flag {unknown[1]}. {near(unknown[1], self._option_string_actions)}"
-        raise ConfigError(f"train: {message}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lora-plugins train",
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lora-plugins train [DATA] [flags]",
         description="Fine-tune a model with LoRA on your images. What is not said is inferred, and printed first.",
@@ -100,10 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "data",
         nargs="?",
-        type=Path,
         metavar="DATA",
         help="a folder of images for each class; or images/ and masks/; or a .csv or .jsonl list with columns image, "
-        "label or mask",
+        "label or mask; or hf://datasets/OWNER/NAME",
     )
     data.add_argument("--masks", type=Path, metavar="DIR", help="the folder of masks, PNG files named as the images")
     data.add_argument("--classes", type=_names, metavar="A,B,...", help="of masks: names of the classes, in order")
@@ -151,7 +141,7 @@ def _check_device(device: str) -> None:
 
 def _out(given: argparse.Namespace) -> Path:
     """The folder of results: the one that is given, if there are none in it, or a new one."""
-    data = None if given.data is None else given.data.resolve()
+    data = None if given.data is None else Path(hub_name(given.data) or given.data).resolve()
     if given.out is not None:
         return _checked_out(given.out, data)
     name = "digits" if data is None else data.stem
@@ -212,7 +202,7 @@ def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice) -> int
     return fitting
 
 
-def _table(data: Path | None, lines: Sequence[tuple[str, str, str]]) -> str:
+def _table(data: str | None, lines: Sequence[tuple[str, str, str]]) -> str:
     if data is None:
         return "No DATA is given: this learns handwritten digits that come along (recipe:cls)."
     rows = [f"  {about:10}{what}  [{flags}]" for about, what, flags in lines]

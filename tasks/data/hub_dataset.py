@@ -57,7 +57,11 @@ class HubDataset:
 
     def items(self, split: str, targets: Sequence[Any]) -> list[Item]:
         """The rows of a split as samples that are not read yet."""
-        return [Item((split, i), target, f"row {i} of {self.name}, {split}") for i, target in enumerate(targets)]
+        return [self.item(split, row, target) for row, target in enumerate(targets)]
+
+    def item(self, split: str, row: int, target: Any) -> Item:
+        """A row of a split as a sample that is not read yet."""
+        return Item((split, row), target, f"row {row} of {self.name}, {split}")
 
     def image(self, item: Item, column: str) -> Image.Image:
         """Decode an image of a row.

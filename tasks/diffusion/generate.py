@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
+from lora_plugins.cli import Parser
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lora-plugins generate", description="Draw pictures for prompts.")
+def _parser() -> Parser:
+    parser = Parser(prog="lora-plugins generate", description="Draw pictures for prompts.")
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="what is to be seen; several give a row each")
     add("--model", help="folder or name of the pipeline, merged or not; by default what the adapter was trained on")

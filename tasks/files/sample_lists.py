@@ -48,8 +48,8 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
         raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. A list is a text in UTF-8.") from error
     rows = READERS[path.suffix](text, path)
     if not rows:
         raise DataError(f"{path} holds no row.")

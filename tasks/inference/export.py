@@ -6,7 +6,6 @@ differ from those of the task. It holds the names of the classes, as a JSON list
 and among the extra files of `torch.export.load`.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +13,25 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
-from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.cli import Parser, exit_on_closed_output
 from lora_plugins.errors import LoraError
+from lora_plugins.files import check_writable_file
+from lora_plugins.integrations.lightning.module import plain_state_dict
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
-from lora_plugins.tasks.inference.loading import merged_task
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.inference.loading import load_task, merged_task
+from lora_plugins.tasks.training import METADATA_KEY, VisionTask
+from lora_plugins.utils import replace_file
 
 CLASS_NAMES = "class_names"
+WEIGHTS = ".safetensors"
+"""Ending of a file with weights alone."""
+
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
 
@@ -62,7 +68,8 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
     Args:
         task: The task, see `merged_task`.
-        path: A `.pt2` file for `torch.export.load`, or an `.onnx` file.
+        path: A `.pt2` file for `torch.export.load`, an `.onnx` file, or a `.safetensors` file of the weights alone,
+            which `load_task` loads.
         size: Height and width of the images; by default the size that the task was trained with.
 
     Returns:
@@ -72,9 +79,9 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         ConfigError: For another suffix, an unknown image size, or a missing package.
         WeightsError: If the logits of the file differ from those of the task; the file is then removed.
     """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join(FORMATS)}.")
+    path = _checked(path)
+    if path.suffix == WEIGHTS:
+        return _write_weights(task, path)
     size = size or task.image_size
     if size is None:
         raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
@@ -98,23 +105,42 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="lora-plugins export", description="Write a merged network for other runtimes."
-    )
+    parser = Parser(prog="lora-plugins export", description="Write a merged network for other runtimes.")
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
-    parser.add_argument("out", help="the file to write: .pt2 or .onnx")
+    parser.add_argument("out", help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
     )
     options = parser.parse_args(arguments)
     size = None if options.size is None else (options.size[0], options.size[1])
     try:
+        _checked(options.out)
         difference = export_task(merged_task(options.model), options.out, size)
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.out}: logits as the task's, within {difference:.1e} of the largest")
     return 0
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in (*FORMATS, WEIGHTS):
+        raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join([*FORMATS, WEIGHTS])}.")
+    check_writable_file(path, "The file")
+    return path
+
+
+def _write_weights(task: VisionTask, path: Path) -> float:
+    """Write the plain state dict of the network, with its task and classes in the metadata, and read it again."""
+    tensors = plain_state_dict(task.network)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, save(tensors, {METADATA_KEY: json.dumps(task.provenance())}))
+    found = load_task(path).network.state_dict()
+    if any(not torch.equal(tensor, found[name].cpu()) for name, tensor in tensors.items()):
+        path.unlink()
+        raise WeightsError(f"{path} does not load as it was written. It was removed.")
+    return 0.0
 
 
 def _test_images(channels: int, size: Size) -> Tensor:

@@ -94,6 +94,8 @@ def _task_class(provenance: Provenance, path: Path) -> type[VisionTask]:
 def _manifest(path: Path) -> Mapping[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path.parent} is no adapter folder: it has no {path.name}.") from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     return manifest if isinstance(manifest, Mapping) else {}

@@ -5,7 +5,6 @@ such as `"photos/*/*.jpg"`. A classifier writes `OUT/labels.csv`, a segmenter `O
 palette, and `OUT/overlays/NAME.png`. NAME is the path below the folder that all images are in.
 """
 
-import argparse
 import csv
 import glob
 import os
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.cli import Parser, exit_on_closed_output
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.data import (
     ERROR,
@@ -87,7 +86,7 @@ def predict_folder(
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lora-plugins predict",
         description="Write labels (a CSV file with probabilities) or masks for images.",
         epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help.",

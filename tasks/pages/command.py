@@ -1,11 +1,11 @@
 """The command `report`: `lora-plugins report compare RUN RUN ... --out FILE`."""
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_plugins.cli import Parser
 from lora_plugins.tasks.errors import ReportError
 from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import render_comparison
@@ -19,7 +19,7 @@ def report_main(arguments: Sequence[str]) -> int:
     Raises:
         ReportError: If a report is missing or damaged, or the runs are of different tasks.
     """
-    parser = argparse.ArgumentParser(prog="lora-plugins report", description="Work with the reports of runs.")
+    parser = Parser(prog="lora-plugins report", description="Work with the reports of runs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     compare = commands.add_parser("compare", help="put runs side by side", description="Put runs side by side.")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="the folder with a run's report, or its file")

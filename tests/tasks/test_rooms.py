@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "pages": {"errors"},
-    "autoconfig": {"classification", "errors", "files", "models", "segmentation"},
+    "autoconfig": {"classification", "data", "errors", "files", "models", "segmentation"},
     "command_table": {"autoconfig", "diffusion", "inference", "pages"},
     "data": {"errors", "files"},
     "models": {"errors"},

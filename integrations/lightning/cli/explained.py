@@ -88,6 +88,17 @@ def _wrong_type(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"it is {expected}, and {value!r} was given."
 
 
+def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    value, choices = found[1].strip(), re.findall(r"typing\.Literal\[([^\]]+)\]", found.string)
+    known = {word.strip("' ") for choice in choices for word in choice.split(",")}
+    return f"it cannot be {value!r}. {near(value, known)}"
+
+
+def _required(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    names = [name.strip().rpartition(".")[2] for name in found[1].split(",")]
+    return f"the configuration has no {' and no '.join(f'`{name}:`' for name in names)}, and needs it."
+
+
 def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"{found[1]!r} is not the path of a class, such as torch.optim.AdamW."
 
@@ -107,6 +118,8 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
     (r"Expected a dot import path string: (\S+)", _class_path),
+    (r"(?s)typing\.Literal\[.*Given value: ([^\n]+)", _choice),
+    (r"the following arguments are required: (.+)", _required),
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
     (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*Given value: ([^\n]+)", _wrong_type),
     (r"File does not exist: '([^']+)'", _not_a_path),

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig
+from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.integrations.lightning.callback import LoraCallback
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
@@ -76,7 +76,12 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             section = self._section("trainer")
             others = section.get("callbacks") or []
             section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
-        return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
+        try:
+            return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
+        except LoraError:
+            raise
+        except (TypeError, ValueError) as error:  # Lightning's, about one of its arguments
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Fits, answers Ctrl-C, and says where everything is."""

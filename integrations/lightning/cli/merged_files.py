@@ -1,6 +1,5 @@
 """The commands `export` and `merge`: a checkpoint with an adapter becomes a file that needs no lora_plugins."""
 
-import argparse
 import importlib
 import io
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
+from lora_plugins.cli import Parser
 from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.checkpoint import Global, load_from_checkpoint, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
@@ -23,7 +23,7 @@ _SAVED = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters
 
 def run(arguments: list[str]) -> None:
     """Runs `export` or `merge` from the arguments of the command line, the command included."""
-    parser = argparse.ArgumentParser(prog=f"lora-plugins {arguments[0]}", description=_DESCRIPTIONS[arguments[0]])
+    parser = Parser(prog=f"lora-plugins {arguments[0]}", description=_DESCRIPTIONS[arguments[0]])
     parser.add_argument("checkpoint", help="a checkpoint with an adapter")
     parser.add_argument("output", help="the file to write")
     parser.add_argument("--model", required=True, help="import path of the LightningModule's class")

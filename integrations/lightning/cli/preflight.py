@@ -37,6 +37,9 @@ SECTIONS = (
 )
 """What flags begin with, and the keys of a configuration."""
 
+_TABLES = frozenset({"data", "lora", "lora_callback", "lr_scheduler", "model", "optimizer", "trainer"})
+"""Sections that hold keys with values, or are the path of a file with them or of a class."""
+
 _COMMANDS = frozenset({"fit", "validate", "test", "predict"})
 """Below which a configuration may lie in a file."""
 
@@ -112,6 +115,8 @@ def _configuration(value: str | None) -> dict[str, Any]:
     if value is None:
         raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
     path = Path(value)
+    if "\n" not in value and path.is_dir():
+        raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
     if not path.is_file():
         if "\n" in value:
             return {}  # the text of a configuration
@@ -123,14 +128,17 @@ def _configuration(value: str | None) -> dict[str, Any]:
     try:
         loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{value} is not YAML: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+        raise ConfigError(f"{value} is not YAML: {said}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
     for command in _COMMANDS & loaded.keys():
         loaded = loaded[command] if isinstance(loaded[command], dict) else {}
-    for key in loaded:
+    for key, section in loaded.items():
         if key not in SECTIONS:
             raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
+        if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
+            raise ConfigError(f"{value}: {key} is {section!r}; it holds keys with values.")
     return {**loaded}
 
 

@@ -1,12 +1,12 @@
 """The YAML files that are shipped: `lora-plugins recipes`, and `--config recipe:seg`."""
 
-import argparse
 import shutil
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
 from lora_plugins import ConfigError
+from lora_plugins.cli import Parser
 from lora_plugins.errors import near
 
 GROUP = "lora_plugins.recipes"
@@ -36,7 +36,7 @@ def recipe_path(name: str) -> Path:
 
 def run(arguments: list[str]) -> int:
     """Runs the command `recipes`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="lora-plugins recipes", description=__doc__)
+    parser = Parser(prog="lora-plugins recipes", description=__doc__)
     actions = parser.add_subparsers(dest="action", title="actions")
     actions.add_parser("list", help="their names, and what each is for (the default)")
     show = actions.add_parser("show", help="print one")

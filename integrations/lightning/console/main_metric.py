@@ -15,7 +15,7 @@ def shown_metrics(trainer: Trainer) -> dict[str, float]:
     metrics: Mapping[str, Any] = trainer.progress_bar_metrics or trainer.callback_metrics
     callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack
     monitored = {getattr(callback, "monitor", None) for callback in callbacks}
-    found = {name: float(value) for name, value in metrics.items() if isinstance(float(value), float)}
+    found = {name: float(value) for name, value in metrics.items()}
 
     def order(name: str) -> tuple[bool, bool, bool]:
         return name not in monitored, not name.startswith("val"), "loss" in name

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS, Flags, survey
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags
+from lora_plugins.tasks.autoconfig.survey import survey
 from lora_plugins.tasks.errors import DataError
 
 from ..conftest import noise, write_image, written

@@ -33,6 +33,22 @@ class TestExport:
         found = torch.export.load(files[1]).module()(torch.rand(1, 3, 32, 96))
         assert found.shape == (1, 4, 32, 96)
 
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_weights_alone_are_a_task_again(self, fitted, tmp_path, kind, capsys):
+        file = tmp_path / "new" / "m.safetensors"
+        assert export([str(fitted[kind][1]["adapter"]), str(file)]) == 0, capsys.readouterr().err
+        task, again = merged_task(fitted[kind][1]["adapter"]), load_task(file)
+        assert again.class_names == task.class_names
+        images = torch.rand(2, 3, *task.image_size)
+        assert torch.equal(again(images), task(images))
+
+    def test_a_wrong_ending_or_place_is_told_before_the_model_is_loaded(self, tmp_path, capsys):
+        assert export(["nowhere", "m.tflite"]) == 1
+        assert "It ends in one of .pt2, .onnx, .safetensors." in capsys.readouterr().err
+        assert export(["nowhere", str(tmp_path)]) == 1
+        assert export(["nowhere", "/proc/m.onnx"]) == 1
+        assert "nothing can be written in /proc" in capsys.readouterr().err
+
     def test_a_size_is_needed(self, fitted, tmp_path):
         task = load_task(fitted["masks"][1]["merged"])
         task.image_size = None

@@ -12,6 +12,8 @@ AT_ONCE = {
     "no such file": (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
     "near file": (["--config", "{folder}/rn.yaml"], "Did you mean 'run.yaml'"),
     "not YAML": (["--config", "{folder}/broken.yaml"], "broken.yaml is not YAML"),
+    "a folder": (["--config", "{folder}"], "--config is {folder}, which is a folder. Name a YAML file."),
+    "a section that is a list": (["--config", "{folder}/list.yaml"], "trainer is [1, 2]; it holds keys with values."),
     "no recipe": (["--config", "recipe:segg"], "no recipe 'segg'. Did you mean 'seg'"),
     "no root": (["--config", "recipe:cls_folder", "--data.init_args.root", "{folder}/dta"], "no folder {folder}/dta"),
     "near root": (["--config", "recipe:cls_folder", "--data.init_args.root={folder}/imges/x"], "Did you mean 'images'"),
@@ -81,6 +83,12 @@ LATER = {
     "below it": (["--model.init_args.model.sorce", "timm"], "model has no 'sorce'. Did you mean 'source'?"),
     "type": (["--trainer.max_epochs", "three"], "trainer.max_epochs: it is a whole number, and 'three' was given"),
     "type of an argument": (["--model.init_args.model.num_classes", "many"], "a whole number, and 'many' was given"),
+    "a choice": (
+        ["--trainer.precision", "bf16_mixed"],
+        "trainer.precision: it cannot be 'bf16_mixed'. Did you mean 'bf16-mixed'",
+    ),
+    "a name of Lightning's": (["--trainer.accelerator", "gpuu"], "trainer: You selected an invalid accelerator name"),
+    "a number of Lightning's": (["--trainer.devices", "seven"], "trainer: `devices` selected with"),
     "no class": (["--optimizer", "AdamX"], "optimizer: 'AdamX' is not the path of a class"),
     "no module": (["--data.class_path", "foo.bar.Baz"], "there is no module 'foo'"),
 }
@@ -92,6 +100,7 @@ def folder(tmp_path_factory):
     for name in ("run.yaml", "last.ckpt", "a.jpg", "base.safetensors"):
         (folder / name).write_text("trainer: {max_epochs: 1}")
     (folder / "broken.yaml").write_text("model: [")
+    (folder / "list.yaml").write_text("trainer: [1, 2]")
     (folder / "images").mkdir()
     return folder
 

@@ -1,0 +1,39 @@
+"""The parser of all commands: what is wrong is one message, without the list of all flags."""
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from lora_plugins.errors import ConfigError, near
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises what is wrong, with a near match for a flag or a subcommand that does not exist.
+
+    Flags are written whole: `--epoch` is a mistake for `--epochs`, and not short for it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake.
+
+        Raises:
+            ConfigError: Always.
+        """
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
+        if unknown is not None and unknown[1].startswith("-"):
+            message = f"there is no flag {unknown[1]}. {near(unknown[1], self._option_string_actions)}"
+        elif unknown is not None:
+            message = f"{unknown[1]!r} is one argument too many"
+        elif choice is not None:
+            message = message.replace(choice[0], f"there is no {choice[1]!r}. {near(choice[1], _words(choice[2]))}")
+        elif message.startswith("the following arguments are required"):
+            message = f"{message}. {self.prog} --help explains them"
+        raise ConfigError(f"{self.prog.partition(' ')[2] or self.prog}: {message}")
+
+
+def _words(listed: str) -> list[str]:
+    return re.findall(r"[^\s',]+", listed)

@@ -1,0 +1,83 @@
+"""What was found in the data: the task, the classes, the splits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import TRAIN, VAL
+
+LABELS, MASKS = "image classification", "semantic segmentation"
+VAL_SHARE = 0.2
+MAX_SIDE, STEP = 512, 32
+"""Of images with masks, which keep their size up to a side of 512, in multiples of 32."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What flags say about the data; None for what shall be inferred."""
+
+    masks: Path | None = None
+    classes: tuple[str, ...] | None = None
+    ignore_index: int | None = None
+    val_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        task: `LABELS` or `MASKS`.
+        module: The class of the data module, in `lora_plugins.tasks`.
+        arguments: Its arguments.
+        classes: Names of the classes.
+        counts: Images by split.
+        found: In words, what the task was told from.
+        size: Height and width for images with masks.
+        coding: How masks are read.
+    """
+
+    task: str
+    module: str
+    arguments: Mapping[str, Any]
+    classes: tuple[str, ...]
+    counts: Mapping[str, int]
+    found: str
+    size: tuple[int, int] | None = None
+    coding: MaskCoding | None = None
+
+    @property
+    def named_by(self) -> str:
+        """What names the classes."""
+        return "--classes --ignore-index" if self.coding is not None else "the names of the folders, or the labels"
+
+
+def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tuple[dict[str, float], dict[str, int]]:
+    """The argument `val_share`, if there is no val split, and the images by split."""
+    if VAL in counts:
+        if flags.val_share is not None:
+            raise DataError("--val-share makes a val split where there is none, and there is one.")
+        return {}, dict(counts)
+    share = VAL_SHARE if flags.val_share is None else flags.val_share
+    held = sum(round(share * count) for count in strata)
+    if not 0 < held < counts[TRAIN]:
+        raise DataError(
+            f"{counts[TRAIN]} images are too few to hold a share of {share:g} of each class out for validation. Add "
+            "images, or choose another --val-share."
+        )
+    return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
+
+
+def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width that fit most images of these widths and heights."""
+    width, height = (median(size[side] for size in sizes) for side in (0, 1))
+    scale = min(1.0, MAX_SIDE / max(width, height))
+    return _rounded(height * scale), _rounded(width * scale)
+
+
+def _rounded(length: float) -> int:
+    return max(STEP, round(length / STEP) * STEP)
