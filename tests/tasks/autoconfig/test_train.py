@@ -111,7 +111,7 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--lr", "fast"], "argument --lr: 'fast' is not a number above 0"),
         (["--image-size", "32x"], None),
         (["--image-size", "big"], "argument --image-size"),
-        (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--device", "tpu"], "argument --device: there is no 'tpu'. Did you mean 'cpu'"),
         (["--model", "vit_smal_patch16_224"], "Unknown model of timm 'vit_smal_patch16_224'. Did you mean 'vit_small"),
         (["--weights", "weihgts.safetensors"], "Did you mean 'weights.safetensors'"),
         (["--weights", "photos.txt"], "--weights: Unknown file 'photos.txt'"),
