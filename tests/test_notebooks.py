@@ -23,6 +23,7 @@ def executed():
 
 
 @notebooks
+@pytest.mark.timeout(900)  # 20 s of a processor, which on a crowded machine may take minutes
 @pytest.mark.filterwarnings("ignore:Jupyter is migrating its paths:DeprecationWarning")
 def test_it_runs(notebook, executed, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
