@@ -2,7 +2,7 @@
 
 On the embedded data. Each row is a run of `seg.yaml` or `cls.yaml` with the same seed, data and number of epochs. The
 runs differ in what is trained (the new head alone, the head and LoRA, or everything), and in the learning rate, which
-was chosen for each of the three by a sweep on the val split.
+was chosen for each of the three by a sweep; docs/settings.md says which rates were tried.
 """
 
 import argparse
@@ -119,7 +119,9 @@ def run(configuration: str, method: Method, *more: str) -> Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all methods and print the table; returns the exit code."""
-    argparse.ArgumentParser(prog="python -m lora_plugins.tasks compare").parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks compare")
+    parser.add_argument("--seed", type=int, default=0, help="of the new head, the adapters and the order of the data")
+    seed = f"--seed_everything={parser.parse_args(arguments).seed}"
     torch.set_num_threads(1)  # networks as small as these gain nothing from more
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     table = Table(title="What is trained, and what it comes to")
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for configuration in ("cls", "seg"):
         for name, method in METHODS.items():
-            outcome = run(configuration, method)
+            outcome = run(configuration, method, seed)
             table.add_row(
                 f"{configuration}.yaml, {name}",
                 f"{outcome.metric} {outcome.value:.3f}",
