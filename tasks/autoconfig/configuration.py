@@ -10,19 +10,13 @@ import torch
 
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
+from lora_plugins.tasks.autoconfig.recommended import RECOMMENDED, SCHEDULE
 from lora_plugins.tasks.files import TRAIN, VAL
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
-EPOCHS: Mapping[str, int] = {LABELS: 10, MASKS: 20}
-LARGEST_BATCH: Mapping[str, int] = {LABELS: 32, MASKS: 8}
 STEPS = 4
 """Steps that an epoch has at least, where there are images for that."""
 
-LR, RANK = 1e-3, 8
-HEADS_LR_RATIO = 3.0
-"""Learning rate of the new head, as a multiple of that of the adapters; docs/tasks.md says what it rests on."""
-
-SCHEDULE = "lora_plugins.tasks.warmup_cosine"
 ADAPTER, MERGED, REPORT, PICTURE, CONFIG = (
     "adapter",
     "merged.safetensors",
@@ -55,11 +49,11 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
         out: The folder that a run writes into.
     """
     size = settings.image_size or found.size
-    is_masks = found.task == MASKS
+    is_masks, settled = found.task == MASKS, RECOMMENDED[found.task]
     return {
         "seed_everything": settings.seed,
         "trainer": {
-            "max_epochs": settings.epochs or EPOCHS[found.task],
+            "max_epochs": settings.epochs or settled.epochs,
             "accelerator": settings.device,
             "precision": _precision(settings.device),
             "num_sanity_val_steps": -1,
@@ -76,7 +70,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             f"lora_plugins.tasks.{TASKS[found.task]}",
             model={**choice.arguments, "num_classes": len(found.classes)},
             **({} if found.coding is None else {"ignore_index": found.coding.ignore_index}),
-            lr=settings.lr or LR,
+            lr=settings.lr or settled.lr,
             lr_scheduler=SCHEDULE,
         ),
         "data": _object(
@@ -86,10 +80,10 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             augmentation="crop_flip",
             batch_size=settings.batch_size or batch_size(found),
         ),
-        "lora": {"r": settings.rank or RANK},
+        "lora": {**settled.lora, **({} if settings.rank is None else {"r": settings.rank})},
         "lora_callback": {
             "target": "network",
-            "heads_lr_ratio": HEADS_LR_RATIO,
+            "heads_lr_ratio": settled.heads_lr_ratio,
             "save_adapter_to": str(out / ADAPTER),
             "export_to": str(out / MERGED),
         },
@@ -120,7 +114,8 @@ def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tu
         ),
         (
             "model",
-            f"{choice.name}, weights: {choice.weights}, {images}, LoRA of rank {made['lora']['r']}",
+            f"{choice.name}, weights: {choice.weights}, {images}, LoRA of rank {made['lora']['r']} on "
+            f"{RECOMMENDED[found.task].adapted}",
             "--model --weights --image-size --rank",
         ),
         (
@@ -145,7 +140,7 @@ def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
 def batch_size(found: Survey) -> int:
     """The largest power of two that leaves some steps an epoch, up to what is usual for the task."""
     fitting = max(2, found.counts[TRAIN] // STEPS)
-    return min(LARGEST_BATCH[found.task], int(2 ** (fitting.bit_length() - 1)))
+    return min(RECOMMENDED[found.task].largest_batch, int(2 ** (fitting.bit_length() - 1)))
 
 
 def _on_cuda(device: str) -> bool:

@@ -94,6 +94,18 @@ def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tm
     assert made["data"]["init_args"] | {"batch_size": 3, "image_size": [80, 80]} == made["data"]["init_args"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--rank", "3"]], ids=["recommended", "another rank"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_flag_says_is_as_recommended(kind, flags, folders, tmp_path, capsys):
+    given = folders(kind)
+    assert main(["train", *given, *flags, "--plan", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    adapted = {"labels": {}, "masks": {"target_modules": "all", "bias": "all", "norm": "track"}}[kind]
+    assert made["lora"] == {"r": 3 if flags else 8, **adapted}
+    assert made["model"]["init_args"]["lr"] == 1e-3
+    assert made["lora_callback"]["heads_lr_ratio"] == 3.0
+
+
 def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--plan", "--rank", "3", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
