@@ -80,7 +80,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             augmentation="crop_flip",
             batch_size=settings.batch_size or batch_size(found),
         ),
-        "lora": {**settled.lora, **({} if settings.rank is None else {"r": settings.rank})},
+        "lora": lora_fields(found.task, settings.rank),
         "lora_callback": {
             "target": "network",
             "heads_lr_ratio": settled.heads_lr_ratio,
@@ -88,6 +88,11 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             "export_to": str(out / MERGED),
         },
     }
+
+
+def lora_fields(task: str, rank: int | None) -> dict[str, Any]:
+    """Returns the fields of the `LoraConfig` of a task, with the rank of a flag if there is one."""
+    return {**RECOMMENDED[task].lora, **({} if rank is None else {"r": rank})}
 
 
 def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lora_plugins.tasks.autoconfig.survey import LABELS, MASKS
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 
 SCHEDULE = "lora_plugins.tasks.warmup_cosine"
 

@@ -21,14 +21,14 @@ GROUPS = Path("/sys/fs/cgroup")
 """Where Linux says what a container may use."""
 
 
-def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] | None, rank: int) -> int:
+def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] | None, lora: Mapping[str, Any]) -> int:
     """Bytes that a training step keeps for its backward, for each image; measured on random weights, on the CPU.
 
     Args:
         task_class: The name of the class of the task.
         model: Arguments of its `ModelConfig`.
         size: Height and width of the images; None for those that the model was made for.
-        rank: Of LoRA.
+        lora: Fields of the `LoraConfig`.
 
     Raises:
         ConfigError: If the network does not take images of that size.
@@ -41,7 +41,7 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
     classes = {cls.__name__: cls for cls in (ImageClassificationTask, SemanticSegmentationTask)}
     task = classes[task_class](ModelConfig(**{**model, "weights": "none"}))
     height, width = size or task.image_size or DEFAULT_SIZE
-    config = with_declarations(LoraConfig(r=rank), task, task.network, "network")
+    config = with_declarations(LoraConfig(**lora), task, task.network, "network")
     LoraModel(task.network, config)
     owned = {_place(tensor) for tensor in (*task.parameters(), *task.buffers())}
     kept: dict[int, int] = {}

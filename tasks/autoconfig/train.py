@@ -20,7 +20,6 @@ from lora_plugins.tasks.autoconfig.configuration import (
     CONFIG,
     MERGED,
     PICTURE,
-    RANK,
     REPORT,
     TASKS,
     Settings,
@@ -28,6 +27,7 @@ from lora_plugins.tasks.autoconfig.configuration import (
     configuration,
     described,
     device_of,
+    lora_fields,
 )
 from lora_plugins.tasks.autoconfig.found import Flags, Survey
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name
@@ -192,7 +192,7 @@ def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice) -> int
     """The batch size: what a flag says, or else what fits; a step is tried in any case."""
     model = {**choice.arguments, "num_classes": len(found.classes)}
     size = given.image_size or found.size or choice.size
-    per_image = kept_bytes(TASKS[found.task], model, size, given.rank or RANK)
+    per_image = kept_bytes(TASKS[found.task], model, size, lora_fields(found.task, given.rank))
     if given.batch_size is not None:
         return int(given.batch_size)
     wanted = batch_size(found)

@@ -18,19 +18,21 @@ SEGFORMER = {
 
 
 def test_larger_images_keep_more():
-    small, large = (kept_bytes("SemanticSegmentationTask", SEGFORMER, (side, side), rank=2) for side in (64, 128))
+    small, large = (
+        kept_bytes("SemanticSegmentationTask", SEGFORMER, (side, side), lora={"r": 2}) for side in (64, 128)
+    )
     assert 3 * small < large < 5 * small
 
 
 def test_a_step_keeps_what_the_measure_says():
     """A count of its own: the inputs of all layers of a ViT alone are less, and all activations together more."""
-    per_image = kept_bytes("ImageClassificationTask", VIT, None, rank=2)
+    per_image = kept_bytes("ImageClassificationTask", VIT, None, lora={"r": 2})
     assert 0.5 * 2**20 < per_image < 50 * 2**20
 
 
 def test_images_that_the_network_does_not_take():
     with pytest.raises(ConfigError, match=r"test_vit cannot be trained on images of 50x50: .*--image-size"):
-        kept_bytes("ImageClassificationTask", VIT, (50, 50), rank=2)
+        kept_bytes("ImageClassificationTask", VIT, (50, 50), lora={"r": 2})
 
 
 @pytest.mark.parametrize(("free", "batch"), [(None, 32), (6400, 32), (6399, 16), (500, 2), (300, 1), (100, 1)])
