@@ -2,82 +2,131 @@
 
 import argparse
 import gc
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed.cases import CASES, Case
-from benchmarks.speed.growth import draw
-from benchmarks.speed.measure import input_bytes, kept_bytes, ratio, seconds
+from benchmarks.speed import growth
+from benchmarks.speed.cases import CASES
+from benchmarks.speed.cells import MODES, PRECISIONS, Cell, cells
+from benchmarks.speed.draw import as_text
+from benchmarks.speed.machine import machine
+from benchmarks.speed.measure import input_bytes, kept_bytes, ratios, seconds, step
+from benchmarks.speed.memory import allocator_peak, process_peak
 from benchmarks.speed.others import rows
-from benchmarks.speed.variants import build, installed
+from benchmarks.speed.variants import TABLE, build, installed
 from lora_plugins.kernels import disabled_kernels
 
 MIB = 2**20
+Measured = dict[str, dict[str, float | None]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table and draws the figure."""
+    """Measures the cells that are not in the file yet, writes each to the file, and prints them all."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    found = _read(options.json, machine(device))
     with disabled_kernels(*(["onednn"] if options.without_onednn else [])):
-        _measure(options, torch.device(options.device))
+        for cell in cells(options):
+            known = {} if options.again else found["cells"].get(cell.key, {})
+            missing = [name for name in options.variant if name not in known]
+            if missing:  # all of them, since ratios are of one run
+                found["cells"][cell.key] = {**known, **_measure(cell, options, device)}
+                _write(options.json, found)
+        print(as_text(found))
+        if options.others:
+            others = Table("what", "ours", "peft")
+            for row in rows(options.rounds, device):
+                others.add_row(*row)
+            Console().print(others)
+        if options.growth:
+            growth.draw(options.growth, options.rounds, device)
     return 0
 
 
-def _measure(options: argparse.Namespace, device: torch.device) -> None:
-    table = Table("model", "dropout", "variant", "time / floor", "step (ms)", "kept (MiB)", "kept / full")
-    for name in options.case:
-        for dropout in options.dropout:
-            for row in _rows(CASES[name], dropout, options.variant or installed(), options.rounds, device):
-                table.add_row(*row)
-            table.add_section()
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if options.others:
-        others = Table("what", "ours", "peft")
-        for row in rows(options.rounds, device):
-            others.add_row(*row)
-        Console().print(others)
-    if options.growth:
-        draw(options.growth, options.rounds, device)
+def _measure(cell: Cell, options: argparse.Namespace, device: torch.device) -> Measured:
+    """Measures the variants of one cell, the floor among them."""
+    precision, case = PRECISIONS[cell.precision], cell.model
+    batch = tuple(
+        x.detach().to(device, precision.weights if x.is_floating_point() else None).requires_grad_(x.requires_grad)
+        for x in case.batch()
+    )
+    names = list(dict.fromkeys(["floor", *options.variant]))
+    models = {name: model for name in names if (model := build(name, case, cell.dropout, device)) is not None}
+    if precision.weights != torch.float32:  # adapters stay in float32, as both libraries have them
+        for model in models.values():
+            _cast_base(model, precision.weights)
+    found: Measured = {name: {"ratio": None} for name in names}
+    with precision.context(device):
+        for name, model in models.items():
+            found[name]["kept"] = kept_bytes(model, batch) / MIB
+        inputs = input_bytes(models["floor"], case.target_names(models["floor"]), batch) / MIB
+    found["floor"]["with inputs"] = (found["floor"]["kept"] or 0) + inputs
+    steps = models
+    if cell.mode == "compiled":
+        torch._dynamo.reset()
+        steps = {name: torch.compile(model, dynamic=False) for name, model in models.items()}  # type: ignore[misc]
+    times = seconds(steps, batch, options.rounds, precision)
+    for name, plain in models.items():
+        each = ratios(times, name)
+        low, _, high = quantiles(each, n=4, method="inclusive")
+        found[name] |= {"ratio": median(each), "low": low, "high": high, "ms": 1000 * median(times[name])}
+        model, leaves = steps[name], [*plain.parameters(), *batch]
 
+        def run(model: Any = model, leaves: Any = leaves) -> None:
+            step(model, batch, leaves, precision)
 
-def _rows(case: Case, dropout: float, names: list[str], rounds: int, device: torch.device) -> Iterator[list[str]]:
-    batch = tuple(x.detach().to(device).requires_grad_(x.requires_grad) for x in case.batch())
-    models = {name: model for name in names if (model := build(name, case, dropout, device)) is not None}
-    times = seconds(models, batch, rounds)
-    kept = {name: kept_bytes(model, batch) for name, model in models.items()}
-    for name in names:
-        if name not in models:
-            yield [case.name, f"{dropout:g}", name, "refuses", "", "", ""]
-            continue
-        share = f"{kept[name] / kept['full']:.2f}" if kept.get("full") else ""
-        yield [
-            case.name,
-            f"{dropout:g}",
-            name,
-            f"{ratio(times, name):.2f}",
-            f"{1000 * median(times[name]):.0f}",
-            f"{kept[name] / MIB:.1f}",
-            share,
-        ]
-    if "floor" in models:
-        inputs = input_bytes(models["floor"], case.target_names(models["floor"]), batch)
-        yield [case.name, f"{dropout:g}", "(floor + inputs)", "", "", f"{(kept['floor'] + inputs) / MIB:.1f}", ""]
-    del models
+        found[name]["allocator"] = allocator_peak(run, device) / MIB
+        peak = process_peak(run)
+        found[name]["process"] = None if peak is None else peak / MIB
+    del models, steps
     gc.collect()
+    return found
+
+
+def _cast_base(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts all tensors but those of adapters."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "lora_" not in name and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _read(path: Path | None, here: Mapping[str, object]) -> dict[str, Any]:
+    if path is None or not path.exists():
+        return {"machine": dict(here), "cells": {}}
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["machine"] != here:
+        raise SystemExit(f"{path} was measured on {found['machine']}, and this is {dict(here)}: use another file.")
+    return found
+
+
+def _write(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(found, indent=1))
+        os.replace(unfinished, path)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What a training step costs.")
+    parser.add_argument("--json", type=Path, help="file of the results; cells that it has are not measured again")
+    parser.add_argument("--again", action="store_true", help="measure them again")
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES), help="which models")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1], help="dropout of the adapter")
-    parser.add_argument("--variant", nargs="+", choices=installed(), help="which variants; by default all of them")
+    parser.add_argument("--checkpointing", nargs="+", choices=["no", "yes"], default=["no", "yes"])
+    table = [name for name in TABLE if name in installed()]
+    parser.add_argument("--variant", nargs="+", choices=installed(), default=table, help="which variants")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

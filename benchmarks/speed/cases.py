@@ -22,6 +22,7 @@ class Case:
         r: Rank.
         targets: Types of the adapted layers, or the ends of their names.
         channels_last: Whether model and batch have their channels last.
+        checkpointing: Whether activations are computed again in the backward, block by block.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Case:
     r: int
     targets: tuple[str, ...] | tuple[type[nn.Module], ...]
     channels_last: bool = False
+    checkpointing: bool = False
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the model has a switch for it."""
+        return self.targets != (nn.Embedding,)
 
     def model(self) -> nn.Module:
         """The model in training mode, its norms in eval mode."""
@@ -39,6 +46,8 @@ class Case:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+        if self.checkpointing:
+            model.set_grad_checkpointing(True)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def batch(self) -> tuple[Tensor, ...]:
@@ -70,6 +79,11 @@ class Segmenter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """As models of timm have it."""
+        assert enable
+        self.net.gradient_checkpointing_enable()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits at a quarter of their size."""

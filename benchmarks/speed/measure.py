@@ -7,23 +7,34 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.cells import Precision
 
-def step(model: nn.Module, batch: tuple[Tensor, ...], leaves: Sequence[Tensor]) -> None:
+FULL_PRECISION = Precision()
+
+
+def step(
+    model: nn.Module, batch: tuple[Tensor, ...], leaves: Sequence[Tensor], precision: Precision = FULL_PRECISION
+) -> None:
     """Forward, loss and backward.
 
     Args:
         model: One variant.
         batch: Its inputs.
         leaves: All that may have a gradient, which is dropped first; an optimizer has them in a list as well.
+        precision: The types that it computes in.
     """
     for tensor in leaves:
         tensor.grad = None
-    loss = model(*batch).square().mean()
+    device = batch[0].device
+    with precision.context(device):
+        loss = model(*batch).float().square().mean()
     if loss.requires_grad:  # the floor of an embedding has nothing to differentiate
-        loss.backward()
+        precision.scaler(device).scale(loss).backward()
 
 
-def seconds(models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: int) -> dict[str, list[float]]:
+def seconds(
+    models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: int, precision: Precision = FULL_PRECISION
+) -> dict[str, list[float]]:
     """Times one step of each model in turn, after two rounds of warming up; each round begins with another one."""
     times: dict[str, list[float]] = {name: [] for name in models}
     leaves = {name: [*model.parameters(), *batch] for name, model in models.items()}
@@ -33,16 +44,21 @@ def seconds(models: Mapping[str, nn.Module], batch: tuple[Tensor, ...], rounds: 
         for name in names[first:] + names[:first]:
             _wait(batch)
             start = time.perf_counter()
-            step(models[name], batch, leaves[name])
+            step(models[name], batch, leaves[name], precision)
             _wait(batch)
             if round_ > 1:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
+def ratios(times: Mapping[str, list[float]], name: str, base: str = "floor") -> list[float]:
+    """One variant's time over another's, in each round."""
+    return [a / b for a, b in zip(times[name], times[base], strict=True)]
+
+
 def ratio(times: Mapping[str, list[float]], name: str, base: str = "floor") -> float:
     """The median over rounds of one variant's time over another's."""
-    return median(a / b for a, b in zip(times[name], times[base], strict=True))
+    return median(ratios(times, name, base))
 
 
 def kept_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.speed.cases import Case, norms_stand_still
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import LoraConfig, LoraModel, TargetError
 
 
 def floor(case: Case, dropout: float) -> nn.Module:
@@ -35,15 +35,25 @@ def ours_low(case: Case, dropout: float) -> nn.Module:
     return ours(case, dropout, memory="low")
 
 
-def peft(case: Case, dropout: float) -> nn.Module:
+def peft(case: Case, dropout: float, **fields: object) -> nn.Module:
     """PEFT's LoRA."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
     model = case.model()
     names = case.target_names(model)
-    config = PeftConfig(r=case.r, lora_alpha=case.r, lora_dropout=dropout, target_modules=names)
+    config = PeftConfig(r=case.r, lora_alpha=case.r, lora_dropout=dropout, target_modules=names, **fields)
     return shaken(get_peft_model(model, config).train())
+
+
+def dora(case: Case, dropout: float) -> nn.Module:
+    """This project's DoRA."""
+    return ours(case, dropout, variant="dora")
+
+
+def peft_dora(case: Case, dropout: float) -> nn.Module:
+    """PEFT's DoRA."""
+    return peft(case, dropout, use_dora=True)
 
 
 def loralib(case: Case, dropout: float) -> nn.Module:
@@ -78,18 +88,26 @@ VARIANTS: dict[str, Callable[[Case, float], nn.Module]] = {
     "ours": ours,
     "ours, low memory": ours_low,
     "peft": peft,
+    "ours, DoRA": dora,
+    "peft, DoRA": peft_dora,
     "loralib": loralib,
 }
+TABLE = ("floor", "full", "peft", "ours", "ours, low memory")
+"""The variants of the table."""
+
+
+_OWN = ("floor", "full", "ours")
 
 
 def installed() -> list[str]:
     """The variants whose library is here."""
-    return [name for name in VARIANTS if name not in ("peft", "loralib") or importlib.util.find_spec(name)]
+    libraries = {name: name.partition(",")[0] for name in VARIANTS}
+    return [name for name in VARIANTS if libraries[name] in _OWN or importlib.util.find_spec(libraries[name])]
 
 
 def build(name: str, case: Case, dropout: float, device: torch.device) -> nn.Module | None:
     """Returns a variant of a case; None if its library refuses the model."""
     try:
         return VARIANTS[name](case, dropout).to(device)
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError, TargetError):
         return None

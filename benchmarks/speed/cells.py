@@ -1,0 +1,84 @@
+"""The cells of the table: a model in one precision, eager or compiled, with a dropout and with checkpointing or not."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.speed.cases import CASES, Case
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The types that a step computes in.
+
+    Args:
+        weights: Of the base and the batch.
+        autocast: What autocast computes in; None without it.
+    """
+
+    weights: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Returns what a step runs in."""
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Returns what scales the loss, which float16 needs."""
+        return torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "float32": Precision(),
+    "bf16 autocast": Precision(autocast=torch.bfloat16),
+    "bf16 weights": Precision(weights=torch.bfloat16),
+    "fp16 autocast": Precision(autocast=torch.float16),
+}
+
+MODES = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table.
+
+    Args:
+        case: Key of the model in `CASES`.
+        precision: Key in `PRECISIONS`.
+        mode: Of `MODES`.
+        dropout: Of the adapter.
+        checkpointing: Whether activations are computed again in the backward, block by block.
+        device: Type of the device.
+    """
+
+    case: str
+    precision: str
+    mode: str
+    dropout: float
+    checkpointing: bool
+    device: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the cell in a file."""
+        checkpointing = "checkpointing" if self.checkpointing else "no checkpointing"
+        return ", ".join(
+            [self.device, self.case, self.precision, self.mode, f"dropout {self.dropout:g}", checkpointing]
+        )
+
+    @property
+    def model(self) -> Case:
+        """The model, and how it is adapted."""
+        return replace(CASES[self.case], checkpointing=self.checkpointing)
+
+
+def cells(options: Any) -> Iterator[Cell]:
+    """Yields the cells that the options of the command select."""
+    chosen = product(options.case, options.precision, options.mode, options.dropout, options.checkpointing)
+    for case, precision, mode, dropout, checkpointing in chosen:
+        if checkpointing == "no" or CASES[case].can_checkpoint:
+            yield Cell(case, precision, mode, dropout, checkpointing == "yes", torch.device(options.device).type)
