@@ -44,6 +44,12 @@ def _train(arguments: list[str]) -> int:
     return int(train_main(arguments[1:]))
 
 
+def _serve(arguments: list[str]) -> int:
+    from lora_plugins.tasks.serving import serve_main
+
+    return int(serve_main(arguments[1:]))
+
+
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")
 _NEEDS = ("lightning", "jsonargparse", "rich", "yaml", "torchmetrics", "torchvision", "PIL", "timm", "transformers")
 
@@ -57,6 +63,12 @@ COMMANDS: Mapping[str, Command] = {
     **OF_LIGHTNING,
     "predict": _command(_predict, "write labels or masks: predict MODEL IMAGES", options_first=True),
     "export": _command(_export, "write a network for other runtimes: export MODEL OUT.onnx"),
+    "serve": Command(
+        "answer images over HTTP by many adapters on one base: serve ADAPTERS",
+        _serve,
+        (*_NEEDS, "fastapi", "uvicorn"),
+        "lora-plugins[serve]",
+    ),
     "report": Command("put the reports of runs side by side", _report, ("jinja2",), "lora-plugins[vision]"),
     "generate": Command(
         "draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline",

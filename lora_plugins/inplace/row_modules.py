@@ -50,7 +50,8 @@ def mix_rows(modules: Mapping[str, nn.Module], rows: Sequence[str | None], value
     for name, module in modules.items():
         names = tuple(key for key, tensor in _tensors(module).items() if id(tensor) in held)
         module.__dict__[_STATE] = twins[name]
-        module.__class__ = _row_class(type(module), names)
+        base: Any = type(module)  # a class can be hashed, though mypy takes `Module.__hash__` for that of its classes
+        module.__class__ = _row_class(base, names)
 
 
 def unmix_rows(module: nn.Module) -> None:

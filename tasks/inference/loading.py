@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,8 @@ def load_task(path: str | Path) -> VisionTask:
     if not path.exists():
         raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
     if path.is_dir():
-        _check_folder(path)
-        provenance = _checked(_manifest(path / MANIFEST).get(PROVENANCE_KEY), path)
-        task = _task_class(provenance, path)(**provenance["arguments"])
+        source = task_of_adapter(path)
+        provenance, task = source.provenance, source.build()
         target = task.get_submodule(provenance.get("target") or "")
         LoraModel.load_adapter(target, path)
     elif path.suffix == ".safetensors":
@@ -53,6 +53,34 @@ def load_task(path: str | Path) -> VisionTask:
     size = provenance["image_size"]
     task.image_size, task.interpolation = None if size is None else (size[0], size[1]), provenance["interpolation"]
     return task.eval()
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """The task that an adapter folder is of.
+
+    Args:
+        path: The folder.
+        provenance: What its manifest says.
+    """
+
+    path: Path
+    provenance: Provenance
+
+    def build(self) -> VisionTask:
+        """Builds the task with its base, without the adapter."""
+        task: VisionTask = _task_class(self.provenance, self.path)(**self.provenance["arguments"])
+        return task
+
+
+def task_of_adapter(path: Path) -> AdapterTask:
+    """Read which task an adapter folder is of.
+
+    Raises:
+        WeightsError: If it is none, or does not say.
+    """
+    _check_folder(path)
+    return AdapterTask(path, _checked(_manifest(path / MANIFEST).get(PROVENANCE_KEY), path))
 
 
 def merged_task(path: str | Path) -> VisionTask:

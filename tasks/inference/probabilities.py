@@ -1,6 +1,6 @@
 """Class probabilities of one image of any size: whole, or by sliding window, and averaged with its mirror image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -79,12 +79,22 @@ def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
     return probabilities.cpu()
 
 
-def _resized(task: VisionTask, image: Tensor) -> Tensor:
-    if task.image_size is None:
+def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Tensor:
+    """Resize an image as the data of a task were.
+
+    Args:
+        image: (channels, H, W) in [0, 1].
+        size: Height and width; None leaves it as it is.
+        interpolation: How.
+    """
+    if size is None:
         return image
-    interpolation = INTERPOLATIONS[task.interpolation]
-    resized: Tensor = functional.resize(image, list(task.image_size), interpolation=interpolation, antialias=True)
-    return resized.clamp(0, 1)
+    new: Tensor = functional.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
+    return new.clamp(0, 1)
+
+
+def _resized(task: VisionTask, image: Tensor) -> Tensor:
+    return resized(image, task.image_size, task.interpolation)
 
 
 def _windows(height: int, width: int, window: Size, overlap: float) -> Iterator[tuple[slice, slice]]:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "pages": {"errors"},
     "autoconfig": {"classification", "data", "errors", "files", "models", "segmentation"},
-    "command_table": {"autoconfig", "diffusion", "inference", "pages"},
+    "command_table": {"autoconfig", "diffusion", "inference", "pages", "serving"},
     "data": {"errors", "files"},
     "models": {"errors"},
     "training": {"data", "errors", "models"},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
     "inference": {"data", "errors", "segmentation", "training"},
+    "serving": {"errors", "files", "inference", "segmentation", "training"},
     "diffusion": {"data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }

@@ -1,0 +1,18 @@
+"""Serving: one base in memory and many adapters, loaded on demand from folders and mixed in a batch.
+
+`serve_main` is the command `serve` of `lora-plugins`; `make_app` is its application, for any server that takes ASGI.
+"""
+
+from lora_plugins.tasks.serving.app import make_app
+from lora_plugins.tasks.serving.engine import ClosedError, Engine
+from lora_plugins.tasks.serving.serve import main as serve_main
+from lora_plugins.tasks.serving.shelf import Described, Shelf
+
+__all__ = [
+    "ClosedError",
+    "Described",
+    "Engine",
+    "Shelf",
+    "make_app",
+    "serve_main",
+]

@@ -1,0 +1,137 @@
+"""The application: adapters are listed, and an image that is sent to one of them is answered.
+
+GET  /adapters                  the names, tasks and classes of all
+POST /adapters/NAME/predict     an encoded image as the body; labels as JSON, or a mask as PNG
+GET  /health
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from io import BytesIO
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional
+
+from lora_plugins.errors import ConfigError, LoraError
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import decode_image
+from lora_plugins.tasks.inference import resized
+from lora_plugins.tasks.segmentation import class_colors, palette_image
+from lora_plugins.tasks.serving.engine import ClosedError, Engine
+from lora_plugins.tasks.serving.shelf import Described
+
+UPLOAD = "the image"
+
+
+class _TooLargeError(LoraError, ValueError):
+    """An upload is larger than is allowed."""
+
+
+STATUS: Mapping[type[Exception], int] = {ConfigError: 404, DataError: 400, _TooLargeError: 413, ClosedError: 503}
+"""By kind of error; others of ours are those of an adapter that cannot be used."""
+
+UNUSABLE = 422
+
+
+def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 50_000_000) -> FastAPI:
+    """Makes the application; when its server stops, the engine answers what waits, and closes.
+
+    Args:
+        engine: What computes.
+        max_bytes: The largest upload.
+        max_pixels: The largest image, decoded.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="lora_plugins", lifespan=life)
+
+    @app.exception_handler(LoraError)
+    async def told(_: Request, error: LoraError) -> JSONResponse:
+        status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), UNUSABLE)
+        return JSONResponse({"detail": str(error)}, status)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/adapters")
+    def adapters() -> list[dict[str, Any]]:
+        return [_summary(engine, name) for name in engine.shelf.names()]
+
+    @app.post("/adapters/{name}/predict")
+    async def predict(name: str, request: Request) -> Response:
+        described = await run_in_threadpool(engine.shelf.describe, name)
+        body = await _body(request, max_bytes)
+        image, size = await run_in_threadpool(_prepared, described, body, max_pixels)
+        logits = await asyncio.wrap_future(engine.submit(described, image))
+        return await run_in_threadpool(_answer, described, logits, size)
+
+    return app
+
+
+def _summary(engine: Engine, name: str) -> dict[str, Any]:
+    try:
+        described = engine.shelf.describe(name)
+    except LoraError as error:
+        return {"name": name, "problem": str(error)}
+    return {
+        "name": name,
+        "task": str(described.provenance["class"]).rpartition(".")[2],
+        "classes": _classes(described),
+        "loaded": name in engine.shelf.loaded(),
+    }
+
+
+def _classes(described: Described) -> list[str]:
+    arguments = described.provenance["arguments"]
+    return arguments.get("class_names") or [str(at) for at in range(arguments["model"]["num_classes"])]
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Reads the body, and no more of it than is allowed."""
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > limit:
+            raise _TooLargeError(f"{UPLOAD} has more than the {limit} bytes that are allowed.")
+    return bytes(found)
+
+
+def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
+    """The image as the task takes it, and its own height and width."""
+    try:
+        with Image.open(BytesIO(body)) as opened:
+            pixels = opened.width * opened.height
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{UPLOAD} cannot be read: send an encoded image, such as PNG or JPEG, as the body.") from error
+    if pixels > max_pixels:
+        raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
+    decoded = decode_image(BytesIO(body), UPLOAD).convert("RGB")
+    tensor: Tensor = functional.pil_to_tensor(decoded).float() / 255
+    size, provenance = (decoded.height, decoded.width), described.provenance
+    return resized(tensor, provenance["image_size"], provenance["interpolation"]), size
+
+
+def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Response:
+    probabilities = logits.float().softmax(0)
+    if logits.ndim > 1:
+        whole = interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
+        out = BytesIO()
+        palette_image(whole.argmax(0).numpy(), class_colors(len(whole))).save(out, "PNG")
+        return Response(out.getvalue(), media_type="image/png")
+    names, values = _classes(described), probabilities.tolist()
+    best = max(range(len(values)), key=values.__getitem__)
+    return JSONResponse(
+        {"adapter": described.name, "label": names[best], "probabilities": dict(zip(names, values, strict=True))}
+    )

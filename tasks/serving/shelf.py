@@ -1,0 +1,158 @@
+"""The adapters of a folder: which there are, and those that are loaded, each on the one base that it is for."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraModel
+from lora_plugins.errors import StateError
+from lora_plugins.files import MANIFEST
+from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.inference import task_of_adapter
+from lora_plugins.tasks.training import Provenance, VisionTask
+
+
+@dataclass(frozen=True)
+class Described:
+    """What an adapter folder says, without its tensors.
+
+    Args:
+        name: Name of the folder.
+        version: When its manifest was written; another adapter of the same name has another one.
+        base: Tells the bases apart: adapters with the same one share it.
+        provenance: The task that it is of.
+    """
+
+    name: str
+    version: int
+    base: str
+    provenance: Provenance = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    described: Described
+    key: str
+    """Name of the adapter on its base; folders have names that adapters may not have."""
+
+
+class Shelf:
+    """The adapters below a folder, and the bases of those that are loaded. One thread at a time loads and runs.
+
+    Args:
+        folder: Its subfolders are adapter folders of tasks, as a fit leaves them; some may come and go.
+        limit: How many adapters are loaded at a time; the one that was not used for longest goes.
+        device: Where they compute.
+        dtype: What they compute in.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        limit: int = 64,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self._place = {"device": torch.device(device), "dtype": dtype}
+        self._bases: dict[str, VisionTask] = {}
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._numbers = count()
+
+    def names(self) -> list[str]:
+        """The names of all adapters that there are now."""
+        if not self.folder.is_dir():
+            raise WeightsError(f"There is no folder {self.folder}. Give one whose subfolders are adapter folders.")
+        return sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
+
+    def loaded(self) -> list[str]:
+        """The names of those that are loaded, the next one to go first."""
+        return [*self._loaded]
+
+    def bytes(self) -> int:
+        """What the weights of all bases and loaded adapters take."""
+        return sum(parameter.nbytes for task in self._bases.values() for parameter in task.parameters())
+
+    def describe(self, name: str) -> Described:
+        """What an adapter says of itself; read anew each time.
+
+        Raises:
+            ConfigError: If there is none of that name, with near ones. A path is no name.
+            WeightsError: If its manifest cannot be read or does not say which task it is of.
+        """
+        if name not in self.names():
+            raise unknown("adapter", name, self.names())
+        path = self.folder / name
+        provenance = task_of_adapter(path).provenance
+        base = json.dumps([provenance["class"], provenance["arguments"]["model"], provenance.get("target")])
+        return Described(name, (path / MANIFEST).stat().st_mtime_ns, base, provenance)
+
+    def load(self, described: Described, needed: Sequence[Described] = ()) -> None:
+        """Loads an adapter, if that version of it is not loaded.
+
+        Args:
+            described: The adapter.
+            needed: Those that may not go to make place for it.
+
+        Raises:
+            LoraError: If it cannot be loaded; those that are loaded stay.
+        """
+        name = described.name
+        found = self._loaded.get(name)
+        if found is not None and found.described == described:
+            self._loaded.move_to_end(name)
+            return
+        keep = {name, *(each.name for each in needed)}
+        if found is not None:
+            self._remove(name)
+        while len(self._loaded) >= self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
+            self._remove(old)
+        source = task_of_adapter(self.folder / name)
+        if described.base not in self._bases:
+            self._bases[described.base] = source.build().eval().to(**self._place)
+        target = self._target(described)
+        key = f"adapter{next(self._numbers)}"
+        LoraModel.load_adapter(target, self.folder / name, key)
+        self._bases[described.base].eval().to(**self._place)
+        self._loaded[name] = _Loaded(described, key)
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Described], images: Tensor) -> Tensor:
+        """The logits of images, each by its adapter: all at once, or where an adapter cannot be mixed, one by one.
+
+        Args:
+            rows: The adapter of each image; all are loaded, and on the same base.
+            images: (N, channels, H, W) in [0, 1].
+        """
+        lora, keys = LoraModel(self._target(rows[0])), [self._loaded[row.name].key for row in rows]
+        task, images = self._bases[rows[0].base], images.to(**self._place)
+        try:
+            with lora.mixed_batch(keys):
+                mixed: Tensor = task(images)
+            return mixed
+        except StateError:  # of a type, a variant or an own value that cannot be mixed
+            return self._one_by_one(lora, task, keys, images)
+
+    def _one_by_one(self, lora: LoraModel, task: VisionTask, keys: Sequence[str], images: Tensor) -> Tensor:
+        found: dict[int, Tensor] = {}
+        for key in dict.fromkeys(keys):
+            places = [at for at, each in enumerate(keys) if each == key]
+            lora.set_adapter(key, trainable=False)
+            found |= dict(zip(places, task(images[places]), strict=True))
+        return torch.stack([found[at] for at in range(len(keys))])
+
+    def _target(self, described: Described) -> nn.Module:
+        return self._bases[described.base].get_submodule(described.provenance.get("target") or "")
+
+    def _remove(self, name: str) -> None:
+        gone = self._loaded.pop(name)
+        LoraModel(self._target(gone.described)).delete_adapter(gone.key)
+        if all(each.described.base != gone.described.base for each in self._loaded.values()):
+            del self._bases[gone.described.base]

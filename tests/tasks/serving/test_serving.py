@@ -1,0 +1,243 @@
+"""The server: every answer is what the adapter alone gives, whatever is asked for beside it."""
+
+import asyncio
+import io
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.serving.adapters import write_adapters, write_base
+from lora_plugins.cli.main import main
+from lora_plugins.files import MANIFEST
+from lora_plugins.tasks import ImageClassificationTask, SemanticSegmentationTask
+from lora_plugins.tasks.inference import label_probabilities, load_task, mask_probabilities, resized
+
+from ..conftest import tiny_segformer, tiny_vit
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+LABELS = {"r": 2, "target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
+MASKS = {"r": 2, "target_modules": "all", "modules_to_save": ["decode_head.classifier"]}
+NAMES = ["birds", "boats", "cars.v2", "no_head"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder of classifiers' adapters."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "adapters").mkdir()
+    base = write_base(ImageClassificationTask, tiny_vit(), folder / "vit.safetensors")
+    write_adapters(ImageClassificationTask, base, folder / "adapters", NAMES[:3], **LABELS)
+    write_adapters(ImageClassificationTask, base, folder / "adapters", ["no_head"], r=3, target_modules=["fc2"])
+    write_adapters(
+        ImageClassificationTask, base, folder / "adapters", ["dora"], r=1, target_modules=["proj"], variant="dora"
+    )
+    return folder / "adapters"
+
+
+@pytest.fixture(scope="module")
+def segmenters(tmp_path_factory):
+    """A folder of segmenters' adapters."""
+    folder = tmp_path_factory.mktemp("segmenters")
+    base = write_base(SemanticSegmentationTask, tiny_segformer(), folder / "segformer.safetensors")
+    write_adapters(SemanticSegmentationTask, base, folder / "adapters", ["roads", "roofs"], **MASKS)
+    return folder / "adapters"
+
+
+@pytest.fixture
+def adapters(written, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(written, tmp_path / "adapters")
+
+
+@pytest.fixture
+def serve():
+    """Makes engines, which are closed afterwards."""
+    from lora_plugins.tasks.serving import Engine, Shelf
+
+    engines = []
+
+    def make(folder, limit=8, dtype=torch.float32, **options):
+        engines.append(Engine(Shelf(folder, limit=limit, dtype=dtype), **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def picture(seed=0, size=(21, 30)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def encoded(pixels):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def tensor(pixels):
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def ask(engine, requests, **options):
+    """Sends all requests at once: pairs of a path and a body."""
+    from lora_plugins.tasks.serving import make_app
+
+    async def run():
+        transport = httpx.ASGITransport(make_app(engine, **options))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await asyncio.gather(*(client.post(path, content=body) for path, body in requests))
+
+    return asyncio.run(run())
+
+
+def to(name):
+    return f"/adapters/{name}/predict"
+
+
+@pytest.mark.parametrize("limit", [8, 2, 1])
+def test_parallel_requests_are_answered_as_by_their_adapters_alone(written, serve, limit):
+    engine = serve(written, limit=limit, wait=0.2)
+    asked = [([*NAMES, "dora"][at % 5], picture(at)) for at in range(32)]
+    answers = ask(engine, [(to(name), encoded(pixels)) for name, pixels in asked])
+    tasks = {name: load_task(written / name) for name in [*NAMES, "dora"]}
+    for (name, pixels), answer in zip(asked, answers, strict=True):
+        expected = label_probabilities(tasks[name], tensor(pixels))
+        found = answer.json()
+        assert (answer.status_code, found["adapter"]) == (200, name)
+        assert found["label"] == str(int(expected.argmax()))
+        torch.testing.assert_close(torch.tensor([*found["probabilities"].values()]), expected, rtol=1e-4, atol=1e-5)
+    assert len(engine.shelf.loaded()) <= limit
+
+
+def test_a_mixed_batch_is_exact(written, serve):
+    engine = serve(written, dtype=torch.float64, wait=0.5)
+    images = {at: tensor(picture(at)) for at in range(12)}
+    described = {name: engine.shelf.describe(name) for name in NAMES}
+    asked = [(NAMES[at % 4], at) for at in images]
+    waiting = []
+    for name, at in asked:
+        provenance = described[name].provenance
+        image = resized(images[at], provenance["image_size"], provenance["interpolation"])
+        waiting.append((name, image, engine.submit(described[name], image)))
+    tasks = {name: load_task(written / name).double() for name in NAMES}
+    with torch.inference_mode():
+        for name, image, answer in waiting:
+            expected = tasks[name](image[None].double())[0]
+            torch.testing.assert_close(answer.result(30), expected, rtol=1e-11, atol=1e-11)
+    assert engine.batches < len(asked)
+
+
+def test_masks(segmenters, serve):
+    asked = [(["roads", "roofs"][at % 2], picture(at, (64, 96))) for at in range(6)]
+    answers = ask(serve(segmenters, wait=0.2), [(to(name), encoded(pixels)) for name, pixels in asked])
+    for (name, pixels), answer in zip(asked, answers, strict=True):
+        assert answer.headers["content-type"] == "image/png"
+        mask = np.asarray(Image.open(io.BytesIO(answer.content)))
+        expected = mask_probabilities(load_task(segmenters / name), tensor(pixels))
+        near = (expected.topk(2, 0).values.diff(dim=0).abs() < 1e-4)[0].numpy()
+        assert ((mask == expected.argmax(0).numpy()) | near).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        (to("bird"), "image", 404, "Unknown adapter 'bird'. Did you mean 'birds'"),
+        (to("..%2Fadapters%2Fbirds"), "image", 404, ""),
+        (to(".."), "image", 404, ""),
+        (to("%2Ftmp"), "image", 404, ""),
+        (to("."), "image", 404, ""),
+        (to("birds"), "text", 400, "send an encoded image"),
+        (to("birds"), "half", 400, "the image cannot be read"),
+        (to("birds"), "nothing", 400, "send an encoded image"),
+        (to("birds"), "long", 413, "more than the 4096 bytes"),
+        (to("birds"), "wide", 413, "10000 pixels, more than the 5000"),
+    ],
+    ids=["near", "up", "dots", "root", "here", "text", "half", "nothing", "long", "wide"],
+)
+def test_what_is_refused(written, serve, path, body, status, message):
+    whole = encoded(picture())
+    bodies = {
+        "image": whole,
+        "text": b"no image",
+        "half": whole[: len(whole) // 2],
+        "nothing": b"",
+        "long": encoded(picture(size=(60, 60))),
+        "wide": encoded(np.zeros((10, 1000, 3), np.uint8)),
+    }
+    engine = serve(written)
+    refused, good = ask(engine, [(path, bodies[body]), (to("birds"), whole)], max_bytes=4096, max_pixels=5000)
+    assert refused.status_code == status
+    assert message in refused.text
+    assert good.status_code == 200
+
+
+def test_an_adapter_that_is_removed_or_damaged(adapters, serve):
+    engine, body = serve(adapters, limit=2), encoded(picture())
+    described = engine.shelf.describe("boats")
+    damaged = next(path for path in (adapters / "cars.v2").iterdir() if path.name != MANIFEST)
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    shutil.rmtree(adapters / "boats")
+    gone = engine.submit(described, torch.rand(3, 16, 16))  # it was there when the request came
+    assert gone.exception(30) is not None
+    answers = ask(engine, [(to(name), body) for name in ("boats", "cars.v2", "birds")])
+    assert [answer.status_code for answer in answers] == [404, 422, 200]
+    shutil.rmtree(adapters / "birds")
+    assert engine.submit(engine.shelf.describe("no_head"), torch.rand(3, 16, 16)).result(30).shape == (3,)
+
+
+def test_a_new_version_of_an_adapter_takes_its_place(adapters, serve):
+    engine, body = serve(adapters), encoded(picture())
+    before, other = (answer.json() for answer in ask(engine, [(to(name), body) for name in ("birds", "boats")]))
+    shutil.rmtree(adapters / "birds")
+    shutil.copytree(adapters / "boats", adapters / "birds")
+    (after,) = (answer.json() for answer in ask(serve(adapters), [(to("birds"), body)]))
+    assert after["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    assert after["probabilities"] != pytest.approx(before["probabilities"], abs=1e-5)
+
+
+def test_the_list(adapters, serve):
+    from fastapi.testclient import TestClient
+
+    from lora_plugins.tasks.serving import make_app
+
+    (adapters / "broken").mkdir()
+    (adapters / "broken" / MANIFEST).write_text("{")
+    with TestClient(make_app(serve(adapters))) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        listed = {each.pop("name"): each for each in client.get("/adapters").json()}
+        assert listed["birds"] == {
+            "task": "ImageClassificationTask", "classes": ["0", "1", "2"], "loaded": False
+        }  # fmt: skip
+        assert "cannot be read" in listed["broken"]["problem"]
+        client.post(to("birds"), content=encoded(picture()))
+        assert {each["name"]: each.get("loaded") for each in client.get("/adapters").json()}["birds"]
+
+
+def test_the_end_answers_what_waits(written, serve):
+    engine = serve(written, wait=0.0)
+    described = engine.shelf.describe("birds")
+    with ThreadPoolExecutor(4) as threads:
+        waiting = [*threads.map(lambda _: engine.submit(described, torch.rand(3, 16, 16)), range(40))]
+        engine.close()
+    assert all(answer.result(0).shape == (3,) for answer in waiting)
+    (answer,) = ask(engine, [(to("birds"), encoded(picture()))])
+    assert (answer.status_code, "shutting down" in answer.text) == (503, True)
+
+
+def test_too_many_that_wait_are_refused(written, serve):
+    engine = serve(written, max_waiting=2, max_batch=1)
+    body = encoded(picture())
+    codes = {answer.status_code for answer in ask(engine, [(to("birds"), body)] * 40)}
+    assert codes == {200, 503}
+
+
+def test_the_command_names_a_missing_folder(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "none")]) == 1
+    assert "There is no folder" in capsys.readouterr().err
