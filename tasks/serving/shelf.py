@@ -61,7 +61,7 @@ class Shelf:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.folder, self.limit = Path(folder), limit
-        self._place = {"device": torch.device(device), "dtype": dtype}
+        self._device, self._dtype = torch.device(device), dtype
         self._bases: dict[str, VisionTask] = {}
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._numbers = count()
@@ -116,11 +116,11 @@ class Shelf:
             self._remove(old)
         source = task_of_adapter(self.folder / name)
         if described.base not in self._bases:
-            self._bases[described.base] = source.build().eval().to(**self._place)
+            self._bases[described.base] = source.build().eval().to(self._device, self._dtype)
         target = self._target(described)
         key = f"adapter{next(self._numbers)}"
         LoraModel.load_adapter(target, self.folder / name, key)
-        self._bases[described.base].eval().to(**self._place)
+        self._bases[described.base].eval().to(self._device, self._dtype)
         self._loaded[name] = _Loaded(described, key)
 
     @torch.inference_mode()
@@ -132,7 +132,7 @@ class Shelf:
             images: (N, channels, H, W) in [0, 1].
         """
         lora, keys = LoraModel(self._target(rows[0])), [self._loaded[row.name].key for row in rows]
-        task, images = self._bases[rows[0].base], images.to(**self._place)
+        task, images = self._bases[rows[0].base], images.to(self._device, self._dtype)
         try:
             with lora.mixed_batch(keys):
                 mixed: Tensor = task(images)
