@@ -51,7 +51,10 @@ def _serve(arguments: list[str]) -> int:
 
 
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")
-_NEEDS = ("lightning", "jsonargparse", "rich", "yaml", "torchmetrics", "torchvision", "PIL", "timm", "transformers")
+_NEEDS = (
+    *("lightning", "lightning_utilities", "jsonargparse", "rich", "yaml", "torchmetrics"),
+    *("torchvision", "PIL", "timm", "transformers"),
+)
 
 
 def _command(run: Callable[[list[str]], int], summary: str, options_first: bool = False) -> Command:

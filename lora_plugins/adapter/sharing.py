@@ -25,7 +25,7 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         if (key := weight_key(model.get_submodule(layer), tensor)) is not None
     }
     for entry in model_modules(model):
-        for own in (*entry.module._parameters, *stored_weights(entry.module)):
+        for own in (*entry.module._parameters.keys(), *stored_weights(entry.module)):
             key = weight_key(entry.module, own)
             if key in changing and own not in weights.get(entry.name, ()):
                 raise MergeError(

@@ -1,5 +1,7 @@
 """Takes everything of ours off a layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -34,10 +36,34 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
         else:
             parameter.data = value
             increment_version(parameter)  # so that an earlier forward has no backward of other weights
-    if not issubclass(state.base_class, type(layer)):  # else its weight has become dense, and its class with it
-        layer.__class__ = cast(Any, resting_class(layer))
-    for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
-        del layer._modules[name]
-    for name, value in computed.items():
-        make_plain(layer, name, value)
-    del layer.__dict__[STATE]
+    with _whole(layer):
+        if not issubclass(state.base_class, type(layer)):  # else its weight has become dense, and its class with it
+            layer.__class__ = cast(Any, resting_class(layer))
+        for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
+            del layer._modules[name]
+        for name, value in computed.items():
+            make_plain(layer, name, value)
+        del layer.__dict__[STATE]
+
+
+@contextmanager
+def _whole(layer: nn.Module) -> Iterator[None]:
+    """Leaves a layer as it was where the block is stopped: with its class, a computed weight has no merged value."""
+    parametrizations = layer._modules.get("parametrizations")
+    contents: list[dict[Any, Any]] = [
+        vars(layer),
+        layer._parameters,
+        layer._buffers,
+        layer._modules,
+        layer._forward_pre_hooks,
+        *(() if parametrizations is None else (parametrizations._modules,)),
+    ]
+    own_class, before = layer.__class__, [content.copy() for content in contents]
+    try:
+        yield
+    except BaseException:
+        layer.__class__ = own_class
+        for content, values in zip(contents, before, strict=True):
+            content.clear()
+            content.update(values)
+        raise

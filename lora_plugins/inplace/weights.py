@@ -72,7 +72,9 @@ def frozen_statistics(layer: nn.Module) -> Iterator[None]:
 
 def weight_key(layer: nn.Module, name: str) -> int | None:
     """Identifies what is behind a weight, the same for all layers that share it; None if it is computed."""
-    held = stored_weight(layer, name) if (parameter := layer._parameters.get(name)) is None else parameter
+    parameters = layer._parameters
+    parameter = parameters[name] if name in parameters else None  # noqa: SIM401  # of a ScriptModule, it has no get
+    held = stored_weight(layer, name) if parameter is None else parameter
     return None if held is None else id(held)
 
 

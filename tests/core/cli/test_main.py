@@ -23,6 +23,7 @@ usage: lora-plugins COMMAND [arguments]        (also: lightning COMMAND, python 
   export     write a network for other runtimes: export MODEL OUT.onnx
   merge      write a checkpoint with its adapter merged, for load_from_checkpoint
   recipes    list, show and copy the YAML files that are shipped
+  serve      answer images over HTTP by many adapters on one base: serve ADAPTERS
   report     put the reports of runs side by side
   generate   draw pictures from a diffusion pipeline and adapters, a checkpoint or a merged pipeline
   inspect    show what is in an adapter file of any format
