@@ -49,3 +49,5 @@ def seeded():
     torch.manual_seed(0)
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)  # Lightning leaves it there, and shuffles by it in later runs
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # it leaves that to the end of the process
