@@ -23,7 +23,6 @@ BLOCK = re.compile(r"(?<=<!-- what it prints, by `make front` -->\n```text\n).*?
 START = "Metrics on val"
 """With which the part of the output begins that is shown."""
 
-PROGRESS = re.compile(r"^Epoch \d+/.*?\n\n", re.MULTILINE | re.DOTALL)
 WIDE, NARROW = (1180, 850), (1180, 640)
 
 
@@ -49,7 +48,7 @@ def with_output(readme: str, output: str) -> str:
     _, start, shown = output.partition(START)
     if not start or not BLOCK.search(readme):
         raise SystemExit(f"The output has no {start!r}, or the README no place for it.")
-    lines = [line.rstrip() for line in PROGRESS.sub("\n", start + shown).strip().splitlines()]
+    lines = [line.rstrip() for line in (start + shown).strip().splitlines()]
     return BLOCK.sub(lambda _: "\n".join(lines) + "\n", readme, count=1)
 
 
