@@ -4,7 +4,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -79,8 +80,12 @@ class Engine:
     def _work(self) -> None:
         while (first := self._requests.get()) is not None:
             requests, ended = self._gathered(first)
-            for batch in self._batches(requests):
-                self._answer(batch)
+            try:
+                for batch in self._batches(requests):
+                    self._answer(batch)
+            except Exception as error:  # whatever it is, the thread goes on
+                for request in requests:
+                    _fail(request, error)
             if ended:
                 return
 
@@ -115,7 +120,7 @@ class Engine:
         try:
             self.shelf.load(request.described, [each.described for each in batch])
         except Exception as error:  # whatever a damaged file leads to, the others are answered
-            request.answer.set_exception(error)
+            _fail(request, error)
             return False
         return True
 
@@ -129,7 +134,13 @@ class Engine:
             logits = self.shelf.logits([request.described for request in waiting], images).cpu()
         except Exception as error:  # the thread goes on, and those who wait are told
             for request in waiting:
-                request.answer.set_exception(error)
+                _fail(request, error)
             return
         for request, each in zip(waiting, logits, strict=True):
             request.answer.set_result(each)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    """Tells an error to whoever waits for a request, if it is neither answered nor given up."""
+    with suppress(InvalidStateError):
+        request.answer.set_exception(error)

@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 
@@ -24,13 +25,13 @@ class Described:
 
     Args:
         name: Name of the folder.
-        version: When its manifest was written; another adapter of the same name has another one.
+        version: Digest of its manifest, which has those of all else; another adapter of the same name has another one.
         base: Tells the bases apart: adapters with the same one share it.
         provenance: The task that it is of.
     """
 
     name: str
-    version: int
+    version: str
     base: str
     provenance: Provenance = field(compare=False)
 
@@ -92,7 +93,7 @@ class Shelf:
         path = self.folder / name
         provenance = task_of_adapter(path).provenance
         base = json.dumps([provenance["class"], provenance["arguments"]["model"], provenance.get("target")])
-        return Described(name, (path / MANIFEST).stat().st_mtime_ns, base, provenance)
+        return Described(name, sha256((path / MANIFEST).read_bytes()).hexdigest(), base, provenance)
 
     def load(self, described: Described, needed: Sequence[Described] = ()) -> None:
         """Loads an adapter, if that version of it is not loaded.

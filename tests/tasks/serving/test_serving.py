@@ -192,12 +192,24 @@ def test_an_adapter_that_is_removed_or_damaged(adapters, serve):
     assert engine.submit(engine.shelf.describe("no_head"), torch.rand(3, 16, 16)).result(30).shape == (3,)
 
 
+def test_who_gave_up_stops_nobody_else(adapters, serve):
+    engine = serve(adapters, wait=0.5)
+    described = engine.shelf.describe("boats")
+    shutil.rmtree(adapters / "boats")
+    with ThreadPoolExecutor(2) as threads:
+        given_up, other = threads.map(
+            lambda each: engine.submit(each, torch.rand(3, 16, 16)), (described, engine.shelf.describe("birds"))
+        )
+    assert given_up.cancel()
+    assert other.result(30).shape == (3,)
+
+
 def test_a_new_version_of_an_adapter_takes_its_place(adapters, serve):
     engine, body = serve(adapters), encoded(picture())
     before, other = (answer.json() for answer in ask(engine, [(to(name), body) for name in ("birds", "boats")]))
     shutil.rmtree(adapters / "birds")
     shutil.copytree(adapters / "boats", adapters / "birds")
-    (after,) = (answer.json() for answer in ask(serve(adapters), [(to("birds"), body)]))
+    (after,) = (answer.json() for answer in ask(engine, [(to("birds"), body)]))
     assert after["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
     assert after["probabilities"] != pytest.approx(before["probabilities"], abs=1e-5)
 
