@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from benchmarks.speed import cases, cells, draw
+from benchmarks.speed import cases, cells, draw, precision
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.memory import allocator_peak, process_peak
 
@@ -40,7 +40,7 @@ def measure(path, *options: str) -> dict:
 def test_every_eager_cell_of_a_model(tiny, tmp_path, capsys):
     variants = ["--variant", "full", "ours", "ours, low memory", "ours, DoRA"]
     found = measure(tmp_path / "cpu.json", "--mode", "eager", *variants)
-    assert len(found["cells"]) == len(cells.PRECISIONS) * 2 * 2
+    assert len(found["cells"]) == len(precision.PRECISIONS) * 2 * 2
     for cell in found["cells"].values():
         assert [*cell] == ["floor", "full", "ours", "ours, low memory", "ours, DoRA"]
         assert cell["floor"]["ratio"] == 1

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from benchmarks.speed import growth
 from benchmarks.speed.cases import CASES
-from benchmarks.speed.cells import MODES, PRECISIONS, Cell, cells
+from benchmarks.speed.cells import MODES, Cell, cells
 from benchmarks.speed.draw import as_text
 from benchmarks.speed.machine import machine
 from benchmarks.speed.measure import input_bytes, kept_bytes, ratios, seconds, step
 from benchmarks.speed.memory import allocator_peak, process_peak
 from benchmarks.speed.others import rows
+from benchmarks.speed.precision import PRECISIONS
 from benchmarks.speed.variants import TABLE, build, installed
 from lora_plugins.kernels import disabled_kernels
 

@@ -1,7 +1,6 @@
 """The cells of the table: a model in one precision, eager or compiled, with a dropout and with checkpointing or not."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -9,35 +8,6 @@ from typing import Any
 import torch
 
 from benchmarks.speed.cases import CASES, Case
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The types that a step computes in.
-
-    Args:
-        weights: Of the base and the batch.
-        autocast: What autocast computes in; None without it.
-    """
-
-    weights: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-
-    def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """Returns what a step runs in."""
-        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
-
-    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """Returns what scales the loss, which float16 needs."""
-        return torch.amp.GradScaler(device.type, enabled=self.autocast == torch.float16)
-
-
-PRECISIONS: Mapping[str, Precision] = {
-    "float32": Precision(),
-    "bf16 autocast": Precision(autocast=torch.bfloat16),
-    "bf16 weights": Precision(weights=torch.bfloat16),
-    "fp16 autocast": Precision(autocast=torch.float16),
-}
 
 MODES = ("eager", "compiled")
 

@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.cells import Precision
+from benchmarks.speed.precision import Precision
 
 FULL_PRECISION = Precision()
 
