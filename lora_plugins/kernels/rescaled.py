@@ -44,10 +44,10 @@ def lora_rescaled(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    own: Sequence[Tensor],
-    factors: RowFactors,
     scaling: float,
     dropout: float,
+    own: Sequence[Tensor],
+    factors: RowFactors,
     geometry: Geometry | None,
     *,
     low_memory: bool = False,
@@ -60,10 +60,10 @@ def lora_rescaled(
         bias: `(out,)` or None.
         A: `(r, in)`, where in counts the elements of a row of the weight.
         B: `(out, r)`.
-        own: What `factors` takes besides the direction.
-        factors: What the rows are multiplied by.
         scaling: Factor of `B A`.
         dropout: Probability of dropping an element of the branch's input.
+        own: What `factors` takes besides the direction.
+        factors: What the rows are multiplied by.
         geometry: How a kernel moves; None in a linear layer.
         low_memory: Whether a kernel may compute `x` again in the backward instead of saving it.
     """

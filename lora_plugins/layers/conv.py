@@ -56,7 +56,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         if (rescaled := terms[0].rescaling) is not None and geometry is not None:
             term = terms[0]
             return lora_rescaled(
-                x, weight, layer.bias, term.A, term.B, rescaled.own, rescaled.factors, term.scaling, term.dropout,
+                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors,
                 geometry, low_memory=term.low_memory,
             )  # fmt: skip
         with in_full(weight):

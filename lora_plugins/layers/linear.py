@@ -75,7 +75,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         if (rescaled := terms[0].rescaling) is not None:
             term = terms[0]
             return lora_rescaled(
-                x, weight, layer.bias, term.A, term.B, rescaled.own, rescaled.factors, term.scaling, term.dropout, None,
+                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors, None,
                 low_memory=term.low_memory,
             )  # fmt: skip
         joint = None if is_compiling() else joined(terms)

@@ -44,7 +44,7 @@ def tensors(inputs: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype
 def call(geometry: Geometry | None, dropout: float = 0.0, factors=of_the_norm, compute=lora_rescaled):
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return compute(x, weight, bias, A, B, (magnitude,), factors, 1.7, dropout, geometry)
+        return compute(x, weight, bias, A, B, 1.7, dropout, (magnitude,), factors, geometry)
 
     return run
 
@@ -128,13 +128,13 @@ def test_ordinary_operations_and_the_kernel_agree(geometry, inputs, weight, drop
     means = []
     for off in ((), ("all",)):
         with disabled_kernels(*off):
-            outputs = [lora_rescaled(*given[:5], given[5:], of_the_norm, 1.7, dropout, geometry) for _ in range(400)]
+            outputs = [lora_rescaled(*given[:5], 1.7, dropout, given[5:], of_the_norm, geometry) for _ in range(400)]
             means.append(torch.stack(outputs).mean(0).detach())
     update = call(geometry)(*given).sub(call(geometry, compute=_untouched)(*given)).abs().sum()
     assert (means[0] - means[1]).abs().sum() <= 0.2 * update
 
 
-def _untouched(x, weight, bias, A, B, own, factors, scaling, dropout, geometry):
+def _untouched(x, weight, bias, A, B, scaling, dropout, own, factors, geometry):
     return F.linear(x, weight, bias) if geometry is None else geometry.convolve(x, weight, bias)
 
 
