@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.inplace.contents import Contents
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.library_weights import foreign_kind, put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
@@ -49,21 +50,10 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
 @contextmanager
 def _whole(layer: nn.Module) -> Iterator[None]:
     """Leaves a layer as it was where the block is stopped: with its class, a computed weight has no merged value."""
-    parametrizations = layer._modules.get("parametrizations")
-    contents: list[dict[Any, Any]] = [
-        vars(layer),
-        layer._parameters,
-        layer._buffers,
-        layer._modules,
-        layer._forward_pre_hooks,
-        *(() if parametrizations is None else (parametrizations._modules,)),
-    ]
-    own_class, before = layer.__class__, [content.copy() for content in contents]
+    computing = layer._modules.get("parametrizations")
+    before = Contents([layer, *([] if computing is None else [computing])], [layer._forward_pre_hooks])
     try:
         yield
     except BaseException:
-        layer.__class__ = own_class
-        for content, values in zip(contents, before, strict=True):
-            content.clear()
-            content.update(values)
+        before.put_back()
         raise
