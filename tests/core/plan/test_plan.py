@@ -254,6 +254,14 @@ class TestNearMisses:
         with untouched(swin), pytest.raises(TargetError, match="nothing is left to adapt"):
             LoraModel(swin, LoraConfig(target_modules=["qkv"], exclude_modules=["qkv"]))
 
+    def test_what_could_be_adapted_is_listed_where_nothing_is_left(self, swin):
+        with pytest.raises(TargetError, match=r"Layers that could be adapted: .*attn\.qkv"):
+            LoraModel(swin, LoraConfig(target_modules=["qkv"], exclude_modules=["qkv"]))
+
+    def test_an_empty_list_of_what_could_be_adapted_says_so(self):
+        with pytest.raises(TargetError, match=r"nothing is left to adapt.*Layers that could be adapted: none\."):
+            LoraModel(nn.Sequential(nn.Linear(2, 2)), LoraConfig(modules_to_save=["0"]))
+
     def test_a_tie_of_rank_patterns_is_an_error(self, swin, untouched):
         with untouched(swin), pytest.raises(TargetError, match=r"rank_pattern.*equally well"):
             LoraModel(swin, LoraConfig(rank_pattern={"attn.qkv": 2, "layers.0": 3}))

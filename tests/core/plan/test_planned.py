@@ -85,6 +85,22 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_name(about, fields, words)
         plan(model(site("up", 1, **about)), **fields)
 
 
+QUANTIZED = Weight(1, (8, 4), foreign="a library")
+
+
+@pytest.mark.parametrize("init", ["pissa", "lora_ga"])
+def test_an_init_that_needs_float_values_does_not_start_from_quantized_ones(init):
+    found = model(site("up", 1, weights={"weight": QUANTIZED}))
+    with pytest.raises(TargetError, match=rf"'up': .*quantized by a library already, so the init '{init}'"):
+        plan(found, init=init)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "eva"])
+def test_other_inits_start_from_quantized_values(init):
+    (layer,) = plan(model(site("up", 1, weights={"weight": QUANTIZED})), init=init).layers
+    assert layer.name == "up"
+
+
 def test_all_reasons_are_told_at_once():
     with pytest.raises(TargetError) as caught:
         plan(model(site("up", 1, scripted=True), site("down", 2, scripted=True)))
