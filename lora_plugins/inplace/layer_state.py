@@ -73,10 +73,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         if self.meanwhile == "in a block":
-            raise StateError(
-                f"{self.name!r} cannot be copied or pickled inside disable_adapter() or mixed_batch(): the copy would "
-                "never leave the block. Leave the `with` block first."
-            )
+            raise StateError(copy_in_block(self.name))
         return vars(self)
 
     @property
@@ -117,6 +114,14 @@ class LayerState:
             updates=updates,
             rescales=len(updates) == 1 and first.rescales and not self.weights,
         )
+
+
+def copy_in_block(name: str) -> str:
+    """Returns why a module cannot be copied or pickled for the time of a block."""
+    return (
+        f"{name!r} cannot be copied or pickled inside disable_adapter() or mixed_batch(): the copy would never leave "
+        "the block. Leave the `with` block first."
+    )
 
 
 def state_of(layer: nn.Module) -> LayerState | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.layer_state import copy_in_block
 
 _STATE = "_lora_row_twins"
 
@@ -26,13 +27,13 @@ class _Twins:
 
     Args:
         name: Its full name, for messages.
-        base_class: Its class outside of the block.
+        plain: A twin with the base's values, of the class that the module has outside of the block.
         each: The rows of each twin, and the twin.
         order: Where each row is once the outputs of all twins follow each other.
     """
 
     name: str
-    base_class: type[nn.Module]
+    plain: nn.Module
     each: tuple[tuple[Tensor, nn.Module], ...]
     order: Tensor
 
@@ -57,7 +58,8 @@ def mix_rows(modules: Mapping[str, nn.Module], rows: Sequence[str | None], value
 def unmix_rows(module: nn.Module) -> None:
     """Gives a module its own class back; nothing happens to one that has it."""
     if _STATE in module.__dict__:
-        module.__class__ = module.__dict__.pop(_STATE).base_class
+        plain: Any = module.__dict__.pop(_STATE).plain
+        module.__class__ = type(plain)
 
 
 def holders(modules: Mapping[str, nn.Module], wanted: Collection[int]) -> dict[str, nn.Module]:
@@ -87,7 +89,7 @@ def _twins(name: str, module: nn.Module, rows: Sequence[str | None], values: Map
             for owner, places in groups.items()
         )
         order = torch.tensor([at for places in groups.values() for at in places], device=device).argsort()
-    return _Twins(name, type(module), each, order)
+    return _Twins(name, _twin(module, {}, {}), each, order)
 
 
 def _twin(module: nn.Module, values: Values, made: dict[int, nn.Module]) -> nn.Module:
@@ -130,7 +132,17 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 def _row_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _refusing(name) for name in names}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": _run}
+    namespace |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce}
     return type(f"Rows{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
+
+
+def _extra_repr(module: nn.Module) -> str:
+    twins: _Twins = module.__dict__[_STATE]
+    return twins.plain.extra_repr()  # that of the base class may read the tensors
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    raise StateError(copy_in_block(module.__dict__[_STATE].name))
 
 
 def _refusing(name: str) -> property:

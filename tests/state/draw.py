@@ -119,7 +119,7 @@ def _plain(machine: Machine, mixing: bool) -> list[str]:
         for name, adapter in reference.adapters.items()
         if adapter.spec.variant == "lora"
         and not adapter.changes_base
-        and not (mixing and (adapter.values or not all_mix(reference, adapter)))
+        and not (mixing and not all_mix(reference, adapter))
     ]
 
 

@@ -242,11 +242,11 @@ class Reference:
             return {}
         return {name: adapter for adapter in self.active for name in self.adapters[adapter].values}
 
-    def value(self, name: str) -> Tensor:
-        """Returns what is in place of a tensor of the model."""
+    def value(self, name: str, row: str | None = None) -> Tensor:
+        """Returns what is in place of a tensor of the model; for a row of a mixed batch, given its adapter."""
         if name in self.merged_weights:
             return self.merged_weights[name]
-        owner = self.owners().get(name)
+        owner = row if row is not None and name in self.adapters[row].values else self.owners().get(name)
         return self.base[name] if owner is None else self.adapters[owner].values[name]
 
     def set_value(self, name: str, value: Tensor) -> None:
@@ -305,18 +305,20 @@ class Reference:
         return self._run(x, tokens, training, () if self.disabled else self.active)
 
     def _run_rows(self, x: Tensor, tokens: Tensor, rows: tuple[str | None, ...]) -> Result:
-        each = {row: self._run(x, tokens, False, () if row is None else (row,)) for row in dict.fromkeys(rows)}
+        each = {row: self._run(x, tokens, False, () if row is None else (row,), row) for row in dict.fromkeys(rows)}
         outputs = {
             block: torch.stack([each[row].outputs[block][at] for at, row in enumerate(rows)]) for block in self.blocks
         }
         return Result(outputs, {}, {}, max(result.size for result in each.values()))
 
-    def _run(self, x: Tensor, tokens: Tensor, training: bool, acting: tuple[str, ...]) -> Result:
+    def _run(
+        self, x: Tensor, tokens: Tensor, training: bool, acting: tuple[str, ...], row: str | None = None
+    ) -> Result:
         leaves: Leaves = {"input": x.detach().double().clone().requires_grad_()}
-        weights = self.effective(acting, leaves)
+        weights = self.effective(acting, leaves, row)
         buffers = {
-            name: (self.value(first).double() if self.value(first).is_floating_point() else self.value(first)).clone()
-            for name, first in self.first.items()
+            name: (value.double() if value.is_floating_point() else value).clone()
+            for name, value in ((name, self.value(first, row)) for name, first in self.first.items())
             if name not in weights and name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         }
         self.twin.train(training)
@@ -326,8 +328,14 @@ class Reference:
         size = max(float(weight.detach().abs().max()) for weight in weights.values())
         return Result(outputs, leaves, buffers, size)
 
-    def effective(self, acting: tuple[str, ...], leaves: Leaves) -> dict[str, Tensor]:
-        """Returns the weights of the twin with the updates of some adapters; notes the leaves they are made of."""
+    def effective(self, acting: tuple[str, ...], leaves: Leaves, row: str | None = None) -> dict[str, Tensor]:
+        """Returns the weights of the twin with the updates of some adapters; notes the leaves they are made of.
+
+        Args:
+            acting: The adapters.
+            leaves: Those that are there already; more are added.
+            row: The adapter of a row of a mixed batch.
+        """
 
         def leaf(name: str, tensor: Tensor) -> Tensor:
             if name not in leaves:
@@ -338,10 +346,11 @@ class Reference:
         for name, _ in self.twin.named_parameters(remove_duplicate=False):
             site = name.rpartition(".")[0]
             if name.endswith(".weight") and site in self.sites and self.is_computed(site):
-                magnitude, direction = (leaf(key, self.value(key)) for key in (f"{site}.{part}" for part in ORIGINALS))
+                originals = [f"{site}.{part}" for part in ORIGINALS]
+                magnitude, direction = (leaf(key, self.value(key, row)) for key in originals)
                 raw[name] = magnitude * direction / direction.norm(dim=1, keepdim=True)
             else:
-                raw[name] = leaf(self.first[name], self.value(self.first[name]))
+                raw[name] = leaf(self.first[name], self.value(self.first[name], row))
         weights = dict(raw)
         for adapter in acting:
             for slot in self.adapters[adapter].slots:

@@ -1,6 +1,7 @@
 """One batch whose rows have different adapters computes what each row would compute with its adapter alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -217,6 +218,40 @@ def test_a_head_that_shares_its_parameter_has_its_rows_there_too():
         mixed = model(x)
     for at, name in enumerate(["a", None, "b"]):
         torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+
+
+class Convolutional(nn.Module):
+    """Has a head whose class reads its bias to show itself, and a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Sequential(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[:, None])
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_head_by_rows_is_not_copied(copied):
+    lora = two(Convolutional())
+    with lora.mixed_batch(["a", None]) as model, pytest.raises(StateError, match=r"'head\.0' cannot be copied"):
+        copied(model.head)
+    copied(lora.model)
+
+
+def test_a_model_that_has_heads_by_rows_is_shown_and_planned():
+    lora = two(Convolutional())
+    shown, config = repr(lora.model.head), LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    planned = LoraModel.plan(lora.model, config)
+    with lora.mixed_batch(["a", None, "b"]) as model:
+        assert repr(model.head) == shown.replace("Conv1d", "RowsConv1d").replace("BatchNorm1d", "RowsBatchNorm1d")
+        assert LoraModel.plan(model, config) == planned
 
 
 def test_a_head_without_rows_is_refused():
