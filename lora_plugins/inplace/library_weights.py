@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_plugins.inplace.layer_state import base_class_of
+from lora_plugins.utils import ending
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,9 @@ def let_go(layer: nn.Module) -> None:
 @contextmanager
 def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
     """Gives a layer the class that its library made, which reads quantized weights, for the time of the block."""
-    cls: Any = type(layer)
-    layer.__class__ = base
-    try:
+    with ending(partial(setattr, layer, "__class__", type(layer))):
+        layer.__class__ = base
         yield
-    finally:
-        layer.__class__ = cls
 
 
 _HELD = "_lora_held_"

@@ -18,6 +18,7 @@ from lora_plugins.inplace.library_weights import foreign_kind
 from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.plugins import LazyWeights
+from lora_plugins.utils import ending
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
@@ -61,13 +62,15 @@ def frozen_statistics(layer: nn.Module) -> Iterator[None]:
     parametrizations = layer._modules.get("parametrizations")
     modules = [layer, *(parametrizations.modules() if parametrizations else ())]
     moving = [module for module in modules if module.training]
-    for module in moving:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module in moving:
             module.training = True
+
+    with ending(put_back):
+        for module in moving:
+            module.training = False
+        yield
 
 
 def weight_key(layer: nn.Module, name: str) -> int | None:

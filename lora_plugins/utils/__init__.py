@@ -7,6 +7,7 @@ from lora_plugins.utils.atomic_file import remove_leftovers, replace_file
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.constants import on_device
+from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
@@ -21,6 +22,7 @@ __all__ = [
     "autocast_dtype",
     "blocks_of",
     "check_regular",
+    "ending",
     "in_full",
     "lazily",
     "levels",

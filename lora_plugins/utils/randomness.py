@@ -5,10 +5,13 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_plugins.utils.ending import ending
 
 
 @contextmanager
@@ -29,7 +32,16 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
     kept = [(generator, generator.get_state()) for generator in (*generators, *_generators(loader))]
     python, others = random.getstate(), numpy.get_state() if numpy else None
     cpu = torch.get_rng_state()
-    try:
+
+    def put_back() -> None:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if numpy:
+            numpy.set_state(others)
+        for generator, state in kept:
+            generator.set_state(state)
+
+    with ending(put_back):
         # Not torch.manual_seed, which seeds every device, those too that are not restored.
         for generator in (torch.default_generator, *generators):
             generator.manual_seed(seed)
@@ -37,13 +49,6 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
         if numpy:
             numpy.seed(seed % 2**32)
         yield
-    finally:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if numpy:
-            numpy.set_state(others)
-        for generator, state in kept:
-            generator.set_state(state)
 
 
 def run_seed(name: str) -> int:
@@ -55,12 +60,9 @@ def run_seed(name: str) -> int:
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
     """Lets functions of torch that take no generator draw on the CPU as `generator`, freshly seeded, would."""
-    cpu = torch.get_rng_state()
-    try:
+    with ending(partial(torch.set_rng_state, torch.get_rng_state())):
         torch.default_generator.manual_seed(generator.initial_seed())
         yield
-    finally:
-        torch.set_rng_state(cpu)
 
 
 def _generators(loader: Any) -> Iterable[torch.Generator]:

@@ -1,5 +1,7 @@
 """Stops a call at one of its lines, and says what a model is, so that before and after can be told apart."""
 
+import gc
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,17 +45,20 @@ def traced(line: Callable[[FrameType], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def count_lines(call: Callable[[], object]) -> int:
-    """Carries out a call; returns how many lines it took."""
-    count = 0
-
-    def line(_: FrameType) -> None:
-        nonlocal count
-        count += 1
-
-    with traced(line):
+def passed(call: Callable[[], object]) -> list[str]:
+    """Carries out a call; returns the lines that it passed, as `file:number`."""
+    lines: list[str] = []
+    with traced(lambda frame: lines.append(_place(frame))):
         call()
-    return count
+    return lines
+
+
+def every_line(lines: list[str]) -> list[int]:
+    """Returns where each line was passed for the first time, for the last time, and once between."""
+    places: dict[str, list[int]] = {}
+    for at, line in enumerate(lines):
+        places.setdefault(line, []).append(at)
+    return sorted({times[i] for times in places.values() for i in (0, len(times) // 2, -1)})
 
 
 def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
@@ -70,7 +75,7 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
         nonlocal count, where
         count += 1
         if count == at + 1:
-            where = f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
+            where = _place(frame)
             raise error
 
     try:
@@ -81,6 +86,10 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
             raise
         return where, True
     return where, False
+
+
+def _place(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -109,6 +118,17 @@ def picture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Picture:
         "adapters": lora and sorted(lora.adapters),
         "active": lora and lora.active_adapters,
         "merged": lora and lora.merged_adapters,
+        "process": process(),
+    }
+
+
+def process() -> dict[str, Any]:
+    """Returns what belongs to no model, and is to be what it was."""
+    return {
+        "random numbers": (_bits(torch.get_rng_state()), torch.initial_seed(), random.getstate()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "collection": gc.isenabled(),
+        "default type": torch.get_default_dtype(),
     }
 
 

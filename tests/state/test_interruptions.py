@@ -12,8 +12,10 @@ from torch import nn
 
 from lora_plugins import LoraConfig, LoraError, LoraModel
 from lora_plugins.adapter import InitData
+from lora_plugins.inplace import frozen_statistics
+from lora_plugins.utils import own_randomness, seeded, without_collection
 from tests.state.checks import loss_of
-from tests.state.interrupted import count_lines, differences, picture, stopped
+from tests.state.interrupted import differences, every_line, passed, picture, process, stopped
 from tests.state.plugins import registry
 from tests.state.spec import Spec
 from tests.state.zoo import batch, build, sites
@@ -150,14 +152,13 @@ def check(scene, prepare, call, points):
     prepared = prepare(scene)
     before = picture(prepared, scene.inputs)
     model = copy.deepcopy(prepared)
-    lines = count_lines(lambda: call(scene, model))
+    lines = passed(lambda: call(scene, model))
     after = picture(model, scene.inputs)
     again = outcome(call, scene, model)
     base = picture(scene.unloaded(), scene.inputs)
     for at in points(lines):
         model = copy.deepcopy(prepared)
         where, raised = stopped(lambda model=model: call(scene, model), at)
-        assert torch.is_grad_enabled(), where
         found = picture(model, scene.inputs)
         is_before, is_after = raised and not differences(found, before), not differences(found, after)
         assert is_before or is_after, f"{where}: {differences(found, before)} of before, {differences(found, after)}"
@@ -171,8 +172,8 @@ def check(scene, prepare, call, points):
 @each
 def test_a_call_is_whole(name, call, tmp_path):
     def spread(lines):
-        step = max(1, lines // POINTS)
-        return range(len(name + call) % step, lines, step)
+        step = max(1, len(lines) // POINTS)
+        return range(len(name + call) % step, len(lines), step)
 
     check(Scene(name, tmp_path), *CALLS[call], spread)
 
@@ -181,7 +182,7 @@ def test_a_call_is_whole(name, call, tmp_path):
 @pytest.mark.timeout(3600)
 @each
 def test_a_call_is_whole_at_every_line(name, call, tmp_path):
-    check(Scene(name, tmp_path), *CALLS[call], range)
+    check(Scene(name, tmp_path), *CALLS[call], every_line)
 
 
 class Counting(nn.Module):
@@ -203,7 +204,7 @@ def test_a_forward_that_replaces_a_buffer_is_undone():
     def adapt(model):
         LoraModel(model, LoraConfig(r=1, init="lora_ga"), init_data=data)
 
-    for at in range(0, count_lines(lambda: adapt(Counting())), 5):
+    for at in range(0, len(passed(lambda: adapt(Counting()))), 5):
         model = Counting()
         seen = model.seen
         where, _ = stopped(lambda model=model: adapt(model), at)
@@ -216,12 +217,11 @@ def check_merge_for_good(scene, points):
     before = picture(prepared, scene.inputs)
     model = copy.deepcopy(prepared)
     options = {"max_error": 10, "dequantize": scene.spec.quantize is not None}
-    lines = count_lines(lambda: lora(model).merge_and_unload(**options))
+    lines = passed(lambda: lora(model).merge_and_unload(**options))
     after = picture(model, scene.inputs)
     for at in points(lines):
         model = copy.deepcopy(prepared)
         where, _ = stopped(lambda model=model: lora(model).merge_and_unload(**options), at)
-        assert torch.is_grad_enabled(), where
         with torch.no_grad():
             outputs = model(*scene.inputs)
         for block, output in outputs.items():
@@ -234,10 +234,33 @@ def check_merge_for_good(scene, points):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_merging_for_good_goes_on_where_it_was_stopped(name, tmp_path):
-    check_merge_for_good(Scene(name, tmp_path), lambda lines: range(0, lines, max(1, lines // (2 * POINTS))))
+    check_merge_for_good(Scene(name, tmp_path), lambda lines: range(0, len(lines), max(1, len(lines) // (2 * POINTS))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_merging_for_good_goes_on_from_every_line(name, tmp_path):
-    check_merge_for_good(Scene(name, tmp_path), range)
+    check_merge_for_good(Scene(name, tmp_path), every_line)
+
+
+ENDINGS = {
+    "own-randomness": lambda layer: own_randomness(3, layer),
+    "seeded": lambda _: seeded(torch.Generator().manual_seed(3)),
+    "without-collection": lambda _: without_collection(),
+    "frozen-statistics": frozen_statistics,
+}
+
+
+@pytest.mark.parametrize("block", ENDINGS.values(), ids=ENDINGS)
+def test_what_a_block_changes_is_put_back_wherever_it_is_stopped(block):
+    def run(layer):
+        with block(layer):
+            pass
+
+    for at in range(len(passed(lambda: run(nn.Linear(2, 2))))):
+        layer = nn.Linear(2, 2)
+        before = process()
+        where, raised = stopped(lambda layer=layer: run(layer), at)
+        assert raised, where
+        assert not differences({"process": process()}, {"process": before}), where
+        assert layer.training, where
