@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
@@ -80,6 +81,7 @@ def adapted_class(
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
+    namespace |= guards(base, weights)
     if extended_by is not None:
         namespace |= extended_by.class_attributes
     if has_branch:

@@ -1,0 +1,57 @@
+"""Weights of an adapted layer that somebody replaces or makes anew past the model, such as by fusing a norm into them.
+
+What is read there is the base's weight and the updates together, and what is written would be the base's: the updates
+would count twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.library_weights import as_its_own
+from lora_plugins.inplace.stored_class import resting_class
+
+RESETS = ("reset_parameters", "_reset_parameters")
+"""Methods by which layers of torch make their weights anew."""
+
+
+def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the methods of the class of adapted layers that refuse it.
+
+    Args:
+        base: The class of the untouched layer.
+        weights: Attribute names of the weights that answer with their effective value.
+    """
+
+    def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # Whoever shards parameters deletes the old one first.
+        if name in weights and layer._parameters.get(name) is not None:
+            raise StateError(_refusal(layer, repr(name), "assigned. Assign"))
+        nn.Module.register_parameter(layer, name, param)
+
+    def load(layer: nn.Module, *args: Any) -> None:
+        with as_its_own(layer, resting_class(layer)):
+            layer._load_from_state_dict(*args)
+
+    made: dict[str, Any] = {"register_parameter": register_parameter, "_load_from_state_dict": load}
+    return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
+
+
+def _refused(method: str, weights: tuple[str, ...]) -> Callable[[nn.Module], None]:
+    def refuse(layer: nn.Module) -> None:
+        raise StateError(_refusal(layer, listing(weights), f"made anew by {method}(). Call it for"))
+
+    refuse.__name__ = method
+    return refuse
+
+
+def _refusal(layer: nn.Module, what: str, done: str) -> str:
+    state = layer_state(layer)
+    return (
+        f"{what} of {state.name!r} is what the base and {listing(state.active or state.adapters)} give together, so it "
+        f"cannot be {done} the base's own inside disable_adapter(), or make what it is now the base's with "
+        "merge_and_unload()."
+    )
