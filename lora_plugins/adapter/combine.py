@@ -230,7 +230,7 @@ def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tu
     if kind in PRUNED:
         updates = torch.stack([term.B @ term.A for term in terms])
         factor = torch.tensor([term.weight for term in terms], dtype=torch.float64, device="cpu").view(-1, 1, 1)
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         exact = PRUNED[kind](updates.cpu(), factor, options["density"], generator)
     ranks = [term.A.shape[0] for term in terms]
     default = {"linear": full, "svd": max(ranks)}.get(kind, sum(ranks))

@@ -42,12 +42,21 @@ def test_exact_sums(case, kind, weights):
     torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["linear", "svd"])
+def test_no_rank_is_larger_than_that_of_the_weight(kind):
+    lora = two_adapters(lambda: nn.Linear(9, 3))
+    expected = update_of(lora, "a") + update_of(lora, "b")
+    assert lora.add_weighted_adapter(["a", "b"], [1, 1], "c", kind, **({"rank": 5} if kind == "svd" else {})) < 1e-12
+    assert lora.plans["c"].layers[0].r == 3
+    torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
 def test_weight_one_is_the_identity_and_opposites_cancel(kind):
     lora = two_adapters()
     lora.add_weighted_adapter(["a"], [1.0], "same", kind)
     torch.testing.assert_close(update_of(lora, "same"), update_of(lora, "a"), rtol=1e-12, atol=1e-13)
-    lora.add_weighted_adapter(["a", "a"], [1.0, -1.0], "none", kind)
+    assert lora.add_weighted_adapter(["a", "a"], [1.0, -1.0], "none", kind) == 0
     assert not update_of(lora, "none").any()
 
 

@@ -1,6 +1,7 @@
 """Merging writes what the law says, loses nothing in silence, and is taken back bit for bit."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_an_update_that_is_next_to_nothing_is_no_loss(dtype, scale):
     lora.merge_adapter()
     lora.unmerge_adapter()
     lora.merge_and_unload()
+
+
+@pytest.mark.parametrize(("base", "refused"), [(1e4, False), (1.0, True)], ids=["large", "small"])
+def test_what_is_next_to_nothing_is_told_by_the_weight(base, refused):
+    model = nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16)
+    nn.init.constant_(model[0].weight, base)
+    lora = adapt(model)
+    with torch.no_grad():
+        model[0].lora_B["default"].mul_(1e-4)
+    with pytest.raises(MergeError, match="would lose 100%") if refused else nullcontext():
+        lora.merge_adapter()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,9 +227,12 @@ def test_large_layers_in_float32_take_the_exact_update(make):
     assert layer.weight.stride() == stride
 
 
+@pytest.mark.parametrize("size", [1, 30], ids=["", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_error_is_right_where_the_factors_nearly_cancel(dtype):
+def test_the_error_is_right_where_the_factors_nearly_cancel(dtype, size):
     model = nn.Sequential(nn.Linear(64, 48))
+    with torch.no_grad():
+        model[0].weight.mul_(size**2)
     lora = adapt(model, alpha=2)
     for factor in (model[0].lora_A, model[0].lora_B):
         factor.to(dtype)
@@ -225,6 +240,8 @@ def test_the_error_is_right_where_the_factors_nearly_cancel(dtype):
     with torch.no_grad():
         A[1] = -A[0] + (1e-3 if dtype == torch.float32 else 1e-1) * A[1]
         B[:, 1] = B[:, 0]
+        A.mul_(size)
+        B.mul_(size)
     norm = torch.linalg.norm(B.detach().double() @ A.detach().double())
     weight = torch.linalg.norm(model[0]._parameters["weight"].detach().double())
     expected = torch.finfo(torch.float32).eps / 2 * float((weight + norm) / norm)

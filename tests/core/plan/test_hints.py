@@ -86,6 +86,11 @@ def test_of_many_linear_layers_all_linear_names_none():
         LoraModel.plan(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)]), LoraConfig(target_modules="all-linear"))
 
 
+def test_where_no_layer_is_linear_all_linear_names_none():
+    with pytest.raises(TargetError, match=r"convolutions too\.$"):
+        LoraModel.plan(nn.Sequential(nn.Conv1d(2, 2, 1)), LoraConfig(target_modules="all-linear"))
+
+
 @pytest.mark.parametrize("targets", [["query", "value"], ["q_proj", "v_proj"]], ids=["transformers", "others"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit", "swin_tiny_patch4_window7_224"])
 def test_the_words_of_guides_on_models_of_timm(name, targets):

@@ -1,0 +1,75 @@
+"""Layers that look newly initialized, behind adapted ones, that nobody trains."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.plan import forgotten_layers
+
+
+def trained(layer: nn.Module) -> nn.Module:
+    """Gives a layer the tails of values that training leaves, and a bias."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return layer
+
+
+def forgotten(*heads: nn.Module, bodies=3, new_bodies=0, **fields) -> list[str]:
+    torch.manual_seed(0)
+    body = [trained(nn.Linear(16, 16)) for _ in range(bodies)] + [nn.Linear(16, 16) for _ in range(new_bodies)]
+    model = nn.ModuleDict({"body": nn.Sequential(*body), "head": nn.Sequential(*heads)})
+    config = LoraConfig(r=1, target_modules=r"body\.\d+", **fields)
+    return forgotten_layers(model, LoraModel.plan(model, config))
+
+
+def zero_bias(layer: nn.Module) -> nn.Module:
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(lambda: nn.Linear(16, 8), id="linear"),
+        pytest.param(lambda: nn.Linear(64, 1, bias=False), id="one output"),
+        pytest.param(lambda: nn.Conv2d(16, 8, 3), id="convolution"),
+        pytest.param(lambda: zero_bias(trained(nn.Linear(16, 8))), id="bias of zeros"),
+        pytest.param(lambda: zero_bias(nn.Linear(4, 2)), id="bias of zeros, few values"),
+    ],
+)
+def test_a_new_head_is_named(head):
+    assert forgotten(head()) == ["head.0"]
+    assert forgotten(head(), modules_to_save=["head"]) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(lambda: trained(nn.Linear(16, 8)), id="trained"),
+        pytest.param(
+            lambda: nn.Linear(16, 8).requires_grad_(False).apply(lambda m: m.weight.data.mul_(0.5)), id="narrow"
+        ),
+        pytest.param(lambda: nn.Linear(16, 8).apply(lambda m: m.weight.data.mul_(1.5)), id="wide"),
+        pytest.param(lambda: nn.Linear(9, 7), id="63 values"),
+        pytest.param(lambda: nn.Linear(16, 8, device="meta"), id="no values"),
+        pytest.param(lambda: nn.Embedding(16, 8), id="another type"),
+    ],
+)
+def test_another_head_is_not(head):
+    torch.manual_seed(0)
+    assert forgotten(head()) == []
+
+
+def test_of_several_layers_those_that_are_new_are_named():
+    assert forgotten(nn.Linear(16, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 4)) == ["head.0", "head.2"]
+
+
+@pytest.mark.parametrize(("new", "named"), [(2, ["head.0"]), (3, []), (4, [])])
+def test_where_most_of_the_adapted_layers_are_new_nothing_is_said(new, named):
+    assert forgotten(nn.Linear(16, 8), new_bodies=new) == named
+
+
+def test_what_lies_before_the_last_adapted_layer_is_not_looked_at():
+    model = nn.Sequential(trained(nn.Linear(16, 16)), nn.Linear(16, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 8))
+    assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0", "2"]))) == ["3"]
