@@ -17,7 +17,7 @@ from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, Planned
 
 
 def pack(
-    model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None, *, of_first_base: bool = False
+    model: nn.Module, state: ModelState, adapter_name: str, registry: Registry | None, *, of_first_base: bool
 ) -> PackedAdapter:
     """Returns an adapter of a model as plain data. The tensors are the model's own, not copies.
 

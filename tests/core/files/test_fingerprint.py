@@ -18,6 +18,19 @@ def test_a_weight_is_itself(shape):
     assert same(fingerprint(weight), fingerprint(weight))
 
 
+def test_it_is_the_one_of_all_releases():
+    """Files hold it: this test changes with their format only."""
+    weight = (torch.arange(5000, dtype=torch.float64) * 0.7).sin().view(50, 100)
+    known = {
+        "norm": 49.99815051041328,
+        "dot0": 10.341446333286848,
+        "dot1": -5.514092319963071,
+        "dot2": 101.93074375596169,
+        "dot3": -29.088585249636246,
+    }
+    assert fingerprint(weight) == pytest.approx(known, rel=1e-12)
+
+
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
 def test_rounding_is_forgiven(shape, seed, dtype):

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.files import MANIFEST, PackedAdapter
+from lora_plugins.files.manifest import is_as_written
 from tests.core.file_cases import (
     QUICK,
     adapt,
@@ -66,7 +67,7 @@ class TestExactDifference:
             pytest.param(put(A, torch.ones(2, 7)), rf"'{A}' is \[2, 7\]; this model needs \[2, 6\]", id="shape of A"),
             pytest.param(put(B, torch.ones(6, 3)), rf"'{B}' is \[6, 3\]; this model needs \[6, 2\]", id="shape of B"),
             pytest.param(put(HEAD, torch.ones(4, 18)), rf"'{HEAD}' is \[4, 18\].*\[3, 18\]", id="shape of the head"),
-            pytest.param(put(A, torch.ones(2, 6, dtype=torch.int64)), f"'{A}'.*int64", id="type of A"),
+            pytest.param(put(A, torch.ones(2, 6, dtype=torch.int64)), f"'{A}'.*int64.*a floating one", id="type of A"),
             pytest.param(put(HEAD, torch.ones(3, 18, dtype=torch.bool)), f"'{HEAD}'.*bool", id="type of the head"),
             pytest.param(
                 lambda m, t: t.update({A: t[A].double()}), f"'{A}' is .*float64.*the manifest says.*float32",
@@ -253,6 +254,14 @@ class TestDamage:
     def test_a_manifest_that_is_none(self, folder, untouched, content):
         (folder / MANIFEST).write_bytes(content)
         refused(folder, untouched)
+
+    def test_an_entry_nested_too_deep_to_be_summed_up(self, folder):
+        """Between Python's limits to nesting in reading and in writing."""
+        nested: list = []
+        for _ in range(10_000):
+            nested = [nested]
+        assert is_as_written(manifest_of(folder))
+        assert not is_as_written({**manifest_of(folder), "more": nested})
 
     @pytest.mark.parametrize(
         "entry", ["adapter_name", "config", "layers", "tensors", "base", "changed", "file", "sha256"]
