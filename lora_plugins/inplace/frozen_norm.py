@@ -19,6 +19,10 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
     return base.train(module, False)
 
 
+def _keep_statistics(module: nn.Module) -> None:
+    """Takes the place of `reset_running_stats`, by which `update_bn` starts: no forward would count them again."""
+
+
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     return _rebuild, (module.__dict__[_BASE_CLASS],), module.__dict__
 
@@ -60,6 +64,8 @@ def thaw(module: nn.Module) -> None:
 @functools.cache
 def _frozen_class(base: Any) -> type[nn.Module]:
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "train": _train, "__reduce_ex__": _reduce}
+    if hasattr(base, "reset_running_stats"):
+        namespace["reset_running_stats"] = _keep_statistics
     return type(f"Frozen{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
 
 

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 
@@ -191,6 +192,21 @@ class TestNorm:
         model.train()
         assert model.head[0].training
         assert not model.norm.training
+
+    @pytest.mark.parametrize("averaged", [False, True], ids=["model", "average"])
+    def test_statistics_that_stand_still_are_not_counted_again(self, averaged):
+        """As torch's stochastic weight averaging does at its end."""
+        model = Net()
+        model.norm.running_mean.uniform_()
+        LoraModel(model, config(modules_to_save=["head"]))
+        model = AveragedModel(model) if averaged else model
+        inner = model.module if averaged else model
+        before = copy.deepcopy(inner.norm.state_dict())
+        update_bn([X, X], model.train())
+        assert same_bits(inner.norm.state_dict(), before)
+        with torch.no_grad():
+            features = inner.eval().body(inner.norm(inner.stem(X)).mean((2, 3)))
+        assert torch.allclose(inner.head[0].running_mean, features.mean(0), atol=1e-6)
 
     def test_copies_stay_frozen(self):
         model = Net()
