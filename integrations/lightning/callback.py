@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan
-from lora_plugins.adapter import model_state
+from lora_plugins.adapter import hold_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, near
 from lora_plugins.integrations.lightning.adapter_files import (
@@ -267,6 +267,7 @@ class LoraCallback(Callback):
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
+        hold_norms(target)  # those that Trainer(sync_batchnorm=True) has made
         if self.merge_on_fit_end or self.export_to is not None:
             check_mergeable(target, dequantize=self.dequantize)
         if trainer.is_global_zero:

@@ -20,8 +20,10 @@ from lora_plugins.inplace import (
     NamedModule,
     freeze,
     full_name,
+    has_statistics,
     hold,
     holders,
+    is_frozen,
     is_shard,
     layer_state,
     let_go,
@@ -267,6 +269,22 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
         )
 
 
+def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
+    """Checks that the norms which stand still are those of the base.
+
+    Raises:
+        StateError: If others have taken their places.
+    """
+    modules, still = model_modules(model), _still_norms(state)
+    moving = [e.name for e in modules if e.name in still and has_statistics(e.module) and not is_frozen(e.module)]
+    if moving:
+        raise StateError(
+            f"{listing(moving)} took the place of norms that stand still for the adapter {adapter!r}, and their "
+            "statistics, which it does not hold, may have moved. Replace norms before adapters are added, as by "
+            "convert_sync_batchnorm, or let them move: norm='track'."
+        )
+
+
 def apply_state(model: nn.Module, state: ModelState) -> None:
     """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
     modules = model_modules(model)
@@ -320,9 +338,18 @@ def _owners(state: ModelState) -> tuple[str, ...]:
     return () if state.blocks else state.active
 
 
-def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
+def hold_norms(model: nn.Module) -> None:
+    """Keeps norms still as well that have taken the place of those which stand still."""
+    _apply_norms(model_modules(model), present_state(model))
+
+
+def _still_norms(state: ModelState) -> set[str]:
     frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
-    keep = set.intersection(*frozen) if frozen else set()
+    return set.intersection(*frozen) if frozen else set()
+
+
+def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
+    keep = _still_norms(state)
     for entry in modules:
         if entry.name in keep:
             freeze(entry.module)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.adapter import ModelState, base_in_place, check_complete
+from lora_plugins.adapter import ModelState, base_in_place, check_complete, check_norms
 from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import origin
@@ -33,6 +33,7 @@ def pack(
         StateError: If a layer of it was replaced.
     """
     check_complete(model, state, adapter_name)
+    check_norms(model, state, adapter_name)
     adapter = state.adapters[adapter_name]
     plan = adapter.plan
     registry = registry or registry_of(plan.config)

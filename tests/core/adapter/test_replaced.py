@@ -53,3 +53,40 @@ def test_an_adapted_layer(call):
     lora.unload()
     assert torch.equal(new.weight, weight)
     assert type(lora.model[2]) is nn.Linear
+
+
+def convolutional(**fields) -> LoraModel:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval()
+    return LoraModel(model, LoraConfig(r=2, init="none", **fields), "a")
+
+
+REPLACED = {
+    "synchronized": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "another": lambda model: model.__setitem__(1, nn.BatchNorm1d(4)),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_norm_that_stands_still(replace):
+    lora = convolutional()
+    replace(lora.model)
+    with pytest.raises(StateError, match=r"'1' took the place of norms that stand still .*convert_sync_batchnorm"):
+        lora.pack("a")
+    lora.set_adapter("a")  # as any call, it makes them stand still
+    assert not lora.model.train()[1].training
+    lora.pack("a")
+    assert type(lora.unload()[1]) in (nn.SyncBatchNorm, nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_norm_that_moves(replace):
+    lora = convolutional(norm="track")
+    replace(lora.model)
+    lora.model[1].running_mean.fill_(3.0)
+    assert lora.pack("a").tensors["value/1.running_mean"].eq(3).all()
+
+
+def test_a_norm_without_statistics_in_its_place():
+    lora = convolutional()
+    lora.model[1] = nn.GroupNorm(2, 4)
+    lora.pack("a")

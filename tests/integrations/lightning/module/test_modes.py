@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
@@ -114,3 +116,21 @@ def test_modules_in_training_mode_are_in_it_after_all_runs(tmp_path, frozen, con
     trainer(tmp_path, [unmerged]).test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
     LoraModel(module).unload()
     assert all(child.training for child in module.modules())
+
+
+class Synchronize(Callback):
+    """Makes norms synchronized ones once the layers are adapted, as strategies do for `sync_batchnorm=True`."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.net = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.net)
+
+
+def test_norms_that_are_made_synchronized_stand_still_as_well(tmp_path):
+    module = Classifier()
+    module.net[1].running_mean.uniform_()
+    before = module.net[1].running_mean.clone()
+    run = trainer(tmp_path, [lora(), Synchronize()], max_epochs=1)
+    run.fit(module, loader(), loader())  # on a CPU, synchronized norms that count raise
+    assert isinstance(module.net[1], nn.SyncBatchNorm)
+    assert torch.equal(module.net[1].running_mean, before)
+    LoraModel(module).save_adapter(tmp_path / "adapter")
