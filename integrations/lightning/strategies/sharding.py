@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import stored_weights
+from lora_plugins.inplace import foreign_weights, stored_weights
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -111,10 +111,11 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
     name = type(trainer.strategy).__name__
     plan = LoraModel.plan(target, config)
     init = plan.init
-    if plan.stored or any(stored_weights(module) for module in target.modules()):
+    stored = [*plan.stored, *(f"{layer}.{key}" for layer, key in _quantized(target))]
+    if stored:
         raise StateError(
-            f"Weights that are stored in fewer bytes cannot be split over processes, as {name} does. Leave quantize "
-            "out, or use strategy='ddp'."
+            f"{listing(dict.fromkeys(stored), 3)} are stored in fewer bytes, and cannot be split over processes, as "
+            f"{name} does. Leave quantize out, or use strategy='ddp'."
         )
     if init.changes_base:
         raise StateError(f"The init {init.name!r} changes the base, which {name} would not keep. Choose another init.")
@@ -123,3 +124,12 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
             f"With {name} a module is adapted before a checkpoint is read, and the init {init.name!r} is no identity: "
             f"without a checkpoint, {trainer.state.fn} would give results of neither. Use strategy='ddp' here."
         )
+
+
+def _quantized(target: nn.Module) -> list[tuple[str, str]]:
+    """Returns layer and attribute name of the weights that are stored in fewer bytes already, by us or by others."""
+    return [
+        (name, key)
+        for name, module in target.named_modules()
+        for key in (*stored_weights(module), *foreign_weights(module))
+    ]

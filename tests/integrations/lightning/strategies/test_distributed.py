@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,6 +196,8 @@ class OnMeta(Sharded):
             super().__init__(**options)
 
 
+STORING = replace(CONFIG, target_modules=["net.0"], quantize="nf4", quantize_options={"min_size": 0})
+
 REFUSED = {
     "merge": (Sharded, {"merge_on_fit_end": True}, "ModelParallelStrategy splits.*Set 'merge_on_fit_end=False'"),
     "export": (Sharded, {"export_to": "x.safetensors"}, "ModelParallelStrategy splits.*export_to"),
@@ -206,6 +209,7 @@ REFUSED = {
         {"config": LoraConfig(r=2, target_modules=["net.0"], init="loftq")},
         "loftq",
     ),
+    "stored weights": (Sharded, {"config": STORING}, r"'net\.0\.weight' are stored in fewer bytes.*ModelParallelStra"),
     "init that learns from data": (
         Sharded,
         {"config": LoraConfig(r=2, target_modules=["net.0"], init="eva")},
@@ -297,3 +301,36 @@ def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, 
     strategy = FsdpOnCpu(process_group_backend="gloo", **options, **policy)
     with pytest.raises(StateError, match=message):
         trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=strategy).fit(NoNorm(), loader())
+
+
+def stored_by_us(module):
+    LoraModel(module, STORING).unload(dequantize=False)
+
+
+def stored_by_torchao(module):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(module.net[0], torchao.IntxWeightOnlyConfig(torch.int8))
+
+
+BEFORE = {
+    "now": (lambda module: None, STORING),
+    "before": (stored_by_us, CONFIG),
+    "torchao": (stored_by_torchao, CONFIG),
+}
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize(("store", "config"), BEFORE.values(), ids=BEFORE)
+def test_stored_weights_are_refused_by_fsdp_before_anything_is_touched(tmp_path, one_process, store, config, stage):
+    module = NoNorm()
+    store(module)
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in module.state_dict(keep_vars=True).items()}
+    classes = [type(each) for each in module.modules()]
+    strategy = FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded")
+    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], strategy=strategy)
+    with pytest.raises(StateError, match=r"'net\.0\.weight' are stored in fewer bytes, .* as FsdpOnCpu does"):
+        getattr(run, stage)(module, loader())
+    after = module.state_dict(keep_vars=True)
+    assert [type(each) for each in module.modules()] == classes
+    assert [*after] == [*before]
+    assert all(after[name] is not None and id(after[name]) == was for name, (was, _) in before.items())
