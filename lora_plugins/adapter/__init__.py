@@ -16,6 +16,7 @@ from lora_plugins.adapter.content import (
     initialize,
     new_stored_weights,
     slot_matrix,
+    to_store,
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
@@ -34,7 +35,16 @@ from lora_plugins.adapter.state import (
     present_state,
 )
 from lora_plugins.adapter.swap import swap
-from lora_plugins.adapter.transitions import ADAPTER_NAME, add, check_names, check_new, delete, set_active, unload
+from lora_plugins.adapter.transitions import (
+    ADAPTER_NAME,
+    add,
+    check_names,
+    check_new,
+    check_not_owned,
+    delete,
+    set_active,
+    unload,
+)
 from lora_plugins.adapter.whole import whole
 
 __all__ = [
@@ -63,6 +73,7 @@ __all__ = [
     "check_names",
     "check_new",
     "check_norms",
+    "check_not_owned",
     "check_shared",
     "close_state",
     "combine",
@@ -77,6 +88,7 @@ __all__ = [
     "set_active",
     "slot_matrix",
     "swap",
+    "to_store",
     "unload",
     "whole",
     "without_adapters",

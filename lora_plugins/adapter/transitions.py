@@ -6,7 +6,7 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -26,9 +26,10 @@ from lora_plugins.adapter.state import (
     adapted_layers,
     apply_state,
     close_state,
+    model_state,
     open_state,
 )
-from lora_plugins.errors import ConfigError, StateError, listing
+from lora_plugins.errors import ConfigError, StateError, TargetError, listing
 from lora_plugins.inplace import (
     RESERVED,
     StoredWeight,
@@ -36,6 +37,7 @@ from lora_plugins.inplace import (
     holder_of,
     layer_state,
     make_dense,
+    own_tensor,
     put_stored,
     strip_adapters,
 )
@@ -104,11 +106,13 @@ def add(
 
     Raises:
         MergeError: If its init or its storage would change a weight that a layer uses too which it does not adapt.
+        TargetError: If it would store a weight of which another adapter has a value of its own.
     """
     if plan.init.changes_base:
         check_shared(model, plan.weights())
     if new := to_store(model, plan):
         check_shared(model, by_layer(new))
+        check_not_owned(model, new)
     if stored is None:
         stored = new_stored_weights(model, plan, content)
     if changed is None:
@@ -120,6 +124,8 @@ def add(
     state = open_state(model)
     first = not state.adapters
     for name, weight in stored.items():
+        if name in state.requires_grad:  # another adapter has frozen the float weight
+            weight.was_trained = state.requires_grad[name]
         put_stored(*holder_of(model, name), weight)
     with without_collection():
         attach(model, plan, adapter, content)
@@ -128,6 +134,29 @@ def add(
     if first:
         state.active = (adapter,)
     apply_state(model, state)
+
+
+def check_not_owned(model: nn.Module, weights: Iterable[str]) -> None:
+    """Checks that no adapter has a value of its own of weights that are about to be stored.
+
+    Args:
+        model: The model.
+        weights: Their full names.
+
+    Raises:
+        TargetError: If one has, naming both: its float value would have no place any more.
+    """
+    state = model_state(model)
+    if state is None:
+        return
+    places = {id(own_tensor(model, name)): name for name in weights}
+    for adapter in state.adapters:
+        for name in state.values.of(adapter):
+            if found := places.get(id(own_tensor(model, name))):
+                raise TargetError(
+                    f"{found!r} cannot be stored in fewer bytes: the adapter {adapter!r} trains it in full "
+                    "(modules_to_save) or changed it. Quantize with the first adapter, or exclude the layer."
+                )
 
 
 def unload(model: nn.Module, state: ModelState, dequantize: bool | None) -> None:

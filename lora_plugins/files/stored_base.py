@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_plugins.adapter import AdapterContent, new_stored_weights
+from lora_plugins.adapter import AdapterContent, check_not_owned, new_stored_weights, to_store
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import checksum
 from lora_plugins.inplace import StoredWeight, full_name, model_modules, state_of, stored_weights
@@ -74,6 +74,7 @@ def new_checked(
         AdapterFileError: If one differs in a bit, or cannot be stored.
     """
     try:
+        check_not_owned(model, to_store(model, plan))
         new = new_stored_weights(model, plan, content, {name: _dtype(entry) for name, entry in entries.items()})
     except LoraError as error:
         raise AdapterFileError(f"The base cannot be stored as it was: {error}") from error

@@ -13,7 +13,7 @@ from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored,
 def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
     """Puts a stored weight in the place of a parameter, or of another stored weight."""
     layer._parameters[name] = None  # keeps its place among the others
-    layer._modules[name + SUFFIX] = stored
+    layer._modules[name + SUFFIX] = stored.train(layer.training)
     stored.succeeded_by(None)
     _refresh(layer)
 

@@ -120,7 +120,7 @@ class OwnParameter:
         floating: Whether its type is a floating one, and not only looks like one to its users.
         dtype: Its type.
         lazy: Whether it has no shape yet.
-        aliases: Its other full names, where modules share it.
+        aliases: Its other full names, where modules share it, or a module that has it has several names.
     """
 
     key: WeightKey
@@ -158,7 +158,7 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
     aliases: dict[int, list[str]] = {}
     for entry in modules:
         for key, parameter in entry.module._parameters.items():
-            aliases.setdefault(id(parameter), []).append(full_name(entry.name, key))
+            aliases.setdefault(id(parameter), []).extend(full_name(name, key) for name in entry.names)
     foreign = foreign_names(modules)
     return Survey(
         tuple(_site(entry, registry, entry.name in foreign) for entry in modules),

@@ -103,7 +103,8 @@ def check_state(model: Zoo, reference: Reference) -> None:
     if wrong:
         raise DivergenceError("modes", f"{wrong} are not in the mode asked for (training={reference.training})")
     if not reference.adapters:
-        left = [name for name, module in model.named_modules() if type(module).__name__.startswith(("Lora", "Frozen"))]
+        classes = ("Lora", "Frozen") if reference.stored else ("Lora", "Frozen", "Stored")
+        left = [name for name, module in model.named_modules() if type(module).__name__.startswith(classes)]
         left += [name for name, module in model.named_modules() if any("_lora" in key for key in vars(module))]
         left += [key for key in ("_forward_pre_hooks", "_load_state_dict_pre_hooks") if getattr(model, key)]
         _same("left over after unloading", left, [])

@@ -48,7 +48,9 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
     reference = machine.reference
     known = list(reference.sites)
     sites = tuple(site for site in known if random.random() < 0.75) or (random.choice(known),)
-    saved = [name for name in saves(machine.model) if random.random() < 0.2]
+    stored = any(f"{site}.{t}" in reference.stored for site in sites for t in reference.sites[site].tensors.values())
+    kept = {name.rpartition(".")[0] for name in reference.stored}
+    saved = [name for name in saves(machine.model) if random.random() < (0.02 if name in kept else 0.2)]
     sites = tuple(site for site in sites if not any(f"{site}.".startswith(f"{root}.") for root in saved)) or sites
     fused = [site for site in sites if reference.sites[site].parts]
     columns = any(reference.sites[group[0]].columns for group in reference.groups(sites))
@@ -57,7 +59,8 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
     odd = random.random() < 0.05  # of a spec that may have to be refused
     one = random.choice(sites)
     changing = random.choice(("pissa", "olora", "loftq"))
-    init = random.choice(("kaiming", "gaussian", "orthogonal", "none", "none", changing))
+    inits = ("kaiming", "gaussian", "orthogonal", "none", "none", changing)
+    init = random.choice(inits if odd or not stored else inits[:-1])
     ranks = (2, 4) if init == "orthogonal" and not odd else (1, 2, 3, 5)
     return Spec(
         sites=(*sites, "nowhere") if random.random() < 0.02 else sites,
@@ -74,7 +77,17 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
         variant=random.choice(("lora", "lora", "dora", "gated")) if odd or not columns else "lora",
         norm=random.choice(("freeze", "freeze", "freeze", "track")),
         memory=random.choice(("normal", "low")),
+        quantize=_storage(random, machine),
     )
+
+
+def _storage(random: Random, machine: Machine) -> str | None:
+    """Now and then a stored base; once there is one, mostly the same."""
+    reference = machine.reference
+    if random.random() > (0.2 if reference.stored or not reference.adapters else 0.05):
+        return None
+    present = [stored.storage for stored in reference.stored.values()]
+    return random.choice(("nf4", "int8", *4 * present))
 
 
 def _adapter(random: Random, machine: Machine) -> str:
@@ -151,7 +164,11 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     "set": _set,
     "delete": lambda random, machine: {"name": _adapter(random, machine)},
     "merge": _merge,
-    "merge_and_unload": lambda random, machine: {"max_error": random.choice((0.1, 1e9))},
+    "unload": lambda random, machine: {"dequantize": random.choice((None, False, False, True))},
+    "merge_and_unload": lambda random, machine: {
+        "max_error": random.choice((0.1, 1e9)),
+        "dequantize": random.random() < 0.3,
+    },
     "mixed": _mixed,
     "mode": lambda random, machine: {"training": random.random() < 0.5},
     "forward": lambda random, machine: {"of_input": random.random() < 0.5},

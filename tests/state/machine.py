@@ -4,6 +4,7 @@ A call is a generator: up to its `yield` it calls lora_plugins, which may refuse
 """
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
@@ -21,6 +22,7 @@ from tests.state.plugins import registry
 from tests.state.reference import ORIGINALS, Adapter, PlannedSlot, Reference, fresh, row_norms
 from tests.state.rules import MaybeError, Saved, Step, errors_of
 from tests.state.spec import Spec
+from tests.state.stored import Stored, not_nearest
 from tests.state.zoo import batch, build
 
 Call = Iterator[None]
@@ -34,6 +36,14 @@ READS = frozenset({"save", "snap", "mode", "copy", "look"})
 
 BLOCKS = frozenset({"disable", "mixed", "close"})
 """The calls that open and end blocks, after which all is what it was before."""
+
+
+REFUSED_BACKWARDS = (
+    "modified by an inplace operation",
+    "would give no gradient",
+    "was changed between a forward and its backward",
+)
+"""What an error about a tensor that has changed says."""
 
 
 @dataclass
@@ -146,7 +156,7 @@ class Machine:
 
     def _check_objects(self) -> None:
         """An optimizer holds parameters: as long as a name is there, it means the same one."""
-        objects = dict(self.model.named_parameters())
+        objects = {name: p for name, p in self.model.named_parameters() if "_stored." not in name}
         other = [name for name, parameter in self.objects.items() if objects.get(name, parameter) is not parameter]
         if other:
             raise DivergenceError("identity", f"{other} are other parameters than before")
@@ -179,13 +189,15 @@ class Machine:
         """Reads what an init gave, and checks what it promises."""
         base = self.reference.base
         self._read_factors(name, adapter)
+        if adapter.spec.quantize:
+            self._store(adapter)
         adapter.values = {key: base[key].clone() for key in (*adapter.trained, *adapter.buffers)}
         identity = adapter.spec.init in IDENTITIES
         for slot in adapter.slots:
             product = slot.scaling * adapter.tensors[slot.key("B")].double() @ adapter.tensors[slot.key("A")].double()
             if identity:
                 checks.near("init", slot.site, product, torch.zeros_like(product), checks.tolerance(torch.float32))
-            if adapter.changes_base:
+            if adapter.changes_base and self.reference.first[slot.weight] not in self.reference.stored:
                 self._changed_base(adapter, slot, product)
         for slot in adapter.slots:
             self._first_own(adapter, slot)
@@ -201,6 +213,28 @@ class Machine:
                 expected = torch.promote_types(self.dtype, torch.float32)
                 if adapter.tensors[key].dtype != expected:
                     raise DivergenceError("type", f"{key}.{name} is {adapter.tensors[key].dtype}, expected {expected}")
+
+    def _store(self, adapter: Adapter) -> None:
+        """Reads what is stored of an adapter's weights from now on, and checks that it is as near as it can be."""
+        reference = self.reference
+        wanted: dict[str, Tensor] = {}
+        for name in reference.weights_of(adapter.spec.sites):
+            if name not in reference.stored:
+                wanted[name] = reference.base[name].double().clone()
+        for slot in adapter.slots if adapter.spec.init in ("pissa", "olora") else ():
+            A, B = (adapter.tensors[slot.key(factor)].double() for factor in "AB")
+            slot.matrix(wanted[reference.first[slot.weight]]).sub_(slot.scaling * B @ A)
+        for name, value in wanted.items():
+            reference.store(name, self._stored(name, adapter.spec.quantize, value, reference.base[name]))
+
+    def _stored(self, name: str, storage: str, wanted: Tensor, source: Tensor, exact: bool = True) -> Stored:
+        found = self.model.state_dict()
+        tensors = {key: found.get(f"{name}_stored.{key}") for key in ("codes", "scale_codes", "scale_maxima")}
+        if any(tensor is None for tensor in tensors.values()):
+            raise DivergenceError("state dict keys", f"{name} is not stored")
+        if reason := not_nearest(storage, tensors, wanted):
+            raise DivergenceError("stored value", f"{name}: {reason}")
+        return Stored(storage, {key: tensor.clone() for key, tensor in tensors.items()}, source.clone(), exact)
 
     def _changed_base(self, adapter: Adapter, slot: PlannedSlot, product: Tensor) -> None:
         name = self.reference.first[slot.weight]
@@ -247,16 +281,30 @@ class Machine:
         del reference.adapters[name]
         reference.active = tuple(other for other in reference.active if other != name)
 
-    def unload(self) -> Call:
-        self.handle.unload()
+    def unload(self, dequantize: bool | None = None) -> Call:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            self.handle.unload(**({} if dequantize is None else {"dequantize": dequantize}))
         yield
+        warned = [str(each.message) for each in told if "stay stored as" in str(each.message)]
+        if bool(warned) != (dequantize is None and bool(self.reference.stored)):
+            raise DivergenceError("warning", f"unload(dequantize={dequantize}) says {warned}")
         self._emptied()
+        if dequantize:
+            self._made_dense()
+
+    def _made_dense(self) -> None:
+        """Takes over the bits of the dense values, which the reference knows up to rounding."""
+        reference = self.reference
+        dense = {name: reference.base[name].double() for name in reference.stored}
+        reference.stored = {}
+        self._take_weights(self.model.state_dict(), dense, reference.base)
 
     def _emptied(self) -> None:
         reference = self.reference
         reference.adapters, reference.active, reference.merged, reference.merged_weights = {}, (), (), {}
 
-    def merge_and_unload(self, max_error: float = 0.1) -> Call:
+    def merge_and_unload(self, max_error: float = 0.1, dequantize: bool = False) -> Call:
         reference = self.reference
         acting = reference.active
         unmerged = tuple(name for name in acting if name not in reference.merged)
@@ -265,11 +313,23 @@ class Machine:
         sites = {slot.site for name in acting for slot in reference.adapters[name].slots}
         computed = {f"{site}.weight": None for site in sorted(sites) if reference.is_computed(site)}
         weights = reference.effective(acting, {})
-        self.handle.merge_and_unload(max_error=max_error)
+        merged_before = dict(reference.merged_weights)
+        options = {"dequantize": True} if dequantize else {}
+        self.handle.merge_and_unload(max_error=max_error, **options)
         yield
         found = self.model.state_dict()
         self._emptied()
-        reference.base = in_place
+        again = {
+            name: expected.pop(name, value).double()
+            for name, value in ({} if dequantize else merged_before | expected).items()
+            if name in reference.stored
+        }
+        for name, value in again.items():
+            self._store_again(name, value, max_error)
+        reference.base = in_place | {name: reference.base[name] for name in again}
+        if dequantize:
+            expected |= {name: in_place[name].double() for name in reference.stored.keys() - expected.keys()}
+            reference.stored = {}
         for weight in computed:
             if weight not in found:
                 raise DivergenceError("state dict keys", f"{weight} is still computed")
@@ -277,10 +337,21 @@ class Machine:
                 del reference.base[f"{weight.removesuffix('.weight')}.{part}"]
             expected[weight] = weights[weight]
         reference.make_plain(computed)
-        reference.read_structure(self.model)
         required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         reference.requires_grad |= {name: required[name] for name in computed}
         self._take_weights(found, expected, reference.base)
+        reference.read_structure(fresh(self.blocks, reference.base, reference.plain, {}))
+
+    def _store_again(self, name: str, merged: Tensor, max_error: float) -> None:
+        """A merged value that is stored again, which may lose what was allowed."""
+        reference = self.reference
+        before = reference.stored[name]
+        after = self._stored(name, before.storage, merged, merged.to(before.source.dtype), exact=False)
+        lost = float((after.dense().double() - merged).norm())
+        update = float((merged - reference.base[name].double()).norm())
+        if lost > max_error * update * 1.01 + checks.tolerance(self.dtype) * (1 + float(merged.norm())):
+            raise DivergenceError("merge for good", f"{name} loses {lost:.3g} of an update of {update:.3g}")
+        reference.store(name, after)
 
     # Acting
 
@@ -313,10 +384,16 @@ class Machine:
     def _take_weights(self, found: dict[str, Tensor], expected: dict[str, Tensor], into: dict[str, Tensor]) -> None:
         """Compares merged weights, and takes over their bits."""
         for name, weight in expected.items():
-            if found[name].dtype != self.dtype:
-                raise DivergenceError("type", f"merged {name} is {found[name].dtype}, expected {self.dtype}")
-            checks.near("merged weight", name, found[name], weight, checks.tolerance(self.dtype))
-            into[name] = found[name].clone()
+            tensor = self._read(name) if name in self.reference.stored else found[name]
+            if tensor.dtype != self.dtype:
+                raise DivergenceError("type", f"merged {name} is {tensor.dtype}, expected {self.dtype}")
+            checks.near("merged weight", name, tensor, weight, checks.tolerance(self.dtype))
+            into[name] = tensor.clone()
+
+    def _read(self, name: str) -> Tensor:
+        """What a stored weight is while something is merged, which is not in the state dict."""
+        layer, _, tensor = name.rpartition(".")
+        return getattr(self.model.get_submodule(layer), tensor).detach()
 
     def unmerge(self) -> Call:
         self.handle.unmerge_adapter()
@@ -450,7 +527,7 @@ class Machine:
         try:
             pending.loss.backward()
         except RuntimeError as error:
-            said = any(words in str(error) for words in ("modified by an inplace operation", "would give no gradient"))
+            said = any(words in str(error) for words in REFUSED_BACKWARDS)
             if not said or self._is_as_at(pending):
                 raise DivergenceError("backward raised", f"{type(error).__name__}: {error}") from error
             return
@@ -523,15 +600,27 @@ class Machine:
         yield
         reference = self.reference
         name = reference.active[0] if name is None else name
-        base = {key: tensor.clone() for key, tensor in reference.base.items()}
-        self.saved[slot] = Saved(name, deepcopy(reference.adapters[name]), base, reference.plain)
+        base = {key: tensor.clone() for key, tensor in reference.sources().items()}
+        stored = dict(reference.stored)
+        self.saved[slot] = Saved(name, deepcopy(reference.adapters[name]), base, reference.plain, stored)
 
     def load(self, slot: int, name: str | None) -> Call:
         found = self.saved[slot]
         handle = self.kind.load_adapter(self.model, self.folder / str(slot), name, registry=registry())
         yield
         self.lora = self.lora or handle
+        self._store_loaded(found)
         self._join(found.name if name is None else name, deepcopy(found.adapter))
+
+    def _store_loaded(self, found: Saved) -> None:
+        """A file stores the base again, to the same bits."""
+        reference = self.reference
+        for name, there in found.stored.items():
+            if name not in reference.stored:
+                here = self._stored(name, there.storage, there.dense().double(), reference.base[name], there.exact)
+                if not here.same_bits(there):
+                    raise DivergenceError("stored bits", f"{name} is not what the file was saved on")
+                reference.store(name, here)
 
     def move(self, slot: int) -> Call:
         """Loads a saved adapter onto a new model with the base that it was saved on, and goes on with that."""
@@ -546,6 +635,7 @@ class Machine:
         plain = fresh(self.blocks, found.base, found.plain, self.reference.requires_grad)
         self.reference = Reference(plain, self.blocks, found.plain)
         self.reference.training = training
+        self._store_loaded(found)
         self._join(found.name, deepcopy(found.adapter))
 
     def load_base(self, seed: int | None) -> Call:
@@ -561,7 +651,11 @@ class Machine:
                 for name, tensor in other.state_dict().items():
                     tensor.copy_(source[name] if name in source else torch.full_like(tensor, 0.1))
             base = {reference.first[name]: tensor.clone() for name, tensor in other.state_dict().items()}
-        self.model.load_state_dict({name: base[first] for name, first in reference.first.items()})
+        base |= {name: reference.base[name] for name in reference.stored}
+        here = self.model.state_dict()
+        stored = {key: here[key] for key in here if "_stored." in key}
+        dense = {name: base[first] for name, first in reference.first.items() if first not in reference.stored}
+        self.model.load_state_dict(dense | stored)
         yield
         reference.base = base
 
@@ -575,7 +669,7 @@ class Machine:
     def _structure(self) -> object:
         reference = self.reference
         adapters = [(name, id(adapter)) for name, adapter in reference.adapters.items()]
-        return adapters, reference.active, reference.plain
+        return adapters, reference.active, reference.plain, sorted(reference.stored)
 
     def load_own(self) -> Call:
         """Loads the state dict that was kept, if the model has the same adapters, and the same active ones."""
@@ -588,6 +682,7 @@ class Machine:
         yield
         if then is None:
             return
+        self.reference.stored = dict(then.stored)
         for name in self.reference.base:
             self.reference.set_value(name, then.value(name).clone())
         for name, adapter in self.reference.adapters.items():

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from tests.state.spec import CHANGING, Spec
+from tests.state.stored import Stored
 from tests.state.zoo import Site, Zoo, build, sites
 
 ORIGINALS = ("parametrizations.weight.original0", "parametrizations.weight.original1")
@@ -135,6 +136,7 @@ class Reference:
         self.base = {self.first[name]: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.norms = [name[: -len(".running_mean")] for name in self.base if name.endswith(".running_mean")]
+        self.stored: dict[str, Stored] = {}
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.weights: dict[str, float] = {}
@@ -249,6 +251,20 @@ class Reference:
         owner = row if row is not None and name in self.adapters[row].values else self.owners().get(name)
         return self.base[name] if owner is None else self.adapters[owner].values[name]
 
+    def weights_of(self, layers: Iterable[str]) -> dict[str, str]:
+        """Returns the weights of some layers, each with one of the layers; a computed one under its own name."""
+        named = {f"{site}.{tensor}": site for site in layers for tensor in self.sites[site].tensors.values()}
+        return {self.first.get(name, name): site for name, site in named.items()}
+
+    def store(self, name: str, stored: Stored) -> None:
+        """Notes that a weight is stored from now on: its dense value is the base's."""
+        self.stored[name] = stored
+        self.base[name] = stored.dense()
+
+    def sources(self) -> dict[str, Tensor]:
+        """Returns the tensors of a float model that files of this one load on."""
+        return self.base | {name: stored.source for name, stored in self.stored.items()}
+
     def set_value(self, name: str, value: Tensor) -> None:
         """Notes that what is in place of a tensor has changed."""
         owner = self.owners().get(name)
@@ -256,7 +272,12 @@ class Reference:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns what the model's state dict has to be."""
-        found = {name: self.value(first) for name, first in self.first.items()}
+        found: dict[str, Tensor] = {}
+        for name, first in self.first.items():
+            if first in self.stored:
+                found |= {f"{name}_stored.{key}": value for key, value in self.stored[first].tensors.items()}
+            else:
+                found[name] = self.value(first)
         for name, adapter in self.adapters.items():
             for slot in adapter.slots:
                 for factor in self.factors(adapter):
@@ -272,7 +293,8 @@ class Reference:
     def trainable_names(self) -> set[str]:
         """Returns the names of the parameters that require a gradient."""
         if not self.adapters:
-            return {name for name, required in self.requires_grad.items() if required and name in self.parameters}
+            known = set(self.parameters) - self.stored.keys()
+            return {name for name, required in self.requires_grad.items() if required and name in known}
         if not self.trainable:
             return set()
         acting = [name for name in self.active if name not in self.merged]
@@ -409,7 +431,10 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 
 def fresh(
-    blocks: tuple[str, ...], base: Mapping[str, Tensor], plain: frozenset[str], required: Mapping[str, bool]
+    blocks: tuple[str, ...],
+    base: Mapping[str, Tensor],
+    plain: frozenset[str],
+    required: Mapping[str, bool],
 ) -> Zoo:
     """Makes an untouched model with these values."""
     dtype = next(tensor.dtype for tensor in base.values() if tensor.is_floating_point())

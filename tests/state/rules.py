@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from lora_plugins import AdapterFileError, ConfigError, LoraError, MergeError, StateError, TargetError
-from tests.state.reference import Adapter, Reference
+from tests.state.reference import Adapter, PlannedSlot, Reference
 from tests.state.spec import CHANGING, Spec
+from tests.state.stored import Stored
 
 THIRD_PARTY = "bilinear.form"
 """The layer of a third party's type, whose branch does not take the matrix of a variant."""
@@ -49,6 +50,7 @@ class Saved:
     adapter: Adapter
     base: dict[str, torch.Tensor]
     plain: frozenset[str]
+    stored: dict[str, Stored] = field(default_factory=dict)
 
 
 Errors = Iterator[type[LoraError]]
@@ -113,6 +115,29 @@ def _plans(reference: Reference, spec: Spec) -> Errors:
         yield TargetError  # its branch does not take the matrix of a variant, so dropout has no place to act
     if spec.init in CHANGING and any(reference.is_computed(slot.site) for slot in adapter.slots):
         yield TargetError
+    yield from _stores(reference, spec, adapter)
+
+
+def _stores(reference: Reference, spec: Spec, adapter: Adapter) -> Errors:
+    """What stands against storing weights, and against training or replacing those that are stored."""
+    if reference.stored.keys() & set(adapter.trained):
+        yield TargetError
+    updated = {reference.first.get(slot.weight) for slot in adapter.slots}
+    if spec.init in CHANGING and updated & reference.stored.keys():
+        yield TargetError  # it cannot start from the float value, which is gone
+    adapted = {site for other in reference.adapters.values() for site in other.spec.sites}
+    for weight in reference.weights_of(spec.sites) if spec.quantize else ():
+        present = reference.stored.get(weight)
+        holders = {site for site in spec.sites if weight in reference.weights_of([site])}
+        if present is not None and present.storage != spec.quantize:
+            yield TargetError
+        if present is None and (adapted & holders or any(reference.is_computed(site) for site in holders)):
+            yield TargetError  # an adapter was trained on its float value
+
+
+def _owned(reference: Reference, weight: str) -> bool:
+    """Whether an adapter has a value of its own of a weight."""
+    return any(weight in adapter.values for adapter in reference.adapters.values())
 
 
 def _starts(reference: Reference, spec: Spec) -> Errors:
@@ -124,6 +149,25 @@ def _starts(reference: Reference, spec: Spec) -> Errors:
         yield TargetError  # it splits the rank in two
     if spec.init in CHANGING and any(reference.sharing(slot) - set(slot.targets) for slot in slots):
         yield MergeError
+    new = reference.weights_of(spec.sites).keys() - reference.stored.keys() if spec.quantize else set()
+    if {name for name, first in reference.first.items() if first in new} - _names(reference, spec):
+        yield MergeError
+    if any(_owned(reference, name) for name in new):
+        yield TargetError
+
+
+def _names(reference: Reference, spec: Spec) -> set[str]:
+    """All names of the weights of the layers of a spec."""
+    return {
+        f"{alias}.{tensor}"
+        for site in spec.sites
+        for tensor in reference.sites[site].tensors.values()
+        for alias in reference.aliases[site]
+    }
+
+
+def _is_stored(reference: Reference, slot: PlannedSlot) -> bool:
+    return reference.first.get(slot.weight) in reference.stored
 
 
 def _set(
@@ -209,14 +253,17 @@ def _unmerge(reference: Reference, saved: Any) -> Errors:
         yield StateError
 
 
-def _unload(reference: Reference, saved: Any) -> Errors:
+def _unload(reference: Reference, saved: Any, **_: Any) -> Errors:
     yield from _idle(reference, merged=False)
     yield from _known(reference)
 
 
-def _merge_and_unload(reference: Reference, saved: Any, **_: Any) -> Errors:
+def _merge_and_unload(reference: Reference, saved: Any, dequantize: bool = False, **_: Any) -> Errors:
     yield from _unload(reference, saved)
     yield from _writes(reference, tuple(name for name in reference.active if name not in reference.merged))
+    acting = [reference.adapters[name] for name in reference.active]
+    if not dequantize and any(_is_stored(reference, slot) for adapter in acting for slot in adapter.slots):
+        yield MaybeError  # what is lost by storing it again is judged where it was allowed
 
 
 def _disable(reference: Reference, saved: Any) -> Errors:
@@ -296,8 +343,33 @@ def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | 
         yield AdapterFileError
         yield MaybeError
         return
+    yield from _same_stored(reference, found)
     for weight in {slot.weight for slot in found.adapter.slots}:
-        yield from _same_base(reference, found, weight)
+        if reference.first.get(weight) not in found.stored:
+            yield from _same_base(reference, found, weight)
+
+
+def _same_stored(reference: Reference, found: Saved) -> Errors:
+    """A file holds how the base was stored, and a sum of it."""
+    if reference.stored.keys() - found.stored.keys():
+        yield AdapterFileError
+    for name, there in found.stored.items():
+        here = reference.stored.get(name)
+        if here is not None and not (here.storage == there.storage and here.same_bits(there)):
+            yield AdapterFileError
+        if here is None and _owned(reference, name):
+            yield AdapterFileError
+        if here is None and any(name in slot.targets for a in reference.adapters.values() for slot in a.slots):
+            yield AdapterFileError
+        if here is None and not (there.exact and torch.equal(reference.base[name], there.source)):
+            yield AdapterFileError
+            yield MaybeError  # other values may be stored as the same
+
+
+def _move(reference: Reference, saved: dict[int, Saved], slot: int) -> Errors:
+    if not all(stored.exact for stored in saved[slot].stored.values()):
+        yield AdapterFileError
+        yield MaybeError  # of the float value, from which a merge for good made others, nothing was kept
 
 
 def _same_base(reference: Reference, found: Saved, weight: str) -> Errors:
@@ -337,6 +409,7 @@ _RULES: dict[str, Callable[..., Errors]] = {
     "combine": _combine,
     "save": _save,
     "load": _load,
+    "move": _move,
     "load_base": _load_base,
     "load_own": _load_own,
 }

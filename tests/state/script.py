@@ -30,8 +30,10 @@ _LINES: dict[str, Callable[..., str]] = {
     "delete": lambda name: f"lora.delete_adapter({name!r})",
     "merge": lambda names, max_error=0.1: f"lora.merge_adapter({names!r}, max_error={max_error})",
     "unmerge": lambda: "lora.unmerge_adapter()",
-    "unload": lambda: "lora.unload()",
-    "merge_and_unload": lambda max_error=0.1: f"lora.merge_and_unload(max_error={max_error})",
+    "unload": lambda dequantize=None: f"lora.unload(dequantize={dequantize})",
+    "merge_and_unload": lambda max_error=0.1, dequantize=False: (
+        f"lora.merge_and_unload(max_error={max_error}, dequantize={dequantize})"
+    ),
     "disable": lambda: "contexts.append(lora.disable_adapter()); contexts[-1].__enter__()",
     "mixed": lambda rows: f"contexts.append(lora.mixed_batch({list(rows)!r})); contexts[-1].__enter__()",
     "close": lambda: "contexts.pop().__exit__(None, None, None)",

@@ -66,7 +66,7 @@ class Spec:
             "modules_to_save": list(self.saves),
             "fused_parts": {_exactly(name): list(parts) for name, parts in self.parts.items()},
             "init": self.init,
-            "init_options": {"bits": 8} if self.init == "loftq" else {},
+            "init_options": {"bits": 8} if self.init == "loftq" and self.quantize is None else {},
             "variant": self.variant,
             "norm": self.norm,
             "memory": self.memory,

@@ -34,8 +34,8 @@ class ChangesWhenRefused(LoraModel):
 
 
 class UnloadsFrozen(LoraModel):
-    def unload(self):
-        return super().unload().requires_grad_(False)
+    def unload(self, **options):
+        return super().unload(**options).requires_grad_(False)
 
 
 class UnmergesAlmost(LoraModel):

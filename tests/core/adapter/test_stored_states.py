@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraError, LoraModel
+from lora_plugins import AdapterFileError, LoraConfig, LoraError, LoraModel, TargetError
 from lora_plugins.inplace import all_stored, make_dense
 
 
@@ -158,3 +158,53 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(stored(INDEX), dense(INDEX))
         stored(INDEX).float().sum().backward()
+
+
+def two(*, tied=False):
+    """Two layers of one size, in eval mode; with one weight, if asked for."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}).eval()
+    if tied:
+        model["b"].weight = model["a"].weight
+    return model
+
+
+NF4 = {"r": 2, "quantize": "nf4", "quantize_options": {"min_size": 0}}
+
+
+def test_what_is_stored_has_the_mode_of_its_layer():
+    model = two()
+    LoraModel(model, LoraConfig(target_modules=["a"], **NF4)).unload(dequantize=False)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_weight_that_the_first_adapter_froze_is_trainable_again_once_it_is_dense():
+    model = two()
+    model["a"].weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["a"]), "float")
+    lora.add_adapter("nf4", LoraConfig(target_modules=["b"], **NF4))
+    lora.unload(dequantize=True)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_layer_that_shares_a_stored_weight_is_not_trained_in_full(untouched):
+    """Its bias alone would have been trained."""
+    model = two(tied=True)
+    lora = LoraModel(model, LoraConfig(target_modules=["a", "b"], **NF4))
+    with (
+        untouched(model),
+        pytest.raises(TargetError, match=r"cannot be trained: 'a.weight_stored.codes of torch.uint8"),
+    ):
+        lora.add_adapter("other", LoraConfig(r=2, target_modules=["a"], modules_to_save=["b"]))
+
+
+def test_a_weight_that_another_adapter_trains_in_full_is_not_stored(untouched, tmp_path):
+    LoraModel(two(), LoraConfig(target_modules=["b"], **NF4)).save_adapter(tmp_path / "nf4")
+    model = two()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["a"], modules_to_save=["b"]))
+    message = r"'b.weight' cannot be stored in fewer bytes: the adapter 'default' trains it in full"
+    with untouched(model), pytest.raises(TargetError, match=message):
+        lora.add_adapter("nf4", LoraConfig(target_modules=["b"], **NF4))
+    with untouched(model), pytest.raises(AdapterFileError, match=message):
+        LoraModel.load_adapter(model, tmp_path / "nf4", "nf4")
