@@ -27,11 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [
         job for job in _jobs(options.suite, libraries) if not options.only or any(o in job[1] for o in options.only)
     ]
-    results: list[Result] = []
-    with options.output.with_suffix(".jsonl").open("w") as lines:
-        for result in sweep(jobs, options.jobs, options.timeout):
+    lines_file = options.output.with_suffix(".jsonl")
+    results = _passed_before(lines_file, jobs) if options.resume else []
+    done = {(result.suite, result.name, result.library) for result in results}
+    with lines_file.open("w") as lines:
+        lines.writelines(map(_line, results))
+        for result in sweep([job for job in jobs if job not in done], options.jobs, options.timeout):
             results.append(result)
-            lines.write(json.dumps(result.to_dict()) + "\n")
+            lines.write(_line(result))
             lines.flush()
             verdict = "pass" if result.passed else f"FAIL {result.failures}"
             print(f"{len(results)}/{len(jobs)} {result.library} {result.suite} {result.name}: {verdict}", flush=True)
@@ -46,6 +49,18 @@ def _jobs(suites: list[str], libraries: list[str]) -> list[Job]:
     return [(suite, case.name, name) for suite in suites for case in SUITES[suite]() for name in libraries]
 
 
+def _passed_before(lines_file: Path, jobs: list[Job]) -> list[Result]:
+    """Reads the jobs that an earlier call finished and that passed; those that failed run again."""
+    if not lines_file.exists():
+        return []
+    results = [Result(**json.loads(line)) for line in lines_file.read_text().splitlines()]
+    return [r for r in results if r.passed and (r.suite, r.name, r.library) in jobs]
+
+
+def _line(result: Result) -> str:
+    return json.dumps(result.to_dict()) + "\n"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="which suites to run")
@@ -54,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", default=[], help="run only cases whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
+    parser.add_argument("--resume", action="store_true", help="keep what has passed by the JSON lines of before")
     parser.add_argument("--output", type=Path, default=Path("exactness.md"), help="the page; JSON lines go next to it")
     return parser
 

@@ -13,6 +13,9 @@ import torch
 from benchmarks.exactness.checks import Result, check
 from benchmarks.exactness.suites import find_case, library
 
+_LAZY = ("transformers.modeling_utils", "transformers.modeling_layers", "transformers.image_processing_utils")
+"""What a model of transformers imports as it is made, some seconds of torchao among it."""
+
 Job = tuple[str, str, str]
 """Suite, name of the case, name of the library."""
 
@@ -27,7 +30,7 @@ def sweep(jobs: Sequence[Job], processes: int, timeout: float) -> Iterator[Resul
     """
     # One server imports the libraries, and each job is a fork of it: isolation without the imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *{name for _, _, name in jobs}])
+    context.set_forkserver_preload([__name__, *_LAZY, *{name for _, _, name in jobs}])
     with ThreadPoolExecutor(processes) as pool:
         futures = [pool.submit(_isolated, context, job, timeout) for job in jobs]
         for future in as_completed(futures):
