@@ -14,13 +14,13 @@ from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
-    plain_name,
     plain_state_dict,
     rename_adapter,
     temporarily_merged,
     write_safetensors,
 )
 from lora_plugins.integrations.lightning.strategies import gather_adapter, is_sharded
+from lora_plugins.utils import plain_name
 
 
 @dataclass(frozen=True)

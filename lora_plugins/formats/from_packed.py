@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
-from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import detached_weight, model_modules
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
+from lora_plugins.utils import plain_name
 
 LAYER_TYPES = frozenset(
     {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
@@ -77,7 +77,7 @@ def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _ends_with(names: Sequence[str], pattern: str) -> bool:
-    return any(name == pattern or name.endswith(f".{pattern}") for name in names)
+    return any(f".{name}".endswith(f".{pattern}") for each in names for name in (each, plain_name(each)))
 
 
 def check_expressible(refusals: Sequence[str]) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
 from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
-from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import full_name, model_modules
 from lora_plugins.plan import former_names
+from lora_plugins.utils import plain_name
 
 PREFIXES: Mapping[str, str] = {
     "lora_unet_": "unet",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.places import plain_name
 from lora_plugins.formats.portable import PortableLayer
+from lora_plugins.utils import plain_name
 
 PREFIX = "base_model.model."
 """What every key starts with."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
-from lora_plugins.formats.places import modules_by_name, plain_name, tensor_names
+from lora_plugins.formats.places import modules_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
 from lora_plugins.plan import current_name, former_names
+from lora_plugins.utils import plain_name
 
 Entry = TypeVar("Entry")
 

@@ -9,16 +9,9 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors
+from lora_plugins.utils import plain_name
 
 Entry = TypeVar("Entry")
-
-_COMPILED = "_orig_mod"
-"""The module that `torch.compile` inserts; files have names without it."""
-
-
-def plain_name(name: str) -> str:
-    """Returns a name without what `torch.compile` inserts."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, NamedModule]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from lora_plugins.errors import ConfigError, TargetError, near
+from lora_plugins.utils import plain_name
 
 Value = TypeVar("Value")
 
@@ -21,12 +22,12 @@ BLOCK_CONTAINERS = frozenset(
 
 def ends_with(pattern: str, name: str) -> bool:
     """Whether the last path components of `name` are those of `pattern`."""
-    return name == pattern or name.endswith("." + pattern)
+    return any(each == pattern or each.endswith("." + pattern) for each in _spellings(name))
 
 
 def contains(pattern: str, name: str) -> bool:
     """Whether the path components of `pattern` stand next to each other somewhere in `name`."""
-    return f".{pattern}." in f".{name}."
+    return any(f".{pattern}." in f".{each}." for each in _spellings(name))
 
 
 def compiled(field: str, pattern: str) -> re.Pattern[str]:
@@ -64,7 +65,7 @@ def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[st
     """Returns a test of full names for each pattern of a `target_modules`-like field."""
     if isinstance(patterns, str):
         expression = compiled(field, patterns)
-        return {patterns: lambda name: expression.fullmatch(name) is not None}
+        return {patterns: lambda name: any(map(expression.fullmatch, _spellings(name)))}
     return {pattern: _ends_with(pattern) for pattern in patterns}
 
 
@@ -209,7 +210,13 @@ def _key_test(field: str, key: str) -> Callable[[str], bool]:
     if _LITERAL.fullmatch(key):
         return lambda name: contains(key, name)
     expression = compiled(field, rf"(?:.*\.)?(?:{key})" if not key.startswith("^") else key)
-    return lambda name: expression.fullmatch(name) is not None
+    return lambda name: any(map(expression.fullmatch, _spellings(name)))
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """Returns a name, and how it is spelled where nothing is compiled."""
+    plain = plain_name(name)
+    return (name,) if plain == name else (name, plain)
 
 
 def _specificity(key: str) -> int:

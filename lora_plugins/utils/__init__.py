@@ -11,6 +11,7 @@ from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
+from lora_plugins.utils.plain_names import COMPILED, plain_name
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
@@ -18,6 +19,7 @@ from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins,
 
 __all__ = [
     "BITS",
+    "COMPILED",
     "Versions",
     "autocast_dtype",
     "blocks_of",
@@ -33,6 +35,7 @@ __all__ = [
     "on_device",
     "outside_inference",
     "own_randomness",
+    "plain_name",
     "quantize_dequantize",
     "remove_leftovers",
     "replace_file",

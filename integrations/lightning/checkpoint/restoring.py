@@ -32,6 +32,7 @@ from lora_plugins.integrations.lightning.module import (
     state_of_adapters,
     take_fingerprints,
 )
+from lora_plugins.utils import plain_name
 
 
 def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,14 +51,15 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     entry = checked_entry(checkpoint)
     added: list[tuple[nn.Module, str]] = []
     replaced: dict[str, Tensor] = {}
+    state = {plain_name(key): value for key, value in checkpoint.get("state_dict", {}).items()}  # as the entry has them
     try:
         with entry_errors():
-            _put_base(module, entry.get("base", []), checkpoint.get("state_dict", {}), replaced)
+            _put_base(module, entry.get("base", []), state, replaced)
             for adapter in entry["adapters"]:
-                added += _attach_or_overwrite(module, adapter, checkpoint.get("state_dict", {}))
+                added += _attach_or_overwrite(module, adapter, state)
             check_no_surplus(module, entry)
             _check_outside(module, entry.get("outside", {}))
-            saved = map(name_mapper(module), checkpoint.get("state_dict", {}))
+            saved = map(name_mapper(module), state)
             take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.
             mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(saved))

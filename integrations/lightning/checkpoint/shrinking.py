@@ -23,10 +23,10 @@ from lora_plugins.integrations.lightning.module import (
     frozen_as_built,
     frozen_keys,
     merged_weights,
-    plain_name,
     rename_adapter,
     state_of_adapters,
 )
+from lora_plugins.utils import plain_name
 
 
 def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

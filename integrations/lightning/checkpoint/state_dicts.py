@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_plugins.integrations.lightning.module import plain_name
+from lora_plugins.utils import plain_name
 
 StateDict = dict[str, Any]
 

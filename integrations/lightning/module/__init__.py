@@ -14,7 +14,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.built_layers import built
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
-from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, plain_name, rename_adapter
+from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, rename_adapter
 from lora_plugins.integrations.lightning.module.copies import (
     NetworkCopy,
     add_names,
@@ -105,7 +105,6 @@ __all__ = [
     "not_as_built",
     "note_built",
     "outside",
-    "plain_name",
     "plain_state_dict",
     "rename_adapter",
     "reuse_adapter",

@@ -10,22 +10,16 @@ from typing import Any
 from torch import nn
 
 from lora_plugins.files import PackedAdapter
-
-_WRAPPED = "_orig_mod"
+from lora_plugins.utils import COMPILED
 
 Rename = Callable[[str], str]
 
 
-def plain_name(name: str) -> str:
-    """Returns a name without what `torch.compile` inserts."""
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
-
-
 def name_mapper(module: nn.Module) -> Rename:
     """Returns a function from a plain name to the name in `module`, some of whose parts may be compiled."""
-    wrappers = [name for name, _ in module.named_modules() if name.split(".")[-1] == _WRAPPED]
+    wrappers = [name for name, _ in module.named_modules() if name.split(".")[-1] == COMPILED]
     # named_modules gives outer wrappers first, and the names of inner ones contain them.
-    prefixes = [(name.removesuffix(_WRAPPED), f"{name}.") for name in wrappers]
+    prefixes = [(name.removesuffix(COMPILED), f"{name}.") for name in wrappers]
 
     def rename(name: str) -> str:
         for before, after in prefixes:

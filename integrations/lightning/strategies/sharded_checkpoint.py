@@ -31,8 +31,9 @@ from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.integrations.lightning.checkpoint import KEY, check_adapters, check_whole, reading_errors, state_key
-from lora_plugins.integrations.lightning.module import frozen_keys, plain_name
+from lora_plugins.integrations.lightning.module import frozen_keys
 from lora_plugins.integrations.lightning.strategies.folder_sums import check_sums, write_sums
+from lora_plugins.utils import plain_name
 
 _META = "meta.pt"
 """The file of a distributed checkpoint's folder that holds all but tensors of module and optimizers."""

@@ -1,10 +1,12 @@
 """Matching of names: whole components, regular expressions, specificity, and blocks."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lora_plugins import ConfigError, TargetError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
 from lora_plugins.plan.patterns import BlockFilter, PatternMap, contains, ends_with, nearest, select
 
 VIT = [f"blocks.{block}.{layer}" for block in range(12) for layer in ("attn.qkv", "attn.proj", "mlp.fc1")]
@@ -166,3 +168,31 @@ class TestBlocks:
     def test_a_digit_that_is_no_number_is_a_name(self):
         names = ["layers.².fc", "layers.0.fc"]
         assert [name for name in names if BlockFilter([0], None, names)(name)] == ["layers.0.fc"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["net.0", "net.2"], "rank_pattern": {"net.2": 2}},
+        {"target_modules": r"net\.[02]", "rank_pattern": {r"^net\.2": 2}},
+        {"target_modules": "all", "exclude_modules": ["net.1"], "rank_pattern": {"net.2": 2}},
+        {"target_modules": ["net.0"], "modules_to_save": ["net.2"]},
+    ],
+    ids=["ends", "expression", "excluded", "saved"],
+)
+def test_a_compiled_part_is_named_as_if_it_were_not(options):
+    """`torch.compile` puts a module in between, which nobody who writes a configuration has in mind."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+    plain, compiled = Model(), Model()
+    compiled.net = torch.compile(compiled.net, backend="eager")
+    config = LoraConfig(r=3, **options)
+    wanted, found = (LoraModel.plan(model, config) for model in (plain, compiled))
+    assert {layer.name.replace("_orig_mod.", ""): layer.r for layer in found.layers} == {
+        layer.name: layer.r for layer in wanted.layers
+    }
+    assert [name.replace("_orig_mod.", "") for name in found.trained] == list(wanted.trained)

@@ -87,6 +87,27 @@ class TestCompile:
         trainer(tmp_path, [lora(config)], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
         assert all(p.abs().sum() > 0 for name, p in again.named_parameters() if ".lora_B." in name)
 
+    @pytest.mark.parametrize("where", ["__init__", "setup", "configure_model"])
+    def test_a_part_that_the_class_compiles_is_loaded_without_a_trainer(self, tmp_path, where):
+        class Compiles(Classifier):
+            def compile_it(self):
+                if not hasattr(self.net, "_orig_mod"):
+                    self.net = torch.compile(self.net, backend="eager")
+
+        def hook(self, *_, **__):
+            if where == "__init__":
+                Classifier.__init__(self)
+            self.compile_it()
+
+        setattr(Compiles, where, hook)
+        module = Compiles()
+        run = trainer(tmp_path, [lora(LoraConfig(r=2, target_modules="all", modules_to_save=["3"]))])
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        again = load_from_checkpoint(Compiles, tmp_path / "it.ckpt")
+        plain = [{key.replace("_orig_mod.", ""): t for key, t in values(m).items()} for m in (module, again)]
+        assert not differing(*plain)
+
     def test_file_of_a_compiled_part_loads_into_the_eager_module_and_back(self, tmp_path):
         config = LoraConfig(r=2, target_modules=["0", "3"])
         for first, second in ((True, False), (False, True)):
