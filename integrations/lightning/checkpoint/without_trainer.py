@@ -104,9 +104,7 @@ def load_from_checkpoint(
     with TemporaryDirectory() as folder:
         written = _write(checkpoint, Path(folder))
         # Objects in it are those that were just read as allowed ones.
-        module: Module = loading.load_from_checkpoint(
-            written, map_location=map_location, strict=True, weights_only=False, **kwargs
-        )
+        module: Module = loading.load_from_checkpoint(written, map_location=map_location, weights_only=False, **kwargs)
     module.__class__ = real
     return module
 

@@ -115,3 +115,18 @@ def test_module_that_saves_its_head_alone(tmp_path):
     again = load_from_checkpoint(HeadAlone, tmp_path / "it.ckpt")
     kept = {f"net.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}  # taken out as well
     assert differing(values(again), values(module)) <= kept
+
+
+def test_a_module_that_is_lenient_about_keys_loads(tmp_path):
+    """A class says so by `strict_loading`, and then Lightning refuses any other word on it."""
+
+    class Lenient(Classifier):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.strict_loading = False
+
+    module = Lenient()
+    run = trainer(tmp_path, [lora()])
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    assert not differing(values(load_from_checkpoint(Lenient, tmp_path / "it.ckpt")), values(module))
