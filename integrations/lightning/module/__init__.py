@@ -54,6 +54,8 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
 from lora_plugins.integrations.lightning.module.tensors import (
     adapted_layers_moved,
     adapted_targets,
+    built_since,
+    built_too_late,
     frozen_by_author,
     frozen_by_others,
     frozen_keys,
@@ -74,6 +76,8 @@ __all__ = [
     "add_names",
     "base_pairs",
     "built",
+    "built_since",
+    "built_too_late",
     "check_mergeable",
     "check_merged_base",
     "check_not_nested",

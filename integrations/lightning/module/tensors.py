@@ -104,6 +104,26 @@ def frozen_by_author(module: nn.Module) -> set[str]:
     }
 
 
+def built_since(module: nn.Module) -> list[str]:
+    """Returns the parameters below adapted targets that were built after there were adapters, as in a first step.
+
+    They are the author's own: nothing freezes them, the optimizer has them if the author gave it them, and checkpoints
+    hold them.
+    """
+    return [full_name(path, name) for path, t in adapted_targets(module).items() for name in _built_since(t)]
+
+
+def built_too_late(module: nn.Module) -> list[str]:
+    """Returns the layers that were built since and that an adapter would adapt, if it were added now."""
+    found: list[str] = []
+    for path, target in adapted_targets(module).items() if built_since(module) else ():
+        for adapter in state_of_adapters(target).adapters.values():
+            known = {layer.name for layer in adapter.plan.layers}
+            now = [layer.name for layer in LoraModel.plan(target, adapter.plan.config).layers]
+            found += [full_name(path, name) for name in now if name not in known]
+    return found
+
+
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that the module's adapters train, by name.
 
@@ -139,13 +159,20 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def _built_since(target: nn.Module) -> list[str]:
+    known, adapted = state_of_adapters(target).requires_grad, adapted_layers(target)
+    own = own_tensors(model_modules(target), "_parameters")
+    return [name for name in own if name not in known and name.rpartition(".")[0] not in adapted]
+
+
 def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
     plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
     changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
     norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
     modules = model_modules(target)
+    late = _built_since(target)
     for name, tensor in own_tensors(modules, "_parameters").items():
-        if name not in changing:
+        if name not in changing and name not in late:
             yield tensor
     for name, tensor in own_tensors(modules, "_buffers").items():
         if name.rpartition(".")[0] in norms and name not in changing:

@@ -11,6 +11,8 @@ from lora_plugins import StateError
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
+    built_since,
+    built_too_late,
     checksum,
     checksums,
     frozen_by_author,
@@ -60,6 +62,7 @@ class Audit:
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.name for copy in self._copies])
         self._frozen_by_others: set[str] = set()
+        self._late: list[str] | None = None
         self._frozen = checksums(frozen_tensors(module))
         self._steps = trainer.global_step
         self._rates: list[float] = []
@@ -93,6 +96,23 @@ class Audit:
                 "finetuning-scheduler, does that. If it is meant, leave their layers out with exclude_modules."
             )
 
+    def _check_late_layers(self) -> None:
+        late = built_since(self._module) if self._late is None else []
+        if not late:
+            return
+        self._late = late
+        built = "built after the module was adapted, as in its first step"
+        way = "Build them in __init__, setup or configure_model, or run the module once before fit"
+        if meant := built_too_late(self._module):
+            raise StateError(
+                f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint of this run "
+                f"could be loaded. {way}; or let target_modules name the layers that are to be adapted."
+            )
+        rank_zero_warn(
+            f"{listing(late, 3)} were {built}: they have no adapter, and are trained only if they were given to the "
+            f"optimizer. {way}, if they are to be adapted."
+        )
+
     def before_step(self) -> None:
         """Notes in the first steps what has a gradient."""
         if self._first is not None:
@@ -107,6 +127,7 @@ class Audit:
         self._by_hand.check()
         if self._first is None:
             return
+        self._check_late_layers()
         steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
         skipped = loss_scale(self._trainer) < self._scale  # after an overflow in float16
         if not skipped and not self._first.after_batch(self._rates, steps):

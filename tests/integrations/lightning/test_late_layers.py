@@ -155,6 +155,46 @@ class TestFirstStep:
         assert LoraModel(module).plans["default"].layers[1].name == "net.3"
 
 
+class InForward(Classifier):
+    """Builds its head when it sees the first batch, and gives it to the optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3], self.head = nn.Identity(), None
+
+    def forward(self, x):
+        x = self.net(x)
+        if self.head is None:
+            self.head = head(x.shape[1])
+            self.optimizers().add_param_group({"params": self.head.parameters()})
+        return self.head(x)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.head = head(checkpoint["state_dict"]["head.weight"].shape[1])
+
+
+def test_head_that_the_first_step_builds_is_the_authors_own(tmp_path):
+    """Trained as without the callback, and in the files."""
+
+    def net():
+        return LoraCallback(LoraConfig(r=2, target_modules=["net.0"]), merge_on_fit_end=False)
+
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    module, run = InForward(), trainer(tmp_path, [net(), saver], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"'head\.weight', 'head\.bias' were built after .* in its first step"):
+        run.fit(module, loader(), loader())
+    assert not torch.equal(module.head.weight, head().weight)
+    expected = run.validate(module, loader(), verbose=False)
+    fresh = trainer(tmp_path, [net()])
+    assert fresh.validate(InForward(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False) == expected
+    assert not differing(values(load_from_checkpoint(InForward, tmp_path / "it.ckpt")), values(module))
+
+
+def test_head_that_the_first_step_builds_and_the_configuration_means_is_refused_after_it(tmp_path):
+    with pytest.raises(StateError, match=r"'head' were built .*no checkpoint of this run could be loaded.*once before"):
+        fitted(tmp_path, InForward)
+
+
 def test_lazy_head_beside_the_target(tmp_path):
     """Trained as the author trains it, and in the files."""
 
