@@ -1,6 +1,6 @@
 """What an adapted model carries with it, so that a copy or a pickle of the model is adapted as well."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from lora_plugins.errors import StateError, listing, near
 from lora_plugins.inplace import (
     SUFFIX,
     NamedModule,
+    factors_of,
     freeze,
     full_name,
     has_statistics,
@@ -203,7 +204,7 @@ def open_state(model: nn.Module) -> ModelState:
         for module in model.modules():
             hold(module)
             if module is not model:
-                watch_loading(module)
+                watch_loading(model, module, _accept_base_of_part)
     return state
 
 
@@ -379,6 +380,33 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
         _check_unchanged(state, prefix, state_dict)
         _keep_owned(model, state, prefix, state_dict)
         state_dict.update(tensors)
+    _forget_fingerprints(model, state)
+
+
+def _accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Does the same for a state dict of a part of the untouched model."""
+    state = model_state(model)
+    if state is None:
+        return
+    state.check("load_state_dict")
+    (path, *_) = [name for name, each in model.named_modules(remove_duplicate=False) if each is part]
+    known = {full_name(path, key): value for key, value in state_dict.items()}
+    _check_unchanged(state, "", {**known, **dict.fromkeys(_first_names(model, known))})
+    _keep_owned(model, state, "", known)
+    state_dict.update({key: known[full_name(path, key)] for key in state_dict})
+    state_dict.update(factors_of(part))
+    _forget_fingerprints(model, state)
+
+
+def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yields the names that the model calls tensors by, which may be shared, of any names of them."""
+    own = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    every = {name: id(tensor) for name, tensor in named}
+    yield from (own[every[name]] for name in names if name in every)
+
+
+def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
     if not any(is_shard(layer, name) for layer in adapted_layers(model).values() for name in layer._parameters):
         for adapter in state.adapters.values():
             adapter.fingerprints.clear()  # of the base that was

@@ -11,7 +11,7 @@ from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, t
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
 from lora_plugins.inplace.library_weights import foreign_kind, foreign_problem, foreign_weights, hold, let_go
-from lora_plugins.inplace.loading import let_load, watch_loading
+from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
 from lora_plugins.inplace.modules import (
     NamedModule,
     full_name,
@@ -45,6 +45,7 @@ __all__ = [
     "class_reason",
     "detached_weight",
     "factors",
+    "factors_of",
     "foreign_kind",
     "foreign_problem",
     "foreign_weights",

@@ -1,8 +1,10 @@
 """State dicts that are loaded into a part of an adapted model, past the model itself."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from lora_plugins.errors import StateError, listing
@@ -15,38 +17,67 @@ _NOW = {
 }
 
 
-def watch_loading(part: nn.Module) -> None:
-    """Refuses, from now on, state dicts that only the whole model can take."""
+Accept = Callable[[nn.Module, nn.Module, dict[str, Any]], None]
+"""Makes of a state dict of the base of a part one that it can load: gets the model, the part, and the state dict."""
+
+
+class _Watch:
+    """The hook of a part, which knows the model; a copy of the part alone knows none."""
+
+    def __init__(self, model: "weakref.ref[nn.Module] | None", accept: Accept) -> None:
+        self._model, self._accept = model, accept
+
+    def __call__(self, part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Checks a state dict where loading begins, before anything is loaded.
+
+        Raises:
+            StateError: If what it loads would be lost, since the model will put its own values back; or if it is one of
+                the base, and the model whose heads and biases it may replace is not known.
+        """
+        layers = {} if prefix else {name: state for name, each in part.named_modules() if (state := state_of(each))}
+        if not layers or not state_dict:
+            return
+        where = f"{type(part).__name__} is a part of an adapted model, with {listing(s.name for s in layers.values())}"
+        for state in layers.values():
+            if state.meanwhile:
+                raise StateError(f"{where}: nothing can be loaded into it {_NOW[state.meanwhile]}")
+        if any(key in state_dict for key in factors_of(part)):
+            return
+        model = self._model() if self._model is not None else None
+        if model is None or not any(each is part for each in model.modules()):
+            raise StateError(
+                f"{where}. Load a state dict of the base into the whole model, every key with the part's name before "
+                "it: model.load_state_dict({'part.' + key: value, ...}, strict=False)."
+            )
+        self._accept(model, part, state_dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Watch":
+        """Returns the hook of a copy: of the model's copy, if that is what is copied."""
+        twin = memo.get(id(self._model() if self._model is not None else None))
+        return _Watch(weakref.ref(twin) if isinstance(twin, nn.Module) else None, self._accept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves the model out of the pickle of a part."""
+        return _Watch, (None, self._accept)
+
+
+def watch_loading(model: nn.Module, part: nn.Module, accept: Accept) -> None:
+    """Lets a part of a model load a state dict of its base as the whole model does, from now on."""
     if isinstance(part, ScriptModule):  # which has no hooks, and is never adapted
         return
-    part.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]
+    part.register_load_state_dict_pre_hook(_Watch(weakref.ref(model), accept))  # type: ignore[no-untyped-call]
 
 
 def let_load(part: nn.Module) -> None:
     """Takes back what `watch_loading` did."""
     hooks = part._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
-        if getattr(hook, "hook", hook) is _check:
+        if isinstance(getattr(hook, "hook", hook), _Watch):
             del hooks[key]
 
 
-def _check(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Checks a state dict where loading begins, before anything is loaded.
-
-    Raises:
-        StateError: If it is one of the base, whose heads and biases only the model tells from those of adapters, or if
-            what it loads would be lost, since the model will put its own values back.
-    """
-    layers = {} if prefix else {name: state for name, each in part.named_modules() if (state := state_of(each))}
-    if not layers or not state_dict:
-        return
-    where = f"{type(part).__name__} is a part of an adapted model, with {listing(s.name for s in layers.values())}"
-    for state in layers.values():
-        if state.meanwhile:
-            raise StateError(f"{where}: nothing can be loaded into it {_NOW[state.meanwhile]}")
-    containers = [name for name, each in part.named_modules() if isinstance(each, AdapterTensors)]
-    if not any(key.startswith(f"{name}.") for name in containers for key in state_dict):
-        raise StateError(
-            f"{where}. Load a state dict of the base into the whole model, every key with the part's name before it: "
-            "model.load_state_dict({'part.' + key: value, ...}, strict=False)."
-        )
+def factors_of(part: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of adapters in a part, by all keys that they have in its state dict."""
+    named = part.named_modules(remove_duplicate=False)
+    found = [(name, each) for name, each in named if isinstance(each, AdapterTensors)]
+    return {f"{name}.{key}": tensor for name, each in found for key, tensor in each.state_dict().items()}

@@ -22,16 +22,56 @@ def adapted(**fields):
     return LoraModel(model_of(), LoraConfig(r=2, target_modules=["0.0"], **{"init": "gaussian", **fields}), "a")
 
 
+def by_itself(model):
+    return model
+
+
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"init": "pissa"}], ids=["plain", "biases", "changed base"])
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"modules_to_save": ["0.2"]}], ids=["plain", "biases", "norm"])
 @pytest.mark.parametrize("part", ["0", "0.0"])
-def test_a_base_is_loaded_into_the_whole_model_only(part, fields, strict):
-    lora = adapted(**fields)
-    before = lora.model(X)
+@pytest.mark.parametrize("again", [by_itself, copy.deepcopy])
+def test_a_part_takes_its_base_as_the_whole_model_does(part, fields, strict, again):
+    """As modules do that load a teacher when training starts: into a part of them, which may be adapted."""
+    model, whole = (again(adapted(**fields).model) for _ in range(2))
     other = model_of(1).get_submodule(part).state_dict()
-    with pytest.raises(StateError, match=r"is a part of an adapted model, with '0\.0'.*into the whole model"):
-        lora.model.get_submodule(part).load_state_dict(other, strict=strict)
+    before = dict(other)
+    model.get_submodule(part).load_state_dict(other, strict=strict)
+    assert other.keys() == before.keys()
+    whole.load_state_dict({f"{part}.{key}": value for key, value in other.items()}, strict=False)
+    assert torch.equal(model(X), whole(X))
+    assert not torch.equal(model(X), adapted(**fields).model(X))
+    for lora in (LoraModel(model), LoraModel(whole)):
+        lora.unload()
+    assert torch.equal(model(X), whole(X))
+
+
+def test_keys_that_a_part_lacks_are_told_as_ever():
+    lora, other = adapted(), model_of(1)[0].state_dict()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.bias"'):
+        lora.model[0].load_state_dict({key: value for key, value in other.items() if key != "0.bias"})
+
+
+def test_a_base_that_an_init_has_changed_is_not_replaced_by_way_of_a_part():
+    lora, other = adapted(init="pissa"), model_of(1)
+    before = lora.model(X)
+    with pytest.raises(StateError, match="'pissa', which changed the base"):
+        lora.model[0].load_state_dict(other[0].state_dict())
     assert torch.equal(lora.model(X), before)
+
+
+def test_a_layer_with_two_names_is_loaded_by_either():
+    model = model_of()
+    model.add_module("again", model[0])
+    lora, other = LoraModel(model, LoraConfig(r=2, target_modules=["0.0"])), model_of(1)[0]
+    lora.model.again.load_state_dict(other.state_dict())
+    assert torch.equal(lora.model[0](X), other(X))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_part_without_its_model_takes_no_base(duplicate):
+    part = duplicate(adapted().model[0])
+    with pytest.raises(StateError, match=r"is a part of an adapted model, with '0\.0'.*into the whole model"):
+        part.load_state_dict(model_of(1)[0].state_dict())
 
 
 def test_the_way_the_message_says_is_right():
