@@ -77,13 +77,12 @@ from lora_plugins.integrations.lightning.strategies import (
 from lora_plugins.integrations.lightning.training import (
     Audit,
     LearningRates,
-    Sums,
+    Start,
     adapt_after_restoring,
     calibrate_on_train_batches,
     complete_optimizers,
     copy_into_averages,
     drop_averages,
-    frozen_sums,
     keep_base_of_averages,
     needs_data,
 )
@@ -179,7 +178,7 @@ class LoraCallback(Callback):
         self._undone = False
         self._modes: dict[str, bool] = {}
         self._copies: list[NetworkCopy] = []
-        self._start: Sums = {}
+        self._start = Start()
         self._sums: dict[str, int] = {}
         self._names: list[tuple[set[str], set[str]]] = []
         self._module_shims: MethodShims | None = None
@@ -426,7 +425,7 @@ class LoraCallback(Callback):
         module = trainer.lightning_module
         self._modes = modes_of_frozen_norms(module)
         if trainer.state.fn == "fit":
-            self._start = frozen_sums(module)
+            self._start = Start.of(module)
         if changed:
             copy_into_averages(trainer, module)
 
@@ -491,7 +490,7 @@ class LoraCallback(Callback):
             set_training_mode(target, [module.get_submodule(name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
         if not is_sharded(trainer):  # whole tensors are no shards
-            self._start = frozen_sums(module)
+            self._start = Start.of(module)
             note_built(module)
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":

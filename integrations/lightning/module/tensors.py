@@ -1,6 +1,7 @@
 """Which tensors of a module belong to its adapters, which are trained, and which are the frozen base."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -8,6 +9,9 @@ from lora_plugins import LoraError, LoraModel
 from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, own_tensors
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
+
+Fingerprints = Mapping[str, Mapping[str, float]]
+"""Of tensors, by full name."""
 
 _MOVED = "_lora_moved"
 """Attribute of a LightningModule with the names of what it moved by hand; only modules that did have it."""
@@ -64,22 +68,49 @@ def moved_by_hand(module: nn.Module) -> frozenset[str]:
 
 def adapted_layers_moved(module: nn.Module) -> list[str]:
     """Returns the adapted weights, by name, that the module has moved by hand."""
-    layers = {
-        full_name(path, name) for path, target in adapted_targets(module).items() for name in adapted_layers(target)
-    }
-    return sorted(name for name in moved_by_hand(module) if name.rpartition(".")[0] in layers)
+    return sorted(moved_by_hand(module).intersection(adapted_weights(module)))
 
 
-def mark_moved(module: nn.Module, names: Iterable[str]) -> None:
-    """Takes note, on the module, that it moved tensors of a teacher by hand: checkpoints hold them from now on."""
+def adapted_weights(module: nn.Module) -> list[str]:
+    """Returns the names of the tensors of layers that have adapters."""
+    return [
+        full_name(path, full_name(name, key))
+        for path, target in adapted_targets(module).items()
+        for name, layer in adapted_layers(target).items()
+        for key, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    ]
+
+
+def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = MappingProxyType({})) -> None:
+    """Takes note, on the module, that it moved tensors of a teacher by hand: checkpoints hold them from now on.
+
+    Args:
+        module: The module.
+        names: The tensors.
+        before: What `known_fingerprints` returned before; by default those that are known now.
+    """
     moved = moved_by_hand(module) | frozenset(names)
     if moved:
         module.__dict__[_MOVED] = moved
     for path, target in adapted_targets(module).items():
         for adapter in state_of_adapters(target).adapters.values():
-            for name, (_, values) in adapter.fingerprints.items():
-                if full_name(path, name) in moved:
-                    adapter.kept.setdefault(name, values)
+            known = {full_name(path, name): (name, values) for name, (_, values) in adapter.fingerprints.items()}
+            for full, (name, values) in known.items():
+                if full in moved:
+                    adapter.kept.setdefault(name, dict(before.get(full, values)))
+
+
+def known_fingerprints(module: nn.Module) -> Fingerprints:
+    """Returns the fingerprints of what adapters are trained on, by full name, as far as they were taken.
+
+    Adapters forget them when a base is loaded.
+    """
+    return {
+        full_name(path, name): values
+        for path, target in adapted_targets(module).items()
+        for adapter in state_of_adapters(target).adapters.values()
+        for name, (_, values) in adapter.fingerprints.items()
+    }
 
 
 def take_fingerprints(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 Depends on `module`, `shims` and `strategies`.
 """
 
-from lora_plugins.integrations.lightning.training.audit import Audit, Sums, frozen_sums
+from lora_plugins.integrations.lightning.training.audit import Audit, Start
 from lora_plugins.integrations.lightning.training.averages import (
     copy_into_averages,
     drop_averages,
@@ -20,13 +20,12 @@ from lora_plugins.integrations.lightning.training.optimizer_groups import comple
 __all__ = [
     "Audit",
     "LearningRates",
-    "Sums",
+    "Start",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
-    "frozen_sums",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",

@@ -1,6 +1,8 @@
 """Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,6 +13,7 @@ from lora_plugins import StateError
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
+    adapted_weights,
     built_since,
     built_too_late,
     checksum,
@@ -20,6 +23,7 @@ from lora_plugins.integrations.lightning.module import (
     frozen_tensors,
     is_adapted_alike,
     is_within,
+    known_fingerprints,
     local,
     mark_moved,
     trained_parameters,
@@ -32,6 +36,25 @@ STEPS = 2
 
 Sums = Mapping[str, tuple[torch.dtype, int]]
 """Type and check sum of tensors by name."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a module was when it was adapted.
+
+    Args:
+        sums: Of each tensor that no adapter may change.
+        fingerprints: Of what adapters are trained on.
+    """
+
+    sums: Sums = field(default_factory=dict)
+    fingerprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Start":
+        """Takes note of a module as it is now."""
+        return cls(_frozen_sums(module), known_fingerprints(module))
+
 
 _NO_GRADIENT = (
     "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
@@ -46,16 +69,16 @@ class Audit:
         trainer: The trainer.
         module: Its module, adapted.
         copies: The copies of adapted networks in the module.
-        start: What `frozen_sums` returned when the module was adapted: what the module has written since, before
-            training, is in no other module of its class, and checkpoints hold it.
+        start: What the module was when it was adapted: what it has written since, before training, is in no other
+            module of its class, and checkpoints hold it.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Sums) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
-        now = frozen_sums(module)
+        now = _frozen_sums(module)
         # In another type they cannot be compared: a precision plugin has converted them.
-        alike = [name for name in start if name in now and now[name][0] == start[name][0]]
-        mark_moved(module, [name for name in alike if now[name] != start[name]])
+        alike = [name for name, (dtype, _) in start.sums.items() if name in now and now[name][0] == dtype]
+        mark_moved(module, [name for name in alike if now[name] != start.sums[name]], start.fingerprints)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
         self._by_hand = MovedByHand(module, copies)
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
@@ -63,7 +86,9 @@ class Audit:
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.name for copy in self._copies])
         self._frozen_by_others: set[str] = set()
         self._late: list[str] | None = None
-        self._frozen = checksums(frozen_tensors(module))
+        frozen = frozen_tensors(module)
+        self._frozen = checksums(frozen)
+        self._objects = {name: weakref.ref(tensor) for name, tensor in frozen.items()}
         self._steps = trainer.global_step
         self._rates: list[float] = []
         self._scale = 1.0
@@ -79,6 +104,7 @@ class Audit:
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
             self._by_hand.forget()  # callbacks may have exchanged the whole module
+            self.note_moved()
             frozen = frozen_tensors(self._module)
             check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
             self._name_frozen_adapters()
@@ -144,9 +170,23 @@ class Audit:
         mark_moved(self._module, changed(self._frozen, self._may_be_moved(frozen_tensors(self._module))))
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns those that are of a teacher, or of a copy: what the author froze, or moves beside the optimizer."""
+        """Returns those that are of a teacher, of a copy, or new: what the author moves beside the optimizer."""
         own, copies = frozen_by_author(self._module), [copy.name for copy in self._copies]
-        return {n: t for n, t in tensors.items() if n in own or any(is_within(n, copy) for copy in copies)}
+        new = self._put_in_place(tensors)
+        return {n: t for n, t in tensors.items() if n in own or n in new or any(is_within(n, c) for c in copies)}
+
+    def _put_in_place(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Returns the names of tensors that the module has put in the place of others, and that nobody trains.
+
+        So are results that a module keeps as parameters, such as quantiles in an `nn.ParameterDict`.
+        """
+        held, adapted = parameters_of(self._trainer.optimizers), set(adapted_weights(self._module))
+        return {
+            name
+            for name, tensor in tensors.items()
+            if name in self._objects and self._objects[name]() is not tensor
+            if id(tensor) not in held and name not in adapted
+        }
 
     def explain(self, error: BaseException) -> None:
         """Adds to an error what may have caused it."""
@@ -174,7 +214,7 @@ class Audit:
         return {name: self._frozen[name] for name in frozen_tensors(self._module) if name in self._frozen}
 
 
-def frozen_sums(module: nn.Module) -> Sums:
+def _frozen_sums(module: nn.Module) -> Sums:
     """Returns type and check sum of each tensor that no adapter of a module may change."""
     return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
 
