@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from lightning.pytorch import LightningDataModule
 
 from tests.modules.case import Case
 from tests.modules.data import image, loader
@@ -62,6 +63,40 @@ def _pictures() -> Path:
     return folder
 
 
+@functools.cache
+def _teachers() -> Path:
+    """Writes a teacher of random weights where EfficientAd looks for one that it would download."""
+    from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "efficientad_pretrained_weights").mkdir()
+    torch.manual_seed(5)
+    teacher = EfficientAdModel(16, "small").teacher
+    torch.save(teacher.state_dict(), folder / "efficientad_pretrained_weights" / "pretrained_teacher_small.pth")
+    return folder
+
+
+def _efficient_ad():
+    from anomalib.models.image.efficient_ad import lightning_model
+
+    lightning_model.get_pretrained_weights_dir = _teachers  # training starts with reading it
+    return _build("EfficientAd", {"imagenet_dir": _pictures, "teacher_out_channels": 16, "model_size": "small"})
+
+
+def _one_by_one():
+    made = _batches(256, 1)
+
+    class Data(LightningDataModule):
+        train_batch_size = 1
+
+        def train_dataloader(self):
+            return made
+
+        val_dataloader = train_dataloader
+
+    return Data()
+
+
 def _case(name, size=64, batch_size=2, expected=None, config=None, **arguments):
     return Case(
         "anomalib",
@@ -82,5 +117,6 @@ CASES = [
     _case("Stfpm", 64, layers=["layer1", "layer2"]),
     _case("ReverseDistillation", 256, pre_processor=True, backbone="resnet18", pre_trained=False),
     _case("Draem", 64, dtd_dir=_pictures),
+    Case("anomalib", "EfficientAd", _efficient_ad, _one_by_one, objects=True, by_hand=("model.teacher",)),
     _case("Supersimplenet", 256, pre_processor=True, backbone="resnet18", layers=["layer2", "layer3"]),
 ]

@@ -41,15 +41,22 @@ def _masks(folder: Path) -> None:
             _write(folder / split / "masks" / f"{at}.tif", random.integers(0, 3, (64, 64)))
 
 
+def _call(folder: Path, package: str, command: str, *arguments: str) -> str:
+    words = [str(Path(sys.executable).with_name(package)), command, "--config", f"{package}.yaml", *arguments]
+    options = {"cwd": folder, "capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": "200"}}
+    done = subprocess.run(words, check=False, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize(("package", "data"), [("torchgeo", _land_use), ("terratorch", _masks)])
-def test_fit(tmp_path, package, data):
+def test_fit_validate_and_test(tmp_path, package, data):
     pytest.importorskip(package)
     (text,) = re.findall(rf"```yml\n(# {package}\.yaml.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / f"{package}.yaml").write_text(text)
     data(tmp_path / "data")
-    command = [str(Path(sys.executable).with_name(package)), "fit", "--config", f"{package}.yaml"]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": "200"}}
-    done = subprocess.run(command, check=False, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert "layers adapted" in _call(tmp_path, package, "fit")
     assert (tmp_path / "runs" / "adapter" / MANIFEST).is_file()
-    assert "layers adapted" in done.stdout
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    for command in ("validate", "test"):
+        assert _call(tmp_path, package, command, "--ckpt_path", str(checkpoint))
