@@ -18,7 +18,6 @@ from pathlib import Path
 
 from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import CASES, Method, Outcome, Tuning, run
-from benchmarks.tasks.weights import write_weights
 
 FROZEN, FULL = "frozen backbone", "full fine-tuning"
 U_NET, MLP = "segmentation", "segmentation, MLP decoder"
@@ -62,28 +61,26 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if not given.rates:
+        _fill_table(given)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        weights = write_weights(Path(folder))
-        if given.rates:
-            halves = write_halves(given.data, Path(folder) / "halves")
-            _try_rates(halves, weights, given.case or list(CASES), given.epochs)
-        else:
-            _fill_table(given, weights)
+        _try_rates(write_halves(given.data, Path(folder)), given.case or list(CASES), given.epochs)
 
 
-def _try_rates(halves: list[Path], weights: dict[str, Path], cases: list[str], epochs: int | None) -> None:
+def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None:
     for case, name, method in tried(cases):
-        metrics = [run(half, weights, case, method, RATES_SEED, epochs).metric for half in halves]
+        metrics = [run(half, case, method, RATES_SEED, epochs).metric for half in halves]
         line = {"case": case, "method": name, **asdict(method.tuning[case]), "metric": statistics.mean(metrics)}
         print(json.dumps(line), flush=True)
 
 
-def _fill_table(given: argparse.Namespace, weights: dict[str, Path]) -> None:
+def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
     for case, name, seed, method in planned(given.case or list(CASES)):
         if name not in (given.method or METHODS) or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
-        outcome = run(given.data, weights, case, method, seed, given.epochs)
+        outcome = run(given.data, case, method, seed, given.epochs)
         line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}
         print(json.dumps(line), flush=True)
         if runs:

@@ -80,15 +80,19 @@ class Outcome:
     adapter: int
 
 
-def _classification(root: Path, weights: Path) -> tuple[Any, Any]:
+NETWORK = "tf_efficientnet_lite0"
+WEIGHTS = f"package:{NETWORK}"
+
+
+def _classification(root: Path) -> tuple[Any, Any]:
     data = ImageFolderDataModule(
         str(root / "cifar-mini"), image_size=(96, 96), augmentation="crop_flip", batch_size=16, check_files=False
     )
-    model = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(weights), {}, HALF, HALF)
+    model = ModelConfig("timm", NETWORK, 10, WEIGHTS, {}, HALF, HALF)
     return ImageClassificationTask(model, lr_scheduler=warmup_cosine), data
 
 
-def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path, weights: Path) -> tuple[Any, Any]:
+def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path) -> tuple[Any, Any]:
     data = MaskFolderDataModule(
         str(root / "camvid-mini"),
         classes=CAMVID,
@@ -98,17 +102,16 @@ def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path, 
         batch_size=4,
         check_files=False,
     )
-    options = {"encoder_name": "tu-tf_efficientnet_lite0", **decoder_options}
-    model = ModelConfig("smp", decoder, len(CAMVID), str(weights), options, HALF, HALF)
+    options = {"encoder_name": f"tu-{NETWORK}", **decoder_options}
+    model = ModelConfig("smp", decoder, len(CAMVID), WEIGHTS, options, HALF, HALF)
     return SemanticSegmentationTask(model, lr_scheduler=warmup_cosine, ignore_index=VOID), data
 
 
 @dataclass(frozen=True)
 class Case:
-    """A task on a data set, with the weights it starts from and how long it trains."""
+    """A task on a data set, and how long it trains."""
 
-    make: Callable[[Path, Path], tuple[Any, Any]]
-    weights: str
+    make: Callable[[Path], tuple[Any, Any]]
     epochs: int
 
 
@@ -118,9 +121,9 @@ MLP = {"decoder_segmentation_channels": 32}
 
 CASES: Mapping[str, Case] = MappingProxyType(
     {
-        "classification": Case(_classification, "classifier", 8),
-        "segmentation": Case(partial(_segmentation, "Unet", UNET), "encoder", 8),
-        "segmentation, MLP decoder": Case(partial(_segmentation, "Segformer", MLP), "encoder", 12),
+        "classification": Case(_classification, 8),
+        "segmentation": Case(partial(_segmentation, "Unet", UNET), 8),
+        "segmentation, MLP decoder": Case(partial(_segmentation, "Segformer", MLP), 12),
     }
 )
 
@@ -147,14 +150,11 @@ class Watch(Callback):
             self.seconds.append(time.perf_counter() - self._start)
 
 
-def run(
-    root: Path, weights: Mapping[str, Path], case: str, method: Method, seed: int, epochs: int | None = None
-) -> Outcome:
+def run(root: Path, case: str, method: Method, seed: int, epochs: int | None = None) -> Outcome:
     """Run once in a process of its own, whose peak memory is then that of the run.
 
     Args:
         root: The folder of data sets.
-        weights: What `write_weights` wrote.
         case: A name in `CASES`.
         method: How it is fine-tuned.
         seed: The seed of everything.
@@ -162,15 +162,13 @@ def run(
     """
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
-        return pool.apply(_run, (root, weights, case, method.rank, method.tuning[case], seed, epochs))
+        return pool.apply(_run, (root, case, method.rank, method.tuning[case], seed, epochs))
 
 
-def _run(
-    root: Path, weights: Any, case: str, rank: int | None, tuning: Tuning, seed: int, epochs: int | None
-) -> Outcome:
+def _run(root: Path, case: str, rank: int | None, tuning: Tuning, seed: int, epochs: int | None) -> Outcome:
     torch.set_num_threads(1)
     seed_everything(seed, verbose=False)
-    task, data = CASES[case].make(root, weights[CASES[case].weights])
+    task, data = CASES[case].make(root)
     epochs, watch, before = epochs or CASES[case].epochs, Watch(), _peak()
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"

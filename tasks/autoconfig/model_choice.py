@@ -4,7 +4,7 @@ import difflib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from lora_plugins.errors import ConfigError
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 from lora_plugins.tasks.errors import WeightsError, unknown
 
-DEFAULTS: Mapping[str, str] = {LABELS: "timm/vit_small_patch16_224", MASKS: "transformers/nvidia/mit-b0"}
-"""The model of each task, unless a flag names another one: small, and good for its size."""
-
-SEGFORMER = "transformers/segformer"
-"""The architecture of nvidia/mit-b0, which is known without the hub."""
+DEFAULT = "timm/tf_efficientnet_lite0"
+"""The model of both tasks, unless a flag names another one: small, and its weights are installed, alike everywhere."""
 
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     LABELS: ("timm", "transformers"),
     MASKS: ("smp", "timm", "torchvision", "transformers"),
 }
 DECODER = "Unet"
+OF_TIMM = "tu-"
+"""What smp calls an encoder of timm begins with."""
+
 IMAGENET: Mapping[str, list[float]] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 SECONDS = 5.0
@@ -54,6 +54,7 @@ class _Found:
     further: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     repository: str | None = None
+    timm_name: str = ""
 
 
 def checked_weights(weights: str | None) -> str | None:
@@ -85,7 +86,7 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     Raises:
         ConfigError: For a name that does not exist, with near matches, or weights that cannot be had.
     """
-    name = model or (SEGFORMER if task == MASKS and weights is not None else DEFAULTS[task])
+    name = model or DEFAULT
     library, _, rest = name.partition("/")
     if library not in LIBRARIES[task] and "/" not in name:
         library, rest = "timm", name
@@ -94,17 +95,29 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     # timm fits pretrained position embeddings to a size when it loads them; those of a file are fitted in each step.
     resized = {} if size is None else {"img_size": [*size]} if weights is None else {"dynamic_img_size": True}
     found = _OF_LIBRARY[library](task, rest, resized)
-    if weights is None:
-        _check_reachable(name, found)
+    source, words = _weights_of(name, found, weights)
     options = {"options": dict(found.options)} if found.options else {}
     arguments = {
         "source": found.source,
         "name": found.name,
-        "weights": weights or "pretrained",
+        "weights": source,
         **options,
         **found.further,
     }
-    return Choice(name, arguments, found.size, "pretrained" if weights is None else Path(weights).name)
+    return Choice(name if model else f"{name} (the default)", arguments, found.size, words)
+
+
+def _weights_of(name: str, found: _Found, weights: str | None) -> tuple[str, str]:
+    """The weights of a network as a `ModelConfig` takes them, and in words."""
+    from lora_plugins.tasks.models import INSTALLED, installed_file
+
+    if weights is not None:
+        return weights, Path(weights).name
+    if found.timm_name in INSTALLED:
+        installed_file(found.timm_name)
+        return f"package:{found.timm_name}", f"those of {INSTALLED[found.timm_name].distribution}"
+    _check_reachable(name, found)
+    return "pretrained", "pretrained"
 
 
 def _timm(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
@@ -120,10 +133,10 @@ def _timm(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
         if fixed:
             raise ConfigError(
                 f"--model timm/{name} has features of one size, and a decoder for masks needs several. Take a "
-                "convolutional network, such as timm/convnext_nano, or none for the default, SegFormer."
+                f"convolutional network, such as timm/convnext_nano, or none for the default, {DEFAULT}."
             )
-        return _Found("smp", DECODER, {"encoder_name": f"tu-{name}"}, repository=repository)
-    return _Found("timm", name, resized if fixed else {}, size=own, repository=repository)
+        return _Found("smp", DECODER, {"encoder_name": OF_TIMM + name}, repository=repository, timm_name=name)
+    return _Found("timm", name, resized if fixed else {}, size=own, repository=repository, timm_name=name)
 
 
 def _transformers(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
@@ -136,6 +149,8 @@ def _smp(task: str, name: str, resized: Mapping[str, Any]) -> _Found:
     decoder, _, encoder = name.partition(":")
     if not encoder:
         raise ConfigError(f"--model smp/{name} names no encoder. Write smp/{decoder or DECODER}:resnet18, for example.")
+    if encoder.startswith(OF_TIMM):
+        return replace(_timm(MASKS, encoder.removeprefix(OF_TIMM), resized), name=decoder)
     return _Found("smp", decoder, {"encoder_name": encoder}, further=IMAGENET)
 
 
@@ -159,7 +174,7 @@ def _check_reachable(name: str, found: _Found) -> None:
     raise ConfigError(
         f"The pretrained weights of {name} are on the Hugging Face hub, which cannot be reached from here. Download "
         f"them where it can ({found.repository}), and give the file: --weights FILE "
-        f"({', '.join(WEIGHTS_FILES[:2])}).{hint}"
+        f"({', '.join(WEIGHTS_FILES[:2])}). Those of {DEFAULT}, which is taken without --model, are installed.{hint}"
     )
 
 

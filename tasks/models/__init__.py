@@ -4,6 +4,7 @@
 """
 
 from lora_plugins.tasks.models.checkpointing import enable_checkpointing
+from lora_plugins.tasks.models.installed_weights import INSTALLED, installed_file
 from lora_plugins.tasks.models.lora_targets import default_targets
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
@@ -13,6 +14,7 @@ from lora_plugins.tasks.models.weights import packaged_weights
 
 __all__ = [
     "CLASSIFIERS",
+    "INSTALLED",
     "SEGMENTERS",
     "ModelConfig",
     "Network",
@@ -21,6 +23,7 @@ __all__ = [
     "class_dependent_modules",
     "default_targets",
     "enable_checkpointing",
+    "installed_file",
     "packaged_weights",
     "source_of",
 ]

@@ -22,8 +22,8 @@ class ModelConfig:
             for `smp` a decoder such as `Unet`; for `torchvision` a name such as `deeplabv3_resnet50`.
         num_classes: The number of classes.
         weights: `pretrained` for the hub's weights (for `smp`: of the encoder), the path of a safetensors file or of
-            a folder with a `model.safetensors`, `package:NAME` for weights that are shipped with this package, and
-            `none` for random ones.
+            a folder with a `model.safetensors`, `package:NAME` for weights that are shipped with this package or, as
+            `package:tf_efficientnet_lite0`, come along with its extra `vision`, and `none` for random ones.
         head: What to do with the layers whose shape depends on `num_classes`, if the weights have such layers for the
             same number of classes. `auto` keeps them as they are, `train` keeps them and trains them in full, `new`
             initializes them anew. If the weights have none that fit, they are new in any case.

