@@ -138,11 +138,16 @@ def check_outputs(model: Zoo, reference: Reference, inputs: tuple[Tensor, Tensor
     compare_outputs("output in eval mode", outputs, reference.run(*inputs, training=False), reference.dtype)
 
 
+SEVERAL = ("attention", "bilinear", "cross", "read")
+"""Blocks with a module that takes several tensors, or is not called: it cannot have other values for other rows."""
+
+
 def may_refuse_rows(reference: Reference) -> bool:
-    """Whether a row's adapter adapts a weight that is read past the layer."""
+    """Whether a row's adapter adapts a weight that is read past the layer, or has its own values in such a module."""
     rows = set(reference.contexts[-1] or ()) if reference.contexts else set()
-    names = [name for name in rows if name is not None]
-    return any(reference.sites[slot.site].read for name in names for slot in reference.adapters[name].slots)
+    adapters = [reference.adapters[name] for name in rows if name is not None]
+    past = any(reference.sites[slot.site].read for adapter in adapters for slot in adapter.slots)
+    return past or any(name.startswith(SEVERAL) for adapter in adapters for name in adapter.values)
 
 
 def check_training(model: Zoo, reference: Reference, inputs: tuple[Tensor, Tensor]) -> None:
