@@ -232,7 +232,7 @@ class Machine:
         tensors = {key: found.get(f"{name}_stored.{key}") for key in ("codes", "scale_codes", "scale_maxima")}
         if any(tensor is None for tensor in tensors.values()):
             raise DivergenceError("state dict keys", f"{name} is not stored")
-        if reason := not_nearest(storage, tensors, wanted):
+        if reason := not_nearest(storage, tensors, wanted, source.dtype):
             raise DivergenceError("stored value", f"{name}: {reason}")
         return Stored(storage, {key: tensor.clone() for key, tensor in tensors.items()}, source.clone(), exact)
 

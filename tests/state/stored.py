@@ -50,13 +50,21 @@ class Stored:
         )
 
 
-def not_nearest(storage: str, tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
-    """Says why what is stored is not as near to a weight as the storage can be; empty if it is."""
+def not_nearest(storage: str, tensors: Mapping[str, Tensor], wanted: Tensor, dtype: torch.dtype) -> str:
+    """Says why what is stored is not as near to a weight as the storage can be; empty if it is.
+
+    Args:
+        storage: Its name.
+        tensors: What is stored.
+        wanted: The weight.
+        dtype: Type of the model, which a merged weight is rounded to before it is stored.
+    """
     flat = wanted.double().flatten()
     blocks = torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
     largest, scales = blocks.abs().amax(1), _scales(tensors, torch.float64)
     maxima = tensors["scale_maxima"].double().repeat_interleave(GROUP)[: len(scales)]
-    slack = 1e-6 + 4 * torch.finfo(torch.float32).eps * float(largest.max())
+    rounding = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+    slack = 1e-6 + rounding * float(largest.max())
     step = maxima * (torch.sqrt(largest / maxima.clamp(min=1e-30)) / 255 + 1 / 255**2)
     if bool(((scales - largest).abs() > step + slack).any()):
         return f"the scales are {scales}, the largest magnitudes {largest}"
