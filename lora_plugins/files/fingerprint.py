@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.inplace import detached_weight, full_name, is_shard, stored_weight
+from lora_plugins.inplace import detached_weight, full_name, is_shard, normalized_parameter, stored_weight
 from lora_plugins.plan import Plan
 from lora_plugins.utils import version
 
@@ -71,7 +71,7 @@ def fingerprints(
                 continue
             stamp = _stamp(module, tensor)
             if name not in taken or (taken[name][0] != stamp and not is_shard(module, tensor)):
-                taken[name] = stamp, fingerprint(detached_weight(module, tensor))
+                taken[name] = stamp, fingerprint(_marked(module, tensor))
             found[name] = taken[name][1]
     return found
 
@@ -79,7 +79,15 @@ def fingerprints(
 def _stamp(layer: nn.Module, tensor: str) -> object:
     """Returns what is the same as long as nobody writes into a weight; nothing is, where the weight is computed."""
     parameter = layer._parameters.get(tensor)
+    if parameter is None:
+        parameter = normalized_parameter(layer, tensor)
     return object() if parameter is None else (id(parameter), version(parameter))
+
+
+def _marked(layer: nn.Module, tensor: str) -> Tensor:
+    """Returns the tensor by which a layer is known: its weight, or what spectral norm computes it from."""
+    source = normalized_parameter(layer, tensor)
+    return detached_weight(layer, tensor) if source is None else source.detach()
 
 
 def checksum(tensor: Tensor) -> str:

@@ -26,7 +26,14 @@ from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
 from lora_plugins.inplace.storing import Replacing, make_dense, put_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
-from lora_plugins.inplace.weights import detached_weight, frozen_statistics, is_shard, raw_weight, weight_key
+from lora_plugins.inplace.weights import (
+    detached_weight,
+    frozen_statistics,
+    is_shard,
+    normalized_parameter,
+    raw_weight,
+    weight_key,
+)
 
 __all__ = [
     "RESERVED",
@@ -65,6 +72,7 @@ __all__ = [
     "make_plain",
     "mix_rows",
     "model_modules",
+    "normalized_parameter",
     "own_mode",
     "own_tensor",
     "own_tensors",

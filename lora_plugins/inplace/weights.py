@@ -6,12 +6,15 @@
 - *effective*: `W + ΔW` over the active adapters, which `layer.weight` answers with; see `deltas`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
 from lora_plugins.inplace.library_weights import foreign_kind
@@ -19,6 +22,13 @@ from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.plugins import LazyWeights
 from lora_plugins.utils import ending
+
+_HOOKS: tuple[tuple[type[Any], str, Callable[[Any, nn.Module], Tensor]], ...] = (
+    (WeightNorm, "name", lambda hook, layer: hook.compute_weight(layer)),
+    (SpectralNorm, "name", lambda hook, layer: hook.compute_weight(layer, do_power_iteration=False)),
+    (BasePruningMethod, "_tensor_name", lambda hook, layer: hook.apply_mask(layer)),
+)
+"""Classes of hooks that compute a weight, which attribute has its name, and how they do."""
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
@@ -34,13 +44,40 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def detached_weight(layer: nn.Module, name: str) -> Tensor:
-    """Returns the raw weight, detached, without letting a parametrization move its own statistics."""
+    """Returns the raw weight, detached, without letting a parametrization move its own statistics.
+
+    What a hook computes is computed again: the layer has it of its last forward, before it was loaded, say.
+    """
     parameter = layer._parameters.get(name)
     if parameter is not None:
         with torch.no_grad():
             return _dense_of(layer, parameter).detach()
     with frozen_statistics(layer), torch.no_grad():
-        return raw_weight(layer, name).detach()
+        return (_by_hook(layer, name) if name in layer.__dict__ else raw_weight(layer, name)).detach()
+
+
+def _by_hook(layer: nn.Module, name: str) -> Tensor:
+    for hook in layer._forward_pre_hooks.values():
+        for kind, attribute, compute in _HOOKS:
+            if isinstance(hook, kind) and getattr(hook, attribute) == name:
+                return compute(hook, layer)
+    return raw_weight(layer, name)
+
+
+def normalized_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns the parameter that spectral norm computes a weight from, by a hook or by a parametrization of torch.
+
+    The weight itself is no mark of a layer: it hangs on statistics that training moves, and a hook sets it at the next
+    forward only.
+    """
+    original = layer._parameters.get(f"{name}_orig")
+    if original is not None:
+        return original if f"{name}_u" in layer._buffers else None
+    parametrizations = layer._modules.get("parametrizations")
+    found = getattr(parametrizations, name, None)
+    if found is None or not any(buffer.rpartition(".")[2] == "_u" for buffer, _ in found.named_buffers()):
+        return None
+    return cast("nn.Parameter | None", found._parameters.get("original"))
 
 
 def _dense_of(layer: nn.Module, value: Any) -> Tensor:

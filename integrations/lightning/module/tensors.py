@@ -96,8 +96,14 @@ def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = M
         for adapter in state_of_adapters(target).adapters.values():
             known = {full_name(path, name): (name, values) for name, (_, values) in adapter.fingerprints.items()}
             for full, (name, values) in known.items():
-                if full in moved:
+                if full in moved or any(_computes(source, full) for source in moved):
                     adapter.kept.setdefault(name, dict(before.get(full, values)))
+
+
+def _computes(source: str, weight: str) -> bool:
+    """Whether a tensor has the name of one that weight norm or a parametrization computes a weight from."""
+    layer, _, own = weight.rpartition(".")
+    return source.startswith((f"{weight}_", f"{layer}.parametrizations.{own}."))
 
 
 def known_fingerprints(module: nn.Module) -> Fingerprints:
