@@ -1,7 +1,7 @@
 """Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from lora_plugins.inplace import (
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight, normed_weights, sources
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.utils import replace_file
 
@@ -125,12 +126,14 @@ def merge_reversibly(
     adapters = _packed(lora, state)
     kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
     active = lora.active_weights
-    weights = {
-        full_name(layer, tensor)
+    normed = normed_weights(target)
+    effective = {
+        full_name(layer, tensor): (layer, tensor)
         for plan in lora.plans.values()
         for layer, tensors in plan.weights().items()
         for tensor in tensors
     }
+    weights = {source for name in effective for source in sources(name, normed)}
     stored = {
         full_name(entry.name, name): weight
         for entry in model_modules(target)
@@ -142,7 +145,10 @@ def merge_reversibly(
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
     lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
-    lora.merge_and_unload(dequantize=dequantize)
+    if normed:
+        _unload_with_norms(lora, target, effective, normed, state.values.base)
+    else:
+        lora.merge_and_unload(dequantize=dequantize)
     dense = {name: weight.dense() for name, weight in stored.items()}
     before = {n: base_sums[n] if n in base_sums and n in base else checksum(t) for n, t in {**base, **dense}.items()}
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
@@ -166,16 +172,18 @@ def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
             f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "
             "dequantize=True, so that the merged model has dense weights; or merge_on_fit_end=False and export_to=None."
         )
+    normed = normed_weights(target)
     computed = [
         name
         for name, layer in adapted_layers(target).items()
-        if set(layer_state(layer).weight_names) - _parameter_names(layer) - stored_weights(layer).keys()
+        for weight in set(layer_state(layer).weight_names) - _parameter_names(layer) - stored_weights(layer).keys()
+        if full_name(name, weight) not in normed or stored
     ]
     if computed:
         raise StateError(
-            f"The weights of {listing(computed)} are computed from other tensors, by weight norm, a parametrization or "
-            "pruning. Merging replaces that for good, which fit cannot take back: set merge_on_fit_end=False and "
-            "export_to=None, and call LoraModel(module).merge_and_unload() when all is done."
+            f"The weights of {listing(computed)} are computed from other tensors, by spectral norm, another "
+            "parametrization or pruning. Merging replaces that for good, which fit cannot take back: set "
+            "merge_on_fit_end=False and export_to=None, and call LoraModel(module).merge_and_unload() when all is done."
         )
 
 
@@ -189,6 +197,27 @@ def temporarily_merged(
         yield result
     finally:
         result.undo(target)
+
+
+def _unload_with_norms(
+    lora: LoraModel,
+    target: nn.Module,
+    effective: Mapping[str, tuple[str, str]],
+    normed: Mapping[str, NormedWeight],
+    in_place: Iterable[str],
+) -> None:
+    """Takes merged adapters off and leaves their weights, where `merge_and_unload` would end weight norm for good."""
+    with torch.no_grad():
+        layers = {name: (target.get_submodule(layer), tensor) for name, (layer, tensor) in effective.items()}
+        merged = {name: getattr(layer, tensor).detach().clone() for name, (layer, tensor) in layers.items()}
+    merged |= {name: own_tensor(target, name).data for name in in_place}
+    lora.unmerge_adapter()
+    lora.unload()
+    for name, value in merged.items():
+        if name in normed:
+            normed[name].put(target, value)
+        else:
+            own_tensor(target, name).data = value
 
 
 def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:

@@ -263,23 +263,47 @@ def by_hook(layer):
         return nn.utils.weight_norm(layer)
 
 
-@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, by_hook])
+HEADS = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, by_hook], ids=["new", "old"])
 class TestWeightNorm:
-    """Its weights are computed, so a merge cannot be taken back: said before training, and possible by hand after."""
+    """Its weights are computed, from a length and a direction that can hold any: the merge leaves it in place."""
 
     def make(self, normalize):
-        module = Classifier()
+        module = Classifier(lr=0.3)
         normalize(module.net[0])
         return module
 
-    @pytest.mark.parametrize("options", [{}, {"merge_on_fit_end": False, "export_to": "x.safetensors"}])
-    def test_merge_is_refused_before_training(self, tmp_path, normalize, options):
-        steps = []
+    def test_merged_it_computes_what_the_adapted_one_did(self, tmp_path, normalize):
+        fresh, x, found = self.make(normalize), torch.randn(4, 4), []
+        for merge in (False, True):
+            torch.manual_seed(1)
+            module = self.make(normalize)
+            export = str(tmp_path / "merged.safetensors") if merge else None
+            run = trainer(tmp_path, [LoraCallback(HEADS, merge_on_fit_end=merge, export_to=export)])
+            run.fit(module, loader())
+            found.append(module.eval()(x).detach())
+        torch.testing.assert_close(found[1], found[0])
+        assert not torch.allclose(found[1], fresh.eval()(x))
+        assert [*values(module)] == [*values(fresh)]
+        assert [type(part).__name__ for part in module.modules()] == [type(part).__name__ for part in fresh.modules()]
+        fresh.load_state_dict(safetensors.torch.load_file(export))
+        torch.testing.assert_close(fresh.eval()(x), found[1])
+
+    def test_taken_back_bit_for_bit_and_trained_again(self, tmp_path, normalize):
+        module, callback = self.make(normalize), LoraCallback(HEADS)
+        trainer(tmp_path, [callback]).fit(module, loader())
+        trainer(tmp_path, [callback]).fit(module, loader())
+        callback.undo_merge(module)
+        assert not differing(values(LoraModel(module).unload()), values(self.make(normalize)))
+
+    def test_rows_of_zeros(self, tmp_path, normalize):
         module = self.make(normalize)
-        module.on_train_batch_start = lambda *_: steps.append(1)
-        with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
-            trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
-        assert not steps
+        with torch.no_grad():
+            next(p for name, p in module.net[0].named_parameters() if name.endswith(("_g", "original0")))[0] = 0
+        trainer(tmp_path, [LoraCallback(CONFIG, max_error=9)]).fit(module, loader())
+        assert all(value.isfinite().all() for value in values(module).values())
 
     def test_trains_saves_and_merges_by_hand(self, tmp_path, normalize):
         module = self.make(normalize)
@@ -289,3 +313,16 @@ class TestWeightNorm:
         expected = module(x).detach()
         torch.testing.assert_close(LoraModel(module).merge_and_unload()(x).detach(), expected)
         assert type(module.net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_on_fit_end": False, "export_to": "x.safetensors"}])
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm. is deprecated:FutureWarning")
+def test_a_merge_that_ends_a_computation_for_good_is_refused_before_training(tmp_path, normalize, options):
+    steps = []
+    module = Classifier()
+    normalize(module.net[0])
+    module.on_train_batch_start = lambda *_: steps.append(1)
+    with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
+        trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
+    assert not steps

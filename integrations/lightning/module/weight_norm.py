@@ -1,0 +1,67 @@
+"""Weight norm: its two parameters, a length and a direction, can hold any weight, so a merge can leave it in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lora_plugins.adapter import adapted_layers
+from lora_plugins.inplace import full_name, layer_state, own_tensor, recompute
+
+
+@dataclass(frozen=True)
+class NormedWeight:
+    """A weight that weight norm computes.
+
+    Args:
+        layer: The name of its layer.
+        name: Its name there.
+        length: The full name of the parameter with the lengths.
+        direction: The full name of the parameter with the directions.
+        dim: The dimension in which each entry has a length of its own.
+    """
+
+    layer: str
+    name: str
+    length: str
+    direction: str
+    dim: int
+
+    def put(self, target: nn.Module, weight: Tensor) -> None:
+        """Lets the two parameters compute this weight; what has no length keeps its direction."""
+        length, direction = own_tensor(target, self.length), own_tensor(target, self.direction)
+        found = torch.norm_except_dim(weight, 2, self.dim)
+        direction.data = torch.where(found == 0, direction.data, weight)
+        length.data = found.view_as(length).to(length.dtype)
+        recompute(target.get_submodule(self.layer))
+
+
+def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
+    """Returns the adapted weights of a module that weight norm computes, by full name."""
+    found: dict[str, NormedWeight] = {}
+    for name, layer in adapted_layers(target).items():
+        for weight in layer_state(layer).weight_names:
+            if (parts := _parts(layer, weight)) is not None:
+                length, direction, dim = parts
+                names = full_name(name, length), full_name(name, direction)
+                found[full_name(name, weight)] = NormedWeight(name, weight, *names, dim)
+    return found
+
+
+def sources(weight: str, normed: Mapping[str, NormedWeight]) -> tuple[str, ...]:
+    """Returns the names of the parameters that hold a weight: its own, or those that weight norm has."""
+    return (normed[weight].length, normed[weight].direction) if weight in normed else (weight,)
+
+
+def _parts(layer: nn.Module, weight: str) -> tuple[str, str, int] | None:
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == weight:
+            return f"{weight}_g", f"{weight}_v", hook.dim
+    chain = getattr(layer._modules.get("parametrizations"), weight, None)
+    if isinstance(chain, nn.ModuleList) and len(chain) == 1 and isinstance(chain[0], _WeightNorm):
+        own = f"parametrizations.{weight}"
+        return f"{own}.original0", f"{own}.original1", chain[0].dim
+    return None
