@@ -3,6 +3,7 @@
 from tests.modules import (
     anomalib_cases,
     forecasting_cases,
+    lightly_cases,
     other_cases,
     routine_cases,
     terratorch_cases,
@@ -17,6 +18,7 @@ ROOMS = (
     routine_cases,
     forecasting_cases,
     terratorch_cases,
+    lightly_cases,
     other_cases,
 )
 CASES = {case.id: case for room in ROOMS for case in room.CASES}

@@ -42,6 +42,10 @@ def _labelled():
     return loader(lambda at: (image(), torch.tensor(at % 3)))
 
 
+def _squares():
+    return {"loss": nn.MSELoss()}
+
+
 def _masked():
     return loader(lambda at: (image(), torch.randint(0, 3, (32, 32))))
 
@@ -109,6 +113,16 @@ CASES = [
         "SegmentationRoutine",
         _masked,
         lambda: {"model": _pixels(3), "num_classes": 3, "loss": nn.CrossEntropyLoss(), "metric_subsampling_rate": 1.0},
+    ),
+    _routine(
+        "RegressionRoutine",
+        lambda: loader(lambda at: (torch.randn(4), torch.randn(()))),
+        lambda: {"model": nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), "output_dim": 1, **_squares()},
+    ),
+    _routine(
+        "PixelRegressionRoutine",
+        lambda: loader(lambda at: (image(), torch.rand(32, 32))),
+        lambda: {"model": _pixels(1), "output_dim": 1, **_squares()},
     ),
     Case("kaiko-eva", "HeadModule", _head, _with_metadata, arguments=_head_arguments, objects=True),
     Case(

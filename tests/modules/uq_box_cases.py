@@ -17,8 +17,8 @@ def _convolutions(outputs: int):
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, outputs, 1))
 
 
-def _zigzag():
-    return nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 1))
+def _zigzag(outputs: int = 1):
+    return nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, outputs))
 
 
 def _numbers(at: int):
@@ -56,6 +56,14 @@ def _card(task: str, outputs: int):
         return {"cond_mean_model": _network(outputs), "guidance_model": guidance, "n_steps": 5, "ema_update_every": 1}
 
     return arguments
+
+
+def _with_dropout(outputs: int):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.2), nn.Conv2d(8, outputs, 1))
+
+
+def _card_classes():
+    return {**_card("classification", 3)(), "n_z_samples": 2}
 
 
 def _case(name, make, arguments, batches=loader, **expected):
@@ -126,5 +134,81 @@ CASES = [
         "MasksemblesRegression",
         _numbers,
         lambda: {"model": _network(1), "loss_fn": nn.MSELoss(), "num_estimators": 4, "scale": 2.0},
+    ),
+    _case("QuantilePxRegression", _fields, lambda: {"model": _convolutions(3)}),
+    _case("DERPxRegression", _fields, lambda: {"model": _convolutions(4)}),
+    _case("MVEPxRegression", _fields, lambda: {"model": _convolutions(2)}),
+    _case(
+        "MCDropoutSegmentation",
+        _masks,
+        lambda: {"model": _with_dropout(3), "num_mc_samples": 3, "loss_fn": nn.CrossEntropyLoss()},
+    ),
+    _case(
+        "MCDropoutPxRegression",
+        _fields,
+        lambda: {"model": _with_dropout(2), "num_mc_samples": 3, "loss_fn": nn.MSELoss(), "burnin_epochs": 2},
+    ),
+    _case(
+        "DensityLayerModelRegression",
+        _numbers,
+        lambda: {"model": _network(1), "stochastic_module_names": [-1], "loss_fn": nn.MSELoss()},
+    ),
+    _case(
+        "SGLDRegression",
+        _numbers,
+        lambda: {
+            "model": _network(1),
+            "loss_fn": nn.MSELoss(),
+            "lr": 0.01,
+            "weight_decay": 0.0,
+            "noise_factor": 0.1,
+            "burnin_epochs": 1,
+            "n_sgld_samples": 2,
+        },
+    ),
+    _case(
+        "BNN_VI_Regression",
+        _numbers,
+        lambda: {
+            "model": _network(1),
+            "n_mc_samples_train": 2,
+            "n_mc_samples_test": 2,
+            "stochastic_module_names": [-1],
+        },
+        batches=_data_module,
+        validate=UNFITTED,
+    ),
+    _case(
+        "ProbUNet",
+        _masks,
+        lambda: {
+            "model": _convolutions(3),
+            "latent_dim": 2,
+            "num_filters": [4, 8],
+            "num_convs_per_block": 1,
+            "num_convs_fcomb": 2,
+            "fcomb_filter_size": 4,
+        },
+    ),
+    _case("CARDClassification", _classes, _card_classes),
+    _case(
+        "MasksemblesClassification",
+        _classes,
+        lambda: {"model": _network(3), "loss_fn": nn.CrossEntropyLoss(), "num_estimators": 4, "scale": 2.0},
+    ),
+    _case("ZigZagClassification", _classes, lambda: {"model": _zigzag(3), "loss_fn": nn.CrossEntropyLoss()}),
+    _case(
+        "SNGPClassification",
+        _classes,
+        lambda: {
+            "feature_extractor": _network(8),
+            "loss_fn": nn.CrossEntropyLoss(),
+            "num_targets": 3,
+            "num_gp_features": 8,
+            "num_random_features": 16,
+            "input_size": 8,
+        },
+        batches=_data_module,
+        merge=SPECTRAL,
     ),
 ]
