@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
-from lora_plugins.tasks.autoconfig.recommended import RECOMMENDED, SCHEDULE
+from lora_plugins.tasks.autoconfig.recommended import AUTO, RECIPES, Recipe
 from lora_plugins.tasks.files import TRAIN, VAL
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
@@ -37,6 +35,7 @@ class Settings:
     image_size: tuple[int, int] | None = None
     device: str = "auto"
     seed: int = 0
+    recipe: str = AUTO
 
 
 def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
         out: The folder that a run writes into.
     """
     size = settings.image_size or found.size
-    is_masks, settled = found.task == MASKS, RECOMMENDED[found.task]
+    is_masks, settled = found.task == MASKS, RECIPES[settings.recipe][found.task]
     return {
         "seed_everything": settings.seed,
         "trainer": {
@@ -71,16 +70,16 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             model={**choice.arguments, "num_classes": len(found.classes)},
             **({} if found.coding is None else {"ignore_index": found.coding.ignore_index}),
             lr=settings.lr or settled.lr,
-            lr_scheduler=SCHEDULE,
+            **({} if settled.scheduler is None else {"lr_scheduler": settled.scheduler}),
         ),
         "data": _object(
             f"lora_plugins.tasks.{found.module}",
             **found.arguments,
             **({} if size is None else {"image_size": [*size]}),
             augmentation="crop_flip",
-            batch_size=settings.batch_size or batch_size(found),
+            batch_size=settings.batch_size or batch_size(found, settled),
         ),
-        "lora": lora_fields(found.task, settings.rank),
+        "lora": lora_fields(settled, settings.rank),
         "lora_callback": {
             "target": "network",
             "heads_lr_ratio": settled.heads_lr_ratio,
@@ -90,12 +89,12 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
     }
 
 
-def lora_fields(task: str, rank: int | None) -> dict[str, Any]:
-    """Returns the fields of the `LoraConfig` of a task, with the rank of a flag if there is one."""
-    return {**RECOMMENDED[task].lora, **({} if rank is None else {"r": rank})}
+def lora_fields(recipe: Recipe, rank: int | None) -> dict[str, Any]:
+    """Returns the fields of the `LoraConfig` of a recipe, with the rank of a flag if there is one."""
+    return {**recipe.lora, **({} if rank is None else {"r": rank})}
 
 
-def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Returns what was inferred, in five lines: what about, what, and the flags that overrule it."""
     trainer, data, model = made["trainer"], made["data"]["init_args"], made["model"]["init_args"]
     size = data.get("image_size") or choice.size
@@ -119,14 +118,13 @@ def described(found: Survey, choice: Choice, made: Mapping[str, Any]) -> list[tu
         ),
         (
             "model",
-            f"{choice.name}, weights: {choice.weights}, {images}, LoRA of rank {made['lora']['r']} on "
-            f"{RECOMMENDED[found.task].adapted}",
-            "--model --weights --image-size --rank",
+            f"{choice.name}, weights: {choice.weights}, {images}, LoRA of rank {made['lora']['r']} on {recipe.adapted}",
+            "--model --weights --image-size --rank --recipe",
         ),
         (
             "training",
-            f"{trainer['max_epochs']} epochs of {steps} steps of {data['batch_size']} images, lr {model['lr']:g} with "
-            f"warm-up and cosine, {where}, seed {made['seed_everything']}",
+            f"{trainer['max_epochs']} epochs of {steps} steps of {data['batch_size']} images, lr {model['lr']:g} "
+            f"{recipe.schedule}, {where}, seed {made['seed_everything']}",
             "--epochs --batch-size --lr --device --seed",
         ),
     ]
@@ -142,17 +140,21 @@ def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": class_path, **({"init_args": arguments} if arguments else {})}
 
 
-def batch_size(found: Survey) -> int:
+def batch_size(found: Survey, recipe: Recipe) -> int:
     """The largest power of two that leaves some steps an epoch, up to what is usual for the task."""
     fitting = max(2, found.counts[TRAIN] // STEPS)
-    return min(RECOMMENDED[found.task].largest_batch, int(2 ** (fitting.bit_length() - 1)))
+    return min(recipe.largest_batch, int(2 ** (fitting.bit_length() - 1)))
 
 
 def _on_cuda(device: str) -> bool:
+    import torch
+
     return device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
 
 
 def _precision(device: str) -> str:
+    import torch
+
     return "bf16-mixed" if _on_cuda(device) and torch.cuda.is_bf16_supported() else "32-true"
 
 
@@ -160,6 +162,8 @@ def device_of(device: str) -> str:
     """The device that a flag means: `cpu`, `cuda` or `mps`."""
     if device != "auto":
         return device
+    import torch
+
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lora_plugins.cli import Parser
 from lora_plugins.errors import ConfigError, listing
-from lora_plugins.files import check_writable_folder
 from lora_plugins.integrations.lightning.cli import COMMANDS, SHORT, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import (
     ADAPTER,
@@ -32,7 +30,7 @@ from lora_plugins.tasks.autoconfig.configuration import (
 from lora_plugins.tasks.autoconfig.found import Flags, Survey
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name
 from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
-from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
+from lora_plugins.tasks.autoconfig.recommended import AUTO, PLAIN, RECIPES, Recipe
 from lora_plugins.tasks.autoconfig.survey import survey
 
 EXAMPLE = "cls"
@@ -62,10 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     else:
         found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
         choice = choose_model(found.task, given.model, weights, given.image_size)
-        batch = _batch_size(given, found, choice)
-        settings = Settings(given.epochs, given.rank, given.lr, batch, given.image_size, given.device, given.seed or 0)
+        name = given.recipe or AUTO
+        recipe = RECIPES[name][found.task]
+        batch = _batch_size(given, found, choice, recipe)
+        settings = Settings(
+            given.epochs, given.rank, given.lr, batch, given.image_size, given.device, given.seed or 0, name
+        )
         made = configuration(found, choice, settings, out)
-        lines = described(found, choice, made)
+        lines = described(found, choice, recipe, made)
     print(_table(given.data, lines), flush=True)
     text = _yaml(made, arguments)
     if given.save_config is not None:
@@ -106,6 +108,9 @@ def _parser() -> Parser:
     training = parser.add_argument_group("training")
     for flag, short in SHORT.items():
         training.add_argument(flag, type=short.takes, metavar=short.metavar, help=short.meaning)
+    training.add_argument(
+        "--recipe", choices=RECIPES, metavar="NAME", help=f"{AUTO}, settings that were tried; {PLAIN}, LoRA's own"
+    )
     training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, metavar="DIR", help="where they are left (runs/NAME)")
@@ -134,6 +139,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _check_device(device: str) -> None:
+    if device in ("auto", "cpu"):
+        return
+    import torch
+
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device, True):
         raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
@@ -152,6 +161,8 @@ def _out(given: argparse.Namespace) -> Path:
 
 
 def _checked_out(out: Path, data: Path | None) -> Path:
+    from lora_plugins.files import check_writable_folder
+
     check_writable_folder(out, "--out")
     if _has_results(out):
         raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")
@@ -173,7 +184,7 @@ def _has_results(folder: Path) -> bool:
 
 def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The configuration of the embedded example."""
-    data = ("masks", "classes", "ignore_index", "val_share", "model", "weights", "image_size")
+    data = ("masks", "classes", "ignore_index", "val_share", "model", "weights", "image_size", "recipe")
     wrong = [name for name in data if getattr(given, name) is not None]
     if wrong:
         raise ConfigError(f"--{wrong[0].replace('_', '-')} is given, and no DATA: lora-plugins train DATA [flags].")
@@ -188,14 +199,16 @@ def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
     return made
 
 
-def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice) -> int:
+def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice, recipe: Recipe) -> int:
     """The batch size: what a flag says, or else what fits; a step is tried in any case."""
+    from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
+
     model = {**choice.arguments, "num_classes": len(found.classes)}
     size = given.image_size or found.size or choice.size
-    per_image = kept_bytes(TASKS[found.task], model, size, lora_fields(found.task, given.rank))
+    per_image = kept_bytes(TASKS[found.task], model, size, lora_fields(recipe, given.rank))
     if given.batch_size is not None:
         return int(given.batch_size)
-    wanted = batch_size(found)
+    wanted = batch_size(found, recipe)
     fitting = fitting_batch(wanted, per_image, free_bytes(device_of(given.device)))
     if fitting < wanted:
         print(f"Steps of {fitting} images, not {wanted}: one takes {per_image / 2**20:,.0f} MiB of memory.")

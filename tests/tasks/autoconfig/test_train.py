@@ -1,5 +1,6 @@
 """`lora-plugins train DATA`, as it is typed: both tasks from folders to a fitted model."""
 
+import inspect
 import json
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lora_plugins import LoraConfig
 from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks import SemanticSegmentationTask
 
 from ..conftest import noise, write_image
 
@@ -94,16 +98,30 @@ def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tm
     assert made["data"]["init_args"] | {"batch_size": 3, "image_size": [80, 80]} == made["data"]["init_args"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--rank", "3"]], ids=["recommended", "another rank"])
+@pytest.mark.parametrize("flags", [["--recipe", "auto"], ["--rank", "3"]], ids=["recommended", "another rank"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_no_flag_says_is_as_recommended(kind, flags, folders, tmp_path, capsys):
     given = folders(kind)
     assert main(["train", *given, *flags, "--plan", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
     made = yaml.safe_load((tmp_path / "it.yaml").read_text())
     adapted = {"labels": {}, "masks": {"target_modules": "all", "bias": "all", "norm": "track"}}[kind]
-    assert made["lora"] == {"r": 3 if flags else 8, **adapted}
+    assert made["lora"] == {"r": 3 if "--rank" in flags else 8, **adapted}
     assert made["model"]["init_args"]["lr"] == 1e-3
+    assert made["model"]["init_args"]["lr_scheduler"] == "lora_plugins.tasks.warmup_cosine"
     assert made["lora_callback"]["heads_lr_ratio"] == 3.0
+
+
+def test_the_plain_recipe_is_what_lora_and_the_task_do_by_themselves(folders, tmp_path, capsys):
+    given = ["train", *folders("masks"), "--recipe", "plain", "--plan", "--save-config", "it.yaml"]
+    assert main(given) == 0, capsys.readouterr().err
+    assert "lr 0.001 constant" in capsys.readouterr().out
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    task = inspect.signature(SemanticSegmentationTask).parameters
+    assert made["lora"] == {"r": LoraConfig().r}
+    assert made["model"]["init_args"]["lr"] == task["lr"].default
+    assert "lr_scheduler" not in made["model"]["init_args"]
+    callback = inspect.signature(LoraCallback).parameters
+    assert made["lora_callback"]["heads_lr_ratio"] == callback["heads_lr_ratio"].default
 
 
 def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
@@ -134,6 +152,7 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--out", "photos"], "which holds something else: 'cat', 'dog'. Name a new folder."),
         (["--out", "photos/run"], "inside of DATA"),
         (["--out", "/proc/run"], "nothing can be written in /proc"),
+        (["--recipe", "autos"], "argument --recipe: there is no 'autos'. Did you mean 'auto'"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
         (["--image-size", "15"], "cannot be trained on images of 15x15"),
     ],
