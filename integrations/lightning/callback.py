@@ -3,7 +3,7 @@
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -374,6 +374,18 @@ class LoraCallback(Callback):
                 callback._remove_names()
         if _writes(trainer):
             tell_written(trainer, files, loading_lines(trainer, pl_module))
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses the Trainer of transformers, which calls this when it is made; Lightning's has no such hook.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "This LoraCallback is for the Trainer of Lightning, and was given to that of transformers. There it is "
+            "LoraTrainer(model, args, ..., lora_config=config) of lora_plugins.integrations.transformers, in place of "
+            "Trainer; for another class of trainers, `class Mine(LoraTrainer, Seq2SeqTrainer): pass`."
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""

@@ -335,6 +335,65 @@ def test_beside_a_trainer_of_somebody_else(tmp_path):
     assert "adapter.json" in files(tmp_path / "checkpoint-6")
 
 
+def test_beside_the_trainer_for_sequences(tmp_path):
+    """Its evaluation is another one; best checkpoint and resuming are as ever."""
+
+    class Both(LoraTrainer, transformers.Seq2SeqTrainer):
+        pass
+
+    def made(folder, **fields):
+        args = arguments(folder, transformers.Seq2SeqTrainingArguments, **BEST, **fields)
+        return Both(vit(), args, train_dataset=images(), eval_dataset=images(), lora_config=VIT)
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    again = made(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert not differing(values(whole.model), values(again.model))
+    assert whole.state.best_model_checkpoint
+
+
+class Told(transformers.TrainerCallback):
+    """Notes which events it is told of, and whether there was an optimizer."""
+
+    def __init__(self):
+        self.events = {}
+
+    def on_init_end(self, args, state, control, **kwargs):
+        self.events["init_end"] = kwargs.get("optimizer") is not None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events["train_begin"] = kwargs["optimizer"] is not None
+
+
+class TestWhyItIsNoCallback:
+    """What docs/start/transformers.md says of the Trainer; if one of these fails, a callback may have become enough."""
+
+    def test_a_checkpoint_without_a_model_is_refused_before_a_callback_is_told(self, tmp_path):
+        trainer(tmp_path).train()
+        told = Told()
+        plain = transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images(), callbacks=[told])
+        with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+            plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert told.events == {"init_end": False}
+
+    def test_a_model_of_model_init_has_its_optimizer_before_a_callback_is_told(self, tmp_path):
+        told = Told()
+        plain = transformers.Trainer(
+            args=arguments(tmp_path, max_steps=1), model_init=build_vit, train_dataset=images(), callbacks=[told]
+        )
+        first = plain.model
+        plain.train()
+        assert plain.model is not first
+        assert told.events == {"init_end": False, "train_begin": True}
+
+
+def test_the_callback_of_lightning_names_the_trainer(tmp_path):
+    lightning = pytest.importorskip("lora_plugins.integrations.lightning")
+    with pytest.raises(ConfigError, match=r"LoraTrainer\(model, args, ..., lora_config=config\)"):
+        transformers.Trainer(vit(), arguments(tmp_path), callbacks=[lightning.LoraCallback(VIT)])
+
+
 class TestCards:
     def test_without_a_hub_they_name_what_there_is(self, tmp_path):
         run = trainer(tmp_path / "flowers", eval_strategy="epoch")

@@ -47,13 +47,13 @@ def scenes(count=8):
     return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)]
 
 
-def arguments(folder, **fields):
+def arguments(folder, kind=transformers.TrainingArguments, **fields):
     """Two epochs of three steps, a checkpoint after each epoch."""
     settings = {
         "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "epoch",
         "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3, "logging_strategy": "no",
     }  # fmt: skip
-    return transformers.TrainingArguments(str(folder), **{**settings, **fields})
+    return kind(str(folder), **{**settings, **fields})
 
 
 def trainer(folder, model=None, config=VIT, data=None, **fields):
