@@ -10,6 +10,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, PluginError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
+from lora_plugins.integrations.lightning.adapter_files import adapter_files, check_room
 from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
 
 X = torch.linspace(-1, 1, 20).view(5, 4)
@@ -117,3 +118,32 @@ trainer: {max_epochs: 1, accelerator: cpu, logger: false, enable_checkpointing: 
     assert main(["fit", "--config", "file.yaml"]) == 0, capsys.readouterr().err
     assert (tmp_path / "ours" / "adapter.json").is_file()
     assert (tmp_path / "theirs" / "adapter_config.json").is_file()
+
+
+class TestRoom:
+    """With 80 TB to train and 400 TB in all: no disk has room for either."""
+
+    def plan(self, **counts):
+        return replace(LoraModel.plan(nn.Linear(4, 4), LoraConfig(r=2, target_modules="all")), **counts)
+
+    @pytest.mark.parametrize(
+        ("files", "export", "setting", "size"),
+        [
+            (["adapter"], None, "save_adapter_to", "76,293,945"),
+            ([AdapterFile("peft", "peft")], "merged.safetensors", "save_adapter_to", "76,293,945"),
+            ([], "deep/down/merged.safetensors", "export_to", "381,469,727"),
+        ],
+        ids=["an adapter", "in another format", "a merged file in a folder that is not there"],
+    )
+    def test_less_than_it_takes_is_told_before_training(self, tmp_path, monkeypatch, files, export, setting, size):
+        monkeypatch.chdir(tmp_path)
+        plan = self.plan(trained_parameters=2 * 10**13, base_parameters=10**14)
+        with pytest.raises(ConfigError, match=f"{setting} is .*, which takes {size} MiB, and that disk has"):
+            check_room(adapter_files(files), export, plan)
+        assert not any(tmp_path.iterdir())
+
+    def test_an_adapter_needs_no_room_for_its_base(self, tmp_path):
+        check_room(adapter_files(str(tmp_path / "adapter")), None, self.plan(base_parameters=10**14))
+
+    def test_enough_is_enough(self, tmp_path):
+        check_room(adapter_files(str(tmp_path / "adapter")), str(tmp_path / "merged.safetensors"), self.plan())
