@@ -18,6 +18,8 @@ KEYS = ("norm", "dot0", "dot1", "dot2", "dot3")
 """What a fingerprint holds."""
 
 _PERIOD = 4093
+_ROWS = 64
+"""Periods that are read at a time: 2 MB of float64."""
 
 
 def fingerprint(weight: Tensor) -> dict[str, float]:
@@ -29,11 +31,18 @@ def fingerprint(weight: Tensor) -> dict[str, float]:
     Args:
         weight: Any shape.
     """
+    # In parts, since each is made wider: of a large weight as a whole, most of the time went into new memory.
     flat = weight.detach().flatten()
-    # The signs repeat, so the rows of this view can be added up first.
-    sums = F.pad(flat, (0, -flat.numel() % _PERIOD)).view(-1, _PERIOD).sum(0, dtype=torch.float64)
-    dots = (_signs() * sums.cpu()).sum(1).tolist()
-    return dict(zip(KEYS, (float(torch.linalg.vector_norm(flat, dtype=torch.float64)), *dots), strict=True))
+    parts = (part.double() for part in flat.split(_PERIOD * _ROWS))  # type: ignore[no-untyped-call]
+    squares, sums = zip(*((part @ part, _sums(part)) for part in parts), strict=True)
+    norm = functools.reduce(torch.add, squares).sqrt()
+    dots = (_signs() * functools.reduce(torch.add, sums).cpu()).sum(1).tolist()
+    return dict(zip(KEYS, (float(norm), *dots), strict=True))
+
+
+def _sums(flat: Tensor) -> Tensor:
+    """Adds up the elements that get the same sign, as the signs repeat."""
+    return F.pad(flat, (0, -len(flat) % _PERIOD)).view(-1, _PERIOD).sum(0)
 
 
 @functools.cache
