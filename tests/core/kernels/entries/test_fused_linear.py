@@ -1,7 +1,11 @@
 """The linear function: both paths, in parts, in the format of its input, with nothing saved but that."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from lora_plugins.kernels import dropout as masks
 from lora_plugins.kernels import lora_linear
@@ -55,3 +59,28 @@ def test_only_the_input_is_kept(dropout):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear(*inputs, 1.7, dropout)
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["normal", "low"])
+@shapes
+def test_autocast_keeps_as_much_as_a_plain_layer(lead, outputs, r, low_memory):
+    x, weight, bias, A, B = (tensor.detach() for tensor in tensors(lead, outputs, r, torch.float32))
+    x = x.bfloat16().requires_grad_()
+    A, B = A.requires_grad_(), B.requires_grad_()
+
+    def kept(compute: Callable[[], Tensor]) -> int:
+        found = []
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t),
+        ):
+            compute()
+        known = {tensor.untyped_storage().data_ptr() for tensor in (x, weight, bias, A, B)}
+        return sum(tensor.numel() for tensor in found if tensor.untyped_storage().data_ptr() not in known)
+
+    plain = kept(lambda: F.linear(x, weight, bias))
+    assert plain == weight.numel()
+    ours = kept(lambda: lora_linear(x, weight, bias, A, B, 1.7, 0.0, low_memory=low_memory))
+    assert ours <= plain + bias.numel() + A.numel() + B.numel()  # in the type of autocast
+    if low_memory and lead == MANY:
+        assert ours <= bias.numel()  # in another type, for derivatives of second order
