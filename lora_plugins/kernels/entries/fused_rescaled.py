@@ -2,7 +2,8 @@
 
 The weight is formed again in the backward. What rescales its rows gets its gradient from the gradient of the whole
 weight, `G`: a product as large as the layer's own, but nothing has to be kept for it. Those of A and B follow from `G`
-by small products: with `f` held constant, they are `scaling · Bᵀ (f · G)` and `scaling · (f · G) Aᵀ`.
+by small products: with `f` held constant, they are `scaling · Bᵀ (f · G)` and `scaling · (f · G) Aᵀ`. Under autocast
+the rounded weight is kept, as a plain layer keeps its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +35,12 @@ class RescaledOptions(Options):
     Args:
         geometry: How a kernel moves; None in a linear layer.
         factors: What the rows of the weight are multiplied by.
+        low_memory: Whether nothing is saved that can be computed again.
     """
 
     geometry: Geometry | None
     factors: RowFactors
+    low_memory: bool
 
 
 def fused_rescaled(
@@ -62,6 +65,7 @@ def fused_rescaled(
         recompute_input=recomputation(x) if low_memory else None,
         geometry=geometry,
         factors=factors,
+        low_memory=low_memory,
     )
 
     def compute(*tensors: Any) -> Tensor:
@@ -82,23 +86,24 @@ class _Rescaled(torch.autograd.Function):
         options: RescaledOptions,
         *own: Tensor,
     ) -> Tensor:
-        save(ctx, options, x, weight, bias, A, B, *own)
         direction = _direction(weight, A, B, options)
         ctx.own, ctx.factors = _factors(direction, own, options)
-        factors, layer = ctx.factors.detach(), _layer(options)
+        matrix, layer = _matrix(direction, ctx.factors.detach(), weight, options, x), _layer(options)
         inputs = layer.flat(x)
         if options.dropout is None:
-            y = layer.apply(inputs, _like(weight, _rescale(direction, factors), x), bias)
+            y = layer.apply(inputs, matrix, bias)
         else:
             y = layer.apply(inputs, weight.to(x.dtype), bias)
-            update = _like(weight, _update(direction, factors, weight, options), x)
             for part, some, _ in dropped_parts(inputs, x.dtype, options.dropout, masks=False):
-                part_of(y, part).add_(layer.apply(some, update, None))
+                part_of(y, part).add_(layer.apply(some, matrix, None))
+        keeps = options.dropout is None and x.dtype != weight.dtype and not options.low_memory
+        keeps = keeps and ctx.needs_input_grad[0]
+        save(ctx, options, x, weight, bias, A, B, matrix if keeps else None, *own)
         return layer.outputs(y, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, *own = saved(ctx)
+        x, weight, bias, A, B, matrix, *own = saved(ctx)
         options: RescaledOptions = ctx.options
         needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:])
         if torch.is_grad_enabled():
@@ -106,8 +111,10 @@ class _Rescaled(torch.autograd.Function):
             return (*found[:5], None, *found[5:])
         layer, factors = _layer(options), ctx.factors.detach()
         inputs, dy = layer.flat(x), layer.flat(gradient)
+        if matrix is None:
+            matrix = _matrix(_direction(weight, A, B, options), factors, weight, options, x)
         gradients = _whole_gradients if options.dropout is None else _update_gradients
-        dx, of_weight = gradients(dy, inputs, weight, _direction(weight, A, B, options), factors, options, needed[0])
+        dx, of_weight = gradients(dy, inputs, weight, matrix, options, needed[0])
         G = of_weight.flatten(1).to(A.dtype)
         if options.dropout is not None:
             G = G * options.dropout.scale
@@ -209,15 +216,12 @@ def _own_gradients(leaves: Sequence[Tensor], factors: Tensor, gradient: Tensor) 
     return (next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
-def _rescale(direction: Tensor, factors: Tensor) -> Tensor:
-    """Multiplies the rows, in place."""
-    return direction.mul_(factors[:, None])
-
-
-def _update(direction: Tensor, factors: Tensor, weight: Tensor, options: RescaledOptions) -> Tensor:
-    """Returns what rescaling and update add to the weight, and what makes up for dropped elements."""
-    assert options.dropout is not None
-    return _rescale(direction, factors).sub_(weight.flatten(1)).mul_(options.dropout.scale)
+def _matrix(direction: Tensor, factors: Tensor, weight: Tensor, options: RescaledOptions, x: Tensor) -> Tensor:
+    """Returns the whole weight, or with dropout what it has beyond W, with what makes up for dropped elements."""
+    rescaled = direction.mul_(factors[:, None])
+    if options.dropout is not None:
+        rescaled.sub_(weight.flatten(1)).mul_(options.dropout.scale)
+    return _like(weight, rescaled, x)
 
 
 def _like(weight: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
@@ -227,22 +231,21 @@ def _like(weight: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _whole_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, direction: Tensor, factors: Tensor, options: RescaledOptions, of_x: bool
+    dy: Tensor, x: Tensor, weight: Tensor, matrix: Tensor, options: RescaledOptions, of_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of x and of the whole weight."""
-    return _layer(options).gradients(dy, x, _like(weight, _rescale(direction, factors), x), of_x=of_x)
+    return _layer(options).gradients(dy, x, matrix, of_x=of_x)
 
 
 def _update_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, direction: Tensor, factors: Tensor, options: RescaledOptions, of_x: bool
+    dy: Tensor, x: Tensor, weight: Tensor, matrix: Tensor, options: RescaledOptions, of_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of x and of what is added to the weight, without what makes up for dropped elements."""
     layer = _layer(options)
     dx = layer.of_input(dy, x, weight.to(x.dtype)) if of_x else None
-    update = _like(weight, _update(direction, factors, weight, options), x)
     of_weight = []
     for part, some, mask in dropped_parts(x, x.dtype, options.dropout, masks=True):
-        branch, of_update = layer.gradients(part_of(dy, part), some, update, of_x=of_x)
+        branch, of_update = layer.gradients(part_of(dy, part), some, matrix, of_x=of_x)
         if dx is not None and branch is not None and mask is not None:
             part_of(dx, part).addcmul_(branch, mask)
         of_weight.append(of_update)
