@@ -16,6 +16,9 @@ from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import StoragePlugin
 from lora_plugins.utils import blocks_of, nearest_levels
 
+AT_ONCE = 2**20
+"""How many values are stored at a time: what is computed on the way takes several times their memory."""
+
 SCALE_GROUP = 256
 """How many scales share one float32 number where they are stored in 8 bits."""
 
@@ -53,10 +56,13 @@ class BlockwiseStorage(StoragePlugin):
 
     def store(self, weight: Tensor, options: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Returns the codes and the scales."""
-        blocks = blocks_of(weight, options["block_size"])
-        scales = _stored_scales(blocks.abs().amax(1), options["double_quant"])
-        codes = nearest_levels(blocks, _scales(scales), self.table.to(weight.device))
-        return {"codes": self.packed(codes.flatten()), **scales}
+        blocks, table = blocks_of(weight, options["block_size"]), self.table.to(weight.device)
+        at_once = max(AT_ONCE // options["block_size"], 1)
+        largest = torch.cat([part.abs().amax(1) for part in torch.split(blocks, at_once)])
+        scales = _stored_scales(largest, options["double_quant"])
+        parts = zip(torch.split(blocks, at_once), torch.split(_scales(scales), at_once), strict=True)
+        codes = [self.packed(nearest_levels(part, own, table).flatten()) for part, own in parts]
+        return {"codes": torch.cat(codes), **scales}
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size, options: Mapping[str, Any]) -> Tensor:
         """Multiplies the levels of each block with its scale."""

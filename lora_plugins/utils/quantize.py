@@ -35,7 +35,8 @@ def levels(bits: int) -> Tensor:
 def blocks_of(values: Tensor, block_size: int) -> Tensor:
     """Returns flattened values as `(blocks, block_size)`, the last block filled up with zeros."""
     flat = values.flatten()
-    return F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    missing = -flat.numel() % block_size
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)
 
 
 def nearest_levels(blocks: Tensor, scales: Tensor, table: Tensor) -> Tensor:
