@@ -1,14 +1,16 @@
 """One of our adapters in the terms that the formats of others share; what has no such terms is refused by name."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import AdapterFileError
+from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import detached_weight, model_modules
@@ -58,6 +60,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
     source = _Source(packed, plan, model)
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
+    _warn_of_stored(manifest.get("stored") or {})
     names = (*plan.trained, *plan.saved_buffers)
     return PortableAdapter(
         layers={plain_name(layer.name): _layer(source, layer) for layer in plan.layers},
@@ -68,6 +71,18 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
         bias=config.bias,
         saved_modules=_saved_modules(model, config.modules_to_save),
     )
+
+
+def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
+    """Says what no other format can: how the base was stored that the adapter was trained on."""
+    if stored:
+        kinds = listing(dict.fromkeys(str(entry.get("storage")) for entry in stored.values()))
+        warnings.warn(
+            f"The adapter was trained on {len(stored)} weights stored as {kinds}, which this format cannot say. On "
+            "float weights it adds the same update to values that differ by what storing rounded; our own format "
+            "stores them again.",
+            stacklevel=4,
+        )
 
 
 def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
