@@ -125,7 +125,7 @@ class CheckpointShims:
         if is_sharded(self._trainer):
             return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
         with allowed(), reading_errors(checkpoint_path):
-            checkpoint: dict[str, Any] = self._load(checkpoint_path, *args, **kwargs)
+            checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         check_whole(checkpoint_path, checkpoint)
         before = {name for name, _ in self._module.named_parameters()}
         complete = self._prepare(checkpoint_path, checkpoint)
@@ -133,6 +133,20 @@ class CheckpointShims:
         for owner in self._owners:
             owner.restored(self._trainer, changed)
         return complete
+
+    def _read(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads it as the strategy does; where that is not possible, on the CPU by name, which means the same.
+
+        Lightning says so by a function, which torch does not take for tensors of other types, such as the optimizer
+        states of torchao.
+        """
+        try:
+            return self._load(checkpoint_path, *args, **kwargs)
+        except RuntimeError as error:
+            if "Callable map_location not supported" not in str(error):
+                raise
+        files, weights_only = self._trainer.strategy.checkpoint_io, kwargs.get("weights_only")
+        return files.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
     def _prepare(self, checkpoint_path: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Puts the adapters of a checkpoint on the module, and returns it complete."""

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel, StateError
@@ -17,11 +17,11 @@ NF4 = replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0})
 STORED = {f"net.{i}.weight_stored.{name}" for i in (0, 3) for name in ("codes", "scale_codes", "scale_maxima")}
 
 
-def fitted(folder, config=NF4, module=None, **options):
+def fitted(folder, config=NF4, module=None, precision="32-true", **options):
     module = module or Classifier(lr=0.3)
     saver = ModelCheckpoint(folder / "checkpoints", filename="last")
     callback = LoraCallback(config, **{"merge_on_fit_end": False, "print_plan": False, **options})
-    run = trainer(folder, [callback, saver], max_epochs=2)
+    run = trainer(folder, [callback, saver], max_epochs=2, precision=precision)
     run.fit(module, loader(), loader())
     return run, module, saver.best_model_path
 
@@ -102,9 +102,10 @@ def test_an_adapter_folder_of_a_run(tmp_path):
     assert not differing(values(other), values(module))
 
 
-def test_train_validate_train(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_train_validate_train(tmp_path, precision):
     """What validation does without gradients leaves what training needs."""
-    run, module, _ = fitted(tmp_path)
+    run, module, _ = fitted(tmp_path, precision=precision)
     before = values(module)
     run.validate(module, loader(), verbose=False)
     assert not differing(values(module), before)
@@ -113,3 +114,22 @@ def test_train_validate_train(tmp_path):
     assert {key.split(".")[2] for key in differing(values(module), before) if "lora" in key} == {"lora_A", "lora_B"}
     assert not differing({k: v for k, v in values(module).items() if k in STORED}, before) & STORED
     assert torch.isfinite(torch.tensor(loss(run, module)))
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+@pytest.mark.parametrize(
+    "average",
+    [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
+    ids=["ema", "swa"],
+)
+def test_averages_leave_the_codes_as_they_are(average, tmp_path):
+    """An average of equal integers, cut off, is one less."""
+    module = Classifier(lr=0.3)
+    callbacks = [LoraCallback(NF4, merge_on_fit_end=False, print_plan=False), average()]
+    run = trainer(tmp_path, callbacks, max_epochs=3)
+    run.fit(module, loader(), loader())
+    expected = Classifier()
+    LoraModel(expected, NF4)
+    stored = {key: value for key, value in expected.state_dict().items() if key in STORED}
+    assert not differing({key: module.state_dict()[key] for key in STORED}, stored)
