@@ -21,6 +21,7 @@ from lora_plugins.inplace.modules import (
     own_tensors,
     persistent_buffers,
 )
+from lora_plugins.inplace.normed import length_and_direction
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
@@ -66,6 +67,7 @@ __all__ = [
     "is_frozen",
     "is_shard",
     "layer_state",
+    "length_and_direction",
     "let_go",
     "let_load",
     "make_dense",

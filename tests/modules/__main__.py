@@ -29,7 +29,11 @@ the callback and with it (`target_modules="all"`, `r=2`, two epochs).
 SemanticSegmentationTask-fcn is that class with `model="fcn"`, and so on.
 """
 
-TAIL = """Tried, and not in the table: pyannote-audio 4.0.7 cannot be imported with torch 2.13. The callback of
+TAIL = """Classes of lightly are those of its documentation, put together of its heads, losses and memory banks.
+
+Tried, and not in the table: pyannote-audio 4.0.7 needs torchaudio 2.11, which torch 2.13 cannot load. Beside torch
+2.11, PyanNet with its VoiceActivityDetection on made sounds is "yes" in all columns, with
+`modules_to_save=["classifier"]`: `setup` builds that layer anew, with random weights. The callback of
 finetuning-scheduler 2.14.1 thaws layers of the base by its own schedule, whatever its `max_depth`: the run stops at its
 first batch, and the message names them.
 """

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.inplace import full_name, layer_state, own_tensor, recompute
+from lora_plugins.inplace import full_name, layer_state, length_and_direction, own_tensor, recompute
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
     found: dict[str, NormedWeight] = {}
     for name, layer in adapted_layers(target).items():
         for weight in layer_state(layer).weight_names:
-            if (parts := _parts(layer, weight)) is not None:
+            if (parts := length_and_direction(layer, weight)) is not None:
                 length, direction, dim = parts
                 names = full_name(name, length), full_name(name, direction)
                 found[full_name(name, weight)] = NormedWeight(name, weight, *names, dim)
@@ -54,14 +52,3 @@ def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
 def sources(weight: str, normed: Mapping[str, NormedWeight]) -> tuple[str, ...]:
     """Returns the names of the parameters that hold a weight: its own, or those that weight norm has."""
     return (normed[weight].length, normed[weight].direction) if weight in normed else (weight,)
-
-
-def _parts(layer: nn.Module, weight: str) -> tuple[str, str, int] | None:
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == weight:
-            return f"{weight}_g", f"{weight}_v", hook.dim
-    chain = getattr(layer._modules.get("parametrizations"), weight, None)
-    if isinstance(chain, nn.ModuleList) and len(chain) == 1 and isinstance(chain[0], _WeightNorm):
-        own = f"parametrizations.{weight}"
-        return f"{own}.original0", f"{own}.original1", chain[0].dim
-    return None
