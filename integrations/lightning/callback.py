@@ -39,6 +39,7 @@ from lora_plugins.integrations.lightning.module import (
     find_copies,
     find_target,
     freeze_alike,
+    kept_copies,
     merge_as_bytes,
     merge_from_bytes,
     merge_reversibly,
@@ -282,6 +283,14 @@ class LoraCallback(Callback):
                 f"{listing(forgotten, 3)} of {type(pl_module).__name__} look newly initialized, and nothing trains "
                 "them. A new head belongs into modules_to_save, or into an attribute head_modules of the module; one "
                 "that is to stay as it is can be left so."
+            )
+        kept = [] if is_sharded(trainer) else kept_copies(pl_module)
+        if kept:
+            rank_zero_warn(
+                f"{listing(kept, 3)} of {type(pl_module).__name__} has copies of weights, made before there were "
+                "adapters: what averages them, or measures the distance to them, does not see A and B, and pairs of "
+                "parameters and copies may not belong together. Make the copies in on_fit_start, or let "
+                "EMAWeightAveraging average."
             )
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:

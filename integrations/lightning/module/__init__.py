@@ -26,6 +26,7 @@ from lora_plugins.integrations.lightning.module.copies import (
     is_within,
     start_alike,
 )
+from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
 from lora_plugins.integrations.lightning.module.declarations import with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
     frozen_as_built,
@@ -98,6 +99,7 @@ __all__ = [
     "frozen_tensors",
     "is_adapted_alike",
     "is_within",
+    "kept_copies",
     "known_fingerprints",
     "layers_of_factors",
     "local",

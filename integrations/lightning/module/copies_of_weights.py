@@ -1,0 +1,64 @@
+"""Copies of weights that a module keeps in lists, dicts and buffers, as hand-written averages do.
+
+They were made before there were adapters, so they have no A and B: an average of them would never learn.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_plugins.adapter import adapted_layers
+from lora_plugins.inplace import own_tensor
+from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.tensors import adapted_targets, adapted_weights
+
+_LIBRARIES = ("torch", "lightning", "lora_plugins", "torchmetrics", "builtins")
+
+
+def kept_copies(module: nn.Module) -> list[str]:
+    """Returns the names of collections in which a module keeps copies of weights that are adapted.
+
+    A collection counts if it has the values of two adapted weights, or of all that there are.
+    """
+    named = {id(own_tensor(module, name)): own_tensor(module, name) for name in _own_weights(module)}
+    sums = {(tensor.shape, tensor.dtype, checksum(tensor)) for tensor in named.values()}
+    shapes = {(shape, dtype) for shape, dtype, _ in sums}
+    found = []
+    for name, tensors in _collections(module):
+        alike = [t for t in tensors if (t.shape, t.dtype) in shapes and id(t) not in named]
+        equal = {(t.shape, t.dtype, checksum(t)) for t in alike} & sums
+        if equal and len(equal) >= min(2, len(sums)):
+            found.append(name)
+    return found
+
+
+def _own_weights(module: nn.Module) -> list[str]:
+    owned = dict(module.named_parameters(remove_duplicate=False))
+    layers = any(adapted_layers(target) for target in adapted_targets(module).values())
+    return [name for name in adapted_weights(module) if name in owned and owned[name].dim() > 1] if layers else []
+
+
+def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    for path, part in module.named_modules():
+        yield path, list(_tensors(part._buffers))
+        for name, value in vars(part).items():
+            if name.startswith("_"):  # of torch and of Lightning
+                continue
+            full = f"{path}.{name}" if path else name
+            yield full, list(_tensors(value))
+            if _is_helper(value):
+                yield from ((f"{full}.{own}", list(_tensors(each))) for own, each in vars(value).items())
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, list | tuple):
+        yield from (value for value in values if isinstance(value, Tensor))
+    elif isinstance(values, Mapping):
+        yield from (value for value in values.values() if isinstance(value, Tensor))
+
+
+def _is_helper(value: Any) -> bool:
+    known = isinstance(value, nn.Module | Optimizer | type) or type(value).__module__.split(".")[0] in _LIBRARIES
+    return not known and hasattr(value, "__dict__")

@@ -1,0 +1,71 @@
+"""Copies of weights in lists, dicts and buffers, which never see an adapter: told before training."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
+
+
+class Shadow:
+    """An average of its own, as packages for that have."""
+
+    def __init__(self, parameters):
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+
+def as_dict(module):
+    module.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def as_helper(module):
+    module.ema = Shadow(module.parameters())
+
+
+def as_buffers(module):
+    module.ema = nn.Module()
+    for name, parameter in module.net.named_parameters():
+        module.ema.register_buffer(name.replace(".", ""), parameter.detach().clone())
+
+
+def fit(tmp_path, module):
+    trainer(tmp_path, [lora()]).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("keep", "name"),
+    [(as_dict, "shadow"), (as_helper, r"ema\.shadow"), (as_buffers, "ema")],
+    ids=["dict", "list", "buffers"],
+)
+def test_copies_that_were_made_before_are_named(tmp_path, keep, name):
+    module = Classifier()
+    keep(module)
+    with pytest.warns(UserWarning, match=rf"'{name}' of Classifier has copies of weights.*on_fit_start"):
+        fit(tmp_path, module)
+
+
+def others(module):
+    module.shadow = [torch.zeros_like(parameter) for parameter in module.parameters()]
+
+
+def themselves(module):
+    module.all_parameters = list(module.parameters())
+
+
+class InFitStart(Classifier):
+    def on_fit_start(self):
+        as_dict(self)
+
+
+@pytest.mark.parametrize(
+    ("cls", "keep"), [(Classifier, others), (Classifier, themselves), (InFitStart, lambda _: None)]
+)
+def test_what_is_no_such_copy_says_nothing(tmp_path, cls, keep):
+    module = cls()
+    keep(module)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(tmp_path, module)
+    assert not [each for each in told if "copies of weights" in str(each.message)]
