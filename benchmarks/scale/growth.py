@@ -1,4 +1,7 @@
-"""Seconds of what is done once, over models of many layers or of much memory."""
+"""Seconds of what is done once, over models of many layers or of much memory.
+
+Of the processor, so that what else runs on the machine does not count; nor does waiting for a disk.
+"""
 
 import gc
 import tempfile
@@ -31,7 +34,7 @@ def much_memory(megabytes: int, layers: int = 10) -> nn.Module:
 
 
 def costs(model: nn.Module) -> dict[str, float]:
-    """Returns the seconds of each call.
+    """Returns the processor seconds of each call.
 
     Args:
         model: An untouched model; it is as before afterwards, but for what merging for good wrote.
@@ -40,9 +43,9 @@ def costs(model: nn.Module) -> dict[str, float]:
 
     def timed(name: str, action: Callable[[], object]) -> None:
         gc.collect()
-        start = time.perf_counter()
+        start = time.process_time()
         action()
-        found[name] = time.perf_counter() - start
+        found[name] = time.process_time() - start
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
