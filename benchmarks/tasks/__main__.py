@@ -44,6 +44,16 @@ METHODS = {
         },
     ),
 }
+STORED = {
+    f"LoRA, r=8, {base}": Method(8, {case: replace(tuning, **fields) for case, tuning in LORA.items()})
+    for base, fields in {
+        "nf4": {"quantize": "nf4"},
+        "nf4 with LoftQ": {"quantize": "nf4", "init": "loftq"},
+        "int8": {"quantize": "int8"},
+    }.items()
+}
+"""The same on a base that is stored in fewer bytes, for docs/howto/quantize.md."""
+
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
 FACTORS = (1 / 3, 1, 3)
@@ -55,7 +65,10 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
     parser.add_argument("--out", type=Path, help="a .md file for the table; runs are kept in the .jsonl beside it")
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
-    parser.add_argument("--method", choices=METHODS, action="append", help="only this method; may be given again")
+    parser.add_argument(
+        "--method", choices=METHODS | STORED, action="append", help="only this method; may be given again"
+    )
+    parser.add_argument("--stored", action="store_true", help="LoRA on stored bases, beside LoRA on the float one")
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
@@ -77,8 +90,9 @@ def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None
 
 def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
+    wanted = given.method or (["LoRA, r=8", *STORED] if given.stored else METHODS)
     for case, name, seed, method in planned(given.case or list(CASES)):
-        if name not in (given.method or METHODS) or (runs and (case, name, seed) in recorded_runs(runs)):
+        if name not in wanted or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
         outcome = run(given.data, case, method, seed, given.epochs)
         line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}
@@ -94,7 +108,7 @@ def planned(cases: list[str]) -> Iterator[tuple[str, str, int, Method]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
     for seed in SEEDS:
         for case in cases:
-            for name, method in METHODS.items():
+            for name, method in (METHODS | STORED).items():
                 yield case, name, seed, method
 
 
@@ -119,7 +133,9 @@ def recorded_runs(runs: Path) -> set[tuple[str, str, int]]:
 
 def recorded_outcomes(runs: Path) -> dict[tuple[str, str], list[Outcome]]:
     """The outcomes in a file of runs, by task and method."""
-    outcomes: dict[tuple[str, str], list[Outcome]] = {(case, method): [] for case in CASES for method in METHODS}
+    outcomes: dict[tuple[str, str], list[Outcome]] = {
+        (case, method): [] for case in CASES for method in METHODS | STORED
+    }
     for line in map(json.loads, runs.read_text(encoding="utf-8").splitlines()):
         outcome = Outcome(**{field.name: line[field.name] for field in fields(Outcome)})
         outcomes[line["case"], line["method"]].append(outcome)

@@ -42,6 +42,8 @@ class Tuning:
         alpha: The numerator of the adapters' scaling, alike at every rank: with alpha = r, and so a scaling of 1, the
             steps of Adam grow with the rank, and a rate that suits r=8 is too high for r=32.
         everywhere: Whether every layer is adapted and all biases are trained, in place of the task's default layers.
+        quantize: How the weights of adapted layers are stored; None for floating numbers.
+        init: How the adapters start.
     """
 
     head_lr: float
@@ -49,6 +51,8 @@ class Tuning:
     norm: Literal["freeze", "track"] = "freeze"
     alpha: float = 8.0
     everywhere: bool = False
+    quantize: str | None = None
+    init: str = "kaiming"
 
 
 @dataclass(frozen=True)
@@ -197,13 +201,14 @@ def _run(root: Path, case: str, rank: int | None, tuning: Tuning, seed: int, epo
 def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
     """Adapters where the task says, in every other respect as a user would have them."""
     task.lr = tuning.lr
-    config = LoraConfig(r=rank, alpha=tuning.alpha, norm=tuning.norm)
+    config = LoraConfig(r=rank, alpha=tuning.alpha, norm=tuning.norm, init=tuning.init, quantize=tuning.quantize)
     if tuning.everywhere:
         config = replace(config, target_modules="all", bias="all")
     return LoraCallback(
         config,
         target="network",
         save_adapter_to=str(folder),
+        dequantize=True,
         print_plan=False,
         heads_lr_ratio=tuning.head_lr / tuning.lr,
     )
