@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None
 def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
     wanted = given.method or (["LoRA, r=8", *STORED] if given.stored else METHODS)
-    for case, name, seed, method in planned(given.case or list(CASES)):
+    for case, name, seed, method in planned(given.case or list(CASES), METHODS | STORED):
         if name not in wanted or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
         outcome = run(given.data, case, method, seed, given.epochs)
@@ -104,11 +104,11 @@ def _fill_table(given: argparse.Namespace) -> None:
             given.out.write_text("\n".join([*table(found), "", *differences(found)]) + "\n", encoding="utf-8")
 
 
-def planned(cases: list[str]) -> Iterator[tuple[str, str, int, Method]]:
+def planned(cases: list[str], methods: Mapping[str, Method] = METHODS) -> Iterator[tuple[str, str, int, Method]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
     for seed in SEEDS:
         for case in cases:
-            for name, method in (METHODS | STORED).items():
+            for name, method in methods.items():
                 yield case, name, seed, method
 
 
