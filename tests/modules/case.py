@@ -194,7 +194,7 @@ _STEPS: dict[str, Callable[[Run], None]] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # its steps follow each other, and a third of all modules takes 10 GB
 def _started(case_id: str) -> Run | Exception:
     from tests.modules.cases import CASES
 
