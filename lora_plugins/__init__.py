@@ -9,61 +9,68 @@ Three lines adapt a model in place:
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that
 register layer types (`LayerPlugin`), inits (`InitPlugin`), variants (`VariantPlugin`), formats (`AdapterFormat`) or
 storages of weights (`StoragePlugin`); see `lora_plugins.plugins.hookspecs`.
+
+Names are imported when they are first used: a command that only shows its help need not wait for torch.
 """
 
-from lora_plugins.adapter import Calibration, InitData, calibrate
-from lora_plugins.config import LayerSettings, LoraConfig
-from lora_plugins.errors import (
-    AdapterFileError,
-    ConfigError,
-    LoraError,
-    MergeError,
-    PluginError,
-    StateError,
-    TargetError,
-)
-from lora_plugins.files import PackedAdapter, load_quantized
-from lora_plugins.merge import MergedWeight, MergeReport
-from lora_plugins.model import LoraModel
-from lora_plugins.plan import LayerGroup, LeftOut, Plan
-from lora_plugins.plugins import (
-    FORMATS,
-    INITS,
-    LAYERS,
-    STORAGES,
-    VARIANTS,
-    AdapterFormat,
-    AdapterSummary,
-    ColumnMajorPlugin,
-    FormatRegistrar,
-    InitContext,
-    InitPlugin,
-    InitRegistrar,
-    InputMoments,
-    LayerPlugin,
-    LayerRegistrar,
-    LayerSummary,
-    Owned,
-    PlannedLayer,
-    PluginInfo,
-    PluginKind,
-    RankRequest,
-    Registry,
-    Rescaling,
-    RowMajorPlugin,
-    Slot,
-    SlotCalibration,
-    StackedAdapters,
-    Storage,
-    StoragePlugin,
-    StorageRegistrar,
-    Term,
-    Tie,
-    VariantPlugin,
-    VariantRegistrar,
-    build_registry,
-    hookimpl,
-)
+from typing import TYPE_CHECKING
+
+from lora_plugins.lazy import lazily
+
+if TYPE_CHECKING:
+    from lora_plugins.adapter import Calibration, InitData, calibrate
+    from lora_plugins.config import LayerSettings, LoraConfig
+    from lora_plugins.errors import (
+        AdapterFileError,
+        ConfigError,
+        LoraError,
+        MergeError,
+        PluginError,
+        StateError,
+        TargetError,
+    )
+    from lora_plugins.files import PackedAdapter, load_quantized
+    from lora_plugins.merge import MergedWeight, MergeReport
+    from lora_plugins.model import LoraModel
+    from lora_plugins.plan import LayerGroup, LeftOut, Plan
+    from lora_plugins.plugins import (
+        FORMATS,
+        INITS,
+        LAYERS,
+        STORAGES,
+        VARIANTS,
+        AdapterFormat,
+        AdapterSummary,
+        ColumnMajorPlugin,
+        FormatRegistrar,
+        InitContext,
+        InitPlugin,
+        InitRegistrar,
+        InputMoments,
+        LayerPlugin,
+        LayerRegistrar,
+        LayerSummary,
+        Owned,
+        PlannedLayer,
+        PluginInfo,
+        PluginKind,
+        RankRequest,
+        Registry,
+        Rescaling,
+        RowMajorPlugin,
+        Slot,
+        SlotCalibration,
+        StackedAdapters,
+        Storage,
+        StoragePlugin,
+        StorageRegistrar,
+        Term,
+        Tie,
+        VariantPlugin,
+        VariantRegistrar,
+        build_registry,
+        hookimpl,
+    )
 
 __all__ = [
     "FORMATS",
@@ -123,3 +130,64 @@ __all__ = [
     "hookimpl",
     "load_quantized",
 ]
+
+_ROOMS = {
+    "FORMATS": "plugins",
+    "INITS": "plugins",
+    "LAYERS": "plugins",
+    "STORAGES": "plugins",
+    "VARIANTS": "plugins",
+    "AdapterFileError": "errors",
+    "AdapterFormat": "plugins",
+    "AdapterSummary": "plugins",
+    "Calibration": "adapter",
+    "ColumnMajorPlugin": "plugins",
+    "ConfigError": "errors",
+    "FormatRegistrar": "plugins",
+    "InitContext": "plugins",
+    "InitData": "adapter",
+    "InitPlugin": "plugins",
+    "InitRegistrar": "plugins",
+    "InputMoments": "plugins",
+    "LayerGroup": "plan",
+    "LayerPlugin": "plugins",
+    "LayerRegistrar": "plugins",
+    "LayerSettings": "config",
+    "LayerSummary": "plugins",
+    "LeftOut": "plan",
+    "LoraConfig": "config",
+    "LoraError": "errors",
+    "LoraModel": "model",
+    "MergeError": "errors",
+    "MergeReport": "merge",
+    "MergedWeight": "merge",
+    "Owned": "plugins",
+    "PackedAdapter": "files",
+    "Plan": "plan",
+    "PlannedLayer": "plugins",
+    "PluginError": "errors",
+    "PluginInfo": "plugins",
+    "PluginKind": "plugins",
+    "RankRequest": "plugins",
+    "Registry": "plugins",
+    "Rescaling": "plugins",
+    "RowMajorPlugin": "plugins",
+    "Slot": "plugins",
+    "SlotCalibration": "plugins",
+    "StackedAdapters": "plugins",
+    "StateError": "errors",
+    "Storage": "plugins",
+    "StoragePlugin": "plugins",
+    "StorageRegistrar": "plugins",
+    "TargetError": "errors",
+    "Term": "plugins",
+    "Tie": "plugins",
+    "VariantPlugin": "plugins",
+    "VariantRegistrar": "plugins",
+    "build_registry": "plugins",
+    "calibrate": "adapter",
+    "hookimpl": "plugins",
+    "load_quantized": "files",
+}
+
+__getattr__ = lazily(__name__, _ROOMS)

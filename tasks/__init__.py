@@ -10,7 +10,7 @@ Names are imported when they are first used: the libraries behind them take seco
 
 from typing import TYPE_CHECKING
 
-from lora_plugins.utils import lazily
+from lora_plugins.lazy import lazily
 
 if __name__ != "lora_plugins.tasks":
     raise ImportError(

@@ -1,18 +1,21 @@
 """The table of commands, which the entry point `tasks` of the group `lora_plugins.commands` names.
 
 The commands of Lightning are among them, so that two of them can be extended: `predict` and `export` of a path are the
-tasks', with flags they are Lightning's.
+tasks', with flags they are Lightning's. Arguments are parsed before what a command needs is imported.
 """
 
 from collections.abc import Callable, Mapping
 
 from lora_plugins.cli import Command
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
+from lora_plugins.tasks.command_lines import check_model, export_parser, generate_parser, predict_parser, serve_parser
 
 
 def _predict(arguments: list[str]) -> int:
-    if len(arguments) == 1 or any(argument.startswith("-") for argument in arguments[:2]):
+    asked = {"-h", "--help"} & {*arguments}
+    if not asked and any(argument.startswith("-") for argument in arguments[:2]):
         return OF_LIGHTNING["predict"].run(arguments)
+    check_model(predict_parser().parse_args(arguments[1:]).model)
     from lora_plugins.tasks.inference import predict_main
 
     return int(predict_main(arguments[1:]))
@@ -21,6 +24,7 @@ def _predict(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] == "--model" for argument in arguments):
         return OF_LIGHTNING["export"].run(arguments)
+    check_model(export_parser().parse_args(arguments[1:]).model)
     from lora_plugins.tasks.inference import export_main
 
     return int(export_main(arguments[1:]))
@@ -33,6 +37,7 @@ def _report(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
+    generate_parser().parse_args(arguments[1:])
     from lora_plugins.tasks.diffusion import generate_main
 
     return int(generate_main(arguments[1:]))
@@ -45,6 +50,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
+    serve_parser().parse_args(arguments[1:])
     from lora_plugins.tasks.serving import serve_main
 
     return int(serve_main(arguments[1:]))

@@ -8,7 +8,7 @@ Only `load_pipeline` imports diffusers; the rest works on a pipeline that is the
 
 from typing import TYPE_CHECKING
 
-from lora_plugins.utils import lazily
+from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.diffusers.families import FAMILIES, LAYERS, Family, default_targets, family_of

@@ -9,7 +9,7 @@ is on top of it.
 
 from typing import TYPE_CHECKING
 
-from lora_plugins.utils import lazily
+from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.adapter_files import AdapterFile

@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from lora_plugins.plugins import DISTRIBUTION
+from lora_plugins.cli.command_lines import PARSERS
+from lora_plugins.names import DISTRIBUTION
 
 GROUP = "lora_plugins.commands"
 """Entry-point group for further commands. An entry point names a `Mapping[str, Command]`, by the commands' names."""
@@ -53,6 +54,7 @@ class Commands:
 
 def _of_the_core(module: str) -> Callable[[list[str]], int]:
     def run(arguments: list[str]) -> int:
+        PARSERS[arguments[0]]().parse_args(arguments[1:])  # before torch is imported
         code: int = importlib.import_module(f"lora_plugins.cli.{module}").run(arguments[1:])
         return code
 

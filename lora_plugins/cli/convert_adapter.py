@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import nn
 
 from lora_plugins import LoraModel
-from lora_plugins.cli.parser import Parser
+from lora_plugins.cli.command_lines import convert_parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.files import format_of, options_of
 from lora_plugins.formats import convert
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         AdapterFileError: If the source is damaged, does not fit the model, or cannot be expressed in the other format.
         ConfigError: If the model cannot be made, or is needed and was not named.
     """
-    given = _parser().parse_args(arguments)
+    given = convert_parser().parse_args(arguments)
     registry, found = default_registry(), located(given.source)
     source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)
     target = registry.get(FORMATS, given.to)
@@ -41,25 +41,6 @@ def run(arguments: Sequence[str]) -> int:
     if target.name == OWN_FORMAT:
         print("It will load on a base with the weights that this model had, which it compares.")
     return 0
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="lora-plugins convert", description="Write an adapter in another format.")
-    parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
-    parser.add_argument("target", type=Path, help="the folder or file to write")
-    parser.add_argument("--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, ...")
-    parser.add_argument("--from", dest="source_format", help="the format to read, where the file does not tell")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        metavar=("MODULE:NAME", "ARGUMENT"),
-        help="what makes the base model, where names or weights are needed: torchvision.models:resnet18, or "
-        "timm:create_model resnet18",
-    )
-    parser.add_argument("--weights", type=Path, help="a .safetensors file with the state dict of the base model")
-    for option, what in (("--read-option", "reading"), ("--write-option", "writing")):
-        parser.add_argument(option, action="append", default=[], metavar="NAME=VALUE", help=f"an option of {what}")
-    return parser
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:

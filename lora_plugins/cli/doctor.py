@@ -12,16 +12,16 @@ from typing import Literal
 import torch
 
 import lora_plugins
+from lora_plugins.cli.command_lines import doctor_parser
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
-from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.requirements import Requirement, requirements
 from lora_plugins.errors import ConfigError, PluginError, listing, near
 from lora_plugins.kernels import DISABLE_VARIABLE, kernel_report
+from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins import (
     ALLOW_VARIABLE,
     BLOCK_VARIABLE,
-    DISTRIBUTION,
     GROUP,
     KINDS,
     PluginInfo,
@@ -49,10 +49,7 @@ class Finding:
 
 def run(arguments: Sequence[str]) -> int:
     """Prints what was found; returns 1 if there is a problem."""
-    Parser(
-        prog="lora-plugins doctor",
-        description="Check the installation, the optional packages, the plugins and the command `lightning`.",
-    ).parse_args(arguments)
+    doctor_parser().parse_args(arguments)
     problems = 0
     for title, check in CHECKS.items():
         print(f"{title}:")

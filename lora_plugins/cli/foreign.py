@@ -6,7 +6,7 @@ ours, it hands over what it does not know.
 
 from importlib import metadata
 
-from lora_plugins.plugins import DISTRIBUTION
+from lora_plugins.names import DISTRIBUTION
 
 
 def run_foreign() -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_plugins.cli.parser import Parser
+from lora_plugins.cli.command_lines import inspect_parser
 from lora_plugins.cli.text import table
 from lora_plugins.files import format_of
 from lora_plugins.hub import located
@@ -16,9 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         AdapterFileError: If it is damaged, or of no format.
     """
-    parser = Parser(prog="lora-plugins inspect", description="Show what is in an adapter file.")
-    parser.add_argument("path", help="a folder or file of any format, or hf://owner/name")
-    path = located(parser.parse_args(arguments).path)
+    path = located(inspect_parser().parse_args(arguments).path)
     found = format_of(path)
     print(described(path, found.name, found.summary(path)))
     return 0

@@ -10,7 +10,7 @@ from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, insta
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
-from lora_plugins.plugins import DISTRIBUTION
+from lora_plugins.names import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from lora_plugins.cli.parser import Parser
+from lora_plugins.cli.command_lines import new_plugin_parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import KINDS, build_registry
 
@@ -27,13 +27,7 @@ FILES = {
 
 def run(arguments: Sequence[str]) -> int:
     """Writes a package, and prints what to do with it."""
-    parser = Parser(
-        prog="lora-plugins new-plugin",
-        description="Write a package with a layer type and an init to start from, and tests that use the kit.",
-    )
-    parser.add_argument("name", help="what the plugin is called, as in my-layer; the package is lora-plugins-NAME")
-    parser.add_argument("--into", type=Path, default=Path(), help="the folder to write it into; by default this one")
-    given = parser.parse_args(arguments)
+    given = new_plugin_parser().parse_args(arguments)
     folder = write(given.name, given.into)
     print(f"Wrote {folder}. Next:\n\n  cd {folder}\n  pip install -e '.[test]'\n  pytest\n  lora-plugins plugins")
     return 0

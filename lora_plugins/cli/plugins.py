@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_plugins.cli.parser import Parser
+from lora_plugins.cli.command_lines import plugins_parser
 from lora_plugins.cli.text import table
 from lora_plugins.errors import PluginError
 from lora_plugins.plugins import PluginInfo, Registry, found_plugins
@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
         PluginError: If two plugins claim one name or module class, naming all that do, after the table; or a file that
             was asked for fails.
     """
-    Parser(prog="lora-plugins plugins", description="List all plugins.").parse_args(arguments)
+    plugins_parser().parse_args(arguments)
     print("Plugins of lora_plugins\n")
     registry, clashes = found_plugins()
     print(listed(registry))

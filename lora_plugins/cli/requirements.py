@@ -6,7 +6,7 @@ from importlib import metadata
 from packaging import requirements as parser
 from packaging.utils import canonicalize_name
 
-from lora_plugins.plugins import DISTRIBUTION
+from lora_plugins.names import DISTRIBUTION
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Layer types, inits, variants, formats and storages come through it, ours and oth
 each kind once; whatever registers, lists, documents or checks plugins loops over it.
 """
 
-from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, DISTRIBUTION, LOAD_VARIABLE, names_in
+from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, LOAD_VARIABLE, names_in
 from lora_plugins.plugins.format import (
     FORMATS,
     OWN_FORMAT,
@@ -38,7 +38,6 @@ from lora_plugins.plugins.variant import PLAIN, VARIANTS, VariantPlugin
 __all__ = [
     "ALLOW_VARIABLE",
     "BLOCK_VARIABLE",
-    "DISTRIBUTION",
     "FORMATS",
     "GROUP",
     "INITS",

@@ -1,4 +1,4 @@
-"""Small tools that know nothing of LoRA: lazy names, autocast, quantizers, random numbers, versions, files.
+"""Small tools that know nothing of LoRA: autocast, quantizers, random numbers, versions, files.
 
 Every other room may use them.
 """
@@ -9,7 +9,6 @@ from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
-from lora_plugins.utils.lazy import lazily
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.plain_names import COMPILED, plain_name
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
@@ -26,7 +25,6 @@ __all__ = [
     "check_regular",
     "ending",
     "in_full",
-    "lazily",
     "levels",
     "low_rank",
     "mark_restored",

@@ -12,10 +12,10 @@ from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
-from lora_plugins.cli import Parser
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.tasks.command_lines import generate_parser
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AdapterFileError: For an adapter that is damaged or of another base.
         WeightsError: For a checkpoint that is none of ours.
     """
-    given = _parser().parse_args(arguments)
+    given = generate_parser().parse_args(arguments)
     _check(given)
     sampling = Sampling(
         steps=given.steps,
@@ -50,29 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows |= _drawn(pipe, given, sampling, label)
     _write(Path(given.out), rows, given.seed)
     return 0
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="lora-plugins generate", description="Draw pictures for prompts.")
-    add = parser.add_argument
-    add("--prompt", action="append", required=True, help="what is to be seen; several give a row each")
-    add("--model", help="folder or name of the pipeline, merged or not; by default what the adapter was trained on")
-    add("--adapter", action="append", default=[], help="folder or file of any format, or hf://...; several add up")
-    add("--weight", action="append", type=float, help="what the update of each adapter is multiplied by, 1 by default")
-    add("--checkpoint", help="a checkpoint of a TextToImageTask, in place of a model and adapters")
-    add("--compare", action="store_true", help="the same pictures of the base model beside")
-    add("--seed", type=int, default=0, help="seed of the first picture of each prompt; each next one has the next")
-    add("--pictures", type=int, default=4, help="how many pictures of each prompt")
-    add("--out", default="generated", help="the folder")
-    add("--steps", type=int, default=30)
-    add("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; at most 1 for none")
-    add("--negative-prompt", default="", help="what the guidance leads away from")
-    add("--height", type=int)
-    add("--width", type=int)
-    add("--batch-size", type=int, default=8, help="how many pictures are drawn at once")
-    add("--dtype", help="type of the weights: float32 (by default), bfloat16 or float16")
-    add("--device", help="by default cuda where there is one, or else cpu")
-    return parser
 
 
 def _check(given: argparse.Namespace) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
-from lora_plugins.cli import Parser, exit_on_closed_output
+from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
 from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning.module import plain_state_dict
+from lora_plugins.tasks.command_lines import export_parser
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference.loading import load_task, merged_task
@@ -105,13 +106,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = Parser(prog="lora-plugins export", description="Write a merged network for other runtimes.")
-    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
-    parser.add_argument("out", help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
-    )
-    options = parser.parse_args(arguments)
+    options = export_parser().parse_args(arguments)
     size = None if options.size is None else (options.size[0], options.size[1])
     try:
         _checked(options.out)

@@ -14,6 +14,7 @@ from lora_plugins import LoraModel
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
@@ -35,8 +36,7 @@ def load_task(path: str | Path) -> VisionTask:
         AdapterFileError: If an adapter does not fit its base.
     """
     path = Path(path)
-    if not path.exists():
-        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+    check_model(path)
     if path.is_dir():
         source = task_of_adapter(path)
         provenance, task = source.provenance, source.build()

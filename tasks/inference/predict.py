@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.cli import Parser, exit_on_closed_output
+from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import ConfigError, LoraError, near
+from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
     ERROR,
     IMAGE_SUFFIXES,
@@ -86,24 +87,11 @@ def predict_folder(
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = Parser(
-        prog="lora-plugins predict",
-        description="Write labels (a CSV file with probabilities) or masks for images.",
-        epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help.",
-    )
-    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
-    parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
-    parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
-    parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
-    parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
-    parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to compute on")
-    options = parser.parse_args(arguments)
+    options = predict_parser().parse_args(arguments)
     try:
-        _check_device(options.device)
+        device = usable_device(options.device)
         files = predict_folder(
-            load_task(options.model).to(options.device),
+            load_task(options.model).to(device),
             options.images,
             options.out,
             window=None if options.window is None else (options.window[0], options.window[1]),
@@ -118,7 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_device(name: str) -> None:
+def usable_device(name: str | None) -> str:
+    """Returns a device that is given, or the one that is there.
+
+    Raises:
+        ConfigError: If torch cannot use it here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -126,6 +120,7 @@ def _check_device(name: str) -> None:
         raise ConfigError(
             f"--device is {name!r}, which torch cannot use here: {reason}. Leave it out, or take cpu."
         ) from error
+    return name
 
 
 def _told(files: Sequence[Path], out: Path) -> str:

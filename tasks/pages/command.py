@@ -10,7 +10,6 @@ from lora_plugins.tasks.errors import ReportError
 from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import render_comparison
 from lora_plugins.tasks.pages.run_record import RunRecord, read_run
-from lora_plugins.utils import replace_file
 
 
 def report_main(arguments: Sequence[str]) -> int:
@@ -52,6 +51,8 @@ def _compare(paths: Sequence[str], out: Path) -> int:
 def _write(out: Path, text: str) -> None:
     if out.is_dir():
         raise ReportError(f"--out {out} is a folder. Name the file to write, such as {out / 'comparison.html'}.")
+    from lora_plugins.utils import replace_file  # brings torch along
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, text.encode())

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.pages.metric_kinds import BLANK, kind_of
 from lora_plugins.tasks.pages.run_record import ClassResult, RunRecord
+
+if TYPE_CHECKING:
+    from lora_plugins.plan import LayerGroup
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NUMBERED = 25
@@ -123,7 +125,7 @@ class SampleRecord:
     model: str
     summary: str
     facts: Mapping[str, str]
-    plan: Sequence[LayerGroup]
+    plan: "Sequence[LayerGroup]"
     losses: Mapping[str, Sequence[tuple[float, float]]]
     sheets: Mapping[str, str]
 

@@ -12,9 +12,11 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"lora_plugins": "lora_plugins", "integrations": "lora_plugins.integrations", "tasks": "lora_plugins.tasks"}
 """Folders of the repository, and the packages that they are installed as."""
 
-BASIS = {"errors", "utils"}
+BASIS = {"errors", "lazy", "names", "utils"}
 ARROWS = {
     "errors": set(),
+    "lazy": set(),
+    "names": set(),
     "utils": set(),
     "words": {"errors"},
     "config": {"words", "errors"},

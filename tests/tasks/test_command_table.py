@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lora_plugins.cli.main import main
+from lora_plugins.tasks.command_table import COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,46 @@ def test_help(arguments, usage, capsys):
         main(arguments)
     assert ended.value.code == 0
     assert usage.lower() in capsys.readouterr().out
+
+
+CHEAP = """
+import contextlib, io, sys
+from lora_plugins.cli.main import main
+from lora_plugins.tasks.command_table import COMMANDS
+for arguments in {lines!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(arguments.split())
+    found = [name for name in ("torch", "numpy", "lightning", "timm") if name in sys.modules]
+    assert not found, (arguments, found)
+"""
+
+
+def test_help_and_mistakes_do_not_wait_for_libraries():
+    """They take seconds to import, and the answers need none of them."""
+    lines = [
+        *(f"{command} --help" for command in COMMANDS),
+        "train no_photos",
+        "train photos --epoch 3",
+        "train photos --lr abc",
+        "fit --config no.yaml",
+        "fit --epochs 0",
+        "predict no_adapter photos",
+        "export no_adapter out.onnx",
+        "serve adapters --batch 0",
+        "report compare one",
+        "recipes show no",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", CHEAP.format(lines=lines)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_predict_explains_images_first_and_its_flags_on_demand(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "images, folders of images, or patterns" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_table_is_cheap():

@@ -12,25 +12,26 @@ import lora_plugins.tasks
 PACKAGE = "lora_plugins.tasks"
 ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
+    "command_lines": set(),
     "errors": set(),
     "files": {"errors"},
     "pages": {"errors"},
     "autoconfig": {"classification", "data", "errors", "files", "models", "segmentation"},
-    "command_table": {"autoconfig", "diffusion", "inference", "pages", "serving"},
+    "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
     "data": {"errors", "files"},
     "models": {"errors"},
     "training": {"data", "errors", "models"},
     "classification": {"data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
-    "inference": {"data", "errors", "segmentation", "training"},
-    "serving": {"errors", "files", "inference", "segmentation", "training"},
-    "diffusion": {"data", "errors", "pages", "training"},
+    "inference": {"command_lines", "data", "errors", "segmentation", "training"},
+    "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},
+    "diffusion": {"command_lines", "data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""
 
-SINGLE = ("errors", "command_table")
+SINGLE = ("errors", "command_lines", "command_table")
 """The rooms that are files."""
 
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *(ROOT / f"{name}.py" for name in SINGLE)])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, whole
-from lora_plugins.utils import lazily
+from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI

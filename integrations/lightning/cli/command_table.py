@@ -41,6 +41,11 @@ def _prints(arguments: list[str]) -> bool:
 
 
 def _plan(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
+
+        print(help_page("plan"))
+        return 0
     prepared = _prepared(["fit", *arguments[1:]])
     from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
     from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
@@ -51,6 +56,9 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _merged_file(arguments: list[str]) -> int:
+    from lora_plugins.integrations.lightning.cli.command_lines import merged_file_parser  # noqa: PLC0415
+
+    merged_file_parser(arguments[0]).parse_args(arguments[1:])  # before Lightning is imported
     from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():

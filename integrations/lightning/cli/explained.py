@@ -1,5 +1,6 @@
 """Says in one sentence what jsonargparse says in many lines about an argument that it cannot use."""
 
+import difflib
 import importlib
 import inspect
 import re
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lora_plugins import ConfigError
 from lora_plugins.errors import near
+from lora_plugins.integrations.lightning.cli.preflight import LISTED
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
 _CLASS = re.compile(r"given class_path '([^']+)'")
@@ -100,7 +102,11 @@ def _required(found: re.Match[str], cls: str, flags: list[str]) -> str:
 
 
 def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    return f"{found[1]!r} is not the path of a class, such as torch.optim.AdamW."
+    name = found[1].rpartition(".")[2]
+    shipped = {each: f"{package}.{each}" for package in LISTED for each in importlib.import_module(package).__all__}
+    alike = difflib.get_close_matches(name, shipped, n=1, cutoff=0.7)
+    hint = f" Did you mean {shipped[alike[0]]!r}?" if alike else ", such as torch.optim.AdamW."
+    return f"{found[1]!r} is not the path of a class{'.' if alike else ''}{hint}"
 
 
 def _not_a_path(found: re.Match[str], cls: str, flags: list[str]) -> str:

@@ -13,7 +13,7 @@ ALL = "--help-all"
 
 
 def help_page(command: str) -> str:
-    """Returns the help of `fit`, `validate`, `test` or `predict`."""
+    """Returns the help of `fit`, `plan`, which takes the same arguments, `validate`, `test` or `predict`."""
     short = "\n".join(f"  {flag:14}{each.meaning:22}{each.stands_for}" for flag, each in SHORT.items())
     return f"""usage: lora-plugins {command} --config FILE [--SECTION.NAME VALUE ...]
 

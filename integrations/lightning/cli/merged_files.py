@@ -11,9 +11,9 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
-from lora_plugins.cli import Parser
 from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.checkpoint import Global, load_from_checkpoint, read_checkpoint
+from lora_plugins.integrations.lightning.cli.command_lines import merged_file_parser
 from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
 from lora_plugins.utils import replace_file
 
@@ -23,38 +23,13 @@ _SAVED = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters
 
 def run(arguments: list[str]) -> None:
     """Runs `export` or `merge` from the arguments of the command line, the command included."""
-    parser = Parser(prog=f"lora-plugins {arguments[0]}", description=_DESCRIPTIONS[arguments[0]])
-    parser.add_argument("checkpoint", help="a checkpoint with an adapter")
-    parser.add_argument("output", help="the file to write")
-    parser.add_argument("--model", required=True, help="import path of the LightningModule's class")
-    parser.add_argument(
-        "--argument",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of the class that the checkpoint does not have, or has otherwise; the value as in YAML",
-    )
-    parser.add_argument(
-        "--allow-globals",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="import paths of classes and functions that hyperparameters in the checkpoint may be",
-    )
-    given = parser.parse_args(arguments[1:])
+    given = merged_file_parser(arguments[0]).parse_args(arguments[1:])
     write = {"export": export_checkpoint, "merge": merge_checkpoint}[arguments[0]]
     values = dict(map(_argument, given.argument))
     path = write(
         _import_class(given.model), given.checkpoint, given.output, allow_globals=given.allow_globals, **values
     )
     print(f"Merged model: {path}")
-
-
-_DESCRIPTIONS = {
-    "export": "Writes the adapted network, merged, as a plain state dict (.safetensors) of the untouched architecture.",
-    "merge": "Writes a plain checkpoint of Lightning (.ckpt) with the adapter merged into the weights.",
-}
 
 
 def export_checkpoint(

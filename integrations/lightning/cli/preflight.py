@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, no_folder
-from lora_plugins.files import check_writable_file, check_writable_folder
 
 SECTIONS = (
     "config",
@@ -47,6 +45,9 @@ _OF_CHECKPOINTS = frozenset({"best", "last", "hpc"})
 _OTHER_FILES = frozenset(
     {".safetensors", ".png", ".jpg", ".jpeg", ".yaml", ".yml", ".json", ".onnx", ".pt2", ".py", ".sh"}
 )
+_IN_SHARDED = (".metadata", "meta.pt", "checkpoint", "latest")
+"""Of a checkpoint that is a folder: what torch's distributed checkpoints, Lightning and DeepSpeed write into one."""
+
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
 
@@ -184,11 +185,11 @@ def _check_lora(given: Mapping[str, Any]) -> None:
 def _check_classes(given: Mapping[str, Any]) -> None:
     for where, path in _class_paths(given, ""):
         package, _, name = path.rpartition(".")
-        if package in _LISTED and name not in (names := importlib.import_module(package).__all__):
+        if package in LISTED and name not in (names := importlib.import_module(package).__all__):
             raise ConfigError(f"{where} is {path!r}, and {package} has no {name!r}. {near(name, names)}")
 
 
-_LISTED = ("lora_plugins", "lora_plugins.tasks", "lora_plugins.integrations.lightning")
+LISTED = ("lora_plugins", "lora_plugins.tasks", "lora_plugins.integrations.lightning")
 """Packages that list their names, and import what is behind them only when it is used."""
 
 
@@ -213,6 +214,8 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
         beside = [each.name for each in folder.glob("*.ckpt")] if folder.is_dir() else []
         hint = near(Path(path).name, beside) if beside else f"There is no checkpoint in {folder.absolute()}."
         raise ConfigError(f"ckpt_path: there is no file {path}. {hint}")
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in _IN_SHARDED):
+        raise ConfigError(f"ckpt_path: {path} is a folder without a checkpoint in it. Name a .ckpt file.")
     if Path(path).suffix in _OTHER_FILES:
         raise ConfigError(
             f"ckpt_path: {path} is not a checkpoint of Lightning. A run goes on from a .ckpt file; weights of a model "
@@ -222,7 +225,11 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
 
 def _check_accelerator(given: Mapping[str, Any]) -> None:
     wanted = _get(given, "trainer", "accelerator")
-    if wanted in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+    if wanted not in ("gpu", "cuda"):
+        return
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         raise ConfigError(f"trainer.accelerator is {wanted!r}, and torch finds no GPU here. Write 'auto' or 'cpu'.")
 
 
@@ -241,6 +248,8 @@ def _check_root(given: Mapping[str, Any]) -> None:
 
 
 def _check_adapter_places(given: Mapping[str, Any]) -> None:
+    from lora_plugins.files import check_writable_folder  # noqa: PLC0415
+
     named = _get(given, "lora_callback", "save_adapter_to")
     for entry in named if isinstance(named, list) else [named]:
         if isinstance(entry, str):
@@ -251,6 +260,8 @@ def _check_export_place(given: Mapping[str, Any]) -> None:
     named, setting = _get(given, "lora_callback", "export_to"), "lora_callback.export_to"
     if not isinstance(named, str):
         return
+    from lora_plugins.files import check_writable_file  # noqa: PLC0415
+
     check_writable_file(Path(named), setting)
     if Path(named).exists() and Path(named).resolve() in {Path(path).resolve() for path in _texts(given.get("model"))}:
         raise ConfigError(f"{setting} is {named}, which the model is read from: it would be replaced. Name a new file.")
@@ -264,6 +275,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_other_places(given: Mapping[str, Any]) -> None:
+    from lora_plugins.files import check_writable_file, check_writable_folder  # noqa: PLC0415
+
     root, callbacks = _get(given, "trainer", "default_root_dir"), _get(given, "trainer", "callbacks")
     if isinstance(root, str) and "://" not in root:
         check_writable_folder(Path(root), "trainer.default_root_dir")

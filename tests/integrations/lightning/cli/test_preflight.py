@@ -68,6 +68,10 @@ AT_ONCE = {
         ["--config", "recipe:cls", "--trainer.default_root_dir", "{folder}/run.yaml"],
         "default_root_dir is {folder}/run.yaml, which is a file",
     ),
+    "a folder as checkpoint": (
+        ["--config", "recipe:cls", "--ckpt_path", "{folder}/images"],
+        "images is a folder without",
+    ),
     "a picture": (["--config", "recipe:cls", "--ckpt_path", "{folder}/a.jpg"], "a.jpg is not a checkpoint"),
 }
 
@@ -90,6 +94,10 @@ LATER = {
     "a name of Lightning's": (["--trainer.accelerator", "gpuu"], "trainer: You selected an invalid accelerator name"),
     "a number of Lightning's": (["--trainer.devices", "seven"], "trainer: `devices` selected with"),
     "no class": (["--optimizer", "AdamX"], "optimizer: 'AdamX' is not the path of a class"),
+    "no package": (
+        ["--data.class_path", "DigitDataModule"],
+        "'DigitDataModule' is not the path of a class. Did you mean 'lora_plugins.tasks.DigitsDataModule'?",
+    ),
     "no module": (["--data.class_path", "foo.bar.Baz"], "there is no module 'foo'"),
 }
 
@@ -121,6 +129,13 @@ def test_a_mistake_that_is_found_at_once(arguments, message, folder, capsys):
 @pytest.mark.parametrize(("arguments", "message"), LATER.values(), ids=LATER)
 def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
     refused(["--config", "recipe:cls", *arguments], message, capsys)
+
+
+def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
+    """And not in torch's many on how to unpickle it."""
+    message = "no.ckpt cannot be read as a checkpoint: UnpicklingError: WeightsUnpickler error: Unsupported operand"
+    (folder / "no.ckpt").write_text("no checkpoint")
+    refused(["--config", "recipe:cls", "--ckpt_path", str(folder / "no.ckpt")], message, capsys)
 
 
 def test_mistakes_found_at_once_import_nothing_heavy(folder):

@@ -1,0 +1,87 @@
+"""The arguments of the commands, apart from what they do: help and mistakes need not wait for what takes seconds."""
+
+from pathlib import Path
+
+from lora_plugins.cli import Parser
+from lora_plugins.integrations.lightning.cli import positive, whole
+from lora_plugins.tasks.errors import WeightsError
+
+
+def predict_parser() -> Parser:
+    """Those of `predict MODEL IMAGES`."""
+    parser = Parser(
+        prog="lora-plugins predict",
+        description="Write labels (a CSV file with probabilities) or masks for images.",
+        epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help-all.",
+    )
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
+    parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
+    parser.add_argument("--window", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
+    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
+    parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
+    parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
+    return parser
+
+
+def check_model(path: str | Path) -> None:
+    """Checks that there is something to load a task from.
+
+    Raises:
+        WeightsError: If there is not.
+    """
+    if not Path(path).exists():
+        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+
+
+def export_parser() -> Parser:
+    """Those of `export MODEL OUT`."""
+    parser = Parser(prog="lora-plugins export", description="Write a merged network for other runtimes.")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("out", help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
+    parser.add_argument(
+        "--size", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
+    )
+    return parser
+
+
+def serve_parser() -> Parser:
+    """Those of `serve ADAPTERS`."""
+    parser = Parser(
+        prog="lora-plugins serve",
+        description="Answer images by adapters, which share one base in memory and are loaded when first asked for.",
+    )
+    parser.add_argument("adapters", help="a folder whose subfolders are adapter folders of tasks")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--loaded", type=whole, default=64, help="adapters in memory at a time")
+    parser.add_argument("--batch", type=whole, default=32, help="images computed at once")
+    parser.add_argument("--wait", type=float, default=2.0, help="milliseconds that an image waits for others")
+    parser.add_argument("--max-mb", type=positive, default=10.0, help="largest upload")
+    parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
+    return parser
+
+
+def generate_parser() -> Parser:
+    """Those of `generate`."""
+    parser = Parser(prog="lora-plugins generate", description="Draw pictures for prompts.")
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="what is to be seen; several give a row each")
+    add("--model", help="folder or name of the pipeline, merged or not; by default what the adapter was trained on")
+    add("--adapter", action="append", default=[], help="folder or file of any format, or hf://...; several add up")
+    add("--weight", action="append", type=float, help="what the update of each adapter is multiplied by, 1 by default")
+    add("--checkpoint", help="a checkpoint of a TextToImageTask, in place of a model and adapters")
+    add("--compare", action="store_true", help="the same pictures of the base model beside")
+    add("--seed", type=int, default=0, help="seed of the first picture of each prompt; each next one has the next")
+    add("--pictures", type=int, default=4, help="how many pictures of each prompt")
+    add("--out", default="generated", help="the folder")
+    add("--steps", type=whole, default=30)
+    add("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; at most 1 for none")
+    add("--negative-prompt", default="", help="what the guidance leads away from")
+    add("--height", type=whole)
+    add("--width", type=whole)
+    add("--batch-size", type=whole, default=8, help="how many pictures are drawn at once")
+    add("--dtype", help="type of the weights: float32 (by default), bfloat16 or float16")
+    add("--device", help="by default cuda where there is one, or else cpu")
+    return parser
