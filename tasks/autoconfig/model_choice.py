@@ -1,6 +1,7 @@
 """Which network a name stands for, whether its weights can be had, and what images it takes."""
 
 import difflib
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -25,6 +26,12 @@ OF_TIMM = "tu-"
 
 IMAGENET: Mapping[str, list[float]] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+PICKLES = (b"PK", b"\x80")
+"""With which files of torch.save begin: zip files, and those of old releases."""
+
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What the hub calls a model."""
+
 SECONDS = 5.0
 """In which the hub answers, or counts as out of reach."""
 
@@ -71,7 +78,21 @@ def checked_weights(weights: str | None) -> str | None:
         raise WeightsError(f"--weights: {unknown('file', str(path.name), beside)}")
     if path.is_file() and path.suffix not in WEIGHTS_FILES:
         raise WeightsError(f"--weights is {weights}. A file of weights ends in {', '.join(WEIGHTS_FILES)}.")
+    if path.is_file() and not _is_of_its_kind(path):
+        raise WeightsError(
+            f"--weights is {weights}, which holds no weights: safetensors or torch.save did not write it, or it is "
+            "cut off. Take another file."
+        )
     return str(path.absolute())
+
+
+def _is_of_its_kind(path: Path) -> bool:
+    """Whether a file begins as its ending says, which costs nothing to see."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if path.suffix == WEIGHTS_FILES[0]:  # the length of a header, which follows
+        return len(head) == 8 and int.from_bytes(head, "little") + 8 <= path.stat().st_size
+    return head.startswith(PICKLES)
 
 
 def choose_model(task: str, model: str | None, weights: str | None, size: tuple[int, int] | None) -> Choice:
@@ -86,10 +107,15 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     Raises:
         ConfigError: For a name that does not exist, with near matches, or weights that cannot be had.
     """
-    name = model or DEFAULT
+    name = DEFAULT if model is None else model
     library, _, rest = name.partition("/")
     if library not in LIBRARIES[task] and "/" not in name:
         library, rest = "timm", name
+    elif library in _OF_LIBRARY and library not in LIBRARIES[task]:
+        raise ConfigError(
+            f"--model is {name}, and models of {library} are not for {task} here. Write "
+            f"{' or '.join(f'{each}/NAME' for each in LIBRARIES[task])}, or leave it out for {DEFAULT}."
+        )
     elif library not in LIBRARIES[task]:
         library, rest = "transformers", name
     # timm fits pretrained position embeddings to a size when it loads them; those of a file are fitted in each step.
@@ -104,7 +130,7 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
         **options,
         **found.further,
     }
-    return Choice(name if model else f"{name} (the default)", arguments, found.size, words)
+    return Choice(f"{name} (the default)" if model is None else name, arguments, found.size, words)
 
 
 def _weights_of(name: str, found: _Found, weights: str | None) -> tuple[str, str]:
@@ -182,6 +208,11 @@ def _is_cached(repository: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     names = ("model.safetensors", "pytorch_model.bin")
+    if not REPOSITORY.fullmatch(repository):
+        raise ConfigError(
+            f"--model: {repository!r} is no name of a model. Write timm/NAME, or OWNER/NAME of the hub, or "
+            "for masks smp/DECODER:ENCODER; or leave it out for the default."
+        )
     return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
 
 

@@ -28,6 +28,9 @@ from lora_plugins.tasks.files import (
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 
+ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
+"""Where EXIF says how an image is turned, and the values by which height and width change places."""
+
 
 def survey(data: Path | str, flags: Flags) -> Survey:
     """Looks at what is to be trained on; reads masks, and the headers of images.
@@ -117,6 +120,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
     _refuse(problems)
     flat = [pair for members in pairs.values() for pair in members]
     _refuse(_unreadable([image for image, _ in flat]))
+    _refuse(_unequal(flat))
     coding = mask_coding([mask for _, mask in flat], flags.classes or _names(data), flags.ignore_index)
     found = {split: len(members) for split, members in pairs.items()}
     share, counts = shared(found, [found[TRAIN]], flags)
@@ -158,6 +162,7 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     arguments: dict[str, Any] = {"file": str(data.absolute())}
     if column == "mask":
         masks = [data.parent / str(row["mask"]) for row in rows]
+        _refuse(_unequal([*zip(images, masks, strict=True)]))
         coding = mask_coding(masks, flags.classes or _names(data.parent), flags.ignore_index)
         share, counts = shared(counts, [counts[TRAIN]], flags)
         arguments |= {**coding.arguments(), **share}
@@ -207,6 +212,20 @@ def _names(folder: Path) -> tuple[str, ...] | None:
 
 def _unreadable(paths: Sequence[Path]) -> list[str]:
     return [error for error in read_errors(paths, _image_size) if error]
+
+
+def _unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
+    """The masks that cannot be read, or have another size than their images, which are turned as their files say."""
+    return [error for error in read_errors(pairs, _check_sizes) if error]
+
+
+def _check_sizes(pair: tuple[Path, Path]) -> None:
+    image, mask = pair
+    width, height = _image_size(mask)
+    with Image.open(image) as opened:
+        size = opened.size[::-1] if opened.getexif().get(ORIENTATION) in ON_ITS_SIDE else opened.size
+    if (width, height) != size:
+        raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height)")
 
 
 def _image_size(path: Path) -> tuple[int, int]:

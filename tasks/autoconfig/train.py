@@ -99,7 +99,7 @@ def _parser() -> Parser:
     )
     data.add_argument("--masks", type=Path, metavar="DIR", help="the folder of masks, PNG files named as the images")
     data.add_argument("--classes", type=_names, metavar="A,B,...", help="of masks: names of the classes, in order")
-    data.add_argument("--ignore-index", type=int, metavar="N", help="of masks: the value that stands for no class")
+    data.add_argument("--ignore-index", type=_index, metavar="N", help="of masks: the value that stands for no class")
     data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
@@ -128,7 +128,17 @@ def _share(text: str) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return whole(height), whole(width or height)
+    try:
+        return whole(height), whole(width or height)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels. Write N, or HEIGHTxWIDTH") from error
+
+
+def _index(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no value of a mask, such as 255") from error
 
 
 def _names(text: str) -> tuple[str, ...]:

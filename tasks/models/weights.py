@@ -179,7 +179,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise WeightsError(
             f"{path} holds no plain tensors ({reason}). Only those are read, as anything else could run code. Write "
             "them with safetensors.torch.save_file(state_dict, path)."

@@ -1,6 +1,7 @@
 """The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, LoraError
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
@@ -38,6 +39,10 @@ from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provena
 from lora_plugins.tasks.training.what_follows import next_commands
 
 CONFUSION = "confusion"
+
+
+OF_SIZES = re.compile("height|width|shape|size", re.IGNORECASE)
+"""Is in what libraries say of images that have no size for a network."""
 
 
 class VisionTask(LoraCheckpointMixin):
@@ -310,11 +315,28 @@ class VisionTask(LoraCheckpointMixin):
         read = Batch.read(batch)
         targets = check_targets(read, self.model_config.num_classes, self.ignore_index).long()
         images, soft_targets = self.mixup(read.images, targets) if stage == "train" else (read.images, targets)
-        logits = self.logits_for(images, targets)
+        logits = self._logits_told(images, targets)
         loss = self.loss(logits, soft_targets)
         metrics.update(self.preds(logits.detach()), targets)
         self.log(f"{stage}/loss", loss, batch_size=len(targets), on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    def _logits_told(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The logits; where the network refuses the size of the images, which libraries do in many ways, this is said.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        try:
+            return self.logits_for(images, targets)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            if isinstance(error, LoraError | torch.OutOfMemoryError) or not OF_SIZES.search(str(error)):
+                raise
+            height, width = images.shape[-2:]
+            raise ConfigError(
+                f"{self.model_config.name} fails on images of {height}x{width}: {str(error).strip()} If that is no "
+                "size for it, choose another data.init_args.image_size (--image-size of train), or another model."
+            ) from error
 
     def _log(self, metrics: MetricCollection) -> None:
         prefix = metrics.prefix or ""

@@ -66,9 +66,10 @@ def _reason(error: UnpicklingError) -> str:
 
 def damaged(path: object, error: Exception) -> AdapterFileError:
     """Returns the error that says of a file that it cannot be read."""
+    said = (_reason(error) if isinstance(error, UnpicklingError) else str(error)).strip().rstrip(".")
     return AdapterFileError(
-        f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}. It may be truncated or damaged: "
-        "use another one."
+        f"{path} cannot be read as a checkpoint: {type(error).__name__}: {said}. It may be truncated or damaged, or of "
+        "another kind: use another one."
     )
 
 

@@ -179,6 +179,19 @@ def of_two_kinds(root):
     write_image(root / "masks" / "0.png", np.full((40, 60, 3), 9, np.uint8))
 
 
+def masks_of_another_size(root):
+    masked(root, [0, 1])
+    write_image(root / "masks" / "3.png", np.zeros((40, 30), np.uint8))
+
+
+def turned(root):
+    """A camera that was held upright: its pixels lie on their side."""
+    masked(root, [0, 1])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(60, 40)).save(root / "images" / "3.jpg", exif=exif)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -196,6 +209,7 @@ def of_two_kinds(root):
         (jpeg_masks, "are no PNG files"),
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
+        (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
         (of_two_kinds, "Some masks are gray and others in color"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
@@ -217,6 +231,11 @@ def test_what_cannot_be_trained_on(tmp_path, make, message):
 def test_flags_that_do_not_fit_the_masks(tmp_path, flags, message):
     with pytest.raises(DataError, match=message):
         survey(masked(tmp_path / "data", [0, 1, 2]), Flags(**flags))
+
+
+def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path):
+    turned(tmp_path / "data")
+    assert survey(tmp_path / "data", Flags()).counts["train"] == 4
 
 
 def test_looking_needs_nothing_heavy():

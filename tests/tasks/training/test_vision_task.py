@@ -59,3 +59,10 @@ def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
     assert again.lr == 0.5
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.eval()(images), task.eval()(images))
+
+
+def test_a_size_that_the_network_refuses_is_told_as_that(trainer):
+    """timm asserts, torch raises: either way it is the data's size that the user chose."""
+    loader = DataLoader(TensorDataset(torch.rand(2, 3, 20, 24), torch.tensor([0, 1])), batch_size=2)
+    with pytest.raises(ConfigError, match=r"fails on images of 20x24: .*choose another data.init_args.image_size"):
+        trainer().validate(ImageClassificationTask(tiny_vit()), loader)
