@@ -59,9 +59,9 @@ def reading_errors(path: object) -> Iterator[None]:
 
 def _reason(error: UnpicklingError) -> str:
     """Returns the sentences of torch's long message that say what it stopped at."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    at = next((at for at, line in enumerate(lines) if "WeightsUnpickler error" in line), -1)
-    return " ".join(line for line in lines[at : at + 2] if "Check the documentation" not in line)
+    said = str(error)
+    lines = [line.strip() for line in said[max(said.find("WeightsUnpickler error"), 0) :].splitlines() if line.strip()]
+    return " ".join(line for line in lines[:2] if "Check the documentation" not in line)
 
 
 def damaged(path: object, error: Exception) -> AdapterFileError:

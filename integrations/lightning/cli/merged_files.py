@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.checkpoint import Global, load_from_checkpoint, read_checkpoint
-from lora_plugins.integrations.lightning.cli.command_lines import merged_file_parser
+from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser
 from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
 from lora_plugins.utils import replace_file
 

@@ -1,13 +1,14 @@
 """Which tensors of a module belong to its adapters, which are trained, and which are the frozen base."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from lora_plugins import LoraError, LoraModel
 from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
-from lora_plugins.inplace import full_name, model_modules, own_tensors
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, own_tensors
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 
 Fingerprints = Mapping[str, Mapping[str, float]]
@@ -156,7 +157,15 @@ def built_too_late(module: nn.Module) -> list[str]:
     for path, target in adapted_targets(module).items() if built_since(module) else ():
         for adapter in state_of_adapters(target).adapters.values():
             known = {layer.name for layer in adapter.plan.layers}
-            now = [layer.name for layer in LoraModel.plan(target, adapter.plan.config).layers]
+            where = replace(
+                adapter.plan.config,
+                init="none",
+                init_options={},
+                quantize=None,
+                quantize_options={},
+                quantize_modules=None,
+            )
+            now = [layer.name for layer in LoraModel.plan(target, where).layers]
             found += [full_name(path, name) for name in now if name not in known]
     return found
 
@@ -198,8 +207,10 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _built_since(target: nn.Module) -> list[str]:
     known, adapted = state_of_adapters(target).requires_grad, adapted_layers(target)
-    own = own_tensors(model_modules(target), "_parameters")
-    return [name for name in own if name not in known and name.rpartition(".")[0] not in adapted]
+    modules = model_modules(target)
+    ours = adapted.keys() | {entry.name for entry in modules if isinstance(entry.module, StoredWeight)}
+    own = own_tensors(modules, "_parameters")
+    return [name for name in own if name not in known and name.rpartition(".")[0] not in ours]
 
 
 def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:

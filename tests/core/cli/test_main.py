@@ -233,7 +233,9 @@ class TestCoreAlone:
     @pytest.mark.parametrize(
         ("arguments", "extra"),
         [
-            *(([name], "lightning") for name in ("fit", "plan", "merge")),
+            (["fit"], "lightning"),
+            (["plan"], "lightning"),
+            (["merge", "adapter", "x.ckpt", "--model", "some.Class"], "lightning"),
             (["--config", "x"], "lightning"),
             (["train", "photos"], "vision"),
             (["predict", "adapter", "photos"], "vision"),
@@ -242,6 +244,7 @@ class TestCoreAlone:
         ids=lambda each: " ".join(each) if isinstance(each, list) else "",
     )
     def test_commands_of_extras_say_what_to_install(self, tmp_path, arguments, extra):
+        (tmp_path / "adapter").mkdir()
         done = without(self.ABSENT, f"sys.exit(main({arguments!r}))", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: this command needs ")
