@@ -34,6 +34,7 @@ def shares(printed):
     return {name: (float(subject), float(others)) for name, subject, others in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_new_digit_is_learned_and_the_old_ones_are_kept(capsys):
     torch.set_num_threads(1)
