@@ -128,3 +128,7 @@ _ROOMS = {
 }
 
 __getattr__ = lazily(__name__, _ROOMS)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,3 +49,7 @@ _MODULES = {
 }
 
 __getattr__ = lazily(__name__, _MODULES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,3 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraTrainer"]
 
 __getattr__ = lazily(__name__, {"LoraTrainer": "trainer"})
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

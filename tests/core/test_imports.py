@@ -81,3 +81,9 @@ def test_every_public_name_is_there_once():
 
     assert len(set(lora_plugins.__all__)) == len(lora_plugins.__all__)
     assert [name for name in lora_plugins.__all__ if not hasattr(lora_plugins, name)] == []
+
+
+def test_names_are_listed_before_they_are_used():
+    """As an editor or a notebook asks for them."""
+    run = python("import lora_plugins; assert {'LoraModel', '__doc__', *lora_plugins.__all__} <= {*dir(lora_plugins)}")
+    assert run.returncode == 0, run.stderr
