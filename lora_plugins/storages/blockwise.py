@@ -85,8 +85,8 @@ def _stored_scales(scales: Tensor, in_8_bits: bool) -> dict[str, Tensor]:
         return {"scales": scales}
     groups = blocks_of(scales, SCALE_GROUP)
     largest = groups.amax(1)
-    shares = (groups / torch.where(largest == 0, 1, largest)[:, None]).sqrt() * 255
-    # No scale becomes zero: its block would be lost.
+    shares = (groups / largest[:, None]).sqrt() * 255
+    # No scale becomes zero, which would lose its block; of a group of zeros, 0 / 0 is not taken.
     codes = torch.where(groups > 0, shares.round().clamp(min=1), 0)
     return {"scale_codes": codes.flatten()[: scales.numel()].to(torch.uint8), "scale_maxima": largest}
 
