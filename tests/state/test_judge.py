@@ -96,12 +96,13 @@ class MergesDouble(LoraModel):
         ChangesWhenRefused,
         UnloadsFrozen,
         UnmergesAlmost,
-        DisablesNothing,
-        MixesBackwards,
-        SavesAnother,
         LoadsRounded,
-        CombinesSquares,
-        MergesDouble,
+        # Those that a walk meets late.
+        pytest.param(DisablesNothing, marks=pytest.mark.slow),
+        pytest.param(MixesBackwards, marks=pytest.mark.slow),
+        pytest.param(SavesAnother, marks=pytest.mark.slow),
+        pytest.param(CombinesSquares, marks=pytest.mark.slow),
+        pytest.param(MergesDouble, marks=pytest.mark.slow),
     ],
 )
 def test_planted_defects_are_found(kind):

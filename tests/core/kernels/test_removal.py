@@ -19,8 +19,6 @@ FILES = sorted(info.name for info in pkgutil.iter_modules(entries.__path__))
 FAST = "entries or law or ordinary"
 """Shows in some seconds that results are right and that other kernels do not need this one."""
 
-each = pytest.mark.parametrize("name", FILES)
-
 
 def run_tests_without(name: str, folder: Path, *arguments: str) -> str:
     """Runs tests on a copy of the installed package that lacks one kernel; returns the last lines."""
@@ -38,7 +36,9 @@ def run_tests_without(name: str, folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [name if name == "fused_linear" else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+)
 @pytest.mark.timeout(900)
 def test_without_one_kernel_the_others_are_green(name, tmp_path):
     folders = [f"tests/core/{folder}" for folder in ("kernels", "layers", "merge")]
@@ -46,7 +46,7 @@ def test_without_one_kernel_the_others_are_green(name, tmp_path):
     assert f"entries/test_{name}.py" in output  # skipped, and said so
 
 
-@each
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_without_one_kernel_the_core_is_green(name, tmp_path):

@@ -71,7 +71,9 @@ def test_from_a_folder_to_predictions_in_two_lines(kind, folders, tmp_path, caps
     assert "10 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("labels", ".pth"), ("masks", ".safetensors")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("labels", ".pth"), pytest.param("masks", ".safetensors", marks=pytest.mark.slow)]
+)
 def test_the_written_configuration_gives_the_same_adapter(kind, suffix, folders, tmp_path, capsys):
     assert main(["train", *folders(kind, suffix), "--rank", "2", "--out", "first", "--save-config", "own.yaml"]) == 0
     assert (tmp_path / "own.yaml").read_text() == (tmp_path / "first" / "train.yaml").read_text()
