@@ -16,7 +16,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("configuration", ["cls", "seg"])
+@pytest.mark.parametrize("configuration", ["cls", pytest.param("seg", marks=pytest.mark.slow)])
 def test_the_comparison_trains_what_it_says(configuration):
     outcomes = {name: run_comparison(configuration, method, *SHORT) for name, method in METHODS.items()}
     frozen, lora, full = (outcomes[name] for name in ("frozen backbone", "LoRA", "full fine-tuning"))

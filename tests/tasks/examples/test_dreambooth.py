@@ -65,6 +65,7 @@ def test_the_plan_shows_the_default_layers(capsys):
     assert "conv_in" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
 @pytest.mark.parametrize(("name", "trained"), [("LoRA", 103_248), ("full fine-tuning", 637_617)])
 def test_a_row_of_the_comparison(name, trained):

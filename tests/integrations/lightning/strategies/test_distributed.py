@@ -44,6 +44,7 @@ def test_ddp(tmp_path):
     assert not differing(values(again), dump(tmp_path, "merged-state", 0))
 
 
+@pytest.mark.slow
 def test_inits_that_learn_from_data_agree_on_all_ranks(tmp_path):
     launch("learned", tmp_path)
     for name, config in LEARNED.items():
