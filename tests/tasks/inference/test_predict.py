@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_plugins import ConfigError
 from lora_plugins.tasks.inference import mask_probabilities
 from lora_plugins.tasks.inference import predict_main as predict
 from lora_plugins.tasks.segmentation import class_colors
@@ -65,17 +66,20 @@ class TestPredict:
         ("kind", "options", "message"),
         [
             ("labels", ["--window", "8", "8"], "A window is for masks"),
-            ("masks", ["--window", "0", "8"], "window is 0x8"),
             ("masks", ["--overlap", "1"], "share of the window"),
             ("labels", ["--device", "gpu7"], "--device is 'gpu7', which torch cannot use here"),
         ],
-        ids=["window of labels", "window of nothing", "overlap", "device"],
+        ids=["window of labels", "overlap", "device"],
     )
     def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
         write_image(tmp_path / "images" / "a.png", noise())
         files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
         assert predict([*files, *options]) == 1
         assert message in capsys.readouterr().err
+
+    def test_a_window_of_nothing_is_no_argument(self):
+        with pytest.raises(ConfigError, match="argument --window: '0' is not a whole number of at least 1"):
+            predict(["model", "images", "--window", "0", "8"])
 
     def test_images_that_cannot_be_read(self, fitted, tmp_path, capsys):
         write_image(tmp_path / "images" / "b.png", noise())
