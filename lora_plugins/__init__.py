@@ -190,8 +190,4 @@ _ROOMS = {
     "load_quantized": "files",
 }
 
-__getattr__ = lazily(__name__, _ROOMS)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _ROOMS)

@@ -1,12 +1,13 @@
 """Names of a package that are imported when they are first used."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns the `__getattr__` of a package whose names live in its modules (PEP 562).
+def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Returns the `__getattr__` and the `__dir__` of a package whose names live in its modules (PEP 562).
 
     Args:
         package: Full name of the package.
@@ -18,4 +19,7 @@ def lazily(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
 
-    return get
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules})
+
+    return get, listed

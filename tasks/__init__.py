@@ -127,8 +127,4 @@ _ROOMS = {
     "warmup_cosine": "training",
 }
 
-__getattr__ = lazily(__name__, _ROOMS)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _ROOMS)

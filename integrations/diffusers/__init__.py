@@ -48,8 +48,4 @@ _MODULES = {
     "sample": "sampling",
 }
 
-__getattr__ = lazily(__name__, _MODULES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _MODULES)

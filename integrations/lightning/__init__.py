@@ -39,8 +39,4 @@ _MODULES = {
     "parameter_groups": "training",
 }
 
-__getattr__ = lazily(__name__, _MODULES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _MODULES)

@@ -16,8 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraTrainer"]
 
-__getattr__ = lazily(__name__, {"LoraTrainer": "trainer"})
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, {"LoraTrainer": "trainer"})

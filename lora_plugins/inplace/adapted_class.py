@@ -100,10 +100,6 @@ def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
         with as_its_own(layer, base):
             base._save_to_state_dict(layer, *args)
 
-    def load(layer: nn.Module, *args: Any) -> None:
-        with as_its_own(layer, base):
-            base._load_from_state_dict(layer, *args)
-
     own = foreign.forward or base.forward
     inner = _forward(base, own=own) if has_branch else own
 
@@ -113,7 +109,7 @@ def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
         return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
 
     forward = making_again(inner if foreign.forward is None else cast)
-    return {"forward": forward, "_save_to_state_dict": save, "_load_from_state_dict": load}
+    return {"forward": forward, "_save_to_state_dict": save}
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def let_go(layer: nn.Module) -> None:
 
 @contextmanager
 def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
-    """Gives a layer the class that its library made, which reads quantized weights, for the time of the block."""
+    """Gives a layer a class that reads what it stores, as the one of its library, for the time of the block."""
     with ending(partial(setattr, layer, "__class__", type(layer))):
         layer.__class__ = base
         yield

@@ -106,9 +106,11 @@ class _LoraLinear(torch.autograd.Function):
 
         def matrix() -> Tensor:
             """What the rows were multiplied by."""
-            if rounded is not None or not options.path.effective_weight_first:
-                return weight if rounded is None else rounded
-            return effective_weight(weight, A, B, options.scale, dy.dtype)
+            if rounded is not None:
+                return rounded
+            if options.path.effective_weight_first:
+                return effective_weight(weight, A, B, options.scale, dy.dtype)
+            return weight
 
         dx, dA, dB = _GRADIENTS[options.path](rows, dy, matrix, A, B, options, needed)
         return (
