@@ -96,7 +96,7 @@ def _twin(module: nn.Module, values: Values, made: dict[int, nn.Module]) -> nn.M
     """Returns a module that shares everything with another one but the tensors that have other values."""
     if id(module) not in made:
         twin = made[id(module)] = type(module).__new__(type(module))
-        twin.__dict__ = {**module.__dict__}
+        vars(twin).update(vars(module))  # not by assignment, which the class of stored weights looks into
         for store in ("_parameters", "_buffers"):
             twin.__dict__[store] = {
                 key: values.get(id(tensor), tensor) for key, tensor in getattr(module, store).items()
@@ -118,6 +118,9 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             f"{twins.name!r}, of which adapters have their own values, gets tensors of the shapes {shapes} for a batch "
             f"of {count} adapter names. It has to get one, with the batch first. Run one batch for each adapter."
         )
+    for _, twin in twins.each:
+        for own, part in zip(module.modules(), twin.modules(), strict=True):
+            part.training = own.training  # the mode may have changed since the block was entered
     outputs = [twin.forward(args[0][index], *args[1:], **kwargs) for index, twin in twins.each]
     for (index, _), output in zip(twins.each, outputs, strict=True):
         if not isinstance(output, Tensor) or output.shape[:1] != index.shape:

@@ -245,6 +245,33 @@ def test_a_head_by_rows_is_not_copied(copied):
     copied(lora.model)
 
 
+def test_heads_by_rows_are_in_the_mode_of_the_model():
+    """Also where an inner block ended in training mode, and made the heads of the outer one again."""
+    lora, x, rows = two(Convolutional()), torch.randn(3, 6, dtype=torch.float64), ["a", None, "b"]
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
+        expected = model(x)
+        with lora.mixed_batch([None] * 3):
+            model.train()
+        assert torch.equal(model.eval()(x), expected)
+
+
+def test_a_stored_layer_has_biases_by_rows():
+    model = nn.ModuleDict({"body": nn.Linear(64, 6, bias=False), "head": nn.Linear(6, 8)}).double().eval()
+    lora = LoraModel(
+        model, LoraConfig(r=2, target_modules=["head"], quantize="nf4", quantize_options={"min_size": 0}, init="none")
+    )
+    lora.unload(dequantize=False)
+    lora = scrambled(LoraModel(model, LoraConfig(r=2, target_modules=["body"], bias="all", init="none"), "a"))
+    x = torch.randn(2, 6, dtype=torch.float64)
+    own = model.head(x)
+    with torch.no_grad(), lora.mixed_batch(["a", None]):
+        mixed = model.head(x)
+    with torch.no_grad(), lora.disable_adapter():
+        base = model.head(x)
+    torch.testing.assert_close(mixed, torch.stack([own[0], base[1]]), **TIGHT)
+    assert not torch.allclose(own, base)
+
+
 def test_a_model_that_has_heads_by_rows_is_shown_and_planned():
     lora = two(Convolutional())
     shown, config = repr(lora.model.head), LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
