@@ -27,7 +27,7 @@ from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
-from lora_plugins.inplace import detached_weight, factors
+from lora_plugins.inplace import detached_weight, factors, own_tensor
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
 from lora_plugins.utils import low_rank
@@ -300,14 +300,16 @@ def _values(
 ) -> dict[str, Tensor]:
     """Combines what the adapters trained in place, as differences from the base."""
     values: dict[str, Tensor] = {}
-    for name, base in state.values.base.items():
+    for name in state.values.base:
+        device = own_tensor(model, name).device  # values that are not in place may still be where the model was
         owned = [
-            (state.values.value(model, adapter, name), weight)
+            (state.values.value(model, adapter, name).to(device), weight)
             for adapter, weight in zip(adapters, weights, strict=True)
             if name in state.values.of(adapter)
         ]
         if not owned:
             continue
+        base = state.values.base_value(model, name).to(device)
         if not base.dtype.is_floating_point:
             values[name] = owned[0][0].clone()
             continue

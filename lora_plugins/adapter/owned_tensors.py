@@ -20,8 +20,9 @@ class OwnedTensors:
     """Who owns which value of which tensor.
 
     Args:
-        base: The value of the untouched model, by full name of the tensor.
-        values: The values of each adapter; that of the tensor's present owner is stale.
+        base: The value of the untouched model, by full name of the tensor; stale where it is in place, see
+            `base_value`.
+        values: The values of each adapter; that of the tensor's present owner is stale, see `value`.
         owner: The adapter whose value is in place; absent where it is the base's.
     """
 
@@ -109,6 +110,10 @@ class OwnedTensors:
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """Returns an adapter's value of a tensor, in place or not."""
         return own_tensor(model, name).data if self.owner.get(name) == adapter else self.values[adapter][name]
+
+    def base_value(self, model: nn.Module, name: str) -> Tensor:
+        """Returns the base's value of a tensor, in place or not."""
+        return self.base[name] if name in self.owner else own_tensor(model, name).data
 
     def release(self, model: nn.Module, adapter: str) -> None:
         """Forgets an adapter that is not active, and the base's copies that nobody else needs."""

@@ -12,8 +12,8 @@ from lora_plugins.plugins import LayerPlugin, PlannedLayer, Slot
 STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
 
-STORED_BASE = "_lora_stored_base"
-"""Attribute of the class of a layer with stored weights: the layer's own class."""
+OWN_CLASS = "_lora_own_class"
+"""Attribute of a class generated for modules that are not adapted, such as those with stored weights: their own."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,14 @@ def layer_state(layer: nn.Module) -> LayerState:
 
 
 def base_class_of(layer: nn.Module) -> type[nn.Module]:
-    """Returns the layer's own class, as it is without adapters and stored weights."""
+    """Returns the layer's own class, as it is without adapters, stored weights and rows with values of their own."""
     state = state_of(layer)
     if state is not None:
         return state.base_class
-    cls: type[nn.Module] = type(layer).__dict__.get(STORED_BASE, type(layer))
-    return cls
+    return own_class(type(layer))
+
+
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that a class was generated from; the class itself if it was not generated."""
+    own: type[nn.Module] = cls.__dict__.get(OWN_CLASS, cls)
+    return own

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.layer_state import copy_in_block
+from lora_plugins.inplace.layer_state import OWN_CLASS, copy_in_block, own_class
 
 _STATE = "_lora_row_twins"
 
@@ -135,7 +135,7 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 def _row_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _refusing(name) for name in names}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": _run}
-    namespace |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce}
+    namespace |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, OWN_CLASS: own_class(base)}
     return type(f"Rows{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
 
 

@@ -5,7 +5,7 @@ A call is a generator: up to its `yield` it calls lora_plugins, which may refuse
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,9 @@ Call = Iterator[None]
 IDENTITIES = frozenset({"kaiming", "gaussian", "orthogonal"})
 """The inits that start at the untouched model."""
 
+
+RESIDUAL = frozenset({"pissa", "olora"})
+"""The inits that store what they leave of a weight."""
 
 READS = frozenset({"save", "snap", "mode", "copy", "look"})
 """The calls that change nothing that a backward could need."""
@@ -221,11 +224,13 @@ class Machine:
         for name in reference.weights_of(adapter.spec.sites):
             if name not in reference.stored:
                 wanted[name] = reference.base[name].double().clone()
-        for slot in adapter.slots if adapter.spec.init in ("pissa", "olora") else ():
+        for slot in adapter.slots if adapter.spec.init in RESIDUAL else ():
             A, B = (adapter.tensors[slot.key(factor)].double() for factor in "AB")
             slot.matrix(wanted[reference.first[slot.weight]]).sub_(slot.scaling * B @ A)
+        changed = {reference.first[slot.weight] for slot in adapter.slots} if adapter.spec.init in RESIDUAL else set()
         for name, value in wanted.items():
-            reference.store(name, self._stored(name, adapter.spec.quantize, value, reference.base[name]))
+            there = self._stored(name, adapter.spec.quantize, value, reference.base[name])
+            reference.store(name, replace(there, residual=name in changed))
 
     def _stored(self, name: str, storage: str, wanted: Tensor, source: Tensor, exact: bool = True) -> Stored:
         found = self.model.state_dict()
@@ -371,27 +376,32 @@ class Machine:
         reference.merged = (*reference.merged, *chosen)
         self._take_weights(self.model.state_dict(), expected, reference.merged_weights)
 
-    def _with_deltas(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Returns the weights with the updates of some adapters, in float64."""
-        reference = self.reference
+    def _with_deltas(self, names: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns the weights, or these values of them, with the updates of some adapters, in float64."""
+        reference, values = self.reference, values or {}
         deltas = reference.deltas(names, weighted=True)
         return {
-            reference.first[name]: reference.value(reference.first[name]).double() + delta
-            for name, delta in deltas.items()
-            if name in reference.first
+            first: (values[first] if first in values else reference.value(first)).double() + delta
+            for first, delta in (
+                (reference.first[name], delta) for name, delta in deltas.items() if name in reference.first
+            )
         }
 
     def _take_weights(self, found: dict[str, Tensor], expected: dict[str, Tensor], into: dict[str, Tensor]) -> None:
         """Compares merged weights, and takes over their bits."""
+        reference = self.reference
+        acting = self._with_deltas(tuple(name for name in reference.active if name not in reference.merged), expected)
         for name, weight in expected.items():
-            tensor = self._read(name) if name in self.reference.stored else found[name]
+            stored = name in reference.stored
+            tensor = self._read(name) if stored else found[name]
             if tensor.dtype != self.dtype:
                 raise DivergenceError("type", f"merged {name} is {tensor.dtype}, expected {self.dtype}")
-            checks.near("merged weight", name, tensor, weight, checks.tolerance(self.dtype))
-            into[name] = tensor.clone()
+            wanted = acting.get(name, weight) if stored else weight
+            checks.near("merged weight", name, tensor, wanted, checks.tolerance(self.dtype, reference.magnified))
+            into[name] = tensor.clone() if wanted is weight else weight.to(tensor.dtype)
 
     def _read(self, name: str) -> Tensor:
-        """What a stored weight is while something is merged, which is not in the state dict."""
+        """What a stored weight is with all that acts; where something is merged, the state dict has the base's."""
         layer, _, tensor = name.rpartition(".")
         return getattr(self.model.get_submodule(layer), tensor).detach()
 
@@ -618,6 +628,7 @@ class Machine:
         for name, there in found.stored.items():
             if name not in reference.stored:
                 here = self._stored(name, there.storage, there.dense().double(), reference.base[name], there.exact)
+                here = replace(here, residual=there.residual)
                 if not here.same_bits(there):
                     raise DivergenceError("stored bits", f"{name} is not what the file was saved on")
                 reference.store(name, here)

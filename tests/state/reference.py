@@ -107,7 +107,7 @@ class Result:
         outputs: By block.
         leaves: What gradients can be asked of, by name in the model; `input` is the input.
         buffers: The statistics afterwards.
-        size: The largest element of a weight, which rounding of what is computed from it grows with.
+        size: The largest element of a weight, or term of one, which rounding of what is computed from it grows with.
     """
 
     outputs: dict[str, Tensor]
@@ -145,6 +145,7 @@ class Reference:
         self.merged_weights: dict[str, Tensor] = {}
         self.contexts: list[tuple[str | None, ...] | None] = []
         self.training = False
+        self.magnified = 0.0  # the largest term of a row that DoRA gave its magnitude to, in units of what became of it
 
     def read_structure(self, model: Zoo) -> None:
         """Notes which names mean the same module or tensor, in a model without adapters."""
@@ -337,6 +338,7 @@ class Reference:
         self, x: Tensor, tokens: Tensor, training: bool, acting: tuple[str, ...], row: str | None = None
     ) -> Result:
         leaves: Leaves = {"input": x.detach().double().clone().requires_grad_()}
+        self.magnified = 0.0
         weights = self.effective(acting, leaves, row)
         buffers = {
             name: (value.double() if value.is_floating_point() else value).clone()
@@ -347,7 +349,7 @@ class Reference:
         for name in self.frozen_norms():
             self.twin.get_submodule(name).eval()
         outputs = functional_call(self.twin, weights | buffers, (leaves["input"], tokens), tie_weights=False)
-        size = max(float(weight.detach().abs().max()) for weight in weights.values())
+        size = max(self.magnified, *(float(weight.detach().abs().max()) for weight in weights.values()))
         return Result(outputs, leaves, buffers, size)
 
     def effective(self, acting: tuple[str, ...], leaves: Leaves, row: str | None = None) -> dict[str, Tensor]:
@@ -401,7 +403,10 @@ class Reference:
         if adapter.spec.variant == "dora":
             matrix = slot.matrix(weight)
             direction = matrix + product
-            return (get["magnitude"] / row_norms(direction.detach()))[:, None] * direction - matrix
+            factor = (get["magnitude"] / row_norms(direction.detach()))[:, None]
+            terms = slot.scaling * get["B"].abs() @ get["A"].abs() + matrix.abs()
+            self.magnified = max(self.magnified, float((factor.abs() * terms).detach().max()))
+            return factor * direction - matrix
         return product
 
     def deltas(self, names: tuple[str, ...], weighted: bool = False) -> dict[str, Tensor]:

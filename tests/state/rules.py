@@ -361,15 +361,26 @@ def _same_stored(reference: Reference, found: Saved) -> Errors:
             yield AdapterFileError
         if here is None and any(name in slot.targets for a in reference.adapters.values() for slot in a.slots):
             yield AdapterFileError
-        if here is None and not (there.exact and torch.equal(reference.base[name], there.source)):
+        if here is None and not (_made_again(found, name) and torch.equal(reference.base[name], there.source)):
             yield AdapterFileError
             yield MaybeError  # other values may be stored as the same
 
 
 def _move(reference: Reference, saved: dict[int, Saved], slot: int) -> Errors:
-    if not all(stored.exact for stored in saved[slot].stored.values()):
+    if not all(_made_again(saved[slot], name) for name in saved[slot].stored):
         yield AdapterFileError
-        yield MaybeError  # of the float value, from which a merge for good made others, nothing was kept
+        yield MaybeError
+
+
+def _made_again(found: Saved, name: str) -> bool:
+    """Whether loading a file can store a weight again, to the same bits.
+
+    Of the float value, from which a merge for good made others, nothing is kept. What an init has left of a weight is
+    made by loading the adapter of that init, no other.
+    """
+    there = found.stored[name]
+    own = found.adapter.changes_base and any(name in slot.targets for slot in found.adapter.slots)
+    return there.exact and (own or not there.residual)
 
 
 def _same_base(reference: Reference, found: Saved, weight: str) -> Errors:

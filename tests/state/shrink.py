@@ -86,11 +86,9 @@ def _smaller(case: Case) -> Iterator[Case]:
             yield replace(case, steps=case.steps[:start] + case.steps[stop:])
         size //= 2
     for block in case.blocks if len(case.blocks) > 1 else ():
-        yield replace(
-            case,
-            blocks=tuple(other for other in case.blocks if other != block),
-            steps=tuple(_without_block(step, block) for step in case.steps),
-        )
+        steps = tuple(_without_block(step, block) for step in case.steps)
+        if all(spec.sites for step in steps if (spec := step.arguments.get("spec"))):  # an empty list is another case
+            yield replace(case, blocks=tuple(other for other in case.blocks if other != block), steps=steps)
     for at, step in enumerate(case.steps):
         for simpler in _simpler(step):
             yield replace(case, steps=(*case.steps[:at], simpler, *case.steps[at + 1 :]))

@@ -29,12 +29,14 @@ class Stored:
         tensors: What is stored.
         source: The float weight that gives the same bits, from which files load.
         exact: Whether it really does; the merged value, from which a merge for good made others, is not kept.
+        residual: Whether it does together with the init of one adapter, which took its own part off before.
     """
 
     storage: str
     tensors: dict[str, Tensor]
     source: Tensor
     exact: bool = True
+    residual: bool = False
 
     def dense(self) -> Tensor:
         """Returns the dense value, in the type of the float weight; float32 decides about its bits."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -134,6 +135,25 @@ def test_heads_and_biases_are_combined_as_differences():
         lora.set_adapter("mix")
         expected = base[key] + 0.5 * (moved["a", key] - base[key]) + 2 * (moved["b", key] - base[key])
         torch.testing.assert_close(model.get_parameter(key).detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), nn.Module.double],
+    ids=["itself", "deepcopy", "pickle", "cast"],
+)
+def test_the_base_of_the_differences_is_what_is_there(copied):
+    model = nn.Sequential(nn.Linear(3, 3))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "plain")
+    LoraModel(model).add_adapter("a", LoraConfig(r=2, target_modules=["0"], bias="all"))
+    own = model[0].bias.detach().clone()
+    model = copied(model)  # while the base's bias is in place
+    model.load_state_dict(nn.Sequential(nn.Linear(3, 3)).to(model[0].bias.dtype).state_dict())
+    base = model[0].bias.detach().clone()
+    lora = LoraModel(model)
+    lora.add_weighted_adapter(["a", "plain"], [2.0, 1.0], "mix")
+    lora.set_adapter("mix")
+    torch.testing.assert_close(model[0].bias.detach(), base + 2 * (own.to(base.dtype) - base))
 
 
 def test_saves_and_loads(tmp_path):

@@ -281,6 +281,15 @@ def test_a_model_that_has_heads_by_rows_is_shown_and_planned():
         assert LoraModel.plan(model, config) == planned
 
 
+def test_a_module_with_rows_is_planned_by_its_own_class():
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "a")
+    lora.add_adapter("b", LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    config = LoraConfig(target_modules=["1"], dropout=0.1)  # which the branch of that class honors, no other's does
+    planned = LoraModel.plan(lora.model.eval(), config)
+    with lora.mixed_batch(["a", "b"]) as model:
+        assert LoraModel.plan(model, config) == planned
+
+
 def test_a_head_without_rows_is_refused():
     refused(two(Rowless()), r"'head', .* gets tensors of the shapes \[4, 6\] for a batch of 2")
 
