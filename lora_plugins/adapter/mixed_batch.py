@@ -7,7 +7,7 @@ from torch import nn
 from lora_plugins.adapter.blocks import Within
 from lora_plugins.adapter.state import Block, ModelState, adapted_layers, own_holders
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import layer_state, model_modules, state_of
+from lora_plugins.inplace import layer_state, model_modules, own_mode, state_of
 from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
@@ -26,7 +26,7 @@ def mixed_batch(model: nn.Module, rows: tuple[str | None, ...]) -> Within:
 
 
 def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
-    if model.training:
+    if own_mode(model):
         raise StateError("Mixing adapters in one batch is for inference. Call model.eval() first.")
     for name in names:
         state.adapter(name)

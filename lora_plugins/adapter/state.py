@@ -31,6 +31,7 @@ from lora_plugins.inplace import (
     let_load,
     mix_rows,
     model_modules,
+    own_mode,
     own_tensor,
     own_tensors,
     state_of,
@@ -438,7 +439,7 @@ def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: di
 
 def _check_training(model: nn.Module, _: Any) -> None:
     state = model_state(model)
-    if state is not None and model.training and (torch.is_grad_enabled() or state.acting.rows is not None):
+    if state is not None and own_mode(model) and (torch.is_grad_enabled() or state.acting.rows is not None):
         state.check("train")
 
 

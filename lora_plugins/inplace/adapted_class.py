@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
+from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
@@ -51,7 +52,7 @@ def refresh_class(layer: nn.Module) -> None:
     state.branch = state.active_branch()
     rest: Any = resting_class(layer)
     idle = not state.active and not state.merged
-    layer.__class__ = rest if idle else adapted_class(*_arguments(layer))
+    set_class(layer, rest if idle else adapted_class(*_arguments(layer)))
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def _weight_property(name: str) -> property:
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter."
             )
         weight = effective_weight(layer, name)
-        if layer.training and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):
+        if own_mode(layer) and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):
             weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
         return weight
 
@@ -191,7 +192,7 @@ def _forward(
     names, own = positional_names(base), own or base.forward
 
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        state, training = layer_state(layer), layer.training
+        state, training = layer_state(layer), own_mode(layer)
         branch = state.branch
         if branch is None or not branch.acts(training):
             return own(layer, *args, **kwargs)

@@ -1,10 +1,12 @@
 """Normalization layers with running statistics, which freezing of parameters alone does not keep still."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from lora_plugins.inplace.layer_state import OWN_CLASS, own_class
 from lora_plugins.plugins import class_path
 
 _POWER_ITERATION = "torch.nn.utils.parametrizations._SpectralNorm"
@@ -13,10 +15,15 @@ _TRAINING = "_lora_norm_training"
 
 
 def _train(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for."""
+    """Stays in eval mode, whatever the model around it does; after `thaw` the layer is in the mode asked for.
+
+    What is inside of it follows the model.
+    """
     module.__dict__[_TRAINING] = mode
     base: type[nn.Module] = module.__dict__[_BASE_CLASS]
-    return base.train(module, False)
+    base.train(module, mode)
+    module.training = False
+    return module
 
 
 def _keep_statistics(module: nn.Module) -> None:
@@ -24,7 +31,12 @@ def _keep_statistics(module: nn.Module) -> None:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    return _rebuild, (module.__dict__[_BASE_CLASS],), module.__dict__
+    base: Any = module.__dict__[_BASE_CLASS]
+    state = {key: value for key, value in module.__dict__.items() if key != _BASE_CLASS}
+    if "__reduce_ex__" in base.__dict__:  # a generated class has no import path either
+        make, arguments, _ = base.__reduce_ex__(module, protocol)
+        return _rebuild, (make, arguments), state
+    return _rebuild, (base.__new__, (base,)), state
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -50,7 +62,7 @@ def freeze(module: nn.Module) -> None:
         return
     module.__dict__[_BASE_CLASS] = type(module)
     module.__class__ = _frozen_class(module.__dict__[_BASE_CLASS])
-    module.train(module.training)
+    module.__dict__[_TRAINING], module.training = module.training, False
 
 
 def thaw(module: nn.Module) -> None:
@@ -58,17 +70,29 @@ def thaw(module: nn.Module) -> None:
     if _BASE_CLASS not in module.__dict__:
         return
     module.__class__ = module.__dict__.pop(_BASE_CLASS)
-    module.train(module.__dict__.pop(_TRAINING))
+    module.training = module.__dict__.pop(_TRAINING)
+
+
+def set_class(module: nn.Module, cls: Any) -> None:
+    """Gives a module another class; one that is kept in eval mode stays so."""
+    if _BASE_CLASS in module.__dict__:
+        module.__dict__[_BASE_CLASS] = cls
+        cls = _frozen_class(cls)
+    module.__class__ = cls
 
 
 @functools.cache
 def _frozen_class(base: Any) -> type[nn.Module]:
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "train": _train, "__reduce_ex__": _reduce}
+    namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, OWN_CLASS: own_class(base)}
+    namespace |= {"train": _train, "__reduce_ex__": _reduce}
     if hasattr(base, "reset_running_stats"):
         namespace["reset_running_stats"] = _keep_statistics
     return type(f"Frozen{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
 
 
-def _rebuild(base: Any) -> nn.Module:
-    frozen = _frozen_class(base)
-    return frozen.__new__(frozen)
+def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = make(*arguments)
+    base: Any = type(module)
+    module.__dict__[_BASE_CLASS] = base
+    object.__setattr__(module, "__class__", _frozen_class(base))  # that of modules needs their tables
+    return module

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace.adapted_class import refresh_class
+from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.layer_state import state_of
 from lora_plugins.inplace.library_weights import foreign_weights, put_dense_foreign
 from lora_plugins.inplace.stored_class import resting_class
@@ -13,7 +14,7 @@ from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored,
 def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
     """Puts a stored weight in the place of a parameter, or of another stored weight."""
     layer._parameters[name] = None  # keeps its place among the others
-    layer._modules[name + SUFFIX] = stored.train(layer.training)
+    layer._modules[name + SUFFIX] = stored.train(own_mode(layer))
     stored.succeeded_by(None)
     _refresh(layer)
 
@@ -75,4 +76,4 @@ def _refresh(layer: nn.Module) -> None:
     if state_of(layer) is not None:
         refresh_class(layer)
     else:
-        layer.__class__ = resting_class(layer)
+        set_class(layer, resting_class(layer))

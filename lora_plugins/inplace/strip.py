@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 from torch import nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.contents import Contents
+from lora_plugins.inplace.frozen_norm import set_class
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.library_weights import foreign_kind, put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
@@ -39,7 +39,7 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
             increment_version(parameter)  # so that an earlier forward has no backward of other weights
     with _whole(layer):
         if not issubclass(state.base_class, type(layer)):  # else its weight has become dense, and its class with it
-            layer.__class__ = cast(Any, resting_class(layer))
+            set_class(layer, resting_class(layer))
         for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
             del layer._modules[name]
         for name, value in computed.items():

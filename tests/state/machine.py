@@ -379,7 +379,7 @@ class Machine:
     def _with_deltas(self, names: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Returns the weights, or these values of them, with the updates of some adapters, in float64."""
         reference, values = self.reference, values or {}
-        deltas = reference.deltas(names, weighted=True)
+        deltas = reference.deltas(names, weighted=True) if names else {}
         return {
             first: (values[first] if first in values else reference.value(first)).double() + delta
             for first, delta in (

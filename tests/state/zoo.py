@@ -137,6 +137,29 @@ class TransposedBlock(ConvBlock):
     sites = (Site("conv", columns=True, mixes=False),)
 
 
+class CenteredConv(nn.Conv1d):
+    """A layer that is adapted and has running statistics, as a norm has."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3, 3)
+        self.register_buffer("running_mean", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.running_mean
+        if self.training:
+            mean = x.mean((0, 2))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.detach(), 0.1)
+        return super().forward(x - mean[:, None])
+
+
+class CenteredBlock(ConvBlock):
+    sites = (Site("conv", mixes=False, drops=False),)
+
+    def __init__(self) -> None:
+        super().__init__(CenteredConv(), (2, 6))
+
+
 class EmbeddingBlock(Block):
     sites = (Site("embed", columns=True, biases=(), lookup=True, drops=False),)
     saves = ("embed",)
@@ -314,6 +337,7 @@ BLOCKS = {
     "depthwise": lambda: ConvBlock(nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 2, 2)),
     "circular": lambda: ConvBlock(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular", bias=False), (3, 2, 2)),
     "transposed": lambda: TransposedBlock(nn.ConvTranspose1d(2, 4, 3, stride=2, groups=2), (2, 6)),
+    "centered": CenteredBlock,
     "embedding": lambda: EmbeddingBlock(padding_idx=0),
     "frequency": lambda: EmbeddingBlock(scale_grad_by_freq=True),
     "attention": AttentionBlock,
