@@ -14,6 +14,8 @@ CORE_VENV ?= .venv-core
 FLOOR_VENV ?= .venv-floor
 MODULES_VENV ?= .venv-modules
 RELEASE_VENV ?= .venv-release
+# What runs with nothing but the core; all of it is collected, to see that it can be imported.
+CORE_TESTS ?= tests/core
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
 
@@ -26,14 +28,15 @@ compare: $(VENV)/vision ## Frozen backbone, LoRA and full fine-tuning side by si
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m lora_plugins.tasks compare
 
 test: $(VENV)/dev ## The fast tests, on all cores.
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
 
 test-core: ## The tests of the core, where nothing but the core and pytest is installed.
 	$(MAKE) VENV=$(CORE_VENV) PIP_OPTIONS=pytest-xdist $(CORE_VENV)/testing
-	$(CORE_VENV)/bin/pytest -n auto tests/core
+	$(CORE_VENV)/bin/pytest --collect-only --quiet --quiet tests/core
+	$(CORE_VENV)/bin/pytest -n auto --dist worksteal $(CORE_TESTS)
 
 test-floor: ## The same with the oldest versions that are allowed; downloads 3 to 4 GB.
 	$(MAKE) VENV=$(FLOOR_VENV) PIP_OPTIONS="-c .ci/floor.txt" $(FLOOR_VENV)/lightning,testing

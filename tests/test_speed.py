@@ -37,6 +37,7 @@ def measure(path, *options: str) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_eager_cell_of_a_model(tiny, tmp_path, capsys):
     variants = ["--variant", "full", "ours", "ours, low memory", "ours, DoRA"]
     found = measure(tmp_path / "cpu.json", "--mode", "eager", *variants)

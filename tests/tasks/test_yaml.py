@@ -85,7 +85,11 @@ HUB = {  # the file, the local data set in the hub's format, and what replaces t
     ),
 }
 EMBEDDED = ("cls", "cls_qlora", "seg", "dreambooth")
-METRICS = [("cls", "accuracy"), ("cls_qlora", "accuracy"), ("seg", "mean_iou")]
+METRICS = [
+    ("cls", "accuracy"),
+    pytest.param("cls_qlora", "accuracy", marks=pytest.mark.slow),
+    pytest.param("seg", "mean_iou", marks=pytest.mark.slow),
+]
 EVERY = sorted({*FOLDERS, *HUB, *EMBEDDED})
 
 

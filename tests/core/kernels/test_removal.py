@@ -36,9 +36,8 @@ def run_tests_without(name: str, folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "fused_linear" else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.timeout(900)
 def test_without_one_kernel_the_others_are_green(name, tmp_path):
     folders = [f"tests/core/{folder}" for folder in ("kernels", "layers", "merge")]

@@ -57,7 +57,9 @@ def run(tmp_path, code, *arguments):
     )
 
 
-@pytest.mark.parametrize("trainer", ["lightning.pytorch.Trainer", "foreign.pl.Trainer"])
+@pytest.mark.parametrize(
+    "trainer", [pytest.param("lightning.pytorch.Trainer", marks=pytest.mark.slow), "foreign.pl.Trainer"]
+)
 def test_one_call_makes_them_the_same(trainer, tmp_path):
     done = run(tmp_path, ALIAS + FIT.replace("TRAINER", trainer))
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ def hub():
         yield server
 
 
-@pytest.mark.parametrize("strategy", ["end", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["end", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_the_adapter_is_pushed_and_loaded(hub, tmp_path, strategy):
     environment = {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_of_the_test",

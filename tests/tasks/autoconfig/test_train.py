@@ -183,7 +183,8 @@ def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):
     assert "Those of timm/tf_efficientnet_lite0, which is taken without --model, are installed." in err
 
 
-@pytest.mark.parametrize("kind", ["labels", pytest.param("masks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["labels", "masks"])
 def test_the_default_model_needs_no_hub(kind, folders, tmp_path, monkeypatch, capsys):
     """The line that a new user types, with fewer and smaller steps."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

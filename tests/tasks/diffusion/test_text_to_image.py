@@ -17,6 +17,11 @@ from tests.integrations.diffusers.pipelines import PIPELINES, build
 
 SAMPLING = Sampling(steps=1, guidance=2.0, height=16, width=16)
 
+FAST = ("Stable Diffusion", "Flux")
+families = pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
+)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -63,7 +68,7 @@ def fit(task, data, *callbacks, lora=True, epochs=1, ckpt_path=None, config=None
     return losses.values
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@families
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "with text encoders"])
 def test_every_family_is_trained_on_two_batches(name, text_encoder, folders, pictures, tmp_path):
     """The audit of LoraCallback holds: every factor has a gradient and moves."""
@@ -84,7 +89,7 @@ def test_every_family_is_trained_on_two_batches(name, text_encoder, folders, pic
         handle.unload()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@families
 def test_what_is_cached_changes_no_loss(name, folders, pictures):
     cached, anew = (fit(TextToImageTask(folders(name), cache=on), pictures(), epochs=2) for on in (True, False))
     # Anew, pictures are encoded in batches, which changes last bits.
@@ -100,7 +105,7 @@ def test_gradient_checkpointing_changes_no_loss(folders, pictures):
     assert kept == pytest.approx(again, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])
+@pytest.mark.parametrize("name", ["Stable Diffusion", pytest.param("Flux", marks=pytest.mark.slow)])
 def test_a_fit_learns(name, folders, pictures):
     """On one picture with the same noise in each step."""
 
