@@ -15,12 +15,15 @@ _ADAPTER = re.compile(r"loras|lora_(A|B|E|a|b|up|down|mid|layer|embedding_[AB]|m
 _CHILDREN = "adapter_layer_names"
 """Attribute of the classes of PEFT's layers and wrappers: the names of the children that are the adapters'."""
 
+_BASE = "base_layer"
+"""Child of a layer of PEFT that is the layer of before, which "all" means in its place."""
+
 _UNUSED = "original_module"
 """Child of a wrapper of PEFT that its trained copy stands in for."""
 
 
 def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
-    """Returns the names of the modules that are of other libraries' adapters, those below them included.
+    """Returns the names of the modules that are of other libraries' adapters, or wrap a layer for one.
 
     Args:
         modules: The modules of a model, without our own adapters.
@@ -32,7 +35,9 @@ def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
         if hasattr(type(entry.module), _CHILDREN)
         for name in entry.names
     }
-    return {name for entry in modules for name in entry.names if _is_within(name, roots)}
+    wrappers = [entry for entry in modules if hasattr(type(entry.module), _CHILDREN) and _BASE in entry.module._modules]
+    within = {name for entry in modules for name in entry.names if _is_within(name, roots)}
+    return within | {name for entry in wrappers for name in entry.names}
 
 
 def _is_within(name: str, roots: set[str]) -> bool:

@@ -86,7 +86,9 @@ class TestAdaptersOfOthers:
         found = plan(peft.PeftModel(model, config))
         assert [layer.name for layer in found.layers] == ["base_model.model.up.base_layer"]
 
-    @pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "AdaLoraConfig"])
+    @pytest.mark.parametrize(
+        "kind", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig", "AdaLoraConfig", "RandLoraConfig"]
+    )
     def test_other_adapters_of_peft(self, kind):
         peft = pytest.importorskip("peft")
         model = nn.ModuleDict({"up": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
