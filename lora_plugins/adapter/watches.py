@@ -70,7 +70,7 @@ class _Sums:
 
     def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         args, kwargs = by_position(positional_names(base_class_of(module)), args, kwargs)
-        x = self.layer.plugin.inputs(module, self.slot, *args, **kwargs).detach()
+        x = self._seen(module, args, kwargs).detach()
         if x.dim() != 2 or x.shape[1] != self.width:
             raise TargetError(
                 f"{self.layer.name!r}: its inputs came as {list(x.shape)}, where its weight needs (n, {self.width}). "
@@ -81,6 +81,16 @@ class _Sums:
         self.count += len(x)
         self.total = total if self.total is None else self.total + total
         self.gram = gram if self.gram is None else self.gram + gram
+
+    def _seen(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
+        try:
+            return self.layer.plugin.inputs(module, self.slot, *args, **kwargs)
+        except TypeError as error:  # a subclass may be called with more than its base class
+            raise TargetError(
+                f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not understand what this "
+                f"{base_class_of(module).__name__} is called with: {error}. Add it to exclude_modules, or choose "
+                "another init."
+            ) from error
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns count, sum and outer products over all processes."""

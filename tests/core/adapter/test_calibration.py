@@ -453,3 +453,34 @@ def test_layers_that_are_called_with_keywords_are_observed():
 
     data = InitData([torch.randn(12, 6)])
     LoraModel(Named(), LoraConfig(r=2, target_modules=["layer"], init="eva"), init_data=data)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x, twice=False):
+        return super().forward(2 * x if twice else x)
+
+
+class Asked(nn.Module):
+    """Calls a layer with more than its base class takes, if asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Doubling(6, 4)
+
+    def forward(self, x, twice):
+        return self.layer(x, twice=True) if twice else self.layer(x)
+
+
+def test_what_is_no_tensor_is_passed_on():
+    model, data = Asked(), [{"x": torch.ones(12, 6), "twice": False}]
+    plan = LoraModel.plan(model, LoraConfig(r=2, target_modules=["layer"], init="eva"))
+    assert calibrate(model, plan, InitData(data)).by_slot["layer", ""].inputs.count == 12
+
+
+def test_arguments_that_the_plugin_does_not_know_are_named():
+    model, data = Asked(), [{"x": torch.ones(12, 6), "twice": True}]
+    before = copy.deepcopy(model.state_dict())
+    config = LoraConfig(r=2, target_modules=["layer"], init="eva")
+    with pytest.raises(TargetError, match="'layer': the plugin 'linear' does not understand what this Doubling is"):
+        LoraModel(model, config, init_data=InitData(data))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
