@@ -76,22 +76,33 @@ class OwnedTensors:
                 f"{listing(replaced)} has another shape than when it was adapted: the layer was replaced. unload() the "
                 "adapters, which leaves the new layer as it is, and adapt the model again."
             )
-        for name, base in self.base.items():
+        self.follow_casts(model)
+        for name in self.base:
             present, owner = self.owner.get(name), wanted.get(name)
             if present == owner:
                 continue
             tensor = own_tensor(model, name)
-            stale = base if present is None else self.values[present][name]
-            value = base if owner is None else self.values[owner][name]
-            # A model that was cast while this value was away takes the value along.
-            dtype = value.dtype if tensor.dtype == stale.dtype else tensor.dtype
-            self._keep(name, present, tensor.data)
-            tensor.data = value.to(tensor.device, dtype)
+            value = self._values(owner)[name]
+            self._values(present)[name] = tensor.data
+            tensor.data = value.to(tensor.device)
             if lasting:
                 increment_version(tensor)
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner
+
+    def follow_casts(self, model: nn.Module) -> None:
+        """Casts the values that were away while the model was cast.
+
+        A tensor of another type than the value that was put in its place tells so. Types may differ otherwise: a head
+        that is trained on a base in half precision is of single precision.
+        """
+        for name in self.base:
+            tensor = own_tensor(model, name)
+            if tensor.dtype != self._values(self.owner.get(name))[name].dtype:
+                for values in (self.base, *self.values.values()):
+                    if name in values:
+                        values[name] = values[name].to(tensor.dtype)
 
     def forget_replaced(self, model: nn.Module) -> None:
         """Forgets all values of tensors in whose place is one of another shape, which is left alone."""
@@ -121,8 +132,5 @@ class OwnedTensors:
         needed = {name for values in self.values.values() for name in values}
         self.base = {name: value for name, value in self.base.items() if name in needed}
 
-    def _keep(self, name: str, owner: str | None, value: Tensor) -> None:
-        if owner is None:
-            self.base[name] = value
-        else:
-            self.values[owner][name] = value
+    def _values(self, owner: str | None) -> dict[str, Tensor]:
+        return self.base if owner is None else self.values[owner]

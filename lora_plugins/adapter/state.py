@@ -322,7 +322,11 @@ def _own_values(
     """Returns the own values of adapters, by the identity of the model's tensors."""
     tensors = own_tensors(modules, "_parameters") | own_tensors(modules, "_buffers")
     own = {name: state.values.of(name) for name in adapters}
-    return {name: {id(tensors[key]): values[key] for key in values} for name, values in own.items() if values}
+    return {
+        name: {id(tensors[key]): values[key].to(tensors[key].device) for key in values}
+        for name, values in own.items()
+        if values
+    }
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def adapted_class(
     if stored:
         base = stored_class(base, stored)
     namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
-    namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr}
+    namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
@@ -121,6 +121,17 @@ def class_reason(base: Any) -> str:
     except Exception as error:  # of whoever wrote the class or its metaclass
         return f"its class {base.__name__} cannot be extended: {error}"
     return ""
+
+
+def _apply_to(base: Any) -> Callable[..., nn.Module]:
+    def apply(layer: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts merged weights that are no parameter along with the parameters."""
+        state = layer_state(layer)
+        state.merged.update({name: fn(value) for name, value in state.merged.items()})
+        applied: nn.Module = base._apply(layer, fn, recurse)
+        return applied
+
+    return apply
 
 
 def _weight_property(name: str) -> property:
