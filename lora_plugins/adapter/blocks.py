@@ -67,6 +67,7 @@ def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
     if state.outside is None:
         state.outside = _step_outside(model, state)
     state.blocks = (*state.blocks, opened)
+    state.values.follow_casts(model)
     let_act(model_modules(model), state)
     return model
 
@@ -81,6 +82,7 @@ def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
     state.blocks = tuple(block for block in state.blocks if block is not opened)
     if not state.blocks:
         _step_back(model, state)
+    state.values.follow_casts(model)
     let_act(model_modules(model), state)
 
 

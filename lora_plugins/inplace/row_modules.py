@@ -16,6 +16,8 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.layer_state import OWN_CLASS, copy_in_block, own_class
 
 _STATE = "_lora_row_twins"
+_TYPES = "_lora_row_types"
+"""Attribute of the modules of a twin: type and device of each tensor of the model's own when the twin was made."""
 
 Values = Mapping[int, Tensor]
 """Values by the identity of the tensor in whose place they are."""
@@ -101,6 +103,7 @@ def _twin(module: nn.Module, values: Values, made: dict[int, nn.Module]) -> nn.M
             twin.__dict__[store] = {
                 key: values.get(id(tensor), tensor) for key, tensor in getattr(module, store).items()
             }
+        twin.__dict__[_TYPES] = {name: (tensor.dtype, tensor.device) for name, tensor in _tensors(module).items()}
         twin.__dict__["_modules"] = {
             key: None if child is None else _twin(child, values, made) for key, child in module._modules.items()
         }
@@ -121,6 +124,7 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     for _, twin in twins.each:
         for own, part in zip(module.modules(), twin.modules(), strict=True):
             part.training = own.training  # the mode may have changed since the block was entered
+            _cast_along(part, own)
     outputs = [twin.forward(args[0][index], *args[1:], **kwargs) for index, twin in twins.each]
     for (index, _), output in zip(twins.each, outputs, strict=True):
         if not isinstance(output, Tensor) or output.shape[:1] != index.shape:
@@ -129,6 +133,16 @@ def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
                 "first. Run one batch for each adapter, with set_adapter."
             )
     return torch.cat(outputs)[twins.order]
+
+
+def _cast_along(part: nn.Module, own: nn.Module) -> None:
+    """Casts and moves the values of a twin if the model was cast or moved since the block was entered."""
+    types: dict[str, tuple[Any, ...]] = part.__dict__[_TYPES]
+    for name, tensor in _tensors(own).items():
+        if types[name] != (tensor.dtype, tensor.device):
+            types[name] = (tensor.dtype, tensor.device)
+            held: dict[str, Any] = part._parameters if name in part._parameters else part._buffers
+            held[name] = held[name].to(tensor)
 
 
 @functools.cache

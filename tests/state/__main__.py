@@ -12,14 +12,12 @@ import torch
 
 from lora_plugins import LoraModel
 from tests.state.checks import DivergenceError
-from tests.state.draw import draw_blocks, draw_step
+from tests.state.draw import TYPES, draw_blocks, draw_step
 from tests.state.machine import Machine
 from tests.state.rules import Step
 from tests.state.script import script
 from tests.state.shrink import Case, replay, shrink, signature
 from tests.state.zoo import BLOCKS
-
-TYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class Tally:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from random import Random
 
+import torch
+
 from tests.state.machine import Machine
 from tests.state.rules import Step, all_mix
 from tests.state.spec import Spec
@@ -10,6 +12,8 @@ from tests.state.zoo import BLOCKS, ROWS, saves
 
 NAMES = ("a", "b", "c", "half", "d-1")
 """Names of adapters; one of them is that of a method of every module."""
+
+TYPES = ("float64", "float32", "bfloat16", "float16")
 
 SLOTS = 3
 """Folders that adapters are saved into."""
@@ -28,6 +32,7 @@ def draw_step(random: Random, machine: Machine) -> Step:
     if random.random() < 0.1:
         possible = set(weights) if machine.lora else {"add", "load_base", "mode", "copy", "look"}
         possible -= set() if machine.saved else {"load", "move"}
+        possible -= {"cast"} if machine.reference.was_cast else set()
         weights = {kind: 1 for kind in weights if kind in possible}
     kind = _weighted(random, {kind: weight for kind, weight in weights.items() if weight > 0})
     return Step(kind, _ARGUMENTS[kind](random, machine) if kind in _ARGUMENTS else {})
@@ -171,6 +176,9 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     },
     "mixed": _mixed,
     "mode": lambda random, machine: {"training": random.random() < 0.5},
+    "cast": lambda random, machine: {
+        "dtype": random.choice([name for name in TYPES if getattr(torch, name) != machine.dtype])
+    },
     "forward": lambda random, machine: {"of_input": random.random() < 0.5},
     "scramble": lambda random, machine: {"name": _adapter(random, machine), "seed": random.randrange(1000)},
     "combine": _combine,
@@ -224,6 +232,7 @@ _WEIGHTS: dict[str, float | Callable[[Machine], float]] = {
     ),
     "close": lambda machine: 6 if machine.reference.contexts else 0,
     "mode": 5,
+    "cast": lambda machine: 0 if machine.reference.was_cast else 0.7,
     "train_step": _idle(4),
     "forward": _adapted(2),
     "backward": lambda machine: 2 if machine.pending else 0,

@@ -5,7 +5,7 @@ A call is a generator: up to its `yield` it calls lora_plugins, which may refuse
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -92,16 +92,25 @@ class Machine:
     ) -> None:
         torch.manual_seed(seed)
         self.kind = kind
-        self.blocks, self.dtype, self.folder = blocks, dtype, folder
+        self.blocks, self.seed, self.folder = blocks, seed, folder
         self.model = build(blocks, dtype, seed)
         self.reference = Reference(self.model, blocks)
         self.lora: LoraModel | None = None
-        self.inputs = batch(dtype, seed)
         self.contexts: list[AbstractContextManager[Any]] = []
         self.saved: dict[int, Saved] = {}
         self.snapshot: tuple[dict[str, Tensor], Reference, object] | None = None
         self.pending: Pending | None = None
         self.objects: dict[str, nn.Parameter] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model."""
+        return self.reference.dtype
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """An input in that type."""
+        return batch(self.dtype, self.seed)
 
     @property
     def handle(self) -> LoraModel:
@@ -249,12 +258,13 @@ class Machine:
         if adapter.spec.init == "loftq":
             # One scale for all, as no weight here is larger than a block; ties of rounding are left open.
             scale = matrix.abs().max() / 127
-            changed = (matrix / scale).round() * scale
+            steps = matrix / scale
+            changed, ties = steps.round() * scale, bool((steps.frac().abs() - 0.5).abs().min() < 1e-3)
         else:
-            changed = matrix - product
+            changed, ties = matrix - product, False
         slot.matrix(weight).copy_(changed)
         adapter.values[name] = weight
-        adapter.unseen.add(name)
+        adapter.unseen[name] = adapter.unseen.get(name, 0.0) + ties / 127
 
     def _first_own(self, adapter: Adapter, slot: PlannedSlot) -> None:
         if adapter.spec.variant == "dora":
@@ -351,7 +361,7 @@ class Machine:
         """A merged value that is stored again, which may lose what was allowed."""
         reference = self.reference
         before = reference.stored[name]
-        after = self._stored(name, before.storage, merged, merged.to(before.source.dtype), exact=False)
+        after = self._stored(name, before.storage, merged, merged.to(self.dtype), exact=False)
         lost = float((after.dense().double() - merged).norm())
         update = float((merged - reference.base[name].double()).norm())
         if lost > max_error * update * 1.01 + checks.tolerance(self.dtype) * (1 + float(merged.norm())):
@@ -376,27 +386,27 @@ class Machine:
         reference.merged = (*reference.merged, *chosen)
         self._take_weights(self.model.state_dict(), expected, reference.merged_weights)
 
-    def _with_deltas(self, names: tuple[str, ...], values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns the weights, or these values of them, with the updates of some adapters, in float64."""
-        reference, values = self.reference, values or {}
-        deltas = reference.deltas(names, weighted=True) if names else {}
+    def _with_deltas(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Returns the weights with the updates of some adapters, in float64."""
+        reference = self.reference
+        deltas = reference.deltas(names, weighted=True)
         return {
-            first: (values[first] if first in values else reference.value(first)).double() + delta
-            for first, delta in (
-                (reference.first[name], delta) for name, delta in deltas.items() if name in reference.first
-            )
+            reference.first[name]: reference.value(reference.first[name]).double() + delta
+            for name, delta in deltas.items()
+            if name in reference.first
         }
 
     def _take_weights(self, found: dict[str, Tensor], expected: dict[str, Tensor], into: dict[str, Tensor]) -> None:
         """Compares merged weights, and takes over their bits."""
         reference = self.reference
-        acting = self._with_deltas(tuple(name for name in reference.active if name not in reference.merged), expected)
+        unmerged = tuple(name for name in reference.active if name not in reference.merged)
+        acting = reference.deltas(unmerged, weighted=True) if unmerged else {}
         for name, weight in expected.items():
             stored = name in reference.stored
             tensor = self._read(name) if stored else found[name]
             if tensor.dtype != self.dtype:
                 raise DivergenceError("type", f"merged {name} is {tensor.dtype}, expected {self.dtype}")
-            wanted = acting.get(name, weight) if stored else weight
+            wanted = weight + acting[name] if stored and name in acting else weight
             checks.near("merged weight", name, tensor, wanted, checks.tolerance(self.dtype, reference.magnified))
             into[name] = tensor.clone() if wanted is weight else weight.to(tensor.dtype)
 
@@ -435,6 +445,17 @@ class Machine:
         self.model.train(training)
         yield
         self.reference.training = training
+
+    def cast(self, dtype: str) -> Call:
+        """Casts the model, but not a computed weight with merged updates, which has been rounded to its type."""
+        sites = {slot.site for name in self.reference.merged for slot in self.reference.adapters[name].slots}
+        if any(self.reference.is_computed(site) for site in sites):
+            yield
+            return
+        self.model.to(getattr(torch, dtype))
+        yield
+        self.reference.cast(getattr(torch, dtype))
+        self.snapshot = self.pending = None
 
     def look(self, spec: Spec) -> Call:
         """What reads only is allowed everywhere."""
@@ -592,7 +613,7 @@ class Machine:
                 continue
             total = base.double() + sum(w * (value.double() - base.double()) for value, w in owned)
             adapter.values[key] = total.to(base.dtype)
-            adapter.unseen.add(key)
+            adapter.unseen[key] = 0.0
 
     def _compare_sum(self, name: str, exact: dict[str, Tensor], error: float, way: str) -> None:
         deltas = self.reference.deltas((name,))
@@ -612,7 +633,9 @@ class Machine:
         name = reference.active[0] if name is None else name
         base = {key: tensor.clone() for key, tensor in reference.sources().items()}
         stored = dict(reference.stored)
-        self.saved[slot] = Saved(name, deepcopy(reference.adapters[name]), base, reference.plain, stored)
+        self.saved[slot] = Saved(
+            name, deepcopy(reference.adapters[name]), base, reference.plain, stored, reference.was_cast
+        )
 
     def load(self, slot: int, name: str | None) -> Call:
         found = self.saved[slot]
@@ -620,7 +643,7 @@ class Machine:
         yield
         self.lora = self.lora or handle
         self._store_loaded(found)
-        self._join(found.name if name is None else name, deepcopy(found.adapter))
+        self._join(found.name if name is None else name, deepcopy(found.adapter).loaded(self.dtype))
 
     def _store_loaded(self, found: Saved) -> None:
         """A file stores the base again, to the same bits."""
@@ -647,7 +670,7 @@ class Machine:
         self.reference = Reference(plain, self.blocks, found.plain)
         self.reference.training = training
         self._store_loaded(found)
-        self._join(found.name, deepcopy(found.adapter))
+        self._join(found.name, deepcopy(found.adapter).loaded(self.dtype))
 
     def load_base(self, seed: int | None) -> Call:
         """Loads a state dict of the base model: its own, or that of another one."""

@@ -8,7 +8,7 @@ lora_plugins.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class Adapter:
         frozen: Names of the norms that it freezes.
         tensors: A, B and what a variant adds, by their name in the state dict without the adapter's.
         values: Its values of the model's own tensors, a changed base included.
-        unseen: Those of `values` whose bits are not known yet, since they were never in place.
+        unseen: Those of `values` whose bits are not known yet, since they were never in place, with the share of the
+            largest value by which they may be off beside rounding.
     """
 
     spec: Spec
@@ -88,7 +89,17 @@ class Adapter:
     frozen: frozenset[str]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
-    unseen: set[str] = field(default_factory=set)
+    unseen: dict[str, float] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype, factors: torch.dtype) -> "Adapter":
+        """Casts its values, and what an update is made of."""
+        self.tensors = {name: tensor.to(factors) for name, tensor in self.tensors.items()}
+        self.values = {name: cast(value, dtype) for name, value in self.values.items()}
+        return self
+
+    def loaded(self, dtype: torch.dtype) -> "Adapter":
+        """Casts it as loading it into a model of that type does: an update is made of single precision at least."""
+        return self.cast(dtype, torch.promote_types(dtype, torch.float32))
 
     @property
     def changes_base(self) -> bool:
@@ -145,6 +156,7 @@ class Reference:
         self.merged_weights: dict[str, Tensor] = {}
         self.contexts: list[tuple[str | None, ...] | None] = []
         self.training = False
+        self.was_cast = False
         self.magnified = 0.0  # the largest term of a row that DoRA gave its magnitude to, in units of what became of it
 
     def read_structure(self, model: Zoo) -> None:
@@ -261,6 +273,17 @@ class Reference:
         """Notes that a weight is stored from now on: its dense value is the base's."""
         self.stored[name] = stored
         self.base[name] = stored.dense()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts everything."""
+        self.dtype, self.was_cast = dtype, True
+        self.base = {name: cast(tensor, dtype) for name, tensor in self.base.items()}
+        for name, stored in self.stored.items():
+            self.stored[name] = replace(stored, exact=False)  # it was made of a float value of another type
+            self.base[name] = stored.dense(dtype)
+        self.merged_weights = {name: cast(value, dtype) for name, value in self.merged_weights.items()}
+        for adapter in self.adapters.values():
+            adapter.cast(dtype, dtype)
 
     def sources(self) -> dict[str, Tensor]:
         """Returns the tensors of a float model that files of this one load on."""
@@ -427,6 +450,11 @@ class Reference:
         other = deepcopy(self)
         self.twin = other.twin = twin
         return other
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts a tensor of floating numbers, and no other."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def row_norms(matrix: Tensor) -> Tensor:

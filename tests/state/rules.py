@@ -51,6 +51,12 @@ class Saved:
     base: dict[str, torch.Tensor]
     plain: frozenset[str]
     stored: dict[str, Stored] = field(default_factory=dict)
+    was_cast: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the base."""
+        return next(tensor.dtype for tensor in self.base.values() if tensor.is_floating_point())
 
 
 Errors = Iterator[type[LoraError]]
@@ -344,6 +350,9 @@ def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | 
         yield MaybeError
         return
     yield from _same_stored(reference, found)
+    if found.adapter.changes_base and (found.was_cast or found.dtype != reference.dtype):
+        yield AdapterFileError
+        yield MaybeError  # what an init has changed is made again from the base in the type that it had then
     for weight in {slot.weight for slot in found.adapter.slots}:
         if reference.first.get(weight) not in found.stored:
             yield from _same_base(reference, found, weight)
@@ -361,13 +370,14 @@ def _same_stored(reference: Reference, found: Saved) -> Errors:
             yield AdapterFileError
         if here is None and any(name in slot.targets for a in reference.adapters.values() for slot in a.slots):
             yield AdapterFileError
-        if here is None and not (_made_again(found, name) and torch.equal(reference.base[name], there.source)):
+        if here is None and not (_made_again(found, name) and _equal(reference.base[name], there.source)):
             yield AdapterFileError
             yield MaybeError  # other values may be stored as the same
 
 
 def _move(reference: Reference, saved: dict[int, Saved], slot: int) -> Errors:
-    if not all(_made_again(saved[slot], name) for name in saved[slot].stored):
+    found = saved[slot]
+    if not all(_made_again(found, name) for name in found.stored) or (found.adapter.changes_base and found.was_cast):
         yield AdapterFileError
         yield MaybeError
 
@@ -381,6 +391,10 @@ def _made_again(found: Saved, name: str) -> bool:
     there = found.stored[name]
     own = found.adapter.changes_base and any(name in slot.targets for slot in found.adapter.slots)
     return there.exact and (own or not there.residual)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _same_base(reference: Reference, found: Saved, weight: str) -> Errors:

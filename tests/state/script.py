@@ -38,6 +38,7 @@ _LINES: dict[str, Callable[..., str]] = {
     "mixed": lambda rows: f"contexts.append(lora.mixed_batch({list(rows)!r})); contexts[-1].__enter__()",
     "close": lambda: "contexts.pop().__exit__(None, None, None)",
     "mode": lambda training: f"model.train({training})",
+    "cast": lambda dtype: f"model.to(torch.{dtype}); x = x.to(torch.{dtype})",
     "scramble": lambda name, seed: (
         f"with torch.no_grad():\n    torch.manual_seed({seed})\n    for key, parameter in model.named_parameters():\n"
         f"        if parameter.requires_grad or key.endswith('.{name}'):\n"

@@ -38,12 +38,12 @@ class Stored:
     exact: bool = True
     residual: bool = False
 
-    def dense(self) -> Tensor:
-        """Returns the dense value, in the type of the float weight; float32 decides about its bits."""
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the dense value, by default in the type of the float weight; float32 decides about its bits."""
         scales = _scales(self.tensors, torch.float32)[:, None]
         scales = scales / 127 if self.storage == "int8" else scales
         values = _unpacked(self.storage, self.tensors["codes"]).view(-1, BLOCK) * scales
-        return values.flatten()[: self.source.numel()].view(self.source.shape).to(self.source.dtype)
+        return values.flatten()[: self.source.numel()].view(self.source.shape).to(dtype or self.source.dtype)
 
     def same_bits(self, other: "Stored") -> bool:
         """Whether the same is stored."""

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tests.state.__main__ import TYPES, Tally, report, walk
+from tests.state.__main__ import Tally, report, walk
 from tests.state.checks import DivergenceError
-from tests.state.draw import draw_blocks, draw_step
+from tests.state.draw import TYPES, draw_blocks, draw_step
 from tests.state.machine import Machine
 from tests.state.script import script
 from tests.state.shrink import Case

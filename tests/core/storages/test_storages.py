@@ -45,6 +45,17 @@ def test_scales_in_8_bits_cost_next_to_nothing(bits):
     assert errors[True] < {4: 1.001, 8: 1.2}[bits] * errors[False]
 
 
+@bits
+@pytest.mark.parametrize(("blocks", "groups"), [(1, 1), (256, 1), (257, 2)])
+def test_256_scales_share_a_number(bits, blocks, groups):
+    plugin = STORAGES[bits]
+    stored = plugin.store(torch.ones(blocks, 64), storage_options(plugin, {}))
+    assert {name: len(stored[name]) for name in ("scale_codes", "scale_maxima")} == {
+        "scale_codes": blocks,
+        "scale_maxima": groups,
+    }
+
+
 def test_a_block_beside_one_with_large_values_keeps_its_own():
     weight = torch.full((128,), 1e-3)
     weight[64:] = 1e3

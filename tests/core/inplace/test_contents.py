@@ -1,0 +1,19 @@
+"""What a module consists of is put back, whatever was done to it."""
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from lora_plugins.inplace import Contents
+
+
+def test_what_torch_takes_away_is_put_back():
+    layer = nn.Linear(3, 2)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    before, names, x = Contents([layer], [layer._forward_pre_hooks]), list(layer.state_dict()), torch.randn(4, 3)
+    expected = layer(x)
+    prune.remove(layer, "weight")
+    assert list(layer.state_dict()) != names
+    before.put_back()
+    assert list(layer.state_dict()) == names
+    assert torch.equal(layer(x), expected)
