@@ -66,9 +66,9 @@ def load_quantized(
         if old is None:
             buffer = module._buffers[name]
             assert buffer is not None
-            module._buffers[name] = value.to(device, buffer.dtype)
+            module._buffers[name] = value.to(device, buffer.dtype, copy=True)
         elif id(old) not in made:
-            made[id(old)] = _made(value.to(device, old.dtype), old, storages.get(id(old)))
+            made[id(old)] = _made(value, old, storages.get(id(old)), device)
     for module, name in places.values():
         old = module._parameters.get(name)
         if old is not None and id(old) in made:
@@ -76,10 +76,12 @@ def load_quantized(
     return model
 
 
-def _made(value: Tensor, old: Tensor, storage: Storage | None) -> nn.Parameter | StoredWeight:
+def _made(
+    value: Tensor, old: Tensor, storage: Storage | None, device: torch.device | str
+) -> nn.Parameter | StoredWeight:
     if storage is None:
-        return nn.Parameter(value, requires_grad=old.requires_grad)
-    return StoredWeight(storage, value, requires_grad=old.requires_grad)
+        return nn.Parameter(value.to(device, old.dtype, copy=True), requires_grad=old.requires_grad)
+    return StoredWeight(storage, value.to(device, old.dtype), requires_grad=old.requires_grad)
 
 
 def _put(module: nn.Module, name: str, new: Any) -> None:
@@ -106,10 +108,11 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _read(path: Path, key: str) -> Tensor:
+    """Returns a tensor on the pages of its file, which it keeps in memory: what stays has to be a copy."""
     # Opened anew for each tensor: the pages of a file that stays open stay in memory.
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
         tensor: Tensor = file.get_tensor(key)
-        return tensor.clone()
+        return tensor
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

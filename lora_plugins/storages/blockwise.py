@@ -16,7 +16,7 @@ from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import StoragePlugin
 from lora_plugins.utils import blocks_of, nearest_levels
 
-AT_ONCE = 2**20
+AT_ONCE = 2**18
 """How many values are stored at a time: what is computed on the way takes several times their memory."""
 
 SCALE_GROUP = 256

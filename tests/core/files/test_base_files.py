@@ -127,24 +127,30 @@ from lora_plugins import LoraConfig, LoraModel, load_quantized
 def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+def empty(layers, width):
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
 config = LoraConfig(r=2, quantize="nf4")
-with torch.device("meta"):
-    warm = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(1)))
-load_quantized(warm, sys.argv[1], config)
+load_quantized(empty(1, 1024), sys.argv[1], config)
 before = peak()
-with torch.device("meta"):
-    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(40)))
-load_quantized(model, sys.argv[2], config)
+load_quantized(empty(int(sys.argv[3]), int(sys.argv[4])), sys.argv[2], config)
 print(peak() - before)
 """
 
 
 @pytest.mark.slow  # the peak of a process is the system's to say: beside other tests it was twice as high
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_memory_peaks_at_the_stored_size_and_one_layer(tmp_path):
-    layers = [nn.Linear(1024, 1024) for _ in range(40)]  # 160 MiB, stored 21
-    safetensors.torch.save_file(nn.Sequential(*layers[:1]).state_dict(), tmp_path / "one.safetensors")
-    safetensors.torch.save_file(nn.Sequential(*layers).state_dict(), tmp_path / "all.safetensors")
-    arguments = [str(tmp_path / "one.safetensors"), str(tmp_path / "all.safetensors")]
+@pytest.mark.parametrize(
+    ("layers", "width", "most"),
+    [
+        pytest.param(40, 1024, 21 + 16, id="many layers"),  # 160 MiB, stored 21
+        pytest.param(1, 4096, 9 + 64 + 32, id="a large one"),  # 64 MiB: there is no second copy of it
+    ],
+)
+def test_memory_peaks_at_the_stored_size_and_one_layer(layers, width, most, tmp_path):
+    for name, count, size in (("one", 1, 1024), ("all", layers, width)):
+        model = nn.Sequential(*(nn.Linear(size, size) for _ in range(count)))
+        safetensors.torch.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    arguments = [str(tmp_path / "one.safetensors"), str(tmp_path / "all.safetensors"), str(layers), str(width)]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
-    assert int(done.stdout) / 1024 < 21 + 16, done.stdout
+    assert int(done.stdout) / 1024 < most, done.stdout
