@@ -6,7 +6,7 @@ tasks', with flags they are Lightning's. Arguments are parsed before what a comm
 
 from collections.abc import Callable, Mapping
 
-from lora_plugins.cli import Command
+from lora_plugins.cli import Command, plain_warnings
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
 from lora_plugins.tasks.command_lines import check_model, export_parser, generate_parser, predict_parser, serve_parser
 
@@ -18,7 +18,8 @@ def _predict(arguments: list[str]) -> int:
     check_model(predict_parser().parse_args(arguments[1:]).model)
     from lora_plugins.tasks.inference import predict_main
 
-    return int(predict_main(arguments[1:]))
+    with plain_warnings():
+        return int(predict_main(arguments[1:]))
 
 
 def _export(arguments: list[str]) -> int:
@@ -27,7 +28,8 @@ def _export(arguments: list[str]) -> int:
     check_model(export_parser().parse_args(arguments[1:]).model)
     from lora_plugins.tasks.inference import export_main
 
-    return int(export_main(arguments[1:]))
+    with plain_warnings():
+        return int(export_main(arguments[1:]))
 
 
 def _report(arguments: list[str]) -> int:
@@ -40,7 +42,8 @@ def _generate(arguments: list[str]) -> int:
     generate_parser().parse_args(arguments[1:])
     from lora_plugins.tasks.diffusion import generate_main
 
-    return int(generate_main(arguments[1:]))
+    with plain_warnings():
+        return int(generate_main(arguments[1:]))
 
 
 def _train(arguments: list[str]) -> int:
@@ -53,7 +56,8 @@ def _serve(arguments: list[str]) -> int:
     serve_parser().parse_args(arguments[1:])
     from lora_plugins.tasks.serving import serve_main
 
-    return int(serve_main(arguments[1:]))
+    with plain_warnings():
+        return int(serve_main(arguments[1:]))
 
 
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")

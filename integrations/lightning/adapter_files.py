@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import ConfigError, LoraModel, Plan
-from lora_plugins.files import check_space, check_writable_file, check_writable_folder, check_writable_place
 from lora_plugins.plugins import OWN_FORMAT
+from lora_plugins.writable import check_space, check_writable_file, check_writable_folder, check_writable_place
 
 
 @dataclass(frozen=True)

@@ -7,5 +7,6 @@ entry points of the group `lora_plugins.commands`, each of which names a table o
 from lora_plugins.cli.commands import INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.pipes import exit_on_closed_output
+from lora_plugins.cli.plain_warnings import plain_warnings
 
-__all__ = ["INTERRUPTED", "Command", "Parser", "exit_on_closed_output", "installed_commands"]
+__all__ = ["INTERRUPTED", "Command", "Parser", "exit_on_closed_output", "installed_commands", "plain_warnings"]

@@ -9,6 +9,7 @@ from importlib import metadata
 from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output
+from lora_plugins.cli.plain_warnings import plain_warnings
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.names import DISTRIBUTION
 
@@ -67,7 +68,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run(command: Command, arguments: list[str]) -> int:
     try:
-        return command.run(arguments)
+        with plain_warnings():
+            return command.run(arguments)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in command.needs:

@@ -2,9 +2,10 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from lora_plugins.errors import ConfigError, near
+from lora_plugins.errors import ConfigError, listing, near
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
         if unknown is not None and unknown[1].startswith("-"):
-            message = f"there is no flag {unknown[1]}. {near(unknown[1], self._option_string_actions)}"
+            message = f"there is no flag {unknown[1]}. {_near_flag(unknown[1], self._option_string_actions)}"
         elif unknown is not None:
             message = f"{unknown[1]!r} is one argument too many"
         elif choice is not None:
@@ -33,6 +34,12 @@ class Parser(argparse.ArgumentParser):
         elif message.startswith("the following arguments are required"):
             message = f"{message}. {self.prog} --help explains them"
         raise ConfigError(f"{self.prog.partition(' ')[2] or self.prog}: {message}")
+
+
+def _near_flag(flag: str, known: Iterable[str]) -> str:
+    """For a letter, the flags that begin with it."""
+    begun = [name for name in known if len(flag) == len("-e") and name.startswith(f"-{flag}")]
+    return f"Did you mean {listing(begun)}?" if begun else near(flag, known)
 
 
 def _words(listed: str) -> list[str]:

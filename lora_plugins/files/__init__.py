@@ -11,7 +11,6 @@ from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
 from lora_plugins.files.unpacked import UnpackedAdapter, rebuilt_bases, unpack
-from lora_plugins.files.writable import check_space, check_writable_file, check_writable_folder, check_writable_place
 from lora_plugins.plugins import PackedAdapter
 
 __all__ = [
@@ -21,10 +20,6 @@ __all__ = [
     "PackedAdapter",
     "UnpackedAdapter",
     "add_entry",
-    "check_space",
-    "check_writable_file",
-    "check_writable_folder",
-    "check_writable_place",
     "checksum",
     "described",
     "fingerprint",

@@ -11,9 +11,9 @@ from PIL import Image
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.autoconfig.model_choice import hub_answers
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import TRAIN
+from lora_plugins.tasks.hub import hub_answers
 
 if TYPE_CHECKING:
     from lora_plugins.tasks.data import HubDataset
@@ -45,8 +45,6 @@ def hub_survey(name: str, flags: Flags) -> Survey:
         ConfigError: If `datasets` is not installed.
         DataError: If it cannot be reached or trained on, with the reason, and what to do.
     """
-    from lora_plugins.tasks.data import HubDataset
-
     if flags.masks is not None:
         raise DataError(f"--masks is a folder; the masks of {name} are in one of its columns.")
     local = Path(name).exists()
@@ -55,6 +53,8 @@ def hub_survey(name: str, flags: Flags) -> Survey:
             f"The data set {name} is on the Hugging Face hub, which cannot be reached from here. Where it can: "
             f"datasets.load_dataset({name!r}).save_to_disk(FOLDER); then lora-plugins train FOLDER."
         )
+    from lora_plugins.tasks.data import HubDataset
+
     found = HubDataset(str(Path(name).absolute()) if local else name, None, None, ())
     images = [column for column, feature in found.features.items() if type(feature).__name__ == "Image"]
     if not images:

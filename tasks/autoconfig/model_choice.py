@@ -2,8 +2,6 @@
 
 import difflib
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from lora_plugins.errors import ConfigError
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.hub import hub_answers
 
 DEFAULT = "timm/tf_efficientnet_lite0"
 """The model of both tasks, unless a flag names another one: small, and its weights are installed, alike everywhere."""
@@ -31,9 +30,6 @@ PICKLES = (b"PK", b"\x80")
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What the hub calls a model."""
-
-SECONDS = 5.0
-"""In which the hub answers, or counts as out of reach."""
 
 
 @dataclass(frozen=True)
@@ -214,18 +210,3 @@ def _is_cached(repository: str) -> bool:
             "for masks smp/DECODER:ENCODER; or leave it out for the default."
         )
     return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
-
-
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached, which the environment may forbid."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except (OSError, ValueError):
-        return False

@@ -32,6 +32,7 @@ from lora_plugins.tasks.autoconfig.hub_survey import hub_name
 from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
 from lora_plugins.tasks.autoconfig.recommended import AUTO, PLAIN, RECIPES, Recipe
 from lora_plugins.tasks.autoconfig.survey import survey
+from lora_plugins.writable import check_writable_folder
 
 EXAMPLE = "cls"
 """The recipe that runs without DATA."""
@@ -127,9 +128,9 @@ def _share(text: str) -> float:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
+    height, *rest = text.split("x", 1)
     try:
-        return whole(height), whole(width or height)
+        return whole(height), whole(rest[0] if rest else height)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels. Write N, or HEIGHTxWIDTH") from error
 
@@ -171,8 +172,6 @@ def _out(given: argparse.Namespace) -> Path:
 
 
 def _checked_out(out: Path, data: Path | None) -> Path:
-    from lora_plugins.files import check_writable_folder
-
     check_writable_folder(out, "--out")
     if _has_results(out):
         raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")

@@ -20,7 +20,6 @@ from torch.export import ExportedProgram
 from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
-from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning.module import plain_state_dict
 from lora_plugins.tasks.command_lines import export_parser
 from lora_plugins.tasks.data import Size
@@ -28,6 +27,7 @@ from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference.loading import load_task, merged_task
 from lora_plugins.tasks.training import METADATA_KEY, VisionTask
 from lora_plugins.utils import replace_file
+from lora_plugins.writable import check_writable_file
 
 CLASS_NAMES = "class_names"
 WEIGHTS = ".safetensors"

@@ -109,7 +109,9 @@ def _fetched_architecture(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.name, num_labels=config.num_classes, **config.options)
     except OSError as error:
-        raise ConfigError(f"There is no configuration to be read for {config.name!r}: {error}") from error
+        raise ConfigError(
+            f"There is no configuration to be read for {config.name!r}: {_reason(config.name, error)}"
+        ) from error
 
 
 def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:
@@ -163,7 +165,19 @@ def _pretrained(name: str, auto: Any, **keywords: Any) -> Any:
     try:
         return auto.from_pretrained(name, **keywords)
     except OSError as error:
-        raise ConfigError(f"The pretrained weights {name!r} of transformers could not be read: {error}") from error
+        reason = _reason(name, error)
+        raise ConfigError(f"The pretrained weights {name!r} of transformers could not be read: {reason}") from error
+
+
+def _reason(name: str, error: OSError) -> str:
+    from huggingface_hub import constants
+
+    if Path(name).is_dir() or not constants.HF_HUB_OFFLINE:
+        return str(error)
+    return (
+        "it is not in the cache, and the Hugging Face hub cannot be reached from here. Where it can, run "
+        f"`hf download {name} --local-dir FOLDER`, and name FOLDER instead."
+    )
 
 
 def _base(module: nn.Module) -> str | None:

@@ -1,16 +1,20 @@
 """Which library builds which network: one table per task, one row per library."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.hub import cache_where_unreachable
 from lora_plugins.tasks.models import from_smp, from_timm, from_torchvision, from_transformers
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.new_head import with_head
+from lora_plugins.tasks.models.weights import PRETRAINED
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,14 @@ def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network
         ConfigError: For unknown names, or options that do not fit.
         WeightsError: If the weights do not fit.
     """
-    return with_head(source_of(config, sources).build, config)
+    build = source_of(config, sources).build
+    with cache_where_unreachable() if _asks_hub(config) else nullcontext():
+        return with_head(build, config)
+
+
+def _asks_hub(config: ModelConfig) -> bool:
+    of_hub = config.source == "transformers" and "/" in config.name and not Path(config.name).is_dir()
+    return of_hub or config.weights == PRETRAINED
 
 
 def source_of(config: ModelConfig, sources: Mapping[str, Source]) -> Source:

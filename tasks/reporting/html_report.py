@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
-from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
@@ -38,6 +37,7 @@ from lora_plugins.tasks.reporting.sample_choice import Judged, choose, example, 
 from lora_plugins.tasks.segmentation import IGNORED
 from lora_plugins.tasks.training import VisionTask, next_steps
 from lora_plugins.utils import replace_file
+from lora_plugins.writable import check_writable_file
 
 VAL = "val/"
 MOST_CELLS = 64

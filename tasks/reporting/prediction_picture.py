@@ -9,12 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
-from lora_plugins.files import check_writable_file
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure, save_figure
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
+from lora_plugins.writable import check_writable_file
 
 
 def draw_predictions(

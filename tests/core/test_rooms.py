@@ -18,6 +18,7 @@ ARROWS = {
     "lazy": set(),
     "names": set(),
     "utils": set(),
+    "writable": {"errors"},
     "words": {"errors"},
     "config": {"words", "errors"},
     "arguments": {"config", "words", "errors"},

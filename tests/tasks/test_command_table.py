@@ -34,7 +34,8 @@ def test_help(arguments, usage, capsys):
 
 
 CHEAP = """
-import contextlib, io, sys
+import contextlib, io, os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
 from lora_plugins.cli.main import main
 from lora_plugins.tasks.command_table import COMMANDS
 for arguments in {lines!r}:
@@ -53,6 +54,8 @@ def test_help_and_mistakes_do_not_wait_for_libraries():
         "train no_photos",
         "train photos --epoch 3",
         "train photos --lr abc",
+        f"train photos --out {sys.executable}",
+        "train hf://datasets/no/data",
         "fit --config no.yaml",
         "fit --epochs 0",
         "predict no_adapter photos",

@@ -14,12 +14,13 @@ ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
     "command_lines": {"errors"},
     "errors": set(),
+    "hub": set(),
     "files": {"errors"},
     "pages": {"errors"},
-    "autoconfig": {"classification", "data", "errors", "files", "models", "segmentation"},
+    "autoconfig": {"classification", "data", "errors", "files", "hub", "models", "segmentation"},
     "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
     "data": {"errors", "files"},
-    "models": {"errors"},
+    "models": {"errors", "hub"},
     "training": {"data", "errors", "models"},
     "classification": {"data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""
 
-SINGLE = ("errors", "command_lines", "command_table")
+SINGLE = ("errors", "hub", "command_lines", "command_table")
 """The rooms that are files."""
 
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *(ROOT / f"{name}.py" for name in SINGLE)])

@@ -15,6 +15,8 @@ import yaml
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, no_folder
+from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
+from lora_plugins.writable import check_writable_file, check_writable_folder
 
 SECTIONS = (
     "config",
@@ -239,6 +241,14 @@ def _check_batch_size(given: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.init_args.batch_size is {size!r}; it is a whole number, at least 1.")
 
 
+def _check_seed(given: Mapping[str, Any]) -> None:
+    seed = given.get("seed_everything", True)
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):
+        raise ConfigError(
+            f"seed_everything is {seed!r}; it is a whole number from 0 to {LARGEST_SEED}, or true for a random one."
+        )
+
+
 def _check_root(given: Mapping[str, Any]) -> None:
     root = _get(given, "data", "init_args", "root")
     if "print_config" in given or not str(_get(given, "data", "class_path")).endswith(_OF_A_FOLDER):
@@ -248,8 +258,6 @@ def _check_root(given: Mapping[str, Any]) -> None:
 
 
 def _check_adapter_places(given: Mapping[str, Any]) -> None:
-    from lora_plugins.files import check_writable_folder  # noqa: PLC0415
-
     named = _get(given, "lora_callback", "save_adapter_to")
     for entry in named if isinstance(named, list) else [named]:
         if isinstance(entry, str):
@@ -260,8 +268,6 @@ def _check_export_place(given: Mapping[str, Any]) -> None:
     named, setting = _get(given, "lora_callback", "export_to"), "lora_callback.export_to"
     if not isinstance(named, str):
         return
-    from lora_plugins.files import check_writable_file  # noqa: PLC0415
-
     check_writable_file(Path(named), setting)
     if Path(named).exists() and Path(named).resolve() in {Path(path).resolve() for path in _texts(given.get("model"))}:
         raise ConfigError(f"{setting} is {named}, which the model is read from: it would be replaced. Name a new file.")
@@ -275,8 +281,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_other_places(given: Mapping[str, Any]) -> None:
-    from lora_plugins.files import check_writable_file, check_writable_folder  # noqa: PLC0415
-
     root, callbacks = _get(given, "trainer", "default_root_dir"), _get(given, "trainer", "callbacks")
     if isinstance(root, str) and "://" not in root:
         check_writable_folder(Path(root), "trainer.default_root_dir")
@@ -311,6 +315,7 @@ _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
     _check_classes,
     _check_root,
     _check_batch_size,
+    _check_seed,
     _check_checkpoint,
     _check_accelerator,
 )

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lora_plugins.cli import plain_warnings
+
 LINES = (
     r"^Seed set to ",
     r"^GPU available: False",
@@ -32,7 +34,7 @@ _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves these lines and warnings out."""
+    """Leaves these lines and warnings out, and prints other warnings in one line each."""
     pattern = re.compile("|".join(LINES))
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -42,7 +44,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(is_news)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_warnings():
             for message in WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield

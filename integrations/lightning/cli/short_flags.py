@@ -8,6 +8,9 @@ from typing import Any
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.recipes import PREFIX, recipe_path
 
+LARGEST_SEED = 2**32 - 1
+"""That generators of random numbers take."""
+
 
 def whole(text: str) -> int:
     """A whole number of at least 1.
@@ -41,8 +44,8 @@ def seed(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: If the text is none.
     """
-    if not (text.isascii() and text.isdigit()) or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    if not (text.isascii() and text.isdigit()) or int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LARGEST_SEED}")
     return int(text)
 
 

@@ -139,9 +139,11 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
     ("further", "message"),
     [
         (["--epoch", "3"], "there is no flag --epoch. Did you mean '--epochs'"),
+        (["-e", "3"], "there is no flag -e. Did you mean '--epochs'?"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
         (["--lr", "fast"], "argument --lr: 'fast' is not a number above 0"),
-        (["--image-size", "32x"], None),
+        (["--image-size", "32x32"], None),
+        (["--image-size", "32x"], "argument --image-size: '32x' is no size in pixels. Write N, or HEIGHTxWIDTH"),
         (["--image-size", "x"], "argument --image-size: 'x' is no size in pixels. Write N, or HEIGHTxWIDTH"),
         (["--ignore-index", "void"], "argument --ignore-index: 'void' is no value of a mask, such as 255"),
         (["--model", ""], "Unknown model of timm ''"),

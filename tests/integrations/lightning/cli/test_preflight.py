@@ -38,6 +38,11 @@ AT_ONCE = {
         ["--config", "recipe:cls", "--data.init_args.batch_size", "0"],
         "batch_size is 0; it is a whole number",
     ),
+    "seed": (
+        ["--config", "recipe:cls", "--seed_everything", "x"],
+        "seed_everything is 'x'; it is a whole",
+    ),
+    "negative seed": (["--config", "recipe:cls", "--seed_everything", "-1"], "seed_everything is -1; it is a whole"),
     "epochs": (["--config", "recipe:cls", "--epochs=0"], "--epochs: '0' is not a whole number of at least 1."),
     "rate": (["--config", "recipe:cls", "--lr", "-1"], "--lr: '-1' is not a number above 0."),
     "adapter in a file": (

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lora_plugins import ConfigError
-from lora_plugins.files.writable import (
+from lora_plugins.writable import (
     check_space,
     check_writable_file,
     check_writable_folder,
