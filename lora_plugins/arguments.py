@@ -20,6 +20,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "config": ((LoraConfig, type(None)), "a LoraConfig of lora_plugins"),
     "adapter_name": ((str, type(None)), "the name of an adapter"),
     "path": ((str, os.PathLike), "a path"),
+    "dequantize": ((bool, type(None)), "True or False"),
 }
 """By the name of a parameter, the types it can have, and what they are called."""
 

@@ -15,6 +15,10 @@ FIELDS: Mapping[str, str] = {
     "init_lora_weights": "It is 'init' here, the name of a start: 'kaiming' for True, 'none' for False, 'gaussian', "
     "'pissa' (with init_options={'niter': 16} for 'pissa_niter_16'), 'olora', 'orthogonal', 'eva', 'lora_ga', 'loftq'.",
     "use_dora": "Write variant='dora'.",
+    **dict.fromkeys(("load_in_4bit", "bnb_4bit_quant_type"), "Write quantize='nf4'."),
+    "load_in_8bit": "Write quantize='int8'.",
+    "bnb_4bit_use_double_quant": "Write quantize_options={'double_quant': True}, which is the default.",
+    "quantization_config": "Write quantize='nf4' or 'int8'; a model that bitsandbytes has quantized needs neither.",
     "loftq_config": "Write init='loftq' and its init_options.",
     "eva_config": "Write init='eva' and its init_options; the data go to LoraModel(..., init_data=...).",
     "lora_ga_config": "Write init='lora_ga' and its init_options; the data go to LoraModel(..., init_data=...).",

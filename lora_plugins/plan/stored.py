@@ -80,12 +80,26 @@ def check_init_options(config: LoraConfig, init: InitPlugin) -> None:
 
 
 def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:
-    free = [site for site in survey.sites if site.plugin and not any(within(name, saved) for name in site.names)]
+    adaptable = [site for site in survey.sites if site.plugin]
+    free = [site for site in adaptable if not any(within(name, saved) for name in site.names)]
     if config.quantize_modules is None or config.quantize_modules == "all":
         return free
+    _refuse_trained(config.quantize_modules, adaptable, free)
     found = patterns.select("quantize_modules", config.quantize_modules, [n for site in free for n in site.names])
     chosen = {name for matches in found.values() for name in matches}
     return [site for site in free if chosen & set(site.names)]
+
+
+def _refuse_trained(wanted: Sequence[str] | str, adaptable: Sequence[Site], free: Sequence[Site]) -> None:
+    names = [name for site in free for name in site.names]
+    trained = [name for site in adaptable if site not in free for name in site.names]
+    for pattern, matches in patterns.matcher("quantize_modules", wanted).items():
+        found = [name for name in trained if matches(name)]
+        if found and not any(map(matches, names)):
+            raise TargetError(
+                f"quantize_modules: {pattern!r} matches {listing(found)}, which modules_to_save trains in full and so "
+                "keeps dense. Take it out of one of the two."
+            )
 
 
 def _weights(sites: Sequence[Site]) -> Iterator[tuple[str, Site, Weight]]:

@@ -23,6 +23,10 @@ SCALE_GROUP = 256
 """How many scales share one float32 number where they are stored in 8 bits."""
 
 
+LARGEST_BLOCK = 4096
+"""The last block of a weight is filled up with zeros, so large ones would take more than they save."""
+
+
 class BlockwiseStorage(StoragePlugin):
     """Options: `block_size`, values that share a scale, an even number; and `double_quant`, for scales in 8 bits."""
 
@@ -45,10 +49,12 @@ class BlockwiseStorage(StoragePlugin):
         """Returns the levels at some positions, any shape, of stored codes, times `unit`."""
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses blocks of an odd size, and what is no flag."""
+        """Refuses blocks of an odd size or longer than most weights, and what is no flag."""
         size = options["block_size"]
-        if not isinstance(size, int) or isinstance(size, bool) or size < 2 or size % 2:
-            raise ConfigError(f"quantize_options: block_size of {self.name} is an even count, not {size!r}.")
+        if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= LARGEST_BLOCK or size % 2:
+            raise ConfigError(
+                f"quantize_options: block_size of {self.name} is an even count up to {LARGEST_BLOCK}, not {size!r}."
+            )
         if not isinstance(options["double_quant"], bool):
             raise ConfigError(
                 f"quantize_options: double_quant of {self.name} is True or False, not {options['double_quant']!r}."

@@ -52,6 +52,10 @@ CALLS = [
     pytest.param(lambda: LoraModel(lora(), CONFIG), "model is a LoraModel.*attribute 'model'", id="a handle"),
     pytest.param(lambda: lora().save_adapter(3), r"path is an int.*save_adapter\(path\)", id="no path"),
     pytest.param(lambda: lora().merge_and_unload(safe_merge=True), "'safe_merge'.*always checked", id="safe_merge"),
+    pytest.param(
+        lambda: lora().merge_and_unload(dequantize="no"), "dequantize is a str.* has to be True or False", id="no flag"
+    ),
+    pytest.param(lambda: LoraConfig(load_in_4bit=True), "Write quantize='nf4'", id="load_in_4bit"),
     pytest.param(lambda: lora().merge_and_unload(progressbar=True), "'progressbar'. Leave it out", id="progressbar"),
     pytest.param(lambda: lora().set_adapter("default", inference_mode=True), "trainable=False", id="inference_mode"),
     pytest.param(lambda: LoraModel.load_adapter(net(), "a", is_trainable=True), "can be trained", id="is_trainable"),

@@ -90,8 +90,8 @@ def test_the_values_and_bytes_are_those_of_bitsandbytes():
     ("plugin", "given", "message"),
     [
         (NF4Storage(), {"blocksize": 64}, r"'nf4' has no option 'blocksize'.*block_size"),
-        (NF4Storage(), {"block_size": 3}, "block_size of nf4 is an even count, not 3"),
-        (Int8Storage(), {"block_size": True}, "block_size of int8 is an even count, not True"),
+        (NF4Storage(), {"block_size": 3}, "block_size of nf4 is an even count up to 4096, not 3"),
+        (Int8Storage(), {"block_size": True}, "block_size of int8 is an even count up to 4096, not True"),
         (Int8Storage(), {"double_quant": 1}, "double_quant of int8 is True or False, not 1"),
         (NF4Storage(), {"min_size": -1}, "min_size is a number of elements, not -1"),
     ],
