@@ -1,10 +1,17 @@
 """The arguments of the commands, apart from what they do: help and mistakes need not wait for what takes seconds."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
+from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
+from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.cli import positive, whole
 from lora_plugins.tasks.errors import WeightsError
+
+ONNX = ".onnx"
+WRITES_ONNX = ("onnx", "onnxruntime", "onnxscript")
+"""The packages that write such a file."""
 
 
 def predict_parser() -> Parser:
@@ -33,6 +40,23 @@ def check_model(path: str | Path) -> None:
     """
     if not Path(path).exists():
         raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+
+
+def check_runtime(out: str | Path) -> None:
+    """Checks that what writes a file of its kind is installed.
+
+    Raises:
+        ConfigError: If it is not, with the line that installs it.
+    """
+    if Path(out).suffix == ONNX and (lacking := lacking_for_onnx()):
+        raise ConfigError(
+            f"ONNX needs {listing(lacking)}. Run: pip install {' '.join(lacking)}. A .pt2 file needs nothing more."
+        )
+
+
+def lacking_for_onnx() -> list[str]:
+    """The packages that write an ONNX file and are not installed; none of them is imported."""
+    return [name for name in WRITES_ONNX if find_spec(name) is None]
 
 
 def export_parser() -> Parser:

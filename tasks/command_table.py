@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 
 from lora_plugins.cli import Command, plain_warnings
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
-from lora_plugins.tasks.command_lines import check_model, export_parser, generate_parser, predict_parser, serve_parser
+from lora_plugins.tasks.command_lines import (
+    check_model,
+    check_runtime,
+    export_parser,
+    generate_parser,
+    predict_parser,
+    serve_parser,
+)
 
 
 def _predict(arguments: list[str]) -> int:
@@ -25,7 +32,9 @@ def _predict(arguments: list[str]) -> int:
 def _export(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] == "--model" for argument in arguments):
         return OF_LIGHTNING["export"].run(arguments)
-    check_model(export_parser().parse_args(arguments[1:]).model)
+    given = export_parser().parse_args(arguments[1:])
+    check_model(given.model)
+    check_runtime(given.out)
     from lora_plugins.tasks.inference import export_main
 
     with plain_warnings():

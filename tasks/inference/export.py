@@ -21,7 +21,7 @@ from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
 from lora_plugins.integrations.lightning.module import plain_state_dict
-from lora_plugins.tasks.command_lines import export_parser
+from lora_plugins.tasks.command_lines import check_runtime, export_parser
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference.loading import load_task, merged_task
@@ -151,11 +151,9 @@ def _to_pt2(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Ca
 
 
 def _to_onnx(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"ONNX needs {error.name}: pip install 'lora-plugins[onnx]'") from error
+    check_runtime(path)
+    import onnxruntime
+
     made = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
     if made is None:
         raise RuntimeError("torch.onnx.export made no program.")

@@ -7,6 +7,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks.command_lines import lacking_for_onnx
 from lora_plugins.tasks.models import ModelConfig
 
 PROGRAM = "lora-plugins"
@@ -29,9 +30,10 @@ def next_commands(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
     if path is None:
         return {}
     model = shlex.quote(str(path))
+    kind = ".pt2" if lacking_for_onnx() else ".onnx"
     return {
         f"In {Path.cwd()}, predict for a folder of images": f"{PROGRAM} predict {model} IMAGES --out OUT",
-        "Write it for other runtimes": f"{PROGRAM} export {model} model.onnx",
+        "Write it for other runtimes": f"{PROGRAM} export {model} model{kind}",
     }
 
 

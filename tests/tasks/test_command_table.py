@@ -25,6 +25,13 @@ def test_paths_are_for_the_tasks_and_flags_for_lightning(arguments, message, cap
     assert message in capsys.readouterr().err
 
 
+def test_onnx_that_cannot_be_written_is_said_first(monkeypatch, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", str(tmp_path / "model.safetensors"), str(tmp_path / "model.onnx")]) == 1
+    assert "ONNX needs 'onnxruntime'. Run: pip install onnxruntime. A .pt2 file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "usage"), [(["predict", "m", "i", "-h"], "MODEL"), (["export", "-h"], "export")])
 def test_help(arguments, usage, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
     "data": {"errors", "files"},
     "models": {"errors", "hub"},
-    "training": {"data", "errors", "models"},
+    "training": {"command_lines", "data", "errors", "models"},
     "classification": {"data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
