@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines_file = options.output.with_suffix(".jsonl")
     results = _passed_before(lines_file, jobs) if options.resume else []
     done = {(result.suite, result.name, result.library) for result in results}
-    with lines_file.open("w") as lines:
-        lines.writelines(map(_line, results))
+    with lines_file.open("a" if options.resume else "w") as lines:
         for result in sweep([job for job in jobs if job not in done], options.jobs, options.timeout):
             results.append(result)
             lines.write(_line(result))
