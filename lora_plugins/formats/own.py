@@ -1,5 +1,6 @@
 """Our own adapter folder, as a format among the others."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,15 @@ class OwnFormat(AdapterFormat):
             "init": str(config.get("init")),
             "variant": str(config.get("variant")),
             "dropout": str(config.get("dropout")),
+            **({"base": _stored(manifest["stored"])} if manifest.get("stored") else {}),
         }
         return AdapterSummary(
             tuple(LayerSummary(name, each["r"], each["alpha"], sizes[name]) for name, each in layers.items()),
             values,
             details,
         )
+
+
+def _stored(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    counts = Counter(entry["storage"] for entry in entries.values())
+    return ", ".join(f"{count} weights stored as {name}" for name, count in counts.items())

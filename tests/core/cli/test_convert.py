@@ -133,6 +133,12 @@ class TestInspect:
         assert f"format: {name}" in out
         assert "1 layers, 20 elements; 0 trained in full" in out
 
+    def test_a_stored_base_is_told(self, tmp_path, capsys):
+        config = LoraConfig(r=2, target_modules=["q", "out"], quantize="int8", quantize_options={"min_size": 0})
+        LoraModel(Net().eval(), config).save_adapter(tmp_path / "a")
+        assert main(["inspect", str(tmp_path / "a")]) == 0
+        assert "base: 2 weights stored as int8" in capsys.readouterr().out
+
     def test_what_is_none(self, tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("none")
         assert main(["inspect", str(tmp_path / "notes.txt")]) == 1
