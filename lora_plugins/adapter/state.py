@@ -432,6 +432,7 @@ def _check_unchanged(state: ModelState, prefix: str, state_dict: dict[str, Any])
 def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
     """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    state.values.follow_casts(model)
     for name in state.values.owner:
         own, base = own_tensor(model, name), state.values.base[name]
         keys = [prefix + alias for alias, tensor in named if tensor is own and prefix + alias in state_dict]

@@ -660,6 +660,7 @@ class Machine:
         """Loads a saved adapter onto a new model with the base that it was saved on, and goes on with that."""
         found = self.saved[slot]
         self.close_all()
+        self.reference.contexts.clear()
         model = fresh(self.blocks, found.base, found.plain, self.reference.requires_grad)
         model.train(self.reference.training)
         lora = self.kind.load_adapter(model, self.folder / str(slot), registry=registry())

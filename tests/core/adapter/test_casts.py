@@ -59,6 +59,15 @@ SEQUENCES = [
 ]  # fmt: skip
 
 
+def test_a_base_that_is_loaded_after_a_cast_keeps_all_its_digits():
+    model = adapted("float", torch.bfloat16).float()
+    base = {name: tensor + (1e-4 if tensor.is_floating_point() else 0) for name, tensor in Net().state_dict().items()}
+    model.load_state_dict(base)
+    with LoraModel(model).disable_adapter():
+        found = model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in base.items() if tensor.is_floating_point())
+
+
 def adapted(kind, dtype):
     computed, fields = KINDS[kind]
     torch.manual_seed(0)
