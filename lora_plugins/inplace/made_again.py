@@ -10,7 +10,7 @@ without its private one, they are kept too.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,5 @@ def note(dense: Tensor, make: Make) -> Tensor:
         make: Makes it again.
     """
     if not is_compiling() and _top is not None and (hooks := _top(True)) and isinstance(hooks[0], _Pack):
-        with suppress(NotImplementedError):  # one of `torch.vmap` has no memory of its own, and is kept
-            hooks[0].made[dense.untyped_storage().data_ptr()] = make, dense
+        hooks[0].made[dense.untyped_storage().data_ptr()] = make, dense
     return dense

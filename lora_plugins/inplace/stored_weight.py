@@ -3,15 +3,12 @@
 The layer's own class is extended by one that answers with the dense value, made anew at each read; see `stored_class`.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
-from lora_plugins.inplace.copied_tensors import CopiedTensors
 from lora_plugins.inplace.made_again import note
 from lora_plugins.plugins import Storage
 
@@ -30,8 +27,6 @@ class StoredWeight(nn.Module):
         device: Where the stored tensors go; by default where the weight is.
         requires_grad: Whether the dense weight was trained, and will be once it is dense again.
     """
-
-    _copied: CopiedTensors | None = None
 
     def __init__(
         self,
@@ -75,53 +70,17 @@ class StoredWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """Returns the dense weight."""
-        self._check_copied()
         versions = [(parameter, parameter._version) for parameter in self._parameters.values() if parameter is not None]
         return note(self._dense(), lambda: self._dense_at(versions))
 
     def rows(self, index: Tensor) -> Tensor:
         """Returns rows of the dense weight, for any shape of indices."""
-        self._check_copied()
         with torch.no_grad():
             return self.storage.rows(self.tensors, index, self.shape).to(self.dtype)
 
     def extra_repr(self) -> str:
         """Shows what is stored."""
         return f"{self.storage.plugin.name}, {tuple(self.shape)} of {self.dtype}"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredWeight":
-        """Returns a copy whose tensors stay those of this one."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        new._copied = CopiedTensors(new.tensors, self)
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the state without what this is a copy of."""
-        self._check_copied()
-        return {key: value for key, value in self.__dict__.items() if key != "_copied"}
-
-    def _check_copied(self) -> None:
-        """Lets a copy have what it was made with."""
-        if self._copied is None or torch.compiler.is_compiling() or self._copied.are_in(self.tensors):
-            return
-        if not self._copied.put_back(dict(self.named_parameters())):
-            raise StateError(
-                f"The tensors of a weight of shape {list(self.shape)}, stored as {self.storage.plugin.name}, were "
-                "changed in a copy of a model, as averages of all parameters do, and the model that it is a copy of is "
-                "gone or has others. Load them from where they are as they were: "
-                "copied.load_state_dict({k: v for k, v in state.items() if '_stored.' in k}, strict=False)."
-            )
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._check_copied()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self._copied is not None:
-            self._copied = self._copied.of(self.tensors)
 
     def _dense(self) -> Tensor:
         with torch.no_grad():
@@ -142,11 +101,7 @@ class StoredWeight(nn.Module):
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        self._check_copied()
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        if self._copied is not None:
-            self._copied = self._copied.of(self.tensors)
-        return self
+        return cast(StoredWeight, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
 
 def stored_weights(layer: nn.Module) -> dict[str, StoredWeight]:
