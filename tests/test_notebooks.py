@@ -22,7 +22,11 @@ def executed():
     return module.executed
 
 
-@notebooks
+@pytest.mark.parametrize(
+    "notebook",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem == "segmentation" else ()) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.timeout(900)  # 20 s of a processor, which on a crowded machine may take minutes
 @pytest.mark.filterwarnings("ignore:Jupyter is migrating its paths:DeprecationWarning")
 def test_it_runs(notebook, executed, monkeypatch):

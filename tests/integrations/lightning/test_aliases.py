@@ -65,6 +65,7 @@ def test_one_call_makes_them_the_same(trainer, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_modules_are_the_same_objects_and_keep_their_names(tmp_path):
     code = ALIAS + (
         "import lightning.pytorch, pytorch_lightning, pytorch_lightning.utilities.rank_zero as zero\n"
@@ -93,6 +94,7 @@ def test_without_it_the_call_is_named(tmp_path):
     assert "alias_pytorch_lightning()" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_block_leaves_nothing(tmp_path):
     code = (
         "import sys, lightning.pytorch\n"
