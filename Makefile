@@ -19,7 +19,7 @@ CORE_TESTS ?= tests/core
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
 
-.PHONY: run compare test test-slow test-core test-floor test-modules coverage lint types docs front notebooks release clean
+.PHONY: run compare test test-slow core-environment test-core test-floor test-modules coverage lint types docs front notebooks release clean
 
 run: $(VENV)/$(if $(filter tasks/dreambooth.yaml,$(CONFIG)),diffusion,vision) ## Fine-tune a shipped model on embedded data.
 	$(if $(filter tasks/cls.yaml tasks/seg.yaml tasks/dreambooth.yaml,$(CONFIG)),OMP_NUM_THREADS=1) $(BIN)/lightning fit --config $(CONFIG)
@@ -33,8 +33,10 @@ test: $(VENV)/dev ## The fast tests, on all cores.
 test-slow: $(VENV)/dev ## The long sweeps.
 	$(BIN)/pytest -m slow --timeout 7200
 
-test-core: ## The tests of the core, where nothing but the core and pytest is installed.
+core-environment: ## Where nothing but the core and pytest is installed.
 	$(MAKE) VENV=$(CORE_VENV) PIP_OPTIONS=pytest-xdist $(CORE_VENV)/testing
+
+test-core: core-environment ## The tests of the core, there.
 	$(CORE_VENV)/bin/pytest --collect-only --quiet --quiet tests/core
 	$(CORE_VENV)/bin/pytest -n auto --dist worksteal $(CORE_TESTS)
 

@@ -66,8 +66,9 @@ def without_adapters(model: nn.Module) -> Within:
 def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
     if state.outside is None:
         state.outside = _step_outside(model, state)
+    else:
+        state.values.follow_casts(model)
     state.blocks = (*state.blocks, opened)
-    state.values.follow_casts(model)
     let_act(model_modules(model), state)
     return model
 
@@ -82,7 +83,8 @@ def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
     state.blocks = tuple(block for block in state.blocks if block is not opened)
     if not state.blocks:
         _step_back(model, state)
-    state.values.follow_casts(model)
+    else:
+        state.values.follow_casts(model)
     let_act(model_modules(model), state)
 
 

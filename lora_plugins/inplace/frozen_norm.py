@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.inplace.layer_state import OWN_CLASS, own_class
+from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, own_class
 from lora_plugins.plugins import class_path
 
 _POWER_ITERATION = "torch.nn.utils.parametrizations._SpectralNorm"
@@ -51,7 +51,7 @@ def own_mode(module: nn.Module) -> bool:
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module's forward changes its buffers in training mode: running statistics, or a power iteration."""
-    if class_path(module.__dict__.get(_BASE_CLASS, type(module))) == _POWER_ITERATION:
+    if class_path(base_class_of(module)) == _POWER_ITERATION:
         return True
     return any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
 
@@ -61,7 +61,7 @@ def freeze(module: nn.Module) -> None:
     if _BASE_CLASS in module.__dict__:
         return
     module.__dict__[_BASE_CLASS] = type(module)
-    module.__class__ = _frozen_class(module.__dict__[_BASE_CLASS])
+    set_class(module, type(module))
     module.__dict__[_TRAINING], module.training = module.training, False
 
 
