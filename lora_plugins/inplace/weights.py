@@ -40,7 +40,8 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     stored = stored_weight(layer, name)
     if stored is not None:
         return stored.dense()
-    return cast(Tensor, cast(Any, getattr(base_class_of(layer), name)).fget(layer))
+    owner = next(kind for kind in base_class_of(layer).__mro__ if name in vars(kind))
+    return cast(Tensor, vars(owner)[name].fget(layer))  # by `vars`, which the compiler can follow
 
 
 def detached_weight(layer: nn.Module, name: str) -> Tensor:
