@@ -56,15 +56,21 @@ def _mpnn(kind: str):
 
 @contextmanager
 def _random_retinanet() -> Iterator[None]:
-    """Lets torchvision make its detector without weights, for which deepforest has no argument."""
+    """Lets torchvision make its detector without weights and leave pictures small: deepforest has no arguments for it."""
     from torchvision.models import detection
 
-    make = detection.retinanet_resnet50_fpn
+    make, transform = detection.retinanet_resnet50_fpn, detection.transform.GeneralizedRCNNTransform
 
     def without(**_):
         return make(weights=None, weights_backbone=None)
 
-    with mock.patch.object(detection, "retinanet_resnet50_fpn", without):
+    def small(_min_size, _max_size, *facts, **options):
+        return transform(64, 64, *facts, **options)
+
+    with (
+        mock.patch.object(detection, "retinanet_resnet50_fpn", without),
+        mock.patch.object(detection.retinanet, "GeneralizedRCNNTransform", small),
+    ):
         yield
 
 
