@@ -56,7 +56,7 @@ def _mpnn(kind: str):
 
 @contextmanager
 def _random_retinanet() -> Iterator[None]:
-    """Lets torchvision make its detector without weights and leave pictures small: deepforest has no arguments for it."""
+    """Lets torchvision make its detector without weights, and not enlarge pictures: deepforest cannot ask for it."""
     from torchvision.models import detection
 
     make, transform = detection.retinanet_resnet50_fpn, detection.transform.GeneralizedRCNNTransform
