@@ -13,6 +13,7 @@ from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
 from lora_plugins.inplace.stored_class import resting_class
+from lora_plugins.inplace.weights import lost_weight
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch make their weights anew."""
@@ -30,6 +31,8 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
         # Whoever shards parameters deletes the old one first.
         if name in weights and layer._parameters.get(name) is not None:
             raise StateError(_refusal(layer, repr(name), "assigned. Assign"))
+        for weight in weights:
+            _check_original(layer, weight, name, param)
         nn.Module.register_parameter(layer, name, param)
 
     def load(layer: nn.Module, *args: Any) -> None:
@@ -38,6 +41,17 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
 
     made: dict[str, Any] = {"register_parameter": register_parameter, "_load_from_state_dict": load}
     return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
+
+
+def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:
+    """Refuses what a weight is to be computed from, where it was read from the effective weight.
+
+    Pruning registers what it has read before it removes the parameter, `torch.nn.utils.weight_norm` after that.
+    """
+    if name == f"{weight}_orig" and not isinstance(value, nn.Parameter):
+        raise StateError(_refusal(layer, repr(weight), "pruned. Prune"))
+    if name == f"{weight}_g" and layer._parameters.get(weight) is None and weight not in layer.__dict__:
+        raise StateError(lost_weight(layer, weight))
 
 
 def _refused(method: str, weights: tuple[str, ...]) -> Callable[[nn.Module], None]:

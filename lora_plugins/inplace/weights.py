@@ -16,6 +16,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lora_plugins.errors import StateError
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
 from lora_plugins.inplace.library_weights import foreign_kind
 from lora_plugins.inplace.made_again import note
@@ -32,7 +33,11 @@ _HOOKS: tuple[tuple[type[Any], str, Callable[[Any, nn.Module], Tensor]], ...] = 
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
-    """Returns the untouched weight: a parameter, a stored one made dense, or what the layer computes."""
+    """Returns the untouched weight: a parameter, a stored one made dense, or what the layer computes.
+
+    Raises:
+        StateError: If something has taken it away since the layer was adapted.
+    """
     for store in (layer._parameters, layer._buffers, layer.__dict__):
         value = store.get(name)
         if value is not None:
@@ -40,8 +45,19 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     stored = stored_weight(layer, name)
     if stored is not None:
         return stored.dense()
-    owner = next(kind for kind in base_class_of(layer).__mro__ if name in vars(kind))
-    return cast(Tensor, vars(owner)[name].fget(layer))  # by `vars`, which the compiler can follow
+    for kind in base_class_of(layer).__mro__:
+        if name in vars(kind):
+            return cast(Tensor, vars(kind)[name].fget(layer))  # by `vars`, which the compiler can follow
+    raise StateError(lost_weight(layer, name))
+
+
+def lost_weight(layer: nn.Module, name: str) -> str:
+    """Says that something has taken the weight of an adapted layer away, to compute it from now on."""
+    return (
+        f"{name!r} of {layer_state(layer).name!r} was taken away while the layer is adapted, as weight_norm and "
+        "parametrizations do, which would take the updates for a part of the base. Build the model again, and call "
+        "them before it is adapted."
+    )
 
 
 def detached_weight(layer: nn.Module, name: str) -> Tensor:

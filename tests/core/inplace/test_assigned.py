@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lora_plugins import LoraConfig, LoraModel, StateError
@@ -72,3 +73,37 @@ def test_a_norm_is_not_fused_into_an_update_that_would_count_twice():
     expected = model(x)
     merged = lora.merge_and_unload()
     torch.testing.assert_close(fuse_conv_bn_eval(merged[0], merged[1])(x), expected, rtol=1e-12, atol=1e-12)
+
+
+COMPUTED = {
+    "weight norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "weight norm by a hook": pytest.param(
+        nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+    ),
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_is_not_computed_from_one_that_has_updates_in_it(compute):
+    model = adapted().model
+    for call in (lambda: compute(model[0]), lambda: model(torch.zeros(1, 4).double())):
+        with pytest.raises(StateError, match=r"'weight' of '0' was taken away.*before it is adapted"):
+            call()
+
+
+def test_a_weight_is_not_pruned_while_an_adapter_acts(untouched):
+    lora = adapted()
+    with untouched(lora.model), pytest.raises(StateError, match=r"'weight' of '0' is .*Prune the base's own inside"):
+        prune.l1_unstructured(lora.model[0], "weight", 0.5)
+
+
+def test_the_base_s_own_is_pruned_in_a_block():
+    lora, x = adapted(), torch.randn(3, 4).double()
+    update = lora.model(x) - lora.model[0].bias
+    with lora.disable_adapter() as model:
+        update -= model(x) - model[0].bias
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        expected = model(x) + update
+    torch.testing.assert_close(lora.model(x), expected, rtol=0, atol=1e-14)
+    assert lora.merge_and_unload()(x).sub(expected).abs().max() < 1e-14
