@@ -6,6 +6,7 @@ line stands there in the file, and what stood there is put back when one of ours
 """
 
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,19 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     arguments += [f"{key}=..." for key in missing_arguments(cls, module.hparams)]
     arguments += [f"allow_globals={objects!r}"] if objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
-    imports = [door] if "<locals>" in name else [door, f"from {cls.__module__} import {name.partition('.')[0]}"]
+    imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]
     return "; ".join([*imports, f"module = load_from_checkpoint({', '.join(arguments)})"])
+
+
+def _module_of(cls: type[LightningModule]) -> str:
+    """Returns what a class is imported from; for one of the program itself, what another program says for it."""
+    program = sys.modules.get(cls.__module__)
+    if cls.__module__ not in ("__main__", "__mp_main__") or program is None:
+        return cls.__module__
+    if program.__spec__ is not None:
+        return program.__spec__.name
+    stem = Path(getattr(program, "__file__", None) or "").stem
+    return stem if stem.isidentifier() else "__main__"
 
 
 def loading_lines(trainer: Trainer, module: LightningModule) -> list[str]:

@@ -1,0 +1,52 @@
+"""The line that loads a checkpoint, pasted into another program."""
+
+import runpy
+
+import torch
+
+PROGRAM = """
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lora_plugins import LoraConfig
+from lora_plugins.integrations.lightning import LoraCallback
+
+
+class Fitted(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def training_step(self, batch, _):
+        return self.net(batch[0]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    lora = LoraCallback(LoraConfig(r=2, init="none"), merge_on_fit_end=False, print_plan=False)
+    trainer = Trainer(
+        callbacks=[lora], max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False
+    )
+    module = Fitted()
+    trainer.fit(module, DataLoader(TensorDataset(torch.ones(4, 4)), batch_size=2))
+"""
+
+
+def test_a_class_of_a_program_is_imported_from_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fitting.py").write_text(PROGRAM)
+    fitted = runpy.run_path("fitting.py", run_name="__main__")["module"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "load_from_checkpoint" in line]
+    assert "from fitting import Fitted" in line
+    pasted = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the base, which the file does not hold
+        exec(line, pasted)
+    for name, tensor in fitted.state_dict().items():
+        assert torch.equal(pasted["module"].state_dict()[name], tensor)
