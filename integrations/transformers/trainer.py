@@ -18,6 +18,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
+from lora_plugins.inplace import foreign_weights, stored_weights
 from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
@@ -40,13 +41,15 @@ class LoraTrainer(Trainer):
         adapter_name: The adapter that is trained.
         merge_on_train_end: Whether `train` ends with `merge_and_unload`, after the best checkpoint was loaded if one
             was asked for. The trainer then holds an ordinary model.
+        dequantize: Whether the merged model has dense weights where those of the base are stored in fewer bytes.
         **kwargs: As in `transformers.Trainer`.
 
     Raises:
         ConfigError: If `lora_config` is of another library.
         TargetError: If it does not fit the model.
         StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
-            FSDP or DeepSpeed; or if an optimizer is given that does not hold the adapter.
+            FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter; or if weights that are stored in
+            fewer bytes are to be merged without `dequantize`.
     """
 
     model: nn.Module
@@ -57,6 +60,7 @@ class LoraTrainer(Trainer):
         lora_config: LoraConfig | None = None,
         adapter_name: str = "default",
         merge_on_train_end: bool = False,
+        dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
         if "peft_config" in kwargs:
@@ -68,6 +72,7 @@ class LoraTrainer(Trainer):
         self.lora_config = lora_config
         self.adapter_name = adapter_name
         self.merge_on_train_end = merge_on_train_end
+        self.dequantize = dequantize
         super().__init__(*args, **kwargs)
         self._optimizer_is_given = self.optimizer is not None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -95,7 +100,7 @@ class LoraTrainer(Trainer):
             self._check_active(self.model)
         output = super().train(*args, **kwargs)
         if self.merge_on_train_end:
-            LoraModel(self.model).merge_and_unload()
+            LoraModel(self.model).merge_and_unload(dequantize=self.dequantize)
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -130,6 +135,7 @@ class LoraTrainer(Trainer):
         elif self.lora_config is not None:
             self._check_same(LoraModel(model).adapters[self.adapter_name])
         self._check_active(model)
+        self._check_mergeable(model)
         return model
 
     def _check_same(self, present: LoraConfig) -> None:
@@ -155,6 +161,15 @@ class LoraTrainer(Trainer):
                 f"LoraTrainer trains the adapter {self.adapter_name!r}, and {listing(state.active) or 'none'} "
                 f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
                 f"{self.adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
+            )
+
+    def _check_mergeable(self, model: nn.Module) -> None:
+        """Refuses before training what could not be merged after it."""
+        stored = [name for name, each in model.named_modules() if stored_weights(each) or foreign_weights(each)]
+        if self.merge_on_train_end and stored and not self.dequantize:
+            raise StateError(
+                f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "
+                "dequantize=True, so that the merged model has dense weights; or merge_on_train_end=False."
             )
 
     def _check_optimizer(self) -> None:

@@ -62,10 +62,12 @@ class AdapterTask:
     Args:
         path: The folder.
         provenance: What its manifest says.
+        stored: What it says of the weights of its base that are stored in fewer bytes, by name.
     """
 
     path: Path
     provenance: Provenance
+    stored: Mapping[str, Any]
 
     def build(self) -> VisionTask:
         """Builds the task with its base, without the adapter."""
@@ -80,14 +82,15 @@ def task_of_adapter(path: Path) -> AdapterTask:
         WeightsError: If it is none, or does not say.
     """
     _check_folder(path)
-    return AdapterTask(path, _checked(_manifest(path / MANIFEST).get(PROVENANCE_KEY), path))
+    manifest = _manifest(path / MANIFEST)
+    return AdapterTask(path, _checked(manifest.get(PROVENANCE_KEY), path), manifest.get("stored", {}))
 
 
 def merged_task(path: str | Path) -> VisionTask:
     """As `load_task`, with the adapters merged, so that all layers are plain."""
     task = load_task(path)
     for module in adapted_targets(task).values():
-        LoraModel(module).merge_and_unload()
+        LoraModel(module).merge_and_unload(dequantize=True)
     return task
 
 

@@ -26,7 +26,7 @@ class Described:
     Args:
         name: Name of the folder.
         version: Digest of its manifest, which has those of all else; another adapter of the same name has another one.
-        base: Tells the bases apart: adapters with the same one share it.
+        base: Tells the bases apart, also by how they are stored: adapters with the same one share it.
         provenance: The task that it is of.
     """
 
@@ -91,8 +91,10 @@ class Shelf:
         if name not in self.names():
             raise unknown("adapter", name, self.names())
         path = self.folder / name
-        provenance = task_of_adapter(path).provenance
-        base = json.dumps([provenance["class"], provenance["arguments"]["model"], provenance.get("target")])
+        source = task_of_adapter(path)
+        provenance = source.provenance
+        model = [provenance["class"], provenance["arguments"]["model"], provenance.get("target")]
+        base = json.dumps([*model, source.stored], sort_keys=True)
         return Described(name, sha256((path / MANIFEST).read_bytes()).hexdigest(), base, provenance)
 
     def load(self, described: Described, needed: Sequence[Described] = ()) -> None:

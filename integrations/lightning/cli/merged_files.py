@@ -66,7 +66,7 @@ def export_checkpoint(
     if len(targets) > 1:
         raise ConfigError(f"The adapters have {len(targets)} targets: {', '.join(targets)}. Use `merge` instead.")
     (target,) = targets.values()
-    return write_safetensors(output, plain_state_dict(LoraModel(target).merge_and_unload()))
+    return write_safetensors(output, plain_state_dict(LoraModel(target).merge_and_unload(dequantize=True)))
 
 
 def merge_checkpoint(
@@ -100,7 +100,7 @@ def merge_checkpoint(
         module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
     )
     for target in adapted_targets(module).values():
-        LoraModel(target).merge_and_unload()
+        LoraModel(target).merge_and_unload(dequantize=True)
     read = read_checkpoint(checkpoint, allow_globals=allow_globals, weights_only=weights_only)
     saved: dict[str, Any] = {key: value for key, value in read.items() if key in _SAVED}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """`LoraTrainer`: real runs of the Trainer of transformers on small models."""
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -242,6 +243,17 @@ class TestMerging:
         other.save_model(tmp_path / "whole")
         again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "whole")
         assert torch.equal(logits(again), logits(other.model))
+
+    def test_a_stored_base_becomes_dense(self, tmp_path):
+        config = dataclasses.replace(VIT, quantize="nf4", quantize_options={"min_size": 0})
+        with pytest.raises(StateError, match=r"stored in fewer bytes.* dequantize=True.* merge_on_train_end=False"):
+            trainer(tmp_path, config=config, merge_on_train_end=True)
+        run = trainer(tmp_path / "a", config=config)
+        run.train()
+        other = trainer(tmp_path / "b", config=config, merge_on_train_end=True, dequantize=True)
+        other.train()
+        assert values(other.model).keys() == values(vit()).keys()
+        torch.testing.assert_close(logits(other.model), logits(run.model))
 
     def test_a_merged_model_is_not_trained_on(self, tmp_path):
         run = trainer(tmp_path, merge_on_train_end=True)

@@ -58,8 +58,16 @@ def arguments(folder, kind=transformers.TrainingArguments, **fields):
 
 def trainer(folder, model=None, config=VIT, data=None, **fields):
     """A trainer of the small ViT; fields of `LoraTrainer` are told from those of the arguments."""
-    own = {"merge_on_train_end", "adapter_name", "optimizers", "compute_metrics", "model_init", "callbacks"} & {*fields}
-    options = {name: fields.pop(name) for name in own}
+    own = {
+        "merge_on_train_end",
+        "dequantize",
+        "adapter_name",
+        "optimizers",
+        "compute_metrics",
+        "model_init",
+        "callbacks",
+    }
+    options = {name: fields.pop(name) for name in own & fields.keys()}
     given = {} if "model_init" in options else {"model": vit() if model is None else model}
     sets = {"train_dataset": data or images(), "eval_dataset": data or images(6, seed=2)}
     return LoraTrainer(**given, args=arguments(folder, **fields), lora_config=config, **sets, **options)

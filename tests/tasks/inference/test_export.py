@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 
+from benchmarks.serving.adapters import write_adapters, write_base
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
+    ImageClassificationTask,
     export_task,
     load_task,
     merged_task,
 )
 from lora_plugins.tasks.inference import export_main as export
+
+from ..conftest import tiny_vit
 
 
 class TestExport:
@@ -41,6 +45,17 @@ class TestExport:
         assert again.class_names == task.class_names
         images = torch.rand(2, 3, *task.image_size)
         assert torch.equal(again(images), task(images))
+
+    @pytest.mark.parametrize("storage", ["nf4", "int8"])
+    def test_an_adapter_on_a_stored_base(self, tmp_path, storage):
+        base = write_base(ImageClassificationTask, tiny_vit(), tmp_path / "vit.safetensors")
+        stored = {"quantize": storage, "quantize_options": {"min_size": 0}, "target_modules": ["qkv", "fc1"]}
+        write_adapters(ImageClassificationTask, base, tmp_path, ["adapter"], r=2, **stored)
+        assert export([str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")]) == 0
+        task, merged = load_task(tmp_path / "adapter"), load_task(tmp_path / "m.safetensors")
+        assert merged.state_dict().keys() == ImageClassificationTask(base).state_dict().keys()
+        images = torch.rand(3, 3, 16, 16)
+        torch.testing.assert_close(merged(images), task(images), atol=1e-5, rtol=1e-4)
 
     def test_a_wrong_ending_or_place_is_told_before_the_model_is_loaded(self, tmp_path, capsys):
         assert export(["nowhere", "m.tflite"]) == 1

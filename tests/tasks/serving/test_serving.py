@@ -134,6 +134,25 @@ def test_a_mixed_batch_is_exact(written, serve):
     assert engine.batches < len(asked)
 
 
+def test_bases_that_are_stored_in_several_ways(tmp_path, serve):
+    """In any order; those that are stored alike are one."""
+    base = write_base(ImageClassificationTask, tiny_vit(), tmp_path / "vit.safetensors")
+    (tmp_path / "adapters").mkdir()
+    for name, storage in (("float", None), ("nf4", "nf4"), ("int8", "int8"), ("another", "nf4")):
+        options = {} if storage is None else {"quantize": storage, "quantize_options": {"min_size": 0}}
+        write_adapters(
+            ImageClassificationTask, base, tmp_path / "adapters", [name], r=2, target_modules=["qkv"], **options
+        )
+    names, image = ["int8", "float", "nf4", "another"], tensor(picture(size=(16, 16)))
+    tasks = {name: load_task(tmp_path / "adapters" / name) for name in names}
+    for order in (names, names[::-1]):
+        engine = serve(tmp_path / "adapters", wait=0.0)
+        for name in order:
+            answer = engine.submit(engine.shelf.describe(name), image).result(30)
+            torch.testing.assert_close(answer, tasks[name](image[None])[0].detach())
+        assert len({engine.shelf.describe(name).base for name in names}) == 3
+
+
 def test_masks(segmenters, serve):
     asked = [(["roads", "roofs"][at % 2], picture(at, (64, 96))) for at in range(6)]
     answers = ask(serve(segmenters, wait=0.2), [(to(name), encoded(pixels)) for name, pixels in asked])

@@ -12,17 +12,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning"),
 ]
 
+STORED = {"quantize": "nf4", "quantize_options": {"min_size": 0}}
+BASES = pytest.mark.parametrize("trained", [{}, STORED], ids=["float", "stored"], indirect=True)
+
 
 class TestFiles:
     """A checkpoint becomes a file that needs no lora_plugins."""
 
-    @pytest.fixture
-    def trained(self, config, tmp_path):
-        callback = {"merge_on_fit_end": False, "target": "net", "export_to": str(tmp_path / "expected.safetensors")}
-        lora = {"r": 2, "target_modules": ["0", "3"]}
+    @pytest.fixture(params=[{}], ids=["float"])
+    def trained(self, config, tmp_path, request):
+        expected = str(tmp_path / "expected.safetensors")
+        callback = {"merge_on_fit_end": False, "target": "net", "export_to": expected, "dequantize": True}
+        lora = {"r": 2, "target_modules": ["0", "3"], **request.param}
         assert main(["fit", "--config", config(lora=lora, lora_callback=callback)]) == 0
         return checkpoint(tmp_path), load_file(tmp_path / "expected.safetensors")
 
+    @BASES
     def test_export(self, trained, tmp_path, capsys):
         path, expected = trained
         out = str(tmp_path / "out" / "merged.safetensors")
@@ -30,6 +35,7 @@ class TestFiles:
         assert f"Merged model: {out}" in capsys.readouterr().out
         assert not differing(load_file(out), expected)
 
+    @BASES
     def test_merge(self, trained, tmp_path):
         path, expected = trained
         out = str(tmp_path / "merged.ckpt")
