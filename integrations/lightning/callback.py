@@ -377,7 +377,7 @@ class LoraCallback(Callback):
             self._merge = merge_reversibly(
                 self._target(pl_module), max_error, dequantize=self.dequantize, base_sums=sums
             )
-            if starts_by_multiprocessing(trainer) and not self._merge.stored:
+            if starts_by_multiprocessing(trainer) and not (self._merge.stored or self._merge.foreign):
                 carry(trainer, self.state_key, merge_as_bytes(self._merge))
             for callback in group:
                 callback._remove_names()

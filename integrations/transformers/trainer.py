@@ -18,10 +18,10 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
-from lora_plugins.inplace import foreign_weights, stored_weights
 from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
+from lora_plugins.merge import layers_in_fewer_bytes
 
 
 class LoraTrainer(Trainer):
@@ -165,7 +165,7 @@ class LoraTrainer(Trainer):
 
     def _check_mergeable(self, model: nn.Module) -> None:
         """Refuses before training what could not be merged after it."""
-        stored = [name for name, each in model.named_modules() if stored_weights(each) or foreign_weights(each)]
+        stored = layers_in_fewer_bytes(model)
         if self.merge_on_train_end and stored and not self.dequantize:
             raise StateError(
                 f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "

@@ -10,7 +10,15 @@ from lora_plugins.inplace.contents import Content, Contents
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
-from lora_plugins.inplace.library_weights import foreign_kind, foreign_problem, foreign_weights, hold, let_go
+from lora_plugins.inplace.library_weights import (
+    LibraryWeight,
+    foreign_kind,
+    foreign_problem,
+    foreign_weights,
+    hold,
+    let_go,
+    library_weights,
+)
 from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
 from lora_plugins.inplace.modules import (
     NamedModule,
@@ -44,6 +52,7 @@ __all__ = [
     "Content",
     "Contents",
     "LayerState",
+    "LibraryWeight",
     "NamedModule",
     "Replacing",
     "StoredWeight",
@@ -70,6 +79,7 @@ __all__ = [
     "length_and_direction",
     "let_go",
     "let_load",
+    "library_weights",
     "make_dense",
     "make_plain",
     "mix_rows",

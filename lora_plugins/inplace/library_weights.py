@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,3 +212,41 @@ def put_dense_foreign(layer: nn.Module, name: str, value: Tensor | None = None) 
     layer._parameters[name] = nn.Parameter(dense, requires_grad=False)
     if kind.dense_class is not None:
         layer.__class__ = kind.dense_class
+
+
+@dataclass(frozen=True)
+class LibraryWeight:
+    """A weight that another library quantized, and what its layer was with it.
+
+    Args:
+        weight: The weight.
+        layer_class: The class of the layer, without adapters.
+        dense: Makes the dense value.
+    """
+
+    weight: nn.Parameter
+    layer_class: type[nn.Module]
+    dense: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the dense value."""
+        return self.dense().shape
+
+    def put(self, layer: nn.Module, name: str) -> None:
+        """Puts it back into a layer without adapters, in the place of a dense one, and on its device."""
+        dense = layer._parameters[name]
+        assert dense is not None
+        moved = self.weight if self.weight.device == dense.device else self.weight.to(dense.device)
+        layer._parameters[name] = cast(nn.Parameter, moved)
+        layer.__class__ = self.layer_class
+
+
+def library_weights(layer: nn.Module) -> dict[str, LibraryWeight]:
+    """Returns a layer's weights that other libraries quantized, to be put back later; empty for most layers."""
+
+    def kept(name: str, kind: Foreign) -> LibraryWeight:
+        weight: Any = layer._parameters[name]
+        return LibraryWeight(weight, base_class_of(layer), torch.no_grad()(partial(kind.dense, layer, weight)))
+
+    return {name: kept(name, kind) for name, kind in foreign_weights(layer).items()}

@@ -5,5 +5,14 @@ What a merge loses to rounding is measured, and refused where it is too much and
 
 from lora_plugins.merge.merge_adapter import DEFAULT_MAX_ERROR, MergedWeight, MergeReport, merge, unmerge
 from lora_plugins.merge.merge_and_unload import merge_and_unload
+from lora_plugins.merge.storing_again import layers_in_fewer_bytes
 
-__all__ = ["DEFAULT_MAX_ERROR", "MergeReport", "MergedWeight", "merge", "merge_and_unload", "unmerge"]
+__all__ = [
+    "DEFAULT_MAX_ERROR",
+    "MergeReport",
+    "MergedWeight",
+    "layers_in_fewer_bytes",
+    "merge",
+    "merge_and_unload",
+    "unmerge",
+]

@@ -5,8 +5,17 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.adapter import adapted_layers
 from lora_plugins.errors import MergeError, listing
-from lora_plugins.inplace import StoredWeight, foreign_weights, full_name, layer_state, stored_weight
+from lora_plugins.inplace import (
+    StoredWeight,
+    foreign_weights,
+    full_name,
+    layer_state,
+    model_modules,
+    stored_weight,
+    stored_weights,
+)
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
 
@@ -41,6 +50,13 @@ def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], ma
             f"than {max_error:.0%} in {len(too_much)} of {len(lost)} stored weights. Merge into dense ones: "
             "merge_and_unload(dequantize=True); leave the adapter unmerged; or allow it with max_error."
         )
+
+
+def layers_in_fewer_bytes(model: nn.Module) -> list[str]:
+    """Returns the names of the layers whose merged weights would have to be stored in fewer bytes again."""
+    stored = [entry.name for entry in model_modules(model) if stored_weights(entry.module)]
+    foreign = [name for name, layer in adapted_layers(model).items() if foreign_weights(layer)]
+    return [*dict.fromkeys([*stored, *foreign])]
 
 
 def _merged(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[tuple[str, StoredWeight, Tensor]]:

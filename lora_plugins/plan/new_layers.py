@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace import model_modules
+from lora_plugins.inplace import foreign_kind, model_modules
 from lora_plugins.plan.plan import Plan
 
 _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -46,9 +46,9 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
 
 
 def _weight_of(layer: nn.Module) -> Tensor:
-    """Returns a layer's own weight; nothing where another thing computes it, or it is not there yet."""
+    """Returns a layer's own weight; nothing where it is computed or quantized, or not there yet."""
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    if weight is None or weight.is_meta or foreign_kind(weight) is not None or not weight.is_floating_point():
         return torch.empty(0, device="cpu")
     return weight.detach()
 

@@ -16,9 +16,14 @@ def local(tensor: Tensor) -> Tensor:
 def checksum(tensor: Tensor) -> int:
     """Returns a check sum of a tensor's bits: two sums of its words, so that exchanged values are noticed too.
 
-    Both wrap around, which is harmless. The device makes no difference.
+    Both wrap around, which is harmless. The device makes no difference. Of a tensor that consists of others, as those
+    of torchao do, it is that of their sums.
     """
-    data = local(tensor).contiguous().view(-1)
+    own = local(tensor)
+    if hasattr(own, "__tensor_flatten__"):
+        names, _ = own.__tensor_flatten__()
+        return hash(tuple(checksum(getattr(own, name)) for name in names))
+    data = own.contiguous().view(-1)
     if data.numel() == 0:
         return 0
     words = _words(data)

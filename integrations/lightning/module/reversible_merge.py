@@ -16,10 +16,12 @@ from lora_plugins.adapter import ModelState, adapted_layers, base_in_place, mode
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import (
+    LibraryWeight,
     StoredWeight,
     full_name,
     holder_of,
     layer_state,
+    library_weights,
     model_modules,
     own_tensor,
     put_stored,
@@ -29,7 +31,7 @@ from lora_plugins.integrations.lightning.module.bitwise import checksum, checksu
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight, normed_weights, sources
-from lora_plugins.merge import DEFAULT_MAX_ERROR
+from lora_plugins.merge import DEFAULT_MAX_ERROR, layers_in_fewer_bytes
 from lora_plugins.utils import replace_file
 
 Fingerprints = dict[str, dict[str, float]]
@@ -43,6 +45,7 @@ class ReversibleMerge:
     Args:
         base: The raw value of every tensor that merging or training in place changed, by full name.
         stored: The weights that were stored in fewer bytes, by full name.
+        foreign: Those that another library quantized, likewise.
         adapters: The adapters, in the order in which they were added, as those of `base`.
         kept: For each of them, the fingerprints that files have whatever the weights are now.
         active: The active ones by name, with what their updates are multiplied by.
@@ -53,6 +56,7 @@ class ReversibleMerge:
 
     base: dict[str, Tensor]
     stored: dict[str, StoredWeight]
+    foreign: dict[str, LibraryWeight]
     adapters: dict[str, PackedAdapter]
     kept: dict[str, Fingerprints]
     active: dict[str, float]
@@ -73,7 +77,7 @@ class ReversibleMerge:
         ]
 
     def _shape(self, name: str) -> torch.Size:
-        return (self.base[name] if name in self.base else self.stored[name]).shape
+        return next(kind[name].shape for kind in (self.base, self.stored, self.foreign) if name in kind)
 
     def is_of(self, target: nn.Module) -> bool:
         """Whether `target` has the very values of the merge: the module that was merged, or a copy of it."""
@@ -90,6 +94,8 @@ class ReversibleMerge:
         for name, weight in self.stored.items():
             layer, key = holder_of(target, name)
             put_stored(layer, key, weight.to(own_tensor(target, name).device))
+        for name, quantized in self.foreign.items():
+            quantized.put(*holder_of(target, name))
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
             state_of_adapters(target).adapters[name].kept.update(self.kept[name])
@@ -139,7 +145,13 @@ def merge_reversibly(
         for entry in model_modules(target)
         for name, weight in stored_weights(entry.module).items()
     }
-    changed = sorted((weights | set(state.values.base)) - stored.keys())
+    foreign = {
+        full_name(entry.name, name): weight
+        for entry in model_modules(target)
+        for name, weight in library_weights(entry.module).items()
+        if dequantize
+    }
+    changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
@@ -149,11 +161,11 @@ def merge_reversibly(
         _unload_with_norms(lora, target, effective, normed, state.values.base)
     else:
         lora.merge_and_unload(dequantize=dequantize)
-    dense = {name: weight.dense() for name, weight in stored.items()}
+    dense = {name: weight.dense() for kind in (stored, foreign) for name, weight in kind.items()}
     before = {n: base_sums[n] if n in base_sums and n in base else checksum(t) for n, t in {**base, **dense}.items()}
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
-    return ReversibleMerge(base, stored, adapters, kept, active, merged, weakref.ref(target), marks)
+    return ReversibleMerge(base, stored, foreign, adapters, kept, active, merged, weakref.ref(target), marks)
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
@@ -166,7 +178,7 @@ def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
     Raises:
         StateError: If some are computed from other tensors, or stored, naming their layers.
     """
-    stored = [name for name, module in target.named_modules() if stored_weights(module)]
+    stored = layers_in_fewer_bytes(target)
     if stored and not dequantize:
         raise StateError(
             f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.inplace import foreign_kind
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     adapted_weights,
@@ -88,7 +89,9 @@ class Audit:
         self._late: list[str] | None = None
         frozen = frozen_tensors(module)
         self._frozen = checksums(frozen)
-        self._objects = {name: weakref.ref(tensor) for name, tensor in frozen.items()}
+        # A tensor of torchao that has weak references cannot be moved by `nn.Module.to`.
+        plain = {name: tensor for name, tensor in frozen.items() if foreign_kind(tensor) is None}
+        self._objects = {name: weakref.ref(tensor) for name, tensor in plain.items()}
         self._steps = trainer.global_step
         self._rates: list[float] = []
         self._scale = 1.0

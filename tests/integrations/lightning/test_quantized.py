@@ -1,6 +1,7 @@
 """Fitting on a base that is stored in fewer bytes: checkpoints, merging, export, and what comes after."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -79,6 +80,7 @@ class AtStart(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.state = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        self.kinds = [type(pl_module.net[at]._parameters["weight"]) for at in (0, 3)]
 
 
 def test_a_second_fit_undoes_the_merge_bit_for_bit(tmp_path):
@@ -133,3 +135,59 @@ def test_averages_leave_the_codes_as_they_are(average, tmp_path):
     LoraModel(expected, NF4)
     stored = {key: value for key, value in expected.state_dict().items() if key in STORED}
     assert not differing({key: module.state_dict()[key] for key in STORED}, stored)
+
+
+def by_bitsandbytes(make):
+    def quantize(module):
+        modules = pytest.importorskip("bitsandbytes.nn.modules")
+        for at in (0, 3):
+            layer = module.net[at]
+            new = make(modules)(layer.in_features, layer.out_features)
+            new.load_state_dict(layer.state_dict())
+            module.net[at] = new.to("cpu")
+
+    return quantize
+
+
+def by_torchao(config):
+    def quantize(module):
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(module.net, getattr(quantization, config)())
+
+    return quantize
+
+
+LIBRARIES = {
+    "bitsandbytes 4": by_bitsandbytes(lambda modules: partial(modules.Linear4bit, compute_dtype=torch.float32)),
+    "bitsandbytes 8": by_bitsandbytes(lambda modules: partial(modules.Linear8bitLt, has_fp16_weights=False)),
+    "torchao int8": by_torchao("Int8WeightOnlyConfig"),
+    "torchao intx": by_torchao("IntxWeightOnlyConfig"),
+    "torchao float8": by_torchao("Float8WeightOnlyConfig"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of these libraries
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("quantize", LIBRARIES.values(), ids=LIBRARIES)
+def test_what_other_libraries_quantized(quantize, tmp_path):
+    """Merging is refused before training or gives dense weights; another fit goes on with the quantized ones."""
+    quantize(module := Classifier(lr=0.3))
+    with pytest.raises(StateError, match=r"'net.0', 'net.3' are stored in fewer bytes.*dequantize=True"):
+        fitted(tmp_path, CONFIG, module, merge_on_fit_end=True)
+    quantize(module := Classifier(lr=0.3))
+    path = tmp_path / "merged.safetensors"
+    run, _, _ = fitted(tmp_path, CONFIG, module, dequantize=True, export_to=str(path))
+    expected, merged = loss(run, module), Classifier()
+    merged.load_state_dict(safetensors.torch.load_file(path))
+    assert loss(run, merged) == pytest.approx(expected, rel=1e-5)
+
+    quantize(other := Classifier(lr=0.3))
+    kinds = [type(layer._parameters["weight"]) for layer in (other.net[0], other.net[3])]
+    run, _, _ = fitted(tmp_path, CONFIG, other, dequantize=True, merge_on_fit_end=True)
+    assert [type(layer) for layer in other.net] == [type(layer) for layer in Classifier().net]
+    assert loss(run, other) == pytest.approx(expected, rel=1e-5)
+    run.fit_loop.max_epochs = run.current_epoch + 1
+    run.callbacks.append(seen := AtStart())
+    run.fit(other, loader())
+    assert seen.kinds == kinds
+    assert isinstance(other.net[0], nn.Linear)
