@@ -120,6 +120,33 @@ ARGUMENTS: Mapping[str, str] = {
 """By the name of an argument of methods of others, what to write here."""
 
 
+STORAGES: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "4bit",
+            "4-bit",
+            "4bits",
+            "4",
+            "int4",
+            "fp4",
+            "q4",
+            "qlora",
+            "bnb_4bit",
+            "load_in_4bit",
+            "bitsandbytes",
+            "bnb",
+        ),
+        "4 bits are 'nf4' here.",
+    ),
+    **dict.fromkeys(
+        ("8bit", "8-bit", "8bits", "8", "uint8", "fp8", "float8", "q8", "load_in_8bit"),
+        "8 bits are 'int8' here.",
+    ),
+    **dict.fromkeys(("none", "no", "false", "float", "float32"), "Leave it out, or write None, for a float base."),
+}
+"""By what others call a way of storing a base, in small letters, what to write here."""
+
+
 def said_of(name: str, words: Mapping[str, str], known: Iterable[str]) -> str:
     """Returns what to write instead of a name that does not exist.
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
@@ -42,6 +42,7 @@ class PluginKind(Generic[P]):
         claims: What an object owns that no other object may own too, by what that is called in messages.
         contradiction: Says where an object contradicts itself; empty if it does not.
         reserved: Names that mean something else wherever a name of this kind is asked for.
+        words: By what others call one of them, in small letters, what to write here.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PluginKind(Generic[P]):
     claims: Mapping[str, Callable[[P], str]]
     contradiction: Callable[[P], str]
     reserved: Sequence[str] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hook_name(self) -> str:

@@ -97,9 +97,9 @@ class Registry:
         # A mere typo has no plugin as its cause.
         typo = bool(difflib.get_close_matches(name, owned, cutoff=0.5))
         named = any(info.name == name for info in self.plugins)
-        raise PluginError(
-            f"There is no {kind.title} {name!r}. {near(name, [*owned, *kind.reserved])}{self.absent()}"
-        ) from (self.cause(name) if named or not typo else None)
+        said = kind.words.get(name.lower()) or near(name, [*owned, *kind.reserved])
+        cause = self.cause(name) if named or not typo else None
+        raise PluginError(f"There is no {kind.title} {name!r}. {said}{self.absent()}") from cause
 
     def layer_for(self, module_class: type[nn.Module]) -> LayerPlugin[Any] | None:
         """Returns the plugin of the most specific class in the MRO of a module class; None if there is none."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lora_plugins import words
 from lora_plugins.errors import ConfigError, near
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 
@@ -145,5 +146,6 @@ STORAGES = PluginKind[StoragePlugin](
     },
     claims={"storage": lambda plugin: plugin.name},
     contradiction=lambda plugin: "",
+    words=words.STORAGES,
 )
 """Storages of weights, chosen by `LoraConfig(quantize=...)`."""

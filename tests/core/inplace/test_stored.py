@@ -8,7 +8,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, RowMajorPlugin, Slot, StateError, TargetError
+from lora_plugins import (
+    ConfigError,
+    LoraConfig,
+    LoraModel,
+    MergeError,
+    PluginError,
+    RowMajorPlugin,
+    Slot,
+    StateError,
+    TargetError,
+)
 from lora_plugins.adapter import transitions
 from lora_plugins.inplace import StoredWeight, all_stored, make_dense
 from lora_plugins.plugins import build_registry, hookimpl
@@ -388,7 +398,10 @@ def test_which_weights_are_stored(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"quantize": "nf5"}, Exception, r"There is no storage 'nf5'.*nf4"),
+        ({"quantize": "nf5"}, PluginError, r"There is no storage 'nf5'.*nf4"),
+        ({"quantize": "4bit"}, PluginError, r"There is no storage '4bit'. 4 bits are 'nf4' here."),
+        ({"quantize": "FP8"}, PluginError, r"There is no storage 'FP8'. 8 bits are 'int8' here."),
+        ({"quantize": "none"}, PluginError, r"Leave it out, or write None"),
         ({"quantize_options": {"bits": 4}}, ConfigError, r"quantize_options: 'nf4' has no option 'bits'"),
         ({"quantize_modules": ["9"]}, TargetError, "quantize_modules: '9' matches no module"),
         ({"quantize_modules": ["0", "4"]}, TargetError, "'4' matches '4', which modules_to_save trains in full"),
