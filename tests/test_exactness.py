@@ -20,7 +20,7 @@ from benchmarks.exactness.timm_cases import MODELS
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TRICKY = {
-    "timm": ("beit", "convnext", "efficientnet", "eva", "nfnet", "resnest", "swin_transformer_v2"),
+    "timm": ("beit", "convnext", "efficientnet", "eva", "nfnet", "resnest", "sequencer", "swin_transformer_v2"),
     "torchvision": ("vit_b_16, smaller", "deeplabv3_mobilenet_v3_large"),
     "transformers": (
         "DetrForObjectDetection",

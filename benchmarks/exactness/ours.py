@@ -17,8 +17,8 @@ from lora_plugins.storages.nf4 import NF4Storage
 ADAPTER = "default"
 CONFIG = LoraConfig(r=2, alpha=3, init="none", target_modules="all")
 NF4 = Storage(NF4Storage(), storage_options(NF4Storage(), {"min_size": 0}))
-SUFFIXES = {"q_proj_weight": "_q", "k_proj_weight": "_k", "v_proj_weight": "_v"}
-"""What follows `lora_A` for weights that are not a layer's only one."""
+SUFFIXES = {"in_proj_weight": "", "q_proj_weight": "_q", "k_proj_weight": "_k", "v_proj_weight": "_v"}
+"""What follows `lora_A` for weights of attention; in other layers, the same follows `weight`."""
 
 
 class Ours:
@@ -53,11 +53,12 @@ class OurAdapted:
     def updates(self) -> Sequence[Update]:
         """Reads A and B where they stand in the layers, those of tied weights once; the scaling is `alpha / r`."""
         found: dict[int, Update] = {}
-        for name, layer in self.model.named_modules():
-            for suffix in ("", *SUFFIXES.values()):
+        for name, layer in expected_layers(self.model):
+            for tensor in weights_of(layer):
+                suffix = SUFFIXES.get(tensor, tensor.removeprefix("weight"))
                 if f"lora_A{suffix}" in layer._modules:
                     A, B = (layer._modules[f"lora_{factor}{suffix}"][ADAPTER] for factor in "AB")
-                    found.setdefault(id(A), Update(name, _tensor(layer, suffix), A, B, CONFIG.alpha / CONFIG.r))
+                    found.setdefault(id(A), Update(name, tensor, A, B, CONFIG.alpha / CONFIG.r))
         return list(found.values())
 
     def merge(self) -> None:
@@ -130,7 +131,3 @@ def _storable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for parameter in (layer._parameters.get(tensor) for tensor in weights_of(layer)):
             if parameter is not None:
                 yield name, parameter
-
-
-def _tensor(layer: nn.Module, suffix: str) -> str:
-    return next((tensor for tensor, s in SUFFIXES.items() if s == suffix), weights_of(layer)[0])

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, nn.MultiheadAttention, Conv1D)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, nn.MultiheadAttention, Conv1D, *RECURRENT)
 """The classes whose weights have to be adapted, subclasses included."""
 
 INPUTS_FIRST = (*TRANSPOSED, nn.Embedding, Conv1D)
@@ -44,6 +45,8 @@ class Update:
 
 def weights_of(layer: nn.Module) -> tuple[str, ...]:
     """Returns the attribute names of the weights of one of `LAYERS`."""
+    if isinstance(layer, RECURRENT):  # the names in the layer's own order, of which adapters change none
+        return tuple(name for name in layer._parameters if name.startswith("weight_"))
     if not isinstance(layer, nn.MultiheadAttention):
         return ("weight",)
     return ("in_proj_weight",) if layer._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")

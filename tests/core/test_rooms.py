@@ -23,7 +23,7 @@ ARROWS = {
     "config": {"words", "errors"},
     "arguments": {"config", "words", "errors"},
     "kernels": BASIS,
-    "plugins": {"config", *BASIS},
+    "plugins": {"config", "words", *BASIS},
     "inplace": {"plugins", *BASIS},
     "plan": {"inplace", "plugins", "config", *BASIS},
     "adapter": {"plan", "inplace", "plugins", "config", *BASIS},
