@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel, StateError
+from lora_plugins.inplace import detached_weight
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
@@ -75,12 +76,18 @@ def test_merging_and_exporting_dense_weights(tmp_path):
     assert loss(run, module) == pytest.approx(loss(run, module, ckpt_path=checkpoint), rel=1e-5)
 
 
+def bases(module):
+    """The types of the base weights that a library may have quantized, and their dense values."""
+    layers = [module.net[at] for at in (0, 3)]
+    return [type(each._parameters["weight"]) for each in layers], [detached_weight(each, "weight") for each in layers]
+
+
 class AtStart(Callback):
     """Keeps what a module has when training starts."""
 
     def on_train_start(self, trainer, pl_module):
         self.state = {key: value.clone() for key, value in pl_module.state_dict().items()}
-        self.kinds = [type(pl_module.net[at]._parameters["weight"]) for at in (0, 3)]
+        self.kinds, self.dense = bases(pl_module)
 
 
 def test_a_second_fit_undoes_the_merge_bit_for_bit(tmp_path):
@@ -182,7 +189,7 @@ def test_what_other_libraries_quantized(quantize, tmp_path):
     assert loss(run, merged) == pytest.approx(expected, rel=1e-5)
 
     quantize(other := Classifier(lr=0.3))
-    kinds = [type(layer._parameters["weight"]) for layer in (other.net[0], other.net[3])]
+    kinds, dense = bases(other)
     run, _, _ = fitted(tmp_path, CONFIG, other, dequantize=True, merge_on_fit_end=True)
     assert [type(layer) for layer in other.net] == [type(layer) for layer in Classifier().net]
     assert loss(run, other) == pytest.approx(expected, rel=1e-5)
@@ -190,4 +197,5 @@ def test_what_other_libraries_quantized(quantize, tmp_path):
     run.callbacks.append(seen := AtStart())
     run.fit(other, loader())
     assert seen.kinds == kinds
-    assert isinstance(other.net[0], nn.Linear)
+    assert all(map(torch.equal, seen.dense, dense))
+    assert type(other.net[0]) is nn.Linear
