@@ -1,7 +1,8 @@
 """`LoraTrainer`: the Trainer of transformers, with LoRA.
 
 These methods of `transformers.Trainer` are private and overridden here, and nowhere else: `_save`,
-`_load_from_checkpoint` and `_load_best_model`. Trainers of other libraries override them too.
+`_load_from_checkpoint` and `_load_best_model`. Trainers of other libraries override them too. One private attribute of
+models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
 import dataclasses
@@ -22,6 +23,9 @@ from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
 from lora_plugins.merge import layers_in_fewer_bytes
+
+_DECLARED = "_hf_peft_config_loaded"
+"""Private attribute by which the Trainer tells that a quantized model has adapters."""
 
 
 class LoraTrainer(Trainer):
@@ -73,7 +77,14 @@ class LoraTrainer(Trainer):
         self.adapter_name = adapter_name
         self.merge_on_train_end = merge_on_train_end
         self.dequantize = dequantize
-        super().__init__(*args, **kwargs)
+        self._declared: list[nn.Module] | None = []
+        self._declare(args[0] if args else kwargs.get("model"))
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            for model in self._declared:
+                del model.__dict__[_DECLARED]
+            self._declared = None
         self._optimizer_is_given = self.optimizer is not None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise StateError(
@@ -87,7 +98,9 @@ class LoraTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Makes a model, and adapts it."""
-        return self._adapt(super().call_model_init(trial))
+        model = self._adapt(super().call_model_init(trial))
+        self._declare(model)
+        return model
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains the adapter; see `transformers.Trainer.train`.
@@ -117,6 +130,12 @@ class LoraTrainer(Trainer):
             source = str(getattr(getattr(self.model, "config", None), "_name_or_path", None) or "")
             base = kwargs.get("finetuned_from") or (None if Path(source).exists() else source)  # a path says nothing
             write_card(folder, self.hub_model_id or folder.name, base, kwargs.get("license"), self.state)
+
+    def _declare(self, model: Any) -> None:
+        """Lets the Trainer, while it is made, take a quantized model: it knows no adapters but those of PEFT."""
+        if self._declared is not None and getattr(model, "is_quantized", False) and _DECLARED not in model.__dict__:
+            model.__dict__[_DECLARED] = True
+            self._declared.append(model)
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         """Puts the adapter on a model that does not have it."""

@@ -18,6 +18,8 @@ from lora_plugins.inplace.library_weights import (
     hold,
     let_go,
     library_weights,
+    put_marks,
+    quantizer_marks,
 )
 from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
 from lora_plugins.inplace.modules import (
@@ -92,7 +94,9 @@ __all__ = [
     "persistent_buffers",
     "positional_names",
     "put_dense",
+    "put_marks",
     "put_stored",
+    "quantizer_marks",
     "raw_weight",
     "recompute",
     "refresh_class",

@@ -5,7 +5,7 @@ that neither library is imported. What a weight of theirs cannot do is said by `
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +99,9 @@ def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
 _HELD = "_lora_held_"
 
 _QUANTO = "optimum.quanto"
+_QUANTIZER = "hf_quantizer"
+_MARKS = (_QUANTIZER, "quantization_method", "is_quantized", "_weight_conversions")
+_CONFIG_MARKS = ("quantization_config",)
 
 
 def _held(name: str) -> str:
@@ -250,3 +253,36 @@ def library_weights(layer: nn.Module) -> dict[str, LibraryWeight]:
         return LibraryWeight(weight, base_class_of(layer), torch.no_grad()(partial(kind.dense, layer, weight)))
 
     return {name: kept(name, kind) for name, kind in foreign_weights(layer).items()}
+
+
+Marks = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+"""By name of a model of transformers, the attributes that say how it is quantized: its own and those of its config."""
+
+
+def quantizer_marks(model: nn.Module) -> Marks:
+    """Returns what models of transformers say of how bitsandbytes or torchao has quantized them."""
+
+    def of(held: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: held[name] for name in names if name in held}
+
+    return {
+        name: (of(module.__dict__, _MARKS), of(vars(module.config), _CONFIG_MARKS))
+        for name, module in model.named_modules()
+        if (quantizer := module.__dict__.get(_QUANTIZER)) is not None
+        if quantizer.quantization_config.quant_method in ("bitsandbytes", "torchao")
+    }
+
+
+def put_marks(model: nn.Module, marks: Marks) -> None:
+    """Lets models of transformers say again how they are quantized."""
+    for name, (own, of_config) in marks.items():
+        module: Any = model.get_submodule(name)
+        module.__dict__.update(own)
+        vars(module.config).update(of_config)
+
+
+def forget_quantizers(model: nn.Module) -> None:
+    """Lets models of transformers say that they are not quantized, so that they are saved and loaded as dense ones."""
+    for name in quantizer_marks(model):
+        module: Any = model.get_submodule(name)
+        module.hf_quantizer.remove_quantization_config(module)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace.adapted_class import refresh_class
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.layer_state import state_of
-from lora_plugins.inplace.library_weights import foreign_weights, put_dense_foreign
+from lora_plugins.inplace.library_weights import foreign_weights, forget_quantizers, put_dense_foreign
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight
 
@@ -70,6 +70,7 @@ def make_dense(model: nn.Module) -> None:
     for layer in model.modules():
         for name in foreign_weights(layer):
             put_dense_foreign(layer, name)
+    forget_quantizers(model)
 
 
 def _refresh(layer: nn.Module) -> None:

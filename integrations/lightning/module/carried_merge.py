@@ -29,4 +29,4 @@ def merge_from_bytes(data: bytes, target: nn.Module) -> ReversibleMerge:
     """Returns the merge of a module that has got the merged weights."""
     parts = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     parts["adapters"] = {name: PackedAdapter(*packed) for name, packed in parts["adapters"].items()}
-    return ReversibleMerge(**parts, stored={}, foreign={}, target=weakref.ref(target))
+    return ReversibleMerge(**parts, stored={}, foreign={}, quantizers={}, target=weakref.ref(target))

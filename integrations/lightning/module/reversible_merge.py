@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,7 +25,9 @@ from lora_plugins.inplace import (
     library_weights,
     model_modules,
     own_tensor,
+    put_marks,
     put_stored,
+    quantizer_marks,
     stored_weights,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
@@ -46,6 +49,7 @@ class ReversibleMerge:
         base: The raw value of every tensor that merging or training in place changed, by full name.
         stored: The weights that were stored in fewer bytes, by full name.
         foreign: Those that another library quantized, likewise.
+        quantizers: What models of transformers said of that.
         adapters: The adapters, in the order in which they were added, as those of `base`.
         kept: For each of them, the fingerprints that files have whatever the weights are now.
         active: The active ones by name, with what their updates are multiplied by.
@@ -57,6 +61,7 @@ class ReversibleMerge:
     base: dict[str, Tensor]
     stored: dict[str, StoredWeight]
     foreign: dict[str, LibraryWeight]
+    quantizers: dict[str, Any]
     adapters: dict[str, PackedAdapter]
     kept: dict[str, Fingerprints]
     active: dict[str, float]
@@ -96,6 +101,7 @@ class ReversibleMerge:
             put_stored(layer, key, weight.to(own_tensor(target, name).device))
         for name, quantized in self.foreign.items():
             quantized.put(*holder_of(target, name))
+        put_marks(target, self.quantizers)
         for name, packed in self.adapters.items():
             lora = LoraModel.load_packed(target, packed, name)
             state_of_adapters(target).adapters[name].kept.update(self.kept[name])
@@ -151,6 +157,7 @@ def merge_reversibly(
         for name, weight in library_weights(entry.module).items()
         if dequantize
     }
+    quantizers = quantizer_marks(target)
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
@@ -165,7 +172,9 @@ def merge_reversibly(
     before = {n: base_sums[n] if n in base_sums and n in base else checksum(t) for n, t in {**base, **dense}.items()}
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
-    return ReversibleMerge(base, stored, foreign, adapters, kept, active, merged, weakref.ref(target), marks)
+    return ReversibleMerge(
+        base, stored, foreign, quantizers, adapters, kept, active, merged, weakref.ref(target), marks
+    )
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:

@@ -255,6 +255,32 @@ class TestMerging:
         assert values(other.model).keys() == values(vit()).keys()
         torch.testing.assert_close(logits(other.model), logits(run.model))
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of bitsandbytes
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+    @pytest.mark.parametrize("given", ["model", "model_init"])
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_a_model_that_bitsandbytes_quantized(self, tmp_path, bits, given):
+        """The Trainer refuses such a model without adapters of PEFT; what is merged is saved as a dense one."""
+        pytest.importorskip("bitsandbytes")
+        vit().save_pretrained(tmp_path / "base")
+        quantized = transformers.BitsAndBytesConfig(
+            load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=["classifier"]
+        )
+        kind = transformers.ViTForImageClassification
+
+        def build():
+            return kind.from_pretrained(tmp_path / "base", quantization_config=quantized)
+
+        fields = {"model": build()} if given == "model" else {"model_init": build}
+        run = trainer(tmp_path / "run", merge_on_train_end=True, dequantize=True, **fields)
+        run.train()
+        other = build()
+        LoraModel.load_adapter(other, tmp_path / "run" / "checkpoint-6").merge_and_unload(dequantize=True)
+        assert not differing(values(other), values(run.model))
+        run.save_model(tmp_path / "whole")
+        assert torch.equal(logits(kind.from_pretrained(tmp_path / "whole")), logits(run.model))
+
     def test_a_merged_model_is_not_trained_on(self, tmp_path):
         run = trainer(tmp_path, merge_on_train_end=True)
         run.train()
