@@ -35,7 +35,7 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
     """
     from lora_plugins.integrations.lightning.module import with_declarations
     from lora_plugins.tasks.classification import ImageClassificationTask
-    from lora_plugins.tasks.models import ModelConfig
+    from lora_plugins.tasks.models import ModelConfig, refusing_small_images
     from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 
     classes = {cls.__name__: cls for cls in (ImageClassificationTask, SemanticSegmentationTask)}
@@ -55,9 +55,14 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
     per_pixel = task.main_metric == "mean_iou"
     targets = torch.zeros(TRIED, *((height, width) if per_pixel else ()), dtype=torch.long)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            refusing_small_images(task.network, model["name"], task.image_size),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             loss = task.train().loss(task.logits_for(images, targets), targets)
         torch.autograd.backward(loss)
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ConfigError(
             f"The model {model['name']} cannot be trained on images of {height}x{width}: {error} Choose another "

@@ -9,6 +9,7 @@ from lora_plugins.tasks.models.lora_targets import default_targets
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.new_head import class_dependent_modules
+from lora_plugins.tasks.models.small_images import refusing_small_images
 from lora_plugins.tasks.models.sources import CLASSIFIERS, SEGMENTERS, Source, build_network, source_of
 from lora_plugins.tasks.models.weights import packaged_weights
 
@@ -25,5 +26,6 @@ __all__ = [
     "enable_checkpointing",
     "installed_file",
     "packaged_weights",
+    "refusing_small_images",
     "source_of",
 ]

@@ -4,6 +4,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from lora_plugins.tasks.models import (
     build_network,
     default_targets,
     enable_checkpointing,
+    refusing_small_images,
     source_of,
 )
 from lora_plugins.tasks.training.compat import is_earlier_file
@@ -150,6 +152,7 @@ class VisionTask(LoraCheckpointMixin):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.confusion: dict[str, Tensor] = {}
+        self._images_seen = True
 
     def _set_class_weights(self, class_weights: list[float] | str | None) -> None:
         self.class_weights, classes = class_weights, self.model_config.num_classes
@@ -215,6 +218,7 @@ class VisionTask(LoraCheckpointMixin):
         Raises:
             ConfigError: If they do not agree.
         """
+        self._images_seen = stage != "fit"
         data = self._datamodule()
         if not isinstance(data, VisionDataModule):
             if self.class_weights == BALANCED and stage == "fit":
@@ -328,7 +332,8 @@ class VisionTask(LoraCheckpointMixin):
             ConfigError: If it does.
         """
         try:
-            return self.logits_for(images, targets)
+            with self._first_images_checked():
+                return self.logits_for(images, targets)
         except (AssertionError, ValueError, RuntimeError) as error:
             if isinstance(error, LoraError | torch.OutOfMemoryError) or not OF_SIZES.search(str(error)):
                 raise
@@ -337,6 +342,15 @@ class VisionTask(LoraCheckpointMixin):
                 f"{self.model_config.name} fails on images of {height}x{width}: {str(error).strip()} If that is no "
                 "size for it, choose another data.init_args.image_size (--image-size of train), or another model."
             ) from error
+
+    def _first_images_checked(self) -> AbstractContextManager[None]:
+        """Of each fit, once, refuses images that are too small; what is compiled would keep the hooks."""
+        network = self.network
+        compiled = torch.compiler.is_compiling() or any(each._compiled_call_impl for each in network.modules())
+        if self._images_seen or compiled:
+            return nullcontext()
+        self._images_seen = True
+        return refusing_small_images(network, self.model_config.name, self.image_size)
 
     def _log(self, metrics: MetricCollection) -> None:
         prefix = metrics.prefix or ""

@@ -35,6 +35,12 @@ def test_images_that_the_network_does_not_take():
         kept_bytes("ImageClassificationTask", VIT, (50, 50), lora={"r": 2})
 
 
+def test_images_of_which_nothing_is_left():
+    model = VIT | {"name": "test_efficientnet"}
+    with pytest.raises(ConfigError, match=r"^The images are too small for test_efficientnet: .*--image-size"):
+        kept_bytes("ImageClassificationTask", model, (16, 16), lora={"r": 2})
+
+
 @pytest.mark.parametrize(("free", "batch"), [(None, 32), (6400, 32), (6399, 16), (500, 2), (300, 1), (100, 1)])
 def test_the_batch_is_halved_until_it_fits(free, batch):
     assert fitting_batch(32, 100, free) == batch

@@ -10,6 +10,7 @@ from lora_plugins.tasks import (
     DigitsDataModule,
     ImageClassificationTask,
     MaskFolderDataModule,
+    ModelConfig,
     SemanticSegmentationTask,
 )
 
@@ -66,3 +67,11 @@ def test_a_size_that_the_network_refuses_is_told_as_that(trainer):
     loader = DataLoader(TensorDataset(torch.rand(2, 3, 20, 24), torch.tensor([0, 1])), batch_size=2)
     with pytest.raises(ConfigError, match=r"fails on images of 20x24: .*choose another data.init_args.image_size"):
         trainer().validate(ImageClassificationTask(tiny_vit()), loader)
+
+
+def test_images_of_which_nothing_is_left_are_refused_at_the_first_step(trainer):
+    loader = DataLoader(TensorDataset(torch.rand(2, 3, 16, 16), torch.tensor([0, 1])), batch_size=2)
+    task = ImageClassificationTask(ModelConfig("timm", "test_efficientnet", 2, "none"))
+    with pytest.raises(ConfigError, match=r"too small for test_efficientnet: .*data.init_args.image_size"):
+        trainer(max_steps=1).fit(task, loader, loader)
+    assert not any(module._forward_hooks for module in task.network.modules())
