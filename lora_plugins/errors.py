@@ -33,6 +33,13 @@ class AdapterFileError(LoraError):
     """An adapter folder is damaged, incomplete, or was made for another model."""
 
 
+ALIKE, BEHIND = 0.5, 0.15
+"""How much a near match has in common with a name at least, and how far it is behind the nearest at most."""
+
+SHORTEST_BEGINNING = 4
+"""Letters of a name that can be the beginning of another one."""
+
+
 def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Returns the sentence that offers near matches, or lists what there is.
 
@@ -42,10 +49,19 @@ def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
         count: How many near matches to offer at most.
     """
     known = sorted(set(candidates))
-    matches = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    alike = sorted((-_likeness(name, each), len(each), each) for each in known)
+    matches = [each for away, _, each in alike if -away >= max(ALIKE, -alike[0][0] - BEHIND)]
     if matches:
-        return f"Did you mean {listing(matches)}?"
+        return f"Did you mean {listing(matches[:count])}?"
     return f"There is {listing(known, 12)}." if known else "There are none."
+
+
+def _likeness(name: str, candidate: str) -> float:
+    """What two names have in common, from 0 to 1; a name may also be the beginning of a longer one."""
+    whole = difflib.SequenceMatcher(None, candidate, name)
+    begun = len(candidate) > len(name) >= SHORTEST_BEGINNING
+    part = difflib.SequenceMatcher(None, candidate[: len(name)], name) if begun else whole
+    return max(each.ratio() if each.quick_ratio() >= ALIKE else 0.0 for each in (whole, part))
 
 
 def no_folder(path: Path) -> str:

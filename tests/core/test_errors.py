@@ -1,0 +1,27 @@
+"""Near matches."""
+
+import pytest
+
+from lora_plugins.errors import near
+
+MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gcvit_tiny", "davit_tiny", "resnet18", "resnet61q"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit_tinyy", "Did you mean 'vit_tiny_patch16_224', 'davit_tiny', 'gcvit_tiny'?"),
+        ("vit_tiny_patch16", "Did you mean 'vit_tiny_patch16_224'?"),
+        ("resnet1", "Did you mean 'resnet18', 'resnet61q'?"),
+        ("resnet8", "Did you mean 'resnet18', 'resnet61q'?"),
+        ("fti", "Did you mean 'fit'?"),
+        ("fiit", "Did you mean 'fit', 'fit_all'?"),
+        ("qq", "There is 'davit_tiny', 'fit', "),
+    ],
+)
+def test_what_is_near(name, said):
+    assert near(name, [*MODELS, "fit", "fit_all"]).startswith(said)
+
+
+def test_nothing_there():
+    assert near("a", []) == "There are none."
