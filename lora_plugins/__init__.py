@@ -16,6 +16,7 @@ Names are imported when they are first used: a command that only shows its help 
 from typing import TYPE_CHECKING
 
 from lora_plugins.lazy import lazily
+from lora_plugins.words import FUNCTIONS
 
 if TYPE_CHECKING:
     from lora_plugins.adapter import Calibration, InitData, calibrate
@@ -190,4 +191,4 @@ _ROOMS = {
     "load_quantized": "files",
 }
 
-__getattr__, __dir__ = lazily(__name__, _ROOMS)
+__getattr__, __dir__ = lazily(__name__, _ROOMS, FUNCTIONS)

@@ -7,10 +7,10 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from lora_plugins.errors import ConfigError, listing, near
-from lora_plugins.words import FIELDS, said_of
+from lora_plugins.words import FIELDS, READ_OF_CONFIGS, said_of
 
 T = TypeVar("T")
 
@@ -136,6 +136,12 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain types, ready for JSON, YAML or a checkpoint."""
         return dataclasses.asdict(self)
+
+    if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = "" if name.startswith("_") else said_of(name, READ_OF_CONFIGS, type(self).__dataclass_fields__)
+            raise AttributeError(f"LoraConfig has no attribute {name!r}. {hint}".rstrip())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":

@@ -81,6 +81,29 @@ MEMBERS: Mapping[str, str] = {
 }
 """By the name of a method or attribute of an adapted model of others, what to write here."""
 
+_NO_CONFIG_OF_PEFT = "This is no configuration of PEFT's: write LoraModel(model, config) in place of get_peft_model."
+READ_OF_CONFIGS: Mapping[str, str] = {
+    **FIELDS,
+    **dict.fromkeys(("base_model_name_or_path", "peft_type", "task_type", "is_prompt_learning"), _NO_CONFIG_OF_PEFT),
+    "save_pretrained": "It is saved with its adapter: lora.save_adapter(path).",
+    "from_pretrained": "It is loaded with its adapter: LoraModel.load_adapter(model, path).",
+}
+"""By the name of an attribute of configurations of others, what to write here."""
+
+FUNCTIONS: Mapping[str, str] = {
+    **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "PeftMixedModel"), "Write LoraModel(model, config)."),
+    "PeftModel": "Write LoraModel(model, config), or LoraModel.load_adapter(model, path) for what is saved.",
+    **dict.fromkeys(("PeftConfig", "AutoPeftModel"), "Write LoraModel.load_adapter(model, path)."),
+    "get_peft_model_state_dict": "Write lora.pack(name).",
+    "set_peft_model_state_dict": "Write LoraModel.load_packed(...).",
+    "TaskType": "Leave it out, and name a new head in 'modules_to_save'.",
+    "prepare_model_for_kbit_training": "Write LoraConfig(quantize='nf4'), and leave it out.",
+    "get_layer_status": "See 'plans' of a LoraModel.",
+    "hotswap_adapter": "Write lora.swap_adapter(name, path).",
+    **dict.fromkeys(("LoftQConfig", "EvaConfig", "LoraGAConfig"), "Write init='...' and its init_options."),
+}
+"""By the name of a function or class of PEFT, what to write here."""
+
 ARGUMENTS: Mapping[str, str] = {
     "model_id": "It is 'path' here.",
     "peft_config": "It is 'config' here.",

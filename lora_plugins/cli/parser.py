@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from lora_plugins.errors import ConfigError, listing, near
@@ -12,10 +12,16 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises what is wrong, with a near match for a flag or a subcommand that does not exist.
 
     Flags are written whole: `--epoch` is a mistake for `--epochs`, and not short for it.
+
+    Args:
+        *args: Those of `argparse.ArgumentParser`.
+        elsewhere: By flags that other programs have, or other commands of ours, what to write here.
+        **kwargs: Those of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._elsewhere = elsewhere or {}
 
     def error(self, message: str) -> NoReturn:
         """Raises the mistake.
@@ -26,7 +32,9 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
         if unknown is not None and unknown[1].startswith("-"):
-            message = f"there is no flag {unknown[1]}. {_near_flag(unknown[1], self._option_string_actions)}"
+            flag = unknown[1].partition("=")[0]
+            hint = self._elsewhere.get(flag) or _near_flag(flag, self._option_string_actions)
+            message = f"there is no flag {flag}. {hint}"
         elif unknown is not None:
             message = f"{unknown[1]!r} is one argument too many"
         elif choice is not None:

@@ -41,6 +41,30 @@ RUNS = Path("runs")
 LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs"})
 """What a run leaves in its folder."""
 
+_OF_FIT = f"That is one of fit: lora-plugins fit --config runs/NAME/{CONFIG}, which each run leaves."
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("--config", "-c"), _OF_FIT),
+    **dict.fromkeys(
+        ("--resume", "--ckpt_path", "--ckpt-path", "--checkpoint"),
+        f"A run goes on with: lora-plugins fit --config runs/NAME/{CONFIG} --ckpt_path CHECKPOINT.",
+    ),
+    **dict.fromkeys(("--lora.r", "--r", "-r", "--lora-rank", "--lora_r"), "It is --rank here."),
+    **dict.fromkeys(
+        ("--task", "--type"), "Folders of classes are classified, images with masks (--masks DIR) are segmented."
+    ),
+    **dict.fromkeys(("--num-classes", "--num_classes"), "They are counted; --classes names those of masks."),
+    **dict.fromkeys(("--data", "--root", "--train", "--dataset"), "Write it without a flag: lora-plugins train DATA."),
+    **dict.fromkeys(("--imgsz", "--size", "--img-size", "--image_size"), "It is --image-size here."),
+    **dict.fromkeys(("--batch", "--bs", "--batch_size"), "It is --batch-size here."),
+    **dict.fromkeys(("--learning-rate", "--learning_rate", "--lr0"), "It is --lr here."),
+    **dict.fromkeys(("--name", "--project", "--output", "--output-dir", "--output_dir", "-o"), "It is --out here."),
+    **dict.fromkeys(
+        ("--target-modules", "--target_modules", "--lora-alpha", "--alpha", "--optimizer", "--loss", "--augmentation"),
+        "Write the configuration (--save-config FILE), change it there, and run: lora-plugins fit --config FILE.",
+    ),
+}
+"""By flags of `fit`, and of programs of others, what to write here."""
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -87,6 +111,7 @@ def _parser() -> Parser:
         prog="lora-plugins train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lora-plugins train [DATA] [flags]",
+        elsewhere=ELSEWHERE,
         description="Fine-tune a model with LoRA on your images. What is not said is inferred, and printed first.",
         epilog="Without DATA, handwritten digits that come along are learned, as a first try.",
     )

@@ -1,5 +1,7 @@
 """Arguments that are swapped, of another type or of another library: the error says what to write."""
 
+import copy
+import importlib
 import inspect
 import pickle
 
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
-from lora_plugins.words import ARGUMENTS, MEMBERS
+from lora_plugins.words import ARGUMENTS, FUNCTIONS, MEMBERS
 
 CONFIG = LoraConfig(r=2, target_modules=["0"])
 
@@ -135,6 +137,31 @@ class TestConfigsOfPeft:
     def test_swapped_ones_are_told_the_order(self, peft):
         with pytest.raises(ConfigError, match="model is a LoraConfig of peft"):
             LoraModel(peft.LoraConfig(), net())
+
+    def test_one_of_ours_in_their_function_is_told(self, peft):
+        with pytest.raises(AttributeError, match=r"no configuration of PEFT's: write LoraModel\(model, config\)"):
+            peft.get_peft_model(net(), CONFIG)
+
+
+class TestOtherNames:
+    @pytest.mark.parametrize("name", FUNCTIONS)
+    def test_a_name_of_peft_is_told_when_it_is_imported(self, name):
+        with pytest.raises(ImportError, match=f"lora_plugins has no '{name}'. [A-Z]"):
+            exec(f"from lora_plugins import {name}")
+
+    def test_others_are_missing_as_ever(self):
+        assert not hasattr(importlib.import_module("lora_plugins"), "loraconfig")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("lora_alpha", "It is 'alpha' here."), ("peft_type", "write LoraModel"), ("ranks", "rank")],
+    )
+    def test_a_field_of_another_config_is_told_when_it_is_read(self, name, said):
+        with pytest.raises(AttributeError, match=f"LoraConfig has no attribute '{name}'.*{said}"):
+            getattr(CONFIG, name)
+
+    def test_a_config_is_copied_and_pickled_as_ever(self):
+        assert copy.deepcopy(CONFIG) == pickle.loads(pickle.dumps(CONFIG)) == copy.copy(CONFIG) == CONFIG
 
 
 class TestMembers:

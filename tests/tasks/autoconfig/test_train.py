@@ -140,6 +140,9 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
     [
         (["--epoch", "3"], "there is no flag --epoch. Did you mean '--epochs'"),
         (["-e", "3"], "there is no flag -e. Did you mean '--epochs'?"),
+        (["--resume"], "there is no flag --resume. A run goes on with: lora-plugins fit --config runs/NAME/train.yaml"),
+        (["--lora.r=4"], "there is no flag --lora.r. It is --rank here."),
+        (["--config", "x.yaml"], "there is no flag --config. That is one of fit"),
         (["--epochs", "0"], "argument --epochs: '0' is not a whole number of at least 1"),
         (["--lr", "fast"], "argument --lr: 'fast' is not a number above 0"),
         (["--image-size", "32x32"], None),
