@@ -87,8 +87,10 @@ def mask_coding(
     ((kind, values),) = kinds.items()
     coding = _coded(kind, sorted(values), names, ignored, where)
     if len(coding.classes) < 2:
+        counted = sorted(values - {ignored}) or sorted(values)
+        beside = f" beside the ignored {ignored}" if ignored in values and len(values) > 1 else ""
         raise DataError(
-            f"All masks hold one value, {sorted(values)[0]}, and there is nothing to tell apart. A mask holds one "
+            f"All masks hold one value, {counted[0]}{beside}, and there is nothing to tell apart. A mask holds one "
             "value for each class, the background included."
         )
     return coding

@@ -205,7 +205,7 @@ def turned(root):
         (val_alone, "none called 'train'"),
         (too_few, "2 images are too few"),
         (without_partner, "3.jpg has no mask"),
-        (one_value, "All masks hold one value, 0"),
+        (one_value, "All masks hold one value, 0, and"),
         (jpeg_masks, "are no PNG files"),
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
@@ -231,6 +231,11 @@ def test_what_cannot_be_trained_on(tmp_path, make, message):
 def test_flags_that_do_not_fit_the_masks(tmp_path, flags, message):
     with pytest.raises(DataError, match=message):
         survey(masked(tmp_path / "data", [0, 1, 2]), Flags(**flags))
+
+
+def test_one_value_beside_the_ignored_one(tmp_path):
+    with pytest.raises(DataError, match="All masks hold one value, 1 beside the ignored 0, and"):
+        survey(masked(tmp_path / "data", [0, 1]), Flags(ignore_index=0))
 
 
 def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path):
