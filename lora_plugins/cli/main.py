@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 
 from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
@@ -15,6 +16,9 @@ from lora_plugins.names import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""
+
+OF_OTHERS = "lightning"
+"""The name of the program that another package has as well."""
 
 
 @exit_on_closed_output
@@ -60,10 +64,12 @@ def _dispatch(arguments: list[str]) -> int:
     if code is not None:
         return code
     _print_problems(commands.problems)
-    return _fail(
-        f"there is no command {name!r}. {near(name, commands.table)} Other commands of the name `lightning` belong to "
-        "the package lightning-sdk, which is not installed."
+    others = (
+        " Other commands of the name `lightning` belong to the package lightning-sdk, which is not installed."
+        if Path(sys.argv[0]).stem == OF_OTHERS
+        else ""
     )
+    return _fail(f"there is no command {name!r}. {near(name, commands.table)}{others}")
 
 
 def _run(command: Command, arguments: list[str]) -> int:

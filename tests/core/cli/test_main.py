@@ -59,7 +59,12 @@ class TestOtherCommands:
         assert main([typed]) == 1
         err = capsys.readouterr().err
         assert f"'{meant}'" in err
-        assert "lightning-sdk" in err
+
+    @pytest.mark.parametrize("program", ["lightning", "lora-plugins"])
+    def test_the_other_owner_of_a_name_is_told_of_that_name_alone(self, capsys, monkeypatch, program):
+        monkeypatch.setattr(sys, "argv", [f"/usr/bin/{program}"])
+        assert main(["trian"]) == 1
+        assert ("lightning-sdk" in capsys.readouterr().err) == (program == "lightning")
 
 
 @pytest.fixture
