@@ -2,3 +2,6 @@
 
 DISTRIBUTION = "lora-plugins"
 """What pip calls it."""
+
+MANIFEST = "adapter.json"
+"""Name of the manifest in an adapter folder."""

@@ -7,6 +7,7 @@ from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.cli import positive, whole
+from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
 
 ONNX = ".onnx"
@@ -36,10 +37,15 @@ def check_model(path: str | Path) -> None:
     """Checks that there is something to load a task from.
 
     Raises:
-        WeightsError: If there is not.
+        WeightsError: If there is not, or a folder without an adapter, with where one is inside.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+    if path.is_dir() and not (path / MANIFEST).exists():
+        inside = sorted(str(each.parent) for each in path.glob(f"*/{MANIFEST}"))
+        holds = f", but holds {'one' if len(inside) == 1 else 'some'}: {', '.join(inside)}." if inside else None
+        raise WeightsError(f"{path} is no adapter folder{holds or f': it has no {MANIFEST}.'}")
 
 
 def check_runtime(out: str | Path) -> None:

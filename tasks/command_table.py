@@ -7,8 +7,9 @@ tasks', with flags they are Lightning's. Arguments are parsed before what a comm
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
-from lora_plugins.cli import Command, plain_warnings
+from lora_plugins.cli import Command, without_collections
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
+from lora_plugins.integrations.lightning.cli import quiet
 from lora_plugins.tasks.command_lines import (
     check_model,
     check_runtime,
@@ -23,23 +24,32 @@ def _predict(arguments: list[str]) -> int:
     asked = {"-h", "--help"} & {*arguments}
     if not asked and any(argument.startswith("-") for argument in arguments[:2]):
         return OF_LIGHTNING["predict"].run(arguments)
-    check_model(predict_parser().parse_args(arguments[1:]).model)
-    from lora_plugins.tasks.inference import predict_main
+    given = predict_parser().parse_args(arguments[1:])
+    if _is_complete():
+        check_model(given.model)
+    with without_collections():
+        from lora_plugins.tasks.inference import predict_main
 
-    with plain_warnings():
+    with quiet():
         return int(predict_main(arguments[1:]))
+
+
+def _is_complete() -> bool:
+    """Whether all is there that the commands need; where it is not, their imports say so, before anything else is."""
+    return all(map(find_spec, _NEEDS))
 
 
 def _export(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] == "--model" for argument in arguments):
         return OF_LIGHTNING["export"].run(arguments)
     given = export_parser().parse_args(arguments[1:])
-    check_model(given.model)
-    if all(map(find_spec, _NEEDS)):  # else the import says what every command of the tasks needs
+    if _is_complete():
+        check_model(given.model)
         check_runtime(given.out)
-    from lora_plugins.tasks.inference import export_main
+    with without_collections():
+        from lora_plugins.tasks.inference import export_main
 
-    with plain_warnings():
+    with quiet():
         return int(export_main(arguments[1:]))
 
 
@@ -51,9 +61,10 @@ def _report(arguments: list[str]) -> int:
 
 def _generate(arguments: list[str]) -> int:
     generate_parser().parse_args(arguments[1:])
-    from lora_plugins.tasks.diffusion import generate_main
+    with without_collections():
+        from lora_plugins.tasks.diffusion import generate_main
 
-    with plain_warnings():
+    with quiet():
         return int(generate_main(arguments[1:]))
 
 
@@ -65,9 +76,10 @@ def _train(arguments: list[str]) -> int:
 
 def _serve(arguments: list[str]) -> int:
     serve_parser().parse_args(arguments[1:])
-    from lora_plugins.tasks.serving import serve_main
+    with without_collections():
+        from lora_plugins.tasks.serving import serve_main
 
-    with plain_warnings():
+    with quiet():
         return int(serve_main(arguments[1:]))
 
 

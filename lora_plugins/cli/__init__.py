@@ -8,5 +8,14 @@ from lora_plugins.cli.commands import INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.cli.plain_warnings import plain_warnings
+from lora_plugins.cli.starting import without_collections
 
-__all__ = ["INTERRUPTED", "Command", "Parser", "exit_on_closed_output", "installed_commands", "plain_warnings"]
+__all__ = [
+    "INTERRUPTED",
+    "Command",
+    "Parser",
+    "exit_on_closed_output",
+    "installed_commands",
+    "plain_warnings",
+    "without_collections",
+]

@@ -6,11 +6,12 @@ Nothing is pickled, and nothing is half written.
 from lora_plugins.files.base_files import load_quantized
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import add_entry, read, write
-from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.manifest import TENSOR_FILE, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
 from lora_plugins.files.unpacked import UnpackedAdapter, rebuilt_bases, unpack
+from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 
 __all__ = [

@@ -17,7 +17,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.files.manifest import MANIFEST, TENSOR_FILE, checked_manifest, is_as_written, sealed
+from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_written, sealed
+from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import check_regular, remove_leftovers, replace_file
 

@@ -16,9 +16,6 @@ from lora_plugins.plugins import PlannedLayer, Slot
 FORMAT = 1
 """Version of the manifest that this release writes, and the newest that it reads."""
 
-MANIFEST = "adapter.json"
-"""Name of the manifest in an adapter folder."""
-
 _SEAL = "manifest_sha256"
 """The manifest's entry for its own checksum."""
 

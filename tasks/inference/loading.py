@@ -81,7 +81,7 @@ def task_of_adapter(path: Path) -> AdapterTask:
     Raises:
         WeightsError: If it is none, or does not say.
     """
-    _check_folder(path)
+    check_model(path)
     manifest = _manifest(path / MANIFEST)
     return AdapterTask(path, _checked(manifest.get(PROVENANCE_KEY), path), manifest.get("stored", {}))
 
@@ -92,13 +92,6 @@ def merged_task(path: str | Path) -> VisionTask:
     for module in adapted_targets(task).values():
         LoraModel(module).merge_and_unload(dequantize=True)
     return task
-
-
-def _check_folder(path: Path) -> None:
-    """Says where the adapter is, if a folder is not one but holds one, as those of runs do."""
-    inside = sorted(each.parent for each in path.glob(f"*/{MANIFEST}"))
-    if inside and not (path / MANIFEST).exists():
-        raise WeightsError(f"{path} is no adapter folder, but holds one: {inside[0]}.")
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:
@@ -125,8 +118,6 @@ def _task_class(provenance: Provenance, path: Path) -> type[VisionTask]:
 def _manifest(path: Path) -> Mapping[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path.parent} is no adapter folder: it has no {path.name}.") from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     return manifest if isinstance(manifest, Mapping) else {}

@@ -6,6 +6,7 @@ What needs Lightning is imported when it is used, so that the overview of all co
 from typing import TYPE_CHECKING
 
 from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
+from lora_plugins.integrations.lightning.cli.quiet import quiet
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, whole
 from lora_plugins.lazy import lazily
 
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     from lora_plugins.integrations.lightning.cli.merged_files import export_checkpoint, merge_checkpoint
     from lora_plugins.integrations.lightning.cli.recipes import recipe_path
 
-__all__ = ["COMMANDS", "SHORT", "LoraCLI", "export_checkpoint", "merge_checkpoint", "positive", "recipe_path", "whole"]
+__all__ = [
+    "COMMANDS",
+    "SHORT",
+    "LoraCLI",
+    "export_checkpoint",
+    "merge_checkpoint",
+    "positive",
+    "quiet",
+    "recipe_path",
+    "whole",
+]
 
 _MODULES = {
     "LoraCLI": "lora_cli",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from lora_plugins.cli import INTERRUPTED, Command
+from lora_plugins.cli import INTERRUPTED, Command, without_collections
 
 
 def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
@@ -28,8 +28,9 @@ def _trainer(arguments: list[str]) -> int:
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
     prepared = _prepared(arguments, writes="fit" in arguments and not _prints(arguments))
-    from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
-    from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
+    with without_collections():
+        from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
+        from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
     with _given_arguments(), explained_run():
         cli = LoraCLI(args=prepared)
@@ -47,8 +48,9 @@ def _plan(arguments: list[str]) -> int:
         print(help_page("plan"))
         return 0
     prepared = _prepared(["fit", *arguments[1:]])
-    from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
-    from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
+    with without_collections():
+        from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
+        from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
     with _given_arguments(), explained_run():
         PlanCLI(args=prepared)
@@ -59,7 +61,8 @@ def _merged_file(arguments: list[str]) -> int:
     from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser  # noqa: PLC0415
 
     merged_file_parser(arguments[0]).parse_args(arguments[1:])  # before Lightning is imported
-    from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
+    with without_collections():
+        from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():
         merged_files.run(arguments)

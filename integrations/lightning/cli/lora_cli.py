@@ -1,5 +1,6 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
+from contextlib import ExitStack
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
+from lora_plugins.cli import without_collections
 from lora_plugins.integrations.lightning.callback import LoraCallback
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
@@ -44,7 +46,17 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         kwargs.setdefault("subclass_mode_data", True)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
         self.interruption = Interruption()
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("args")
+        named = {name: skipped for name, skipped in super().subcommands().items() if name in (given or ())}
+        if isinstance(given, list) and named:  # each takes a parser of its own, which takes time
+            self.subcommands = lambda: named  # type: ignore[method-assign]
+        with ExitStack() as self._starting:
+            self._starting.enter_context(without_collections())
+            super().__init__(*args, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._starting.close()
+        super()._run_subcommand(subcommand)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that says what is wrong with an argument in one message, without all flags."""

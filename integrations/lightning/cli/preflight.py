@@ -117,12 +117,12 @@ def _refuse_flag(flag: str, short: Sequence[str]) -> None:
 def _configuration(value: str | None) -> dict[str, Any]:
     if value is None:
         raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
+    if "\n" in value:  # the text of a configuration
+        return _below_command(parsed) if isinstance(parsed := _parsed(value), dict) else {}
     path = Path(value)
-    if "\n" not in value and path.is_dir():
+    if path.is_dir():
         raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
     if not path.is_file():
-        if "\n" in value:
-            return {}  # the text of a configuration
         beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
         raise ConfigError(
@@ -135,14 +135,19 @@ def _configuration(value: str | None) -> dict[str, Any]:
         raise ConfigError(f"{value} is not YAML: {said}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
-    for command in _COMMANDS & loaded.keys():
-        loaded = loaded[command] if isinstance(loaded[command], dict) else {}
+    loaded = _below_command(loaded)
     for key, section in loaded.items():
         if key not in SECTIONS:
             raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
         if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
             raise ConfigError(f"{value}: {key} is {section!r}; it holds keys with values.")
     return {**loaded}
+
+
+def _below_command(loaded: dict[str, Any]) -> dict[str, Any]:
+    for command in _COMMANDS & loaded.keys():
+        loaded = loaded[command] if isinstance(loaded[command], dict) else {}
+    return loaded
 
 
 def _parsed(value: str) -> Any:
@@ -172,6 +177,11 @@ def _get(given: Any, *keys: str) -> Any:
     for key in keys:
         given = given.get(key, _MISSING) if isinstance(given, Mapping) else _MISSING
     return given
+
+
+def _check_model(given: Mapping[str, Any]) -> None:
+    if "model" not in given and "print_config" not in given:
+        raise ConfigError("the configuration has no `model:`, and needs it.")
 
 
 def _check_lora(given: Mapping[str, Any]) -> None:
@@ -318,6 +328,7 @@ _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
     _check_seed,
     _check_checkpoint,
     _check_accelerator,
+    _check_model,
 )
 
 _CHECKS_OF_WRITING: tuple[Callable[[Mapping[str, Any]], None], ...] = (

@@ -19,6 +19,9 @@ LINES = (
 )
 """Beginnings of lines that Lightning logs; the console says the same, or they say nothing."""
 
+WARNED_LINES = (r"register_constant\(\) on Enum",)
+"""Of lines that are logged as warnings: what torchao does when it is imported, whoever does so."""
+
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6.6 calls an old name of torch 2.13
     r".*does not have many workers",
@@ -29,16 +32,17 @@ WARNINGS = (
 )
 """Beginnings of warnings about what is so on purpose, or is nothing that a user can change."""
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "torch.utils._pytree")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leaves these lines and warnings out, and prints other warnings in one line each."""
-    pattern = re.compile("|".join(LINES))
+    said, warned = (re.compile("|".join(patterns)) for patterns in (LINES, WARNED_LINES))
 
     def is_news(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or pattern.search(record.getMessage()) is None
+        known = said if record.levelno <= logging.INFO else warned
+        return known.search(record.getMessage()) is None
 
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:

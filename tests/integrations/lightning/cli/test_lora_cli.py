@@ -1,5 +1,6 @@
 """The commands of LightningCLI, with the sections `lora:` and `lora_callback:`; most run in this process."""
 
+import gc
 import inspect
 import re
 import sys
@@ -164,6 +165,13 @@ class TestConfig:
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+def test_garbage_is_collected_while_the_command_does_its_work(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LoraCLI, "fit", lambda cli, model, **_: seen.append(gc.isenabled()))
+    assert main(["fit", "--config", config()]) == 0
+    assert seen == [True]
 
 
 def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):

@@ -77,6 +77,8 @@ AT_ONCE = {
         ["--config", "recipe:cls", "--ckpt_path", "{folder}/images"],
         "images is a folder without",
     ),
+    "nothing": ([], "the configuration has no `model:`, and needs it."),
+    "a text without a model": (["--config", "data: 1\nlora: null\n"], "the configuration has no `model:`"),
     "a picture": (["--config", "recipe:cls", "--ckpt_path", "{folder}/a.jpg"], "a.jpg is not a checkpoint"),
 }
 
