@@ -57,11 +57,12 @@ def training_facts(trainer: Trainer, task: VisionTask) -> Facts:
     """How a run is trained; asked when it starts."""
     data = cast(Any, trainer).datamodule
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    own = getattr(task.lr_scheduler, "__name__", None)
+    schedulers = [own or type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     accumulate = trainer.accumulate_grad_batches
     facts = {
         "optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers),
-        "learning rate": _rates(groups),
+        "learning rate": _rates(groups, task),
         "weight decay": ", ".join(dict.fromkeys(f"{group.get('weight_decay', 0):g}" for group in groups)),
         "schedule": ", ".join(schedulers) or "constant",
         "loss": str(task.hparams["loss"]),
@@ -135,12 +136,21 @@ def environment_facts(trainer: Trainer, task: LightningModule) -> Facts:
     }
 
 
-def _rates(groups: Sequence[Mapping[str, Any]]) -> str:
-    rates = [f"{float(group.get('initial_lr', group['lr'])):g}" for group in groups]
-    if len(set(rates)) <= 1:
-        return "".join(rates[:1])
-    names = [str(group.get("name", f"group {number}")) for number, group in enumerate(groups, 1)]
-    return ", ".join(f"{rate} ({name})" for rate, name in zip(rates, names, strict=True))
+def _rates(groups: Sequence[Mapping[str, Any]], task: VisionTask) -> str:
+    """The learning rates, each with what is trained at it."""
+    kinds = {id(parameter): _kind(name, task) for name, parameter in task.named_parameters()}
+    of: dict[str, list[str]] = {}
+    for group in groups:
+        rate = f"{float(group.get('initial_lr', group['lr'])):g}"
+        of.setdefault(rate, []).extend(kinds.get(id(parameter), "others") for parameter in group["params"])
+    if len(of) <= 1:
+        return "".join(of)
+    return ", ".join(f"{rate} ({', '.join(sorted(dict.fromkeys(names)))})" for rate, names in of.items())
+
+
+def _kind(name: str, task: VisionTask) -> str:
+    factor = next((letter for letter in "AB" if f".lora_{letter}" in name), "")
+    return factor or ("head" if name.startswith(tuple(f"{head}." for head in task.head_modules)) else "others")
 
 
 def _batch_size(trainer: Trainer, data: Any) -> Any:

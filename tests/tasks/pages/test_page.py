@@ -44,6 +44,13 @@ def test_names_of_classes_are_text(text):
     assert "Straße" in text
 
 
+def test_classes_that_are_all_alike_have_no_best_one(masks):
+    alike = tuple(replace(result, after=0.5) for result in run_of().classes)
+    text = render_report(run_of(classes=alike), masks, "#808080")
+    assert "All are at 50.0%." in text
+    assert "Best is" not in text
+
+
 def hard(per_pixel, classes=100):
     """A run with many classes of long names, which ended after an epoch and has no finite loss."""
     names = [f"Streptopelia_decaocto_subspecies_{i}_(Eurasian collared dove, juvenile plumage)" for i in range(classes)]

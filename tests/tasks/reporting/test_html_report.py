@@ -20,6 +20,7 @@ from lora_plugins.tasks import (
     ImageClassificationTask,
     MaskFolderDataModule,
     SemanticSegmentationTask,
+    warmup_cosine,
 )
 from lora_plugins.tasks.pages import read_run
 
@@ -57,6 +58,15 @@ class TestReport:
             assert part in text
         assert "http" not in text
         assert text.count("data:image/png;base64,") == 3 * 3  # image, truth and prediction of all three scenes
+
+    def test_rates_and_schedule_are_named(self, trainer, tmp_path):
+        path = tmp_path / "r.html"
+        task = SemanticSegmentationTask(tiny_segformer(), lr=1e-3, lr_scheduler=warmup_cosine)
+        callbacks = [lora(tmp_path, heads_lr_ratio=3.0), HtmlReport(str(path))]
+        trainer(callbacks=callbacks, num_sanity_val_steps=-1, max_epochs=1).fit(task, datamodule=scenes())
+        facts = read_run(path).facts["Training"]
+        assert facts["learning rate"] == "0.001 (A, B), 0.003 (head)"
+        assert facts["schedule"] == "warmup_cosine"
 
     def test_its_numbers_are_those_of_the_fit(self, trainer, tmp_path):
         path, task, data = tmp_path / "r.html", SemanticSegmentationTask(tiny_segformer()), scenes()
