@@ -49,7 +49,7 @@ def refusing_small_images(network: nn.Module, name: str, made_for: tuple[int, in
 
 def _strides(layer: Any) -> bool:
     stride = layer.stride
-    return max(stride if isinstance(stride, tuple) else (stride,)) > 1
+    return any(step > 1 for step in (stride if isinstance(stride, tuple) else (stride,)))
 
 
 def _is_pixel(maps: Any) -> bool:
