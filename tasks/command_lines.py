@@ -14,6 +14,8 @@ ONNX = ".onnx"
 WRITES_ONNX = ("onnx", "onnxruntime", "onnxscript")
 """The packages that write such a file."""
 
+MOVED = "the weights of an adapter's base, if they are not where the training had them"
+
 
 def predict_parser() -> Parser:
     """Those of `predict MODEL IMAGES`."""
@@ -29,6 +31,7 @@ def predict_parser() -> Parser:
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
     parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--weights", metavar="FILE", help=MOVED)
     parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
     return parser
 
@@ -73,6 +76,7 @@ def export_parser() -> Parser:
     parser.add_argument(
         "--size", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
     )
+    parser.add_argument("--weights", metavar="FILE", help=MOVED)
     return parser
 
 

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = None if options.size is None else (options.size[0], options.size[1])
     try:
         _checked(options.out)
-        difference = export_task(merged_task(options.model), options.out, size)
+        difference = export_task(merged_task(options.model, options.weights), options.out, size)
     except LoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

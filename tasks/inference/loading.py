@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance
 REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
 
 
-def load_task(path: str | Path) -> VisionTask:
+def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
     """Load a task with its weights, ready to predict.
 
     Args:
         path: A checkpoint (`.ckpt`), an adapter folder, or a merged file (`.safetensors`) of one of our tasks. The base
             of an adapter, in a checkpoint or a folder, is read from where the task had it from.
+        weights: Where that is now, if it was moved since.
 
     Returns:
         The task in eval mode; its `image_size` and `interpolation` are those that it was trained with.
@@ -39,7 +41,7 @@ def load_task(path: str | Path) -> VisionTask:
     check_model(path)
     if path.is_dir():
         source = task_of_adapter(path)
-        provenance, task = source.provenance, source.build()
+        provenance, task = source.provenance, source.build(weights)
         target = task.get_submodule(provenance.get("target") or "")
         LoraModel.load_adapter(target, path)
     elif path.suffix == ".safetensors":
@@ -49,7 +51,8 @@ def load_task(path: str | Path) -> VisionTask:
         task = _task_class(provenance, path)(**{**arguments, "model": model})
     else:
         provenance = _checked(read_checkpoint(path).get(PROVENANCE_KEY), path)
-        task = _task_class(provenance, path).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        cls, model = _task_class(provenance, path), _arguments(provenance, weights)["model"]
+        task = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, model=model)
     size = provenance["image_size"]
     task.image_size, task.interpolation = None if size is None else (size[0], size[1]), provenance["interpolation"]
     return task.eval()
@@ -69,9 +72,9 @@ class AdapterTask:
     provenance: Provenance
     stored: Mapping[str, Any]
 
-    def build(self) -> VisionTask:
-        """Builds the task with its base, without the adapter."""
-        task: VisionTask = _task_class(self.provenance, self.path)(**self.provenance["arguments"])
+    def build(self, weights: str | Path | None = None) -> VisionTask:
+        """Builds the task with its base, without the adapter; `weights` is where those of the base are now."""
+        task: VisionTask = _task_class(self.provenance, self.path)(**_arguments(self.provenance, weights))
         return task
 
 
@@ -86,12 +89,24 @@ def task_of_adapter(path: Path) -> AdapterTask:
     return AdapterTask(path, _checked(manifest.get(PROVENANCE_KEY), path), manifest.get("stored", {}))
 
 
-def merged_task(path: str | Path) -> VisionTask:
+def merged_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
     """As `load_task`, with the adapters merged, so that all layers are plain."""
-    task = load_task(path)
+    task = load_task(path, weights)
     for module in adapted_targets(task).values():
         LoraModel(module).merge_and_unload(dequantize=True)
     return task
+
+
+def _arguments(provenance: Provenance, weights: str | Path | None) -> dict[str, Any]:
+    """The arguments of the task, with the weights of its base where they are now."""
+    arguments = dict(provenance["arguments"])
+    base = str(arguments["model"]["weights"] if weights is None else weights)
+    if os.sep in base and not Path(base).exists():
+        raise WeightsError(
+            f"The weights of the base are {'no more ' if weights is None else 'not '}in {base}. Say where they are: "
+            "--weights FILE, or load_task(path, weights). The merged file of a run needs none."
+        )
+    return arguments | {"model": {**arguments["model"], "weights": base}}
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = usable_device(options.device)
         files = predict_folder(
-            load_task(options.model).to(device),
+            load_task(options.model, options.weights).to(device),
             options.images,
             options.out,
             window=None if options.window is None else (options.window[0], options.window[1]),

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from lora_plugins.tasks import ImageClassificationTask, WeightsError, load_task
+
+from ..conftest import noise, write_image
 
 KINDS = ["checkpoint", "adapter", "merged"]
 
@@ -22,6 +26,27 @@ def test_the_task_comes_back_with_its_classes(fitted, kind, file):
     assert type(again) is type(task)
     assert again.class_names == task.class_names
     images = torch.rand(2, 3, 16, 16) if kind == "labels" else torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "adapter"])
+def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
+    task, files = fitted["labels"]
+    base, now = Path(task.model_config.weights), tmp_path / "now.safetensors"
+    base.rename(now)
+    try:
+        assert main(["predict", str(files[file]), str(tmp_path)]) == 1
+        assert (
+            f"The weights of the base are no more in {base}. Say where they are: --weights" in capsys.readouterr().err
+        )
+        again = load_task(files[file], now)
+        write_image(tmp_path / "it.png", noise(16, 16))
+        given = ["predict", str(files[file]), str(tmp_path / "it.png"), "--weights", str(now)]
+        assert main([*given, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+        load_task(files["merged"])
+    finally:
+        now.rename(base)
+    images = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
 
 
