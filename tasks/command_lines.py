@@ -9,8 +9,12 @@ from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.cli import positive, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.file_kinds import SAFETENSORS, is_of_its_kind
 
 ONNX = ".onnx"
+WRITTEN = (".pt2", ONNX, SAFETENSORS)
+"""Endings of what `export` writes."""
+
 WRITES_ONNX = ("onnx", "onnxruntime", "onnxscript")
 """The packages that write such a file."""
 
@@ -40,15 +44,29 @@ def check_model(path: str | Path) -> None:
     """Checks that there is something to load a task from.
 
     Raises:
-        WeightsError: If there is not, or a folder without an adapter, with where one is inside.
+        WeightsError: If there is not, or a folder without an adapter, with where one is inside, or a file of another
+            kind.
     """
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+    if path.is_file() and not is_of_its_kind(path):
+        kind = "safetensors file" if path.suffix == SAFETENSORS else "checkpoint"
+        raise WeightsError(f"{path} is no {kind}, or is cut off. Give the file that a fit has left.")
     if path.is_dir() and not (path / MANIFEST).exists():
         inside = sorted(str(each.parent) for each in path.glob(f"*/{MANIFEST}"))
         holds = f", but holds {'one' if len(inside) == 1 else 'some'}: {', '.join(inside)}." if inside else None
         raise WeightsError(f"{path} is no adapter folder{holds or f': it has no {MANIFEST}.'}")
+
+
+def check_ending(out: str | Path) -> None:
+    """Checks that a file is of a kind that is written.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if Path(out).suffix not in WRITTEN:
+        raise ConfigError(f"The file is {str(out)!r}. It ends in one of {', '.join(WRITTEN)}.")
 
 
 def check_runtime(out: str | Path) -> None:

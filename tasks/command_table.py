@@ -11,6 +11,7 @@ from lora_plugins.cli import Command, without_collections
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
 from lora_plugins.integrations.lightning.cli import quiet
 from lora_plugins.tasks.command_lines import (
+    check_ending,
     check_model,
     check_runtime,
     export_parser,
@@ -44,8 +45,9 @@ def _export(arguments: list[str]) -> int:
         return OF_LIGHTNING["export"].run(arguments)
     given = export_parser().parse_args(arguments[1:])
     if _is_complete():
-        check_model(given.model)
+        check_ending(given.out)
         check_runtime(given.out)
+        check_model(given.model)
     with without_collections():
         from lora_plugins.tasks.inference import export_main
 

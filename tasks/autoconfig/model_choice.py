@@ -10,6 +10,7 @@ from typing import Any
 from lora_plugins.errors import ConfigError
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.file_kinds import WEIGHTS_FILES, is_of_its_kind
 from lora_plugins.tasks.hub import hub_answers
 
 DEFAULT = "timm/tf_efficientnet_lite0"
@@ -24,10 +25,6 @@ OF_TIMM = "tu-"
 """What smp calls an encoder of timm begins with."""
 
 IMAGENET: Mapping[str, list[float]] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-PICKLES = (b"PK", b"\x80")
-"""With which files of torch.save begin: zip files, and those of old releases."""
-
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What the hub calls a model."""
 
@@ -74,21 +71,12 @@ def checked_weights(weights: str | None) -> str | None:
         raise WeightsError(f"--weights: {unknown('file', str(path.name), beside)}")
     if path.is_file() and path.suffix not in WEIGHTS_FILES:
         raise WeightsError(f"--weights is {weights}. A file of weights ends in {', '.join(WEIGHTS_FILES)}.")
-    if path.is_file() and not _is_of_its_kind(path):
+    if path.is_file() and not is_of_its_kind(path):
         raise WeightsError(
             f"--weights is {weights}, which holds no weights: safetensors or torch.save did not write it, or it is "
             "cut off. Take another file."
         )
     return str(path.absolute())
-
-
-def _is_of_its_kind(path: Path) -> bool:
-    """Whether a file begins as its ending says, which costs nothing to see."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    if path.suffix == WEIGHTS_FILES[0]:  # the length of a header, which follows
-        return len(head) == 8 and int.from_bytes(head, "little") + 8 <= path.stat().st_size
-    return head.startswith(PICKLES)
 
 
 def choose_model(task: str, model: str | None, weights: str | None, size: tuple[int, int] | None) -> Choice:

@@ -21,18 +21,16 @@ from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
 from lora_plugins.integrations.lightning.module import plain_state_dict
-from lora_plugins.tasks.command_lines import check_runtime, export_parser
+from lora_plugins.tasks.command_lines import check_ending, check_runtime, export_parser
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
 from lora_plugins.tasks.training import METADATA_KEY, VisionTask
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
 CLASS_NAMES = "class_names"
-WEIGHTS = ".safetensors"
-"""Ending of a file with weights alone."""
-
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
 
@@ -81,7 +79,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         WeightsError: If the logits of the file differ from those of the task; the file is then removed.
     """
     path = _checked(path)
-    if path.suffix == WEIGHTS:
+    if path.suffix == SAFETENSORS:
         return _write_weights(task, path)
     size = size or task.image_size
     if size is None:
@@ -120,8 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(path: str | Path) -> Path:
     path = Path(path)
-    if path.suffix not in (*FORMATS, WEIGHTS):
-        raise ConfigError(f"The file is {str(path)!r}. It ends in one of {', '.join([*FORMATS, WEIGHTS])}.")
+    check_ending(path)
     check_writable_file(path, "The file")
     return path
 

@@ -32,6 +32,30 @@ def test_onnx_that_cannot_be_written_is_said_first(monkeypatch, tmp_path, capsys
     assert "ONNX needs 'onnxruntime'. Run: pip install onnxruntime. A .pt2 file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("it.ckpt", "it.ckpt is no checkpoint, or is cut off"),
+        ("it.safetensors", "it.safetensors is no safetensors file, or is cut off"),
+        ("it", "it is no adapter folder: it has no adapter.json"),
+    ],
+)
+def test_what_no_task_is_in_is_seen_from_its_first_bytes(tmp_path, monkeypatch, name, said):
+    """Before torch is imported, which this process may have done already."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("nothing") if "." in name else (tmp_path / name).mkdir()
+    code = "import sys; from lora_plugins.cli.main import main; code = main(); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", f"{code}; sys.exit(code)", "predict", name, "a.jpg"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    assert f"error: {said}" in run.stderr
+
+
+def test_a_file_of_no_kind_is_not_exported(tmp_path, capsys):
+    assert main(["export", str(tmp_path), "m.tflite"]) == 1
+    assert "The file is 'm.tflite'. It ends in one of .pt2, .onnx, .safetensors." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "usage"), [(["predict", "m", "i", "-h"], "MODEL"), (["export", "-h"], "export")])
 def test_help(arguments, usage, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -12,12 +12,13 @@ import lora_plugins.tasks
 PACKAGE = "lora_plugins.tasks"
 ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
-    "command_lines": {"errors"},
+    "command_lines": {"errors", "file_kinds"},
     "errors": set(),
+    "file_kinds": set(),
     "hub": set(),
     "files": {"errors"},
     "pages": {"errors"},
-    "autoconfig": {"classification", "data", "errors", "files", "hub", "models", "segmentation"},
+    "autoconfig": {"classification", "data", "errors", "file_kinds", "files", "hub", "models", "segmentation"},
     "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
     "data": {"errors", "files"},
     "models": {"errors", "hub"},
@@ -25,14 +26,14 @@ MAY_IMPORT = {
     "classification": {"data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
-    "inference": {"command_lines", "data", "errors", "segmentation", "training"},
+    "inference": {"command_lines", "data", "errors", "file_kinds", "segmentation", "training"},
     "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},
     "diffusion": {"command_lines", "data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""
 
-SINGLE = ("errors", "hub", "command_lines", "command_table")
+SINGLE = ("errors", "file_kinds", "hub", "command_lines", "command_table")
 """The rooms that are files."""
 
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *(ROOT / f"{name}.py" for name in SINGLE)])
