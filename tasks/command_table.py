@@ -73,7 +73,8 @@ def _generate(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from lora_plugins.tasks.autoconfig import train_main
 
-    return int(train_main(arguments[1:]))
+    with quiet():
+        return int(train_main(arguments[1:]))
 
 
 def _serve(arguments: list[str]) -> int:

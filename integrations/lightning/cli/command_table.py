@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lora_plugins.cli import INTERRUPTED, Command, without_collections
+from lora_plugins.integrations.lightning.cli.quiet import quiet
 
 
 def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
@@ -28,7 +29,7 @@ def _trainer(arguments: list[str]) -> int:
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
     prepared = _prepared(arguments, writes="fit" in arguments and not _prints(arguments))
-    with without_collections():
+    with quiet(), without_collections():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
@@ -48,7 +49,7 @@ def _plan(arguments: list[str]) -> int:
         print(help_page("plan"))
         return 0
     prepared = _prepared(["fit", *arguments[1:]])
-    with without_collections():
+    with quiet(), without_collections():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
@@ -111,7 +112,6 @@ def _given_arguments() -> Iterator[None]:
     left out.
     """
     from lora_plugins.integrations.lightning.aliases import pytorch_lightning_aliased  # noqa: PLC0415
-    from lora_plugins.integrations.lightning.cli.quiet import quiet  # noqa: PLC0415
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

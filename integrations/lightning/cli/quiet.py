@@ -19,8 +19,8 @@ LINES = (
 )
 """Beginnings of lines that Lightning logs; the console says the same, or they say nothing."""
 
-WARNED_LINES = (r"register_constant\(\) on Enum",)
-"""Of lines that are logged as warnings: what torchao does when it is imported, whoever does so."""
+WARNED_LINES = (r"register_constant\(\) on Enum", r"^Failed to load .*torchao")
+"""Of lines that are logged as warnings: what torchao says when it is imported, by whatever library."""
 
 WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6.6 calls an old name of torch 2.13
@@ -32,7 +32,12 @@ WARNINGS = (
 )
 """Beginnings of warnings about what is so on purpose, or is nothing that a user can change."""
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "torch.utils._pytree")
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "torch.utils._pytree",
+    "torchao",
+)
 
 
 @contextmanager
