@@ -18,7 +18,9 @@ def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
     from lora_plugins.integrations.lightning.cli.short_flags import SHORT, expanded  # noqa: PLC0415
 
     written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
-    check([argument for argument in written if argument not in _TRAINER_COMMANDS], tuple(SHORT), writes=writes)
+    command = next(argument for argument in written if argument in _TRAINER_COMMANDS)
+    given = [argument for argument in written if argument not in _TRAINER_COMMANDS]
+    check(given, tuple(SHORT), command=command, writes=writes)
     return written
 
 

@@ -46,10 +46,9 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         kwargs.setdefault("subclass_mode_data", True)
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
         self.interruption = Interruption()
-        given = kwargs.get("args")
-        named = {name: skipped for name, skipped in super().subcommands().items() if name in (given or ())}
-        if isinstance(given, list) and named:  # each takes a parser of its own, which takes time
-            self.subcommands = lambda: named  # type: ignore[method-assign]
+        given, commands = kwargs.get("args"), super().subcommands()
+        if isinstance(given, list) and given and given[0] in commands:  # each parser takes time
+            self.subcommands = lambda: {given[0]: commands[given[0]]}  # type: ignore[method-assign]
         with ExitStack() as self._starting:
             self._starting.enter_context(without_collections())
             super().__init__(*args, **kwargs)

@@ -56,12 +56,13 @@ _OF_A_FOLDER = "FolderDataModule"
 _MISSING = object()
 
 
-def check(arguments: Sequence[str], flags: Sequence[str] = (), *, writes: bool = False) -> None:
+def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str = "fit", writes: bool = False) -> None:
     """Checks what can be checked without Lightning.
 
     Args:
         arguments: Those of `fit` and the like, after the command's name.
         flags: Short flags, as further near matches.
+        command: The command; a file may hold the configurations of several.
         writes: Whether the command writes what the configuration names.
 
     Raises:
@@ -73,7 +74,9 @@ def check(arguments: Sequence[str], flags: Sequence[str] = (), *, writes: bool =
         if flag.startswith("--") and section not in SECTIONS:
             _refuse_flag(flag, flags)
         if flag in ("--config", "-c"):
-            _merge(given, _configuration(value))
+            _merge(given, _configuration(value, command))
+        elif flag.endswith(".help"):
+            given["print_config"] = ""  # it prints and does nothing, too
         elif value is not None or section == "print_config":
             _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value or ""))
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
@@ -114,11 +117,11 @@ def _refuse_flag(flag: str, short: Sequence[str]) -> None:
     )
 
 
-def _configuration(value: str | None) -> dict[str, Any]:
+def _configuration(value: str | None, command: str) -> dict[str, Any]:
     if value is None:
         raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
     if "\n" in value:  # the text of a configuration
-        return _below_command(parsed) if isinstance(parsed := _parsed(value), dict) else {}
+        return _below_command(parsed, command) if isinstance(parsed := _parsed(value), dict) else {}
     path = Path(value)
     if path.is_dir():
         raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
@@ -135,7 +138,7 @@ def _configuration(value: str | None) -> dict[str, Any]:
         raise ConfigError(f"{value} is not YAML: {said}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
-    loaded = _below_command(loaded)
+    loaded = _below_command(loaded, command)
     for key, section in loaded.items():
         if key not in SECTIONS:
             raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
@@ -144,10 +147,11 @@ def _configuration(value: str | None) -> dict[str, Any]:
     return {**loaded}
 
 
-def _below_command(loaded: dict[str, Any]) -> dict[str, Any]:
-    for command in _COMMANDS & loaded.keys():
-        loaded = loaded[command] if isinstance(loaded[command], dict) else {}
-    return loaded
+def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
+    if not _COMMANDS & loaded.keys():
+        return loaded
+    section = loaded.get(command)
+    return section if isinstance(section, dict) else {}
 
 
 def _parsed(value: str) -> Any:

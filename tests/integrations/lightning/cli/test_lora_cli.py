@@ -174,6 +174,15 @@ def test_garbage_is_collected_while_the_command_does_its_work(config, monkeypatc
     assert seen == [True]
 
 
+def test_a_file_may_hold_several_commands_before_the_name_of_one(config, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(LoraCLI, "fit", lambda cli, model, **_: seen.append(cli.subcommand))
+    section = yaml.safe_load(Path(config()).read_text())
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"fit": section, "validate": section}))
+    assert main(["--config", str(tmp_path / "both.yaml"), "fit"]) == 0
+    assert seen == ["fit"]
+
+
 def test_class_is_usable_in_a_script_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     made = LoraCLI(
