@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--method", choices=METHODS | STORED, action="append", help="only this method; may be given again"
     )
+    parser.add_argument("--seed", type=int, action="append", help=f"by default {SEEDS}; may be given again")
     parser.add_argument("--stored", action="store_true", help="LoRA on stored bases, beside LoRA on the float one")
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
@@ -91,7 +92,7 @@ def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None
 def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
     wanted = given.method or (["LoRA, r=8", *STORED] if given.stored else METHODS)
-    for case, name, seed, method in planned(given.case or list(CASES), METHODS | STORED):
+    for case, name, seed, method in planned(given.case or list(CASES), METHODS | STORED, given.seed or SEEDS):
         if name not in wanted or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
         outcome = run(given.data, case, method, seed, given.epochs)
@@ -104,9 +105,11 @@ def _fill_table(given: argparse.Namespace) -> None:
             given.out.write_text("\n".join([*table(found), "", *differences(found)]) + "\n", encoding="utf-8")
 
 
-def planned(cases: list[str], methods: Mapping[str, Method] = METHODS) -> Iterator[tuple[str, str, int, Method]]:
+def planned(
+    cases: list[str], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = SEEDS
+) -> Iterator[tuple[str, str, int, Method]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
-    for seed in SEEDS:
+    for seed in seeds:
         for case in cases:
             for name, method in methods.items():
                 yield case, name, seed, method
