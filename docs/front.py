@@ -32,7 +32,7 @@ def main() -> None:
         folder = Path(name)
         README.write_text(with_output(README.read_text(), run(folder, "train")))
         run(folder, "fit", "--config", "recipe:seg")
-        picture(folder, "digits", "light", "h1", DOCS / "report_labels.png", WIDE)
+        picture(folder, "digits", "light", "header", DOCS / "report_labels.png", WIDE)
         picture(folder, "seg", "dark", "#examples", DOCS / "report_masks.png", NARROW)
 
 
