@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
+from textwrap import fill
 from typing import Any
 
 from lora_plugins import LoraConfig
@@ -17,7 +18,8 @@ def help_page(command: str) -> str:
     short = "\n".join(f"  {flag:14}{each.meaning:22}{each.stands_for}" for flag, each in SHORT.items())
     return f"""usage: lora-plugins {command} --config FILE [--SECTION.NAME VALUE ...]
 
-A configuration is a YAML file, or recipe:NAME for one that is shipped: {", ".join(recipes())}.
+A configuration is a YAML file, or recipe:NAME for one that is shipped:
+{fill(", ".join(recipes()), 100, initial_indent="  ", subsequent_indent="  ")}.
 `lora-plugins recipes` says what each is for, `lora-plugins recipes copy NAME` gives you one to change.
 
 Sections of a configuration; each value is a flag too, and the last one given counts:

@@ -1,8 +1,10 @@
 """The YAML files that are shipped: `lora-plugins recipes`, and `--config recipe:seg`."""
 
 import shutil
+import textwrap
 from importlib import metadata
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
 from lora_plugins import ConfigError
@@ -51,7 +53,7 @@ def run(arguments: list[str]) -> int:
         _copy(recipe_path(given.name), given.path or Path(f"{given.name}.yaml"))
     else:
         for name, path in recipes().items():
-            print(f"  {name:22}{_summary(path)}")
+            print(_entry(name, path, shutil.get_terminal_size((100, 24)).columns))
         print("\nRun one: lora-plugins fit --config recipe:NAME    Copy one: lora-plugins recipes copy NAME")
     return 0
 
@@ -63,5 +65,10 @@ def _copy(recipe: Path, path: Path) -> None:
     print(f"Written: {path}")
 
 
-def _summary(path: Path) -> str:
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").rstrip(".")
+def _entry(name: str, path: Path, width: int) -> str:
+    """The name of a recipe and what it is for, which is the first paragraph of its comment."""
+    lines = takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
+    said = " ".join(line.removeprefix("# ") for line in lines).rstrip(".")
+    return textwrap.fill(
+        said, max(width, 60), initial_indent=f"  {name:22}", subsequent_indent=" " * 24, break_on_hyphens=False
+    )

@@ -182,11 +182,15 @@ def test_help_is_one_page(capsys):
 
 
 class TestRecipes:
-    def test_they_are_listed(self, capsys):
+    def test_they_are_listed_with_their_whole_sentence(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
         assert main(["recipes"]) == 0
-        out = capsys.readouterr().out
-        assert "seg_folder" in out
-        assert "on your own images" in out
+        listed, _, how = capsys.readouterr().out.partition("\n\n")
+        assert "seg_folder" in listed
+        assert "Image classification on your own images, one folder a class:" in " ".join(listed.split())
+        assert 'as "a sks digit" from six pictures' in " ".join(listed.split())
+        assert max(map(len, listed.splitlines())) <= 80
+        assert "recipe:NAME" in how
 
     def test_one_is_shown_and_copied(self, capsys, tmp_path):
         assert main(["recipes", "show", "cls"]) == 0
