@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lora_plugins.cli import Parser
+from lora_plugins.cli import Parser, without_collections
 from lora_plugins.errors import ConfigError, listing
 from lora_plugins.integrations.lightning.cli import COMMANDS, SHORT, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import (
@@ -80,19 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     _check_device(given.device)
     weights = checked_weights(given.weights)
     out = _out(given)
-    if given.data is None:
-        made, lines = _example(given, out), []
-    else:
-        found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
-        choice = choose_model(found.task, given.model, weights, given.image_size)
-        name = given.recipe or AUTO
-        recipe = RECIPES[name][found.task]
-        batch = _batch_size(given, found, choice, recipe)
-        settings = Settings(
-            given.epochs, given.rank, given.lr, batch, given.image_size, given.device, given.seed or 0, name
-        )
-        made = configuration(found, choice, settings, out)
-        lines = described(found, choice, recipe, made)
+    with without_collections():  # most of its time is imports
+        made, lines = (_example(given, out), []) if given.data is None else _inferred(given, weights, out)
     print(_table(given.data, lines), flush=True)
     text = _yaml(made, arguments)
     if given.save_config is not None:
@@ -104,6 +93,22 @@ def main(arguments: Sequence[str]) -> int:
             return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
     _write(out / CONFIG, text)
     return COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
+
+
+def _inferred(
+    given: argparse.Namespace, weights: str | None, out: Path
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """The configuration for the data that are given, and what to say of it."""
+    found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
+    choice = choose_model(found.task, given.model, weights, given.image_size)
+    name = given.recipe or AUTO
+    recipe = RECIPES[name][found.task]
+    batch = _batch_size(given, found, choice, recipe)
+    settings = Settings(
+        given.epochs, given.rank, given.lr, batch, given.image_size, given.device, given.seed or 0, name
+    )
+    made = configuration(found, choice, settings, out)
+    return made, described(found, choice, recipe, made)
 
 
 def _parser() -> Parser:
