@@ -17,6 +17,7 @@ from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.models import NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
 REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
@@ -74,6 +75,11 @@ class AdapterTask:
 
     def build(self, weights: str | Path | None = None) -> VisionTask:
         """Builds the task with its base, without the adapter; `weights` is where those of the base are now."""
+        if weights is None and self.provenance["arguments"]["model"]["weights"] == NONE:
+            raise WeightsError(
+                f"The base of {self.path} was random (weights: none) and is in no file. The merged file of its run, "
+                "export_to of the LoraCallback, would hold all; or train on weights that are in a file."
+            )
         task: VisionTask = _task_class(self.provenance, self.path)(**_arguments(self.provenance, weights))
         return task
 

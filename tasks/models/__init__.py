@@ -11,11 +11,12 @@ from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.small_images import refusing_small_images
 from lora_plugins.tasks.models.sources import CLASSIFIERS, SEGMENTERS, Source, build_network, source_of
-from lora_plugins.tasks.models.weights import packaged_weights
+from lora_plugins.tasks.models.weights import NONE, packaged_weights
 
 __all__ = [
     "CLASSIFIERS",
     "INSTALLED",
+    "NONE",
     "SEGMENTERS",
     "ModelConfig",
     "Network",

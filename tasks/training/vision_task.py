@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -38,7 +39,7 @@ from lora_plugins.tasks.training.optimization import (
     configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
-from lora_plugins.tasks.training.what_follows import next_commands
+from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
 
 CONFUSION = "confusion"
 
@@ -272,6 +273,11 @@ class VisionTask(LoraCheckpointMixin):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the provenance into a checkpoint."""
         checkpoint[PROVENANCE_KEY] = self.provenance()
+
+    def on_fit_start(self) -> None:
+        """Say if what the fit will leave is of no use later."""
+        if note := note_on_the_base(self.trainer, self.model_config):
+            rank_zero_info(note)
 
     def on_fit_end(self) -> None:
         """Write the provenance into the files of a `LoraCallback`."""

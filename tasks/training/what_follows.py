@@ -8,11 +8,9 @@ from lightning.pytorch import Trainer
 
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks.command_lines import lacking_for_onnx
-from lora_plugins.tasks.models import ModelConfig
+from lora_plugins.tasks.models import NONE, ModelConfig
 
 PROGRAM = "lora-plugins"
-RANDOM = "none"
-"""`weights` of a network that starts at random."""
 
 
 def next_steps(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
@@ -37,16 +35,35 @@ def next_commands(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
     }
 
 
+def note_on_the_base(trainer: Trainer, config: ModelConfig) -> str | None:
+    """What to say when training starts, if its adapter will be of no use; it is for a base that is in no file."""
+    callbacks = _lora_callbacks(trainer)
+    if (
+        config.weights != NONE
+        or not any(each.adapter_files for each in callbacks)
+        or any(e.export_to for e in callbacks)
+    ):
+        return None
+    return (
+        "note: the network starts at random (weights: none), and its adapter fits no other. Let export_to of the "
+        "LoraCallback write the merged network as well, or take weights that are in a file."
+    )
+
+
+def _lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
+    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, LoraCallback)]
+
+
 def _file(trainer: Trainer, config: ModelConfig) -> Path | None:
     """The smallest file that the run left and `load_task` takes: an adapter, a merged model, a checkpoint.
 
     Adapters, and checkpoints of a `LoraCallback`, need the base that they are of: random weights cannot be had again.
     """
     run = cast(Any, trainer)  # whose types lack some attributes
-    callbacks = [callback for callback in run.callbacks if isinstance(callback, LoraCallback)]
+    callbacks = _lora_callbacks(trainer)
     merged, checkpoint = [callback.export_to for callback in callbacks], run.checkpoint_callback
     stored = [getattr(checkpoint, name, None) for name in ("best_model_path", "last_model_path")]
-    if callbacks and config.weights == RANDOM:
+    if callbacks and config.weights == NONE:
         found: list[str | None] = [*merged]
     else:
         adapters = [file.path for callback in callbacks for file in callback.adapter_files if file.is_ours]

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "classification": {"data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
-    "inference": {"command_lines", "data", "errors", "file_kinds", "segmentation", "training"},
+    "inference": {"command_lines", "data", "errors", "file_kinds", "models", "segmentation", "training"},
     "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},
     "diffusion": {"command_lines", "data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},

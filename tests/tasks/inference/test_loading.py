@@ -50,6 +50,17 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
 
 
+def test_a_base_that_was_random(fitted, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(fitted["labels"][1]["adapter"], folder)
+    manifest = json.loads((folder / "adapter.json").read_text())
+    manifest["task"]["arguments"]["model"]["weights"] = "none"
+    del manifest["manifest_sha256"]
+    (folder / "adapter.json").write_text(json.dumps(manifest))
+    with pytest.raises(WeightsError, match=r"was random \(weights: none\) and is in no file.*export_to"):
+        load_task(folder)
+
+
 def test_load_from_checkpoint_takes_an_adapter_alone(fitted):
     task, files = fitted["labels"]
     stored = torch.load(files["checkpoint"], weights_only=True)
