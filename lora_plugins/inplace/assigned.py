@@ -13,7 +13,7 @@ from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
 from lora_plugins.inplace.stored_class import resting_class
-from lora_plugins.inplace.weights import lost_weight
+from lora_plugins.inplace.weights import LostWeightError
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch make their weights anew."""
@@ -51,7 +51,7 @@ def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> Non
     if name == f"{weight}_orig" and not isinstance(value, nn.Parameter):
         raise StateError(_refusal(layer, repr(weight), "pruned. Prune"))
     if name == f"{weight}_g" and layer._parameters.get(weight) is None and weight not in layer.__dict__:
-        raise StateError(lost_weight(layer, weight))
+        raise LostWeightError(layer, weight)
 
 
 def _refused(method: str, weights: tuple[str, ...]) -> Callable[[nn.Module], None]:

@@ -36,7 +36,7 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns the untouched weight: a parameter, a stored one made dense, or what the layer computes.
 
     Raises:
-        StateError: If something has taken it away since the layer was adapted.
+        LostWeightError: If something has taken it away since the layer was adapted.
     """
     for store in (layer._parameters, layer._buffers, layer.__dict__):
         value = store.get(name)
@@ -48,16 +48,25 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     for kind in base_class_of(layer).__mro__:
         if name in vars(kind):
             return cast(Tensor, vars(kind)[name].fget(layer))  # by `vars`, which the compiler can follow
-    raise StateError(lost_weight(layer, name))
+    raise LostWeightError(layer, name)
 
 
-def lost_weight(layer: nn.Module, name: str) -> str:
-    """Says that something has taken the weight of an adapted layer away, to compute it from now on."""
-    return (
-        f"{name!r} of {layer_state(layer).name!r} was taken away while the layer is adapted, as weight_norm and "
-        "parametrizations do, which would take the updates for a part of the base. Build the model again, and call "
-        "them before it is adapted."
-    )
+class LostWeightError(StateError, AttributeError):
+    """Something has taken the weight of an adapted layer away, to compute it from now on.
+
+    For `hasattr` the layer does not have it, as whoever shards parameters expects.
+
+    Args:
+        layer: The layer.
+        name: Attribute name of the weight.
+    """
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__(
+            f"{name!r} of {layer_state(layer).name!r} was taken away while the layer is adapted, as weight_norm and "
+            "parametrizations do, which would take the updates for a part of the base. Build the model again, and call "
+            "them before it is adapted."
+        )
 
 
 def detached_weight(layer: nn.Module, name: str) -> Tensor:

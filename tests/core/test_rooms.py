@@ -31,7 +31,7 @@ ARROWS = {
     "files": {"adapter", "plan", "inplace", "plugins", "config", *BASIS},
     "hub": {"plugins", *BASIS},
     "model": {"arguments", "words", "hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
-    "": {"model", "hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
+    "": {"model", "words", "hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},
     "layers": {"kernels", "plugins", *BASIS},
     "inits": {"plugins", *BASIS},
     "variants": {"plugins", *BASIS},

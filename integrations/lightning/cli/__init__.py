@@ -6,7 +6,7 @@ What needs Lightning is imported when it is used, so that the overview of all co
 from typing import TYPE_CHECKING
 
 from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
-from lora_plugins.integrations.lightning.cli.quiet import quiet
+from lora_plugins.integrations.lightning.cli.noise import quiet
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, whole
 from lora_plugins.lazy import lazily
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lora_plugins.cli import INTERRUPTED, Command, without_collections
-from lora_plugins.integrations.lightning.cli.quiet import quiet
+from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
 def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:

@@ -53,9 +53,10 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             self._starting.enter_context(without_collections())
             super().__init__(*args, **kwargs)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def instantiate_classes(self) -> None:
+        """Builds trainer, model and data; what is done with them makes garbage."""
+        super().instantiate_classes()
         self._starting.close()
-        super()._run_subcommand(subcommand)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that says what is wrong with an argument in one message, without all flags."""

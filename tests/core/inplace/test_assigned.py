@@ -87,9 +87,10 @@ COMPUTED = {
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_a_weight_is_not_computed_from_one_that_has_updates_in_it(compute):
     model = adapted().model
-    for call in (lambda: compute(model[0]), lambda: model(torch.zeros(1, 4).double())):
-        with pytest.raises(StateError, match=r"'weight' of '0' was taken away.*before it is adapted"):
-            call()
+    with pytest.raises(StateError, match=r"'weight' of '0' was taken away.*before it is adapted"):
+        model(compute(model[0]).bias[None])
+    with pytest.raises(StateError, match="taken away"):
+        model(torch.zeros(1, 4).double())
 
 
 def test_a_weight_is_not_pruned_while_an_adapter_acts(untouched):

@@ -5,7 +5,7 @@ import warnings
 
 import lightning  # noqa: F401 -- its import sets a format of warnings
 
-from lora_plugins.integrations.lightning.cli.quiet import quiet
+from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
 def test_a_warning_is_said_without_the_code_that_it_comes_from():
