@@ -41,10 +41,10 @@ def load_digit_splits(digits: Sequence[int]) -> dict[str, DigitSamples]:
     Raises:
         ConfigError: If there are no digits, or one is not a digit or occurs twice.
     """
-    from sklearn.datasets import load_digits
-
     if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
         raise ConfigError(f"digits is {list(digits)}; it takes some of 0 to 9, each once.")
+    from sklearn.datasets import load_digits  # takes a second
+
     bunch = load_digits()
     ink = torch.from_numpy(bunch.images).float() / MAX_INK
     order = np.random.default_rng(0).permutation(len(bunch.target))
