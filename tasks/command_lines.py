@@ -59,6 +59,16 @@ def check_model(path: str | Path) -> None:
         raise WeightsError(f"{path} is no adapter folder{holds or f': it has no {MANIFEST}.'}")
 
 
+def check_adapters(folder: str | Path) -> None:
+    """Checks that there is a folder to serve adapters from.
+
+    Raises:
+        WeightsError: If there is not.
+    """
+    if not Path(folder).is_dir():
+        raise WeightsError(f"There is no folder {folder}. Give one whose subfolders are adapter folders.")
+
+
 def check_ending(out: str | Path) -> None:
     """Checks that a file is of a kind that is written.
 

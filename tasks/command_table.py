@@ -11,6 +11,7 @@ from lora_plugins.cli import Command, without_collections
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
 from lora_plugins.integrations.lightning.cli import quiet
 from lora_plugins.tasks.command_lines import (
+    check_adapters,
     check_ending,
     check_model,
     check_runtime,
@@ -78,7 +79,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    serve_parser().parse_args(arguments[1:])
+    given = serve_parser().parse_args(arguments[1:])
+    if _is_complete():
+        check_adapters(given.adapters)
     with without_collections():
         from lora_plugins.tasks.serving import serve_main
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lora_plugins import LoraModel
 from lora_plugins.errors import StateError
 from lora_plugins.files import MANIFEST
-from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.command_lines import check_adapters
+from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.inference import task_of_adapter
 from lora_plugins.tasks.training import Provenance, VisionTask
 
@@ -69,8 +70,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """The names of all adapters that there are now."""
-        if not self.folder.is_dir():
-            raise WeightsError(f"There is no folder {self.folder}. Give one whose subfolders are adapter folders.")
+        check_adapters(self.folder)
         return sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
 
     def loaded(self) -> list[str]:
