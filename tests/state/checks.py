@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins import LoraModel, StateError
-from tests.state.reference import Reference, Result
+from tests.state.reference import ROUNDINGS, Reference, Result
 from tests.state.zoo import Zoo
 
 
@@ -22,10 +22,6 @@ class DivergenceError(AssertionError):
         super().__init__(f"{check}: {detail}")
         self.check, self.detail = check, detail
 
-
-ROUNDINGS = 16
-"""How many roundings of the size of one output may add up in a block: at most three layers, each of which rounds its
-base output, its update and their sum, and sums of at most twelve products."""
 
 DROPPED = 3e-3
 """What the smallest dropout, which drops 1 of 65,536 elements, changes by its scale alone."""

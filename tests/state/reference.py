@@ -19,6 +19,10 @@ from tests.state.spec import CHANGING, Spec
 from tests.state.stored import Stored
 from tests.state.zoo import Site, Zoo, build, sites
 
+ROUNDINGS = 16
+"""How many roundings of the size of one output may add up in a block: at most three layers, each of which rounds its
+base output, its update and their sum, and sums of at most twelve products. No more do in what an init computes."""
+
 ORIGINALS = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 """Where weight norm keeps magnitude and direction."""
 
@@ -94,6 +98,8 @@ class Adapter:
     def cast(self, dtype: torch.dtype, factors: torch.dtype) -> "Adapter":
         """Casts its values, and what an update is made of."""
         self.tensors = {name: tensor.to(factors) for name, tensor in self.tensors.items()}
+        for name in self.unseen:  # its bits were rounded in the type of before
+            self.unseen[name] += ROUNDINGS * torch.finfo(self.values[name].dtype).eps
         self.values = {name: cast(value, dtype) for name, value in self.values.items()}
         return self
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from lora_plugins import LoraError, LoraModel
 from tests.state.__main__ import Tally, walk
+from tests.state.machine import Machine
 from tests.state.reference import Reference
+from tests.state.rules import Step
 from tests.state.spec import Spec
 from tests.state.zoo import batch, build
 
@@ -112,6 +114,15 @@ def test_planted_defects_are_found(kind):
         if tally.found:
             return
     pytest.fail("not found")
+
+
+def test_a_value_that_was_away_during_a_cast_was_rounded_before(tmp_path):
+    """LoftQ computes it in the type of the model; a wider one that comes later has not seen that."""
+    machine = Machine(("norms",), torch.float32, 312, tmp_path)
+    machine.do(Step("add", {"name": "a", "spec": Spec(("norms.outer",), alpha=4.0)}))
+    machine.do(Step("add", {"name": "b", "spec": Spec(("norms.outer",), alpha=4.0, init="loftq")}))
+    machine.do(Step("cast", {"dtype": "float64"}))
+    machine.do(Step("set", {"names": ("b",)}))
 
 
 def adapter_of(reference, name, spec, generator):
