@@ -2,10 +2,8 @@
 
 import argparse
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import torch
@@ -13,7 +11,7 @@ import torch
 from lora_plugins import LoraModel
 from tests.state.checks import DivergenceError
 from tests.state.draw import TYPES, draw_blocks, draw_step
-from tests.state.machine import Machine
+from tests.state.machine import opened
 from tests.state.rules import Step
 from tests.state.script import script
 from tests.state.shrink import Case, replay, shrink, signature
@@ -52,19 +50,16 @@ def walk(
     blocks, weights = blocks or draw_blocks(random), random.randrange(1000)
     tally.blocks.update(blocks)
     done: list[Step] = []
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(blocks, dtype, weights, Path(folder), kind)
-        try:
+    try:
+        with opened(blocks, dtype, weights, kind) as machine:
             while len(done) < steps:
                 step = draw_step(random, machine)
                 done.append(step)
                 tally.steps += 1
                 tally.calls[step.kind, machine.do(step)] += 1
-        except DivergenceError as divergence:
-            case = Case(blocks, dtype, weights, tuple(done))
-            tally.found.setdefault(signature(done[-1], divergence), []).append(case)
-        finally:
-            machine.close_all()
+    except DivergenceError as divergence:
+        case = Case(blocks, dtype, weights, tuple(done))
+        tally.found.setdefault(signature(done[-1], divergence), []).append(case)
 
 
 def report(tally: Tally, shrinking: bool) -> None:

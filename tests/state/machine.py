@@ -4,9 +4,10 @@ A call is a generator: up to its `yield` it calls lora_plugins, which may refuse
 """
 
 import pickle
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -744,3 +745,16 @@ class Machine:
             return
         # The pending forward and the kept state dict are those of the model that was left.
         self.model, self.lora, self.reference, self.snapshot, self.objects = model, lora, other, None, {}
+
+
+@contextmanager
+def opened(
+    blocks: tuple[str, ...], dtype: torch.dtype, seed: int, kind: type[LoraModel] = LoraModel
+) -> Iterator[Machine]:
+    """A machine with a folder of its own, for a `with` block, at whose end all contexts are left."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine = Machine(blocks, dtype, seed, Path(folder), kind)
+        try:
+            yield machine
+        finally:
+            machine.close_all()

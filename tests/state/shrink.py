@@ -1,14 +1,12 @@
 """Replays calls, and finds the fewest that still show a divergence."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 
 from tests.state.checks import DivergenceError
-from tests.state.machine import Machine
+from tests.state.machine import opened
 from tests.state.rules import Step
 from tests.state.spec import Spec
 
@@ -32,16 +30,12 @@ class Case:
 
 def replay(case: Case) -> tuple[Step, DivergenceError] | None:
     """Carries out a case; returns the divergence and the step that shows it, if any."""
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(case.blocks, case.dtype, case.seed, Path(folder))
-        try:
-            for step in case.steps:
-                try:
-                    machine.do(step)
-                except DivergenceError as divergence:
-                    return step, divergence
-        finally:
-            machine.close_all()
+    with opened(case.blocks, case.dtype, case.seed) as machine:
+        for step in case.steps:
+            try:
+                machine.do(step)
+            except DivergenceError as divergence:
+                return step, divergence
     return None
 
 

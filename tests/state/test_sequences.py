@@ -1,13 +1,11 @@
 """Every pair of calls, and every triple in the slow suite, from a model with two adapters of which one acts."""
 
 import itertools
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.state.machine import Machine, NoHandleError
+from tests.state.machine import NoHandleError, opened
 from tests.state.rules import Step
 from tests.state.spec import Spec
 
@@ -55,17 +53,14 @@ def carry_out(*names):
 
     What the calls before it leave is compared where they are the last.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(("linear",), torch.float64, 0, Path(folder))
-        try:
+    try:
+        with opened(("linear",), torch.float64, 0) as machine:
             for step in BEFORE:
                 machine.do(step, compare=False)
             for name in names:
                 machine.do(CALLS[name], compare=name is names[-1])
-        except NoHandleError:
-            assert "copy" in names  # of a model without adapters, to which no handle exists
-        finally:
-            machine.close_all()
+    except NoHandleError:
+        assert "copy" in names  # of a model without adapters, to which no handle exists
 
 
 @pytest.mark.parametrize("first", CALLS)

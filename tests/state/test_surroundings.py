@@ -1,8 +1,6 @@
 """In every state, a model computes the same however it is called: compiled, checkpointed, in inference mode."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_plugins import LoraConfig, LoraModel, StateError
 from tests.state.checks import drops, tolerance
 from tests.state.draw import draw_blocks, draw_step
-from tests.state.machine import Machine
+from tests.state.machine import opened
 from tests.state.plugins import registry
 from tests.state.rules import Step
 from tests.state.zoo import BLOCKS, batch, build
@@ -84,24 +82,18 @@ def compare(found: list[Tensor] | str, wanted: list[Tensor] | str, step: Step) -
 def walk(surrounding: str, seed: str) -> None:
     random = Random(seed)
     blocks = draw_blocks(random)
-    with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(blocks, torch.float64, random.randrange(1000), Path(folder))
-        model, call = None, None
-        try:
-            for _ in range(STEPS):
-                step = draw_step(random, machine)
-                machine.do(step, compare=False)
-                if drops(machine.reference) or machine.reference.moves() or machine.pending:
-                    continue  # each call draws other numbers, moves statistics, or changes what a backward waits for
-                if machine.model is not model:
-                    model, call = machine.model, SURROUNDINGS[surrounding](machine.model)
-                inference = surrounding == "in_inference_mode"
-                with torch.set_grad_enabled(not inference):
-                    wanted = results(machine.model, machine.model, machine.inputs)
-                    found = results(call, machine.model, machine.inputs)
-                compare(found, wanted, step)
-        finally:
-            machine.close_all()
+    model, call = None, None
+    with opened(blocks, torch.float64, random.randrange(1000)) as machine:
+        for _ in range(STEPS):
+            step = draw_step(random, machine)
+            machine.do(step, compare=False)
+            if drops(machine.reference) or machine.reference.moves() or machine.pending:
+                continue  # each call draws other numbers, moves statistics, or changes what a backward waits for
+            if machine.model is not model:
+                model, call = machine.model, SURROUNDINGS[surrounding](machine.model)
+            with torch.set_grad_enabled(surrounding != "in_inference_mode"):
+                wanted, found = (results(each, machine.model, machine.inputs) for each in (machine.model, call))
+            compare(found, wanted, step)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
