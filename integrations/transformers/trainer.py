@@ -22,7 +22,7 @@ from lora_plugins.errors import listing
 from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
-from lora_plugins.merge import layers_in_fewer_bytes
+from lora_plugins.merge import check_dense
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
@@ -154,7 +154,8 @@ class LoraTrainer(Trainer):
         elif self.lora_config is not None:
             self._check_same(LoraModel(model).adapters[self.adapter_name])
         self._check_active(model)
-        self._check_mergeable(model)
+        if self.merge_on_train_end:
+            check_dense(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False")
         return model
 
     def _check_same(self, present: LoraConfig) -> None:
@@ -180,15 +181,6 @@ class LoraTrainer(Trainer):
                 f"LoraTrainer trains the adapter {self.adapter_name!r}, and {listing(state.active) or 'none'} "
                 f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
                 f"{self.adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
-            )
-
-    def _check_mergeable(self, model: nn.Module) -> None:
-        """Refuses before training what could not be merged after it."""
-        stored = layers_in_fewer_bytes(model)
-        if self.merge_on_train_end and stored and not self.dequantize:
-            raise StateError(
-                f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "
-                "dequantize=True, so that the merged model has dense weights; or merge_on_train_end=False."
             )
 
     def _check_optimizer(self) -> None:

@@ -5,13 +5,13 @@ What a merge loses to rounding is measured, and refused where it is too much and
 
 from lora_plugins.merge.merge_adapter import DEFAULT_MAX_ERROR, MergedWeight, MergeReport, merge, unmerge
 from lora_plugins.merge.merge_and_unload import merge_and_unload
-from lora_plugins.merge.storing_again import layers_in_fewer_bytes
+from lora_plugins.merge.storing_again import check_dense
 
 __all__ = [
     "DEFAULT_MAX_ERROR",
     "MergeReport",
     "MergedWeight",
-    "layers_in_fewer_bytes",
+    "check_dense",
     "merge",
     "merge_and_unload",
     "unmerge",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.errors import MergeError, listing
+from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.inplace import (
     StoredWeight,
     foreign_weights,
@@ -52,11 +52,29 @@ def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], ma
         )
 
 
-def layers_in_fewer_bytes(model: nn.Module) -> list[str]:
-    """Returns the names of the layers whose merged weights would have to be stored in fewer bytes again."""
+def check_dense(model: nn.Module, *, dequantize: bool, otherwise: str) -> list[str]:
+    """Checks, before a training, that what is merged after it need not be stored in fewer bytes again.
+
+    Args:
+        model: The adapted model.
+        dequantize: Whether the merged model will have dense weights.
+        otherwise: The arguments without which nothing is merged.
+
+    Returns:
+        The names of the layers whose weights are stored in fewer bytes, by us or by another library.
+
+    Raises:
+        StateError: If there are some and they stay so.
+    """
     stored = [entry.name for entry in model_modules(model) if stored_weights(entry.module)]
     foreign = [name for name, layer in adapted_layers(model).items() if foreign_weights(layer)]
-    return [*dict.fromkeys([*stored, *foreign])]
+    names = [*dict.fromkeys([*stored, *foreign])]
+    if names and not dequantize:
+        raise StateError(
+            f"The weights of {listing(names)} are stored in fewer bytes, which cannot hold a merged update. Set "
+            f"dequantize=True, so that the merged model has dense weights; or {otherwise}."
+        )
+    return names
 
 
 def _merged(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[tuple[str, StoredWeight, Tensor]]:

@@ -17,6 +17,7 @@ from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.models import NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
@@ -45,7 +46,7 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
         provenance, task = source.provenance, source.build(weights)
         target = task.get_submodule(provenance.get("target") or "")
         LoraModel.load_adapter(target, path)
-    elif path.suffix == ".safetensors":
+    elif path.suffix == SAFETENSORS:
         provenance = _checked(_metadata(path), path)
         arguments = provenance["arguments"]
         model = {**arguments["model"], "weights": str(path), "head": "auto"}

@@ -34,7 +34,7 @@ from lora_plugins.integrations.lightning.module.bitwise import checksum, checksu
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight, normed_weights, sources
-from lora_plugins.merge import DEFAULT_MAX_ERROR, layers_in_fewer_bytes
+from lora_plugins.merge import DEFAULT_MAX_ERROR, check_dense
 from lora_plugins.utils import replace_file
 
 Fingerprints = dict[str, dict[str, float]]
@@ -187,12 +187,7 @@ def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
     Raises:
         StateError: If some are computed from other tensors, or stored, naming their layers.
     """
-    stored = layers_in_fewer_bytes(target)
-    if stored and not dequantize:
-        raise StateError(
-            f"The weights of {listing(stored)} are stored in fewer bytes, which cannot hold a merged update. Set "
-            "dequantize=True, so that the merged model has dense weights; or merge_on_fit_end=False and export_to=None."
-        )
+    stored = check_dense(target, dequantize=dequantize, otherwise="merge_on_fit_end=False and export_to=None")
     normed = normed_weights(target)
     computed = [
         name
