@@ -22,6 +22,15 @@ def as_rows(tensor: Tensor, axis: int = 1) -> Tensor:
     return innermost.reshape(-1, tensor.shape[axis])
 
 
+def laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
+    """Returns a gradient in the memory format of its tensor.
+
+    Operations take it from each other, and torch's batch normalization (2.13, on a CPU) is wrong without a word where
+    input and gradient are of two formats and a dimension is 1.
+    """
+    return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)
+
+
 def mix_channels(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:
     """Returns `matrix` applied to the channels at each position: `(batch, matrix.shape[0], *positions)`.
 

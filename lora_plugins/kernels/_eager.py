@@ -28,11 +28,13 @@ def is_eager(x: Tensor) -> bool:
     The dispatch of an operation has already excluded compilers and `torch.jit.trace`.
     """
     return not (
-        x.is_meta
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        x.is_meta or transforms_are_active() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
     )
+
+
+def transforms_are_active() -> bool:
+    """Whether functions are transformed, as by `torch.func`, or numbers dual; compilers can trace the question."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def applies_in_eager_mode(

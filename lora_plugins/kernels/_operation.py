@@ -21,16 +21,19 @@ class Operation(Generic[P, R]):
     Args:
         name: What kernels call it.
         plain: Computes it in ordinary torch operations, which compilers, tracers and transforms see through.
+        compiled: Computes it for compilers, as an operator that they know; None for a call that it does not compute.
     """
 
     name: str
     plain: Callable[P, R]
+    compiled: Callable[P, R | None] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Computes it by the first kernel that applies."""
-        # First, so that a compiler sees nothing but plain operations.
+        # First, so that a compiler does not see how kernels are chosen.
         if is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return self.plain(*args, **kwargs)
+            found = None if self.compiled is None else self.compiled(*args, **kwargs)
+            return self.plain(*args, **kwargs) if found is None else found
         for kernel in active_kernels(self.name):
             if kernel.applies(*args, **kwargs):
                 return cast(R, kernel.run(*args, **kwargs))
@@ -54,6 +57,11 @@ class Operation(Generic[P, R]):
 def operation(plain: Callable[P, R]) -> Operation[P, R]:
     """Makes an operation of the function that computes it in ordinary torch operations."""
     return Operation(plain.__name__, plain)
+
+
+def operation_compiled_by(compiled: Callable[P, R | None]) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Makes operations that compilers compute by a function of its own."""
+    return lambda plain: Operation(plain.__name__, plain, compiled)
 
 
 def _first(kernels: Sequence[Kernel], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kernel | None:

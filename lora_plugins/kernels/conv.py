@@ -3,13 +3,14 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._operation import operation
+from lora_plugins.kernels._operation import operation_compiled_by
 from lora_plugins.kernels._path import may_form_effective_weight
+from lora_plugins.kernels.compiled_conv import compiled_conv
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.utils import in_full
 
 
-@operation
+@operation_compiled_by(compiled_conv)
 def lora_conv(
     x: Tensor,
     weight: Tensor,

@@ -19,6 +19,9 @@ from lora_plugins.kernels._operation import operation
 
 _ROUNDING = 0.02
 _FULL_RANGE = -(2**63)
+SEEDS = 2**62
+"""How many seeds there are."""
+
 _CHUNK_ELEMENTS = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
@@ -61,9 +64,19 @@ class Dropout:
         Args:
             p: Probability of dropping an element.
         """
+        return cls.of(p, int(torch.randint(SEEDS, (), device="cpu")))
+
+    @classmethod
+    def of(cls, p: float, seed: int) -> "Dropout":
+        """Returns the masks of a seed.
+
+        Args:
+            p: Probability of dropping an element.
+            seed: Below `SEEDS`.
+        """
         bits = 8 if abs(round(256 * p) / 256 - p) <= _ROUNDING * p else 16
         threshold = max(1, min(round(2**bits * p), 2**bits - 1))
-        return cls(int(torch.randint(2**62, (), device="cpu")), threshold, bits, random_words.pinned())
+        return cls(seed, threshold, bits, random_words.pinned())
 
     @property
     def scale(self) -> float:

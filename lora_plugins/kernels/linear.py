@@ -3,11 +3,12 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._operation import operation
+from lora_plugins.kernels._operation import operation_compiled_by
+from lora_plugins.kernels.compiled_linear import compiled_linear
 from lora_plugins.utils import autocast_dtype
 
 
-@operation
+@operation_compiled_by(compiled_linear)
 def lora_linear(
     x: Tensor,
     weight: Tensor,

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from lora_plugins.kernels import Geometry, lora_conv, lora_rescaled, rescaled_weight
@@ -61,7 +60,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
             )  # fmt: skip
         with in_full(weight):
             terms = [_with_delta(term, self.to_matrix(weight)) for term in terms]
-        joint = joined(terms) if geometry is not None and not is_compiling() else None
+        joint = joined(terms) if geometry is not None else None
         if joint is not None and geometry is not None:
             return lora_conv(
                 x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, geometry,

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -78,7 +77,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
                 x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors, None,
                 low_memory=term.low_memory,
             )  # fmt: skip
-        joint = None if is_compiling() else joined(terms)
+        joint = joined(terms)
         if joint is not None:
             return lora_linear(
                 x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory

@@ -238,7 +238,8 @@ WAITS = frozenset(
 """Calls that read a value or take one over from the host; the last three of a tensor, whose casts are methods."""
 
 ON_THE_HOST = {
-    "int(torch.randint(2 ** 62, (), device='cpu'))": "the seed of a mask",
+    "int(torch.randint(SEEDS, (), device='cpu'))": "the seed of a mask",
+    "int(seed)": "likewise, drawn by a compiled graph",
     "float(2 ** self.bits)": "a number",
     "bool(hooks)": "a tuple",
     "torch.tensor(places, device=device)": "made where a block begins",

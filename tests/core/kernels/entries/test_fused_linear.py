@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_plugins.kernels import _products, lora_linear
 from lora_plugins.kernels import dropout as masks
-from lora_plugins.kernels import lora_linear
 from lora_plugins.kernels._path import effective_weight_is_cheaper
 from tests.core.kernels.linear_cases import MANY, SHAPES, UNUSUAL, drops, seeded, shapes, tensors
 from tests.core.kernels.needs import needs
@@ -22,7 +22,7 @@ def test_the_shapes_take_both_paths():
         assert effective_weight_is_cheaper(48, 6, outputs)
         assert not effective_weight_is_cheaper(2, 6, outputs)
     high = {
-        name: fused_linear._rank_is_high(48, torch.empty(n, 6), torch.empty(r, 6)) for name, (_, n, r) in SHAPES.items()
+        name: _products._rank_is_high(48, torch.empty(n, 6), torch.empty(r, 6)) for name, (_, n, r) in SHAPES.items()
     }
     assert [name for name in SHAPES if high[name] and "first" in name] == ["effective_weight_first_and_high_rank"]
 

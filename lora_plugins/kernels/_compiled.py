@@ -1,0 +1,57 @@
+"""When compilers are given an operator, which runs what plain eager mode runs, in place of ordinary operations.
+
+`torch.compile` has no better way on a CPU: products and convolutions are calls of a library there as well, the small
+products are added to the output, and autograd of the effective weight forms the gradient of the whole weight. An
+operator is a function of its tensors alone, the seed of its dropout masks among them, so that compilers may move it or
+run it again.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import assume_constant_result, is_dynamo_compiling, is_exporting
+
+from lora_plugins.kernels._eager import transforms_are_active
+from lora_plugins.kernels._path import may_form_effective_weight
+from lora_plugins.kernels._switches import active_kernels
+from lora_plugins.kernels.dropout import SEEDS
+from lora_plugins.utils import autocast_dtype
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_compiled_by(operation: str, *tensors: Tensor | None) -> bool:
+    """Whether a compiler is at work that takes the operator of an operation.
+
+    Not on a GPU, where it was not measured; not where a program is exported, to run without this package.
+
+    Args:
+        operation: Its name. Switching off its kernels switches off the operator.
+        *tensors: Those of the call.
+    """
+    return (
+        is_dynamo_compiling()
+        and not is_exporting()
+        and _has_kernels(operation)
+        and all(tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu) for tensor in tensors)
+        and not transforms_are_active()
+    )
+
+
+def operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Returns what an operator takes: the tensors as autocast rounds them, and the seed of its dropout masks.
+
+    Autocast leaves a wide weight and its update alone, which are added in full where there is no dropout.
+    """
+    seed, dtype = torch.randint(SEEDS, (), device="cpu") if dropout else None, autocast_dtype(x)
+    if dtype is None:
+        return x, weight, bias, A, B, seed
+    if not may_form_effective_weight(weight, dropout):
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, seed
+
+
+@assume_constant_result  # type: ignore[untyped-decorator]  # compilers cannot trace how kernels are found
+def _has_kernels(operation: str) -> bool:
+    return len(active_kernels(operation)) > 0

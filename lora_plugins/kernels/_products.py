@@ -1,0 +1,136 @@
+"""Output and gradients of a linear layer with a low-rank update, on the rows of a matrix.
+
+Two paths to the same law, chosen by their arithmetic (as in RunLoRA, Cherniuk et al., arXiv 2312.03415): add the update
+to the weight first, which costs `out · in · r` whatever the number of rows, or add the small products to the output.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels._autograd import Gradients, Options
+from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_form_effective_weight
+from lora_plugins.kernels.dropout import dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.matmul import effective_weight, factor_gradients, linear_2d, matmul, transposed_product
+
+Matrix = Callable[[], Tensor]
+"""Returns what the rows were multiplied by: W, or the effective weight."""
+
+
+def choose_path(rows: int, weight: Tensor, A: Tensor, dropout: float) -> Path:
+    """Returns how output and gradients of some rows are computed, by what has less arithmetic."""
+    effective_weight_first = effective_weight_is_cheaper(rows, *weight.shape) and may_form_effective_weight(
+        weight, dropout
+    )
+    return Path(effective_weight_first, not effective_weight_first or not _rank_is_high(rows, weight, A))
+
+
+def output(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Returns `rows Wᵀ + b + scale · dropout(rows) Aᵀ Bᵀ`, and what the rows were multiplied by.
+
+    Args:
+        rows: `(rows, in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        A: `(r, in)`.
+        B: `(out, r)`.
+        options: Of the call.
+    """
+    matrix = multiplied(rows.dtype, weight, A, B, options)
+    y = linear_2d(rows, matrix, bias)
+    if not options.path.effective_weight_first:
+        _add_products(y, rows, A, B, options)
+    return y, matrix
+
+
+def gradients(
+    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
+) -> Gradients:
+    """Returns the gradients of rows, A and B.
+
+    Args:
+        rows: `(rows, in)`.
+        dy: `(rows, out)`, the gradient of the output.
+        matrix: Returns what the rows were multiplied by.
+        A: `(r, in)`.
+        B: `(out, r)`.
+        options: Of the call.
+        needed: Which of the three are.
+    """
+    return _GRADIENTS[options.path](rows, dy, matrix, A, B, options, needed)
+
+
+def multiplied(dtype: torch.dtype, weight: Tensor, A: Tensor, B: Tensor, options: Options) -> Tensor:
+    """Returns what rows of a type are multiplied by: W, or the effective weight."""
+    return effective_weight(weight, A, B, options.scale, dtype) if options.path.effective_weight_first else weight
+
+
+def _add_products(y: Tensor, rows: Tensor, A: Tensor, B: Tensor, options: Options) -> None:
+    for part, some, _ in dropped_parts(rows, A.dtype, options.dropout, masks=False):
+        _accumulate(part_of(y, part), linear_2d(some, A), B.T, options.scale)
+
+
+def _accumulate(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Adds `scale · left right` to a target, whose type may be another one."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_(left @ right, alpha=scale)
+
+
+def _through_gradient(
+    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B from that of the effective weight."""
+    dA = dB = None
+    if needed[1] or needed[2]:
+        dA, dB = factor_gradients(transposed_product(dy, rows), A, B, options.scale)
+    return matmul(dy, matrix()) if needed[0] else None, dA, dB
+
+
+def _through_both(
+    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
+) -> Gradients:
+    """Gradient of x from the effective weight, those of A and B from small products."""
+    dx = dA = dB = None
+    if needed[2]:
+        dB = transposed_product(linear_2d(rows, (A * options.scale).to(rows.dtype)), dy).T
+    if needed[1]:
+        dA = transposed_product(matmul(dy, (B * options.scale).to(dy.dtype)), rows)
+    if needed[0]:  # last, so that it is still in the caches when the layer before wants it
+        dx = matmul(dy, matrix())
+    return dx, dA, dB
+
+
+def _through_products(
+    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
+) -> Gradients:
+    """Gradients of x, A and B where the small products were added to the output."""
+    dx = matmul(dy, matrix()) if needed[0] else None
+    of_A, of_B, scaled_A, scaled_B = [], [], A * options.scale, B * options.scale
+    for part, x, mask in dropped_parts(rows, A.dtype, options.dropout, masks=True):
+        some_dy = part_of(dy, part).to(B.dtype)
+        of_B.append(matmul(linear_2d(scaled_A, x), some_dy).T)
+        g = matmul(some_dy, scaled_B)
+        of_A.append(transposed_product(g, x))
+        if dx is not None and mask is not None:
+            part_of(dx, part).addcmul_(torch.mm(g, A, out=x), mask)
+        elif dx is not None:
+            _accumulate(dx, g, A)
+    return dx, sum_of_parts(of_A) if needed[1] else None, sum_of_parts(of_B) if needed[2] else None
+
+
+_GRADIENTS: dict[Path, Callable[..., Gradients]] = {
+    Path(effective_weight_first=True, small_products=False): _through_gradient,
+    Path(effective_weight_first=True, small_products=True): _through_both,
+    Path(effective_weight_first=False, small_products=True): _through_products,
+}
+
+
+def _rank_is_high(rows: int, weight: Tensor, A: Tensor) -> bool:
+    """Whether the gradient of the whole weight, from which A and B get theirs, costs less than small products."""
+    (r, inputs), outputs = A.shape, len(weight)
+    return rows * inputs * outputs + 2 * r * inputs * outputs < 2 * rows * r * (inputs + outputs)

@@ -1,0 +1,156 @@
+"""A convolution with a low-rank update as one operator for compilers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels._channels import laid_out_like
+from lora_plugins.kernels._compiled import is_compiled_by, operands
+from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path, gradients, output
+from lora_plugins.kernels.conv_geometry import Geometry
+from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.utils import in_full
+
+
+def compiled_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    geometry: Geometry,
+    *,
+    low_memory: bool = False,
+) -> Tensor | None:
+    """Computes `lora_conv`; None where something other than `torch.compile` is at work."""
+    if not is_compiled_by("lora_conv", x, weight, bias, A, B):
+        return None
+    given = operands(x, weight, bias, A, B, dropout)
+    move = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    with in_full(x):
+        y: Tensor = _conv(*given, scaling, dropout, *move, torch.is_grad_enabled())[0]
+    return y
+
+
+@torch.library.custom_op("lora_plugins::conv", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and what is worth keeping if anything is to be kept."""
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    with torch.no_grad():
+        y, small = output(x, *_call(x, weight, bias, A, B, seed, scaling, dropout, geometry))
+    return y, small if keep and small is not None else x.new_empty(0)
+
+
+@torch.library.custom_op("lora_plugins::conv_gradients", mutates_args=())
+def _conv_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    kept: Tensor,
+    scaling: float,
+    dropout: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of x, A and B that are needed."""
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    with torch.no_grad():
+        weight, _, left, right, options = _call(x, weight, None, A, B, seed, scaling, dropout, geometry)
+        small = kept if kept.numel() else None
+        dx, dA, dB = gradients(dy, State(x, weight, left, right, small, options), needed)
+    return (
+        laid_out_like(x, dx) if dx is not None and needed[0] else x.new_empty(0),
+        dA.to(A.dtype).contiguous() if dA is not None and needed[1] else A.new_empty(0),
+        dB.to(B.dtype).contiguous() if dB is not None and needed[2] else B.new_empty(0),
+    )
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, ConvOptions]:
+    """What the images meet: a wide kernel is rounded to their type where the update is not added to it."""
+    path = choose_path(x, weight, A, dropout, geometry)
+    if x.dtype != weight.dtype and not path.effective_weight_first:
+        weight, A, B = weight.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
+    options = ConvOptions(
+        scaling=scaling,
+        dropout=None if seed is None else Dropout.of(dropout, int(seed)),
+        path=path,
+        recompute_input=None,
+        geometry=geometry,
+    )
+    return weight, bias, A, B, options
+
+
+@_conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, seed: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    _, dropout, stride, padding, dilation, groups, keep = others
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    # Without masks, which change no shape.
+    given = _call(x, weight, bias, A, B, None, 1.0, dropout, geometry)
+    y, small = output(x, *given)
+    return y, small if keep and small is not None else x.new_empty(0)
+
+
+@_conv_gradients.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, needed = others
+    return tuple(
+        torch.empty_like(tensor) if need else tensor.new_empty(0)
+        for tensor, need in zip((x, A, B), needed, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, A, B, seed, *ctx.others, _ = inputs
+    ctx.save_for_backward(x, weight, A, B, seed, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, seed, kept = ctx.saved_tensors
+    of_x, of_weight, of_bias, of_A, of_B, *_ = ctx.needs_input_grad
+    found = _conv_gradients(dy, x, weight, A, B, seed, kept, *ctx.others, [of_x, of_A, of_B])
+    dx, dA, dB = (each if need else None for each, need in zip(found, (of_x, of_A, of_B), strict=True))
+    *_, stride, padding, dilation, groups = ctx.others
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    dW = geometry.gradients(dy, x, weight.to(x.dtype), of_x=False, of_kernel=True)[1] if of_weight else None
+    return dx, dW, dy.transpose(0, 1).flatten(1).sum(1) if of_bias else None, dA, dB, *[None] * 8
+
+
+_conv.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,90 @@
+"""The operator of convolutions that compilers are given: what eager mode computes, in one graph."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_plugins.kernels import disabled_kernels, lora_conv
+from tests.core.kernels.conv_cases import CASES, Case, cases, formats, without_dropout
+from tests.core.kernels.graphs import EQUAL, both, compiled
+from tests.core.kernels.needs import needs
+
+pytestmark = needs("fused_conv")
+
+
+ONE_OF_EACH_PATH = [
+    next(case for case in CASES if case.effective_weight_first == first and case.small_products == small)
+    for first in (False, True)
+    for small in (False, True)
+]
+
+
+@pytest.fixture(autouse=True)
+def compiler_as_new():
+    """The functions of all tests share their code, of which the compiler keeps a few graphs only."""
+    torch._dynamo.reset()
+
+
+def call(case: Case):
+    """As `Case.compute`, whose seed a compiler cannot trace."""
+
+    def compute(*inputs: Tensor) -> Tensor:
+        return lora_conv(*inputs, 1.7, case.dropout, case.geometry)
+
+    return compute
+
+
+@formats
+def test_outputs_and_gradients_are_those_of_eager_mode(case, last):
+    inputs = case.tensors(channels_last=last)
+    compiled, eager = both(call(case), inputs)
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+    assert compiled[1].stride() == inputs[0].stride()
+
+
+@cases
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(case, base):
+    x, weight, bias, A, B = case.tensors(torch.float32)
+    weight, bias = (tensor.detach().to(base).requires_grad_() for tensor in (weight, bias))
+    compiled, eager = both(call(case), [x, weight, bias, A, B], dtype=torch.bfloat16)
+    for one, other in zip(compiled, eager, strict=True):
+        assert one.dtype == other.dtype
+        # bfloat16 has 8 bits, and eager mode may round at another place
+        assert (one - other).float().norm() <= 0.02 * other.float().norm()
+
+
+@cases
+@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+def test_one_gradient_alone(case, needed):
+    inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
+    torch.testing.assert_close(*both(call(case), inputs, [needed]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_operator_is_what_torch_expects_of_one(case, last):
+    check_operator(case, last, keep=True)
+
+
+@pytest.mark.slow
+@formats
+@pytest.mark.parametrize("keep", [False, True], ids=["nothing_kept", "kept"])
+def test_the_operator_of_any_convolution_is_what_torch_expects_of_one(case, last, keep):
+    check_operator(case, last, keep)
+
+
+def check_operator(case: Case, last: bool, keep: bool) -> None:
+    x, weight, bias, A, B = case.tensors(channels_last=last)
+    seed = torch.tensor(5) if case.dropout else None
+    move = (case.geometry.stride, case.geometry.padding, case.geometry.dilation, case.geometry.groups)
+    arguments = (x, weight, bias, A, B, seed, 1.7, case.dropout, *move, keep)
+    torch.library.opcheck(torch.ops.lora_plugins.conv, arguments)
+
+
+@without_dropout
+def test_without_kernels_a_graph_has_ordinary_operations(case, last):
+    inputs = case.tensors(channels_last=last)
+    with disabled_kernels("fused_conv"):
+        found = compiled(call(case), expected=0)(*inputs)
+    torch.testing.assert_close(found, case.law(*inputs), **EQUAL)

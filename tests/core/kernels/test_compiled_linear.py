@@ -1,0 +1,151 @@
+"""The operator that compilers are given: what eager mode computes, in one graph, and not where others look through."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_plugins.kernels import disabled_kernels, lora_linear
+from tests.core.kernels.graphs import EQUAL, both, compiled
+from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, seeded, shapes, tensors
+from tests.core.kernels.needs import needs
+
+pytestmark = needs("fused_linear")
+INDUCTORS_OWN = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def compiler_as_new():
+    """The functions of all tests share their code, of which the compiler keeps a few graphs only."""
+    torch._dynamo.reset()
+
+
+def call(dropout: float):
+    """As `seeded`, whose seed a compiler cannot trace."""
+
+    def compute(*inputs: Tensor) -> Tensor:
+        return lora_linear(*inputs, 1.7, dropout)
+
+    return compute
+
+
+@shapes
+@drops
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_are_those_of_eager_mode(lead, outputs, r, dropout, dtype):
+    torch.testing.assert_close(*both(call(dropout), tensors(lead, outputs, r, dtype)), **EQUAL)
+
+
+@shapes
+@drops
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(lead, outputs, r, dropout, base):
+    x, weight, bias, A, B = tensors(lead, outputs, r, torch.float32)
+    weight, bias = (tensor.detach().to(base).requires_grad_() for tensor in (weight, bias))
+    torch.testing.assert_close(*both(call(dropout), [x, weight, bias, A, B], dtype=torch.bfloat16), **EQUAL)
+
+
+@shapes
+@drops
+def test_wide_factors_of_a_base_in_half_precision(lead, outputs, r, dropout):
+    x, weight, bias, *factors = tensors(lead, outputs, r, torch.float32)
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, weight, bias)]
+    torch.testing.assert_close(*both(call(dropout), [*half, *factors]), **EQUAL)
+
+
+@shapes
+@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+def test_one_gradient_alone(lead, outputs, r, needed):
+    inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(tensors(lead, outputs, r))]
+    torch.testing.assert_close(*both(call(0.3), inputs, [needed]), **EQUAL)
+
+
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+@drops
+def test_unusual_inputs(make, dropout):
+    _, *others = tensors(MANY, 9, 1)
+    torch.testing.assert_close(*both(call(dropout), [make().double().requires_grad_(), *others]), **EQUAL)
+
+
+def test_a_weight_that_is_transposed_in_memory():
+    x, weight, *others = tensors(MANY, 9, 1)
+    torch.testing.assert_close(
+        *both(call(0.0), [x, weight.detach().T.contiguous().T.requires_grad_(), *others]), **EQUAL
+    )
+
+
+def test_without_bias_and_without_gradients():
+    x, weight, _, A, B = tensors(MANY, 9, 1)
+    with torch.no_grad():
+        y = compiled(lambda: lora_linear(x, weight, None, A, B, 1.7, 0.0))()
+    torch.testing.assert_close(y, law(x, weight, None, A, B), **EQUAL)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 60])
+def test_one_graph_serves_batches_of_any_size(rows):
+    _, *others = tensors(MANY, 9, 1)
+    run = torch.compile(call(0.0), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (2, rows):
+            x = torch.randn(count, 6, dtype=torch.float64)
+            torch.testing.assert_close(run(x, *others), law(x, *others), **EQUAL)
+
+
+@drops
+@INDUCTORS_OWN
+def test_inductor_computes_the_same_masks_in_the_backward(dropout):
+    x, weight, bias, A, B = (tensor.detach() for tensor in tensors(MANY, 9, 1))
+    run = torch.compile(call(dropout), fullgraph=True)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    update = run(x, weight, bias, A, B) - F.linear(x, weight, bias)
+    dA, dB = torch.autograd.grad(update.square().sum(), [A, B])
+    # The update is linear in either factor, which the masks of forward and backward have to agree for.
+    for factor, gradient in ((A, dA), (B, dB)):
+        torch.testing.assert_close((factor * gradient).sum(), 2 * update.square().sum(), rtol=1e-10, atol=0)
+
+
+@INDUCTORS_OWN
+def test_masks_are_new_in_each_call():
+    inputs = tensors(MANY, 9, 1)
+    run = torch.compile(lambda *inputs: (call(0.5)(*inputs), call(0.5)(*inputs)), fullgraph=True)
+    outputs = [*run(*inputs), *run(*inputs)]
+    assert all((one != other).any() for i, one in enumerate(outputs) for other in outputs[:i])
+
+
+@drops
+def test_the_operator_is_what_torch_expects_of_one(dropout):
+    x, weight, bias, A, B = tensors(MANY, 9, 1)
+    seed = torch.tensor(5) if dropout else None
+    torch.library.opcheck(torch.ops.lora_plugins.linear, (x, weight, bias, A, B, seed, 1.7, dropout, False))
+
+
+TRANSFORMS = {
+    "vmap": lambda x, *others: torch.func.vmap(lambda row: lora_linear(row, *others, 1.7, 0.0))(x),
+    "jvp": lambda x, *others: torch.func.jvp(lambda x: lora_linear(x, *others, 1.7, 0.0), (x,), (x,)),
+    "grad": lambda x, *others: torch.func.grad(lambda x: lora_linear(x, *others, 1.7, 0.0).sin().sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch uses it itself
+def test_transforms_inside_of_a_graph_look_through_ordinary_operations(transform):
+    inputs = [tensor.detach() for tensor in tensors(MANY, 9, 1)]
+    torch.testing.assert_close(compiled(transform, expected=0)(*inputs), transform(*inputs), **EQUAL)
+
+
+def test_without_kernels_a_graph_has_ordinary_operations():
+    inputs = tensors(MANY, 9, 1)
+    with disabled_kernels("fused_linear"):
+        torch.testing.assert_close(compiled(call(0.0), expected=0)(*inputs), law(*inputs), **EQUAL)
+
+
+def test_an_exported_program_has_ordinary_operations():
+    class Layer(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return lora_linear(*inputs, 1.7, 0.0)
+
+    inputs = tuple(tensor.detach() for tensor in tensors(MANY, 9, 1))
+    program = torch.export.export(Layer(), inputs)
+    assert "lora_plugins" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(*inputs), law(*inputs), **EQUAL)
+    torch.testing.assert_close(seeded(0.0)(*inputs), law(*inputs), **EQUAL)
