@@ -53,7 +53,19 @@ _IN_SHARDED = (".metadata", "meta.pt", "checkpoint", "latest")
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
 
+_TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "alpha_pattern", "fused_parts"})
+"""Tables that a later configuration replaces; it adds to others."""
+
 _MISSING = object()
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
+    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
 
 
 def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str = "fit", writes: bool = False) -> None:
@@ -78,7 +90,8 @@ def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str =
         elif flag.endswith(".help"):
             given["print_config"] = ""  # it prints and does nothing, too
         elif value is not None or section == "print_config":
-            _put(given, flag.lstrip("-").rstrip("+").split("."), _parsed(value or ""))
+            keys, parsed = flag.lstrip("-").rstrip("+").split("."), _parsed(value or "")
+            _put(given, keys, _added(_get(given, *keys), parsed) if flag.endswith("+") else parsed)
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
 
@@ -132,7 +145,7 @@ def _configuration(value: str | None, command: str) -> dict[str, Any]:
             f"There is no file {value}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
         )
     try:
-        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise ConfigError(f"{value} is not YAML: {said}") from error
@@ -156,14 +169,14 @@ def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
 
 def _parsed(value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return yaml.load(value, _Loader)  # a SafeLoader
     except yaml.YAMLError:
         return value
 
 
 def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
     for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(given.get(key), dict):
+        if isinstance(value, Mapping) and isinstance(given.get(key), dict) and key not in _TAKEN_WHOLE:
             _merge(given[key], value)
         else:
             given[key] = dict(value) if isinstance(value, Mapping) else value
@@ -175,6 +188,10 @@ def _put(given: dict[str, Any], keys: Sequence[str], value: Any) -> None:
             given[key] = {}
         given = given[key]
     given[keys[-1]] = value
+
+
+def _added(before: Any, value: Any) -> list[Any]:
+    return [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
 
 
 def _get(given: Any, *keys: str) -> Any:

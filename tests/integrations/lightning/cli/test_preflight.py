@@ -173,6 +173,21 @@ def test_short_flags_are_the_dotted_ones(capsys):
     assert "lr: 0.25" in printed
 
 
+AS_THE_PARSER = {
+    "a power of ten": (["--lora.dropout", "1e-1"], "dropout: 0.1"),
+    "a power without its sign": (["--lora.alpha", "1.5e1"], "alpha: 15.0"),
+    "one more in a list": (["--lora.modules_to_save+", "head"], "modules_to_save:\n  - head"),
+    "some more in a list": (["--lora.modules_to_save+=[head, fc]"], "modules_to_save:\n  - head\n  - fc"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "printed"), AS_THE_PARSER.values(), ids=AS_THE_PARSER)
+def test_values_are_read_as_the_parser_reads_them(arguments, printed, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=recipe:cls", *arguments, "--print_config"])
+    assert printed in capsys.readouterr().out
+
+
 def test_help_is_one_page(capsys):
     assert main(["fit", "--help"]) == 0
     page = capsys.readouterr().out
