@@ -4,6 +4,7 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 """
 
 from lora_plugins.plan.groups import LayerGroup
+from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
 from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
@@ -22,5 +23,6 @@ __all__ = [
     "former_names",
     "is_risky",
     "make_plan",
+    "named_plugins",
     "weights_to_store",
 ]

@@ -9,19 +9,17 @@ from dataclasses import replace
 from torch import nn
 
 from lora_plugins.config import LayerSettings, LoraConfig
-from lora_plugins.errors import ConfigError, TargetError, listing, near
+from lora_plugins.errors import TargetError, listing, near
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import checks, patterns
+from lora_plugins.plan.named import named_plugins, storage_of
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
-from lora_plugins.plan.stored import check_init_options, storage_of, stored_weights
+from lora_plugins.plan.stored import stored_weights
 from lora_plugins.plan.survey import Site, Survey, survey
 from lora_plugins.plan.targets import left_out, saved_modules, target_sites, within
 from lora_plugins.plan.ties import Target, grouped
 from lora_plugins.plugins import (
-    INITS,
-    PLAIN,
-    VARIANTS,
     InitPlugin,
     PlannedLayer,
     Registry,
@@ -46,14 +44,11 @@ def make_plan(
 
     Raises:
         TargetError: If a pattern matches nothing, two of them tie, or a targeted layer cannot be served.
-        PluginError: If there is no such init.
-        ConfigError: If an option of the init is unknown or wrong.
+        PluginError: As `named_plugins` does.
+        ConfigError: Likewise.
     """
     registry = registry or registry_of(config)
-    init = _checked_init(config, registry)
-    variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
-    storage = None if restoring else storage_of(config, registry)
-    check_init_options(config, init)
+    init, variant, storage = named_plugins(config, registry, restoring=restoring)
     found = survey(model, registry)
     current = with_current_names(model, config, [name for site in found.sites for name in site.names])
     plan = planned(found, current, registry, init, variant, storage, restoring=restoring)
@@ -142,15 +137,6 @@ def _check_backward(survey: Survey) -> None:
     ]
     if broken:
         raise TargetError("The model cannot be trained:\n  " + "\n  ".join(broken))
-
-
-def _checked_init(config: LoraConfig, registry: Registry) -> InitPlugin:
-    init = registry.get(INITS, config.init)
-    for key in config.init_options:
-        if key not in init.options:
-            raise ConfigError(f"init_options: {config.init!r} has no option {key!r}. {near(key, init.options)}")
-    init.check_options({**init.options, **config.init_options})
-    return init
 
 
 def _layers(

@@ -3,25 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, TargetError, listing
+from lora_plugins.errors import TargetError, listing
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.survey import Site, Survey, Weight
 from lora_plugins.plan.targets import within
-from lora_plugins.plugins import STORAGES, InitPlugin, Registry, Storage, storage_options
-
-
-def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
-    """Returns the storage that a config asks for; None if it asks for none.
-
-    Raises:
-        PluginError: If there is no such storage.
-        ConfigError: If an option of it is unknown or wrong.
-    """
-    if config.quantize is None:
-        return None
-    plugin = registry.get(STORAGES, config.quantize)
-    return Storage(plugin, storage_options(plugin, config.quantize_options))
+from lora_plugins.plugins import Storage
 
 
 def stored_weights(
@@ -63,20 +50,6 @@ def stored_weights(
             f"{least} elements. Name larger ones in quantize_modules, or set quantize_options={{'min_size': ...}}."
         )
     return dict.fromkeys(large, storage)
-
-
-def check_init_options(config: LoraConfig, init: InitPlugin) -> None:
-    """Refuses options of an init that the storage decides.
-
-    Raises:
-        ConfigError: If one is given.
-    """
-    decided = [key for key in init.storage_options if key in config.init_options] if config.quantize else []
-    if decided:
-        raise ConfigError(
-            f"init_options: {listing(decided)} of {init.name!r} are those of quantize={config.quantize!r} here; say "
-            "them in quantize_options."
-        )
 
 
 def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:

@@ -10,8 +10,8 @@ from lora_plugins.cli import INTERRUPTED, Command, without_collections
 from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
-def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
-    """Writes short flags out, and looks for mistakes while nothing heavy is imported."""
+def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> list[str]:
+    """Writes short flags out, and looks for mistakes while nothing heavy is imported but torch, which plugins need."""
     for name in _NEEDS:
         _look_for(name)
     from lora_plugins.integrations.lightning.cli.preflight import check  # noqa: PLC0415
@@ -20,7 +20,13 @@ def _prepared(arguments: list[str], *, writes: bool = False) -> list[str]:
     written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
     command = next(argument for argument in written if argument in _TRAINER_COMMANDS)
     given = [argument for argument in written if argument not in _TRAINER_COMMANDS]
-    check(given, tuple(SHORT), command=command, writes=writes)
+    config = check(given, tuple(SHORT), command=command, writes=writes)
+    if adapts and config is not None:
+        with _given_arguments(), without_collections():
+            from lora_plugins.plan import named_plugins  # noqa: PLC0415
+            from lora_plugins.plugins import registry_of  # noqa: PLC0415
+
+            named_plugins(config, registry_of(config))
     return written
 
 
@@ -30,7 +36,8 @@ def _trainer(arguments: list[str]) -> int:
 
         print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
         return 0
-    prepared = _prepared(arguments, writes="fit" in arguments and not _prints(arguments))
+    fits = "fit" in arguments and not _prints(arguments)
+    prepared = _prepared(arguments, adapts=fits, writes=fits)
     with quiet(), without_collections():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
@@ -50,7 +57,7 @@ def _plan(arguments: list[str]) -> int:
 
         print(help_page("plan"))
         return 0
-    prepared = _prepared(["fit", *arguments[1:]])
+    prepared = _prepared(["fit", *arguments[1:]], adapts=not _prints(arguments))
     with quiet(), without_collections():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415

@@ -68,7 +68,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str = "fit", writes: bool = False) -> None:
+def check(
+    arguments: Sequence[str], flags: Sequence[str] = (), *, command: str = "fit", writes: bool = False
+) -> LoraConfig | None:
     """Checks what can be checked without Lightning.
 
     Args:
@@ -76,6 +78,9 @@ def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str =
         flags: Short flags, as further near matches.
         command: The command; a file may hold the configurations of several.
         writes: Whether the command writes what the configuration names.
+
+    Returns:
+        The section `lora:`; None if there is none, or it is to be read elsewhere.
 
     Raises:
         ConfigError: Of the first mistake, with the flag or key that it is in.
@@ -94,6 +99,7 @@ def check(arguments: Sequence[str], flags: Sequence[str] = (), *, command: str =
             _put(given, keys, _added(_get(given, *keys), parsed) if flag.endswith("+") else parsed)
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
+    return _lora_of(given)
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -205,12 +211,12 @@ def _check_model(given: Mapping[str, Any]) -> None:
         raise ConfigError("the configuration has no `model:`, and needs it.")
 
 
-def _check_lora(given: Mapping[str, Any]) -> None:
+def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:
     fields = given.get("lora")
     if not isinstance(fields, Mapping) or "class_path" in fields:
-        return
+        return None
     try:
-        LoraConfig(**fields)
+        return LoraConfig(**fields)
     except TypeError as error:
         raise ConfigError(f"lora: {error}") from error
 
@@ -340,9 +346,9 @@ def _trainer_options() -> list[str]:
     return []
 
 
-_CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
+_CHECKS: tuple[Callable[[Mapping[str, Any]], object], ...] = (
     _check_trainer,
-    _check_lora,
+    _lora_of,
     _check_classes,
     _check_root,
     _check_batch_size,

@@ -1,5 +1,6 @@
 """Mistakes in arguments: each is one message, said before Lightning is imported where that is possible."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
+from lora_plugins.plugins import LOAD_VARIABLE
 
 AT_ONCE = {
     "no such file": (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
@@ -20,6 +22,21 @@ AT_ONCE = {
     "class": (["--config", "recipe:cls", "--model.class_path", "lora_plugins.tasks.Clasification"], "Classification"),
     "rank": (["--config", "recipe:cls", "--lora.r", "1.5"], "r is a rank, a whole number from 1 to 65536, not 1.5"),
     "alpha": (["--config", "recipe:cls", "--lora.alpha", "eight"], "alpha is a positive, finite number, not 'eight'"),
+    "init": (["--config", "recipe:cls", "--lora.init", "kaimin"], "There is no init 'kaimin'. Did you mean 'kaiming'?"),
+    "option of the init": (
+        ["--config", "recipe:cls", "--lora.init=loftq", "--lora.init_options.bit=4"],
+        "init_options: 'loftq' has no option 'bit'. Did you mean 'bits'?",
+    ),
+    "value of an option": (
+        ["--config", "recipe:cls", "--lora.init=loftq", "--lora.init_options.bits=9"],
+        "bits, not 9.",
+    ),
+    "variant": (["--config", "recipe:cls", "--lora.variant", "dorra"], "no variant 'dorra'. Did you mean 'dora'?"),
+    "storage": (["--config", "recipe:cls", "--lora.quantize", "nf5"], "no storage 'nf5'. Did you mean 'nf4'?"),
+    "option of the storage": (
+        ["--config", "recipe:cls", "--lora.quantize=nf4", "--lora.quantize_options.block_sise=64"],
+        "quantize_options: 'nf4' has no option 'block_sise'. Did you mean 'block_size'?",
+    ),
     "field": (["--config", "recipe:cls", "--lora.dropot", "0.1"], "Did you mean 'dropout'"),
     "trainer": (["--config", "recipe:cls", "--trainer.max_epochz", "3"], "Did you mean 'max_epochs'"),
     "flag": (["--config", "recipe:cls", "--epoch", "3"], "There is no flag --epoch. Did you mean '--epochs'"),
@@ -109,6 +126,18 @@ LATER = {
 }
 
 
+PLUGIN = """
+import lightning.pytorch
+import pytorch_lightning
+from lora_plugins import hookimpl
+
+assert pytorch_lightning.Trainer is lightning.pytorch.Trainer
+
+@hookimpl
+def lora_plugins_register_inits(registrar): ...
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
@@ -186,6 +215,35 @@ def test_values_are_read_as_the_parser_reads_them(arguments, printed, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=recipe:cls", *arguments, "--print_config"])
     assert printed in capsys.readouterr().out
+
+
+def test_options_of_a_later_configuration_are_the_only_ones(tmp_path, capsys):
+    """Those of another init would be refused."""
+    options = {"loftq": "{bits: 2}", "pissa": "{niter: -1}"}
+    for init, given in options.items():
+        (tmp_path / f"{init}.yaml").write_text(f"lora: {{init: {init}, init_options: {given}}}")
+    configs = [f"--config={path}" for path in ("recipe:cls", *(tmp_path / f"{init}.yaml" for init in options))]
+    refused(configs, "niter of pissa is a count of iterations, or None for what is exact, not -1.", capsys)
+
+
+def test_a_wrong_name_is_printed_where_the_configuration_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=recipe:cls", "--lora.init=kaimin", "--print_config"])
+    assert "init: kaimin" in capsys.readouterr().out
+
+
+def test_plugins_that_import_pytorch_lightning_get_that_of_the_command(tmp_path):
+    """Also where they are loaded before Lightning, for a look at names."""
+    (tmp_path / "users_own.py").write_text(PLUGIN)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lora_plugins", "plan", "--config=recipe:cls", "--lora.init=kaimin"],
+        env={**os.environ, LOAD_VARIABLE: str(tmp_path / "users_own.py")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == "error: There is no init 'kaimin'. Did you mean 'kaiming'?"
 
 
 def test_help_is_one_page(capsys):

@@ -1,0 +1,68 @@
+"""The plugins that a config names, with the options that it gives them: what can be wrong before there is a model."""
+
+from lora_plugins.config import LoraConfig
+from lora_plugins.errors import ConfigError, listing, near
+from lora_plugins.plugins import (
+    INITS,
+    PLAIN,
+    STORAGES,
+    VARIANTS,
+    InitPlugin,
+    Registry,
+    Storage,
+    VariantPlugin,
+    storage_options,
+)
+
+
+def named_plugins(
+    config: LoraConfig, registry: Registry, *, restoring: bool = False
+) -> tuple[InitPlugin, VariantPlugin | None, Storage | None]:
+    """Returns the init of a config, its variant (None for plain LoRA) and its storage (None if it asks for none).
+
+    Args:
+        config: The configuration of the adapter.
+        registry: The inits, variants and storages there are.
+        restoring: As in `make_plan`; there is no storage then.
+
+    Raises:
+        PluginError: If there is no such init, variant or storage.
+        ConfigError: If an option of one is unknown or wrong.
+    """
+    init = _init_of(config, registry)
+    variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
+    storage = None if restoring else storage_of(config, registry)
+    _check_init_options(config, init)
+    return init, variant, storage
+
+
+def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
+    """Returns the storage that a config asks for; None if it asks for none.
+
+    Raises:
+        PluginError: If there is no such storage.
+        ConfigError: If an option of it is unknown or wrong.
+    """
+    if config.quantize is None:
+        return None
+    plugin = registry.get(STORAGES, config.quantize)
+    return Storage(plugin, storage_options(plugin, config.quantize_options))
+
+
+def _init_of(config: LoraConfig, registry: Registry) -> InitPlugin:
+    init = registry.get(INITS, config.init)
+    for key in config.init_options:
+        if key not in init.options:
+            raise ConfigError(f"init_options: {config.init!r} has no option {key!r}. {near(key, init.options)}")
+    init.check_options({**init.options, **config.init_options})
+    return init
+
+
+def _check_init_options(config: LoraConfig, init: InitPlugin) -> None:
+    """Refuses options of an init that the storage decides."""
+    decided = [key for key in init.storage_options if key in config.init_options] if config.quantize else []
+    if decided:
+        raise ConfigError(
+            f"init_options: {listing(decided)} of {init.name!r} are those of quantize={config.quantize!r} here; say "
+            "them in quantize_options."
+        )
