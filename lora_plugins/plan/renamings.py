@@ -83,7 +83,7 @@ def _meant(pattern: str, targets: list[str] | str, former: Mapping[str, str], na
 
 def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns the outermost models of transformers in a model, by their paths."""
-    library = sys.modules.get("transformers")
+    library = sys.modules.get("transformers.modeling_utils")  # transformers itself would import it for a name of it
     base: Any = getattr(library, "PreTrainedModel", None)
     if base is None:
         return []

@@ -1,5 +1,7 @@
 """Names that modules of transformers had before version 5."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -96,3 +98,13 @@ def test_names_of_other_parts_stay():
     old = former_names(vit())["vit.layers.0.attention.q_proj"]
     assert current_name(model)(f"nets.{old}") == f"nets.{old}"
     assert current_name(nn.Linear(4, 4))(old) == old
+
+
+def test_models_of_others_import_no_models_of_transformers():
+    """Libraries import transformers, which imports its models when they are used, and takes a second for it."""
+    code = (
+        "import sys, torch, transformers\nfrom lora_plugins import LoraConfig, LoraModel, TargetError\n"
+        "try:\n    LoraModel(torch.nn.Linear(2, 2), LoraConfig(target_modules=['query']))\n"
+        "except TargetError:\n    sys.exit('transformers.modeling_utils' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], timeout=120, check=False).returncode == 0
