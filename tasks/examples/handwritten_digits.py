@@ -5,6 +5,8 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,16 +45,23 @@ def load_digit_splits(digits: Sequence[int]) -> dict[str, DigitSamples]:
     """
     if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
         raise ConfigError(f"digits is {list(digits)}; it takes some of 0 to 9, each once.")
-    from sklearn.datasets import load_digits  # takes a second
-
-    bunch = load_digits()
-    ink = torch.from_numpy(bunch.images).float() / MAX_INK
-    order = np.random.default_rng(0).permutation(len(bunch.target))
-    of_digit = [order[bunch.target[order] == digit] for digit in digits]
+    rows = np.loadtxt(_file(), delimiter=",")
+    ink = torch.from_numpy(rows[:, :-1].reshape(-1, 8, 8)).float() / MAX_INK
+    target = rows[:, -1].astype(int)
+    order = np.random.default_rng(0).permutation(len(target))
+    of_digit = [order[target[order] == digit] for digit in digits]
     return {
         split: _take(ink, [numbers[int(len(numbers) * a) : int(len(numbers) * b)] for numbers in of_digit])
         for split, a, b in SHARES
     }
+
+
+def _file() -> Path:
+    """The file that `sklearn.datasets.load_digits` reads, whose import takes longer than a second."""
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    return Path(package.origin).parent / "datasets/data/digits.csv.gz"
 
 
 def _take(ink: Tensor, numbers_by_label: Sequence[np.ndarray[Any, Any]]) -> DigitSamples:

@@ -22,12 +22,14 @@ class TestDigits:
         few, all_of_them = load_digit_splits([7]), load_digit_splits(range(10))
         assert set(few["test"].numbers.tolist()) < set(all_of_them["test"].numbers.tolist())
 
-    def test_labels_follow_the_order_of_the_digits(self):
+    @pytest.mark.parametrize("digits", [range(10), [8, 3]], ids=["all", "some in another order"])
+    def test_ink_and_labels_are_those_of_scikit_learn(self, digits):
         from sklearn.datasets import load_digits
 
-        train = load_digit_splits([8, 3])["train"]
-        truth = torch.from_numpy(load_digits().target)[train.numbers]
-        assert torch.equal(torch.tensor([8, 3])[train.labels], truth)
+        truth = load_digits()
+        for split in load_digit_splits(digits).values():
+            assert torch.equal(split.ink * 16, torch.from_numpy(truth.images).float()[split.numbers])
+            assert torch.equal(torch.tensor(digits)[split.labels], torch.from_numpy(truth.target)[split.numbers])
 
     @pytest.mark.parametrize("digits", [[], [1, 1], [10]], ids=["none", "twice", "no digit"])
     def test_wrong_digits(self, digits):
