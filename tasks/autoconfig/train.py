@@ -5,6 +5,7 @@ import shlex
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,11 @@ def _parser() -> Parser:
     for flag, short in SHORT.items():
         training.add_argument(flag, type=short.takes, metavar=short.metavar, help=short.meaning)
     training.add_argument(
-        "--recipe", choices=RECIPES, metavar="NAME", help=f"{AUTO}, settings that were tried; {PLAIN}, LoRA's own"
+        "--recipe",
+        type=_recipe,
+        choices=RECIPES,
+        metavar="NAME",
+        help=f"{AUTO}, settings that were tried; {PLAIN}, LoRA's own",
     )
     training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
@@ -177,6 +182,18 @@ def _names(text: str) -> tuple[str, ...]:
     if len(names) < 2 or len({*names}) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} are not two or more different names with commas between")
     return names
+
+
+def _recipe(text: str) -> str:
+    """A recipe of `train`; the shipped configurations of `fit` are called so too."""
+    if text not in RECIPES:
+        with suppress(ConfigError):
+            recipe_path(text)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is a configuration of fit: lora-plugins fit --config recipe:{text}. It is {AUTO} or {PLAIN} "
+                "here"
+            )
+    return text
 
 
 def _check_device(device: str) -> None:

@@ -164,6 +164,10 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--out", "photos/run"], "inside of DATA"),
         (["--out", "/proc/run"], "nothing can be written in /proc"),
         (["--recipe", "autos"], "argument --recipe: there is no 'autos'. Did you mean 'auto'"),
+        (
+            ["--recipe", "seg"],
+            "'seg' is a configuration of fit: lora-plugins fit --config recipe:seg. It is auto or plain",
+        ),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
         (["--image-size", "15"], "cannot be trained on images of 15x15"),
     ],
