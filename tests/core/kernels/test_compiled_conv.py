@@ -9,7 +9,7 @@ from tests.core.kernels.conv_cases import CASES, Case, cases, formats, without_d
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
 
-pytestmark = needs("fused_conv")
+pytestmark = needs("fused_conv", "fused_linear")  # eager mode computes pointwise ones as linear layers
 
 
 ONE_OF_EACH_PATH = [
