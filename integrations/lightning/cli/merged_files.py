@@ -12,23 +12,26 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
-from lora_plugins.integrations.lightning.checkpoint import Global, load_from_checkpoint, read_checkpoint
+from lora_plugins.integrations.lightning.checkpoint import KEY, Global, load_from_checkpoint, read_checkpoint
 from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser
 from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
 from lora_plugins.utils import replace_file
 
-_SAVED = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
-"""Entries of a checkpoint that still hold after a merge; optimizers and loops belong to the adapter's training."""
+_OF_TRAINING = (
+    *("loops", "callbacks", "optimizer_states", "lr_schedulers", "current_model_state"),
+    *("MixedPrecision", "FSDPPrecision"),
+)
+"""Entries of a checkpoint that belong to the adapter's training; the others still hold, and modules may read them."""
 
 
 def run(arguments: list[str]) -> None:
     """Runs `export` or `merge` from the arguments of the command line, the command included."""
     given = merged_file_parser(arguments[0]).parse_args(arguments[1:])
     write = {"export": export_checkpoint, "merge": merge_checkpoint}[arguments[0]]
-    values = dict(map(_argument, given.argument))
-    path = write(
-        _import_class(given.model), given.checkpoint, given.output, allow_globals=given.allow_globals, **values
-    )
+    values, module_class = dict(map(_argument, given.argument)), _import_class(given.model)
+    if not Path(given.checkpoint).exists():
+        raise ConfigError(f"There is no {given.checkpoint}. Give a checkpoint with an adapter.")
+    path = write(module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **values)
     print(f"Merged model: {path}")
 
 
@@ -83,7 +86,8 @@ def merge_checkpoint(
     Args:
         module_class: The class the checkpoint was made from.
         checkpoint: The checkpoint.
-        output: A `.ckpt` file. It holds weights and arguments of the class; training cannot go on from it.
+        output: A `.ckpt` file. It holds weights, arguments of the class and what its `on_save_checkpoint` wrote;
+            training cannot go on from it.
         allow_globals: As in `load_from_checkpoint`.
         weights_only: Likewise.
         **kwargs: Arguments of the class, as in `load_from_checkpoint`. The file holds those of the checkpoint only.
@@ -102,10 +106,10 @@ def merge_checkpoint(
     for target in adapted_targets(module).values():
         LoraModel(target).merge_and_unload(dequantize=True)
     read = read_checkpoint(checkpoint, allow_globals=allow_globals, weights_only=weights_only)
-    saved: dict[str, Any] = {key: value for key, value in read.items() if key in _SAVED}
+    kept = {key: value for key, value in read.items() if key not in (KEY, *_OF_TRAINING)}
     output.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    torch.save({**saved, "state_dict": module.state_dict()}, data)
+    torch.save({**kept, "state_dict": module.state_dict()}, data)
     replace_file(output, data.getvalue())
     return output
 

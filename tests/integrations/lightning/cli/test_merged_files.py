@@ -5,13 +5,15 @@ from safetensors.torch import load_file
 
 from lora_plugins.cli.main import main
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
-from tests.integrations.lightning.toys import Classifier, differing, values
+from tests.integrations.lightning.late_layers import OnLoading
+from tests.integrations.lightning.toys import Classifier, differing, load, values
 
 pytestmark = [
     # The point of the section `optimizer:`.
     pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden:UserWarning"),
 ]
 
+LATE = "tests.integrations.lightning.late_layers"
 STORED = {"quantize": "nf4", "quantize_options": {"min_size": 0}}
 BASES = pytest.mark.parametrize("trained", [{}, STORED], ids=["float", "stored"], indirect=True)
 
@@ -43,6 +45,17 @@ class TestFiles:
         module = Classifier.load_from_checkpoint(out)
         assert not differing(values(module.net), expected)
 
+    def test_what_the_module_reads_of_its_checkpoint_is_there(self, config, tmp_path):
+        model = {"class_path": f"{LATE}.OnLoading"}
+        assert main(["fit", "--config", config(model=model, lora={"r": 2, "target_modules": ["net.0", "head"]})]) == 0
+        out = str(tmp_path / "merged.ckpt")
+        assert main(["merge", checkpoint(tmp_path), out, "--model", f"{LATE}.OnLoading"]) == 0
+        assert OnLoading.load_from_checkpoint(out).head.in_features == 16
+        assert load(out).keys() == {
+            *("epoch", "global_step", "pytorch-lightning_version", "state_dict", "hparams_name", "hyper_parameters"),
+            "width",
+        }
+
     @pytest.mark.parametrize(
         ("output", "model", "message"),
         [
@@ -56,6 +69,12 @@ class TestFiles:
         assert main(["export", trained[0], str(tmp_path / output), "--model", model]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / output).exists()
+
+    @pytest.mark.parametrize("command", ["export", "merge"])
+    def test_no_checkpoint(self, tmp_path, capsys, command):
+        path, out = str(tmp_path / "it.ckpt"), str(tmp_path / "out")
+        assert main([command, path, out, "--model", f"{TOYS}.Classifier"]) == 1
+        assert f"There is no {path}. Give a checkpoint with an adapter." in capsys.readouterr().err
 
     def test_plain_checkpoint(self, config, tmp_path, capsys):
         assert main(["fit", "--config", config(lora=None, lora_callback=None)]) == 0
