@@ -28,7 +28,7 @@ def predict_parser() -> Parser:
         description="Write labels (a CSV file with probabilities) or masks for images.",
         epilog="With flags alone, such as --config FILE, `predict` is the Trainer's: lora-plugins predict --help-all.",
     )
-    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged file of a task")
     parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
     parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
     parser.add_argument("--window", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
@@ -49,7 +49,7 @@ def check_model(path: str | Path) -> None:
     """
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged safetensors file.")
+        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged file.")
     if path.is_file() and not is_of_its_kind(path):
         kind = "safetensors file" if path.suffix == SAFETENSORS else "checkpoint"
         raise WeightsError(f"{path} is no {kind}, or is cut off. Give the file that a fit has left.")
@@ -99,7 +99,7 @@ def lacking_for_onnx() -> list[str]:
 def export_parser() -> Parser:
     """Those of `export MODEL OUT`."""
     parser = Parser(prog="lora-plugins export", description="Write a merged network for other runtimes.")
-    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged safetensors file of a task")
+    parser.add_argument("model", help="a checkpoint, an adapter folder or a merged file of a task")
     parser.add_argument("out", help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
     parser.add_argument(
         "--size", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"

@@ -1,11 +1,14 @@
-"""Load a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file."""
+"""Load a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file.
+
+A merged file and a checkpoint without adapters hold all weights, and nothing is read of their base.
+"""
 
 import importlib
 import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
 from lora_plugins.files import MANIFEST
-from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
-from lora_plugins.tasks.models import NONE
+from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
 REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
@@ -28,8 +31,8 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
     """Load a task with its weights, ready to predict.
 
     Args:
-        path: A checkpoint (`.ckpt`), an adapter folder, or a merged file (`.safetensors`) of one of our tasks. The base
-            of an adapter, in a checkpoint or a folder, is read from where the task had it from.
+        path: A checkpoint (`.ckpt`), an adapter folder, or a merged file (`.ckpt`, `.safetensors`) of one of our tasks.
+            The base of an adapter, in a checkpoint or a folder, is read from where the task had it from.
         weights: Where that is now, if it was moved since.
 
     Returns:
@@ -48,13 +51,17 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
         LoraModel.load_adapter(target, path)
     elif path.suffix == SAFETENSORS:
         provenance = _checked(_metadata(path), path)
-        arguments = provenance["arguments"]
-        model = {**arguments["model"], "weights": str(path), "head": "auto"}
-        task = _task_class(provenance, path)(**{**arguments, "model": model})
+        model = _whole(provenance, str(path))
+        task = _task_class(provenance, path)(**{**provenance["arguments"], "model": model})
     else:
-        provenance = _checked(read_checkpoint(path).get(PROVENANCE_KEY), path)
-        cls, model = _task_class(provenance, path), _arguments(provenance, weights)["model"]
+        checkpoint = read_checkpoint(path)
+        provenance = _checked(checkpoint.get(PROVENANCE_KEY), path)
+        cls, adapted = _task_class(provenance, path), KEY in checkpoint
+        model = _arguments(provenance, weights)["model"] if adapted else _whole(provenance, NONE)
         task = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, model=model)
+        if not adapted:  # an adapter that is trained on it has this base
+            task.model_config = replace(task.model_config, weights=str(path))
+            task.hparams["model"] = asdict(task.model_config)
     size = provenance["image_size"]
     task.image_size, task.interpolation = None if size is None else (size[0], size[1]), provenance["interpolation"]
     return task.eval()
@@ -114,6 +121,12 @@ def _arguments(provenance: Provenance, weights: str | Path | None) -> dict[str, 
             "--weights FILE, or load_task(path, weights). The merged file of a run needs none."
         )
     return arguments | {"model": {**arguments["model"], "weights": base}}
+
+
+def _whole(provenance: Provenance, weights: str) -> dict[str, Any]:
+    """The model of a file that holds all weights, its head among them; earlier files do not hold `mean` and `std`."""
+    said = {key: provenance[key] for key in ("mean", "std") if key in provenance}
+    return {**provenance["arguments"]["model"], **said, "weights": weights, "head": AUTO}
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:

@@ -303,7 +303,7 @@ class VisionTask(LoraCheckpointMixin):
         return self.class_names or [str(i) for i in range(self.model_config.num_classes)]
 
     def provenance(self) -> dict[str, Any]:
-        """Which task this is, in plain types: class, arguments, names of the classes, size of the images."""
+        """Which task this is, in plain types: class, arguments, names of the classes, what images are like."""
         data = self._datamodule()
         size = (data.size() if isinstance(data, VisionDataModule) else None) or self.image_size
         return {
@@ -311,6 +311,8 @@ class VisionTask(LoraCheckpointMixin):
             "arguments": json.loads(json.dumps(dict(self.hparams))),
             "image_size": None if size is None else list(size),
             "interpolation": self.interpolation,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
         }
 
     def next_commands(self, trainer: Trainer) -> dict[str, str]:

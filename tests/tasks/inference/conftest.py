@@ -1,4 +1,4 @@
-"""The files of two fits."""
+"""The files of fits."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.cli import merge_checkpoint
 from lora_plugins.tasks import (
     DigitScenesDataModule,
     DigitsDataModule,
@@ -17,40 +18,50 @@ from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 
 from ..conftest import tiny_segformer, tiny_vit
 
+FILES = {
+    "checkpoint": "run/it.ckpt",
+    "adapter": "adapter",
+    "merged": "merged.safetensors",
+    "merged checkpoint": "merged.ckpt",
+}
+
 
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory):
-    """The three files of a fit, and the fitted task, by kind of task."""
+    """The files of a fit, and the fitted task, by kind of task."""
+    return {kind: fit(kind, tmp_path_factory.mktemp(kind)) for kind in ("labels", "masks")}
+
+
+def fit(kind, folder, **stored):
+    """The fitted task, and its files."""
     from lightning.pytorch import Trainer
 
-    found = {}
-    for kind, make, sources, tiny, data in (
-        ("labels", ImageClassificationTask, CLASSIFIERS, tiny_vit, DigitsDataModule([0, 1, 2])),
-        ("masks", SemanticSegmentationTask, SEGMENTERS, tiny_segformer, scenes()),
-    ):
-        folder = tmp_path_factory.mktemp(kind)
-        torch.manual_seed(0)
-        save_file(build_network(tiny(), sources).module.state_dict(), folder / "base.safetensors")
-        # Balanced, so that not all of a mask is the ground.
-        task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2, class_weights="balanced")
-        lora = LoraCallback(
-            LoraConfig(r=2, modules_to_save=["head" if kind == "labels" else "decode_head.classifier"]),
-            target="network",
-            save_adapter_to=str(folder / "adapter"),
-            export_to=str(folder / "merged.safetensors"),
-            print_plan=False,
-        )
-        Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            callbacks=[lora, ModelCheckpoint(folder / "run", filename="it")],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(task, datamodule=data)
-        files = {"checkpoint": "run/it.ckpt", "adapter": "adapter", "merged": "merged.safetensors"}
-        found[kind] = (task.eval(), {name: folder / file for name, file in files.items()})
-    return found
+    make, sources, tiny, data = {
+        "labels": (ImageClassificationTask, CLASSIFIERS, tiny_vit, DigitsDataModule([0, 1, 2])),
+        "masks": (SemanticSegmentationTask, SEGMENTERS, tiny_segformer, scenes()),
+    }[kind]
+    torch.manual_seed(0)
+    save_file(build_network(tiny(), sources).module.state_dict(), folder / "base.safetensors")
+    # Balanced, so that not all of a mask is the ground.
+    task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2, class_weights="balanced")
+    lora = LoraCallback(
+        LoraConfig(r=2, modules_to_save=["head" if kind == "labels" else "decode_head.classifier"], **stored),
+        target="network",
+        save_adapter_to=str(folder / "adapter"),
+        export_to=str(folder / "merged.safetensors"),
+        dequantize=bool(stored),
+        print_plan=False,
+    )
+    Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[lora, ModelCheckpoint(folder / "run", filename="it")],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(task, datamodule=data)
+    merge_checkpoint(make, folder / "run" / "it.ckpt", folder / "merged.ckpt")
+    return task.eval(), {name: folder / file for name, file in FILES.items()}
 
 
 def scenes():

@@ -11,14 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import load_from_checkpoint
-from lora_plugins.tasks import ImageClassificationTask, WeightsError, load_task
+from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask, WeightsError, load_task
 
-from ..conftest import noise, write_image
+from ..conftest import HALF, noise, tiny_vit, write_image
+from .conftest import FILES, fit
 
-KINDS = ["checkpoint", "adapter", "merged"]
 
-
-@pytest.mark.parametrize("file", KINDS)
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["labels", "masks"])
 def test_the_task_comes_back_with_its_classes(fitted, kind, file):
     task, files = fitted[kind]
@@ -44,10 +43,44 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
         given = ["predict", str(files[file]), str(tmp_path / "it.png"), "--weights", str(now)]
         assert main([*given, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
         load_task(files["merged"])
+        load_task(files["merged checkpoint"])
     finally:
         now.rename(base)
     images = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+def test_a_merged_checkpoint_of_a_stored_base(tmp_path):
+    task, files = fit("labels", tmp_path, quantize="nf4", quantize_options={"min_size": 0})
+    adapted = load_task(files["checkpoint"])
+    assert any(tensor.dtype == torch.uint8 for tensor in adapted.state_dict().values())
+    (tmp_path / "base.safetensors").unlink()
+    again = load_task(files["merged checkpoint"])
+    assert again.state_dict().keys() == ImageClassificationTask(tiny_vit()).state_dict().keys()
+    assert (again.class_names, again.image_size) == (task.class_names, adapted.image_size)
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(again(images), adapted(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["merged", "merged checkpoint"])
+def test_an_adapter_that_is_trained_on_a_merged_file_is_of_it(fitted, file):
+    task, files = fitted["labels"]
+    again = load_task(files[file])
+    assert again.provenance()["arguments"]["model"]["weights"] == str(files[file])
+    built = ImageClassificationTask(again.model_config).eval()
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(built(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+def test_a_whole_file_says_how_its_images_are_normalized(tmp_path):
+    """smp asks the hub for the normalization of encoders of its own, with their pretrained weights."""
+    model = ModelConfig("smp", "Unet", 2, "none", {"encoder_name": "resnet18"}, HALF, HALF)
+    task = SemanticSegmentationTask(model).eval()
+    task.hparams["model"].update(mean=None, std=None, weights="pretrained")
+    checkpoint = {"state_dict": task.state_dict(), "task": task.provenance(), "hyper_parameters": dict(task.hparams)}
+    torch.save({**checkpoint, "pytorch-lightning_version": "2.6.0"}, tmp_path / "it.ckpt")
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(load_task(tmp_path / "it.ckpt")(images), task(images))
 
 
 def test_a_base_that_was_random(fitted, tmp_path):
@@ -109,13 +142,14 @@ WRITERS = {
     "checkpoint": (write_earlier_checkpoint, "it.ckpt"),
     "adapter": (write_earlier_adapter, "adapter"),
     "merged": (write_earlier_merged, "merged.safetensors"),
+    "merged checkpoint": (write_earlier_checkpoint, "it.ckpt"),
 }
 
 
 class TestEarlierVersions:
     """Files of earlier versions hold hyperparameters that are gone: they are dropped, with a warning."""
 
-    @pytest.mark.parametrize("file", KINDS)
+    @pytest.mark.parametrize("file", FILES)
     def test_load_task(self, fitted, tmp_path, file):
         task, files = fitted["labels"]
         write, name = WRITERS[file]

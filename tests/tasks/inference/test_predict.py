@@ -13,12 +13,11 @@ from lora_plugins.tasks.inference import predict_main as predict
 from lora_plugins.tasks.segmentation import class_colors
 
 from ..conftest import noise, write_image
-
-KINDS = ["checkpoint", "adapter", "merged"]
+from .conftest import FILES
 
 
 class TestPredict:
-    @pytest.mark.parametrize("file", KINDS)
+    @pytest.mark.parametrize("file", FILES)
     def test_labels(self, fitted, tmp_path, file, capsys):
         task, files = fitted["labels"]
         for i, size in enumerate(((20, 24), (90, 33))):
@@ -32,7 +31,7 @@ class TestPredict:
             assert sum(shares) == pytest.approx(1, abs=1e-5)
             assert task.class_names[int(np.argmax(shares))] == row["label"]
 
-    @pytest.mark.parametrize("file", KINDS)
+    @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize(
         ("options", "meant"),
         [
