@@ -18,8 +18,8 @@ from lora_plugins.integrations.lightning.module import adapted_targets, plain_st
 from lora_plugins.utils import replace_file
 
 _OF_TRAINING = (
-    *("loops", "callbacks", "optimizer_states", "lr_schedulers", "current_model_state"),
-    *("MixedPrecision", "FSDPPrecision"),
+    *("loops", "callbacks", "optimizer_states", "lr_schedulers"),
+    *("current_model_state", "averaging_state", "MixedPrecision", "FSDPPrecision"),
 )
 """Entries of a checkpoint that belong to the adapter's training; the others still hold, and modules may read them."""
 

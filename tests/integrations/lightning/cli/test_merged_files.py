@@ -45,6 +45,15 @@ class TestFiles:
         module = Classifier.load_from_checkpoint(out)
         assert not differing(values(module.net), expected)
 
+    def test_nothing_of_an_average_is_left(self, config, tmp_path):
+        options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)}
+        averaged = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+        assert main(["fit", "--config", config(trainer={**options, "callbacks": [averaged]})]) == 0
+        path, out = checkpoint(tmp_path), str(tmp_path / "merged.ckpt")
+        assert {"current_model_state", "averaging_state"} <= load(path).keys()
+        assert main(["merge", path, out, "--model", f"{TOYS}.Classifier"]) == 0
+        assert not {"current_model_state", "averaging_state"} & load(out).keys()
+
     def test_what_the_module_reads_of_its_checkpoint_is_there(self, config, tmp_path):
         model = {"class_path": f"{LATE}.OnLoading"}
         assert main(["fit", "--config", config(model=model, lora={"r": 2, "target_modules": ["net.0", "head"]})]) == 0
