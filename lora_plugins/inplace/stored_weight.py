@@ -3,13 +3,16 @@
 The layer's own class is extended by one that answers with the dense value, made anew at each read; see `stored_class`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError
 from lora_plugins.inplace.made_again import note
+from lora_plugins.inplace.stored_integers import are_changed, rounded, take_note, with_own_types
 from lora_plugins.plugins import Storage
 
 SUFFIX = "_stored"
@@ -81,6 +84,45 @@ class StoredWeight(nn.Module):
     def extra_repr(self) -> str:
         """Shows what is stored."""
         return f"{self.storage.plugin.name}, {tuple(self.shape)} of {self.dtype}"
+
+    def train(self, mode: bool = True) -> "StoredWeight":
+        """Sets the mode, which is when a copy is looked at that was averaged."""
+        self._check_integers()
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredWeight":
+        """Returns a copy that takes note of its integers."""
+        self._check_integers()
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        take_note(new._parameters.values())
+        return new
+
+    def _check_integers(self) -> None:
+        if are_changed(self._parameters.values()):
+            raise StateError(
+                f"The integers of a weight of shape {list(self.shape)}, stored as {self.storage.plugin.name}, were "
+                "changed in a copy of a model, as an average of all parameters does, which cuts them off. Average "
+                "floating tensors alone (docs/howto/quantize.md has a function for AveragedModel), and load the "
+                "others again: copied.load_state_dict({key: value for key, value in model.state_dict().items() if "
+                "'_stored.' in key}, strict=False)."
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        is_copy = with_own_types(self._parameters.values())
+        names = {prefix + name: parameter for name, parameter in self._parameters.items()}
+        try:
+            state_dict = {**state_dict, **rounded(state_dict, names)}
+        except ValueError as error:
+            errors.append(
+                f"{str(error)!r} holds integers of a weight stored as {self.storage.plugin.name}, and the state dict "
+                "has others between them, as an average of different bases has. Load those of one base."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if is_copy:
+            take_note(self._parameters.values())
 
     def _dense(self) -> Tensor:
         with torch.no_grad():
