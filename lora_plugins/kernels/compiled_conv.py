@@ -128,10 +128,11 @@ def _(
 
 @_conv_gradients.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, needed = others
-    return tuple(
-        torch.empty_like(tensor) if need else tensor.new_empty(0)
-        for tensor, need in zip((x, A, B), needed, strict=True)
+    *_, (of_x, of_A, of_B) = others
+    return (
+        torch.empty_like(x) if of_x else x.new_empty(0),
+        A.new_empty(A.shape if of_A else 0),
+        B.new_empty(B.shape if of_B else 0),
     )
 
 
