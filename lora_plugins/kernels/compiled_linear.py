@@ -12,7 +12,7 @@ from lora_plugins.kernels._compiled import is_compiled_by, operands
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
-from lora_plugins.utils import in_full
+from lora_plugins.utils import autocast_dtype, in_full
 
 
 def compiled_linear(
@@ -27,14 +27,19 @@ def compiled_linear(
     axis: int = -1,
     low_memory: bool = False,
 ) -> Tensor | None:
-    """Computes `lora_linear`; None for images, and where something other than `torch.compile` is at work."""
+    """Computes `lora_linear`; None for images, and where something other than `torch.compile` is at work.
+
+    And under autocast without dropout: there, ordinary operations took 1.17 of the frozen model's step, the operator
+    1.24 (ViT-S in bfloat16, two cores of an AMD EPYC, Zen 5).
+    """
     one_block = weight.is_contiguous() or weight.T.is_contiguous()
     if axis != -1 or not one_block or not is_compiled_by("lora_linear", x, weight, bias, A, B):
         return None
-    x, weight, bias, A, B, seed = operands(x, weight, bias, A, B, dropout)
-    keep = torch.is_grad_enabled() and x.requires_grad and x.dtype != weight.dtype
+    if not dropout and autocast_dtype(x) is not None:
+        return None
+    given = operands(x, weight, bias, A, B, dropout)
     with in_full(x):
-        y: Tensor = _linear(x, weight, bias, A, B, seed, scaling, dropout, keep)[0]
+        y: Tensor = _linear(*given, scaling, dropout)
     return y
 
 
@@ -48,13 +53,11 @@ def _linear(
     seed: Tensor | None,
     scaling: float,
     dropout: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output, and what the rows were multiplied by if that is to be kept."""
+) -> Tensor:
     rows = as_rows(x, -1)
     with torch.no_grad():
-        y, matrix = output(rows, *_call(rows, weight, bias, A, B, seed, scaling, dropout))
-        return y.resize_(*x.shape[:-1], len(weight)), matrix if keep else x.new_empty(0)
+        y, _ = output(rows, weight, bias, A, B, _options(rows, weight, A, seed, scaling, dropout))
+    return y.resize_(*x.shape[:-1], len(weight))
 
 
 @torch.library.custom_op("lora_plugins::linear_gradients", mutates_args=())
@@ -65,20 +68,19 @@ def _linear_gradients(
     A: Tensor,
     B: Tensor,
     seed: Tensor | None,
-    kept: Tensor,
     scaling: float,
     dropout: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of x, A and B that are needed."""
     rows = as_rows(x, -1)
-    weight, _, left, right, options = _call(rows, weight, None, A, B, seed, scaling, dropout)
+    options = _options(rows, weight, A, seed, scaling, dropout)
 
     def matrix() -> Tensor:
-        return kept if kept.numel() else multiplied(dy.dtype, weight, left, right, options)
+        return multiplied(dy.dtype, weight, A, B, options)
 
     with torch.no_grad():
-        dx, dA, dB = gradients(rows, as_rows(dy, -1), matrix, left, right, options, needed)
+        dx, dA, dB = gradients(rows, as_rows(dy, -1), matrix, A, B, options, needed)
     return (
         x.new_empty(0) if dx is None else dx.resize_(x.shape),
         A.new_empty(0) if dA is None else dA.to(A.dtype).contiguous(),
@@ -86,29 +88,18 @@ def _linear_gradients(
     )
 
 
-def _call(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Options]:
-    """What the rows meet: a wide weight is rounded to their type where the update is not added to it."""
-    path = choose_path(len(rows), weight, A, dropout)
-    if rows.dtype != weight.dtype and not path.effective_weight_first:
-        weight, A, B = weight.to(rows.dtype), A.to(rows.dtype), B.to(rows.dtype)
-    masks = None if seed is None else Dropout.of(dropout, int(seed))
-    return weight, bias, A, B, Options(scaling=scaling, dropout=masks, path=path, recompute_input=None)
+def _options(rows: Tensor, weight: Tensor, A: Tensor, seed: Tensor | None, scaling: float, dropout: float) -> Options:
+    return Options(
+        scaling=scaling,
+        dropout=None if seed is None else Dropout.of(dropout, int(seed)),
+        path=choose_path(len(rows), weight, A, dropout),
+        recompute_input=None,
+    )
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *_, keep = others
-    kept = torch.empty_like(weight, dtype=x.dtype) if keep else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), kept
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @_linear_gradients.register_fake
@@ -117,21 +108,19 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *others: Any)
     return tuple(tensor.new_empty(tensor.shape if need else 0) for tensor, need in zip((x, A, B), needed, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, A, B, seed, *ctx.factors, _ = inputs
-    ctx.save_for_backward(x, weight, A, B, seed, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, A, B, seed, *ctx.factors = inputs
+    ctx.save_for_backward(x, weight, A, B, seed)
 
 
-def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    x, weight, A, B, seed, kept = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, A, B, seed = ctx.saved_tensors
     of_x, of_weight, of_bias, of_A, of_B, *_ = ctx.needs_input_grad
-    found = _linear_gradients(dy, x, weight, A, B, seed, kept, *ctx.factors, [of_x, of_A, of_B])
+    found = _linear_gradients(dy, x, weight, A, B, seed, *ctx.factors, [of_x, of_A, of_B])
     dx, dA, dB = (each if need else None for each, need in zip(found, (of_x, of_A, of_B), strict=True))
     dy = as_rows(dy, -1)
-    dW = transposed_product(dy, as_rows(x, -1)).to(weight.dtype) if of_weight else None
-    return dx, dW, dy.sum(0) if of_bias else None, dA, dB, None, None, None, None
+    dW = transposed_product(dy, as_rows(x, -1)) if of_weight else None
+    return dx, dW, dy.sum(0) if of_bias else None, dA, dB, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
