@@ -8,7 +8,7 @@ run it again.
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import assume_constant_result, is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from lora_plugins.kernels._eager import transforms_are_active
 from lora_plugins.kernels._path import may_form_effective_weight
@@ -52,6 +52,10 @@ def operands(
     return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, seed
 
 
-@assume_constant_result  # type: ignore[untyped-decorator]  # compilers cannot trace how kernels are found
 def _has_kernels(operation: str) -> bool:
     return len(active_kernels(operation)) > 0
+
+
+# Compilers cannot trace how kernels are found. This is all that `torch.compiler.assume_constant_result` does, which
+# imports the compiler, for longer than a second; without the mark, `fullgraph=True` is an error, and no result another.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
