@@ -57,5 +57,5 @@ def _has_kernels(operation: str) -> bool:
 
 
 # Compilers cannot trace how kernels are found. This is all that `torch.compiler.assume_constant_result` does, which
-# imports the compiler, for longer than a second; without the mark, `fullgraph=True` is an error, and no result another.
+# imports the compiler, for longer than a second. In a torch that does not know the mark, graphs would break here.
 _has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]

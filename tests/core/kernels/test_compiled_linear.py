@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_plugins.kernels import disabled_kernels, lora_linear
 from tests.core.kernels.graphs import EQUAL, both, compiled
@@ -102,12 +103,20 @@ def test_one_graph_serves_batches_of_any_size(rows):
 
 
 @drops
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @INDUCTORS_OWN
-def test_inductor_computes_the_same_masks_in_the_backward(dropout):
+def test_the_backward_has_the_masks_of_the_forward(dropout, checkpointed, backend):
     x, weight, bias, A, B = (tensor.detach() for tensor in tensors(MANY, 9, 1))
-    run = torch.compile(call(dropout), fullgraph=True)
     A, B = A.requires_grad_(), B.requires_grad_()
-    update = run(x, weight, bias, A, B) - F.linear(x, weight, bias)
+
+    def compute(*inputs: Tensor) -> Tensor:
+        if checkpointed:
+            return checkpoint(call(dropout), *inputs, use_reentrant=False)
+        return call(dropout)(*inputs)
+
+    output = torch.compile(compute, backend=backend, fullgraph=True)(x, weight, bias, A, B)
+    update = output - F.linear(x, weight, bias)
     dA, dB = torch.autograd.grad(update.square().sum(), [A, B])
     # The update is linear in either factor, which the masks of forward and backward have to agree for.
     for factor, gradient in ((A, dA), (B, dB)):
