@@ -89,10 +89,25 @@ def call_under_autocast(
     dtype = autocast_dtype(x)
     if dtype is None:
         return compute(x, weight, bias, A, B, options)
-    if not options.path.effective_weight_first:
-        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    given = rounded(dtype, x, weight, bias, A, B, in_full_weight=options.path.effective_weight_first)
     with in_full(x):
-        return compute(x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, options)
+        return compute(*given, options)
+
+
+def rounded(
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    in_full_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns the tensors of a call as autocast rounds them, but a weight to which its update is added in full."""
+    if not in_full_weight:
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B
 
 
 def law_gradients(

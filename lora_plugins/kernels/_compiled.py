@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
+from lora_plugins.kernels._autograd import rounded
 from lora_plugins.kernels._eager import transforms_are_active
 from lora_plugins.kernels._path import may_form_effective_weight
 from lora_plugins.kernels._switches import active_kernels
@@ -19,8 +20,8 @@ from lora_plugins.utils import autocast_dtype
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def is_compiled_by(operation: str, *tensors: Tensor | None) -> bool:
-    """Whether a compiler is at work that takes the operator of an operation.
+def takes_operator(operation: str, *tensors: Tensor | None) -> bool:
+    """Whether a compiler is at work, and takes the operator of an operation.
 
     Not on a GPU, where it was not measured; not where a program is exported, to run without this package.
 
@@ -47,9 +48,7 @@ def operands(
     seed, dtype = torch.randint(SEEDS, (), device="cpu") if dropout else None, autocast_dtype(x)
     if dtype is None:
         return x, weight, bias, A, B, seed
-    if not may_form_effective_weight(weight, dropout):
-        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B, seed
+    return *rounded(dtype, x, weight, bias, A, B, in_full_weight=may_form_effective_weight(weight, dropout)), seed
 
 
 def _has_kernels(operation: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels._channels import laid_out_like
-from lora_plugins.kernels._compiled import is_compiled_by, operands
+from lora_plugins.kernels._compiled import operands, takes_operator
 from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path, gradients, output
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout
@@ -27,7 +27,7 @@ def compiled_conv(
     low_memory: bool = False,
 ) -> Tensor | None:
     """Computes `lora_conv`; None where something other than `torch.compile` is at work."""
-    if not is_compiled_by("lora_conv", x, weight, bias, A, B):
+    if not takes_operator("lora_conv", x, weight, bias, A, B):
         return None
     given = operands(x, weight, bias, A, B, dropout)
     move = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
@@ -53,7 +53,7 @@ def _conv(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and what is worth keeping if anything is to be kept."""
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
         y, small = output(x, *_call(x, weight, bias, A, B, seed, scaling, dropout, geometry))
     return y, small if keep and small is not None else x.new_empty(0)
@@ -77,7 +77,7 @@ def _conv_gradients(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of x, A and B that are needed."""
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
         weight, _, left, right, options = _call(x, weight, None, A, B, seed, scaling, dropout, geometry)
         small = kept if kept.numel() else None
@@ -87,6 +87,11 @@ def _conv_gradients(
         dA.to(A.dtype).contiguous() if dA is not None and needed[1] else A.new_empty(0),
         dB.to(B.dtype).contiguous() if dB is not None and needed[2] else B.new_empty(0),
     )
+
+
+def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+    """Of numbers as an operator takes them."""
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _call(
@@ -118,11 +123,9 @@ def _call(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, seed: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    _, dropout, stride, padding, dilation, groups, keep = others
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    _, dropout, *move, keep = others
     # Without masks, which change no shape.
-    given = _call(x, weight, bias, A, B, None, 1.0, dropout, geometry)
-    y, small = output(x, *given)
+    y, small = output(x, *_call(x, weight, bias, A, B, None, 1.0, dropout, _geometry(*move)))
     return y, small if keep and small is not None else x.new_empty(0)
 
 
@@ -148,8 +151,7 @@ def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     of_x, of_weight, of_bias, of_A, of_B, *_ = ctx.needs_input_grad
     found = _conv_gradients(dy, x, weight, A, B, seed, kept, *ctx.others, [of_x, of_A, of_B])
     dx, dA, dB = (each if need else None for each, need in zip(found, (of_x, of_A, of_B), strict=True))
-    *_, stride, padding, dilation, groups = ctx.others
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _geometry(*ctx.others[-4:])
     dW = geometry.gradients(dy, x, weight.to(x.dtype), of_x=False, of_kernel=True)[1] if of_weight else None
     return dx, dW, dy.transpose(0, 1).flatten(1).sum(1) if of_bias else None, dA, dB, *[None] * 8
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_plugins.kernels._autograd import Options
 from lora_plugins.kernels._channels import as_rows
-from lora_plugins.kernels._compiled import is_compiled_by, operands
+from lora_plugins.kernels._compiled import operands, takes_operator
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
@@ -33,7 +33,7 @@ def compiled_linear(
     1.24 (ViT-S in bfloat16, two cores of an AMD EPYC, Zen 5).
     """
     one_block = weight.is_contiguous() or weight.T.is_contiguous()
-    if axis != -1 or not one_block or not is_compiled_by("lora_linear", x, weight, bias, A, B):
+    if axis != -1 or not one_block or not takes_operator("lora_linear", x, weight, bias, A, B):
         return None
     if not dropout and autocast_dtype(x) is not None:
         return None

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
 
+pytestmark = pytest.mark.usefixtures("compiler_as_new")
+
 CONFIGS = {
     "lora": {},
     "dropout": {"dropout": 0.1},
@@ -13,12 +15,6 @@ CONFIGS = {
     "dora": {"variant": "dora"},
     "dora-dropout": {"variant": "dora", "dropout": 0.1},
 }
-
-
-@pytest.fixture(autouse=True)
-def compiler_as_new():
-    """The models of all tests share classes, of which the compiler keeps a few graphs only."""
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)

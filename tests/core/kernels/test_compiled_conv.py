@@ -9,7 +9,10 @@ from tests.core.kernels.conv_cases import CASES, Case, cases, formats, without_d
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
 
-pytestmark = needs("fused_conv", "fused_linear")  # eager mode computes pointwise ones as linear layers
+pytestmark = [
+    needs("fused_conv", "fused_linear"),  # eager mode computes pointwise ones as linear layers
+    pytest.mark.usefixtures("compiler_as_new"),
+]
 
 
 ONE_OF_EACH_PATH = [
@@ -17,12 +20,6 @@ ONE_OF_EACH_PATH = [
     for first in (False, True)
     for small in (False, True)
 ]
-
-
-@pytest.fixture(autouse=True)
-def compiler_as_new():
-    """The functions of all tests share their code, of which the compiler keeps a few graphs only."""
-    torch._dynamo.reset()
 
 
 def call(case: Case):

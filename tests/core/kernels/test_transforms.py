@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from lora_plugins import LoraConfig, LoraModel
 
+pytestmark = pytest.mark.usefixtures("compiler_as_new")
+
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 MODELS = {
@@ -22,12 +24,6 @@ MODELS = {
 
 models = pytest.mark.parametrize("name", MODELS)
 floating = pytest.mark.parametrize("name", [name for name in MODELS if name != "embedding"])
-
-
-@pytest.fixture(autouse=True)
-def compiler_as_new():
-    """The models of all tests share one class, of which the compiler keeps a few graphs only."""
-    torch._dynamo.reset()
 
 
 def adapted(name: str, **fields) -> tuple[nn.Module, Tensor]:
