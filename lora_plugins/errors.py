@@ -49,11 +49,15 @@ def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
         count: How many near matches to offer at most.
     """
     known = sorted(set(candidates))
-    alike = sorted((-_likeness(name, each), len(each), each) for each in known)
-    matches = [each for away, _, each in alike if -away >= max(ALIKE, -alike[0][0] - BEHIND)]
-    if matches:
+    if matches := near_matches(name, known):
         return f"Did you mean {listing(matches[:count])}?"
     return f"There is {listing(known, 12)}." if known else "There are none."
+
+
+def near_matches(name: str, candidates: Iterable[str]) -> list[str]:
+    """Returns what a name may be a slip for, the likeliest first."""
+    alike = sorted((-_likeness(name, each), len(each), each) for each in candidates)
+    return [each for away, _, each in alike if -away >= max(ALIKE, -alike[0][0] - BEHIND)]
 
 
 def _likeness(name: str, candidate: str) -> float:

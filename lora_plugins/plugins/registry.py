@@ -1,6 +1,5 @@
 """What the installed plugins provide: lookup of layer types by module class, and of everything by name."""
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import Any, Generic, cast
 
 from torch import nn
 
-from lora_plugins.errors import PluginError, near
+from lora_plugins.errors import PluginError, near, near_matches
 from lora_plugins.plugins.kind import P, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, LayerPlugin
 
@@ -94,8 +93,7 @@ class Registry:
         owned = self.of(kind)
         if name in owned:
             return owned[name].plugin
-        # A mere typo has no plugin as its cause.
-        typo = bool(difflib.get_close_matches(name, owned, cutoff=0.5))
+        typo = bool(near_matches(name, owned))  # which has no plugin as its cause
         named = any(info.name == name for info in self.plugins)
         said = kind.words.get(name.lower()) or near(name, [*owned, *kind.reserved])
         cause = self.cause(name) if named or not typo else None
