@@ -100,6 +100,46 @@ def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, out
 
 
 @shapes
+@drops
+@pytest.mark.parametrize("kernels", [[], ["all"]], ids=["kernels", "ordinary"])
+@pytest.mark.parametrize(
+    # bfloat16 has 8 bits; products, of which sums of some dozen are made, keep about 6 of them
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+    ids=["bf16", "fp16"],
+)
+def test_the_update_of_a_weight_in_half_precision(lead, outputs, r, dropout, dtype, tolerance, kernels):
+    x, weight, _, A, B = tensors(lead, outputs, r)
+    x, weight = x.detach().to(dtype).requires_grad_(), torch.zeros_like(weight)
+    # What is left is the update alone; its factor makes up for a B of which float16 alone has no digit.
+    scaling, A, B = 1.7e6, A.detach().float().requires_grad_(), (B.detach() * 1e-8).float().requires_grad_()
+    found = []
+    for some in ((x, weight.to(dtype), None, A, B), (x.double(), weight, None, A.double(), B.double())):
+        with disabled_kernels(*kernels):
+            torch.manual_seed(7)
+            output = lora_linear(*some, scaling, dropout)
+        found.append([output, *torch.autograd.grad(output.double().square().sum(), (x, A, B))])
+    for got, wanted in zip(*found, strict=True):
+        assert (got.double() - wanted.double()).norm() < tolerance * wanted.double().norm()
+
+
+@shapes
+@drops
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_factors_that_nearly_cancel_beside_a_weight_in_half_precision(lead, outputs, r, dropout, dtype):
+    x, weight, _, A, B = (tensor.detach() for tensor in tensors(lead, outputs, r))
+    A, B = torch.cat([A, A]).float(), torch.cat([B, -B + 3e-3 * torch.randn_like(B)], dim=1).float()
+    half = [x.to(dtype), torch.zeros_like(weight).to(dtype), None, A, B]
+    found = []
+    for some in (half, [None if tensor is None else tensor.double() for tensor in half]):
+        torch.manual_seed(7)
+        found.append(lora_linear(*some, 1.7, dropout).double())
+    got, wanted = found
+    # the output has 8 or 11 bits, and what cancels is 300 times as large
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+@shapes
 def test_ordinary_operations_are_the_law(lead, outputs, r):
     found = []
     for compute in (seeded(0.0), law):
