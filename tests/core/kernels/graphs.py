@@ -39,7 +39,7 @@ def compiled(function, expected: int = 1):
     return checked
 
 
-def both(function, inputs, needed=None, dtype=None):
+def both(function, inputs, needed=None, dtype=None, expected=1, loss=lambda output: output.sin().sum()):
     """Output and gradients, compiled and eager, with the same random numbers.
 
     Args:
@@ -47,12 +47,14 @@ def both(function, inputs, needed=None, dtype=None):
         inputs: Its tensors.
         needed: Which of them have a gradient; None for all.
         dtype: Of autocast; None for none.
+        expected: How often a graph takes an operator.
+        loss: Of the output.
     """
     found = []
     wanted = [tensor for i, tensor in enumerate(inputs) if needed is None or i in needed]
-    for run in (compiled(function), function):
+    for run in (compiled(function, expected), function):
         torch.manual_seed(7)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             output = run(*inputs)
-        found.append([output, *torch.autograd.grad(output.sin().sum(), wanted)])
+        found.append([output, *torch.autograd.grad(loss(output), wanted)])
     return found

@@ -31,10 +31,15 @@ def call(case: Case):
     return compute
 
 
+def operators(case: Case) -> int:
+    """How often a graph of a training step takes the operator."""
+    return int(case.dropout > 0 or case.groups > 1)
+
+
 @formats
 def test_outputs_and_gradients_are_those_of_eager_mode(case, last):
     inputs = case.tensors(channels_last=last)
-    compiled, eager = both(call(case), inputs)
+    compiled, eager = both(call(case), inputs, expected=operators(case))
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
     assert compiled[1].stride() == inputs[0].stride()
 
@@ -44,18 +49,41 @@ def test_outputs_and_gradients_are_those_of_eager_mode(case, last):
 def test_under_autocast(case, base):
     x, weight, bias, A, B = case.tensors(torch.float32)
     weight, bias = (tensor.detach().to(base).requires_grad_() for tensor in (weight, bias))
-    compiled, eager = both(call(case), [x, weight, bias, A, B], dtype=torch.bfloat16)
-    for one, other in zip(compiled, eager, strict=True):
-        assert one.dtype == other.dtype
-        # bfloat16 has 8 bits, and eager mode may round at another place
-        assert (one - other).float().norm() <= 0.02 * other.float().norm()
+    check_in_half_precision(case, [x, weight, bias, A, B], torch.bfloat16)
 
 
 @cases
 @pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
 def test_one_gradient_alone(case, needed):
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
-    torch.testing.assert_close(*both(call(case), inputs, [needed]), rtol=1e-12, atol=1e-12)
+    found = both(call(case), inputs, [needed], expected=operators(case))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_wide_factors_of_a_base_in_half_precision(case, dtype):
+    x, weight, bias, *factors = case.tensors(torch.float32)
+    half = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+    check_in_half_precision(case, [*half, *factors])
+
+
+def check_in_half_precision(case: Case, inputs: list[Tensor], dtype: torch.dtype | None = None) -> None:
+    def loss(output: Tensor) -> Tensor:  # not a sine, which would make much of the rounding of its argument
+        return output.float().square().mean()
+
+    for one, other in zip(*both(call(case), inputs, dtype=dtype, expected=operators(case), loss=loss), strict=True):
+        assert one.dtype == other.dtype
+        # bfloat16 has 8 bits, and eager mode may round at another place
+        assert (one - other).float().norm() <= 0.02 * other.float().norm()
+
+
+@without_dropout
+def test_in_inference_a_graph_has_ordinary_operations(case, last):
+    inputs = case.tensors(channels_last=last)
+    with torch.no_grad():
+        found = compiled(call(case), expected=0)(*inputs)
+    torch.testing.assert_close(found, case.law(*inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
