@@ -18,19 +18,20 @@ from pathlib import Path
 
 from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import CASES, Method, Outcome, Tuning, run
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
+from lora_plugins.tasks.autoconfig.recommended import AUTO, RECIPES
 
 FROZEN, FULL = "frozen backbone", "full fine-tuning"
-U_NET, MLP = "segmentation", "segmentation, MLP decoder"
+LABELED, U_NET, MLP = PICTURES = ("classification", "segmentation", "segmentation, MLP decoder")
+DIGITS, SCENES = "digits", "scenes of digits"
 LORA = {
-    "classification": Tuning(3e-3, 1e-3),
+    LABELED: Tuning(3e-3, 1e-3),
     U_NET: Tuning(1e-2, 3e-3, "track"),
     MLP: Tuning(1e-2, 3e-3, "track"),
 }
 EVERYWHERE = {case: replace(tuning, everywhere=True) for case, tuning in LORA.items()}
 METHODS = {
-    FROZEN: Method(
-        0, {"classification": Tuning(3e-3), U_NET: Tuning(1e-2, norm="track"), MLP: Tuning(1e-2, norm="track")}
-    ),
+    FROZEN: Method(0, {LABELED: Tuning(3e-3), U_NET: Tuning(1e-2, norm="track"), MLP: Tuning(1e-2, norm="track")}),
     "LoRA, r=2": Method(2, LORA),
     "LoRA, r=8": Method(8, LORA),
     "LoRA, r=32": Method(32, LORA),
@@ -38,9 +39,11 @@ METHODS = {
     FULL: Method(
         None,
         {
-            "classification": Tuning(3e-3, 1e-4),
+            LABELED: Tuning(3e-3, 1e-4),
             U_NET: Tuning(1e-2, 5e-4, "track"),
             MLP: Tuning(1e-2, 5e-4, "track"),
+            DIGITS: Tuning(1e-3, 1e-3, "track"),
+            SCENES: Tuning(2e-3, 2e-3, "track"),
         },
     ),
 }
@@ -54,6 +57,36 @@ STORED = {
 }
 """The same on a base that is stored in fewer bytes, for docs/howto/quantize.md."""
 
+
+def _recommended(task: str) -> Tuning:
+    """What `train DATA` takes for a task."""
+    recipe = RECIPES[AUTO][task]
+    return Tuning(
+        recipe.lr * recipe.heads_lr_ratio,
+        recipe.lr,
+        recipe.lora.get("norm", "freeze"),
+        everywhere=recipe.lora.get("target_modules") == "all",
+        loraplus=recipe.loraplus_lr_ratio,
+    )
+
+
+RECOMMENDED = {
+    "LoRA, as recommended": Method(
+        8,
+        {
+            LABELED: _recommended(LABELS),
+            MLP: _recommended(MASKS),
+            DIGITS: _recommended(LABELS),
+            SCENES: _recommended(MASKS),
+        },
+    )
+}
+"""What docs/settings.md compares with full fine-tuning."""
+
+EPOCHS = RECIPES[AUTO][LABELS].epochs
+ALL = METHODS | STORED | RECOMMENDED
+COMPARED = (LABELED, MLP, DIGITS, SCENES)
+
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
 FACTORS = (1 / 3, 1, 3)
@@ -65,11 +98,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
     parser.add_argument("--out", type=Path, help="a .md file for the table; runs are kept in the .jsonl beside it")
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
-    parser.add_argument(
-        "--method", choices=METHODS | STORED, action="append", help="only this method; may be given again"
-    )
+    parser.add_argument("--method", choices=ALL, action="append", help="only this method; may be given again")
     parser.add_argument("--seed", type=int, action="append", help=f"by default {SEEDS}; may be given again")
     parser.add_argument("--stored", action="store_true", help="LoRA on stored bases, beside LoRA on the float one")
+    parser.add_argument(
+        "--recommended", action="store_true", help="the settings of `train` and full fine-tuning, on digits as well"
+    )
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
@@ -79,10 +113,10 @@ def main() -> None:
         _fill_table(given)
         return
     with tempfile.TemporaryDirectory() as folder:
-        _try_rates(write_halves(given.data, Path(folder)), given.case or list(CASES), given.epochs)
+        _try_rates(write_halves(given.data, Path(folder)), given.case or PICTURES, given.epochs)
 
 
-def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None:
+def _try_rates(halves: list[Path], cases: Sequence[str], epochs: int | None) -> None:
     for case, name, method in tried(cases):
         metrics = [run(half, case, method, RATES_SEED, epochs).metric for half in halves]
         line = {"case": case, "method": name, **asdict(method.tuning[case]), "metric": statistics.mean(metrics)}
@@ -91,11 +125,12 @@ def _try_rates(halves: list[Path], cases: list[str], epochs: int | None) -> None
 
 def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
-    wanted = given.method or (["LoRA, r=8", *STORED] if given.stored else METHODS)
-    for case, name, seed, method in planned(given.case or list(CASES), METHODS | STORED, given.seed or SEEDS):
+    chosen = ["LoRA, r=8", *STORED] if given.stored else [*RECOMMENDED, FULL] if given.recommended else [*METHODS]
+    wanted, cases = given.method or chosen, given.case or (COMPARED if given.recommended else PICTURES)
+    for case, name, seed, method in planned(cases, ALL, given.seed or SEEDS):
         if name not in wanted or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
-        outcome = run(given.data, case, method, seed, given.epochs)
+        outcome = run(given.data, case, method, seed, given.epochs or (EPOCHS if given.recommended else None))
         line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}
         print(json.dumps(line), flush=True)
         if runs:
@@ -106,16 +141,17 @@ def _fill_table(given: argparse.Namespace) -> None:
 
 
 def planned(
-    cases: list[str], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = SEEDS
+    cases: Sequence[str], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = SEEDS
 ) -> Iterator[tuple[str, str, int, Method]]:
     """The runs: seed by seed, so that what is there after each seed is a whole table."""
     for seed in seeds:
         for case in cases:
             for name, method in methods.items():
-                yield case, name, seed, method
+                if case in method.tuning:
+                    yield case, name, seed, method
 
 
-def tried(cases: list[str]) -> Iterator[tuple[str, str, Method]]:
+def tried(cases: Sequence[str]) -> Iterator[tuple[str, str, Method]]:
     """The settings that are tried, as many for each method."""
     for case in cases:
         for name, method in METHODS.items():
@@ -136,9 +172,7 @@ def recorded_runs(runs: Path) -> set[tuple[str, str, int]]:
 
 def recorded_outcomes(runs: Path) -> dict[tuple[str, str], list[Outcome]]:
     """The outcomes in a file of runs, by task and method."""
-    outcomes: dict[tuple[str, str], list[Outcome]] = {
-        (case, method): [] for case in CASES for method in METHODS | STORED
-    }
+    outcomes: dict[tuple[str, str], list[Outcome]] = {(case, method): [] for case in CASES for method in ALL}
     for line in map(json.loads, runs.read_text(encoding="utf-8").splitlines()):
         outcome = Outcome(**{field.name: line[field.name] for field in fields(Outcome)})
         outcomes[line["case"], line["method"]].append(outcome)

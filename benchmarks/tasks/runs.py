@@ -12,12 +12,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from lora_plugins import LoraConfig
 from lora_plugins.inplace import freeze, has_statistics
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.cli import recipe_path
 from lora_plugins.tasks import (
+    DigitScenesDataModule,
+    DigitsDataModule,
     ImageClassificationTask,
     ImageFolderDataModule,
     MaskFolderDataModule,
@@ -44,6 +48,7 @@ class Tuning:
         everywhere: Whether every layer is adapted and all biases are trained, in place of the task's default layers.
         quantize: How the weights of adapted layers are stored; None for floating numbers.
         init: How the adapters start.
+        loraplus: Learning rate of every B, as a multiple of `lr`.
     """
 
     head_lr: float
@@ -53,6 +58,7 @@ class Tuning:
     everywhere: bool = False
     quantize: str | None = None
     init: str = "kaiming"
+    loraplus: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,21 @@ def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path) 
     return SemanticSegmentationTask(model, lr_scheduler=warmup_cosine, ignore_index=VOID), data
 
 
+def _digits(recipe: str, batch_size: int, root: Path) -> tuple[Any, Any]:
+    """The task and the data of a recipe of digits, which come along."""
+    made = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
+    task, data = ({"name": made[part]["class_path"], **made[part]["init_args"]} for part in ("model", "data"))
+    modules = {
+        "lora_plugins.tasks.ImageClassificationTask": ImageClassificationTask,
+        "lora_plugins.tasks.SemanticSegmentationTask": SemanticSegmentationTask,
+        "lora_plugins.tasks.DigitsDataModule": DigitsDataModule,
+        "lora_plugins.tasks.DigitScenesDataModule": DigitScenesDataModule,
+    }
+    network = ModelConfig(**task.pop("model"))
+    made_task = modules[task.pop("name")](network, **{**task, "lr_scheduler": warmup_cosine})
+    return made_task, modules[data.pop("name")](**{**data, "batch_size": batch_size})
+
+
 @dataclass(frozen=True)
 class Case:
     """A task on a data set, and how long it trains."""
@@ -128,6 +149,8 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "classification": Case(_classification, 8),
         "segmentation": Case(partial(_segmentation, "Unet", UNET), 8),
         "segmentation, MLP decoder": Case(partial(_segmentation, "Segformer", MLP), 12),
+        "digits": Case(partial(_digits, "cls", 32), 20),
+        "scenes of digits": Case(partial(_digits, "seg", 8), 20),
     }
 )
 
@@ -210,6 +233,7 @@ def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:
         save_adapter_to=str(folder),
         dequantize=True,
         print_plan=False,
+        loraplus_lr_ratio=tuning.loraplus,
         heads_lr_ratio=tuning.head_lr / tuning.lr,
     )
 

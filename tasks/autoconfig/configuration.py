@@ -56,6 +56,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             "accelerator": settings.device,
             "precision": _precision(settings.device),
             "num_sanity_val_steps": -1,
+            **({} if settled.clip is None else {"gradient_clip_val": settled.clip}),
             "log_every_n_steps": 1,
             "default_root_dir": str(out),
             "logger": _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out), name="logs"),
@@ -82,6 +83,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
         "lora": lora_fields(settled, settings.rank),
         "lora_callback": {
             "target": "network",
+            "loraplus_lr_ratio": settled.loraplus_lr_ratio,
             "heads_lr_ratio": settled.heads_lr_ratio,
             "save_adapter_to": str(out / ADAPTER),
             "export_to": str(out / MERGED),

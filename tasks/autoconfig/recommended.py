@@ -20,8 +20,10 @@ class Recipe:
     Attributes:
         adapted: What is adapted and trained, in words.
         lora: Fields of the `LoraConfig`, the rank among them. `alpha` stays 8 at every rank.
-        lr: Learning rate of the adapters.
-        heads_lr_ratio: Learning rate of the new head and of biases, as a multiple of that of the adapters.
+        lr: Learning rate of every A.
+        loraplus_lr_ratio: That of every B, as a multiple of it.
+        heads_lr_ratio: That of the new head and of biases, likewise.
+        clip: What the norm of all gradients is clipped to; None for no clipping.
         scheduler: Class path of the schedule; none for a constant rate.
         schedule: The schedule in words.
         epochs: Rounds through the images.
@@ -31,36 +33,51 @@ class Recipe:
     adapted: str
     lora: Mapping[str, Any]
     lr: float
+    loraplus_lr_ratio: float
     heads_lr_ratio: float
+    clip: float | None
     scheduler: str | None
     schedule: str
     epochs: int
     largest_batch: int
 
 
-DEFAULT_LAYERS = "attention or dense layers"
+DENSE_LAYERS = "dense layers"
 WARMUP_COSINE, IN_WORDS = "lora_plugins.tasks.warmup_cosine", "with warm-up and cosine"
 
 RECIPES: Mapping[str, Mapping[str, Recipe]] = MappingProxyType(
     {
         AUTO: {
-            LABELS: Recipe(DEFAULT_LAYERS, {"r": 8}, 1e-3, 3.0, WARMUP_COSINE, IN_WORDS, 10, 32),
-            # What a layer sees lies in its kernels, and statistics of normalization follow the pictures.
+            LABELS: Recipe(
+                adapted=DENSE_LAYERS,
+                lora={"r": 8},
+                lr=3e-3,
+                loraplus_lr_ratio=3.0,
+                heads_lr_ratio=1.0,
+                clip=1.0,
+                scheduler=WARMUP_COSINE,
+                schedule=IN_WORDS,
+                epochs=20,
+                largest_batch=32,
+            ),
             MASKS: Recipe(
-                "every layer and all biases",
-                {"r": 8, "target_modules": "all", "bias": "all", "norm": "track"},
-                1e-3,
-                3.0,
-                WARMUP_COSINE,
-                IN_WORDS,
-                20,
-                8,
+                adapted="every layer and all biases",
+                # What a layer sees lies in its kernels, and statistics of normalization follow the pictures.
+                lora={"r": 8, "target_modules": "all", "bias": "all", "norm": "track"},
+                lr=3e-3,
+                loraplus_lr_ratio=3.0,
+                heads_lr_ratio=3.0,
+                clip=1.0,
+                scheduler=WARMUP_COSINE,
+                schedule=IN_WORDS,
+                epochs=20,
+                largest_batch=8,
             ),
         },
-        # What `LoraConfig` and the tasks do by themselves.
+        # What `LoraConfig`, the tasks and the Trainer do by themselves.
         PLAIN: {
-            LABELS: Recipe(DEFAULT_LAYERS, {"r": 8}, 1e-3, 1.0, None, "constant", 10, 32),
-            MASKS: Recipe(DEFAULT_LAYERS, {"r": 8}, 1e-3, 1.0, None, "constant", 20, 8),
+            LABELS: Recipe(DENSE_LAYERS, {"r": 8}, 1e-3, 1.0, 1.0, None, None, "constant", 20, 32),
+            MASKS: Recipe(DENSE_LAYERS, {"r": 8}, 1e-3, 1.0, 1.0, None, None, "constant", 20, 8),
         },
     }
 )

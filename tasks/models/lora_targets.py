@@ -1,8 +1,9 @@
-"""The layers to adapt if a configuration names none: attention projections, or else the dense layers.
+"""The layers to adapt if a configuration names none: the dense ones, which hold nearly all weights of a network.
 
-Attention projections are what the LoRA paper adapts (Hu et al., arXiv 2106.09685, section 4.2). In networks without
-attention, dense layers are adapted: convolutions without groups, and the linear layers that act as 1x1 convolutions in
-ConvNeXt and mixers. Depthwise convolutions are left out: a low rank of their few weights per channel saves little.
+They are attention projections, the linear layers of MLPs, patch embeddings, and convolutions without groups. On the
+attention projections alone, which the LoRA paper adapts (Hu et al., arXiv 2106.09685, section 4.2), a small vision
+transformer ended 4 to 5 points lower (docs/settings.md). Depthwise convolutions are left out: a low rank of their few
+weights per channel saves little, and they break first at a high rate.
 """
 
 import re
@@ -12,9 +13,10 @@ from torch import nn
 
 from lora_plugins.tasks.models.network import is_inside
 
-ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-NOT_A_PROJECTION = re.compile("position|pos_|rel_|cpb|sequence_reduction|distance|meta_mlp", re.IGNORECASE)
-"""Layers inside attention that are no projection of it: they compute position biases, or reduce the sequence."""
+OF_POSITIONS = re.compile(
+    "(?<![a-z])(pos|position|positional|rel|relative|cpb|distance|meta_mlp)(?![a-z])", re.IGNORECASE
+)
+"""Layers that compute position biases, from coordinates and not from images."""
 
 
 def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
@@ -25,26 +27,19 @@ def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
         heads: Names of the modules that are trained in full.
 
     Returns:
-        The names; none for a network with neither kind of layer.
+        The names; none for a network without dense layers.
     """
     layers = {name: layer for name, layer in network.named_modules() if name and not is_inside(f"{name}.", heads)}
-    chosen = [name for name, layer in layers.items() if _is_projection(name, layer)]
-    chosen = chosen or [name for name, layer in layers.items() if _is_dense(layer)]
+    chosen = [name for name, layer in layers.items() if _is_dense(layer) and not OF_POSITIONS.search(name)]
     return _shortest_endings(chosen, layers)
 
 
-def _is_projection(name: str, layer: nn.Module) -> bool:
-    if isinstance(layer, nn.MultiheadAttention):
-        return True
-    # A subclass of Linear that nn.MultiheadAttention holds as `out_proj`: it goes with its parent.
-    if not isinstance(layer, nn.Linear) or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    in_attention = any(ATTENTION.search(part) for part in name.split("."))
-    return in_attention and not NOT_A_PROJECTION.search(name)
-
-
 def _is_dense(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    # A subclass of Linear that nn.MultiheadAttention holds as `out_proj`: it goes with its parent.
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    is_convolution = isinstance(layer, nn.Conv2d) and layer.groups == 1
+    return is_convolution or isinstance(layer, nn.Linear | nn.MultiheadAttention)
 
 
 def _shortest_endings(chosen: Sequence[str], names: Iterable[str]) -> list[str]:

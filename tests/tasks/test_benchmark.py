@@ -1,8 +1,20 @@
 """The benchmark on real pictures: its order of runs, and its table."""
 
-from benchmarks.tasks.__main__ import FACTORS, FULL, METHODS, differences, planned, table, tried
+from benchmarks.tasks.__main__ import (
+    FACTORS,
+    FULL,
+    METHODS,
+    PICTURES,
+    RECOMMENDED,
+    differences,
+    planned,
+    table,
+    tried,
+)
 from benchmarks.tasks.halves import write_halves
 from benchmarks.tasks.runs import CASES, Outcome
+from lora_plugins.tasks.autoconfig.found import LABELS
+from lora_plugins.tasks.autoconfig.recommended import AUTO, RECIPES
 
 
 def test_after_each_seed_there_is_a_whole_table():
@@ -18,7 +30,14 @@ def test_as_many_settings_are_tried_for_each_method():
 
 
 def test_each_method_is_tuned_for_each_task():
-    assert all(method.tuning.keys() == CASES.keys() for method in METHODS.values())
+    assert all(method.tuning.keys() >= {*PICTURES} for method in METHODS.values())
+    assert METHODS[FULL].tuning.keys() == CASES.keys()
+
+
+def test_what_is_recommended_is_compared_with_full_fine_tuning():
+    (recommended,) = RECOMMENDED.values()
+    assert recommended.tuning.keys() <= METHODS[FULL].tuning.keys()
+    assert recommended.tuning["digits"].lr == RECIPES[AUTO][LABELS].lr
 
 
 def test_the_table_has_means_over_seeds():

@@ -108,9 +108,11 @@ def test_what_no_flag_says_is_as_recommended(kind, flags, folders, tmp_path, cap
     made = yaml.safe_load((tmp_path / "it.yaml").read_text())
     adapted = {"labels": {}, "masks": {"target_modules": "all", "bias": "all", "norm": "track"}}[kind]
     assert made["lora"] == {"r": 3 if "--rank" in flags else 8, **adapted}
-    assert made["model"]["init_args"]["lr"] == 1e-3
+    assert made["model"]["init_args"]["lr"] == 3e-3
     assert made["model"]["init_args"]["lr_scheduler"] == "lora_plugins.tasks.warmup_cosine"
-    assert made["lora_callback"]["heads_lr_ratio"] == 3.0
+    assert made["trainer"]["gradient_clip_val"] == 1.0
+    ratios = {"labels": (3.0, 1.0), "masks": (3.0, 3.0)}[kind]
+    assert (made["lora_callback"]["loraplus_lr_ratio"], made["lora_callback"]["heads_lr_ratio"]) == ratios
 
 
 def test_the_plain_recipe_is_what_lora_and_the_task_do_by_themselves(folders, tmp_path, capsys):
@@ -122,8 +124,10 @@ def test_the_plain_recipe_is_what_lora_and_the_task_do_by_themselves(folders, tm
     assert made["lora"] == {"r": LoraConfig().r}
     assert made["model"]["init_args"]["lr"] == task["lr"].default
     assert "lr_scheduler" not in made["model"]["init_args"]
+    assert "gradient_clip_val" not in made["trainer"]
     callback = inspect.signature(LoraCallback).parameters
-    assert made["lora_callback"]["heads_lr_ratio"] == callback["heads_lr_ratio"].default
+    for ratio in ("loraplus_lr_ratio", "heads_lr_ratio"):
+        assert made["lora_callback"][ratio] == callback[ratio].default
 
 
 def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ TRANSFORMERS = {  # model type: options, side of the images, what is adapted by 
     "beit": (
         {**FOUR, "out_indices": [1, 2, 3, 4]},
         32,
-        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        ["projection", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
         "decode_head.classifier",
     ),
     "data2vec-vision": ({**FOUR, "out_indices": [0, 1, 2, 3]}, 32, None, "decode_head.classifier"),
@@ -48,7 +48,7 @@ TRANSFORMERS = {  # model type: options, side of the images, what is adapted by 
             "fusion_hidden_size": 16,
         },
         32,
-        ["query", "key", "value", "attention.output.dense"],
+        ["projection", "query", "key", "value", "dense"],
         "head.head.4",
     ),
     "upernet": (
@@ -60,7 +60,16 @@ TRANSFORMERS = {  # model type: options, side of the images, what is adapted by 
     "mobilevit": (
         MOBILEVIT,
         128,
-        ["query", "key", "value", "attention.output.dense"],
+        [
+            "conv_stem.convolution",
+            "expand_1x1.convolution",
+            "reduce_1x1.convolution",
+            "conv_kxk.convolution",
+            "conv_1x1.convolution",
+            *["query", "key", "value", "dense"],
+            "conv_projection.convolution",
+            "fusion.convolution",
+        ],
         "segmentation_head.classifier.convolution",
     ),
 }

@@ -13,14 +13,14 @@ from .architectures import TRANSFORMERS, config
 
 
 @pytest.mark.parametrize("name", [name for name, row in TRANSFORMERS.items() if row[2]])
-def test_default_targets_are_attention_or_else_dense_layers(name):
+def test_default_targets_are_the_dense_layers(name):
     network = build_network(config(name), SEGMENTERS)
     assert default_targets(network.module, network.new_modules) == TRANSFORMERS[name][2]
 
 
 CLASSIFIERS = {
-    "vit_tiny_patch16_224": ["qkv", "attn.proj"],
-    "swinv2_cr_tiny_224": ["qkv", "attn.proj"],
+    "vit_tiny_patch16_224": ["proj", "qkv", "fc1", "fc2"],
+    "swinv2_cr_tiny_224": ["proj", "qkv", "mlp.fc1", "mlp.fc2", "reduction"],  # and not those of position biases
     "convnext_atto": ["stem.0", "fc1", "fc2", "downsample.1"],
     "resnet18": ["conv1", "conv2", "downsample.0"],
     "efficientnet_lite0": ["conv_stem", "conv_pw", "conv_pwl", "conv_head"],
@@ -42,4 +42,4 @@ def test_targets_of_a_configuration_come_first(trainer):
     callback = LoraCallback(LoraConfig(r=2, target_modules=["fc1"]), target="network")
     assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"fc1"}
     callback = LoraCallback(LoraConfig(r=2), target="network")
-    assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"qkv", "proj"}
+    assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"proj", "qkv", "fc1", "fc2"}
