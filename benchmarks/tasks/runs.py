@@ -15,13 +15,11 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, tasks
 from lora_plugins.inplace import freeze, has_statistics
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.cli import recipe_path
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
-    DigitsDataModule,
     ImageClassificationTask,
     ImageFolderDataModule,
     MaskFolderDataModule,
@@ -120,16 +118,13 @@ def _segmentation(decoder: str, decoder_options: Mapping[str, Any], root: Path) 
 def _digits(recipe: str, batch_size: int, root: Path) -> tuple[Any, Any]:
     """The task and the data of a recipe of digits, which come along."""
     made = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
-    task, data = ({"name": made[part]["class_path"], **made[part]["init_args"]} for part in ("model", "data"))
-    modules = {
-        "lora_plugins.tasks.ImageClassificationTask": ImageClassificationTask,
-        "lora_plugins.tasks.SemanticSegmentationTask": SemanticSegmentationTask,
-        "lora_plugins.tasks.DigitsDataModule": DigitsDataModule,
-        "lora_plugins.tasks.DigitScenesDataModule": DigitScenesDataModule,
-    }
-    network = ModelConfig(**task.pop("model"))
-    made_task = modules[task.pop("name")](network, **{**task, "lr_scheduler": warmup_cosine})
-    return made_task, modules[data.pop("name")](**{**data, "batch_size": batch_size})
+    (task, fields), (data, options) = (_class_and_arguments(made[part]) for part in ("model", "data"))
+    network = ModelConfig(**fields.pop("model"))
+    return task(network, **{**fields, "lr_scheduler": warmup_cosine}), data(**{**options, "batch_size": batch_size})
+
+
+def _class_and_arguments(part: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    return getattr(tasks, part["class_path"].rpartition(".")[2]), part["init_args"]
 
 
 @dataclass(frozen=True)
