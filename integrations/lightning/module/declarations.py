@@ -1,6 +1,6 @@
 """What a LightningModule may declare: `head_modules`, which are new, and `lora_targets`, which are worth adapting."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lightning.pytorch import LightningModule
@@ -23,9 +23,6 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
     Raises:
         ConfigError: If a declared head does not exist, or its name would match other modules as well.
     """
-    suggested = getattr(module, "lora_targets", None)
-    if config.target_modules is None and suggested:
-        config = replace(config, target_modules=suggested if isinstance(suggested, str) else list(suggested))
     declared: Iterable[str] = getattr(module, "head_modules", ())
     prefix = f"{path}." if path else ""
     heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]
@@ -40,4 +37,21 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
                 "modules_to_save would match too. Set LoraCallback(target=None), where names are longer."
             )
     added = [head for head in heads if head not in config.modules_to_save]
-    return replace(config, modules_to_save=[*config.modules_to_save, *added]) if added else config
+    config = replace(config, modules_to_save=[*config.modules_to_save, *added]) if added else config
+    suggested = getattr(module, "lora_targets", None)
+    if config.target_modules is not None or not suggested:
+        return config
+    return replace(config, target_modules=suggested if isinstance(suggested, str) else _worth(suggested, config, names))
+
+
+def _worth(suggested: Iterable[str], config: LoraConfig, names: Sequence[str]) -> list[str]:
+    """Returns the suggestions but for those that mean nothing else than what is trained in full."""
+    saved = [name for name in names if any(_ends_with(name, each) for each in config.modules_to_save)]
+    free = [name for name in names if not any(name == each or name.startswith(f"{each}.") for each in saved)]
+    missing = {each for each in suggested if not any(_ends_with(name, each) for name in names)}  # a mistake to be told
+    kept = [each for each in suggested if each in missing or any(_ends_with(name, each) for name in free)]
+    return kept or list(suggested)
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")

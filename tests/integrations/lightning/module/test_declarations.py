@@ -1,6 +1,8 @@
 """What a module declares about itself."""
 
-from lora_plugins import LoraConfig, LoraModel
+import pytest
+
+from lora_plugins import LoraConfig, LoraModel, TargetError
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
@@ -21,3 +23,25 @@ class TestDeclaredHeads:
         module = self.Declares()
         trainer(tmp_path, [lora(LoraConfig(r=2), target="net")]).fit(module, loader())
         assert LoraModel(module.net).plans["default"].trained == ("3.weight", "3.bias")
+
+
+class TestDeclaredTargets:
+    class Suggests(Classifier):
+        lora_targets = ("net.0", "net.3")
+
+    class Errs(Classifier):
+        lora_targets = ("net.0", "nett.3")
+
+    def adapted(self, cls, **fields):
+        return [layer.name for layer in lora(LoraConfig(r=2, **fields)).plan(cls()).layers]
+
+    def test_stand_for_those_of_a_config_without(self):
+        assert self.adapted(self.Suggests) == ["net.0", "net.3"]
+        assert self.adapted(self.Suggests, target_modules=["net.3"]) == ["net.3"]
+
+    def test_one_that_is_trained_in_full_is_left_out(self):
+        assert self.adapted(self.Suggests, modules_to_save=["net.3"]) == ["net.0"]
+
+    def test_one_that_matches_nothing_is_told(self):
+        with pytest.raises(TargetError, match=r"'nett.3' matches no module"):
+            self.adapted(self.Errs, modules_to_save=["net.3"])
