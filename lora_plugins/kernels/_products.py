@@ -70,8 +70,9 @@ def multiplied(dtype: torch.dtype, weight: Tensor, A: Tensor, B: Tensor, options
 
 def _add_products(y: Tensor, rows: Tensor, A: Tensor, B: Tensor, options: Options) -> None:
     if _is_split(rows, A):
+        of_A, of_B = _in_two(A), _in_two(B * options.scale)
         for part, some, _ in dropped_parts(rows, rows.dtype, options.dropout, masks=False):
-            _add_split_products(part_of(y, part), some, A, B * options.scale)
+            _add_split_products(part_of(y, part), some, of_A, of_B)
         return
     for part, some, _ in dropped_parts(rows, A.dtype, options.dropout, masks=False):
         _accumulate(part_of(y, part), linear_2d(some, A), B.T, options.scale)
@@ -85,13 +86,13 @@ def _is_split(rows: Tensor, A: Tensor) -> bool:
     return rows.is_cpu and rows.dtype == torch.bfloat16 and A.dtype == torch.float32
 
 
-def _add_split_products(y: Tensor, rows: Tensor, A: Tensor, B: Tensor) -> None:
+def _add_split_products(y: Tensor, rows: Tensor, A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> None:
     """Adds `rows Aᵀ Bᵀ` to `y` with an error of some 2⁻¹⁶ of the products, by what is in bfloat16 throughout.
 
     Each wide number is the sum of two of bfloat16, whose products are added up in float32. What rounding takes from the
     first product is what the same product and its negative leave.
     """
-    (A_high, A_low), (B_high, B_low) = _in_two(A), _in_two(B)
+    (A_high, A_low), (B_high, B_low) = A, B
     high, low = linear_2d(rows, torch.cat([A_high, A_low])).chunk(2, dim=1)
     low = low + torch.addmm(high, rows, A_high.T, beta=-1)
     y.addmm_(torch.cat([high, low, high], dim=1), torch.cat([B_high, B_high, B_low], dim=1).T)

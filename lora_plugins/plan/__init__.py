@@ -6,17 +6,18 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
-from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky
+from lora_plugins.plan.patterns import ends_with, exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
-from lora_plugins.plan.targets import LeftOut
+from lora_plugins.plan.targets import LeftOut, within
 
 __all__ = [
     "LayerGroup",
     "LeftOut",
     "Plan",
     "current_name",
+    "ends_with",
     "exact_expression",
     "exact_pattern",
     "forgotten_layers",
@@ -25,4 +26,5 @@ __all__ = [
     "make_plan",
     "named_plugins",
     "weights_to_store",
+    "within",
 ]

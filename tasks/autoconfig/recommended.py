@@ -4,7 +4,7 @@ docs/settings.md has the runs that those of `auto` rest on.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -45,40 +45,35 @@ class Recipe:
 DENSE_LAYERS = "dense layers"
 WARMUP_COSINE, IN_WORDS = "lora_plugins.tasks.warmup_cosine", "with warm-up and cosine"
 
+_TRIED = Recipe(
+    adapted=DENSE_LAYERS,
+    lora={"r": 8},
+    lr=3e-3,
+    loraplus_lr_ratio=3.0,
+    heads_lr_ratio=1.0,
+    clip=1.0,
+    scheduler=WARMUP_COSINE,
+    schedule=IN_WORDS,
+    epochs=20,
+    largest_batch=32,
+)
+_BY_ITSELF = replace(_TRIED, lr=1e-3, loraplus_lr_ratio=1.0, clip=None, scheduler=None, schedule="constant")
+"""What `LoraConfig`, the tasks and the Trainer do by themselves."""
+
 RECIPES: Mapping[str, Mapping[str, Recipe]] = MappingProxyType(
     {
         AUTO: {
-            LABELS: Recipe(
-                adapted=DENSE_LAYERS,
-                lora={"r": 8},
-                lr=3e-3,
-                loraplus_lr_ratio=3.0,
-                heads_lr_ratio=1.0,
-                clip=1.0,
-                scheduler=WARMUP_COSINE,
-                schedule=IN_WORDS,
-                epochs=20,
-                largest_batch=32,
-            ),
-            MASKS: Recipe(
+            LABELS: _TRIED,
+            MASKS: replace(
+                _TRIED,
                 adapted="every layer and all biases",
                 # What a layer sees lies in its kernels, and statistics of normalization follow the pictures.
                 lora={"r": 8, "target_modules": "all", "bias": "all", "norm": "track"},
-                lr=3e-3,
-                loraplus_lr_ratio=3.0,
                 heads_lr_ratio=3.0,
-                clip=1.0,
-                scheduler=WARMUP_COSINE,
-                schedule=IN_WORDS,
-                epochs=20,
                 largest_batch=8,
             ),
         },
-        # What `LoraConfig`, the tasks and the Trainer do by themselves.
-        PLAIN: {
-            LABELS: Recipe(DENSE_LAYERS, {"r": 8}, 1e-3, 1.0, 1.0, None, None, "constant", 20, 32),
-            MASKS: Recipe(DENSE_LAYERS, {"r": 8}, 1e-3, 1.0, 1.0, None, None, "constant", 20, 8),
-        },
+        PLAIN: {LABELS: _BY_ITSELF, MASKS: replace(_BY_ITSELF, largest_batch=8)},
     }
 )
 """By the name of the recipe and the task. Epochs and batches are no settings of LoRA, and alike in all."""

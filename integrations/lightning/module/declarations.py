@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.plan import ends_with, within
 
 
 def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
@@ -41,17 +42,14 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
     suggested = getattr(module, "lora_targets", None)
     if config.target_modules is not None or not suggested:
         return config
-    return replace(config, target_modules=suggested if isinstance(suggested, str) else _worth(suggested, config, names))
+    targets = suggested if isinstance(suggested, str) else _worth(list(suggested), config, names)
+    return replace(config, target_modules=targets)
 
 
-def _worth(suggested: Iterable[str], config: LoraConfig, names: Sequence[str]) -> list[str]:
+def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:
     """Returns the suggestions but for those that mean nothing else than what is trained in full."""
-    saved = [name for name in names if any(_ends_with(name, each) for each in config.modules_to_save)]
-    free = [name for name in names if not any(name == each or name.startswith(f"{each}.") for each in saved)]
-    missing = {each for each in suggested if not any(_ends_with(name, each) for name in names)}  # a mistake to be told
-    kept = [each for each in suggested if each in missing or any(_ends_with(name, each) for name in free)]
-    return kept or list(suggested)
-
-
-def _ends_with(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+    saved = [name for name in names if any(ends_with(each, name) for each in config.modules_to_save)]
+    matches = {each: [name for name in names if ends_with(each, name)] for each in suggested}
+    # One without a match is a mistake, to be told.
+    kept = [each for each, found in matches.items() if not found or not all(within(name, saved) for name in found)]
+    return kept or suggested

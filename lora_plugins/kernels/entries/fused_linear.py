@@ -92,8 +92,8 @@ class _LoraLinear(torch.autograd.Function):
             None if dx is None else laid_out_like(x, _from_rows(dx, x, options.axis)),
             transposed_product(dy, rows) if needed[1] else None,
             dy.sum(0) if needed[2] else None,
-            None if dA is None else dA.to(A.dtype),
-            None if dB is None else dB.to(B.dtype),
+            dA,
+            dB,
             None,
         )
 
