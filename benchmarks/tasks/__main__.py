@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks.tasks.halves import write_halves
@@ -83,9 +83,29 @@ RECOMMENDED = {
 }
 """What docs/settings.md compares with full fine-tuning."""
 
-EPOCHS = RECIPES[AUTO][LABELS].epochs
 ALL = METHODS | STORED | RECOMMENDED
-COMPARED = tuple(RECOMMENDED["LoRA, as recommended"].tuning)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is run if no method or task is named.
+
+    Args:
+        methods: Names of the methods.
+        cases: Names of the tasks.
+        epochs: For how long; None for as long as the task says.
+    """
+
+    methods: tuple[str, ...]
+    cases: tuple[str, ...] = PICTURES
+    epochs: int | None = None
+
+
+OF_METHODS = Comparison(tuple(METHODS))
+OF_STORED = Comparison(("LoRA, r=8", *STORED))
+OF_RECOMMENDED = Comparison(
+    (*RECOMMENDED, FULL), tuple(RECOMMENDED["LoRA, as recommended"].tuning), RECIPES[AUTO][LABELS].epochs
+)
 
 SEEDS = (0, 1, 2)
 RATES_SEED = 100
@@ -100,10 +120,12 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="only this task; may be given twice")
     parser.add_argument("--method", choices=ALL, action="append", help="only this method; may be given again")
     parser.add_argument("--seed", type=int, action="append", help=f"by default {SEEDS}; may be given again")
-    parser.add_argument("--stored", action="store_true", help="LoRA on stored bases, beside LoRA on the float one")
-    parser.add_argument(
-        "--recommended", action="store_true", help="the settings of `train` and full fine-tuning, on digits as well"
-    )
+    for flag, comparison, summary in (
+        ("--stored", OF_STORED, "LoRA on stored bases, beside LoRA on the float one"),
+        ("--recommended", OF_RECOMMENDED, "the settings of `train` and full fine-tuning, on digits as well"),
+    ):
+        parser.add_argument(flag, dest="comparison", action="store_const", const=comparison, help=summary)
+    parser.set_defaults(comparison=OF_METHODS)
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
@@ -125,12 +147,12 @@ def _try_rates(halves: list[Path], cases: Sequence[str], epochs: int | None) -> 
 
 def _fill_table(given: argparse.Namespace) -> None:
     runs = given.out and given.out.with_suffix(".jsonl")
-    chosen = ["LoRA, r=8", *STORED] if given.stored else [*RECOMMENDED, FULL] if given.recommended else [*METHODS]
-    wanted, cases = given.method or chosen, given.case or (COMPARED if given.recommended else PICTURES)
-    for case, name, seed, method in planned(cases, ALL, given.seed or SEEDS):
+    comparison: Comparison = given.comparison
+    wanted, epochs = given.method or comparison.methods, given.epochs or comparison.epochs
+    for case, name, seed, method in planned(given.case or comparison.cases, ALL, given.seed or SEEDS):
         if name not in wanted or (runs and (case, name, seed) in recorded_runs(runs)):
             continue
-        outcome = run(given.data, case, method, seed, given.epochs or (EPOCHS if given.recommended else None))
+        outcome = run(given.data, case, method, seed, epochs)
         line = {"case": case, "method": name, "seed": seed, **asdict(method.tuning[case]), **asdict(outcome)}
         print(json.dumps(line), flush=True)
         if runs:
