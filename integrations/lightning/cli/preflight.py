@@ -6,42 +6,15 @@ What is found here is answered at once. Everything else is found by LightningCLI
 
 import ast
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, no_folder
+from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
 from lora_plugins.writable import check_writable_file, check_writable_folder
-
-SECTIONS = (
-    "config",
-    "ckpt_path",
-    "data",
-    "help",
-    "lora",
-    "lora_callback",
-    "lr_scheduler",
-    "model",
-    "optimizer",
-    "print_config",
-    "return_predictions",
-    "seed_everything",
-    "trainer",
-    "verbose",
-    "weights_only",
-)
-"""What flags begin with, and the keys of a configuration."""
-
-_TABLES = frozenset({"data", "lora", "lora_callback", "lr_scheduler", "model", "optimizer", "trainer"})
-"""Sections that hold keys with values, or are the path of a file with them or of a class."""
-
-_COMMANDS = frozenset({"fit", "validate", "test", "predict"})
-"""Below which a configuration may lie in a file."""
 
 _OF_CHECKPOINTS = frozenset({"best", "last", "hpc"})
 _OTHER_FILES = frozenset(
@@ -52,20 +25,6 @@ _IN_SHARDED = (".metadata", "meta.pt", "checkpoint", "latest")
 
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
-
-_TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "alpha_pattern", "fused_parts"})
-"""Tables that a later configuration replaces; it adds to others."""
-
-_MISSING = object()
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
-    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
-)
 
 
 def check(
@@ -85,125 +44,12 @@ def check(
     Raises:
         ConfigError: Of the first mistake, with the flag or key that it is in.
     """
-    given: dict[str, Any] = {}
-    for flag, value in _pairs(arguments):
-        section = flag.lstrip("-").partition(".")[0].rstrip("+")
-        if flag.startswith("--") and section not in SECTIONS:
-            _refuse_flag(flag, flags)
-        if flag in ("--config", "-c"):
-            _merge(given, _configuration(value, command))
-        elif flag.endswith(".help"):
-            given["print_config"] = ""  # it prints and does nothing, too
-        elif value is not None or section == "print_config":
-            keys, parsed = flag.lstrip("-").rstrip("+").split("."), _parsed(value or "")
-            _put(given, keys, _added(_get(given, *keys), parsed) if flag.endswith("+") else parsed)
+    given = read_arguments(arguments, flags, command)
+    _check_trainer(given)
+    lora = _lora_of(given)
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
-    return _lora_of(given)
-
-
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yields the flags with their values, if they have one."""
-    waiting: str | None = None
-    for argument in arguments:
-        is_flag = argument.startswith("-") and not _is_number(argument)
-        if not is_flag and waiting is not None:
-            yield waiting, argument
-            waiting = None
-            continue
-        if waiting is not None:
-            yield waiting, None
-            waiting = None
-        if is_flag:
-            flag, equals, value = argument.partition("=")
-            if equals:
-                yield flag, value
-            else:
-                waiting = flag
-    if waiting is not None:
-        yield waiting, None
-
-
-def _is_number(argument: str) -> bool:
-    return re.fullmatch(r"-\d+(\.\d*)?(e-?\d+)?", argument) is not None
-
-
-def _refuse_flag(flag: str, short: Sequence[str]) -> None:
-    hint = near(flag.partition(".")[0], [*(f"--{section}" for section in SECTIONS), *short])
-    raise ConfigError(
-        f"There is no flag {flag}. {hint} Arguments of the model are --model.init_args.NAME, of its data "
-        "--data.init_args.NAME, of the trainer --trainer.NAME, of LoRA --lora.NAME."
-    )
-
-
-def _configuration(value: str | None, command: str) -> dict[str, Any]:
-    if value is None:
-        raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
-    if "\n" in value:  # the text of a configuration
-        return _below_command(parsed, command) if isinstance(parsed := _parsed(value), dict) else {}
-    path = Path(value)
-    if path.is_dir():
-        raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
-    if not path.is_file():
-        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
-        raise ConfigError(
-            f"There is no file {value}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
-        )
-    try:
-        loaded: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
-        raise ConfigError(f"{value} is not YAML: {said}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
-    loaded = _below_command(loaded, command)
-    for key, section in loaded.items():
-        if key not in SECTIONS:
-            raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
-        if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
-            raise ConfigError(f"{value}: {key} is {section!r}; it holds keys with values.")
-    return {**loaded}
-
-
-def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
-    if not _COMMANDS & loaded.keys():
-        return loaded
-    section = loaded.get(command)
-    return section if isinstance(section, dict) else {}
-
-
-def _parsed(value: str) -> Any:
-    try:
-        return yaml.load(value, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return value
-
-
-def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(given.get(key), dict) and key not in _TAKEN_WHOLE:
-            _merge(given[key], value)
-        else:
-            given[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _put(given: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(given.get(key), dict):
-            given[key] = {}
-        given = given[key]
-    given[keys[-1]] = value
-
-
-def _added(before: Any, value: Any) -> list[Any]:
-    return [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
-
-
-def _get(given: Any, *keys: str) -> Any:
-    for key in keys:
-        given = given.get(key, _MISSING) if isinstance(given, Mapping) else _MISSING
-    return given
+    return lora
 
 
 def _check_model(given: Mapping[str, Any]) -> None:
@@ -263,7 +109,7 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
 
 
 def _check_accelerator(given: Mapping[str, Any]) -> None:
-    wanted = _get(given, "trainer", "accelerator")
+    wanted = value_at(given, "trainer", "accelerator")
     if wanted not in ("gpu", "cuda"):
         return
     import torch  # noqa: PLC0415
@@ -273,8 +119,8 @@ def _check_accelerator(given: Mapping[str, Any]) -> None:
 
 
 def _check_batch_size(given: Mapping[str, Any]) -> None:
-    size = _get(given, "data", "init_args", "batch_size")
-    if size is not _MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    size = value_at(given, "data", "init_args", "batch_size")
+    if size is not MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ConfigError(f"data.init_args.batch_size is {size!r}; it is a whole number, at least 1.")
 
 
@@ -287,22 +133,22 @@ def _check_seed(given: Mapping[str, Any]) -> None:
 
 
 def _check_root(given: Mapping[str, Any]) -> None:
-    root = _get(given, "data", "init_args", "root")
-    if "print_config" in given or not str(_get(given, "data", "class_path")).endswith(_OF_A_FOLDER):
+    root = value_at(given, "data", "init_args", "root")
+    if "print_config" in given or not str(value_at(given, "data", "class_path")).endswith(_OF_A_FOLDER):
         return  # it is not read, or made first
     if isinstance(root, str) and not Path(root).is_dir():
         raise ConfigError(f"data.init_args.root: {no_folder(Path(root))}")
 
 
 def _check_adapter_places(given: Mapping[str, Any]) -> None:
-    named = _get(given, "lora_callback", "save_adapter_to")
+    named = value_at(given, "lora_callback", "save_adapter_to")
     for entry in named if isinstance(named, list) else [named]:
         if isinstance(entry, str):
             check_writable_folder(Path(entry), "lora_callback.save_adapter_to")
 
 
 def _check_export_place(given: Mapping[str, Any]) -> None:
-    named, setting = _get(given, "lora_callback", "export_to"), "lora_callback.export_to"
+    named, setting = value_at(given, "lora_callback", "export_to"), "lora_callback.export_to"
     if not isinstance(named, str):
         return
     check_writable_file(Path(named), setting)
@@ -318,12 +164,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_other_places(given: Mapping[str, Any]) -> None:
-    root, callbacks = _get(given, "trainer", "default_root_dir"), _get(given, "trainer", "callbacks")
+    root, callbacks = value_at(given, "trainer", "default_root_dir"), value_at(given, "trainer", "callbacks")
     if isinstance(root, str) and "://" not in root:
         check_writable_folder(Path(root), "trainer.default_root_dir")
     for number, callback in enumerate(callbacks if isinstance(callbacks, list) else ()):
-        path = _get(callback, "init_args", "path")
-        if str(_get(callback, "class_path")).startswith("lora_plugins.") and isinstance(path, str):
+        path = value_at(callback, "init_args", "path")
+        if str(value_at(callback, "class_path")).startswith("lora_plugins.") and isinstance(path, str):
             check_writable_file(Path(path), f"trainer.callbacks[{number}].init_args.path")
 
 
@@ -346,9 +192,7 @@ def _trainer_options() -> list[str]:
     return []
 
 
-_CHECKS: tuple[Callable[[Mapping[str, Any]], object], ...] = (
-    _check_trainer,
-    _lora_of,
+_CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
     _check_classes,
     _check_root,
     _check_batch_size,

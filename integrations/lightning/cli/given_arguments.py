@@ -1,0 +1,180 @@
+"""Reads the arguments of a command, and the configurations that they name, as the keys and values of one table."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_plugins.errors import ConfigError, near
+
+SECTIONS = (
+    "config",
+    "ckpt_path",
+    "data",
+    "help",
+    "lora",
+    "lora_callback",
+    "lr_scheduler",
+    "model",
+    "optimizer",
+    "print_config",
+    "return_predictions",
+    "seed_everything",
+    "trainer",
+    "verbose",
+    "weights_only",
+)
+"""What flags begin with, and the keys of a configuration."""
+
+_TABLES = frozenset({"data", "lora", "lora_callback", "lr_scheduler", "model", "optimizer", "trainer"})
+"""Sections that hold keys with values, or are the path of a file with them or of a class."""
+
+_COMMANDS = frozenset({"fit", "validate", "test", "predict"})
+"""Below which a configuration may lie in a file."""
+
+_TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "alpha_pattern", "fused_parts"})
+"""Tables that a later configuration replaces; it adds to others."""
+
+MISSING = object()
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
+    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
+
+
+def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str) -> dict[str, Any]:
+    """Returns what the arguments give, later ones over earlier ones.
+
+    Args:
+        arguments: Those of `fit` and the like, after the command's name.
+        flags: Short flags, as further near matches.
+        command: The command; a file may hold the configurations of several.
+
+    Raises:
+        ConfigError: Of a flag, a key or a file that does not exist, or cannot be read.
+    """
+    given: dict[str, Any] = {}
+    for flag, value in _pairs(arguments):
+        section = flag.lstrip("-").partition(".")[0].rstrip("+")
+        if flag.startswith("--") and section not in SECTIONS:
+            _refuse_flag(flag, flags)
+        if flag in ("--config", "-c"):
+            _merge(given, _configuration(value, command))
+        elif flag.endswith(".help"):
+            given["print_config"] = ""  # it prints and does nothing, too
+        elif value is not None or section == "print_config":
+            keys, parsed = flag.lstrip("-").rstrip("+").split("."), _parsed(value or "")
+            _put(given, keys, _added(value_at(given, *keys), parsed) if flag.endswith("+") else parsed)
+    return given
+
+
+def value_at(given: Any, *keys: str) -> Any:
+    """Returns the value below some keys; `MISSING` if there is none."""
+    for key in keys:
+        given = given.get(key, MISSING) if isinstance(given, Mapping) else MISSING
+    return given
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yields the flags with their values, if they have one."""
+    waiting: str | None = None
+    for argument in arguments:
+        is_flag = argument.startswith("-") and not _is_number(argument)
+        if not is_flag and waiting is not None:
+            yield waiting, argument
+            waiting = None
+            continue
+        if waiting is not None:
+            yield waiting, None
+            waiting = None
+        if is_flag:
+            flag, equals, value = argument.partition("=")
+            if equals:
+                yield flag, value
+            else:
+                waiting = flag
+    if waiting is not None:
+        yield waiting, None
+
+
+def _is_number(argument: str) -> bool:
+    return re.fullmatch(r"-\d+(\.\d*)?(e-?\d+)?", argument) is not None
+
+
+def _refuse_flag(flag: str, short: Sequence[str]) -> None:
+    hint = near(flag.partition(".")[0], [*(f"--{section}" for section in SECTIONS), *short])
+    raise ConfigError(
+        f"There is no flag {flag}. {hint} Arguments of the model are --model.init_args.NAME, of its data "
+        "--data.init_args.NAME, of the trainer --trainer.NAME, of LoRA --lora.NAME."
+    )
+
+
+def _configuration(value: str | None, command: str) -> dict[str, Any]:
+    if value is None:
+        raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
+    if "\n" in value:  # the text of a configuration
+        return _below_command(parsed, command) if isinstance(parsed := _parsed(value), dict) else {}
+    path = Path(value)
+    if path.is_dir():
+        raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
+    if not path.is_file():
+        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
+        raise ConfigError(
+            f"There is no file {value}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
+        )
+    try:
+        loaded: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+        raise ConfigError(f"{value} is not YAML: {said}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
+    loaded = _below_command(loaded, command)
+    for key, section in loaded.items():
+        if key not in SECTIONS:
+            raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
+        if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
+            raise ConfigError(f"{value}: {key} is {section!r}; it holds keys with values.")
+    return {**loaded}
+
+
+def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
+    if not _COMMANDS & loaded.keys():
+        return loaded
+    section = loaded.get(command)
+    return section if isinstance(section, dict) else {}
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return yaml.load(value, _Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        return value
+
+
+def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(given.get(key), dict) and key not in _TAKEN_WHOLE:
+            _merge(given[key], value)
+        else:
+            given[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _put(given: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(given.get(key), dict):
+            given[key] = {}
+        given = given[key]
+    given[keys[-1]] = value
+
+
+def _added(before: Any, value: Any) -> list[Any]:
+    return [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
