@@ -73,6 +73,7 @@ from lora_plugins.integrations.lightning.strategies import (
     check_trainer,
     follow_building,
     is_sharded,
+    take_type_of_precision,
     warn_if_spawned,
 )
 from lora_plugins.integrations.lightning.training import (
@@ -498,6 +499,8 @@ class LoraCallback(Callback):
             if needs_data(config):
                 data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
             add_adapter(target, self.adapter_name, config, data)
+            if is_sharded(trainer):
+                take_type_of_precision(target, self.adapter_name, trainer)
             LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
             if not is_sharded(trainer):
                 start_alike(module, find_copies(module), self.adapter_name)

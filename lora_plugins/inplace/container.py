@@ -1,8 +1,10 @@
 """Where the tensors of adapters live in a layer."""
 
+from collections.abc import Callable
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 RESERVED = frozenset({"training"})
 """Names that no adapter can have: what everyone sets on every module by its name."""
@@ -28,6 +30,17 @@ class AdapterTensors(nn.Module):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterTensors":
+        """Moves and casts them; a cast leaves them float32 at least, as half precision rounds small steps away."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if new.dtype == tensor.dtype:
+                return new
+            return tensor.to(new.device, torch.promote_types(new.dtype, torch.float32))
+
+        return cast(AdapterTensors, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Shows the adapters and the shape of their factors."""

@@ -51,10 +51,11 @@ def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *
     A, B = factors(layer, adapter, slot)
     delta = None
     if planned.variant is not None:
-        weight = slot.cut(planned.plugin.to_matrix(raw_weight(layer, slot.tensor))).to(A.dtype)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        weight = slot.cut(planned.plugin.to_matrix(raw_weight(layer, slot.tensor))).to(wide)
+        own = {name: tensor.to(wide) for name, tensor in own_tensors_of(layer, adapter, slot).items()}
         with in_full(weight):
-            own = own_tensors_of(layer, adapter, slot)
-            delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
+            delta = planned.variant.delta_weight(weight, A.to(wide), B.to(wide), planned.scaling, own)
     weight_of = layer_state(layer).weights.get(adapter, 1.0)
     if weight_of == 1:
         return Term(slot, A, B, planned.settings, training, delta)

@@ -644,7 +644,7 @@ class Machine:
         yield
         self.lora = self.lora or handle
         self._store_loaded(found)
-        adapter = deepcopy(found.adapter).loaded(self.dtype)
+        adapter = deepcopy(found.adapter).cast(self.dtype)
         if adapter.changes_base and found.dtype != self.dtype:
             # What an init left of a wider base is the same once it is rounded as it was when the file was made.
             adapter.unseen |= dict.fromkeys(adapter.values, checks.tolerance(found.dtype))
@@ -676,7 +676,7 @@ class Machine:
         self.reference = Reference(plain, self.blocks, found.plain)
         self.reference.training = training
         self._store_loaded(found)
-        self._join(found.name, deepcopy(found.adapter).loaded(self.dtype))
+        self._join(found.name, deepcopy(found.adapter).cast(self.dtype))
 
     def load_base(self, seed: int | None) -> Call:
         """Loads a state dict of the base model: its own, or that of another one."""

@@ -95,17 +95,14 @@ class Adapter:
     values: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, float] = field(default_factory=dict)
 
-    def cast(self, dtype: torch.dtype, factors: torch.dtype) -> "Adapter":
-        """Casts its values, and what an update is made of."""
+    def cast(self, dtype: torch.dtype) -> "Adapter":
+        """Casts its values, and what an update is made of, which is of single precision at least."""
+        factors = torch.promote_types(dtype, torch.float32)
         self.tensors = {name: tensor.to(factors) for name, tensor in self.tensors.items()}
         for name in self.unseen:  # its bits were rounded in the type of before
             self.unseen[name] += ROUNDINGS * torch.finfo(self.values[name].dtype).eps
         self.values = {name: cast(value, dtype) for name, value in self.values.items()}
         return self
-
-    def loaded(self, dtype: torch.dtype) -> "Adapter":
-        """Casts it as loading it into a model of that type does: an update is made of single precision at least."""
-        return self.cast(dtype, torch.promote_types(dtype, torch.float32))
 
     @property
     def changes_base(self) -> bool:
@@ -289,7 +286,7 @@ class Reference:
             self.base[name] = stored.dense(dtype)
         self.merged_weights = {name: cast(value, dtype) for name, value in self.merged_weights.items()}
         for adapter in self.adapters.values():
-            adapter.cast(dtype, dtype)
+            adapter.cast(dtype)
 
     def sources(self) -> dict[str, Tensor]:
         """Returns the tensors of a float model that files of this one load on."""

@@ -13,6 +13,7 @@ from lora_plugins.integrations.lightning.strategies.sharding import (
     check_not_wrapped,
     check_shardable,
     is_sharded,
+    take_type_of_precision,
 )
 from lora_plugins.integrations.lightning.strategies.supported import (
     check_callbacks,
@@ -34,5 +35,6 @@ __all__ = [
     "follow_building",
     "gather_adapter",
     "is_sharded",
+    "take_type_of_precision",
     "warn_if_spawned",
 ]

@@ -6,6 +6,7 @@ Checked against Lightning 2.6.6 and torch 2.13.
 
 from collections.abc import Callable
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -13,8 +14,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
+from lora_plugins.adapter import adapter_parameters
 from lora_plugins.errors import listing
 from lora_plugins.inplace import foreign_weights, stored_weights
+
+_CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -39,6 +43,20 @@ class AdaptBeforeSharding:
             self._adapt()
         except ConfigError as error:  # TargetError is one
             self.error = error
+
+
+def take_type_of_precision(target: nn.Module, adapter: str, trainer: Trainer) -> None:
+    """Casts an adapter as the trainer is about to cast the module, since sharding takes tensors of one type only.
+
+    Args:
+        target: The adapted module.
+        adapter: The adapter's name.
+        trainer: The trainer. A precision like `bf16-true` casts; others leave the adapter alone.
+    """
+    dtype = _CASTS.get(str(trainer.precision))
+    for layer in target.modules() if dtype else ():
+        for parameter in adapter_parameters(layer, adapter):
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_not_sharded(target: nn.Module, why: object) -> None:

@@ -96,6 +96,22 @@ def test_gradients_with_checkpointing_are_those_without(tmp_path):
     assert not differing(*found)
 
 
+@pytest.mark.parametrize(
+    ("precision", "base", "factors"),
+    [("bf16-true", torch.bfloat16, torch.float32), ("64-true", torch.float64, torch.float64)],
+)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_trainer_that_casts_the_base_leaves_what_is_trained_float32_at_least(
+    tmp_path, precision, base, factors, variant
+):
+    module = Classifier(lr=1e-4)
+    run = trainer(tmp_path, [lora(replace(CONFIG, variant=variant))], precision=precision)
+    run.fit(module, loader())
+    found = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    assert {dtype for name, dtype in found.items() if "lora_" in name} == {factors}
+    assert {dtype for name, dtype in found.items() if "lora_" not in name} == {base}
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions_train_merge_and_load(tmp_path, precision):
     module = Classifier(lr=0.3)

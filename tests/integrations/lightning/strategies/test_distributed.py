@@ -304,6 +304,15 @@ def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, 
         trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=strategy).fit(NoNorm(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
+def test_fsdp_trains_a_module_that_the_trainer_casts(tmp_path, one_process):
+    strategy = FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded")
+    lora = LoraCallback(CONFIG, merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=strategy, precision="bf16-true")
+    run.fit(NoNorm(), loader())
+    assert {parameter.dtype for parameter in run.strategy.model.parameters()} == {torch.bfloat16}
+
+
 def stored_by_us(module):
     LoraModel(module, STORING).unload(dequantize=False)
 
