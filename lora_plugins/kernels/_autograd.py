@@ -51,29 +51,31 @@ class Options:
         return self.scaling * (self.dropout.scale if self.dropout else 1.0)
 
 
-def save(ctx: Any, options: Options, x: Tensor, *others: Tensor | None) -> None:
-    """Saves what the backward needs, except an input that can be computed again."""
-    ctx.options = options
+def save(ctx: Any, options: Options, x: Tensor, bias: Tensor | None, *others: Tensor | None) -> None:
+    """Saves what the backward needs, except an input that can be computed again.
+
+    A bias is kept past torch's check of what is saved: no gradient depends on it, so that it may change meanwhile.
+    """
+    ctx.options, ctx.bias = options, bias
+    ctx.dtype, ctx.stride = x.dtype, x.stride()
     ctx.save_for_backward(None if options.recompute_input else x, *others)
-    if options.recompute_input:
-        ctx.dtype, ctx.stride = x.dtype, x.stride()
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:
-    """Returns the tensors that `save` was given.
+    """Returns the tensors that `save` was given, without the bias; with dropout, the input in the layout that it had.
 
     Raises:
         StateError: In a second derivative, if the input was not saved: it would be cut off from what it came from.
     """
-    tensors: tuple[Tensor, ...] = ctx.saved_tensors
-    if ctx.options.recompute_input is None:
-        return tensors
-    if torch.is_grad_enabled():
-        raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
-    x = ctx.options.recompute_input().to(ctx.dtype)
-    if x.stride() != ctx.stride:  # the order of a mask is that of the memory of its input
+    x, *others = ctx.saved_tensors
+    if ctx.options.recompute_input is not None:
+        if torch.is_grad_enabled():
+            raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
+        x = ctx.options.recompute_input().to(ctx.dtype)
+    # Hooks of saved tensors may change the layout in memory, by which masks have their order.
+    if ctx.options.dropout is not None and x.stride() != ctx.stride:
         x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)
-    return x, *tensors[1:]
+    return x, *others
 
 
 def call_under_autocast(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from lora_plugins.kernels._autograd import rounded
-from lora_plugins.kernels._eager import transforms_are_active
+from lora_plugins.kernels._eager import transforms_are_active, types_agree
 from lora_plugins.kernels._path import may_form_effective_weight
 from lora_plugins.kernels._switches import active_kernels
 from lora_plugins.kernels.dropout import SEEDS
@@ -20,20 +20,24 @@ from lora_plugins.utils import autocast_dtype
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def takes_operator(operation: str, *tensors: Tensor | None) -> bool:
+def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> bool:
     """Whether a compiler is at work, and takes the operator of an operation.
 
     Not on a GPU, where it was not measured; not where a program is exported, to run without this package.
 
     Args:
         operation: Its name. Switching off its kernels switches off the operator.
-        *tensors: Those of the call.
+        x: The input.
+        weight: Of the layer.
+        bias: Of the layer.
+        *factors: A and B.
     """
     return (
         is_dynamo_compiling()
         and not is_exporting()
         and _has_kernels(operation)
-        and all(tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu) for tensor in tensors)
+        and all(each is None or (type(each) in _PLAIN and each.is_cpu) for each in (x, weight, bias, *factors))
+        and types_agree(x, weight, bias)
         and not transforms_are_active()
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_plugins.kernels._kernel import missing_from_torch
+from lora_plugins.utils import autocast_dtype
 
 
 def eager_is_unknown() -> str:
@@ -23,18 +24,29 @@ def eager_is_unknown() -> str:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether operations on `x` run now, one by one: no transform, dual numbers or meta tensors.
+    """Whether operations on `x` run now, one by one: no transform, dual numbers, or tensors without strides or values.
 
     The dispatch of an operation has already excluded compilers and `torch.jit.trace`.
     """
     return not (
-        x.is_meta or transforms_are_active() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        x.is_meta
+        or x.is_nested
+        or x.layout is not torch.strided
+        or transforms_are_active()
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
     )
 
 
 def transforms_are_active() -> bool:
     """Whether functions are transformed, as by `torch.func`, or numbers dual; compilers can trace the question."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def types_agree(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's own layer computes with such types. With others it is called, and says what is wrong."""
+    if autocast_dtype(x) is not None:  # which leaves integers and double precision alone
+        return x.is_floating_point() and weight.dtype != torch.float64
+    return x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
 
 
 def applies_in_eager_mode(
@@ -48,12 +60,13 @@ def applies_in_eager_mode(
     *_: object,
     **__: object,
 ) -> bool:
-    """The checker of a kernel that computes any call in plain eager mode.
+    """The checker of a kernel that computes any call in plain eager mode that torch's own layer computes as well.
 
-    Not dropout that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
+    Not a layer without inputs or outputs. Not dropout that is recorded in a CUDA graph: masks come from a seed of the
+    host, which every replay would share.
     """
     recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return is_eager(x) and not recorded
+    return is_eager(x) and types_agree(x, weight, bias) and weight.numel() > 0 and x.ndim > 0 and not recorded
 
 
 def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

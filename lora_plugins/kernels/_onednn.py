@@ -28,17 +28,19 @@ def takes(dtype: torch.dtype, left: Tensor, right: Tensor, bias: Tensor | None =
     Args:
         dtype: Of the product.
         left: One matrix.
-        right: The other one, either way round; a part of a larger one would take thousands of times as long.
+        right: The other one, `(out, in)`; a part of a larger one would take thousands of times as long.
         bias: What is added; one that is strided would be read wrongly without a word.
     """
     return (
         left.shape[0] * right.numel() >= _LEAST
+        and left.shape[1] == right.shape[1]
         and left.dtype == right.dtype == dtype
         and left.is_cpu
         and (right.is_contiguous() or right.T.is_contiguous())
         and type(left) in _PLAIN
         and type(right) in _PLAIN
         and (bias is None or (bias.is_contiguous() and bias.dtype == dtype and type(bias) in _PLAIN))
+        and (bias is None or bias.shape == right.shape[:1])
         and torch._C._get_mkldnn_enabled()
         and not torch.is_grad_enabled()
         and is_eager(left)

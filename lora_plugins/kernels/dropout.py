@@ -41,6 +41,13 @@ def part_of(images: Tensor, part: Part) -> Tensor:
     return images if part is None else images[part]
 
 
+def without_gaps(x: Tensor) -> Tensor:
+    """Returns a tensor of which nothing is in memory twice and nothing lies between, so that masks have an order."""
+    if x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride():
+        return x
+    return x.clone()
+
+
 @dataclass(frozen=True)
 class Dropout:
     """One draw of masks, the same each time it is played.

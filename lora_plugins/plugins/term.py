@@ -156,6 +156,10 @@ def _factors(terms: Sequence[Term], weight: Callable[[], Tensor]) -> Tensor:
 
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
-    """Returns `base + delta` in the type of the base, computed in the wider of both types and rounded once."""
+    """Returns `base + delta` in type and layout of the base, computed in the wider of both types and rounded once."""
     wide = torch.promote_types(base.dtype, delta.dtype)
-    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+    found = (base.to(wide) + delta.to(wide)).to(base.dtype)
+    if found.stride() == base.stride():
+        return found
+    # As where a dimension is 1, of which torch's transposed convolutions make another layout, and wrong outputs.
+    return found.new_empty_strided(base.shape, base.stride()).copy_(found)

@@ -23,7 +23,7 @@ from lora_plugins.kernels._conv_products import (
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.kernels.dropout import Dropout, without_gaps
 from lora_plugins.kernels.linear import lora_linear
 
 
@@ -52,6 +52,8 @@ def fused_conv(
         recompute_input=recomputation(x) if low_memory else None,
         geometry=geometry,
     )
+    if dropout:
+        x = without_gaps(x)
     compute = _plain if _is_plain(x, weight, options) else _lora_conv
     return call_under_autocast(compute, x, weight, bias, A, B, options)
 
@@ -73,16 +75,16 @@ class _LoraConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
     ) -> Tensor:
         y, small = output(x, weight, bias, A, B, options)
-        save(ctx, options, x, weight, bias, A, B, small)
+        save(ctx, options, x, bias, weight, A, B, small)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, small = saved(ctx)
+        x, weight, A, B, small = saved(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
+            return *law_gradients(_law(options), (x, weight, ctx.bias, A, B), needed, gradient), None
         dx, dA, dB = gradients(gradient, State(x, weight, A, B, small, options), (needed[0], *needed[3:]))
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
         dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None

@@ -24,7 +24,7 @@ from lora_plugins.kernels._channels import as_rows, laid_out_like
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
-from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.kernels.dropout import Dropout, without_gaps
 from lora_plugins.kernels.matmul import transposed_product
 
 
@@ -62,6 +62,8 @@ def fused_linear(
         axis=axis,
         low_memory=low_memory,
     )
+    if dropout:
+        x = without_gaps(x)
     return call_under_autocast(_lora_linear, x, weight, bias, A, B, options)
 
 
@@ -72,16 +74,16 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         y, matrix = output(as_rows(x, options.axis), weight, bias, A, B, options)
         kept = ctx.needs_input_grad[0] and x.dtype != weight.dtype and not options.low_memory
-        save(ctx, options, x, weight, bias, A, B, matrix if kept else None)
+        save(ctx, options, x, bias, weight, A, B, matrix if kept else None)
         return _from_rows(y, x, options.axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, rounded = saved(ctx)
+        x, weight, A, B, rounded = saved(ctx)
         options: LinearOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *law_gradients(_law(options), (x, weight, bias, A, B), needed, gradient), None
+            return *law_gradients(_law(options), (x, weight, ctx.bias, A, B), needed, gradient), None
         rows, dy = as_rows(x, options.axis), as_rows(gradient, options.axis)
 
         def matrix() -> Tensor:

@@ -20,7 +20,7 @@ from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown,
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts, without_gaps
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
 
@@ -71,6 +71,8 @@ def fused_rescaled(
     def compute(*tensors: Any) -> Tensor:
         return _rescaled(*tensors, *own)  # type: ignore[no-any-return]
 
+    if dropout:
+        x = without_gaps(x)
     return call_under_autocast(compute, x, weight, bias, A, B, options)
 
 
@@ -98,16 +100,16 @@ class _Rescaled(torch.autograd.Function):
                 part_of(y, part).add_(layer.apply(some, matrix, None))
         keeps = options.dropout is None and x.dtype != weight.dtype and not options.low_memory
         keeps = keeps and ctx.needs_input_grad[0]
-        save(ctx, options, x, weight, bias, A, B, matrix if keeps else None, *own)
+        save(ctx, options, x, bias, weight, A, B, matrix if keeps else None, *own)
         return layer.outputs(y, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, matrix, *own = saved(ctx)
+        x, weight, A, B, matrix, *own = saved(ctx)
         options: RescaledOptions = ctx.options
         needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:])
         if torch.is_grad_enabled():
-            found = law_gradients(_law(options), (x, weight, bias, A, B, *own), needed, gradient)
+            found = law_gradients(_law(options), (x, weight, ctx.bias, A, B, *own), needed, gradient)
             return (*found[:5], None, *found[5:])
         layer, factors = _layer(options), ctx.factors.detach()
         inputs, dy = layer.flat(x), layer.flat(gradient)

@@ -36,7 +36,7 @@ def _suits(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _suits_last_two(_: Tensor, left: Tensor, right: Tensor, scale: float) -> bool:
-    return takes(torch.float32, left, right)
+    return takes(torch.float32, left, right.T)
 
 
 def _add_scaled_product(matrix: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

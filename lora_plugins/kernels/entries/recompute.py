@@ -25,8 +25,11 @@ def _available() -> str:
 
 
 def _has_history(x: Tensor) -> bool:
-    """Whether the graph behind the input stays alive until the backward, and may be read there."""
-    return x.grad_fn is not None and not x.output_nr and not _is_checkpointed()
+    """Whether the graph behind the input stays alive until the backward, may be read there, and tells what it is.
+
+    It does not where something was written into the input since, as by an activation in place.
+    """
+    return x.grad_fn is not None and not x.output_nr and not x._version and not _is_checkpointed()
 
 
 def _recomputation(x: Tensor) -> Recompute | None:
@@ -57,7 +60,12 @@ def _rule(compute: Callable[[Any], Tensor]) -> Rule:
     return lambda node, _: partial(compute, node)
 
 
-def _layer_norm(node: Any) -> Tensor:
+def _layer_norm(node: Any, _: Tensor) -> Recompute | None:
+    in_full = node._saved_result1.dtype in (torch.float32, torch.float64)  # a mean in half precision is rounded
+    return partial(_normalized, node) if in_full else None
+
+
+def _normalized(node: Any) -> Tensor:
     normalized: Tensor = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
     if node._saved_weight is not None:
         normalized.mul_(node._saved_weight)
@@ -70,7 +78,7 @@ _RULES: Mapping[str, Rule] = {
     "HardswishBackward0": _rule(lambda node: F.hardswish(node._saved_self)),
     "HardtanhBackward0": _rule(lambda node: F.hardtanh(node._saved_self, node._saved_min_val, node._saved_max_val)),
     "LeakyReluBackward0": _rule(lambda node: F.leaky_relu(node._saved_self, node._saved_negative_slope)),
-    "NativeLayerNormBackward0": _rule(_layer_norm),
+    "NativeLayerNormBackward0": _layer_norm,
     "ViewBackward0": _view,
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,

@@ -410,3 +410,23 @@ class TestThePythonObject:
         x = torch.randn(5, 4, dtype=torch.float64)
         per_sample = torch.func.vmap(lambda row: torch.func.functional_call(model, parameters, row))(x)
         torch.testing.assert_close(per_sample, model(x), **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 2), (1, 5), (3, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_kernel_with_channels_last(make, kernel, groups, dtype):
+    torch.manual_seed(0)
+    layer = make(4, 4, kernel, groups=groups).to(dtype)
+    model = nn.Sequential(layer).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 6, dtype=dtype).to(memory_format=torch.channels_last)
+    LoraModel(model, LoraConfig(r=2, init="none", target_modules=["0"]))
+    plain = make(4, 4, kernel, groups=groups).to(dtype)
+    plain.load_state_dict({"weight": layer.weight.detach().contiguous(), "bias": layer.bias.detach()})
+    found, expected = model(x), plain(x.contiguous())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, None)
+    assert layer.lora_A.default.grad.abs().sum() > 0

@@ -119,3 +119,35 @@ def test_a_second_derivative_is_refused():
     x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     with pytest.raises(StateError, match="memory='low' has no second derivative"):
         torch.autograd.grad(network(nn.GELU, "low")(x).sum(), x, create_graph=True)
+
+
+WRITES = {
+    "clamp": (nn.GELU, lambda x: x.clamp_(max=0.1)),
+    "row": (nn.LayerNorm, lambda x: x[0].zero_()),
+    "activation": (nn.Hardswish, lambda x: torch.nn.functional.silu(x, inplace=True)),
+}
+
+
+@pytest.mark.parametrize(("before", "write"), WRITES.values(), ids=WRITES)
+def test_an_input_that_was_written_into_is_kept(before, write):
+    gradients = []
+    for memory in ("normal", "low"):
+        torch.manual_seed(0)
+        model = nn.Sequential(before(6) if before is nn.LayerNorm else before(), nn.Linear(6, 4)).double()
+        LoraModel(model, LoraConfig(r=2, target_modules=["1"], init="none", memory=memory))
+        x = model[0](torch.randn(8, 6, dtype=torch.float64, requires_grad=True))
+        with torch.no_grad():
+            write(x)
+        gradients.append(torch.autograd.grad(model[1](x).square().sum(), model[1].lora_A.default)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_a_normalization_whose_mean_is_in_half_precision_is_not_computed_again():
+    gradients = []
+    for memory in ("normal", "low"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 32)).bfloat16()
+        LoraModel(model, LoraConfig(r=4, target_modules=["1"], init="none", memory=memory))
+        x = (torch.randn(64, 256) + 50).bfloat16().requires_grad_()
+        gradients.append(torch.autograd.grad(model(x).square().sum(), model[1].lora_A.default)[0])
+    assert torch.equal(*gradients)

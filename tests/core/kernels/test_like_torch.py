@@ -1,0 +1,98 @@
+"""Odd calls: an adapted layer whose update is zero does what the layer itself does, or raises what it raises."""
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, LoraModel
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "small": lambda: nn.Linear(6, 4),
+    "no_bias": lambda: nn.Linear(6, 4, bias=False),
+    "large": lambda: nn.Linear(1024, 1024),
+    "bfloat16": lambda: nn.Linear(1024, 1024).bfloat16(),
+    "float64": lambda: nn.Linear(6, 4).double(),
+    "no_inputs": lambda: nn.Linear(0, 3),
+    "no_outputs": lambda: nn.Linear(6, 0),
+    "bias_of_one": lambda: with_bias(nn.Linear(1024, 1024), torch.ones(1)),
+    "conv": lambda: nn.Conv2d(3, 4, 3),
+    "conv_no_bias": lambda: nn.Conv2d(3, 4, 3, bias=False),
+    "pointwise": lambda: nn.Conv2d(3, 4, 1, bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(3, 4, 3, bias=False),
+}
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as_it_should_be": lambda x: x,
+    "uint8": lambda x: x.abs().mul(20).byte(),
+    "int64": lambda x: x.mul(3).long(),
+    "bool": lambda x: x > 0,
+    "bfloat16": lambda x: x.bfloat16(),
+    "double": lambda x: x.double(),
+    "complex": lambda x: x.to(torch.complex64),
+    "empty": lambda x: x[:0],
+    "one_row": lambda x: x[0],
+    "narrow": lambda x: x[..., :-1],
+    "number": lambda x: torch.tensor(1.0, dtype=x.dtype),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    "sparse": lambda x: x.to_sparse(),
+}
+
+
+def with_bias(layer: nn.Linear, bias: Tensor) -> nn.Linear:
+    layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def outcome(layer: nn.Module, x: Tensor, autocast: bool) -> Tensor | str:
+    """What a call returns, or what it says, up to names of operations."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y: Tensor = layer(x)
+    except (RuntimeError, IndexError, NotImplementedError) as error:
+        return re.sub(r"\W+", " ", str(error))[:40]
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("change", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_an_odd_call_ends_as_that_of_the_layer_itself(make, change, autocast):
+    torch.manual_seed(0)
+    layer = make()
+    weight = layer.weight
+    shape = (64, weight.shape[1]) if isinstance(layer, nn.Linear) else (2, 3, 5, 5)
+    x = change(torch.randn(shape).to(weight.dtype))
+    plain = outcome(copy.deepcopy(layer), x, autocast)
+    model = nn.Sequential(layer)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    found = outcome(layer, x, autocast)
+    if isinstance(plain, str) or isinstance(found, str):
+        assert found == plain
+        return
+    assert found.dtype == plain.dtype
+    assert found.layout == plain.layout
+    found, plain = (y.values() if y.is_nested else y for y in (found, plain))
+    torch.testing.assert_close(found, plain, rtol=0.02 if found.dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("make", [LAYERS["small"], LAYERS["conv"]], ids=["linear", "conv"])
+def test_a_bias_may_change_before_the_backward(make, variant):
+    torch.manual_seed(0)
+    layer = make()
+    model = nn.Sequential(layer)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", variant=variant))
+    x = torch.randn((5, 6) if isinstance(layer, nn.Linear) else (2, 3, 5, 5))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), trained)
+    loss = model(x).square().sum()
+    with torch.no_grad():
+        layer.bias.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(loss, trained), expected)
