@@ -45,7 +45,7 @@ from lora_plugins.adapter.transitions import (
     set_active,
     unload,
 )
-from lora_plugins.adapter.whole import whole
+from lora_plugins.adapter.whole import check_not_of_inference, whole
 
 __all__ = [
     "ADAPTER_NAME",
@@ -73,6 +73,7 @@ __all__ = [
     "check_names",
     "check_new",
     "check_norms",
+    "check_not_of_inference",
     "check_not_owned",
     "check_shared",
     "close_state",

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lora_plugins.adapter.state import MODEL_STATE
+from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import Content, Contents
 from lora_plugins.utils import without_collection
 
@@ -22,14 +23,33 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
 
     Returns:
         What the change returns.
+
+    Raises:
+        StateError: If tensors of the model were made in inference mode.
     """
     with without_collection():
+        check_not_of_inference(model)
         before = _Before(model)
     try:
         return change()
     except BaseException:
         before.put_back()
         raise
+
+
+def check_not_of_inference(model: nn.Module) -> None:
+    """Refuses tensors of which torch leaves something broken behind once their value is exchanged.
+
+    Raises:
+        StateError: If tensors of the model were made in inference mode, naming them.
+    """
+    if any(tensor.is_inference() for module in _modules(model) for tensor in _tensors(module)):
+        named = (*model.named_parameters(), *model.named_buffers())
+        names = [name for name, tensor in named if tensor.is_inference()]
+        raise StateError(
+            f"{listing(names)} were made in inference mode, and torch refuses to change them. Build, load or copy the "
+            "model outside of torch.inference_mode(); it may be called inside."
+        )
 
 
 class _Before:

@@ -1,10 +1,12 @@
 """What is called in inference mode leaves a model that can be trained."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.files import PackedAdapter
 
 
@@ -78,3 +80,32 @@ def test_disabling():
     with torch.inference_mode(), lora.disable_adapter() as model:
         model.eval()(torch.randn(2, 4))
     assert learns(lora.model)
+
+
+REFUSED = ["merge_adapter", "merge_and_unload", "unload", "set_adapter"]
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_a_model_that_was_copied_in_inference_mode_is_left_as_it_is(call):
+    lora = adapted()
+    with torch.inference_mode():
+        model = copy.deepcopy(lora.model)
+        expected = model.eval()(torch.ones(5, 4))
+        state = copy.deepcopy(model.state_dict())
+    arguments = ("other",) if call == "set_adapter" else ()
+    with pytest.raises(StateError, match=r"'0.weight'.* were made in inference mode.*outside of torch\.inference_mode"):
+        getattr(LoraModel(model), call)(*arguments)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(model(torch.ones(5, 4)), expected)
+
+
+def test_a_model_that_was_built_in_inference_mode_is_refused(tmp_path):
+    adapted().save_adapter(tmp_path)
+    with torch.inference_mode():
+        model, config = build()
+    names = [name for name, _ in model.named_modules()]
+    for adapt in (lambda: LoraModel(model, config), lambda: LoraModel.load_adapter(model, tmp_path)):
+        with pytest.raises(StateError, match="were made in inference mode"):
+            adapt()
+    assert [name for name, _ in model.named_modules()] == names
