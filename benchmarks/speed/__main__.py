@@ -117,6 +117,12 @@ def _write(path: Path | None, found: dict[str, Any]) -> None:
         os.replace(unfinished, path)
 
 
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rounds, which is 2 at least")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What a training step costs.")
     parser.add_argument("--json", type=Path, help="file of the results; cells that it has are not measured again")
@@ -128,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     table = [name for name in TABLE if name in installed()]
     parser.add_argument("--variant", nargs="+", choices=installed(), default=table, help="which variants")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
+    parser.add_argument("--rounds", type=_rounds, default=15, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -64,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.draw", description="Draw what was measured.")
     parser.add_argument("files", nargs="+", type=Path, help="results of python -m benchmarks.speed --json")
     for path in parser.parse_args(arguments).files:
-        print(as_text(json.loads(path.read_text())))
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+        results = json.loads(path.read_text())
+        if not {"machine", "cells"} <= results.keys():
+            parser.error(f"{path} was not written by python -m benchmarks.speed --json")
+        print(as_text(results))
     return 0
 
 
