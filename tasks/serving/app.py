@@ -110,17 +110,27 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
     """The image as the task takes it, and its own height and width."""
-    try:
-        with Image.open(BytesIO(body)) as opened:
-            pixels = opened.width * opened.height
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{UPLOAD} cannot be read: send an encoded image, such as PNG or JPEG, as the body.") from error
-    if pixels > max_pixels:
-        raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
-    decoded = decode_image(BytesIO(body), UPLOAD).convert("RGB")
+    decoded = _decoded(body, max_pixels)
     tensor: Tensor = functional.pil_to_tensor(decoded).float() / 255
     size, provenance = (decoded.height, decoded.width), described.provenance
     return resized(tensor, provenance["image_size"], provenance["interpolation"]), size
+
+
+def _decoded(body: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with Image.open(BytesIO(body)) as opened:
+            pixels = opened.width * opened.height
+        if pixels > max_pixels:
+            raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
+        return decode_image(BytesIO(body), UPLOAD).convert("RGB")
+    except LoraError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _TooLargeError(
+            f"{UPLOAD} has more pixels than the {max_pixels} that are allowed, or than Pillow opens."
+        ) from error
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"{UPLOAD} cannot be read: send an encoded image, such as PNG or JPEG, as the body.") from error
 
 
 def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Response:
