@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.errors import ConfigError, LoraError
-from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.errors import DataError, WeightsError
 from lora_plugins.tasks.files import decode_image
 from lora_plugins.tasks.inference import resized
 from lora_plugins.tasks.segmentation import class_colors, palette_image
@@ -135,6 +135,11 @@ def _decoded(body: bytes, max_pixels: int) -> Image.Image:
 
 def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Response:
     probabilities = logits.float().softmax(0)
+    if probabilities.isnan().any():
+        raise WeightsError(
+            f"The adapter {described.name!r} answers with NaN: values of it or of its base are NaN or overflow, as "
+            "after a training that diverged. Train it again, or take an earlier one of its run."
+        )
     if logits.ndim > 1:
         whole = interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
         out = BytesIO()
