@@ -1,21 +1,114 @@
 """The application: adapters that are replaced while they are asked for, and what is answered of what is wrong."""
 
+import asyncio
 import io
+import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.serving.adapters import write_adapters, write_base
 from lora_plugins import LoraModel
-from lora_plugins.files import add_entry
-from lora_plugins.tasks.inference import load_task
+from lora_plugins.files import MANIFEST, add_entry
+from lora_plugins.tasks import ImageClassificationTask
+from lora_plugins.tasks.inference import label_probabilities, load_task
 from lora_plugins.tasks.training import PROVENANCE_KEY
 
-from .conftest import ask, encoded, picture, to
+from ..conftest import tiny_vit
+from .conftest import LABELS, ask, encoded, picture, tensor, to
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
+
+
+@pytest.fixture
+def five(adapters):
+    """An adapter of five classes, beside those that are served."""
+    base = write_base(ImageClassificationTask, tiny_vit(5), adapters.parent / "five.safetensors")
+    write_adapters(ImageClassificationTask, base, adapters.parent, ["five"], **LABELS)
+    return adapters.parent / "five"
+
+
+def during(action, body=None):
+    """The parts of an image; between them, when its adapter is known already, something happens."""
+
+    async def parts():
+        whole = body or encoded(picture())
+        yield whole[:50]
+        await asyncio.to_thread(action)
+        yield whole[50:]
+
+    return parts()
+
+
+def expected(path):
+    return pytest.approx(label_probabilities(load_task(path), tensor(picture())).tolist(), rel=1e-4, abs=1e-5)
+
+
+def swap(source, place, gap=0.0):
+    """Puts a folder in the place of another one, as one does with mv, some seconds after that one is gone."""
+    shutil.copytree(source, place.parent.parent / "new")
+    place.rename(place.parent.parent / "old")
+    time.sleep(gap)
+    (place.parent.parent / "new").rename(place)
+    shutil.rmtree(place.parent.parent / "old")
+
+
+def test_what_is_replaced_during_a_request_is_answered_by_the_new_one(adapters, five, serve):
+    (answer,) = ask(serve(adapters), [(to("birds"), during(lambda: swap(five, adapters / "birds")))])
+    assert answer.status_code == 200, answer.text
+    assert [*answer.json()["probabilities"].values()] == expected(five)
+
+
+def test_what_is_removed_during_a_request_is_unknown(adapters, serve):
+    (answer,) = ask(serve(adapters), [(to("birds"), during(lambda: shutil.rmtree(adapters / "birds")))])
+    assert (answer.status_code, "Unknown adapter 'birds'" in answer.text) == (404, True)
+
+
+@pytest.mark.parametrize("part", ["folder", "manifest"])
+def test_what_is_away_for_a_moment_is_waited_for(adapters, serve, part):
+    place = adapters / "birds" if part == "folder" else adapters / "birds" / MANIFEST
+    away, engine = adapters.parent / "away", serve(adapters)
+    assert "birds" in engine.shelf.names()
+    place.rename(away)
+    threading.Timer(0.02, lambda: away.rename(place)).start()
+    (answer,) = ask(engine, [(to("birds"), encoded(picture()))])
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_adapter_whose_model_is_not_here_is_not_called_unknown(adapters, serve):
+    provenance = json.loads((adapters / "birds" / MANIFEST).read_text())[PROVENANCE_KEY]
+    provenance["arguments"]["model"]["name"] = "vit_of_tomorrow"
+    add_entry(adapters / "birds", PROVENANCE_KEY, provenance)
+    (answer,) = ask(serve(adapters), [(to("birds"), encoded(picture()))])
+    assert (answer.status_code, "vit_of_tomorrow" in answer.text) == (422, True)
+
+
+def test_requests_while_folders_are_replaced(adapters, five, serve):
+    """All are answered, each by one of both."""
+    engine, first = serve(adapters), shutil.copytree(adapters / "birds", adapters.parent / "first")
+    both, ended = [expected(first), expected(five)], threading.Event()
+    assert "birds" in engine.shelf.names()
+
+    def replace():
+        while not ended.is_set():
+            for source in (five, first):
+                ended.wait(0.05)
+                swap(source, adapters / "birds", gap=0.01)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        answers = [each for _ in range(12) for each in ask(engine, [(to("birds"), encoded(picture()))] * 4)]
+    finally:
+        ended.set()
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}, [answer.text for answer in answers]
+    assert all([*answer.json()["probabilities"].values()] in both for answer in answers)
 
 
 def spoil(folder):
