@@ -10,6 +10,7 @@ from typing import Any
 from lora_plugins.errors import AdapterFileError, LoraError
 from lora_plugins.files import MANIFEST, read
 from lora_plugins.plugins import PackedAdapter
+from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference import AdapterTask, task_of_adapter
 from lora_plugins.tasks.training import PROVENANCE_KEY, Provenance
 
@@ -46,7 +47,7 @@ def describe_folder(path: Path) -> Described:
     if AdapterTask(path, manifest.get(PROVENANCE_KEY, {}), manifest.get("stored", {})) != source:
         raise _replaced(path.name)
     version, provenance = _version(manifest), source.provenance
-    base = [provenance["class"], provenance["arguments"]["model"], provenance.get("target"), source.stored]
+    base = [provenance["class"], _model(source), provenance.get("target"), source.stored]
     return Described(path.name, version, json.dumps(base, sort_keys=True), provenance)
 
 
@@ -80,6 +81,17 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, Mapping) else {}
+
+
+def _model(source: AdapterTask) -> Mapping[str, Any]:
+    arguments = source.provenance["arguments"]
+    model = arguments.get("model") if isinstance(arguments, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(model.get("num_classes"), int):
+        raise WeightsError(
+            f"{source.path} is of no task that can be served: its {MANIFEST} names no model with classes. "
+            "Give the folder that a fit of a classifier or a segmenter has left."
+        )
+    return model
 
 
 def _version(manifest: Mapping[str, Any]) -> str:

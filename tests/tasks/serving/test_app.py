@@ -150,3 +150,25 @@ def test_an_image_that_is_cut_off_cannot_be_read(written, serve, kind):
     answers = ask(serve(written), [(to("birds"), whole[: len(whole) * part // 8]) for part in (1, 4, 6)])
     assert [answer.status_code for answer in answers] == [400] * 3
     assert all("the image cannot be read" in answer.text for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"class": "x", "arguments": {}, "image_size": None, "interpolation": "bilinear"},
+        {"class": "x", "arguments": [], "image_size": None, "interpolation": "bilinear"},
+    ],
+    ids=["no model", "no arguments"],
+)
+def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, task):
+    from fastapi.testclient import TestClient
+
+    from lora_plugins.tasks.serving import make_app
+
+    manifest = json.loads((adapters / "birds" / MANIFEST).read_text())
+    (adapters / "birds" / MANIFEST).write_text(json.dumps({**manifest, PROVENANCE_KEY: task}))
+    with TestClient(make_app(serve(adapters))) as client:
+        listed = {each.pop("name"): each for each in client.get("/adapters").json()}
+        assert "no task that can be served" in listed["birds"]["problem"]
+        assert listed["boats"]["classes"] == ["0", "1", "2"]
+        assert client.post(to("birds"), content=encoded(picture())).status_code == 422
