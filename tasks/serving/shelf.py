@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_plugins import LoraModel
 from lora_plugins.errors import ConfigError, LoraError, StateError
 from lora_plugins.files import MANIFEST
+from lora_plugins.plugins import PackedAdapter
 from lora_plugins.tasks.command_lines import check_adapters
 from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.inference import AdapterTask
@@ -40,7 +41,8 @@ class Shelf:
 
     Args:
         folder: Its subfolders are adapter folders of tasks, as a fit leaves them; some may come and go.
-        limit: How many adapters are loaded at a time; the one that was not used for longest goes.
+        limit: How many adapters are loaded at a time; the one that was not used for longest goes once another one is
+            loaded.
         device: Where they compute.
         dtype: What they compute in.
     """
@@ -104,26 +106,19 @@ class Shelf:
 
         Raises:
             ReplacedError: If another version, or none, is there now; describe it again.
-            LoraError: If it cannot be loaded. Those that are loaded stay.
+            LoraError: If it cannot be loaded. In both cases those that are loaded stay, and nothing else does.
         """
         name = described.name
         found = self._loaded.get(name)
         if found is not None and found.described == described:
             self._loaded.move_to_end(name)
             return
-        packed = read_described(self.folder, described)
-        keep = {name, *(each.name for each in needed)}
+        task, key = self._with_adapter(described, read_described(self.folder, described))
         if found is not None:
             self._remove(name)
-        while len(self._loaded) >= self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
-            self._remove(old)
-        if described.base not in self._bases:
-            source = AdapterTask(self.folder / name, described.provenance, {})
-            self._bases[described.base] = source.build().eval().to(self._device, self._dtype)
-        key = f"adapter{next(self._numbers)}"
-        LoraModel.load_packed(self._target(described), packed, key)
-        self._bases[described.base].eval().to(self._device, self._dtype)
+        self._bases[described.base] = task
         self._loaded[name] = _Loaded(described, key)
+        self._make_room({name, *(each.name for each in needed)})
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Described], images: Tensor) -> Tensor:
@@ -155,6 +150,24 @@ class Shelf:
         if name not in names:
             raise UnknownAdapterError(str(unknown("adapter", name, names)))
         return describe_folder(self.folder / name)
+
+    def _with_adapter(self, described: Described, packed: PackedAdapter) -> tuple[VisionTask, str]:
+        """The base with the adapter, and its name there; a base that is already there is untouched by an error."""
+        task, provenance = self._bases.get(described.base), described.provenance
+        if task is None:
+            task = AdapterTask(self.folder / described.name, provenance, {}).build()
+        key = f"adapter{next(self._numbers)}"
+        lora = LoraModel.load_packed(task.get_submodule(provenance.get("target") or ""), packed, key)
+        try:
+            task.eval().to(self._device, self._dtype)  # only now: the adapter was made on the base in its own type
+        except Exception:  # there was no memory left
+            lora.delete_adapter(key)
+            raise
+        return task, key
+
+    def _make_room(self, keep: set[str]) -> None:
+        while len(self._loaded) > self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
+            self._remove(old)
 
     def _target(self, described: Described) -> nn.Module:
         return self._bases[described.base].get_submodule(described.provenance.get("target") or "")

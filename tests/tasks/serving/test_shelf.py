@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks.serving.adapters import write_adapters, write_base
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import load_task
 
@@ -74,3 +76,41 @@ def test_what_was_removed_is_not_loaded(adapters):
     shutil.rmtree(adapters / "birds")
     with pytest.raises(ReplacedError):
         shelf.load(described)
+
+
+@pytest.mark.parametrize("problem", ["cut off", "on other weights"])
+@pytest.mark.parametrize("limit", [2, 8], ids=["full", "with room"])
+def test_what_cannot_be_loaded_changes_nothing(adapters, tmp_path, problem, limit):
+    model = write_base(ImageClassificationTask, tiny_vit(depth=3), tmp_path / "deep.safetensors")
+    write_adapters(ImageClassificationTask, model, adapters, ["deep"], **LABELS)
+    if problem == "cut off":
+        file = next(path for path in (adapters / "deep").iterdir() if path.name != MANIFEST)
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        task = ImageClassificationTask(model)
+        torch.nn.init.ones_(task.network.blocks[0].attn.qkv.weight)
+        save_network(task, tmp_path / "deep.safetensors")
+    shelf = shelf_of(adapters, limit=limit)
+    before = [logits(shelf, name) for name in ("birds", "boats")]
+    size = shelf.bytes()
+    with pytest.raises(AdapterFileError):
+        shelf.load(shelf.describe("deep"))
+    assert (shelf.loaded(), shelf.bytes()) == (["birds", "boats"], size)
+    assert all(map(torch.equal, before, [logits(shelf, name) for name in ("birds", "boats")]))
+
+
+def save_network(task, path):
+    from safetensors.torch import save_file
+
+    save_file(task.network.state_dict(), path)
+
+
+def test_a_base_without_adapters_goes(adapters, others):
+    shelf = shelf_of(adapters, limit=1)
+    logits(shelf, "birds")
+    size = shelf.bytes()
+    shutil.copytree(others / "base", adapters / "deep")
+    assert logits(shelf, "deep").shape == (2, 3)
+    assert shelf.bytes() > size
+    logits(shelf, "birds")
+    assert (shelf.loaded(), shelf.bytes()) == (["birds"], size)
