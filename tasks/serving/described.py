@@ -26,7 +26,8 @@ class Described:
     Args:
         name: Name of the folder.
         version: Digest of its manifest, which has those of all else; another adapter of the same name has another one.
-        base: Tells the bases apart, also by how they are stored: adapters with the same one share it.
+        base: Tells the bases apart, also by how they are stored: adapters with the same one share it. One whose init
+            has changed the base shares it with nobody.
         provenance: The task that it is of.
     """
 
@@ -47,7 +48,8 @@ def describe_folder(path: Path) -> Described:
     if AdapterTask(path, manifest.get(PROVENANCE_KEY, {}), manifest.get("stored", {})) != source:
         raise _replaced(path.name)
     version, provenance = _version(manifest), source.provenance
-    base = [provenance["class"], _model(source), provenance.get("target"), source.stored]
+    own = version if manifest.get("changed") else None  # rebuilt from the base in its own type, bit for bit
+    base = [provenance["class"], _model(source), provenance.get("target"), source.stored, own]
     return Described(path.name, version, json.dumps(base, sort_keys=True), provenance)
 
 

@@ -114,3 +114,25 @@ def test_a_base_without_adapters_goes(adapters, others):
     assert shelf.bytes() > size
     logits(shelf, "birds")
     assert (shelf.loaded(), shelf.bytes()) == (["birds"], size)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 0.02), (torch.float64, 1e-11)],  # logits are of the size of 1; bfloat16 has 8 bits
+    ids=["bfloat16", "float64"],
+)
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
+def test_adapters_are_loaded_in_their_own_type_and_cast_then(tmp_path, dtype, tolerance, turned):
+    """Some are checked against the base bit for bit, which a cast one would not pass."""
+    base = write_base(ImageClassificationTask, tiny_vit(), tmp_path / "vit.safetensors")
+    stored = {"quantize": "nf4", "quantize_options": {"min_size": 0}}
+    kinds = {"pissa": {"init": "pissa"}, "nf4": stored, "both": {"init": "pissa", **stored}, "plain": LABELS}
+    names = [f"{kind}{at}" for at in range(2) for kind in kinds]
+    for kind, fields in kinds.items():
+        options = {"r": 2, "target_modules": ["qkv"], **fields}
+        write_adapters(ImageClassificationTask, base, tmp_path / "adapters", [f"{kind}0", f"{kind}1"], **options)
+    shelf = shelf_of(tmp_path / "adapters", dtype=dtype)
+    for name in [*(names[::-1] if turned else names), *names]:
+        found = logits(shelf, name)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, alone(tmp_path / "adapters" / name, dtype), rtol=0, atol=tolerance)
