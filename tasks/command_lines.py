@@ -1,5 +1,7 @@
 """The arguments of the commands, apart from what they do: help and mistakes need not wait for what takes seconds."""
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,9 @@ WRITTEN = (".pt2", ONNX, SAFETENSORS)
 
 WRITES_ONNX = ("onnx", "onnxruntime", "onnxscript")
 """The packages that write such a file."""
+
+LARGEST_PORT, LONGEST_WAIT, LARGEST_UPLOAD = 65535, 60_000, 1_000_000
+"""What `serve` takes at most: milliseconds of a wait, and MiB of an upload."""
 
 MOVED = "the weights of an adapter's base, if they are not where the training had them"
 
@@ -116,13 +121,27 @@ def serve_parser() -> Parser:
     )
     parser.add_argument("adapters", help="a folder whose subfolders are adapter folders of tasks")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=_within(1, LARGEST_PORT, whole), default=8000)
     parser.add_argument("--loaded", type=whole, default=64, help="adapters in memory at a time")
     parser.add_argument("--batch", type=whole, default=32, help="images computed at once")
-    parser.add_argument("--wait", type=float, default=2.0, help="milliseconds that an image waits for others")
-    parser.add_argument("--max-mb", type=positive, default=10.0, help="largest upload")
+    wait = _within(0, LONGEST_WAIT)
+    parser.add_argument("--wait", type=wait, default=2.0, help="milliseconds that an image waits for others")
+    parser.add_argument("--max-mb", type=_within(0, LARGEST_UPLOAD, positive), default=10.0, help="largest upload")
     parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
     return parser
+
+
+def _within(least: int, most: int, takes: Callable[[str], float] = float) -> Callable[[str], float]:
+    """A number of a range; `takes` says what is none."""
+
+    def checked(text: str) -> float:
+        value = takes(text)
+        if not least <= value <= most:  # nor is NaN
+            raise ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+        return value
+
+    checked.__name__ = "number"  # as argparse names it, where it is none
+    return checked
 
 
 def generate_parser() -> Parser:

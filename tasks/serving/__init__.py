@@ -4,15 +4,18 @@
 """
 
 from lora_plugins.tasks.serving.app import make_app
+from lora_plugins.tasks.serving.described import Described, ReplacedError
 from lora_plugins.tasks.serving.engine import ClosedError, Engine
 from lora_plugins.tasks.serving.serve import main as serve_main
-from lora_plugins.tasks.serving.shelf import Described, Shelf
+from lora_plugins.tasks.serving.shelf import Shelf, UnknownAdapterError
 
 __all__ = [
     "ClosedError",
     "Described",
     "Engine",
+    "ReplacedError",
     "Shelf",
+    "UnknownAdapterError",
     "make_app",
     "serve_main",
 ]

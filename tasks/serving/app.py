@@ -7,7 +7,7 @@ GET  /health
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.errors import ConfigError, LoraError
-from lora_plugins.tasks.errors import DataError
+from lora_plugins.errors import LoraError
+from lora_plugins.tasks.errors import DataError, WeightsError
 from lora_plugins.tasks.files import decode_image
 from lora_plugins.tasks.inference import resized
 from lora_plugins.tasks.segmentation import class_colors, palette_image
+from lora_plugins.tasks.serving.described import Described, ReplacedError
 from lora_plugins.tasks.serving.engine import ClosedError, Engine
-from lora_plugins.tasks.serving.shelf import Described
+from lora_plugins.tasks.serving.shelf import UnknownAdapterError
 
 UPLOAD = "the image"
 
@@ -34,10 +35,19 @@ class _TooLargeError(LoraError, ValueError):
     """An upload is larger than is allowed."""
 
 
-STATUS: Mapping[type[Exception], int] = {ConfigError: 404, DataError: 400, _TooLargeError: 413, ClosedError: 503}
+STATUS: Mapping[type[Exception], int] = {
+    UnknownAdapterError: 404,
+    DataError: 400,
+    _TooLargeError: 413,
+    ClosedError: 503,
+    ReplacedError: 503,
+}
 """By kind of error; others of ours are those of an adapter that cannot be used."""
 
 UNUSABLE = 422
+
+TRIES = 10
+"""How often a request is computed anew whose adapter is replaced meanwhile."""
 
 
 def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 50_000_000) -> FastAPI:
@@ -73,11 +83,19 @@ def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 5
     async def predict(name: str, request: Request) -> Response:
         described = await run_in_threadpool(engine.shelf.describe, name)
         body = await _body(request, max_bytes)
-        image, size = await run_in_threadpool(_prepared, described, body, max_pixels)
-        logits = await asyncio.wrap_future(engine.submit(described, image))
-        return await run_in_threadpool(_answer, described, logits, size)
+        for _ in range(TRIES):
+            with suppress(ReplacedError):
+                return await _predicted(engine, described, body, max_pixels)
+            described = await run_in_threadpool(engine.shelf.describe, name)
+        return await _predicted(engine, described, body, max_pixels)
 
     return app
+
+
+async def _predicted(engine: Engine, described: Described, body: bytes, max_pixels: int) -> Response:
+    image, size = await run_in_threadpool(_prepared, described, body, max_pixels)
+    logits = await asyncio.wrap_future(engine.submit(described, image))
+    return await run_in_threadpool(_answer, described, logits, size)
 
 
 def _summary(engine: Engine, name: str) -> dict[str, Any]:
@@ -110,21 +128,36 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
     """The image as the task takes it, and its own height and width."""
-    try:
-        with Image.open(BytesIO(body)) as opened:
-            pixels = opened.width * opened.height
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{UPLOAD} cannot be read: send an encoded image, such as PNG or JPEG, as the body.") from error
-    if pixels > max_pixels:
-        raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
-    decoded = decode_image(BytesIO(body), UPLOAD).convert("RGB")
+    decoded = _decoded(body, max_pixels)
     tensor: Tensor = functional.pil_to_tensor(decoded).float() / 255
     size, provenance = (decoded.height, decoded.width), described.provenance
     return resized(tensor, provenance["image_size"], provenance["interpolation"]), size
 
 
+def _decoded(body: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with Image.open(BytesIO(body)) as opened:
+            pixels = opened.width * opened.height
+        if pixels > max_pixels:
+            raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
+        return decode_image(BytesIO(body), UPLOAD).convert("RGB")
+    except LoraError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _TooLargeError(
+            f"{UPLOAD} has more pixels than the {max_pixels} that are allowed, or than Pillow opens."
+        ) from error
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"{UPLOAD} cannot be read: send an encoded image, such as PNG or JPEG, as the body.") from error
+
+
 def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Response:
     probabilities = logits.float().softmax(0)
+    if probabilities.isnan().any():
+        raise WeightsError(
+            f"The adapter {described.name!r} answers with NaN: values of it or of its base are NaN or overflow, as "
+            "after a training that diverged. Train it again, or take an earlier one of its run."
+        )
     if logits.ndim > 1:
         whole = interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
         out = BytesIO()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import LoraError
-from lora_plugins.tasks.serving.shelf import Described, Shelf
+from lora_plugins.tasks.serving.described import Described
+from lora_plugins.tasks.serving.shelf import Shelf
 
 
 class ClosedError(LoraError, RuntimeError):

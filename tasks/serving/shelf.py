@@ -1,10 +1,10 @@
 """The adapters of a folder: which there are, and those that are loaded, each on the one base that it is for."""
 
-import json
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -12,29 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel
-from lora_plugins.errors import StateError
+from lora_plugins.errors import ConfigError, LoraError, StateError
 from lora_plugins.files import MANIFEST
+from lora_plugins.plugins import PackedAdapter
 from lora_plugins.tasks.command_lines import check_adapters
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.inference import task_of_adapter
-from lora_plugins.tasks.training import Provenance, VisionTask
+from lora_plugins.tasks.inference import AdapterTask
+from lora_plugins.tasks.serving.described import Described, describe_folder, read_described
+from lora_plugins.tasks.training import VisionTask
+
+PAUSES = (0.01, 0.1, 0.5)
+"""Seconds before a folder that was there is looked for again: one that is replaced is not there for a moment."""
 
 
-@dataclass(frozen=True)
-class Described:
-    """What an adapter folder says, without its tensors.
-
-    Args:
-        name: Name of the folder.
-        version: Digest of its manifest, which has those of all else; another adapter of the same name has another one.
-        base: Tells the bases apart, also by how they are stored: adapters with the same one share it.
-        provenance: The task that it is of.
-    """
-
-    name: str
-    version: str
-    base: str
-    provenance: Provenance = field(compare=False)
+class UnknownAdapterError(ConfigError):
+    """There is no adapter of that name."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,8 @@ class Shelf:
 
     Args:
         folder: Its subfolders are adapter folders of tasks, as a fit leaves them; some may come and go.
-        limit: How many adapters are loaded at a time; the one that was not used for longest goes.
+        limit: How many adapters are loaded at a time; the one that was not used for longest goes once another one is
+            loaded.
         device: Where they compute.
         dtype: What they compute in.
     """
@@ -67,11 +60,14 @@ class Shelf:
         self._bases: dict[str, VisionTask] = {}
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._numbers = count()
+        self._known: set[str] = set()
 
     def names(self) -> list[str]:
         """The names of all adapters that there are now."""
         check_adapters(self.folder)
-        return sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
+        found = sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
+        self._known.update(found)
+        return found
 
     def loaded(self) -> list[str]:
         """The names of those that are loaded, the next one to go first."""
@@ -85,17 +81,21 @@ class Shelf:
         """What an adapter says of itself; read anew each time.
 
         Raises:
-            ConfigError: If there is none of that name, with near ones. A path is no name.
+            UnknownAdapterError: If there is none of that name, with near ones. A path is no name.
             WeightsError: If its manifest cannot be read or does not say which task it is of.
+            ReplacedError: If it is replaced all the time.
         """
-        if name not in self.names():
-            raise unknown("adapter", name, self.names())
-        path = self.folder / name
-        source = task_of_adapter(path)
-        provenance = source.provenance
-        model = [provenance["class"], provenance["arguments"]["model"], provenance.get("target")]
-        base = json.dumps([*model, source.stored], sort_keys=True)
-        return Described(name, sha256((path / MANIFEST).read_bytes()).hexdigest(), base, provenance)
+        for pause in PAUSES:
+            with suppress(LoraError):
+                return self._described(name)
+            if name not in self._known or (self.folder / name / MANIFEST).exists():
+                break
+            time.sleep(pause)
+        try:
+            return self._described(name)
+        except UnknownAdapterError:
+            self._known.discard(name)
+            raise
 
     def load(self, described: Described, needed: Sequence[Described] = ()) -> None:
         """Loads an adapter, if that version of it is not loaded.
@@ -105,26 +105,20 @@ class Shelf:
             needed: Those that may not go to make place for it.
 
         Raises:
-            LoraError: If it cannot be loaded; those that are loaded stay.
+            ReplacedError: If another version, or none, is there now; describe it again.
+            LoraError: If it cannot be loaded. In both cases those that are loaded stay, and nothing else does.
         """
         name = described.name
         found = self._loaded.get(name)
         if found is not None and found.described == described:
             self._loaded.move_to_end(name)
             return
-        keep = {name, *(each.name for each in needed)}
+        task, key = self._with_adapter(described, read_described(self.folder, described))
         if found is not None:
             self._remove(name)
-        while len(self._loaded) >= self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
-            self._remove(old)
-        source = task_of_adapter(self.folder / name)
-        if described.base not in self._bases:
-            self._bases[described.base] = source.build().eval().to(self._device, self._dtype)
-        target = self._target(described)
-        key = f"adapter{next(self._numbers)}"
-        LoraModel.load_adapter(target, self.folder / name, key)
-        self._bases[described.base].eval().to(self._device, self._dtype)
+        self._bases[described.base] = task
         self._loaded[name] = _Loaded(described, key)
+        self._make_room({name, *(each.name for each in needed)})
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Described], images: Tensor) -> Tensor:
@@ -150,6 +144,30 @@ class Shelf:
             lora.set_adapter(key, trainable=False)
             found |= dict(zip(places, task(images[places]), strict=True))
         return torch.stack([found[at] for at in range(len(keys))])
+
+    def _described(self, name: str) -> Described:
+        names = self.names()
+        if name not in names:
+            raise UnknownAdapterError(str(unknown("adapter", name, names)))
+        return describe_folder(self.folder / name)
+
+    def _with_adapter(self, described: Described, packed: PackedAdapter) -> tuple[VisionTask, str]:
+        """The base with the adapter, and its name there; a base that is already there is untouched by an error."""
+        task, provenance = self._bases.get(described.base), described.provenance
+        if task is None:
+            task = AdapterTask(self.folder / described.name, provenance, {}).build()
+        key = f"adapter{next(self._numbers)}"
+        lora = LoraModel.load_packed(task.get_submodule(provenance.get("target") or ""), packed, key)
+        try:
+            task.eval().to(self._device, self._dtype)  # only now: the adapter was made on the base in its own type
+        except Exception:  # there was no memory left
+            lora.delete_adapter(key)
+            raise
+        return task, key
+
+    def _make_room(self, keep: set[str]) -> None:
+        while len(self._loaded) > self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
+            self._remove(old)
 
     def _target(self, described: Described) -> nn.Module:
         return self._bases[described.base].get_submodule(described.provenance.get("target") or "")

@@ -1,6 +1,5 @@
 """The server: every answer is what the adapter alone gives, whatever is asked for beside it."""
 
-import asyncio
 import io
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,94 +10,15 @@ import torch
 from PIL import Image
 
 from benchmarks.serving.adapters import write_adapters, write_base
-from lora_plugins.cli.main import main
 from lora_plugins.files import MANIFEST
-from lora_plugins.tasks import ImageClassificationTask, SemanticSegmentationTask
+from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import label_probabilities, load_task, mask_probabilities, resized
 
-from ..conftest import tiny_segformer, tiny_vit
+from ..conftest import tiny_vit
+from .conftest import NAMES, ask, encoded, picture, tensor, to
 
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
-
-LABELS = {"r": 2, "target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
-MASKS = {"r": 2, "target_modules": "all", "modules_to_save": ["decode_head.classifier"]}
-NAMES = ["birds", "boats", "cars.v2", "no_head"]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A folder of classifiers' adapters."""
-    folder = tmp_path_factory.mktemp("written")
-    (folder / "adapters").mkdir()
-    base = write_base(ImageClassificationTask, tiny_vit(), folder / "vit.safetensors")
-    write_adapters(ImageClassificationTask, base, folder / "adapters", NAMES[:3], **LABELS)
-    write_adapters(ImageClassificationTask, base, folder / "adapters", ["no_head"], r=3, target_modules=["fc2"])
-    write_adapters(
-        ImageClassificationTask, base, folder / "adapters", ["dora"], r=1, target_modules=["proj"], variant="dora"
-    )
-    return folder / "adapters"
-
-
-@pytest.fixture(scope="module")
-def segmenters(tmp_path_factory):
-    """A folder of segmenters' adapters."""
-    folder = tmp_path_factory.mktemp("segmenters")
-    base = write_base(SemanticSegmentationTask, tiny_segformer(), folder / "segformer.safetensors")
-    write_adapters(SemanticSegmentationTask, base, folder / "adapters", ["roads", "roofs"], **MASKS)
-    return folder / "adapters"
-
-
-@pytest.fixture
-def adapters(written, tmp_path):
-    """A copy of it, to be changed."""
-    return shutil.copytree(written, tmp_path / "adapters")
-
-
-@pytest.fixture
-def serve():
-    """Makes engines, which are closed afterwards."""
-    from lora_plugins.tasks.serving import Engine, Shelf
-
-    engines = []
-
-    def make(folder, limit=8, dtype=torch.float32, **options):
-        engines.append(Engine(Shelf(folder, limit=limit, dtype=dtype), **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-
-
-def picture(seed=0, size=(21, 30)):
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-def encoded(pixels):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def tensor(pixels):
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-
-
-def ask(engine, requests, **options):
-    """Sends all requests at once: pairs of a path and a body."""
-    from lora_plugins.tasks.serving import make_app
-
-    async def run():
-        transport = httpx.ASGITransport(make_app(engine, **options))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await asyncio.gather(*(client.post(path, content=body) for path, body in requests))
-
-    return asyncio.run(run())
-
-
-def to(name):
-    return f"/adapters/{name}/predict"
 
 
 @pytest.mark.parametrize("limit", [8, 2, 1])
@@ -267,14 +187,3 @@ def test_too_many_that_wait_are_refused(written, serve):
     body = encoded(picture())
     codes = {answer.status_code for answer in ask(engine, [(to("birds"), body)] * 40)}
     assert codes == {200, 503}
-
-
-def test_the_command_names_a_missing_folder(tmp_path, capsys):
-    assert main(["serve", str(tmp_path / "none")]) == 1
-    assert "There is no folder" in capsys.readouterr().err
-
-
-def test_a_folder_without_adapters_is_not_served(tmp_path, capsys):
-    (tmp_path / "photos").mkdir()
-    assert main(["serve", str(tmp_path)]) == 1
-    assert f"There is no adapter in {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""The application: adapters that are replaced while they are asked for, and what is answered of what is wrong."""
+
+import asyncio
+import io
+import json
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.serving.adapters import write_adapters, write_base
+from lora_plugins import LoraModel
+from lora_plugins.files import MANIFEST, add_entry
+from lora_plugins.tasks import ImageClassificationTask
+from lora_plugins.tasks.inference import label_probabilities, load_task
+from lora_plugins.tasks.training import PROVENANCE_KEY
+
+from ..conftest import tiny_vit
+from .conftest import LABELS, ask, encoded, picture, tensor, to
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+
+@pytest.fixture
+def five(adapters):
+    """An adapter of five classes, beside those that are served."""
+    base = write_base(ImageClassificationTask, tiny_vit(5), adapters.parent / "five.safetensors")
+    write_adapters(ImageClassificationTask, base, adapters.parent, ["five"], **LABELS)
+    return adapters.parent / "five"
+
+
+def during(action, body=None):
+    """The parts of an image; between them, when its adapter is known already, something happens."""
+
+    async def parts():
+        whole = body or encoded(picture())
+        yield whole[:50]
+        await asyncio.to_thread(action)
+        yield whole[50:]
+
+    return parts()
+
+
+def expected(path):
+    return pytest.approx(label_probabilities(load_task(path), tensor(picture())).tolist(), rel=1e-4, abs=1e-5)
+
+
+def swap(source, place, gap=0.0):
+    """Puts a folder in the place of another one, as one does with mv, some seconds after that one is gone."""
+    shutil.copytree(source, place.parent.parent / "new")
+    place.rename(place.parent.parent / "old")
+    time.sleep(gap)
+    (place.parent.parent / "new").rename(place)
+    shutil.rmtree(place.parent.parent / "old")
+
+
+def test_what_is_replaced_during_a_request_is_answered_by_the_new_one(adapters, five, serve):
+    (answer,) = ask(serve(adapters), [(to("birds"), during(lambda: swap(five, adapters / "birds")))])
+    assert answer.status_code == 200, answer.text
+    assert [*answer.json()["probabilities"].values()] == expected(five)
+
+
+def test_what_is_removed_during_a_request_is_unknown(adapters, serve):
+    (answer,) = ask(serve(adapters), [(to("birds"), during(lambda: shutil.rmtree(adapters / "birds")))])
+    assert (answer.status_code, "Unknown adapter 'birds'" in answer.text) == (404, True)
+
+
+@pytest.mark.parametrize("part", ["folder", "manifest"])
+def test_what_is_away_for_a_moment_is_waited_for(adapters, serve, part):
+    place = adapters / "birds" if part == "folder" else adapters / "birds" / MANIFEST
+    away, engine = adapters.parent / "away", serve(adapters)
+    assert "birds" in engine.shelf.names()
+    place.rename(away)
+    threading.Timer(0.02, lambda: away.rename(place)).start()
+    (answer,) = ask(engine, [(to("birds"), encoded(picture()))])
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_adapter_whose_model_is_not_here_is_not_called_unknown(adapters, serve):
+    provenance = json.loads((adapters / "birds" / MANIFEST).read_text())[PROVENANCE_KEY]
+    provenance["arguments"]["model"]["name"] = "vit_of_tomorrow"
+    add_entry(adapters / "birds", PROVENANCE_KEY, provenance)
+    (answer,) = ask(serve(adapters), [(to("birds"), encoded(picture()))])
+    assert (answer.status_code, "vit_of_tomorrow" in answer.text) == (422, True)
+
+
+def test_requests_while_folders_are_replaced(adapters, five, serve):
+    """All are answered, each by one of both."""
+    engine, first = serve(adapters), shutil.copytree(adapters / "birds", adapters.parent / "first")
+    both, ended = [expected(first), expected(five)], threading.Event()
+    assert "birds" in engine.shelf.names()
+
+    def replace():
+        while not ended.is_set():
+            for source in (five, first):
+                ended.wait(0.05)
+                swap(source, adapters / "birds", gap=0.01)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        answers = [each for _ in range(12) for each in ask(engine, [(to("birds"), encoded(picture()))] * 4)]
+    finally:
+        ended.set()
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}, [answer.text for answer in answers]
+    assert all([*answer.json()["probabilities"].values()] in both for answer in answers)
+
+
+def spoil(folder):
+    """Writes NaN into a saved adapter, as a training that diverged does."""
+    task = load_task(folder)
+    with torch.no_grad():
+        next(each for name, each in task.named_parameters() if "lora_B" in name).fill_(torch.nan)
+    LoraModel(task.network).save_adapter(folder)
+    add_entry(folder, PROVENANCE_KEY, {**task.provenance(), "target": "network"})
+
+
+@pytest.mark.parametrize(("folder", "bad", "good"), [("written", "birds", "boats"), ("segmenters", "roads", "roofs")])
+def test_an_adapter_of_nan_is_named_and_spoils_no_other(request, tmp_path, serve, folder, bad, good):
+    adapters = shutil.copytree(request.getfixturevalue(folder), tmp_path / "adapters")
+    spoil(adapters / bad)
+    body = encoded(picture(size=(64, 96)))
+    answers = ask(serve(adapters, wait=0.2), [(to(name), body) for name in (bad, good)])
+    assert [answer.status_code for answer in answers] == [422, 200]
+    assert f"The adapter {bad!r} answers with NaN" in answers[0].json()["detail"]
+    alone = ask(serve(adapters), [(to(good), body)])
+    assert answers[1].headers["content-type"] == alone[0].headers["content-type"]
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000], ids=["Pillow warns", "Pillow refuses"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_is_beyond_pillows_limit_is_too_large(written, serve, side):
+    out = io.BytesIO()
+    Image.new("1", (side, side)).save(out, "PNG")
+    (answer,) = ask(serve(written), [(to("birds"), out.getvalue())])
+    assert (answer.status_code, "more" in answer.text, "pixels" in answer.text) == (413, True, True)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "DDS"])
+def test_an_image_that_is_cut_off_cannot_be_read(written, serve, kind):
+    """Decoders raise several kinds of errors."""
+    out = io.BytesIO()
+    Image.fromarray(picture()).save(out, kind)
+    whole = out.getvalue()
+    answers = ask(serve(written), [(to("birds"), whole[: len(whole) * part // 8]) for part in (1, 4, 6)])
+    assert [answer.status_code for answer in answers] == [400] * 3
+    assert all("the image cannot be read" in answer.text for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"class": "x", "arguments": {}, "image_size": None, "interpolation": "bilinear"},
+        {"class": "x", "arguments": [], "image_size": None, "interpolation": "bilinear"},
+    ],
+    ids=["no model", "no arguments"],
+)
+def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, task):
+    from fastapi.testclient import TestClient
+
+    from lora_plugins.tasks.serving import make_app
+
+    manifest = json.loads((adapters / "birds" / MANIFEST).read_text())
+    (adapters / "birds" / MANIFEST).write_text(json.dumps({**manifest, PROVENANCE_KEY: task}))
+    with TestClient(make_app(serve(adapters))) as client:
+        listed = {each.pop("name"): each for each in client.get("/adapters").json()}
+        assert "no task that can be served" in listed["birds"]["problem"]
+        assert listed["boats"]["classes"] == ["0", "1", "2"]
+        assert client.post(to("birds"), content=encoded(picture())).status_code == 422

@@ -1,0 +1,40 @@
+"""The command `serve`: what it refuses before anything is served."""
+
+import pytest
+
+from lora_plugins.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--port", "99999"),
+        ("--port", "0"),
+        ("--port", "-1"),
+        ("--port", "http"),
+        ("--wait", "-1"),
+        ("--wait", "nan"),
+        ("--wait", "1e300"),
+        ("--wait", "long"),
+        ("--max-mb", "0"),
+        ("--max-mb", "1e308"),
+        ("--loaded", "0"),
+        ("--batch", "0"),
+    ],
+)
+def test_a_number_out_of_range_is_named(tmp_path, capsys, flag, value):
+    (tmp_path / "photos").mkdir()
+    assert main(["serve", str(tmp_path), f"{flag}={value}"]) == 1
+    assert f"argument {flag}: " in (told := capsys.readouterr().err)
+    assert repr(value) in told
+
+
+def test_the_command_names_a_missing_folder(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "none")]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_adapters_is_not_served(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    assert main(["serve", str(tmp_path)]) == 1
+    assert f"There is no adapter in {tmp_path}" in capsys.readouterr().err
