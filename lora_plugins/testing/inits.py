@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,17 @@ from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, InitPlugin, SlotCalibration
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen, refuse, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    Check,
+    by_name,
+    chosen,
+    random_states,
+    refuse,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
 from lora_plugins.utils import own_randomness
 
@@ -83,25 +92,14 @@ def _reproducible(case: InitCase) -> None:
     case.adapt(first)
     torch.rand(7)
     random.random()
-    before = _random_states()
+    before = random_states()
     case.adapt(second)
-    moved = [name for name, state in _random_states().items() if state != before[name]]
-    require(not moved, f"the random numbers of {', '.join(moved)} were moved")
+    require_unmoved(before)
     require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
     there, back = _started(case, 0), _started(case, 0, backwards=True)
     for one, other in zip(there, back, strict=True):
         for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
             require_close(f"{name} of {one.layer!r}, started after other layers,", factor, expected, 0)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy = sys.modules.get("numpy.random")
-    numbers = numpy.get_state(legacy=False)["state"] if numpy else {}
-    return {
-        "the process": torch.get_rng_state().tolist(),
-        "Python": random.getstate(),
-        "NumPy": (numbers.get("pos"), str(numbers.get("key"))),
-    }
 
 
 def _seed(case: InitCase) -> None:

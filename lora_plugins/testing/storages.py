@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import CPU, Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    CPU,
+    Check,
+    by_name,
+    chosen,
+    random_states,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -96,9 +106,9 @@ def _bits(case: StorageCase) -> None:
             torch.set_num_threads(threads)
         dense = case.restore(stored, weight.shape)
         require_close("the dense weight, made again", case.restore(stored, weight.shape), dense, 0)
-    before = torch.get_rng_state()
+    before = random_states()
     case.store(torch.ones(64, 64, device=case.device))
-    require(torch.equal(torch.get_rng_state(), before), "storing draws from the global generator")
+    require_unmoved(before)
 
 
 def _untouched(case: StorageCase) -> None:

@@ -22,10 +22,12 @@ from lora_plugins.testing.check import (
     Check,
     by_name,
     chosen,
+    random_states,
     require,
     require_close,
     require_nothing_kept,
     require_same_state,
+    require_unmoved,
 )
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
@@ -184,15 +186,15 @@ def _branch(case: VariantCase) -> None:
 
 
 def _pure(case: VariantCase) -> None:
-    before = torch.get_rng_state()
+    before = random_states()
     lora = case.trained()
-    _stands(before)
+    require_unmoved(before)
     state = {key: value.clone() for key, value in lora.model.state_dict().items()}
     first = case.run(lora.model)
-    before = torch.get_rng_state()
+    before = random_states()
     case.run(lora.model.train())
     case.run(lora.model.eval())
-    _stands(before)
+    require_unmoved(before)
     require_same_state("the model after two calls", lora.model.state_dict(), state)
     require_close("the output, computed again,", case.run(lora.model), first, 0)
     require_nothing_kept(lambda _: case.run(lora.model))
@@ -200,10 +202,14 @@ def _pure(case: VariantCase) -> None:
     for suffix, term in deltas(move(lora)).items():
         same = torch.equal(torch.as_tensor(term.delta), torch.as_tensor(earlier[suffix].delta))
         require(not same, "the update is the same after A, B and the variant's own tensors moved")
-
-
-def _stands(random: Tensor) -> None:
-    require(torch.equal(torch.get_rng_state(), random), "the random numbers of the process were moved")
+    for name, context in MODES.items():
+        with context():
+            case.run(lora.model)
+        expected = case.expected(move(lora))
+        with context():
+            require_close(
+                f"the output{name} after A, B and the variant's own tensors moved", case.run(lora.model), expected
+            )
 
 
 def _zeros(case: VariantCase) -> None:

@@ -50,6 +50,12 @@ class KeepsItsUpdate(DoraVariant):
         return fresh - fresh.detach() + self.kept[key]
 
 
+class KeepsItsUpdateWithoutGradients(KeepsItsUpdate):
+    def delta_weight(self, weight, A, B, scaling, own):
+        update = DoraVariant if torch.is_grad_enabled() else KeepsItsUpdate
+        return update.delta_weight(self, weight, A, B, scaling, own)
+
+
 class WritesIntoA(DoraVariant):
     def delta_weight(self, weight, A, B, scaling, own):
         with torch.no_grad():
@@ -117,6 +123,7 @@ PLANTED = {
     DrawsFirstValues: "pure",
     WrongWithoutGradients: "branch",
     KeepsItsUpdate: "pure",
+    KeepsItsUpdateWithoutGradients: "pure",
     WritesIntoA: "pure",
     WritesIntoItsOwn: "pure",
     OtherType: "shapes",
