@@ -164,7 +164,8 @@ def _mixed(case: LayerCase) -> None:
         model = case.model().eval()
         lora = case.adapt(model, fused_parts=parts, dropout=0.0 if case.plugin.lookup else 0.5)
         lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
-        references = _references(case, model, ("default", "second"))
+        lora.add_adapter("third", config_like(lora, r=1, alpha=2.0))
+        references = _references(case, model, ("default", "second", "third"))
         for what, inputs, named in [
             ("of rows", case.arguments(model.layer), {}),
             *_ways(model.layer, case.arguments(model.layer)),
@@ -201,7 +202,7 @@ def _goes_by_rows(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any
 
 
 def _rows(count: int) -> list[str | None]:
-    return [("second", None, "default")[at % 3] for at in range(count)]
+    return [("third", None, "second", "default")[at % 4] for at in range(count)]
 
 
 def _call_mixed(model: Holder, inputs: Sequence[Any], named: dict[str, Any]) -> Any:

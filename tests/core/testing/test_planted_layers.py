@@ -367,6 +367,30 @@ class FailsOnChannelsThatDoNotNeedGradients(Complete):
         return super().low_rank(term, x)
 
 
+class Doubles(Complete):
+    """Computes where values should only be moved, and takes it back."""
+
+    def to_matrix(self, weight):
+        return super().to_matrix(weight) * 2
+
+    def from_matrix(self, matrix, shape):
+        return super().from_matrix(matrix / 2, shape)
+
+
+class FirstTwo(Complete):
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, terms[:2], x)
+
+
+class MixesTwo(Complete):
+    """Takes the base for an adapter behind the second."""
+
+    def mixed(self, layer, base, adapters, x):
+        last = len(adapters.A) - 1
+        index = torch.where(adapters.index < 2, adapters.index, last)
+        return super().mixed(layer, base, replace(adapters, index=index), x)
+
+
 PLANTED = {
     MixedFirstOnly: "mixed",
     MixedWithoutBaseRows: "mixed",
@@ -411,6 +435,9 @@ PLANTED = {
     SwitchesGradientsOff: "pure",
     WritesIntoA: "pure",
     OverlappingParts: "layout",
+    Doubles: "layout",
+    FirstTwo: "several",
+    MixesTwo: "mixed",
     FailsOnChannelsThatDoNotNeedGradients: "law",
 }
 """By defect, the check that is about it; others may find it too."""
@@ -424,6 +451,24 @@ def check(plugin, *names):
         options=[{}, {"bias": False}],
         only=names or None,
     )
+
+
+class MisspeltSlot(Complete):
+    def slots(self, layer):
+        return (Slot("wieght"),)
+
+
+class MisspeltPart(Complete):
+    def parts(self, layer):
+        return {"q": Slot("wieght", "q", (0, 3, 9))}
+
+
+@pytest.mark.parametrize("name", ["registration", "layout"])
+@pytest.mark.parametrize("cls", [MisspeltSlot, MisspeltPart])
+def test_a_misspelt_weight_is_told_with_a_near_one(cls, name):
+    said = r"\(\) names the weight 'wieght', which the layer does not have\. Did you mean 'weight'\?"
+    with pytest.raises(CheckError, match=said):
+        check(cls(), name)
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
