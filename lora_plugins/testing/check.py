@@ -155,6 +155,22 @@ def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIG
         require_close(what, first, second, tolerance)
 
 
+class Named(dict[str, Tensor]):
+    """Tensors by name; who asks for a name that is not there is told those that are.
+
+    Args:
+        gives: What gives them, and that it does, as `store() gives`.
+        tensors: The tensors.
+    """
+
+    def __init__(self, gives: str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.gives = gives
+
+    def __missing__(self, name: str) -> NoReturn:
+        refuse(f"{self.gives} no {name!r}. {near(name, self)}")
+
+
 def require_same_state(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises a `MismatchError` unless two state dicts have the same keys and bits."""
     require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")

@@ -253,8 +253,8 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "trainable",
         _trainable,
-        "of each rank, the row of A or the column of B is not zero, nor are both the same combination of those of other "
-        "ranks: else it never gets a gradient, or none of its own",
+        "of each rank, the row of A or the column of B is not zero, nor are both the same combination of others: else "
+        "it never gets a gradient, or none of its own",
         "both factors start at zero, or the ranks that a decomposition does not have do; or one row is drawn for all.",
     ),
     Check(

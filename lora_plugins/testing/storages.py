@@ -12,6 +12,7 @@ from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
     CPU,
     Check,
+    Named,
     by_name,
     chosen,
     random_states,
@@ -23,8 +24,8 @@ from lora_plugins.testing.check import (
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
-SHAPES = ((64, 96), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
-"""Shapes of weights: those of linear layers and kernels, with sizes that no block divides."""
+SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
+"""Shapes of weights: those of linear layers, square ones too, and kernels, with sizes that no block divides."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StorageCase:
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
-        return dict(self.plugin.store(weight, self.options))
+        return Named("store() gives", self.plugin.store(weight, self.options))
 
     def restore(self, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight of that shape."""
@@ -123,6 +124,30 @@ def _untouched(case: StorageCase) -> None:
         require_same_state("what is stored, after the weight was written to", stored, copies)
 
 
+def _stateless(case: StorageCase) -> None:
+    for weight in case.weights():
+        stored, other = case.store(weight), case.store(weight.flip(0) - weight)
+        if any(stored[name].shape != tensor.shape for name, tensor in other.items()):
+            continue  # how much is stored depends on the values
+        index = torch.arange(len(weight), device=case.device)
+        expected = case.restore(other, weight.shape)
+        _made_dense(case, stored, index, weight.shape)
+        for name, tensor in other.items():
+            stored[name].data.copy_(tensor)  # as another weight's that lies in the same memory, of the same version
+        for what, dense in _made_dense(case, stored, index, weight.shape).items():
+            require_close(
+                f"{what} of a weight of shape {tuple(weight.shape)}, after its codes changed,", dense, expected, 0
+            )
+
+
+def _made_dense(case: StorageCase, stored: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+    """Returns the dense weight as it is made by each method."""
+    return {
+        "restore": case.restore(stored, shape),
+        "rows": case.plugin.rows(stored, index, shape, case.options),
+    }
+
+
 def _rows(case: StorageCase) -> None:
     for weight in case.weights():
         stored = case.store(weight)
@@ -176,6 +201,12 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         _untouched,
         "neither the weight nor what is stored is changed, and they share no memory",
         "a view of the weight is stored, or restore scales what is stored in place.",
+    ),
+    Check(
+        "stateless",
+        _stateless,
+        "restore and rows compute from what is stored as it is now, whatever lay in its memory before",
+        "a dense weight is kept between calls.",
     ),
     Check(
         "rows",

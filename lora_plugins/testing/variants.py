@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
+from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
@@ -20,6 +22,7 @@ from lora_plugins.testing.check import (
     CPU,
     MODES,
     Check,
+    Named,
     by_name,
     chosen,
     random_states,
@@ -118,7 +121,32 @@ def _registration(case: VariantCase) -> None:
     case.registry()
 
 
+def _own_names(case: VariantCase) -> None:
+    """Requires that `first_values` gives the tensors of `shapes`, and that `delta_weight` asks for no others."""
+    rows, columns, r = 3, 4, 2
+    weight, A, B = torch.ones(rows, columns), torch.ones(r, columns), torch.ones(rows, r)
+    shapes = case.variant.shapes(rows, columns, r)
+    own = Named("first_values() gives", case.variant.first_values(weight, A, B, 1.0))
+    for name in own:
+        require(
+            name in shapes, f"first_values() gives {name!r}, and shapes() has none of that name. {near(name, shapes)}"
+        )
+    for name in shapes:
+        own[name]
+    case.variant.delta_weight(weight, A, B, 1.0, own)
+
+
+def _telling_names(run: Callable[[VariantCase], None], case: VariantCase) -> None:
+    """Runs a check; where a name of the variant's own tensors is what it fails of, the message says which there are."""
+    try:
+        run(case)
+    except KeyError:
+        _own_names(case)
+        raise
+
+
 def _shapes(case: VariantCase) -> None:
+    _own_names(case)
     lora = case.adapt(case.model())
     layer = lora.plans["default"].layers[0]
     module = lora.model.get_submodule(layer.name)
@@ -423,4 +451,5 @@ def check_variant_plugin(
     for layer in LAYERS:
         case = VariantCase(variant, layer, torch.device(device))
         for check in selected:
-            checks.run(check, case, f"{type(variant).__name__} on {layer}")
+            told = replace(check, run=partial(_telling_names, check.run))
+            checks.run(told, case, f"{type(variant).__name__} on {layer}")
