@@ -21,6 +21,7 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
+from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -246,8 +247,8 @@ def check_storage_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, options or {}, torch.device(device))
+    case = StorageCase(plugin, options or {}, usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

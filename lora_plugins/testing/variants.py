@@ -32,6 +32,7 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
+from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -441,15 +442,15 @@ def check_variant_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or torch cannot use the device here.
 
     Example:
         >>> from lora_plugins.variants.dora import DoraVariant
         >>> check_variant_plugin(DoraVariant())
     """
-    selected = chosen(VARIANT_CHECKS, only, skip)
+    selected, place = chosen(VARIANT_CHECKS, only, skip), usable_device(device)
     for layer in LAYERS:
-        case = VariantCase(variant, layer, torch.device(device))
+        case = VariantCase(variant, layer, place)
         for check in selected:
             told = replace(check, run=partial(_telling_names, check.run))
             checks.run(told, case, f"{type(variant).__name__} on {layer}")
