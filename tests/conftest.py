@@ -26,13 +26,21 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 def pytest_addoption(parser):
     """Adds the device, and the option `timeout` of pyproject.toml where pytest-timeout, which reads it, is missing."""
-    parser.addoption("--device", default="cpu", help="where tests that have a choice run: cpu, cuda, ...")
+    parser.addoption(
+        "--device", default="cpu", help="where tests that take the fixture `device`, and the kit, run: cpu, cuda, ..."
+    )
     if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds for a test; read by pytest-timeout")
 
 
 def pytest_configure(config):
-    """Hands the device to the conformance kit, where its pytest plugin is loaded."""
+    """Refuses a device that nothing can be computed on here; hands it to the kit, where its pytest plugin is loaded."""
+    name = config.option.device
+    try:
+        torch.zeros(1, device=name).tolist()  # not on meta
+    except Exception as error:  # each backend raises its own
+        reason = str(error).partition("\n")[0]
+        raise pytest.UsageError(f"--device is {name!r}, which torch cannot use here: {reason}") from error
     if hasattr(config.option, "lora_device"):
         config.option.lora_device = config.option.device
 

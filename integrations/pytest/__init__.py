@@ -19,8 +19,8 @@ Each check of the kit is a test of its own: `test_layer[law]`, `test_layer[gradi
 `pytest --lora-device cuda`, layer types, variants and storages are checked there.
 
 pytest imports this module in every project of an environment, so it imports neither torch nor lora_plugins before one
-of the fixtures is used. That is also why it is a package of its own: importing anything below `lora_plugins` imports
-torch.
+of the fixtures is used, or a device named. That is also why it is a package of its own: importing anything below
+`lora_plugins` imports torch.
 """
 
 from collections.abc import Callable, Collection
@@ -32,6 +32,9 @@ import pytest
 if __name__ != "pytest_lora_plugins":
     raise ImportError(f"This package was imported as {__name__!r}. Import it as 'pytest_lora_plugins'.")
 
+CPU = "cpu"
+"""Where the kit checks by default."""
+
 SUFFIX = "_check"
 """What the names of our fixtures end with; the kind of plugins stands before it."""
 
@@ -39,7 +42,21 @@ SUFFIX = "_check"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the option; it is not called `--device`, since projects have options of that name."""
     group = parser.getgroup("lora_plugins")
-    group.addoption("--lora-device", default="cpu", help="where the conformance kit of lora_plugins checks: cuda, ...")
+    group.addoption("--lora-device", default=CPU, help="where the conformance kit of lora_plugins checks: cuda, ...")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses a device that torch cannot use here, before any plugin is blamed for it."""
+    device = config.getoption("--lora-device")
+    if device == CPU:
+        return
+    from lora_plugins import ConfigError  # noqa: PLC0415
+    from lora_plugins.testing.devices import usable_device  # noqa: PLC0415
+
+    try:
+        usable_device(device, "--lora-device")
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

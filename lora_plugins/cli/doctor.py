@@ -16,7 +16,7 @@ from lora_plugins.cli.command_lines import doctor_parser
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
-from lora_plugins.errors import ConfigError, PluginError, listing, near
+from lora_plugins.errors import ConfigError, LoraError, PluginError, listing, near
 from lora_plugins.kernels import DISABLE_VARIABLE, kernel_report
 from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins import (
@@ -24,6 +24,7 @@ from lora_plugins.plugins import (
     BLOCK_VARIABLE,
     GROUP,
     KINDS,
+    LOAD_VARIABLE,
     PluginInfo,
     default_registry,
     names_in,
@@ -106,7 +107,7 @@ def _plugins() -> Iterator[Finding]:
     try:
         registry = default_registry()
     except PluginError as error:
-        yield Finding("problem", str(error), "What can be done is said above; until then nothing can be adapted.")
+        yield _no_registry(error)
         return
     for info in registry.plugins:
         yield _plugin(info)
@@ -119,12 +120,25 @@ def _plugins() -> Iterator[Finding]:
                 yield Finding("note", f"{variable} names {name!r}, which is not installed", near(name, installed))
 
 
+def _no_registry(error: PluginError) -> Finding:
+    cause = error.__cause__
+    if cause is None:  # two plugins that claim one name
+        return Finding("problem", str(error), "What can be done is said above; until then nothing can be adapted.")
+    where = "" if isinstance(cause, LoraError) else _where(cause)
+    advice = f"Repair that file, or correct {LOAD_VARIABLE}, which names it; until then nothing can be adapted."
+    return Finding("problem", f"{error}{where}", advice)
+
+
+def _where(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({frame.filename}, line {frame.lineno})"
+
+
 def _plugin(info: PluginInfo) -> Finding:
     if info.error is not None:
-        frame = traceback.extract_tb(info.error.__traceback__)[-1]
         return Finding(
             "problem",
-            f"plugin {info.owner} {' '.join(info.state.split())} ({frame.filename}, line {frame.lineno})",
+            f"plugin {info.owner} {' '.join(info.state.split())}{_where(info.error)}",
             f"Repair or uninstall {info.distribution}, or leave it out: {BLOCK_VARIABLE}={info.name}",
         )
     provides = ", ".join(name for _, name in info.provides) or "nothing"

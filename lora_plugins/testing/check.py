@@ -1,6 +1,8 @@
 """What a check is, how it fails, and how checks are run."""
 
 import gc
+import random
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -153,11 +155,45 @@ def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIG
         require_close(what, first, second, tolerance)
 
 
+class Named(dict[str, Tensor]):
+    """Tensors by name; who asks for a name that is not there is told those that are.
+
+    Args:
+        gives: What gives them, and that it does, as `store() gives`.
+        tensors: The tensors.
+    """
+
+    def __init__(self, gives: str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.gives = gives
+
+    def __missing__(self, name: str) -> NoReturn:
+        refuse(f"{self.gives} no {name!r}. {near(name, self)}")
+
+
 def require_same_state(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises a `MismatchError` unless two state dicts have the same keys and bits."""
     require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")
     for key, value in expected.items():
         require_close(f"{key!r} of {what}", got[key], value, 0)
+
+
+def random_states() -> dict[str, Any]:
+    """Returns the states of the sources of random numbers by whose they are: torch's, Python's and NumPy's."""
+    numpy = sys.modules.get("numpy.random")
+    numbers = numpy.get_state(legacy=False)["state"] if numpy else {}
+    return {
+        "the process": torch.get_rng_state().tolist(),
+        "Python": random.getstate(),
+        "NumPy": (numbers.get("pos"), bytes(numbers.get("key", b""))),
+    }
+
+
+def require_unmoved(before: Mapping[str, Any]) -> None:
+    """Raises a `MismatchError` if the sources of random numbers are not in these states, some of `random_states`."""
+    after = random_states()
+    moved = [name for name, state in before.items() if state != after[name]]
+    require(not moved, f"the random numbers of {', '.join(moved)} were moved")
 
 
 def require_nothing_kept(call: Callable[[int], object]) -> None:

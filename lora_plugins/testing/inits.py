@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,15 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, InitPlugin, SlotCalibration
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen, refuse, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    Check,
+    by_name,
+    chosen,
+    random_states,
+    refuse,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
 from lora_plugins.utils import own_randomness
+
+_DEPENDENT = 1e-5
+"""What rows that depend on each other are off by, at most, as factors in float32 are rounded."""
 
 
 def _registration(case: InitCase) -> None:
@@ -44,8 +57,28 @@ def _trainable(case: InitCase) -> None:
     for context in case.contexts(case.model()):
         with torch.no_grad():
             case.init.fill(context)
+        possible = min(len(context.A), *context.weight.shape)
         dead = ~(context.A.bool().any(1) | context.B.bool().any(0))
-        require(not dead.any(), f"{int(dead.sum())} of {len(dead)} ranks of {context.layer!r} are zero in both A and B")
+        require(
+            len(dead) - int(dead.sum()) >= possible,
+            f"{int(dead.sum())} of {len(dead)} ranks of {context.layer!r} are zero in both A and B",
+        )
+        found = _independent_ranks(context)
+        require(
+            found >= possible,
+            f"the {len(dead)} ranks of {context.layer!r} are combinations of {found} in both A and B, and so is what "
+            f"training makes of them, where {possible} are possible",
+        )
+
+
+def _independent_ranks(context: InitContext) -> int:
+    """Returns how many ranks an update can ever have: the rank of the rows of A and the columns of B side by side.
+
+    Of a combination of ranks that is zero in both factors the gradients are zero too, before each step and after it.
+    """
+    # What rows depend on is neither the size of a factor nor that of a row.
+    both = [normalize(each.double().flatten(), dim=0).view(each.shape) for each in (context.A, context.B.T)]
+    return int(torch.linalg.matrix_rank(normalize(torch.cat(both, 1)), rtol=_DEPENDENT))
 
 
 def _identity(case: InitCase, **fields: Any) -> None:
@@ -83,25 +116,14 @@ def _reproducible(case: InitCase) -> None:
     case.adapt(first)
     torch.rand(7)
     random.random()
-    before = _random_states()
+    before = random_states()
     case.adapt(second)
-    moved = [name for name, state in _random_states().items() if state != before[name]]
-    require(not moved, f"the random numbers of {', '.join(moved)} were moved")
+    require_unmoved(before)
     require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
     there, back = _started(case, 0), _started(case, 0, backwards=True)
     for one, other in zip(there, back, strict=True):
         for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
             require_close(f"{name} of {one.layer!r}, started after other layers,", factor, expected, 0)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy = sys.modules.get("numpy.random")
-    numbers = numpy.get_state(legacy=False)["state"] if numpy else {}
-    return {
-        "the process": torch.get_rng_state().tolist(),
-        "Python": random.getstate(),
-        "NumPy": (numbers.get("pos"), str(numbers.get("key"))),
-    }
 
 
 def _seed(case: InitCase) -> None:
@@ -231,8 +253,9 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "trainable",
         _trainable,
-        "of each rank, the row of A or the column of B is not zero: else neither ever gets a gradient",
-        "both factors start at zero; or the ranks that a decomposition does not have do.",
+        "of each rank, the row of A or the column of B is not zero, nor are both the same combination of others: else "
+        "it never gets a gradient, or none of its own",
+        "both factors start at zero, or the ranks that a decomposition does not have do; or one row is drawn for all.",
     ),
     Check(
         "identity",

@@ -1,7 +1,6 @@
 """Checks of how an adapted layer may be called, of what a call may not leave behind, and of mixed batches."""
 
 import inspect
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.testing.check import (
     MODES,
     Check,
+    random_states,
     require,
     require_all_close,
     require_nothing_kept,
@@ -81,26 +81,36 @@ def _names(layer: nn.Module, count: int) -> list[str]:
 
 
 def _pure(case: LayerCase) -> None:
-    model = case.adapted().eval()
-    _leaves_alone(case, model)
+    for training in (False, True):
+        model = case.adapted().train(training)
+        _leaves_alone(case, model)
+        _sees_what_changes(case, model)
+    model.eval()
     require_nothing_kept(lambda seed: call(model, case.arguments(model.layer, seed)))
+
+
+def _sees_what_changes(case: LayerCase, model: Holder) -> None:
+    """Requires the law after weights and factors were written to, of a model that was called in every mode before."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.25).add_(0.03)
     state = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
-    reference = case.model().eval()
+    reference = case.model().train(model.training)
     reference.load_state_dict(state)
     inputs = case.arguments(model.layer)
     for name, value in lawful(case, model).layer.__dict__.items():
         if isinstance(value, Tensor):
             delattr(reference.layer, name)
             setattr(reference.layer, name, value)
-    require_all_close("the output after weights and factors changed", call(model, inputs), call(reference, inputs))
+    for name, context in MODES.items():
+        with context():
+            got, expected = call(model, inputs), call(reference, inputs)
+        require_all_close(f"the output{name} after weights and factors changed", got, expected)
 
 
 def _leaves_alone(case: LayerCase, model: Holder) -> None:
     """Requires that a call changes nothing that the untouched layer leaves alone."""
-    untouched = case.model().eval()
+    untouched = case.model().train(model.training)
     for name, context in MODES.items():
         inputs, plain = case.arguments(model.layer), case.arguments(model.layer)
         with context():
@@ -115,8 +125,7 @@ def _what_moves(module: nn.Module, inputs: Sequence[Any]) -> set[str]:
         tensors = {f"the input {at}": x for at, x in enumerate(inputs) if isinstance(x, Tensor)}
         return {
             **{name: tensor.detach().clone() for name, tensor in {**module.state_dict(), **tensors}.items()},
-            "the random numbers of the process": torch.get_rng_state(),
-            "Python's random numbers": random.getstate(),
+            **{f"the random numbers of {whose}": state for whose, state in random_states().items()},
             "whether gradients are computed": torch.is_grad_enabled(),
             "the default type": torch.get_default_dtype(),
         }
@@ -155,7 +164,8 @@ def _mixed(case: LayerCase) -> None:
         model = case.model().eval()
         lora = case.adapt(model, fused_parts=parts, dropout=0.0 if case.plugin.lookup else 0.5)
         lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
-        references = _references(case, model, ("default", "second"))
+        lora.add_adapter("third", config_like(lora, r=1, alpha=2.0))
+        references = _references(case, model, ("default", "second", "third"))
         for what, inputs, named in [
             ("of rows", case.arguments(model.layer), {}),
             *_ways(model.layer, case.arguments(model.layer)),
@@ -192,7 +202,7 @@ def _goes_by_rows(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any
 
 
 def _rows(count: int) -> list[str | None]:
-    return [("second", None, "default")[at % 3] for at in range(count)]
+    return [("third", None, "second", "default")[at % 4] for at in range(count)]
 
 
 def _call_mixed(model: Holder, inputs: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -253,7 +263,8 @@ CALL_CHECKS: tuple[Check[LayerCase], ...] = (
     Check(
         "pure",
         _pure,
-        "a call changes nothing but what the untouched layer changes, keeps nothing, and sees weights as they are now",
+        "a call changes nothing but what the untouched layer changes, keeps nothing, and sees weights and factors as "
+        "they are now, with gradients and without",
         "branch works in place on its input, on A or on B, draws random numbers, or keeps tensors between calls.",
     ),
     Check(

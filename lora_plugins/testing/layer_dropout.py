@@ -12,13 +12,16 @@ from lora_plugins.plugins import RowMajorPlugin
 from lora_plugins.testing.check import (
     TIGHT,
     Check,
+    random_states,
     refuse,
     require,
     require_all_close,
     require_close,
+    require_unmoved,
     tensors_of,
 )
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, mapped, moved
+from lora_plugins.utils import own_randomness
 
 _VARIANT = "dora"
 """The variant that layer types are checked with: its update is no product of two factors."""
@@ -52,6 +55,7 @@ def _drops_the_input(case: LayerCase, **fields: Any) -> None:
     """Requires that dropout drops single elements of the branch's input in training, and nothing in eval mode."""
     model = moved(case.adapted(dropout=0.5, **fields)).train()
     inputs = case.arguments(model.layer)
+    _draws_from_torch(model, inputs)
     outputs = [tensors_of(call(model, inputs, seed))[0].detach() for seed in range(300)]
     require(any(not torch.equal(outputs[0], other) for other in outputs), "with dropout=0.5 every output is the same")
     branch = _update(case, model, inputs)
@@ -63,6 +67,15 @@ def _drops_the_input(case: LayerCase, **fields: Any) -> None:
     _drops_single_elements(case, model, inputs)
     model.eval()
     require_all_close("the output in eval mode", call(model, inputs), call(lawful(case, model), inputs))
+
+
+def _draws_from_torch(model: Holder, inputs: Sequence[Any]) -> None:
+    """Requires that masks come from torch's generator, whose state gradient checkpointing and resuming restore."""
+    with own_randomness(1, model):
+        others = {whose: state for whose, state in random_states().items() if whose != "the process"}
+        first = model(*inputs)
+        require_unmoved(others)
+    require_all_close("the output with dropout=0.5 and the same seed of torch", call(model, inputs, 1), first)
 
 
 def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
@@ -144,10 +157,10 @@ DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
     Check(
         "dropout",
         _dropout,
-        "in training mode dropout drops single elements of the branch's input and nothing else; in eval mode nothing; "
-        "a layer without a branch for its class refuses it",
+        "in training mode dropout drops single elements of the branch's input and nothing else, by a mask from torch's "
+        "generator; in eval mode nothing; a layer without a branch for its class refuses it",
         "branch does not call term.drop(x), drops the input of the base as well, or drops something other than x, such "
-        "as A(x) or the update.",
+        "as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
     ),
     Check(
         "variant",

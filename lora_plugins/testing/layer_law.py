@@ -1,12 +1,13 @@
 """Checks of the law: what an adapted layer computes, and its gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.plugins import Slot, class_path
 from lora_plugins.testing.check import MODES, Check, require, require_all_close, require_close, tensors_of
@@ -31,15 +32,28 @@ def _registration(case: LayerCase) -> None:
         found is case.plugin, f"a {class_path(type(layer))} was built, and module_type is {case.plugin.module_type!r}"
     )
     require(bool(case.slots()), "slots() is empty")
+    for _ in _named_weights(case, layer):
+        pass
+
+
+def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Tensor]]:
+    """Yields the slots of a layer and of its parts, each with its weight."""
+    named = {"slots": case.plugin.slots(layer), "parts": case.plugin.parts(layer).values()}
+    for method, slots in named.items():
+        for slot in slots:
+            has_it = isinstance(getattr(layer, slot.tensor, None), Tensor)
+            known = near(slot.tensor, layer._parameters)
+            require(has_it, f"{method}() names the weight {slot.tensor!r}, which the layer does not have. {known}")
+            yield slot, detached_weight(layer, slot.tensor)
 
 
 def _layout(case: LayerCase) -> None:
     layer = case.model().layer
-    for slot in (*case.slots(), *case.plugin.parts(layer).values()):
-        weight = detached_weight(layer, slot.tensor)
+    for slot, weight in _named_weights(case, layer):
         matrix = case.plugin.to_matrix(weight)
         name = repr(slot.tensor)
         require(matrix.dim() == 2, f"to_matrix makes {tuple(matrix.shape)} of {name}, {tuple(weight.shape)}")
+        _moves_values(case, weight, name)
         require_close(f"from_matrix(to_matrix(W)) of {name}", case.plugin.from_matrix(matrix, weight.shape), weight, 0)
         other = torch.randn_like(matrix)
         laid_out = case.plugin.from_matrix(other, weight.shape)
@@ -51,6 +65,13 @@ def _layout(case: LayerCase) -> None:
         )
     for first, second in combinations(case.plugin.parts(layer).values(), 2):
         require(not _overlap(first, second), f"the parts {first.part!r} and {second.part!r} have rows in common")
+
+
+def _moves_values(case: LayerCase, weight: Tensor, name: str) -> None:
+    """Requires that the matrix of a weight whose values are 1, 2, 3, ... holds each of them once."""
+    values = torch.arange(1, weight.numel() + 1, dtype=weight.dtype, device=weight.device)
+    found = case.plugin.to_matrix(values.view(weight.shape)).flatten().sort().values
+    require_close(f"the sorted values of to_matrix(W) for a {name} of 1, 2, 3, ...", found, values, 0)
 
 
 def _overlap(one: Slot, other: Slot) -> bool:
@@ -137,12 +158,13 @@ def _several(case: LayerCase) -> None:
     model = case.model()
     lora = case.adapt(model)
     lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
-    lora.set_adapter(["default", "second"])
-    both = {"default": 1.0, "second": 1.0}
+    lora.add_adapter("third", config_like(lora, r=1, alpha=2.0))
+    every = {"default": 1.0, "second": 1.0, "third": 1.0}
+    lora.set_adapter(list(every))
     inputs = case.arguments(model.layer)
-    reference = lawful(case, model, both)
-    require_all_close("the output with two adapters", call(model, inputs), call(reference, inputs))
-    _compare_gradients(case, model.train(), lawful(case, model, both))
+    reference = lawful(case, model, every)
+    require_all_close("the output with three adapters", call(model, inputs), call(reference, inputs))
+    _compare_gradients(case, model.train(), lawful(case, model, every))
     lora.add_weighted_adapter(["default", "second"], [0.5, 2.0], "combined")
     reference = lawful(case, model, {"default": 0.5, "second": 2.0})
     lora.set_adapter("combined")
@@ -166,15 +188,18 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
     Check(
         "registration",
         _registration,
-        "the registrar takes the plugin, the layer that was built is of its module_type, and it has a slot",
-        "an attribute such as name or module_type is missing or misspelt, or build() makes another class.",
+        "the registrar takes the plugin, and the layer that was built is of its module_type and has the weights that "
+        "slots() and parts() name",
+        "an attribute such as name or module_type is missing or misspelt, or a weight in slots() or parts() is; or "
+        "build() makes another class.",
     ),
     Check(
         "layout",
         _layout,
         "to_matrix views each weight as a matrix (out, in), and from_matrix lays such a matrix out as the weight: "
         "inverses of each other, that move values and compute nothing",
-        "from_matrix transposes where to_matrix does not, or a grouped weight's rows are counted wrongly.",
+        "from_matrix transposes where to_matrix does not, to_matrix scales, or a grouped weight's rows are counted "
+        "wrongly; or slots() or parts() names a weight that the layer does not have.",
     ),
     Check(
         "law",
@@ -194,6 +219,6 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
         "several",
         _several,
         "several active adapters add up, and a weighted combination is the sum of their weighted updates",
-        "branch uses terms[0], or its slot, instead of looping over all terms.",
+        "branch uses terms[0], or its slot, or the first two, instead of looping over all terms.",
     ),
 )

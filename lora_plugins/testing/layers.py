@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_plugins.plugins import LayerPlugin
 from lora_plugins.testing.check import Check, by_name, chosen, run
+from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.layer_answers import ANSWER_CHECKS
 from lora_plugins.testing.layer_calls import CALL_CHECKS
 from lora_plugins.testing.layer_case import LayerCase
@@ -49,7 +50,7 @@ def check_layer_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or torch cannot use the device here.
 
     Example:
         >>> from torch import nn
@@ -61,9 +62,9 @@ def check_layer_plugin(
         ...     options=[{}, {"bias": False}],
         ... )
     """
-    checks = chosen(LAYER_CHECKS, only, skip)
+    checks, place = chosen(LAYER_CHECKS, only, skip), usable_device(device)
     for each in options:
-        case = LayerCase(plugin, build, inputs, dict(each), compile_backend, torch.device(device))
+        case = LayerCase(plugin, build, inputs, dict(each), compile_backend, place)
         subject = f"{type(plugin).__name__}{f' with {dict(each)}' if each else ''}"
         for check in checks:
             run(check, case, subject)

@@ -9,12 +9,24 @@ from torch import Tensor, nn
 
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import CPU, Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    CPU,
+    Check,
+    Named,
+    by_name,
+    chosen,
+    random_states,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
+from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
-SHAPES = ((64, 96), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
-"""Shapes of weights: those of linear layers and kernels, with sizes that no block divides."""
+SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
+"""Shapes of weights: those of linear layers, square ones too, and kernels, with sizes that no block divides."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class StorageCase:
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
-        return dict(self.plugin.store(weight, self.options))
+        return Named("store() gives", self.plugin.store(weight, self.options))
 
     def restore(self, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight of that shape."""
@@ -96,9 +108,9 @@ def _bits(case: StorageCase) -> None:
             torch.set_num_threads(threads)
         dense = case.restore(stored, weight.shape)
         require_close("the dense weight, made again", case.restore(stored, weight.shape), dense, 0)
-    before = torch.get_rng_state()
+    before = random_states()
     case.store(torch.ones(64, 64, device=case.device))
-    require(torch.equal(torch.get_rng_state(), before), "storing draws from the global generator")
+    require_unmoved(before)
 
 
 def _untouched(case: StorageCase) -> None:
@@ -111,6 +123,30 @@ def _untouched(case: StorageCase) -> None:
         require_same_state("what is stored, after the dense weight was written to", stored, copies)
         weight.zero_()
         require_same_state("what is stored, after the weight was written to", stored, copies)
+
+
+def _stateless(case: StorageCase) -> None:
+    for weight in case.weights():
+        stored, other = case.store(weight), case.store(weight.flip(0) - weight)
+        if any(stored[name].shape != tensor.shape for name, tensor in other.items()):
+            continue  # how much is stored depends on the values
+        index = torch.arange(len(weight), device=case.device)
+        expected = case.restore(other, weight.shape)
+        _made_dense(case, stored, index, weight.shape)
+        for name, tensor in other.items():
+            stored[name].data.copy_(tensor)  # as another weight's that lies in the same memory, of the same version
+        for what, dense in _made_dense(case, stored, index, weight.shape).items():
+            require_close(
+                f"{what} of a weight of shape {tuple(weight.shape)}, after its codes changed,", dense, expected, 0
+            )
+
+
+def _made_dense(case: StorageCase, stored: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+    """Returns the dense weight as it is made by each method."""
+    return {
+        "restore": case.restore(stored, shape),
+        "rows": case.plugin.rows(stored, index, shape, case.options),
+    }
 
 
 def _rows(case: StorageCase) -> None:
@@ -168,6 +204,12 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         "a view of the weight is stored, or restore scales what is stored in place.",
     ),
     Check(
+        "stateless",
+        _stateless,
+        "restore and rows compute from what is stored as it is now, whatever lay in its memory before",
+        "a dense weight is kept between calls.",
+    ),
+    Check(
         "rows",
         _rows,
         "rows gives the rows of what restore gives, bit for bit, for any shape of indices",
@@ -205,8 +247,8 @@ def check_storage_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, options or {}, torch.device(device))
+    case = StorageCase(plugin, options or {}, usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

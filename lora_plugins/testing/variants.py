@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
+from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
@@ -20,13 +22,17 @@ from lora_plugins.testing.check import (
     CPU,
     MODES,
     Check,
+    Named,
     by_name,
     chosen,
+    random_states,
     require,
     require_close,
     require_nothing_kept,
     require_same_state,
+    require_unmoved,
 )
+from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -116,7 +122,32 @@ def _registration(case: VariantCase) -> None:
     case.registry()
 
 
+def _own_names(case: VariantCase) -> None:
+    """Requires that `first_values` gives the tensors of `shapes`, and that `delta_weight` asks for no others."""
+    rows, columns, r = 3, 4, 2
+    weight, A, B = torch.ones(rows, columns), torch.ones(r, columns), torch.ones(rows, r)
+    shapes = case.variant.shapes(rows, columns, r)
+    own = Named("first_values() gives", case.variant.first_values(weight, A, B, 1.0))
+    for name in own:
+        require(
+            name in shapes, f"first_values() gives {name!r}, and shapes() has none of that name. {near(name, shapes)}"
+        )
+    for name in shapes:
+        own[name]
+    case.variant.delta_weight(weight, A, B, 1.0, own)
+
+
+def _telling_names(run: Callable[[VariantCase], None], case: VariantCase) -> None:
+    """Runs a check; where a name of the variant's own tensors is what it fails of, the message says which there are."""
+    try:
+        run(case)
+    except KeyError:
+        _own_names(case)
+        raise
+
+
 def _shapes(case: VariantCase) -> None:
+    _own_names(case)
     lora = case.adapt(case.model())
     layer = lora.plans["default"].layers[0]
     module = lora.model.get_submodule(layer.name)
@@ -184,15 +215,15 @@ def _branch(case: VariantCase) -> None:
 
 
 def _pure(case: VariantCase) -> None:
-    before = torch.get_rng_state()
+    before = random_states()
     lora = case.trained()
-    _stands(before)
+    require_unmoved(before)
     state = {key: value.clone() for key, value in lora.model.state_dict().items()}
     first = case.run(lora.model)
-    before = torch.get_rng_state()
+    before = random_states()
     case.run(lora.model.train())
     case.run(lora.model.eval())
-    _stands(before)
+    require_unmoved(before)
     require_same_state("the model after two calls", lora.model.state_dict(), state)
     require_close("the output, computed again,", case.run(lora.model), first, 0)
     require_nothing_kept(lambda _: case.run(lora.model))
@@ -200,10 +231,14 @@ def _pure(case: VariantCase) -> None:
     for suffix, term in deltas(move(lora)).items():
         same = torch.equal(torch.as_tensor(term.delta), torch.as_tensor(earlier[suffix].delta))
         require(not same, "the update is the same after A, B and the variant's own tensors moved")
-
-
-def _stands(random: Tensor) -> None:
-    require(torch.equal(torch.get_rng_state(), random), "the random numbers of the process were moved")
+    for name, context in MODES.items():
+        with context():
+            case.run(lora.model)
+        expected = case.expected(move(lora))
+        with context():
+            require_close(
+                f"the output{name} after A, B and the variant's own tensors moved", case.run(lora.model), expected
+            )
 
 
 def _zeros(case: VariantCase) -> None:
@@ -407,14 +442,15 @@ def check_variant_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or torch cannot use the device here.
 
     Example:
         >>> from lora_plugins.variants.dora import DoraVariant
         >>> check_variant_plugin(DoraVariant())
     """
-    selected = chosen(VARIANT_CHECKS, only, skip)
+    selected, place = chosen(VARIANT_CHECKS, only, skip), usable_device(device)
     for layer in LAYERS:
-        case = VariantCase(variant, layer, torch.device(device))
+        case = VariantCase(variant, layer, place)
         for check in selected:
-            checks.run(check, case, f"{type(variant).__name__} on {layer}")
+            told = replace(check, run=partial(_telling_names, check.run))
+            checks.run(told, case, f"{type(variant).__name__} on {layer}")

@@ -9,7 +9,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.kernels import DISABLE_VARIABLE, disabled_kernels, kernel_report
-from lora_plugins.plugins import default_registry
+from lora_plugins.plugins import LOAD_VARIABLE, default_registry
 
 BROKEN = "import no_such_library\n"
 WORKING = """
@@ -131,6 +131,20 @@ class TestDoctor:
         assert code == 1
         assert "[problem] Two plugins own the init 'kaiming'" in out
         assert "rival 1.5" in out
+
+    @pytest.mark.parametrize(
+        ("file", "found"),
+        [("broken.py", "No module named 'no_such_library' ({}, line 1)\n"), ("gone.py", "{} does not exist.")],
+        ids=["broken", "missing"],
+    )
+    def test_a_file_that_fails_is_a_problem_with_a_way_out(self, capsys, monkeypatch, tmp_path, file, found):
+        (tmp_path / "broken.py").write_text(BROKEN)
+        monkeypatch.setenv(LOAD_VARIABLE, str(tmp_path / file))
+        code, out = doctor(capsys)
+        assert code == 1
+        assert found.format(tmp_path / file) in out
+        assert f"-> Repair that file, or correct {LOAD_VARIABLE}, which names it; until then nothing" in out
+        assert "said above" not in out
 
     def test_plugins_lists_all_and_every_clash(self, capsys, distribution):
         distribution("rival", WORKING.format(name="kaiming", override=False))

@@ -174,7 +174,7 @@ VIOLATIONS = {
     "layout": (Transposed, "from_matrix(to_matrix(W))"),
     "law": (NoScaling, "the output in eval mode, of the whole layer with {}, differs by up to"),
     "gradients": (Detached, "the gradient of lora_A.default differs"),
-    "several": (FirstOnly, "the output with two adapters differs"),
+    "several": (FirstOnly, "the output with three adapters differs"),
     "dropout": (DropsAll, "dropout=0.5 and an update of zero differs"),
     "inputs": (SwappedInputs, "no combination of the vectors that inputs() gave"),
     "merge": (LossyMerge, "the merged output differs"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_plugins import InitPlugin
+from lora_plugins.plugins import INITS, default_registry
 from lora_plugins.testing import CheckError, check_init_plugin
 
 
@@ -146,6 +147,62 @@ class Remembers(Plain):
         return {}
 
 
+class DrawsOneRow(Plain):
+    """One row for all ranks: the update has rank 1 however long it is trained."""
+
+    def fill(self, context):
+        row = torch.randn(1, context.A.shape[1], generator=context.generator)
+        context.A.copy_(row.expand_as(context.A))
+        context.B.zero_()
+        return {}
+
+
+class DrawsOneRowAndColumn(Changing):
+    """Both factors have one rank, of other sizes."""
+
+    def fill(self, context):
+        sizes = torch.arange(1.0, len(context.A) + 1)
+        super().fill(context)
+        context.A.copy_(sizes[:, None] * context.A[:1])
+        context.B.copy_(sizes * context.B[:, :1])
+        return {"A": context.A.clone(), "B": context.B.clone()}
+
+
+class RepeatsTheLastRank(Plain):
+    """The sum of two ranks, which is none of its own."""
+
+    def fill(self, context):
+        super().fill(context)
+        if len(context.A) > 2:
+            context.A[-1] = context.A[0] + context.A[1]
+        return {}
+
+
+class OneRowAndAllColumns(Plain):
+    """The update starts with one rank, and gets the others: the columns of B are no combinations of each other."""
+
+    identity = False
+
+    def fill(self, context):
+        nn.init.normal_(context.B, generator=context.generator)
+        row = torch.randn(1, context.A.shape[1], generator=context.generator)
+        context.A.copy_(row.expand_as(context.A))
+        return {}
+
+
+class LikeRowsOfLikeColumns(Plain):
+    """Rows and columns repeat, but not in the same proportion, so that two ranks are two."""
+
+    identity = False
+
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=context.generator)
+        nn.init.normal_(context.B, generator=context.generator)
+        context.A[1:2] = context.A[:1]
+        context.B[:, 1:2] = 2 * context.B[:, :1]
+        return {}
+
+
 PLANTED = {
     DrawsFromPython: "reproducible",
     DrawsFromNumpy: "reproducible",
@@ -160,13 +217,23 @@ PLANTED = {
     WritesTheRecipe: "recipe",
     CountsBases: "recipe",
     Remembers: "seed",
+    DrawsOneRow: "trainable",
+    DrawsOneRowAndColumn: "trainable",
+    RepeatsTheLastRank: "trainable",
 }
 """By defect, the check that is about it; others may find it too."""
 
 
-@pytest.mark.parametrize("cls", [Plain, Changing])
+@pytest.mark.parametrize("cls", [Plain, Changing, OneRowAndAllColumns, LikeRowsOfLikeColumns])
 def test_nothing_is_found_where_nothing_is_wrong(cls):
     check_init_plugin(cls())
+
+
+@pytest.mark.parametrize("r", [1, 16, 24, 40])
+@pytest.mark.parametrize("name", ["kaiming", "gaussian", "loftq", "pissa", "olora", "eva", "none"])
+def test_a_built_in_init_has_every_rank_that_a_weight_has_room_for(name, r):
+    """Also where there are more ranks than the weight has."""
+    check_init_plugin(default_registry().get(INITS, name), r=r, only=["trainable"])
 
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)

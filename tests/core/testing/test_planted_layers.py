@@ -1,8 +1,10 @@
 """Defects that an author of a layer plugin may build in: the kit finds each of them, in the check that says so."""
 
+import random
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,33 @@ class DropsAfterA(Complete):
 class DropsTheUpdate(Complete):
     def update(self, term, x):
         return term.drop(super().update(replace(term, training=False), x))
+
+
+class OwnMask(Complete):
+    """Drops what it should, by numbers that torch's seed does not decide."""
+
+    def update(self, term, x):
+        if term.training and term.dropout:
+            kept = torch.as_tensor(self.numbers(x.numel())).reshape(x.shape) >= term.dropout
+            x = x * kept.to(x.dtype) / (1 - term.dropout)
+        return super().update(replace(term, training=False), x)
+
+
+class MaskFromNumpy(OwnMask):
+    def numbers(self, count):
+        return np.random.rand(count)
+
+
+class MaskFromPython(OwnMask):
+    def numbers(self, count):
+        return [random.random() for _ in range(count)]
+
+
+class MaskFromItsOwnGenerator(OwnMask):
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(self, count):
+        return torch.rand(count, generator=self.generator)
 
 
 class OneMaskForAllRows(Complete):
@@ -217,6 +246,31 @@ class KeepsTheBaseWeight(Complete):
         return super().branch(layer, {"weight": weight}, terms, x)
 
 
+PRODUCTS = {}
+
+
+class KeepsTheProduct(Complete):
+    """Multiplies B and A once where no gradients are needed, and never again."""
+
+    def low_rank(self, term, x):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().low_rank(term, x)
+        owner, product = PRODUCTS.get(id(term.A), (None, None))
+        if owner is None or owner() is not term.A:
+            owner, product = PRODUCTS[id(term.A)] = (weakref.ref(term.A), term.B @ term.A)
+        return F.linear(x, product) * term.scaling
+
+
+class KeepsTheProductInInference(KeepsTheProduct):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) if torch.is_inference_mode_enabled() else Complete.low_rank(self, term, x)
+
+
+class KeepsTheProductInTraining(KeepsTheProduct):
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) if term.training else Complete.low_rank(self, term, x)
+
+
 class ReadsTheRawWeight(Complete):
     """Past `base`, which may hold merged updates."""
 
@@ -313,6 +367,30 @@ class FailsOnChannelsThatDoNotNeedGradients(Complete):
         return super().low_rank(term, x)
 
 
+class Doubles(Complete):
+    """Computes where values should only be moved, and takes it back."""
+
+    def to_matrix(self, weight):
+        return super().to_matrix(weight) * 2
+
+    def from_matrix(self, matrix, shape):
+        return super().from_matrix(matrix / 2, shape)
+
+
+class FirstTwo(Complete):
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, terms[:2], x)
+
+
+class MixesTwo(Complete):
+    """Takes the base for an adapter behind the second."""
+
+    def mixed(self, layer, base, adapters, x):
+        last = len(adapters.A) - 1
+        index = torch.where(adapters.index < 2, adapters.index, last)
+        return super().mixed(layer, base, replace(adapters, index=index), x)
+
+
 PLANTED = {
     MixedFirstOnly: "mixed",
     MixedWithoutBaseRows: "mixed",
@@ -323,6 +401,9 @@ PLANTED = {
     DropsAfterA: "dropout",
     DropsTheUpdate: "dropout",
     OneMaskForAllRows: "dropout",
+    MaskFromNumpy: "dropout",
+    MaskFromPython: "dropout",
+    MaskFromItsOwnGenerator: "dropout",
     DoubledInputs: "inputs",
     FewerInputs: "inputs",
     NoBiases: "biases",
@@ -339,6 +420,9 @@ PLANTED = {
     WritesIntoItsInput: "pure",
     AddsIntoItsInput: "pure",
     KeepsTheBaseWeight: "pure",
+    KeepsTheProduct: "pure",
+    KeepsTheProductInInference: "pure",
+    KeepsTheProductInTraining: "pure",
     ReadsTheRawWeight: "base",
     FailsUnderAutocast: "dtype",
     BatchOfAtLeastOne: "calls",
@@ -351,6 +435,9 @@ PLANTED = {
     SwitchesGradientsOff: "pure",
     WritesIntoA: "pure",
     OverlappingParts: "layout",
+    Doubles: "layout",
+    FirstTwo: "several",
+    MixesTwo: "mixed",
     FailsOnChannelsThatDoNotNeedGradients: "law",
 }
 """By defect, the check that is about it; others may find it too."""
@@ -364,6 +451,24 @@ def check(plugin, *names):
         options=[{}, {"bias": False}],
         only=names or None,
     )
+
+
+class MisspeltSlot(Complete):
+    def slots(self, layer):
+        return (Slot("wieght"),)
+
+
+class MisspeltPart(Complete):
+    def parts(self, layer):
+        return {"q": Slot("wieght", "q", (0, 3, 9))}
+
+
+@pytest.mark.parametrize("name", ["registration", "layout"])
+@pytest.mark.parametrize("cls", [MisspeltSlot, MisspeltPart])
+def test_a_misspelt_weight_is_told_with_a_near_one(cls, name):
+    said = r"\(\) names the weight 'wieght', which the layer does not have\. Did you mean 'weight'\?"
+    with pytest.raises(CheckError, match=said):
+        check(cls(), name)
 
 
 def test_nothing_is_found_where_nothing_is_wrong():

@@ -50,6 +50,12 @@ class KeepsItsUpdate(DoraVariant):
         return fresh - fresh.detach() + self.kept[key]
 
 
+class KeepsItsUpdateWithoutGradients(KeepsItsUpdate):
+    def delta_weight(self, weight, A, B, scaling, own):
+        update = DoraVariant if torch.is_grad_enabled() else KeepsItsUpdate
+        return update.delta_weight(self, weight, A, B, scaling, own)
+
+
 class WritesIntoA(DoraVariant):
     def delta_weight(self, weight, A, B, scaling, own):
         with torch.no_grad():
@@ -117,6 +123,7 @@ PLANTED = {
     DrawsFirstValues: "pure",
     WrongWithoutGradients: "branch",
     KeepsItsUpdate: "pure",
+    KeepsItsUpdateWithoutGradients: "pure",
     WritesIntoA: "pure",
     WritesIntoItsOwn: "pure",
     OtherType: "shapes",
@@ -133,3 +140,36 @@ PLANTED = {
 def test_a_planted_defect_is_found(cls):
     with pytest.raises(CheckError):
         check_variant_plugin(cls(), only=[PLANTED[cls]])
+
+
+class MisspeltFirstValue(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return {"lora_magnitude": super().first_values(weight, A, B, scaling)["magnitude"]}
+
+
+class MissingFirstValue(DoraVariant):
+    def shapes(self, rows, columns, r):
+        return {**super().shapes(rows, columns, r), "gate": (1,)}
+
+
+class AsksForAnother(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own) * own["lora_magnitude"].mean()
+
+
+@pytest.mark.parametrize("name", ["shapes", "identity", "branch"])
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (
+            MisspeltFirstValue,
+            r"gives 'lora_magnitude', and shapes\(\) has none of that name\. Did you mean 'magnitude'",
+        ),
+        (MissingFirstValue, r"first_values\(\) gives no 'gate'\. There is 'magnitude'"),
+        (AsksForAnother, r"first_values\(\) gives no 'lora_magnitude'\. Did you mean 'magnitude'"),
+    ],
+    ids=["given", "missing", "asked for"],
+)
+def test_a_wrong_name_is_told_with_those_that_there_are(cls, said, name):
+    with pytest.raises(CheckError, match=said):
+        check_variant_plugin(cls(), only=[name])

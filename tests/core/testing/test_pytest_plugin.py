@@ -114,6 +114,14 @@ def test_the_device_is_where_it_checks(run, device):
     assert ("'weight' is on the meta device" in said) == (device == "meta")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "cpuu", ""])
+def test_a_device_that_torch_cannot_use_is_an_error_at_the_start(run, device):
+    done = run(TESTS, "--lora-device", device)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.startswith(f"ERROR: --lora-device is {device!r}, which torch cannot use here: ")
+    assert "FAILED" not in done.stdout
+
+
 def test_a_project_that_does_not_use_it_imports_nothing(run):
     done = run(UNRELATED)
     assert done.returncode == 0, done.stdout

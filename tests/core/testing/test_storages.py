@@ -75,6 +75,40 @@ class View(Int8Storage):
         return tensors["codes"].view(torch.float32)
 
 
+class TransposedSquare(NF4Storage):
+    """Takes the columns of a square weight for its rows, consistently."""
+
+    def restore(self, tensors, shape, options):
+        dense = super().restore(tensors, shape, options)
+        return dense.T if len(shape) == 2 and shape[0] == shape[1] else dense
+
+
+class KeepsTheDenseWeight(NF4Storage):
+    """By the address of its codes, which another weight may have later."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def restore(self, tensors, shape, options):
+        key = (tensors["codes"].data_ptr(), tensors["codes"]._version)
+        if key not in self.kept:
+            self.kept[key] = super().restore(tensors, shape, options)
+        return self.kept[key].view(shape).clone()
+
+
+class KeepsRows(NF4Storage):
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def rows(self, tensors, index, shape, options):
+        key = (id(tensors["codes"]), *index.shape)
+        if key not in self.kept:
+            self.kept[key] = super().rows(tensors, index, shape, options)
+        return self.kept[key]
+
+
 class WrongRows(NF4Storage):
     def rows(self, tensors, index, shape, options):
         return super().rows(tensors, index, torch.Size((shape[0], shape[-1])), options)
@@ -94,11 +128,12 @@ class Unpacked(NF4Storage):
 VIOLATIONS = {
     "registration": [Unnamed, OwnMinSize],
     "names": [TakenName, FloatingCodes],
-    "dense": [Shifted, Half],
+    "dense": [Shifted, Half, TransposedSquare],
     "zeros": [Shift],
     "outliers": [HalfScales],
     "bits": [Noisy],
     "untouched": [InPlace, View],
+    "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
     "size": [Unpacked],
 }
@@ -118,3 +153,13 @@ def test_a_violation_fails_its_check(name, plugin):
         check_storage_plugin(plugin(), only=[name])
     for part in ("expected:", "came:", "usual cause:"):
         assert part in str(caught.value)
+
+
+class MisspeltCodes(NF4Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore({"codes": tensors["coeds"], **tensors}, shape, options)
+
+
+def test_a_misspelt_tensor_is_told_with_a_near_one():
+    with pytest.raises(CheckError, match=r"store\(\) gives no 'coeds'\. Did you mean 'codes'\?"):
+        check_storage_plugin(MisspeltCodes())
