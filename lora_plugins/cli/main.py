@@ -114,8 +114,9 @@ def _lora_error(error: BaseException) -> LoraError | None:
 
 def _print_plugin_failure(error: LoraError) -> None:
     """Prints the traceback of a plugin that failed, where its absence is what the error is about."""
-    if isinstance(error, PluginError | TargetError) and error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
+    cause = error.__cause__
+    if isinstance(error, PluginError | TargetError) and cause is not None and not isinstance(cause, LoraError):
+        traceback.print_exception(cause)
         print(file=sys.stderr)
 
 

@@ -50,6 +50,17 @@ class TestOtherCommands:
         assert all(f"  {name} " in out for name in installed_commands().table)
         assert (out, err) == (OVERVIEW, "")
 
+    @pytest.mark.parametrize(("text", "traced"), [(None, False), ("import no_such_library", True)])
+    def test_plugins_shows_the_traceback_of_a_file_that_there_is(self, capsys, monkeypatch, tmp_path, text, traced):
+        path = tmp_path / "mine.py"
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setenv("LORA_PLUGINS_LOAD", str(path))
+        assert main(["plugins"]) == 1
+        said = capsys.readouterr().err
+        assert str(path) in said
+        assert ("Traceback" in said) == traced
+
     def test_version(self, capsys):
         assert main(["--version"]) == 0
         assert capsys.readouterr().out == f"lora-plugins {metadata.version('lora-plugins')}\n"

@@ -26,7 +26,7 @@ class BilinearPlugin(RowMajorPlugin[nn.Bilinear]):
         """Computes r bilinear forms with A in place of `out` with ΔW, and mixes them by B."""
         y = F.bilinear(x1, x2, base["weight"], layer.bias)
         for term in terms:
-            forms = term.A.unflatten(1, base["weight"].shape[1:])
+            forms = term.A.view(-1, *base["weight"].shape[1:])
             dtype = forms.dtype
             mixed = F.linear(F.bilinear(term.drop(x1).to(dtype), x2.to(dtype), forms), term.B)
             y = y + (term.scaling * mixed).to(y.dtype)
