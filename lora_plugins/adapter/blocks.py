@@ -13,7 +13,7 @@ from lora_plugins.adapter.state import Block, ModelState, Outside, let_act, mode
 from lora_plugins.adapter.whole import whole
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor
-from lora_plugins.utils import mark_restored, mark_stand_ins
+from lora_plugins.utils import mark_restored, mark_stand_ins, outside_inference
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -63,6 +63,7 @@ def without_adapters(model: nn.Module) -> Within:
     return Within(model, Block("disable_adapter"))
 
 
+@outside_inference
 def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
     if state.outside is None:
         state.outside = _step_outside(model, state)
@@ -73,6 +74,7 @@ def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
     return model
 
 
+@outside_inference
 def _leave(model: nn.Module, opened: Block) -> None:
     state = model_state(model)
     if state is not None and opened in state.blocks:

@@ -82,6 +82,18 @@ def test_disabling():
     assert learns(lora.model)
 
 
+def test_a_block_of_a_model_that_was_cast():
+    lora = adapted()
+    lora.model.double()
+    with torch.inference_mode(), lora.disable_adapter():
+        lora.model.eval()(torch.randn(3, 4, dtype=torch.float64))
+    for name in ("other", "default"):
+        lora.set_adapter(name)
+        assert not any(tensor.is_inference() for tensor in lora.model.parameters())
+    lora.model.train()(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in lora.model.parameters() if p.requires_grad)
+
+
 REFUSED = ["merge_adapter", "merge_and_unload", "unload", "set_adapter"]
 
 
