@@ -25,11 +25,8 @@ def _available() -> str:
 
 
 def _has_history(x: Tensor) -> bool:
-    """Whether the graph behind the input stays alive until the backward, may be read there, and tells what it is.
-
-    It does not where something was written into the input since, as by an activation in place.
-    """
-    return x.grad_fn is not None and not x.output_nr and not x._version and not _is_checkpointed()
+    """Whether the graph behind the input stays alive until the backward, and may be read there."""
+    return x.grad_fn is not None and not x.output_nr and not _is_checkpointed()
 
 
 def _recomputation(x: Tensor) -> Recompute | None:
@@ -45,7 +42,18 @@ def _is_checkpointed() -> bool:
 
 def _of_node(node: Any, x: Tensor) -> Recompute | None:
     rule = _RULES.get(node.name())
-    return None if rule is None else rule(node, x)
+    return None if rule is None or (rule is not _view and _is_written(node, x)) else rule(node, x)
+
+
+def _is_written(node: Any, x: Tensor) -> bool:
+    """Whether something was written into what an operation gave, other than by that operation in place."""
+    return x._version > 1 or (x._version == 1 and not _is_in_place(node))
+
+
+def _is_in_place(node: Any) -> bool:
+    """Whether an activation wrote into its input: then torch saves a copy of that, made for the purpose."""
+    made_by = getattr(getattr(node, "_saved_self", None), "grad_fn", None)
+    return made_by is not None and made_by.name() == "CloneBackward0" and made_by is not node.next_functions[0][0]
 
 
 def _view(node: Any, x: Tensor) -> Recompute | None:

@@ -121,10 +121,17 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(network(nn.GELU, "low")(x).sum(), x, create_graph=True)
 
 
+class Copy(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
 WRITES = {
     "clamp": (nn.GELU, lambda x: x.clamp_(max=0.1)),
     "row": (nn.LayerNorm, lambda x: x[0].zero_()),
     "activation": (nn.Hardswish, lambda x: torch.nn.functional.silu(x, inplace=True)),
+    "after_one_in_place": (lambda: nn.Sequential(nn.BatchNorm1d(6), nn.SiLU(inplace=True)), lambda x: x.mul_(2)),
+    "of_a_copy": (lambda: nn.Sequential(Copy(), nn.SiLU()), lambda x: x.mul_(2)),
 }
 
 
@@ -151,3 +158,16 @@ def test_a_normalization_whose_mean_is_in_half_precision_is_not_computed_again()
         x = (torch.randn(64, 256) + 50).bfloat16().requires_grad_()
         gradients.append(torch.autograd.grad(model(x).square().sum(), model[1].lora_A.default)[0])
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.ReLU6], ids=lambda kind: kind.__name__)
+def test_the_output_of_an_activation_in_place_is_not_kept(activation):
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    models = {}
+    for memory in ("normal", "low"):
+        torch.manual_seed(0)
+        models[memory] = nn.Sequential(nn.BatchNorm1d(6), activation(inplace=True), nn.Linear(6, 4)).double()
+        LoraModel(models[memory], LoraConfig(r=2, target_modules=["2"], init="none", memory=memory))
+    for got, wanted in zip(run(models["low"], x), run(models["normal"], x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert kept_bytes(models["low"], (x,)) == kept_bytes(models["normal"], (x,)) - x.nbytes
