@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter.state import MODEL_STATE
 from lora_plugins.errors import StateError, listing
@@ -43,13 +44,17 @@ def check_not_of_inference(model: nn.Module) -> None:
     Raises:
         StateError: If tensors of the model were made in inference mode, naming them.
     """
-    if any(tensor.is_inference() for module in _modules(model) for tensor in _tensors(module)):
+    if any(_is_of_inference(tensor) for module in _modules(model) for tensor in _tensors(module)):
         named = (*model.named_parameters(), *model.named_buffers())
-        names = [name for name, tensor in named if tensor.is_inference()]
+        names = [name for name, tensor in named if _is_of_inference(tensor)]
         raise StateError(
             f"{listing(names)} were made in inference mode, and torch refuses to change them. Build, load or copy the "
             "model outside of torch.inference_mode(); it may be called inside."
         )
+
+
+def _is_of_inference(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.is_inference()
 
 
 class _Before:
