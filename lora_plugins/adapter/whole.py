@@ -1,7 +1,7 @@
 """A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
         StateError: If tensors of the model were made in inference mode.
     """
     with without_collection():
-        check_not_of_inference(model)
         before = _Before(model)
     try:
         return change()
@@ -44,7 +43,11 @@ def check_not_of_inference(model: nn.Module) -> None:
     Raises:
         StateError: If tensors of the model were made in inference mode, naming them.
     """
-    if any(_is_of_inference(tensor) for module in _modules(model) for tensor in _tensors(module)):
+    _check(model, _tensors(_modules(model)))
+
+
+def _check(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    if any(map(_is_of_inference, tensors)):
         named = (*model.named_parameters(), *model.named_buffers())
         names = [name for name, tensor in named if _is_of_inference(tensor)]
         raise StateError(
@@ -67,7 +70,8 @@ class _Before:
         self._collecting = gc.isenabled()
         modules = _modules(model)
         self._contents = Contents(modules, [model._forward_pre_hooks, *_known(modules)])
-        tensors = [tensor for module in modules for tensor in _tensors(module)]
+        tensors = _tensors(modules)
+        _check(model, tensors)
         self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
 
     def put_back(self) -> None:
@@ -91,8 +95,9 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [tensor for kind in (module._parameters, module._buffers) for tensor in kind.values() if tensor is not None]
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
+    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
 
 
 def _known(modules: list[nn.Module]) -> Iterator[Content]:

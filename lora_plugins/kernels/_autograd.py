@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_plugins.errors import StateError
 from lora_plugins.kernels._operation import operation
 from lora_plugins.kernels._path import Path
-from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.kernels.dropout import Dropout, without_gaps
 from lora_plugins.utils import autocast_dtype, in_full
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -88,6 +88,7 @@ def call_under_autocast(
     options: Options,
 ) -> Tensor:
     """Computes the output; under autocast in its type, except that an update is added to a wide weight in full."""
+    x = x if options.dropout is None else without_gaps(x)
     dtype = autocast_dtype(x)
     if dtype is None:
         return compute(x, weight, bias, A, B, options)

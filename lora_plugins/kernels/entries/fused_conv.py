@@ -23,7 +23,7 @@ from lora_plugins.kernels._conv_products import (
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout, without_gaps
+from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.linear import lora_linear
 
 
@@ -52,8 +52,6 @@ def fused_conv(
         recompute_input=recomputation(x) if low_memory else None,
         geometry=geometry,
     )
-    if dropout:
-        x = without_gaps(x)
     compute = _plain if _is_plain(x, weight, options) else _lora_conv
     return call_under_autocast(compute, x, weight, bias, A, B, options)
 

@@ -24,7 +24,7 @@ from lora_plugins.kernels._channels import as_rows, laid_out_like
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
-from lora_plugins.kernels.dropout import Dropout, without_gaps
+from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
 
 
@@ -62,8 +62,6 @@ def fused_linear(
         axis=axis,
         low_memory=low_memory,
     )
-    if dropout:
-        x = without_gaps(x)
     return call_under_autocast(_lora_linear, x, weight, bias, A, B, options)
 
 

@@ -20,7 +20,7 @@ from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown,
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts, without_gaps
+from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
 
@@ -71,8 +71,6 @@ def fused_rescaled(
     def compute(*tensors: Any) -> Tensor:
         return _rescaled(*tensors, *own)  # type: ignore[no-any-return]
 
-    if dropout:
-        x = without_gaps(x)
     return call_under_autocast(compute, x, weight, bias, A, B, options)
 
 

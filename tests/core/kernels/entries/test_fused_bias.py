@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels import DISABLE_VARIABLE, disabled_kernels, kernel_report, linear_2d
@@ -23,22 +22,6 @@ def no_gradients() -> Iterator[None]:
         pytest.skip(reasons["fused_bias"] or f"{DISABLE_VARIABLE} is set")
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[torch.Size]:
-    """The shapes that oneDNN's function is called with."""
-    shapes = []
-    original = torch.ops.mkldnn._linear_pointwise.default
-
-    class Spy:
-        @staticmethod
-        def default(x: Tensor, *others: object) -> Tensor:
-            shapes.append(x.shape)
-            return original(x, *others)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Spy)
-    return shapes
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, WEIGHT.T.contiguous().T], ids=["plain", "transposed"])

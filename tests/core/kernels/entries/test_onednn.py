@@ -38,22 +38,6 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[torch.Size]:
-    """The shapes that oneDNN's function is called with."""
-    shapes = []
-    original = torch.ops.mkldnn._linear_pointwise.default
-
-    class Spy:
-        @staticmethod
-        def default(x: Tensor, *others: object) -> Tensor:
-            shapes.append(x.shape)
-            return original(x, *others)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Spy)
-    return shapes
-
-
 PATHS = {
     "effective_weight_first": (2000, 64, 16, 0.0),
     "high_rank": (2000, 64, 60, 0.0),
