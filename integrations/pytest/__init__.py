@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device == CPU:
         return
     from lora_plugins import ConfigError  # noqa: PLC0415
-    from lora_plugins.testing import usable_device  # noqa: PLC0415
+    from lora_plugins.devices import usable_device  # noqa: PLC0415
 
     try:
         usable_device(device, "--lora-device")

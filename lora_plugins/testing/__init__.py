@@ -14,7 +14,6 @@ as a test of its own, with the same arguments.
 """
 
 from lora_plugins.testing.check import CheckError
-from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.formats import FORMAT_CHECKS, check_format_plugin
 from lora_plugins.testing.inits import INIT_CHECKS, check_init_plugin
 from lora_plugins.testing.kits import KITS, Kit
@@ -36,5 +35,4 @@ __all__ = [
     "check_layer_plugin",
     "check_storage_plugin",
     "check_variant_plugin",
-    "usable_device",
 ]

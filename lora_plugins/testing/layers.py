@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plugins.devices import usable_device
 from lora_plugins.plugins import LayerPlugin
 from lora_plugins.testing.check import Check, by_name, chosen, run
-from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.layer_answers import ANSWER_CHECKS
 from lora_plugins.testing.layer_calls import CALL_CHECKS
 from lora_plugins.testing.layer_case import LayerCase

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.devices import usable_device
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
@@ -21,7 +22,6 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 

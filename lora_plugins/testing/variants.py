@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
+from lora_plugins.devices import usable_device
 from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
@@ -32,7 +33,6 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.devices import usable_device
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.devices import usable_device
 from lora_plugins.errors import ConfigError, LoraError, near
 from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = predict_parser().parse_args(arguments)
     try:
-        device = usable_device(options.device)
+        device = device_to_use(options.device)
         files = predict_folder(
             load_task(options.model, options.weights).to(device),
             options.images,
@@ -106,21 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def usable_device(name: str | None) -> str:
+def device_to_use(name: str | None) -> torch.device:
     """Returns a device that is given, or the one that is there.
 
     Raises:
         ConfigError: If torch cannot use it here.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--device is {name!r}, which torch cannot use here: {reason}. Leave it out, or take cpu."
-        ) from error
-    return name
+    return usable_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
 def _told(files: Sequence[Path], out: Path) -> str:

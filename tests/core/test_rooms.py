@@ -18,6 +18,7 @@ ARROWS = {
     "lazy": set(),
     "names": set(),
     "utils": set(),
+    "devices": {"errors"},
     "writable": {"errors"},
     "words": {"errors"},
     "config": {"words", "errors"},
@@ -37,7 +38,7 @@ ARROWS = {
     "variants": {"plugins", *BASIS},
     "storages": {"plugins", *BASIS},
     "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", *BASIS},
-    "testing": {"model", "adapter", "inplace", "plugins", "config", *BASIS},
+    "testing": {"model", "adapter", "inplace", "plugins", "config", "devices", *BASIS},
     "cli": {"", "formats", "hub", "files", "plugins", "kernels", *BASIS},
     "__main__": {"cli"},
 }

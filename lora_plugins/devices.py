@@ -1,4 +1,4 @@
-"""Where plugins are checked: a device that torch can use here."""
+"""Devices that torch can use here."""
 
 import torch
 
@@ -13,7 +13,7 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
         named: Where it was named, for the message.
 
     Raises:
-        ConfigError: If torch cannot use it here, so that no plugin is blamed for that.
+        ConfigError: If torch cannot use it here, so that nothing else is blamed for that.
     """
     try:
         torch.empty(0, device=device)
