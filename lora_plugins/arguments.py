@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_plugins.config import LoraConfig, shown
+from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import shown
 from lora_plugins.words import ARGUMENTS, FIELDS
 
 Class = TypeVar("Class")

@@ -3,13 +3,27 @@
 import dataclasses
 import functools
 import math
-import reprlib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
-from lora_plugins.errors import ConfigError, listing, near
+from lora_plugins.errors import ConfigError, listing
+from lora_plugins.field_checks import (
+    Check,
+    check_alpha,
+    check_blocks,
+    check_dropout,
+    check_flag,
+    check_name,
+    check_names,
+    check_options,
+    check_parts,
+    check_patterns,
+    check_rank,
+    choice_of,
+    map_of,
+    optional,
+)
 from lora_plugins.words import FIELDS, READ_OF_CONFIGS, said_of
 
 T = TypeVar("T")
@@ -178,110 +192,31 @@ class LayerSettings:
         return cls(r, alpha, scaling, config.dropout, config.memory == "low")
 
 
-Check = Callable[[str, Any], None]
-"""Raises a ConfigError for a value that the field of that name cannot have."""
-
-
-MAX_RANK = 2**16
-"""The largest rank that is taken: more than the smaller side of any weight that is trained in practice."""
-
-
-def shown(value: Any) -> str:
-    """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
-        raise ConfigError(f"{name} is a rank, a whole number from 1 to {MAX_RANK}, not {shown(value)}.")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
-
-
-def _check_dropout(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {shown(value)}.")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is True or False, not {shown(value)}.")
-
-
-def _check_name(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} holds {shown(value)}, which is not a name.")
-
-
-def _check_optional_name(name: str, value: Any) -> None:
-    if value is not None:
-        _check_name(name, value)
-
-
-def _check_names(name: str, value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{name} is a list of names, not {shown(value)}.")
-    for entry in value:
-        _check_name(name, entry)
-
-
-def _check_optional_names(name: str, value: Any) -> None:
-    if value is not None:
-        _check_names(name, value)
-
-
-def _check_parts(name: str, value: Any) -> None:
-    _check_names(name, value)
-    if not value:
-        raise ConfigError(f"{name} is empty. Name the parts to adapt, or leave the key out for the whole layer.")
-
-
-def _check_patterns(name: str, value: Any) -> None:
-    (_check_name if isinstance(value, str) else _check_names)(name, value)
-
-
-def _check_optional_patterns(name: str, value: Any) -> None:
-    if value is not None:
-        _check_patterns(name, value)
-
-
-def _check_blocks(name: str, value: Any) -> None:
-    for block in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-        index = isinstance(block, int) and not isinstance(block, bool) and 0 <= block <= sys.maxsize
-        if not index and not (isinstance(block, str) and block):
-            raise ConfigError(
-                f"{name} holds {shown(block)}. A block is a number from 0 on, or a path such as 'blocks.2'."
-            )
-
-
-def _check_options(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
-    for key in value:
-        _check_name(name, key)
-
-
-def _map_of(check: Check) -> Check:
-    def check_map(name: str, value: Any) -> None:
-        _check_options(name, value)
-        for key, entry in value.items():
-            check(f"{name}[{key!r}]", entry)
-
-    return check_map
-
-
-def _choice_of(*choices: str) -> Check:
-    def check_choice(name: str, value: Any) -> None:
-        if value not in choices:
-            raise ConfigError(f"{name} is {shown(value)}. {near(shown(value), choices)}")
-
-    return check_choice
+_CHECKS: Mapping[str, Check] = {
+    "r": check_rank,
+    "alpha": check_alpha,
+    "dropout": check_dropout,
+    "target_modules": optional(check_patterns),
+    "exclude_modules": check_patterns,
+    "bias": choice_of("none", "all", "lora_only"),
+    "modules_to_save": check_names,
+    "layers_to_transform": check_blocks,
+    "layers_pattern": optional(check_patterns),
+    "rank_pattern": map_of(check_rank),
+    "alpha_pattern": map_of(check_alpha),
+    "fused_parts": map_of(check_parts),
+    "init": check_name,
+    "init_options": check_options,
+    "variant": check_name,
+    "quantize": optional(check_name),
+    "quantize_options": check_options,
+    "quantize_modules": optional(check_patterns),
+    "use_rslora": check_flag,
+    "memory": choice_of("normal", "low"),
+    "norm": choice_of("freeze", "track"),
+    "allow_plugins": optional(check_names),
+    "block_plugins": check_names,
+}
 
 
 def _listed(value: Any) -> Any:
@@ -289,34 +224,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return {key: _listed(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_CHECKS: Mapping[str, Check] = {
-    "r": _check_rank,
-    "alpha": _check_alpha,
-    "dropout": _check_dropout,
-    "target_modules": _check_optional_patterns,
-    "exclude_modules": _check_patterns,
-    "bias": _choice_of("none", "all", "lora_only"),
-    "modules_to_save": _check_names,
-    "layers_to_transform": _check_blocks,
-    "layers_pattern": _check_optional_patterns,
-    "rank_pattern": _map_of(_check_rank),
-    "alpha_pattern": _map_of(_check_alpha),
-    "fused_parts": _map_of(_check_parts),
-    "init": _check_name,
-    "init_options": _check_options,
-    "variant": _check_name,
-    "quantize": _check_optional_name,
-    "quantize_options": _check_options,
-    "quantize_modules": _check_optional_patterns,
-    "use_rslora": _check_flag,
-    "memory": _choice_of("normal", "low"),
-    "norm": _choice_of("freeze", "track"),
-    "allow_plugins": _check_optional_names,
-    "block_plugins": _check_names,
-}

@@ -8,8 +8,8 @@ from importlib import metadata
 from typing import Any
 
 from lora_plugins.adapter import ADAPTER_NAME
-from lora_plugins.config import MAX_RANK
 from lora_plugins.errors import AdapterFileError
+from lora_plugins.field_checks import MAX_RANK
 from lora_plugins.files.fingerprint import KEYS
 from lora_plugins.plugins import PlannedLayer, Slot
 

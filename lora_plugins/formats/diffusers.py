@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import COMPONENTS, part_of, paths_read
+from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import layer_keys
 from lora_plugins.formats.peft_model import in_model
-from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
+from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
@@ -138,11 +139,12 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
 
 def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) -> PortableLayer:
     """Returns a layer. Without a config and an alpha, diffusers takes the rank for it."""
-    check_whole(name, factors)
+    check_factors(name, factors)
     r = len(factors["A"])
     alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
     if config is not None:
         config.check_rank(name, r)
+        config.check_magnitude(name, present="magnitude" in factors)
         alpha = config.alpha(name) * (math.sqrt(r) if config.fields.get("use_rslora") else 1)
     return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude"))
 

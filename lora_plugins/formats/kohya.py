@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
-from lora_plugins.formats.pipelines import check_whole, refusals_of_pipelines, without_rslora
+from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
@@ -170,7 +171,7 @@ def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
-    check_whole(name, factors)
+    check_factors(name, factors)
     A, B = factors["A"], factors["B"]
     alpha = float(factors["alpha"]) if "alpha" in factors else float(len(A))
     if "mid" in factors:

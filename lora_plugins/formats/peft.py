@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.files import PICKLED
+from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_attention import with_attention
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
@@ -61,10 +62,10 @@ class PeftFormat(PortableFormat):
             layers=layers,
             values=found.values,
             name="default" if folder == path or path.is_file() else folder.name,
-            use_rslora=bool(config.fields.get("use_rslora")),
-            dropout=float(config.fields.get("lora_dropout") or 0.0),
+            use_rslora=config.fields.get("use_rslora", False),
+            dropout=config.fields.get("lora_dropout", 0.0),
             init=config.init,
-            bias=config.fields.get("bias") or "none",
+            bias=config.fields.get("bias", "none"),
             saved_modules=saved_modules(config, found.values),
             details=_details(config),
         )
@@ -150,7 +151,9 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
         factors: Its tensors.
         configured: The name by which the config speaks of it.
     """
+    check_factors(name, factors)
     config.check_rank(configured, len(factors["A"]))
+    config.check_magnitude(name, present="magnitude" in factors)
     return PortableLayer(factors["A"], factors["B"], config.alpha(configured), factors.get("magnitude"))
 
 

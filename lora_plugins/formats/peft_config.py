@@ -5,35 +5,88 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_plugins.errors import AdapterFileError, ConfigError, near
+from lora_plugins.field_checks import (
+    Check,
+    check_alpha,
+    check_dropout,
+    check_flag,
+    check_name,
+    check_names,
+    check_patterns,
+    check_rank,
+    choice_of,
+    map_of,
+    shown,
+)
 
 WRITTEN_FOR = "0.21.2"
 """The version of PEFT whose files are written, and the newest that is known to apply `out_proj` twice."""
 
-_READ = frozenset(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "exclude_modules",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "init_lora_weights",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_dora",
-        "target_parameters",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-    ]
-)
-"""The fields that mean something here."""
+
+def _anything(_name: str, _value: Any) -> None:
+    """What is only told, or looked at elsewhere."""
+
+
+def _check_expression(name: str, value: Any) -> None:
+    """A regular expression."""
+    check_name(name, value)
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{name} is {shown(value)}, which is no regular expression: {error}.") from error
+
+
+def _check_targets(name: str, value: Any) -> None:
+    (_check_expression if isinstance(value, str) else check_names)(name, value)
+
+
+def _check_expressions(name: str, value: Any) -> None:
+    check_patterns(name, value)
+    for each in [value] if isinstance(value, str) else value:
+        _check_expression(name, each)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """The numbers of blocks, one or several."""
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, int) or isinstance(each, bool):
+            raise ConfigError(f"{name} holds {shown(each)}, which is not the number of a block.")
+
+
+def _by_expression(check: Check) -> Check:
+    """By regular expression, values that another check takes."""
+
+    def check_map(name: str, value: Any) -> None:
+        map_of(check)(name, value)
+        for key in value:
+            _check_expression(name, key)
+
+    return check_map
+
+
+_READ: Mapping[str, Check] = {
+    "peft_type": _anything,
+    "r": check_rank,
+    "lora_alpha": check_alpha,
+    "target_modules": _check_targets,
+    "exclude_modules": _check_targets,
+    "lora_dropout": check_dropout,
+    "bias": choice_of("none", "all", "lora_only"),
+    "use_rslora": check_flag,
+    "modules_to_save": _check_expressions,
+    "init_lora_weights": _anything,
+    "layers_to_transform": _check_numbers,
+    "layers_pattern": _check_expressions,
+    "rank_pattern": _by_expression(check_rank),
+    "alpha_pattern": _by_expression(check_alpha),
+    "use_dora": check_flag,
+    "target_parameters": check_names,
+    "peft_version": _anything,
+    "base_model_name_or_path": _anything,
+    "revision": _anything,
+    "task_type": _anything,
+}
+"""The fields that mean something here, and what they can hold; None is like no field."""
 
 _IDLE = frozenset(
     [
@@ -64,7 +117,7 @@ _REFUSED: Mapping[str, str] = {
 }
 """The fields that have no meaning here, and why. A field of none of the three tables is refused if it is set."""
 
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """The starts that leave the base alone."""
 
 _CHANGED_INITS = ("pissa", "olora")
@@ -79,7 +132,8 @@ class PeftConfig:
         patterns: Which of several patterns counts that match a layer: `first` or `longest`; None where they must agree.
 
     Raises:
-        AdapterFileError: If it is of another method than LoRA, or sets a field that has no meaning here.
+        AdapterFileError: If it is of another method than LoRA, sets a field that has no meaning here, or one to what it
+            cannot hold.
     """
 
     def __init__(self, fields: Mapping[str, Any], patterns: str | None = None) -> None:
@@ -91,11 +145,17 @@ class PeftConfig:
                 "PEFT, and use the merged model."
             )
         wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
-        unknown = {*fields} - _READ - _IDLE - {*_REFUSED}
+        unknown = fields.keys() - _READ.keys() - _IDLE - _REFUSED.keys()
         wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
         if wrong:
             raise AdapterFileError("adapter_config.json says what cannot be expressed here:\n  " + "\n  ".join(wrong))
-        self.fields, self._patterns = fields, patterns
+        self.fields = {key: value for key, value in fields.items() if value is not None}
+        self._patterns = patterns
+        try:
+            for key in self.fields.keys() & _READ.keys():
+                _READ[key](key, self.fields[key])
+        except ConfigError as error:
+            raise AdapterFileError(f"adapter_config.json is damaged: {error} Copy the file again.") from error
 
     @property
     def init(self) -> str:
@@ -145,9 +205,21 @@ class PeftConfig:
             )
         return float(said[0])
 
+    def check_magnitude(self, name: str, *, present: bool) -> None:
+        """Checks that a layer has a magnitude where the adapter is one of DoRA.
+
+        Raises:
+            AdapterFileError: If the config says the opposite of the tensors.
+        """
+        if self.fields.get("use_dora", present) != present:
+            raise AdapterFileError(
+                f"{name!r} has {'a' if present else 'no'} magnitude in the tensors, and the config says use_dora = "
+                f"{self.fields['use_dora']}. One of the two files is of another adapter."
+            )
+
     def parameter_of(self, name: str) -> str | None:
         """Returns the full name of the parameter by which a layer is targeted; None if the layer itself is."""
-        for target in self.fields.get("target_parameters") or []:
+        for target in self.fields.get("target_parameters", []):
             path, _, own = target.rpartition(".")
             if not path or name == path or name.endswith(f".{path}"):
                 return f"{name}.{own}"
@@ -155,10 +227,10 @@ class PeftConfig:
 
     def is_target(self, name: str) -> bool:
         """Whether a module is one that the config targets, by PEFT's rules."""
-        targets = self.fields.get("target_modules") or []
-        excluded = self.fields.get("exclude_modules") or []
+        targets = self.fields.get("target_modules", [])
+        excluded = self.fields.get("exclude_modules", [])
         if _matches(excluded, name) or any(
-            re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.fields.get("modules_to_save") or []
+            re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.fields.get("modules_to_save", [])
         ):
             return False
         if isinstance(targets, str):
@@ -167,11 +239,11 @@ class PeftConfig:
 
     def is_saved(self, name: str) -> bool:
         """Whether a module is one that is trained in full, by PEFT's rules."""
-        return any(name.endswith(saved) for saved in self.fields.get("modules_to_save") or [])
+        return any(name.endswith(saved) for saved in self.fields.get("modules_to_save", []))
 
     def _by_pattern(self, field: str, name: str) -> list[Any]:
         """Returns the values of all patterns that match a layer, the one that counts first."""
-        patterns = (self.fields.get(field) or {}).items()
+        patterns = self.fields.get(field, {}).items()
         if self._patterns == "longest":
             patterns = sorted(patterns, key=lambda item: -len(item[0]))
         return [value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)]
@@ -180,7 +252,7 @@ class PeftConfig:
         blocks = self.fields.get("layers_to_transform")
         if blocks is None or blocks == []:
             return True
-        containers = self.fields.get("layers_pattern") or []
+        containers = self.fields.get("layers_pattern", [])
         patterns = [containers] if isinstance(containers, str) else containers
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\." for pattern in patterns] or [
             r".*?\.[^.]*\.(?P<at>\d+)\."

@@ -36,8 +36,8 @@ def for_model(
         out_proj: How often an update of an attention's output projection was said to count.
 
     Raises:
-        AdapterFileError: If a layer that the config targets is missing, an unchanged weight in the file is not the
-            model's, or a layer means one thing merged and another unmerged.
+        AdapterFileError: If a layer that the config targets, or a head or bias that it trains, is missing, an unchanged
+            weight in the file is not the model's, or a layer means one thing merged and another unmerged.
     """
     modules = {name: entry.module for name, entry in modules_by_name(model).items()}
     names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
@@ -49,6 +49,7 @@ def for_model(
     )
     check_complete(model, adapter.layers, config, renamed=_differ(names))
     _check_heads(model, adapter, config, renamed=_differ(names))
+    _check_biases(model, adapter)
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
     if out_proj is None:
         _check_meaning(modules, adapter)
@@ -167,6 +168,20 @@ def _check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig,
         raise AdapterFileError(
             f"The adapter trained {listing(lacking)} in full (modules_to_save) and has no values of it. If it was "
             "left out on purpose, take it out of modules_to_save in the config."
+        )
+
+
+def _check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
+    """Checks that every adapted layer has a bias in the file where the config trains those; `all` can mean some."""
+    if adapter.bias != "lora_only":
+        return
+    trained = {plain_name(f"{name}.bias") for name, layer in adapter.layers.items() if not layer.in_attention}
+    trained -= {plain_name(name) for name in adapter.values}
+    lacking = [name for name, _ in model.named_parameters() if plain_name(name) in trained]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter trained the biases of its layers (bias = 'lora_only') and has no values of "
+            f"{listing(lacking)}. If that is meant, set bias to 'none' in its config."
         )
 
 

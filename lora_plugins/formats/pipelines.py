@@ -1,26 +1,12 @@
 """What files of adapters for diffusion pipelines share, those of diffusers and of the WebUI."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from lora_plugins.errors import AdapterFileError
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 
 _LAYER_TYPES = frozenset({"", "linear", "conv1d", "conv2d", "conv3d"})
-
-
-def check_whole(name: str, factors: Collection[str]) -> None:
-    """Checks that a layer of a file has its A and its B.
-
-    Raises:
-        AdapterFileError: If it does not.
-    """
-    if not {"A", "B"} <= {*factors}:
-        has = ", ".join(sorted(factors))
-        raise AdapterFileError(
-            f"The layer {name!r} of the adapter has only {has}: A or B is missing. Copy the file again."
-        )
 
 
 def refusals_of_pipelines(adapter: PortableAdapter) -> list[str]:

@@ -1,0 +1,130 @@
+"""What the fields of a config can hold: a check for each kind of value, which takes the field's name and the value.
+
+Each raises a `ConfigError` that says what the field is, and what it was given.
+"""
+
+import reprlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_plugins.errors import ConfigError, near
+
+Check = Callable[[str, Any], None]
+
+MAX_RANK = 2**16
+"""The largest rank that is taken: more than the smaller side of any weight that is trained in practice."""
+
+_MAX_ALPHA = 2.0**127
+"""The largest alpha: a float32 holds it."""
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def check_rank(name: str, value: Any) -> None:
+    """A rank."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        raise ConfigError(f"{name} is a rank, a whole number from 1 to {MAX_RANK}, not {shown(value)}.")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """A numerator of a scaling."""
+    if not _is_number(value) or not 0 < value <= _MAX_ALPHA:
+        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    """A probability that leaves something."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {shown(value)}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is True or False, not {shown(value)}.")
+
+
+def check_name(name: str, value: Any) -> None:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} holds {shown(value)}, which is not a name.")
+
+
+def check_names(name: str, value: Any) -> None:
+    """A list of such."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is a list of names, not {shown(value)}.")
+    for entry in value:
+        check_name(name, entry)
+
+
+def check_parts(name: str, value: Any) -> None:
+    """Names of parts of a layer, one at least."""
+    check_names(name, value)
+    if not value:
+        raise ConfigError(f"{name} is empty. Name the parts to adapt, or leave the key out for the whole layer.")
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """One expression, or a list of names."""
+    (check_name if isinstance(value, str) else check_names)(name, value)
+
+
+def check_blocks(name: str, value: Any) -> None:
+    """Numbers or paths of blocks, one or several; None for all."""
+    for block in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+        index = isinstance(block, int) and not isinstance(block, bool) and 0 <= block <= sys.maxsize
+        if not index and not (isinstance(block, str) and block):
+            raise ConfigError(
+                f"{name} holds {shown(block)}. A block is a number from 0 on, or a path such as 'blocks.2'."
+            )
+
+
+def check_options(name: str, value: Any) -> None:
+    """Values by name."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
+    for key in value:
+        check_name(name, key)
+
+
+def optional(check: Check) -> Check:
+    """None, or what another check takes."""
+
+    def check_optional(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return check_optional
+
+
+def map_of(check: Check) -> Check:
+    """By name, values that another check takes."""
+
+    def check_map(name: str, value: Any) -> None:
+        check_options(name, value)
+        for key, entry in value.items():
+            check(f"{name}[{key!r}]", entry)
+
+    return check_map
+
+
+def choice_of(*choices: str) -> Check:
+    """One of some words."""
+
+    def check_choice(name: str, value: Any) -> None:
+        if value not in choices:
+            raise ConfigError(f"{name} is {shown(value)}. {near(shown(value), choices)}")
+
+    return check_choice
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,55 @@
+"""The tensors that a file has of one layer: whether they can be an A, a B and what belongs to them."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lora_plugins.errors import AdapterFileError
+
+
+def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
+    """Checks that a layer has an A and a B, and that what belongs to them does; whether they fit a model is not asked.
+
+    Args:
+        name: Name of the layer.
+        factors: Its tensors: `A`, of `(r, in, ...)`, `B`, of `(out, r, ...)`, and what else the format knows: `mid`, of
+            `(r, r, ...)`, `magnitude`, and `alpha`, of one element.
+
+    Raises:
+        AdapterFileError: If it lacks one, or they cannot belong together.
+    """
+    if not {"A", "B"} <= {*factors}:
+        has = ", ".join(sorted(factors))
+        raise AdapterFileError(
+            f"The layer {name!r} of the adapter has only {has}: A or B is missing. Copy the file again."
+        )
+    # Scripts write an alpha as they were given it, a whole number too.
+    wrong = [key for key, tensor in factors.items() if key != "alpha" and not tensor.is_floating_point()]
+    if wrong:
+        raise AdapterFileError(
+            f"{wrong[0]} of {name!r} holds {factors[wrong[0]].dtype}, and not real numbers. Copy the file again."
+        )
+    if not _fit(**factors):
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in factors.items())
+        raise AdapterFileError(
+            f"{name!r} has {shapes}: these are no A of (r, in, ...) and B of (out, r, ...) with what belongs to them. "
+            "Copy the file again."
+        )
+
+
+def _fit(
+    A: Tensor,
+    B: Tensor,
+    mid: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    alpha: Tensor | None = None,
+) -> bool:
+    r = len(A) if A.dim() > 1 else 0
+    return (
+        r > 0
+        and B.dim() > 1
+        and (mid is None or (mid.dim() > 2 and mid.shape[:2] == (r, r)))
+        and (magnitude is None or magnitude.dim() > 0)
+        and (alpha is None or (alpha.numel() == 1 and math.isfinite(float(alpha))))
+    )
