@@ -7,7 +7,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
+from lora_plugins.errors import LoraError
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
@@ -39,11 +41,16 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
         The task in eval mode; its `image_size` and `interpolation` are those that it was trained with.
 
     Raises:
-        WeightsError: If there is no such file, or if it has no provenance.
+        WeightsError: If there is no such file, or if it has no provenance, or one that cannot be built.
         AdapterFileError: If an adapter does not fit its base.
     """
     path = Path(path)
     check_model(path)
+    with _building(path):
+        return _load(path, weights)
+
+
+def _load(path: Path, weights: str | Path | None) -> VisionTask:
     if path.is_dir():
         source = task_of_adapter(path)
         provenance, task = source.provenance, source.build(weights)
@@ -83,6 +90,10 @@ class AdapterTask:
 
     def build(self, weights: str | Path | None = None) -> VisionTask:
         """Builds the task with its base, without the adapter; `weights` is where those of the base are now."""
+        with _building(self.path):
+            return self._build(weights)
+
+    def _build(self, weights: str | Path | None) -> VisionTask:
         if weights is None and self.provenance["arguments"]["model"]["weights"] == NONE:
             raise WeightsError(
                 f"The base of {self.path} was random (weights: none) and is in no file. The merged file of its run, "
@@ -109,6 +120,20 @@ def merged_task(path: str | Path, weights: str | Path | None = None) -> VisionTa
     for module in adapted_targets(task).values():
         LoraModel(module).merge_and_unload(dequantize=True)
     return task
+
+
+@contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """Names the file whose words cannot be built: edited by hand, or of another version."""
+    try:
+        yield
+    except LoraError:
+        raise
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} says of its task what cannot be built, {type(error).__name__}: {error}. It was edited, or is of "
+            "another version. Take what its run has written, with the version that the run had."
+        ) from error
 
 
 def _arguments(provenance: Provenance, weights: str | Path | None) -> dict[str, Any]:

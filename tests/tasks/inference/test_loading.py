@@ -1,5 +1,6 @@
 """Tasks come back from the files of a fit."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_plugins import LoraError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask, WeightsError, load_task
@@ -93,6 +95,56 @@ def test_a_base_that_was_random(fitted, tmp_path):
     (folder / "adapter.json").write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match=r"was random \(weights: none\) and is in no file.*export_to"):
         load_task(folder)
+
+
+EDITED = {
+    "no arguments": ("arguments", None),
+    "a number for them": ("arguments", 3),
+    "no model": ("arguments.model", None),
+    "a list for a model": ("arguments.model", []),
+    "a model without a name": ("arguments.model.name", None),
+    "a source that is none": ("arguments.model.source", 3),
+    "classes in words": ("arguments.model.num_classes", "three"),
+    "a loss that is none": ("arguments.loss", 3),
+    "class names that are none": ("arguments.class_names", 3),
+    "an argument of the next version": ("arguments.new", 3),
+    "a target that is not there": ("target", "backbone"),
+    "a target that is none": ("target", 3),
+}
+
+
+def edit(content, place, value):
+    """Sets an entry by the path of its keys; None takes it out."""
+    *path, last = place.split(".")
+    for key in path:
+        content = content[key]
+    content.pop(last, None)
+    if value is not None:
+        content[last] = value
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint", "merged"])
+@pytest.mark.parametrize("place", EDITED)
+def test_words_of_a_file_that_cannot_be_built(fitted, tmp_path, place, kind):
+    source, path = fitted["labels"][1][kind], tmp_path / fitted["labels"][1][kind].name
+    if kind == "adapter":
+        shutil.copytree(source, path)
+        content = json.loads((path / "adapter.json").read_text())
+        edit(content["task"], *EDITED[place])
+        (path / "adapter.json").write_text(json.dumps(content))
+    elif kind == "checkpoint":
+        content = torch.load(source, weights_only=True)
+        edit(content["task"], *EDITED[place])
+        torch.save(content, path)
+    else:
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata()
+        provenance = json.loads(metadata["lora_plugins.task"])
+        edit(provenance, *EDITED[place])
+        save_file(load_file(source), path, {**metadata, "lora_plugins.task": json.dumps(provenance)})
+    # A file that holds all weights needs less of what is said.
+    with pytest.raises(LoraError) if kind == "adapter" else contextlib.suppress(LoraError):
+        load_task(path)
 
 
 def test_load_from_checkpoint_takes_an_adapter_alone(fitted):
