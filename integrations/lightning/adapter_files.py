@@ -50,14 +50,14 @@ class AdapterFile:
         )
 
 
-def adapter_files(given: str | Sequence[str | AdapterFile] | None) -> tuple[AdapterFile, ...]:
+def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> tuple[AdapterFile, ...]:
     """Returns the files that an option names; a path alone is our own folder.
 
     Raises:
         ConfigError: If something else is given, or a path twice.
     """
-    entries = [] if given is None else [given] if isinstance(given, str) else list(given)
-    files = tuple(AdapterFile(entry) if isinstance(entry, str) else entry for entry in entries)
+    entries = [] if given is None else given if isinstance(given, list) else [given]
+    files = tuple(AdapterFile(str(entry)) if isinstance(entry, str | Path) else entry for entry in entries)
     for file in files:
         if not isinstance(file, AdapterFile):
             raise ConfigError(f"save_adapter_to holds {file!r}. An entry is a path, or an AdapterFile(path, format).")

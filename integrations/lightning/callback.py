@@ -144,8 +144,8 @@ class LoraCallback(Callback):
         dequantize: bool = False,
         merge_source: Literal["last", "best"] = "last",
         target: str | None = None,
-        save_adapter_to: str | list[str | AdapterFile] | None = None,
-        export_to: str | None = None,
+        save_adapter_to: str | Path | list[str | Path | AdapterFile] | None = None,
+        export_to: str | Path | None = None,
         train_mode: bool = True,
         print_plan: bool = True,
         loraplus_lr_ratio: float = 1.0,
@@ -166,7 +166,7 @@ class LoraCallback(Callback):
         self.target = target
         self.save_adapter_to = save_adapter_to
         self.adapter_files = adapter_files(save_adapter_to)
-        self.export_to = export_to
+        self.export_to = None if export_to is None else str(export_to)
         self.train_mode = train_mode
         self.print_plan = print_plan
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)

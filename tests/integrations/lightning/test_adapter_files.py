@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, PluginError
@@ -45,6 +46,17 @@ def test_every_file_is_the_adapter_that_was_trained(tmp_path, merge, capsys):
     assert f"Adapter for peft: {tmp_path / 'theirs'}" in out
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_places_are_paths_or_texts(tmp_path, listed):
+    ours = tmp_path / "ours"
+    module = fitted(tmp_path, [ours] if listed else ours, export_to=tmp_path / "merged.safetensors")
+    expected = module.net.eval()(X)
+    torch.testing.assert_close(loaded(ours), expected, rtol=0, atol=1e-6)  # float32, merged or not
+    plain = Classifier().net.eval()
+    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    torch.testing.assert_close(plain(X), expected, rtol=0, atol=0)
+
+
 def test_what_a_format_cannot_express_is_told_before_training(tmp_path):
     class Grouped(Classifier):
         def __init__(self):
@@ -76,6 +88,7 @@ def test_an_unknown_format_is_told_before_training(tmp_path):
     ("files", "match"),
     [
         pytest.param(["a", "a"], "has 'a' twice", id="twice"),
+        pytest.param(3, r"holds 3\. An entry is a path, or an AdapterFile", id="a number alone"),
         pytest.param([3], r"holds 3\. An entry is a path, or an AdapterFile", id="a number"),
     ],
 )
