@@ -3,11 +3,14 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    Callback,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import BASE, Classifier, differing, load, loader, lora, trainer, values
 
@@ -70,6 +73,49 @@ def test_ema_checkpoint_gives_the_metric_that_was_logged(tmp_path):
         assert found == pytest.approx(float(logged), rel=1e-6)
         alone = trainer(tmp_path, []).test(load_from_checkpoint(Classifier, path), loader(), verbose=False)
         assert alone[0]["val/loss"] == pytest.approx(float(logged), rel=1e-6)
+
+
+class OwnAverage(Callback):
+    """An average as callbacks of other packages keep it (rfdetr's): the module has it when training ends."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def on_fit_start(self, trainer, pl_module):
+        self.average = AveragedModel(pl_module.get_submodule(self.part), avg_fn=get_ema_avg_fn(0.8), use_buffers=True)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.update_parameters(pl_module.get_submodule(self.part))
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.get_submodule(self.part).load_state_dict(self.average.module.state_dict())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("part", ["", "net"], ids=["the module", "its network"])
+def test_average_of_another_callback_has_the_frozen_base(tmp_path, part, first):
+    module = Classifier()
+    before = values(module)
+    callbacks = [lora(merge_on_fit_end=False), OwnAverage(part)]
+    trainer(tmp_path, callbacks if first else callbacks[::-1], max_epochs=4).fit(module, loader(), loader())
+    assert {key for key in differing(before, values(module)) if key in before} == set()
+    assert any(p.any() for name, p in module.named_parameters() if ".lora_B." in name)
+
+
+def test_average_of_one_of_two_networks_keeps_its_own_base(tmp_path):
+    class Twins(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.second = Classifier(base_seed=1).net
+
+        def forward(self, x):
+            return self.net(x) + self.second(x)
+
+    module = Twins()
+    before = values(module)
+    callbacks = [OwnAverage("second"), lora(config=LoraConfig(r=2, target_modules=["0", "3"]))]
+    trainer(tmp_path, callbacks, max_epochs=4).fit(module, loader(), loader())
+    assert {key for key in differing(before, values(module)) if key in before} == set()
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
