@@ -56,7 +56,7 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     Raises:
         ConfigError: If something else is given, or a path twice.
     """
-    entries = [] if given is None else given if isinstance(given, list) else [given]
+    entries = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     files = tuple(AdapterFile(str(entry)) if isinstance(entry, str | Path) else entry for entry in entries)
     for file in files:
         if not isinstance(file, AdapterFile):
