@@ -10,7 +10,7 @@ from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, same
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key, whole_shapes, with_shapes
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, state_key
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     name_mapper,
@@ -41,8 +41,8 @@ def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapp
                     "has none there. Use the adapter_name and target it was trained with."
                 )
             own = LoraModel(target).pack(name)
-            shapes = whole_shapes({key: state_key(adapter["target"], name, key) for key in own.tensors}, whole)
-            check_same_adapter(name, PackedAdapter(with_shapes(own.manifest, shapes), own.tensors), packed)
+            keys = {key: state_key(adapter["target"], name, key) for key in own.tensors}
+            check_same_adapter(name, PackedAdapter(as_saved(own.manifest, keys, whole), own.tensors), packed)
         check_no_surplus(module, entry)
 
 

@@ -10,12 +10,7 @@ from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
 from lora_plugins.integrations.lightning.checkpoint.objects import with_plain_dicts
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
-    map_state_dicts,
-    state_key,
-    whole_shapes,
-    with_shapes,
-)
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, map_state_dicts, state_key
 from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
@@ -67,11 +62,10 @@ def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> 
         not_in_module = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
         packed = rename_adapter(packed, plain_name)
         keys = {key: state_key(path, name, key) for key in packed.tensors if key not in not_in_module}
-        shapes = whole_shapes(keys, saved)
         yield {
             "target": plain_name(path),
             "active": name in lora.active_adapters,
             "weight": lora.active_weights.get(name, 1.0),
-            "manifest": with_shapes(packed.manifest, shapes),
-            "tensors": {key: tensor for key, tensor in packed.tensors.items() if key not in shapes},
+            "manifest": as_saved(packed.manifest, keys, saved),
+            "tensors": {key: tensor for key, tensor in packed.tensors.items() if keys.get(key) not in saved},
         }

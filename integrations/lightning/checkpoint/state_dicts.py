@@ -1,4 +1,4 @@
-"""The state dicts of a checkpoint, and the keys and shapes that the tensors of an adapter have there."""
+"""The state dicts of a checkpoint, and the keys, types and shapes that the tensors of an adapter have there."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,14 +32,23 @@ def state_key(path: str, adapter: str, key: str) -> str:
     return ".".join(plain_name(part) for part in parts if part)
 
 
-def whole_shapes(keys: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Returns the shapes of tensors by their key in a packed adapter, as far as a state dict has them."""
-    return {key: list(state[own].size()) for key, own in keys.items() if own in state}
+def as_saved(manifest: Mapping[str, Any], keys: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest with the types and shapes that tensors have in a state dict, where they are there.
 
+    The module may have a shard of a tensor, and an average of it another type.
 
-def with_shapes(manifest: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """Returns a manifest with the shapes of whole tensors, where it was made of shards."""
-    about = {key: {**entry, "shape": shapes.get(key, entry["shape"])} for key, entry in manifest["tensors"].items()}
+    Args:
+        manifest: The manifest of a packed adapter.
+        keys: The keys in the state dict, by those in the manifest.
+        state: The state dict.
+    """
+    saved = {key: state[own] for key, own in keys.items() if own in state}
+    about = {
+        key: {**entry, "dtype": str(saved[key].dtype).removeprefix("torch."), "shape": list(saved[key].size())}
+        if key in saved
+        else entry
+        for key, entry in manifest["tensors"].items()
+    }
     return {**manifest, "tensors": about}
 
 

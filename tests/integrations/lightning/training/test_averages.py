@@ -118,6 +118,23 @@ def test_average_of_one_of_two_networks_keeps_its_own_base(tmp_path):
     assert {key for key in differing(before, values(module)) if key in before} == set()
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")  # as a new one
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_average_of_another_type_than_the_module(tmp_path, precision):
+    """The average is copied before the Trainer casts the module."""
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], norm="track")
+    saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
+    run = trainer(tmp_path, [lora(config), EMAWeightAveraging(decay=0.5), saver], precision=precision)
+    run.fit(Classifier(), loader(), loader())
+    for path, logged in saver.best_k_models.items():
+        for module in (Classifier(), load_from_checkpoint(Classifier, path)):
+            again = trainer(tmp_path, [lora(config)], precision=precision)
+            found = again.validate(module, loader(), ckpt_path=path, verbose=False)[0]["val/loss"]
+            assert found == pytest.approx(float(logged), rel=1e-6)
+    resumed = trainer(tmp_path, [lora(config), EMAWeightAveraging(decay=0.5)], precision=precision, max_epochs=3)
+    resumed.fit(Classifier(), loader(), loader(), ckpt_path=path)
+
+
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")  # as a new one
