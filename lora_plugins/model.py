@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins.adapter import (
     Calibration,
@@ -458,11 +458,21 @@ class LoraModel(metaclass=Told):
         adapter_name: str | None = None,
         *,
         registry: Registry | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> "LoraModel":
-        """Puts an adapter on a model from its manifest and tensors; see `load_adapter`."""
+        """Puts an adapter on a model from its manifest and tensors; see `load_adapter`.
+
+        Args:
+            model: The model.
+            packed: The adapter.
+            adapter_name: Its name on the model; by default the one that it was saved with.
+            registry: The plugins; by default those that its config lets load.
+            changed: The weights that its init has changed, by full name, where they are still there. By default they
+                are computed from the base, which needs the type that it had when the adapter was made.
+        """
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry
-        handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name)
+        handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name, changed)
         return handle
 
     @_whole
@@ -500,10 +510,13 @@ class LoraModel(metaclass=Told):
         swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, new)
 
     @_whole
-    def _add_packed(self, packed: PackedAdapter, adapter_name: str) -> None:
+    def _add_packed(
+        self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None = None
+    ) -> None:
         with self._adding(adapter_name):
             unpacked = unpack(self.model, packed, self._registry)
-            changed = rebuilt_bases(self.model, unpacked, packed)
+            if changed is None:
+                changed = rebuilt_bases(self.model, unpacked, packed)
             add(
                 self.model,
                 adapter_name,

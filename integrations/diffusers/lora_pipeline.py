@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_plugins import Calibration, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
 from lora_plugins.integrations.diffusers.families import default_targets, family_of
 from lora_plugins.integrations.diffusers.parts import parts_of
@@ -68,10 +70,16 @@ class LoraPipeline(LoraModel):
 
     @classmethod
     def load_packed(
-        cls, pipe: Any, packed: PackedAdapter, adapter_name: str | None = None, *, registry: Registry | None = None
+        cls,
+        pipe: Any,
+        packed: PackedAdapter,
+        adapter_name: str | None = None,
+        *,
+        registry: Registry | None = None,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> "LoraPipeline":
         """Puts an adapter on a pipeline from its manifest and tensors. See `LoraModel.load_packed`."""
-        LoraModel.load_packed(parts_of(pipe), packed, adapter_name, registry=registry)
+        LoraModel.load_packed(parts_of(pipe), packed, adapter_name, registry=registry, changed=changed)
         return cls(pipe, registry=registry)
 
 

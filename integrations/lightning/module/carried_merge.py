@@ -15,6 +15,7 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
     parts = {
         "base": merge.base,
         "adapters": {name: (packed.manifest, packed.tensors) for name, packed in merge.adapters.items()},
+        "changed": merge.changed,
         "kept": merge.kept,
         "active": merge.active,
         "merged": merge.merged,

@@ -51,6 +51,8 @@ class ReversibleMerge:
         foreign: Those that another library quantized, likewise.
         quantizers: What models of transformers said of that.
         adapters: The adapters, in the order in which they were added, as those of `base`.
+        changed: For each of them, the weights that its init has changed, by full name. They cannot be computed again
+            from a base that was cast since.
         kept: For each of them, the fingerprints that files have whatever the weights are now.
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
@@ -63,6 +65,7 @@ class ReversibleMerge:
     foreign: dict[str, LibraryWeight]
     quantizers: dict[str, Any]
     adapters: dict[str, PackedAdapter]
+    changed: dict[str, dict[str, Tensor]]
     kept: dict[str, Fingerprints]
     active: dict[str, float]
     merged: dict[str, int]
@@ -103,7 +106,8 @@ class ReversibleMerge:
             quantized.put(*holder_of(target, name))
         put_marks(target, self.quantizers)
         for name, packed in self.adapters.items():
-            lora = LoraModel.load_packed(target, packed, name)
+            changed = {key: value.to(own_tensor(target, key).device) for key, value in self.changed[name].items()}
+            lora = LoraModel.load_packed(target, packed, name, changed=changed)
             state_of_adapters(target).adapters[name].kept.update(self.kept[name])
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
@@ -136,6 +140,7 @@ def merge_reversibly(
     state = state_of_adapters(target)
     check_mergeable(target, dequantize=dequantize)
     adapters = _packed(lora, state)
+    changed_by_init = {name: _changed_by_init(target, state, name) for name in adapters}
     kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
     active = lora.active_weights
     normed = normed_weights(target)
@@ -173,7 +178,17 @@ def merge_reversibly(
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
     return ReversibleMerge(
-        base, stored, foreign, quantizers, adapters, kept, active, merged, weakref.ref(target), marks
+        base,
+        stored,
+        foreign,
+        quantizers,
+        adapters,
+        changed_by_init,
+        kept,
+        active,
+        merged,
+        weakref.ref(target),
+        marks,
     )
 
 
@@ -260,6 +275,12 @@ def _packed(lora: LoraModel, state: ModelState) -> dict[str, PackedAdapter]:
         )
         for name, each in packed.items()
     }
+
+
+def _changed_by_init(target: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
+    plan = state.adapters[name].plan
+    keys = state.values.of(name).keys() - {*plan.trained, *plan.saved_buffers}
+    return {key: state.values.value(target, name, key) for key in sorted(keys)}
 
 
 def _copied(packed: PackedAdapter) -> PackedAdapter:

@@ -198,6 +198,35 @@ class TestHeadsAndBiases:
         assert not differing(values(LoraModel(module).unload()), values(Classifier()))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("init", ["loftq", "olora", "pissa"])
+class TestBaseThatTheInitChangedAndTheTrainerCast:
+    """What an init makes of a weight cannot be computed from the weight in another type."""
+
+    def fitted(self, tmp_path, init, precision, **options):
+        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1)
+        lora = LoraCallback(LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init), **options)
+        run = trainer(tmp_path, [lora, saver], precision=precision)
+        run.fit(module := Classifier(), loader(), loader())
+        return run, module, saver, lora
+
+    def test_checkpoints_are_tested_after_the_merge(self, tmp_path, init, precision):
+        run, module, saver, _ = self.fitted(tmp_path, init, precision)
+        for path in saver.best_k_models:
+            assert loss(run, module, ckpt_path=path) == pytest.approx(logged(saver, path), **CLOSE)
+
+    def test_export_leaves_the_adapter_and_the_merge_is_taken_back(self, tmp_path, init, precision):
+        options = {"export_to": str(tmp_path / "merged.safetensors"), "max_error": 1.0}
+        _, module, _, lora = self.fitted(tmp_path, init, precision, **options)
+        assert not differing(values(module), safetensors.torch.load_file(tmp_path / "merged.safetensors"))
+        lora.undo_merge(module)
+        again = copy.deepcopy(module)
+        LoraModel(again).merge_and_unload()
+        assert not differing(values(again), safetensors.torch.load_file(tmp_path / "merged.safetensors"))
+        base = {key: value.to(module.state_dict()[key].dtype) for key, value in values(Classifier()).items()}
+        assert not differing(values(LoraModel(module).unload()), base)
+
+
 def test_module_is_clean_after_fit(tmp_path):
     run, module, _ = fitted(tmp_path)
     assert vars(module).keys() == vars(Classifier()).keys()
