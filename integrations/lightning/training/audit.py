@@ -29,6 +29,7 @@ from lora_plugins.integrations.lightning.module import (
     mark_moved,
     trained_parameters,
 )
+from lora_plugins.integrations.lightning.training.averages import renews_statistics
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 
@@ -158,7 +159,8 @@ class Audit:
             return
         self._check_late_layers()
         steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
-        skipped = loss_scale(self._trainer) < self._scale  # after an overflow in float16
+        overflow = loss_scale(self._trainer) < self._scale  # in float16
+        skipped = overflow or renews_statistics(self._trainer)
         if not skipped and not self._first.after_batch(self._rates, steps):
             self._first = None
             self._check_unchanged()

@@ -44,6 +44,13 @@ def drop_averages(trainer: Trainer) -> None:
         drop_average(callback)
 
 
+def renews_statistics(trainer: Trainer) -> bool:
+    """Whether the epoch trains nothing: after averaging, SWA passes over the data for the statistics of norms alone."""
+    found = trainer.callbacks  # type: ignore[attr-defined]
+    swa = [callback for callback in found if isinstance(callback, StochasticWeightAveraging)]
+    return any(trainer.current_epoch == callback.swa_end + 1 for callback in swa)
+
+
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
     """Returns the averages of adapted parts that callbacks of others hold, each with the name of its part."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

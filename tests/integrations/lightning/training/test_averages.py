@@ -63,6 +63,20 @@ class TestAveraging:
         assert differing(values(module), values(Classifier())) == {"net.0.weight", "net.3.weight"}
 
 
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+def test_resumed_before_the_epoch_in_which_swa_renews_statistics(tmp_path):
+    """There is a step and no backward in it."""
+
+    def run(*more):
+        swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+        return trainer(tmp_path, [lora(), swa, *more], max_epochs=3)
+
+    run(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)).fit(straight := Classifier(), loader(), loader())
+    run().fit(resumed := Classifier(), loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert not differing(values(straight), values(resumed))
+
+
 def test_ema_checkpoint_gives_the_metric_that_was_logged(tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
     run = trainer(tmp_path, [EMAWeightAveraging(decay=0.5), lora(), saver], max_epochs=3)
