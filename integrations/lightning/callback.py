@@ -364,8 +364,7 @@ class LoraCallback(Callback):
         """Saves, merges and exports, as the options say."""
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
-            checkpoint = trainer.strategy.load_checkpoint(best_checkpoint(trainer))
-            pl_module.load_state_dict(checkpoint["state_dict"])
+            _load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
@@ -566,6 +565,18 @@ class LoraCallback(Callback):
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
         self._random_state, self._undone, self._sums = None, False, {}
+
+
+def _load_best(trainer: Trainer, module: LightningModule) -> None:
+    """Loads the best checkpoint into the module; without one, the last weights stay."""
+    path = best_checkpoint(trainer)
+    if path:
+        module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
+    elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
+        rank_zero_warn(
+            "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "
+            "ModelCheckpoint was never logged, as without validation. The last weights are taken."
+        )
 
 
 def _writes(trainer: Trainer) -> bool:

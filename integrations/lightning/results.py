@@ -80,7 +80,7 @@ class Results:
 
 
 def best_checkpoint(trainer: Trainer) -> str:
-    """Returns the path of the best checkpoint; before training, it only checks that there will be one.
+    """Returns the path of the best checkpoint, empty if none was written; before training, it only checks the trainer.
 
     Raises:
         ConfigError: If no ModelCheckpoint says what is best.

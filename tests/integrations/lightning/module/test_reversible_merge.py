@@ -128,6 +128,27 @@ def test_best_without_a_monitor_is_refused_before_training(tmp_path):
         )
 
 
+class TestNoBestCheckpoint:
+    def fit(self, tmp_path, **options):
+        saver = ModelCheckpoint(tmp_path, monitor="val/loss")
+        lora = LoraCallback(CONFIG, merge_source="best", save_adapter_to=str(tmp_path / "adapter"))
+        trainer(tmp_path, [lora, saver], **options).fit(module := Classifier(), loader(), loader())
+        assert values(module).keys() == values(Classifier()).keys()
+        return module
+
+    def test_debugging_run(self, tmp_path):
+        self.fit(tmp_path, fast_dev_run=True)
+
+    @pytest.mark.filterwarnings("ignore:`ModelCheckpoint.*could not find the monitored key:UserWarning")  # that is it
+    @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"max_steps": 0}], ids=["validation", "training"])
+    def test_last_weights_are_taken(self, tmp_path, options):
+        with pytest.warns(UserWarning, match="no checkpoint was written.*last weights are taken"):
+            module = self.fit(tmp_path, **options)
+        again = Classifier()
+        LoraModel.load_adapter(again, tmp_path / "adapter").merge_and_unload()
+        assert not differing(values(again), values(module))
+
+
 class TestFiles:
     def test_export_loads_strictly_where_no_lora_is_installed(self, tmp_path):
         _, module, _ = fitted(
