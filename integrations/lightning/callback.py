@@ -432,10 +432,6 @@ class LoraCallback(Callback):
             )
             self._merge = None
 
-    def forget_merge(self) -> None:
-        """Forgets the merge, since a checkpoint without adapters is about to be loaded."""
-        self._merge = None
-
     def before_save(self) -> None:
         """Takes note of what the module moved by hand, which the checkpoint has to hold."""
         if self._audit is not None:

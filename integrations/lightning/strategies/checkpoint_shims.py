@@ -50,9 +50,6 @@ class Owner(Protocol):
     def undo_merge(self, module: nn.Module) -> None:
         """Undoes a merge, since an adapter is about to be loaded."""
 
-    def forget_merge(self) -> None:
-        """Forgets a merge, since other weights are about to be loaded."""
-
     def before_save(self) -> None:
         """Learns that a checkpoint is about to be written."""
 
@@ -193,8 +190,6 @@ class CheckpointShims:
                 f"{path} holds no adapter of lora_plugins, so training with one cannot go on from it. To start from "
                 f"its weights: {type(self._module).__name__}.load_from_checkpoint(path), then fit without ckpt_path."
             )
-        for owner in self._owners:
-            owner.forget_merge()
         for target in adapted_targets(self._module).values():
             LoraModel(target).unload()
 

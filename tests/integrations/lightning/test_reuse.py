@@ -119,12 +119,18 @@ class TestWhatIsThereWins:
 
 
 class TestTakenBack:
-    @pytest.mark.parametrize("between", ["nothing", "test", "same_values", "to_float64_and_back", "copy"])
+    @pytest.mark.parametrize("between", ["nothing", "test", "file", "same_values", "to_float64_and_back", "copy"])
     def test_same_values_go_on(self, tmp_path, between):
+        """A file of the merged module is read by tuners too, which put back what they have tried on."""
         callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
         fit(tmp_path, module, callback)
         if between == "test":
             trainer(tmp_path, [callback]).test(module, loader(), verbose=False)
+        elif between == "file":
+            run = trainer(tmp_path, [callback])
+            run.strategy.connect(module)
+            run.save_checkpoint(tmp_path / "merged.ckpt")
+            run.test(module, loader(), ckpt_path=tmp_path / "merged.ckpt", verbose=False)
         elif between == "same_values":
             module.load_state_dict(values(module))
         elif between == "to_float64_and_back":
