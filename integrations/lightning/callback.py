@@ -5,17 +5,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import hold_norms, model_state
 from lora_plugins.arguments import check_config
-from lora_plugins.errors import listing, near
+from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -27,8 +26,8 @@ from lora_plugins.integrations.lightning.checkpoint import loading_lines
 from lora_plugins.integrations.lightning.class_paths import allow_class_path
 from lora_plugins.integrations.lightning.console import print_plan, tell_written
 from lora_plugins.integrations.lightning.module import (
+    KeptMerge,
     NetworkCopy,
-    ReversibleMerge,
     add_adapter,
     add_names,
     built,
@@ -39,7 +38,6 @@ from lora_plugins.integrations.lightning.module import (
     find_copies,
     find_target,
     freeze_alike,
-    kept_copies,
     merge_as_bytes,
     merge_from_bytes,
     merge_reversibly,
@@ -87,6 +85,9 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     keep_base_of_averages,
     needs_data,
+    random_numbers,
+    set_random_numbers,
+    warn_of_left_out,
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.plan import forgotten_layers
@@ -176,8 +177,7 @@ class LoraCallback(Callback):
         if init_batches < 1:
             raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
-        self._merge: ReversibleMerge | None = None
-        self._undone = False
+        self._merge = KeptMerge(adapter_name)
         self._modes: dict[str, bool] = {}
         self._copies: list[NetworkCopy] = []
         self._start = Start()
@@ -200,8 +200,7 @@ class LoraCallback(Callback):
 
         The adapter itself is not the callback's: it is in the checkpoint's entry `lora_plugins`.
         """
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return {"random": torch.get_rng_state(), "random_cuda": cuda}
+        return random_numbers()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stores the state of random numbers until training starts."""
@@ -239,8 +238,8 @@ class LoraCallback(Callback):
         shims = self._module_shims = MethodShims(pl_module)
         if not is_sharded(trainer):
             follow_building(shims, pl_module)
-        if self._merge is None and (data := carried(trainer, self.state_key)) is not None:
-            self._merge = merge_from_bytes(data, self._target(pl_module))
+        if not self._merge.is_kept and (data := carried(trainer, self.state_key)) is not None:
+            self._merge.keep(merge_from_bytes(data, self._target(pl_module)))
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
         if stage == "fit" and self.merge_source == "best":
@@ -279,28 +278,14 @@ class LoraCallback(Callback):
         forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
-        if forgotten:
-            rank_zero_warn(
-                f"{listing(forgotten, 3)} of {type(pl_module).__name__} look newly initialized, and nothing trains "
-                "them. A new head belongs into modules_to_save, or into an attribute head_modules of the module; one "
-                "that is to stay as it is can be left so."
-            )
-        kept = [] if is_sharded(trainer) else kept_copies(pl_module)
-        if kept:
-            rank_zero_warn(
-                f"{listing(kept, 3)} of {type(pl_module).__name__} has copies of weights, made before there were "
-                "adapters: what averages them, or measures the distance to them, does not see A and B, and pairs of "
-                "parameters and copies may not belong together. Make the copies in on_fit_start, or let "
-                "EMAWeightAveraging average."
-            )
+        if not is_sharded(trainer):
+            warn_of_left_out(pl_module, forgotten)
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
             self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
         random, self._random_state = self._random_state, None
         if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
-            torch.set_rng_state(random["random"].cpu())
-            if random["random_cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(random["random_cuda"].cpu())
+            set_random_numbers(random)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets warnings about modules in eval mode pass again."""
@@ -374,11 +359,10 @@ class LoraCallback(Callback):
             max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
             prefix = f"{self.target}." if self.target else ""
             sums = {name.removeprefix(prefix): total for name, total in self._sums.items() if name.startswith(prefix)}
-            self._merge = merge_reversibly(
-                self._target(pl_module), max_error, dequantize=self.dequantize, base_sums=sums
-            )
-            if starts_by_multiprocessing(trainer) and not (self._merge.stored or self._merge.foreign):
-                carry(trainer, self.state_key, merge_as_bytes(self._merge))
+            merge = merge_reversibly(self._target(pl_module), max_error, dequantize=self.dequantize, base_sums=sums)
+            self._merge.keep(merge)
+            if starts_by_multiprocessing(trainer) and not (merge.stored or merge.foreign):
+                carry(trainer, self.state_key, merge_as_bytes(merge))
             for callback in group:
                 callback._remove_names()
         if _writes(trainer):
@@ -408,8 +392,8 @@ class LoraCallback(Callback):
         A merge that was undone to read a checkpoint is made again, with the adapter of that checkpoint.
         """
         set_modes_of_frozen_norms(pl_module, self._modes)
-        if stage != "fit" and self._undone:
-            self._merge_again(pl_module)
+        if stage != "fit" and self._merge.undone:
+            self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
         self._end_run()
         CheckpointShims.remove(trainer, pl_module)
 
@@ -418,19 +402,8 @@ class LoraCallback(Callback):
 
         Elsewhere the weights that are there win, and a line says so if it is the module that was merged.
         """
-        merge = self._merge
-        if merge is None or model_state(target := self._target(module)) is not None:
-            return
-        if merge.is_of(target):
-            merge.undo(target)
-            self._merge, self._undone = None, True
-        elif merge.target() is target:
-            rank_zero_info(
-                f"The weights of {type(module).__name__} are no more those that the adapter {self.adapter_name!r} was "
-                f"merged into: {listing(merge.replaced(target), 3)} have other values. The merge is not taken back: "
-                "the weights that are there are the base now."
-            )
-            self._merge = None
+        if self._merge.is_kept:
+            self._merge.undo(self._target(module), type(module).__name__)
 
     def before_save(self) -> None:
         """Takes note of what the module moved by hand, which the checkpoint has to hold."""
@@ -448,8 +421,9 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
-        none = dict.fromkeys(("_merge", "_module_shims", "_strategy_shims", "_audit"))
-        return {**self.__dict__, **none, "_expected_warnings": ExitStack()}
+        none = dict.fromkeys(("_module_shims", "_strategy_shims", "_audit"))
+        fresh = {"_merge": KeptMerge(self.adapter_name), "_expected_warnings": ExitStack()}
+        return {**self.__dict__, **none, **fresh}
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
@@ -482,24 +456,10 @@ class LoraCallback(Callback):
         config = with_declarations(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
             reuse_adapter(target, self.adapter_name, config)
-            if any(callback._undone for callback in group):
+            if any(callback._merge.undone for callback in group):
                 copy_into_averages(trainer, module)
         else:
-            check_not_nested(module, self.target)
-            if is_sharded(trainer):
-                check_shardable(target, config, trainer)
-            if merged_weights(target):
-                check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
-            data = None
-            if needs_data(config):
-                data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
-            add_adapter(target, self.adapter_name, config, data)
-            if is_sharded(trainer):
-                take_type_of_precision(target, self.adapter_name, trainer)
-            LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
-            if not is_sharded(trainer):
-                start_alike(module, find_copies(module), self.adapter_name)
-            copy_into_averages(trainer, module)
+            self._add_adapter(trainer, module, config)
         if not is_sharded(trainer):
             self._copies = find_copies(module)
             freeze_alike(module, self._copies)
@@ -511,6 +471,25 @@ class LoraCallback(Callback):
         if not is_sharded(trainer):  # whole tensors are no shards
             self._start = Start.of(module)
             note_built(module)
+
+    def _add_adapter(self, trainer: Trainer, module: LightningModule, config: LoraConfig) -> None:
+        """Adds the adapter to a module that has none of its name."""
+        target = self._target(module)
+        check_not_nested(module, self.target)
+        if is_sharded(trainer):
+            check_shardable(target, config, trainer)
+        if merged_weights(target):
+            check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
+        data = None
+        if needs_data(config):
+            data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
+        add_adapter(target, self.adapter_name, config, data)
+        if is_sharded(trainer):
+            take_type_of_precision(target, self.adapter_name, trainer)
+        LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
+        if not is_sharded(trainer):
+            start_alike(module, find_copies(module), self.adapter_name)
+        copy_into_averages(trainer, module)
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""
@@ -529,16 +508,6 @@ class LoraCallback(Callback):
         names, self._names = self._names, []
         for collection, added in names:
             collection.difference_update(added)
-
-    def _merge_again(self, module: LightningModule) -> None:
-        """Merges after validate, test or predict, so that other weights that are loaded next meet a plain module."""
-        target = self._target(module)
-        if model_state(target) is None:
-            return
-        try:
-            self._merge = merge_reversibly(target, self.max_error, dequantize=self.dequantize)
-        except MergeError as error:  # what was tested is right nevertheless
-            rank_zero_warn(f"The adapter stays on the module: {error}")
 
     def _files_of_the_adapter(self, target: nn.Module, config: LoraConfig) -> str | None:
         """Returns the option by which an adapter is left that needs the pretrained base, if there is one."""
@@ -560,7 +529,7 @@ class LoraCallback(Callback):
             if shims is not None:
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
-        self._random_state, self._undone, self._sums = None, False, {}
+        self._random_state, self._merge.undone, self._sums = None, False, {}
 
 
 def _load_best(trainer: Trainer, module: LightningModule) -> None:

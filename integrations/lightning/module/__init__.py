@@ -34,6 +34,7 @@ from lora_plugins.integrations.lightning.module.frozen_parts import (
     note_built,
     outside,
 )
+from lora_plugins.integrations.lightning.module.kept_merge import KeptMerge
 from lora_plugins.integrations.lightning.module.merged_base import (
     check_merged_base,
     mark_merged,
@@ -71,6 +72,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
 )
 
 __all__ = [
+    "KeptMerge",
     "NetworkCopy",
     "ReversibleMerge",
     "adapted_layers_moved",

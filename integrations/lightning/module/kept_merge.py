@@ -1,0 +1,62 @@
+"""The merge that `fit` ends with, as long as it may be taken back: by a later fit, or to load an adapter."""
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lora_plugins import MergeError
+from lora_plugins.adapter import model_state
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.module.reversible_merge import ReversibleMerge, merge_reversibly
+
+
+class KeptMerge:
+    """The last merge of an adapter.
+
+    Args:
+        adapter_name: Name of the adapter, for messages.
+
+    Attributes:
+        undone: Whether it was taken back in the present run.
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        self.undone = False
+        self._adapter_name = adapter_name
+        self._merge: ReversibleMerge | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is one."""
+        return self._merge is not None
+
+    def keep(self, merge: ReversibleMerge) -> None:
+        """Takes note of a merge."""
+        self._merge = merge
+
+    def undo(self, target: nn.Module, module_name: str) -> None:
+        """Undoes the merge where the target has the very values that were merged.
+
+        Elsewhere the weights that are there win, and a line says so if it is the target that was merged.
+        """
+        merge = self._merge
+        if merge is None or model_state(target) is not None:
+            return
+        if merge.is_of(target):
+            merge.undo(target)
+            self._merge, self.undone = None, True
+        elif merge.target() is target:
+            rank_zero_info(
+                f"The weights of {module_name} are no more those that the adapter {self._adapter_name!r} was merged "
+                f"into: {listing(merge.replaced(target), 3)} have other values. The merge is not taken back: the "
+                "weights that are there are the base now."
+            )
+            self._merge = None
+
+    def make_again(self, target: nn.Module, max_error: float, *, dequantize: bool) -> None:
+        """Merges again what was undone, so that other weights that are loaded next meet a plain module."""
+        if model_state(target) is None:
+            return
+        try:
+            self._merge = merge_reversibly(target, max_error, dequantize=dequantize)
+        except MergeError as error:  # what was tested is right nevertheless
+            rank_zero_warn(f"The adapter stays on the module: {error}")
