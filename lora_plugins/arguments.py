@@ -11,19 +11,46 @@ from torch import nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import shown
+from lora_plugins.field_checks import (
+    Check,
+    check_chosen,
+    check_flag,
+    check_name,
+    check_options,
+    check_share,
+    check_some,
+    shown,
+)
 from lora_plugins.words import ARGUMENTS, FIELDS
 
 Class = TypeVar("Class")
 
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((nn.Module,), "a torch.nn.Module"),
-    "config": ((LoraConfig, type(None)), "a LoraConfig of lora_plugins"),
-    "adapter_name": ((str, type(None)), "the name of an adapter"),
+    "config": ((LoraConfig,), "a LoraConfig of lora_plugins"),
+    "adapter_name": ((str,), "the name of an adapter"),
     "path": ((str, os.PathLike), "a path"),
-    "dequantize": ((bool, type(None)), "True or False"),
+    "dequantize": ((bool,), "True or False"),
 }
-"""By the name of a parameter, the types it can have, and what they are called."""
+"""By the name of a parameter, the types it can have, and what they are called; such arguments may be swapped."""
+
+_CHECKS: Mapping[str, Check] = {
+    "adapter_names": check_chosen,
+    "adapters": check_chosen,
+    "weights": check_some,
+    "trainable": check_flag,
+    "max_error": check_share,
+    "combination_type": check_name,
+    "format": check_name,
+    "format_options": check_options,
+    "repository": check_name,
+    "base_model": check_name,
+    "license": check_name,
+    "revision": check_name,
+    "private": check_flag,
+    "metrics": check_options,
+}
+"""By the name of another parameter, what it can hold. Where None is the default, it can be given."""
 
 _RENAMED: Mapping[str, str] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 """Fields of PEFT's LoraConfig that have the same values here, under another name."""
@@ -58,6 +85,11 @@ def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any]
         if key in ARGUMENTS and key not in parameters:
             raise ConfigError(f"{call} has no argument {key!r}. {ARGUMENTS[key]}")
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    given = {
+        key: value
+        for key, value in given.items()
+        if key in parameters and (value is not None or parameters[key].default is not None)
+    }
     wrong = {key: value for key, value in given.items() if key in _TYPES and not _fits(key, value)}
     if wrong:
         needed = [name for name, each in parameters.items() if each.default is each.empty or name == "config"]
@@ -66,6 +98,8 @@ def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any]
             raise ConfigError(f"{call}: the arguments are swapped. {form}")
         key, value = next(iter(wrong.items()))
         raise ConfigError(f"{call}: {_wrong_type(key, value)} {_remedy(key, value) or form}")
+    for key in given.keys() & _CHECKS.keys():
+        _CHECKS[key](f"{call}: {key}", given[key])
 
 
 def check_config(call: str, config: Any) -> None:
@@ -78,7 +112,7 @@ def check_config(call: str, config: Any) -> None:
     Raises:
         ConfigError: If it is something else, with what to write instead.
     """
-    if not isinstance(config, LoraConfig):
+    if not _fits("config", config):
         raise ConfigError(f"{call}: {_wrong_type('config', config)} {_remedy('config', config)}".rstrip())
 
 

@@ -1,11 +1,12 @@
-"""What the fields of a config can hold: a check for each kind of value, which takes the field's name and the value.
+"""What fields of configs and arguments can hold: a check for each kind of value, which takes the name and the value.
 
 Each raises a `ConfigError` that says what the field is, and what it was given.
 """
 
+import math
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora_plugins.errors import ConfigError, near
@@ -45,6 +46,24 @@ def check_dropout(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {shown(value)}.")
 
 
+def check_factor(name: str, value: Any) -> None:
+    """What a learning rate is multiplied by."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
+
+
+def check_share(name: str, value: Any) -> None:
+    """A share of something that may be lost; infinite for all of it."""
+    if not _is_number(value) or not value >= 0:
+        raise ConfigError(f"{name} is a share, a number of at least 0, not {shown(value)}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """How many of something."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is a whole number of at least 1, not {shown(value)}.")
+
+
 def check_flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
@@ -63,6 +82,22 @@ def check_names(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is a list of names, not {shown(value)}.")
     for entry in value:
         check_name(name, entry)
+
+
+def check_some(name: str, value: Any) -> None:
+    """A collection of any kind, but no text."""
+    if not isinstance(value, Collection) or isinstance(value, str | bytes):
+        raise ConfigError(f"{name} is a list, not {shown(value)}.")
+
+
+def check_chosen(name: str, value: Any) -> None:
+    """A name, or a collection of names, each of which may be None."""
+    if isinstance(value, str):
+        return
+    check_some(name, value)
+    for entry in value:
+        if entry is not None:
+            check_name(name, entry)
 
 
 def check_parts(name: str, value: Any) -> None:

@@ -581,6 +581,10 @@ class LoraModel(metaclass=Told):
                 "config, init_data=InitData(loader)). LoraCallback takes them from the training batches by itself, and "
                 "a saved adapter needs none: LoraModel.load_adapter(model, path)."
             )
+        if not isinstance(data, InitData | Calibration):
+            raise ConfigError(
+                f"init_data is a {type(data).__name__}. Write InitData(batches), with a DataLoader or a list."
+            )
         calibration = calibrate(self.model, plan, data) if isinstance(data, InitData) else data
         return calibration.of(plan)
 

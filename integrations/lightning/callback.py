@@ -1,6 +1,7 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -14,7 +15,15 @@ from torch.optim import Optimizer
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import hold_norms, model_state
 from lora_plugins.arguments import check_config
-from lora_plugins.errors import near
+from lora_plugins.field_checks import (
+    Check,
+    check_count,
+    check_flag,
+    check_name,
+    check_share,
+    choice_of,
+    optional,
+)
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -95,6 +104,26 @@ from lora_plugins.plan import forgotten_layers
 allow_class_path()
 
 
+def _check_export(name: str, value: Any) -> None:
+    if Path(value).suffix != ".safetensors":
+        raise ConfigError(f"{name} is {value!r}. It names a file that ends in .safetensors.")
+
+
+_CHECKS: Mapping[str, Check] = {
+    "adapter_name": check_name,
+    "merge_on_fit_end": check_flag,
+    "dequantize": check_flag,
+    "merge_source": choice_of("last", "best"),
+    "target": optional(check_name),
+    "export_to": optional(_check_export),
+    "train_mode": check_flag,
+    "print_plan": check_flag,
+    "max_error": check_share,
+    "init_batches": check_count,
+}
+"""What the arguments of a LoraCallback can be, by name."""
+
+
 class LoraCallback(Callback):
     """Adapts a LightningModule with LoRA while it is fitted; the module needs no change.
 
@@ -155,10 +184,6 @@ class LoraCallback(Callback):
         init_batches: int = 32,
     ) -> None:
         check_config("LoraCallback", config)
-        if merge_source not in ("last", "best"):
-            raise ConfigError(f"merge_source is {merge_source!r}. {near(merge_source, ('last', 'best'))}")
-        if export_to is not None and Path(export_to).suffix != ".safetensors":
-            raise ConfigError(f"export_to is {export_to!r}. It names a file that ends in .safetensors.")
         self.config = config
         self.adapter_name = adapter_name
         self.merge_on_fit_end = merge_on_fit_end
@@ -171,12 +196,10 @@ class LoraCallback(Callback):
         self.train_mode = train_mode
         self.print_plan = print_plan
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)
-        if not max_error >= 0:
-            raise ConfigError(f"max_error is {max_error!r}. It is a share of an update, at least 0.")
         self.max_error = max_error
-        if init_batches < 1:
-            raise ConfigError(f"init_batches is {init_batches!r}. It is a number of batches, at least 1.")
         self.init_batches = init_batches
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         self._merge = KeptMerge(adapter_name)
         self._modes: dict[str, bool] = {}
         self._copies: list[NetworkCopy] = []

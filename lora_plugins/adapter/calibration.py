@@ -18,6 +18,7 @@ from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.state import model_state
 from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.errors import ConfigError, PluginError
+from lora_plugins.field_checks import check_count, optional, shown
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import own_randomness, run_seed
@@ -46,11 +47,21 @@ class InitData:
             needs gradients it returns the loss, or something with a `loss`. By default the model is called with the
             items of the batch by name, with the first of several, or with the batch itself.
         limit: The number of batches to read; all of them by default.
+
+    Raises:
+        ConfigError: If one of them is something else.
     """
 
     batches: Iterable[Any]
     step: Step = call
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, Iterable) and not hasattr(self.batches, "__getitem__"):
+            raise ConfigError(f"batches is {shown(self.batches)}. It is a DataLoader, or a list of batches.")
+        if not callable(self.step):
+            raise ConfigError(f"step is {shown(self.step)}. It is a function of the model and a batch.")
+        optional(check_count)("limit", self.limit)
 
 
 @dataclass(frozen=True)

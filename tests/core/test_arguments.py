@@ -1,5 +1,6 @@
 """Arguments that are swapped, of another type or of another library: the error says what to write."""
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
+from lora_plugins import ConfigError, InitData, LoraConfig, LoraError, LoraModel, TargetError
 from lora_plugins.words import ARGUMENTS, FUNCTIONS, MEMBERS
 
 CONFIG = LoraConfig(r=2, target_modules=["0"])
@@ -92,6 +93,97 @@ def test_a_refused_call_changes_nothing():
         handle.merge_and_unload(safe_merge=True)
     assert handle.adapters.keys() == {"default"}
     assert all(tensor.equal(before[name]) for name, tensor in handle.model.state_dict().items())
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    1.5,
+    float("nan"),
+    10**30,
+    "x",
+    b"x",
+    [],
+    [1],
+    ["a", 1],
+    {"a": 1},
+    object(),
+    nn.Linear(2, 2),
+    int,
+)
+"""What may be given where something else is expected."""
+
+GOOD = {
+    "plan": {"model": net(), "config": CONFIG},
+    "add_adapter": {"adapter_name": "b", "config": CONFIG},
+    "set_adapter": {"adapter_names": "default", "weights": None, "trainable": True},
+    "mixed_batch": {"adapter_names": ["default"]},
+    "delete_adapter": {"adapter_name": "default"},
+    "merge_adapter": {"adapter_names": None, "max_error": 0.1},
+    "unload": {"dequantize": None},
+    "merge_and_unload": {"max_error": 0.1, "dequantize": False},
+    "add_weighted_adapter": {
+        "adapters": ["default"],
+        "weights": [1.0],
+        "adapter_name": "b",
+        "combination_type": "ties",
+        "density": 0.5,
+    },
+    "save_adapter": {"path": "out", "adapter_name": "default", "format": "peft", "format_options": None},
+    "load_adapter": {
+        "model": net(),
+        "path": "saved",
+        "adapter_name": None,
+        "format": None,
+        "format_options": None,
+    },
+    "swap_adapter": {"adapter_name": "default", "path": "saved", "format": None, "format_options": None},
+    "push_to_hub": {"repository": "a/b", "license": None, "revision": None, "private": None, "metrics": None},
+    "pack": {"adapter_name": "default"},
+}
+"""By method, arguments that it takes."""
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"), [(method, argument) for method, arguments in GOOD.items() for argument in arguments]
+)
+def test_an_argument_of_any_other_type_is_no_error_of_python(method, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lora().save_adapter("saved")
+    for value in VALUES:
+        with contextlib.suppress(LoraError):
+            getattr(lora(), method)(**{**copy.deepcopy(GOOD[method]), argument: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: lora().set_adapter(3), "LoraModel.set_adapter: adapter_names is a list, not 3"),
+        (lambda: lora().set_adapter("default", weights=0.5), "weights is a list, not 0.5"),
+        (lambda: lora().set_adapter("default", trainable="no"), "trainable is True or False, not 'no'"),
+        (lambda: lora().merge_adapter(max_error=float("nan")), "max_error is a share, a number of at least 0, not nan"),
+        (lambda: lora().add_adapter("b", None), "config is a NoneType"),
+        (lambda: InitData(3), "batches is 3. It is a DataLoader, or a list of batches"),
+        (lambda: InitData([], step=3), "step is 3. It is a function of the model and a batch"),
+        (lambda: InitData([], limit=0), "limit is a whole number of at least 1, not 0"),
+        (
+            lambda: LoraModel(net(), LoraConfig(init="eva", target_modules=["0"]), init_data=[torch.ones(1, 4)]),
+            r"init_data is a list. Write InitData\(batches\)",
+        ),
+    ],
+)
+def test_an_argument_is_told_what_it_is(call, said):
+    with pytest.raises(ConfigError, match=said):
+        call()
+
+
+@pytest.mark.parametrize("names", [["default"], ("default",), {"default"}, {"default": 1}.keys()], ids=str)
+def test_names_come_in_any_collection(names):
+    handle = lora()
+    handle.set_adapter(names)
+    assert handle.active_adapters == ("default",)
 
 
 class TestConfigsOfPeft:

@@ -28,7 +28,7 @@ ARROWS = {
     "plugins": {"config", "words", *BASIS},
     "inplace": {"plugins", *BASIS},
     "plan": {"inplace", "plugins", "config", *BASIS},
-    "adapter": {"plan", "inplace", "plugins", "config", *BASIS},
+    "adapter": {"plan", "inplace", "plugins", "config", "field_checks", *BASIS},
     "merge": {"adapter", "inplace", "plugins", "kernels", *BASIS},
     "files": {"adapter", "plan", "inplace", "plugins", "config", "field_checks", *BASIS},
     "hub": {"plugins", *BASIS},

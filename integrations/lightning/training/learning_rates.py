@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_plugins import ConfigError, StateError
+from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
+from lora_plugins.field_checks import check_factor
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.integrations.lightning.training.optimizer_groups import flatten
 
@@ -58,7 +59,7 @@ class LearningRates:
         heads_lr_ratio: Learning rate of heads, biases and what lies outside the adapters' targets, as a multiple too.
 
     Raises:
-        ConfigError: If one of them is not above zero.
+        ConfigError: If one of them is not a positive, finite number.
     """
 
     loraplus_lr_ratio: float = 1.0
@@ -66,8 +67,7 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigError(f"{name} is {value!r}. It is a number above zero.")
+            check_factor(name, value)
 
     def split_groups(self, module: nn.Module, configured: Any) -> None:
         """Splits every parameter group of existing optimizers, and lets their schedulers drive all parts.

@@ -1,5 +1,6 @@
 """With other callbacks and in other modes of Lightning: nothing lost, nothing silent."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import ConfigError, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import BASE, CONFIG, Classifier, differing, loader, lora, trainer, values
 
@@ -133,3 +134,16 @@ def test_precisions_train_merge_and_load(tmp_path, precision):
 def test_what_is_no_config_is_refused_at_once(config, said):
     with pytest.raises(ConfigError, match=f"^LoraCallback: {said}"):
         LoraCallback(config)
+
+
+@pytest.mark.parametrize("argument", [name for name in inspect.signature(LoraCallback).parameters if name != "config"])
+def test_an_argument_of_another_type_is_told_at_once(argument):
+    for value in (b"x", object(), [1], float("nan"), -1):
+        with pytest.raises(ConfigError, match=rf"{argument} (is|holds) "):
+            LoraCallback(LoraConfig(), **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["merge_on_fit_end", "dequantize", "train_mode", "print_plan"])
+def test_a_word_is_no_flag(argument):
+    with pytest.raises(ConfigError, match=f"{argument} is True or False, not 'no'"):
+        LoraCallback(LoraConfig(), **{argument: "no"})

@@ -101,7 +101,7 @@ def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
 
 @pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
 def test_ratio_has_to_be_above_zero(option):
-    with pytest.raises(ConfigError, match=f"{option} is 0"):
+    with pytest.raises(ConfigError, match=f"{option} is a positive, finite number, not 0"):
         LoraCallback(CONFIG, **{option: 0.0})
 
 
