@@ -1,7 +1,13 @@
-"""Blocks: other adapters act for the time of a `with` statement, and then all is what it was."""
+"""Blocks: other adapters act for the time of a `with` statement, and then all is what it was.
 
+A block changes the model itself, for every thread and task that calls it. So one of them has blocks at a time: where
+two had, each would compute what the block of the other says.
+"""
+
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial, wraps
 from typing import ParamSpec, TypeVar
@@ -17,6 +23,12 @@ from lora_plugins.utils import mark_restored, mark_stand_ins, outside_inference
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+_OPENED: ContextVar[tuple[Block, ...]] = ContextVar("opened", default=())
+"""The blocks that the present thread or task has opened; what it starts with its context has opened them too."""
+
+_OPENING = threading.Lock()
+"""Held while a block is opened."""
 
 
 class Within(ExitStack):
@@ -46,8 +58,13 @@ class Within(ExitStack):
         return inside
 
     def __enter__(self) -> nn.Module:  # type: ignore[override]
+        with _OPENING:
+            return self._open()
+
+    def _open(self) -> nn.Module:
         model, state = self._model, present_state(self._model)
         state.check(self._opened.call)
+        _check_opened_here(state, self._opened.call)
         if self._inside in state.blocks:  # an end of it would be the end of both
             raise StateError(f"This block is open already. Open another one inside: {self._opened.call}(...).")
         if self._check is not None:
@@ -55,7 +72,9 @@ class Within(ExitStack):
         opened = self._inside = replace(self._opened)
         for _ in range(2):
             self.callback(_leave, model, opened)
-        return whole(model, partial(_enter, model, state, opened))
+        _OPENED.set((*_OPENED.get(), opened))
+        whole(model, partial(_enter, model, state, opened))
+        return model
 
 
 def without_adapters(model: nn.Module) -> Within:
@@ -63,15 +82,24 @@ def without_adapters(model: nn.Module) -> Within:
     return Within(model, Block("disable_adapter"))
 
 
+def _check_opened_here(state: ModelState, call: str) -> None:
+    """Refuses a block inside one of another thread or task."""
+    others = [block for block in state.blocks if block not in _OPENED.get()]
+    if others:
+        raise StateError(
+            f"{call}() is not possible: another thread or task is inside {others[-1].call}(), which changes the model "
+            "for all of them. Let one at a time have a block and call the model, with a lock around both."
+        )
+
+
 @outside_inference
-def _enter(model: nn.Module, state: ModelState, opened: Block) -> nn.Module:
+def _enter(model: nn.Module, state: ModelState, opened: Block) -> None:
     if state.outside is None:
         state.outside = _step_outside(model, state)
     else:
         state.values.follow_casts(model)
     state.blocks = (*state.blocks, opened)
     let_act(model_modules(model), state)
-    return model
 
 
 @outside_inference
@@ -79,6 +107,7 @@ def _leave(model: nn.Module, opened: Block) -> None:
     state = model_state(model)
     if state is not None and opened in state.blocks:
         whole(model, partial(_leave_block, model, state, opened))
+    _OPENED.set(tuple(block for block in _OPENED.get() if block is not opened))
 
 
 def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:

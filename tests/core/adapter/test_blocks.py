@@ -1,5 +1,8 @@
 """Blocks in any order: left inside out, used as a decorator, and with a forward or a backward on one side only."""
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -151,3 +154,97 @@ def test_a_parameter_that_the_user_thaws_gets_its_gradient():
     bias.requires_grad_(True)
     lora.model(X).sum().backward()
     assert bias.grad is not None
+
+
+BLOCKS = {
+    "disable_adapter": lambda lora: lora.disable_adapter(),
+    "mixed_batch": lambda lora: lora.mixed_batch(["a"] * 3),
+}
+opens = pytest.mark.parametrize("opens", BLOCKS.values(), ids=BLOCKS)
+opens_another = pytest.mark.parametrize("opens_another", BLOCKS.values(), ids=BLOCKS)
+
+
+def mixable() -> LoraModel:
+    """A model with a second adapter; neither trains a head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double().eval()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"), "a")
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["2"], init="none"))
+    return lora
+
+
+@opens
+@opens_another
+class TestThreadsAndTasks:
+    """Two of them inside blocks computed each what the other's block says."""
+
+    def test_a_thread_is_refused_while_another_one_is_inside(self, opens, opens_another):
+        lora = mixable()
+
+        def inside():
+            with opens_another(lora):
+                return lora.model(X)
+
+        with ThreadPoolExecutor(1) as pool:
+            expected = pool.submit(inside).result()
+            with opens(lora), pytest.raises(StateError, match="another thread or task is inside"):
+                pool.submit(inside).result()
+            assert torch.equal(pool.submit(inside).result(), expected)
+
+    def test_threads_with_a_lock_compute_their_own(self, opens, opens_another):
+        lora, lock = mixable(), threading.Lock()
+        with opens(lora):
+            expected = [lora.model(X)]
+        with opens_another(lora):
+            expected.append(lora.model(X))
+
+        def call(which):
+            for _ in range(20):
+                with lock, (opens, opens_another)[which](lora):
+                    assert torch.equal(lora.model(X), expected[which])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, [0, 1, 0, 1]))
+
+    def test_a_task_is_refused_while_another_one_waits_inside(self, opens, opens_another):
+        lora = mixable()
+
+        async def wait_inside(entered, ended):
+            with opens(lora):
+                entered.set()
+                await ended.wait()
+
+        async def both():
+            entered, ended = asyncio.Event(), asyncio.Event()
+            other = asyncio.create_task(wait_inside(entered, ended))
+            await entered.wait()
+            with pytest.raises(StateError, match="another thread or task is inside"), opens_another(lora):
+                pass
+            ended.set()
+            await other
+            with opens_another(lora):
+                pass
+
+        asyncio.run(both())
+
+    def test_what_a_task_starts_may_open_blocks_inside(self, opens, opens_another):
+        lora = mixable()
+
+        def inside():
+            with opens_another(lora):
+                return lora.model(X)
+
+        async def start():
+            with opens(lora):
+                return await asyncio.to_thread(inside)
+
+        assert torch.equal(asyncio.run(start()), inside())
+
+
+@opens
+def test_a_pool_calls_the_model_inside_a_block(opens):
+    lora = mixable()
+    with opens(lora):
+        expected = lora.model(X)
+        with ThreadPoolExecutor(2) as pool:
+            assert all(torch.equal(found, expected) for found in pool.map(lora.model, [X] * 8))
