@@ -36,15 +36,13 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     left_out: tuple[type[nn.Module], ...] = (AdapterTensors, *_foreign())
-
-    def visit(module: nn.Module, name: str) -> None:
+    waiting = [("", model)]
+    while waiting:  # a function inside this one that calls itself would keep the model until the collector comes
+        name, module = waiting.pop()
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
-        for key, child in module._modules.items():
-            if child is not None and not isinstance(child, left_out):
-                visit(child, full_name(name, key))
-
-    visit(model, "")
+        children = [(full_name(name, key), child) for key, child in module._modules.items() if child is not None]
+        waiting += [entry for entry in reversed(children) if not isinstance(entry[1], left_out)]
     return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
 
 

@@ -1,0 +1,78 @@
+"""A model whose last reference goes is freed at once: nothing of ours waits for Python's collector with it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+
+X = torch.randn(2, 8)
+
+
+def save(lora, folder):
+    lora.save_adapter(folder / "a")
+
+
+def load(lora, folder):
+    lora.save_adapter(folder / "a")
+    LoraModel.load_adapter(lora.model, folder / "a", "b")
+
+
+def open_blocks(lora, _):
+    lora.model.eval()
+    with lora.disable_adapter(), lora.mixed_batch(["default", None]):
+        lora.model(X)
+
+
+def train(lora, _):
+    lora.model(X).sum().backward()
+
+
+def merge_for_now(lora, _):
+    lora.merge_adapter()
+    lora.model.eval()(X)
+    lora.unmerge_adapter()
+
+
+def fail(lora, _):
+    with pytest.raises(ValueError, match="rank"):
+        lora.add_adapter("b", LoraConfig(r=2, target_modules=["0"], rank_pattern={"9": 1}))
+
+
+DONE = {
+    "nothing": lambda *_: None,
+    "saved": save,
+    "loaded": load,
+    "blocks": open_blocks,
+    "trained": train,
+    "merged for now": merge_for_now,
+    "merged for good": lambda lora, _: lora.merge_and_unload(),
+    "unloaded": lambda lora, _: lora.unload(),
+    "an error": fail,
+}
+CONFIGS = {
+    "plain": {},
+    "dora": {"variant": "dora"},
+    "dropout": {"dropout": 0.1},
+    "low memory": {"memory": "low"},
+    "a head": {"modules_to_save": ["2"], "target_modules": ["0"]},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("done", DONE.values(), ids=DONE)
+def test_a_model_is_freed_without_the_collector(done, config, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    lora = LoraModel(model, LoraConfig(**{"r": 2, "target_modules": ["0", "2"], **config}))
+    gc.collect()
+    gc.disable()
+    try:
+        done(lora, tmp_path)
+        left = [weakref.ref(model), *(weakref.ref(parameter) for parameter in model.parameters())]
+        del model, lora
+        assert [reference() for reference in left if reference() is not None] == []
+    finally:
+        gc.enable()
