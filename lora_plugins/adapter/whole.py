@@ -1,6 +1,5 @@
 """A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -67,7 +66,6 @@ class _Before:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._collecting = gc.isenabled()
         modules = _modules(model)
         self._contents = Contents(modules, [model._forward_pre_hooks, *_known(modules)])
         tensors = _tensors(modules)
@@ -75,8 +73,6 @@ class _Before:
         self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
 
     def put_back(self) -> None:
-        if self._collecting:
-            gc.enable()
         self._contents.put_back()
         for tensor, value, requires_grad in self._values:
             tensor.data = value

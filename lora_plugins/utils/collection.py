@@ -9,7 +9,13 @@ from lora_plugins.utils.ending import ending
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Lets Python search for no garbage in cycles for the time of the block."""
-    with ending(gc.enable if gc.isenabled() else gc.disable):
+    """Lets Python search for no garbage in cycles for the time of the block.
+
+    Where blocks of several threads overlap, the search goes on with the end of the first: none leaves it off.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    with ending(gc.enable):
         gc.disable()
         yield
