@@ -1,5 +1,6 @@
 """Looks at a folder or a list of images: which task it is for, with which classes and splits."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from lora_plugins.tasks.files import (
     TRAIN,
     VAL,
     check_folder,
+    decoding,
     image_files,
+    open_image,
     read_errors,
     read_list,
+    read_text,
     row_split,
     subfolders,
 )
@@ -28,8 +32,8 @@ from lora_plugins.tasks.files import (
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 
-ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
-"""Where EXIF says how an image is turned, and the values by which height and width change places."""
+ORIENTATION, UPRIGHT = 0x0112, 1
+"""Where EXIF says how an image is turned, and the value by which it is not."""
 
 
 def survey(data: Path | str, flags: Flags) -> Survey:
@@ -69,8 +73,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         raise DataError(
             f"--classes and --ignore-index are for masks; the classes of {data} are the names of its folders."
         )
-    names = [path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if not names:
+    if not _has_folders(data):
         what = "images, and nothing says what is on them" if image_files(data) else "no images and no folder"
         raise DataError(
             f"{data} holds {what}. Make a folder of images for each class, {data}/CLASS/NAME.jpg; or put masks beside "
@@ -78,6 +81,11 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         )
     splits = _splits(data)
     folders = {split: data / split for split in splits} or {TRAIN: data}
+    if splits and not _has_folders(folders[TRAIN]) and image_files(folders[TRAIN]):
+        raise DataError(
+            f"{folders[TRAIN]} is taken for the train split, and holds images, no folder for each class. If {TRAIN!r} "
+            "is a class, give its folder another name."
+        )
     classes = subfolders(folders[TRAIN])
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}
@@ -177,6 +185,10 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, "a list of labels")
 
 
+def _has_folders(folder: Path) -> bool:
+    return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+
+
 def _splits(folder: Path) -> list[str]:
     """The folders of splits in a folder; none if its files are to be split."""
     names = {path.name for path in folder.iterdir() if path.is_dir()}
@@ -207,7 +219,11 @@ def _names(folder: Path) -> tuple[str, ...] | None:
     path = folder / NAMES_FILE
     if not path.is_file():
         return None
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError(f"{path} names {listing(twice)} more than once. Each class has a name of its own.")
+    return tuple(names)
 
 
 def _unreadable(paths: Sequence[Path]) -> list[str]:
@@ -222,19 +238,18 @@ def _unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
 def _check_sizes(pair: tuple[Path, Path]) -> None:
     image, mask = pair
     width, height = _image_size(mask)
-    with Image.open(image) as opened:
-        size = opened.size[::-1] if opened.getexif().get(ORIENTATION) in ON_ITS_SIDE else opened.size
+    with decoding(image), Image.open(image) as opened:
+        size, is_turned = opened.size, opened.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
+    if is_turned:  # which of the two sizes the header of a turned file has depends on its format
+        size = open_image(image).size
     if (width, height) != size:
         raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height)")
 
 
 def _image_size(path: Path) -> tuple[int, int]:
     """Width and height, from the header of a file."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    with decoding(path), Image.open(path) as image:
+        return image.size
 
 
 def _refuse(problems: Sequence[str]) -> None:

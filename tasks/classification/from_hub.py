@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import HubDataset, ImageDataModule, Item
+from lora_plugins.tasks.data import HubDataset, ImageDataModule, Item, as_rgb
 
 
 class HubImageDataModule(ImageDataModule):
@@ -65,4 +65,4 @@ class HubImageDataModule(ImageDataModule):
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
         """Decode an image; its class is known from its row."""
-        return self.hub_dataset.image(item, self.image_column).convert("RGB"), item.target
+        return as_rgb(self.hub_dataset.image(item, self.image_column), item.name), item.target

@@ -6,15 +6,18 @@ Data modules are in `data`; `autoconfig` looks at files through this room before
 from lora_plugins.tasks.files.image_io import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    as_rgb,
     check_folder,
     decode_image,
+    decoding,
     image_files,
+    named_by_text,
     open_image,
     read_errors,
     read_image,
     subfolders,
 )
-from lora_plugins.tasks.files.sample_lists import read_list, row_split
+from lora_plugins.tasks.files.sample_lists import read_list, read_text, row_split
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out
 
 __all__ = [
@@ -23,15 +26,19 @@ __all__ = [
     "TEST",
     "TRAIN",
     "VAL",
+    "as_rgb",
     "check_folder",
     "check_shares",
     "decode_image",
+    "decoding",
     "hold_out",
     "image_files",
+    "named_by_text",
     "open_image",
     "read_errors",
     "read_image",
     "read_list",
+    "read_text",
     "row_split",
     "subfolders",
 ]

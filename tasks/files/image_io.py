@@ -1,17 +1,21 @@
 """Find and read image files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from lora_plugins.errors import no_folder
-from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.errors import DataError, listed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
+OPEN_MODES = frozenset({"I", "F"})
+"""Of images whose values end nowhere."""
+
 READER_THREADS = 4
 
 Source = TypeVar("Source")
@@ -32,9 +36,10 @@ def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
-        DataError: If the folder is missing, or holds no folder.
+        DataError: If the folder is missing, or holds no folder, or one whose name is no text.
     """
-    names = sorted(p.name for p in check_folder(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [p for p in check_folder(folder).iterdir() if p.is_dir() and not p.name.startswith(".")]
+    names = sorted(path.name for path in named_by_text(found))
     if not names:
         raise DataError(f"{folder.absolute()} holds no folder; one a class is expected.")
     return names
@@ -44,10 +49,30 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
     """The image files in a folder, sorted, without hidden ones.
 
     Raises:
-        DataError: If the folder is missing.
+        DataError: If the folder is missing, or the name of a file is no text.
     """
     files = check_folder(folder).iterdir()
-    return sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    return named_by_text(sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")))
+
+
+def named_by_text(paths: Sequence[Path]) -> list[Path]:
+    """Check that paths are texts, so that they can be printed and written into tables and reports, and return them.
+
+    Raises:
+        DataError: With those that are not, as of archives that were packed with another encoding.
+    """
+    wrong = [ascii(str(path)) for path in paths if not _is_text(str(path))]
+    if wrong:
+        raise DataError(f"Names of files and folders have to be UTF-8. Rename ({len(wrong)}):\n{listed(wrong)}")
+    return [*paths]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_image(path: Path) -> Image.Image:
@@ -56,7 +81,29 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DataError: If it cannot be read, with its path.
     """
-    return open_image(path).convert("RGB")
+    return as_rgb(open_image(path), path)
+
+
+def as_rgb(image: Image.Image, name: object) -> Image.Image:
+    """Convert an image to RGB. Of 16 bits, the upper 8 are taken; Pillow by itself makes white of all above 255.
+
+    Args:
+        image: The image.
+        name: Its name in error messages.
+
+    Raises:
+        DataError: If its values have no range of which white is the end.
+    """
+    if image.mode.startswith("I;16"):
+        import numpy as np
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in OPEN_MODES:
+        raise DataError(
+            f"{name} holds 32-bit numbers (mode {image.mode}), and nothing says which of them is white. Write it with "
+            "8 or 16 bits"
+        )
+    return image.convert("RGB")
 
 
 def open_image(path: Path) -> Image.Image:
@@ -78,12 +125,22 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     Raises:
         DataError: If it cannot be decoded.
     """
+    with decoding(name), Image.open(source) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+@contextmanager
+def decoding(name: object) -> Iterator[None]:
+    """Names the file whose decoder fails.
+
+    Raises:
+        DataError: Whatever the decoder raises: of damaged files, there is hardly an exception that Pillow leaves out.
+    """
     try:
-        with Image.open(source) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-    except (OSError, UnidentifiedImageError) as error:
+        yield
+    except Exception as error:
         raise DataError(f"{name} cannot be read: {error}") from error
 
 

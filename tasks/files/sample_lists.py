@@ -1,6 +1,7 @@
 """Lists of samples: CSV files and JSON lines, one sample per row."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,19 @@ SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validatio
 
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
-    return list[Row](csv.DictReader(text.splitlines()))
+    try:
+        rows = list[Row](csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise DataError(f"{path} is no CSV: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if None in row:  # where DictReader puts what is beyond the header
+            raise DataError(f"Row {number} of {path} has more values than columns. Quote a value with a comma in it.")
+    return rows
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold what else `splitlines` takes for an end
         if not line.strip():
             continue
         try:
@@ -46,18 +54,28 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
     """
     if path.suffix not in READERS:
         raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}. A list is a text in UTF-8.") from error
-    rows = READERS[path.suffix](text, path)
+    rows = READERS[path.suffix](read_text(path), path)
     if not rows:
         raise DataError(f"{path} holds no row.")
     for number, row in enumerate(rows, 1):
         for column in columns:
-            if row.get(column) in (None, ""):
+            if column in row and row[column] in (None, ""):
+                raise DataError(f"Row {number} of {path} has no value in the column {column!r}.")
+            if column not in row:
                 raise DataError(f"Row {number} of {path}: {unknown('column', column, row)}")
     return rows
+
+
+def read_text(path: Path) -> str:
+    """Read a text in UTF-8, with or without a mark in front.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. It has to be a text in UTF-8.") from error
 
 
 def row_split(row: Row, column: str, where: str) -> str:

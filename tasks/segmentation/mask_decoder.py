@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lora_plugins import ConfigError
+from lora_plugins.tasks.data import as_rgb
 from lora_plugins.tasks.errors import DataError
 
 INDEX_MODES = frozenset({"L", "P"})
@@ -77,7 +78,7 @@ class MaskDecoder:
         return indices
 
     def _from_colors(self, mask: Image.Image, name: str) -> Labels:
-        pixels = np.asarray(mask.convert("RGB")).astype(np.int64)
+        pixels = np.asarray(as_rgb(mask, name)).astype(np.int64)
         packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
         values, places = np.unique(packed, return_inverse=True)
         table = self.colors or {}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_plugins.tasks.data import ImageDataModule, Item
+from lora_plugins.tasks.data import ImageDataModule, Item, as_rgb
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.segmentation.mask_decoder import MaskDecoder
 
@@ -59,7 +59,7 @@ class MaskDataModule(ImageDataModule):
         image, mask = self.open_pair(item)
         if image.size != mask.size:
             raise DataError(f"{item.name} is {_dimensions(mask)}, its image is {_dimensions(image)} (height x width)")
-        return image.convert("RGB"), self.decoder.decode(mask, item.name)
+        return as_rgb(image, item.image), self.decoder.decode(mask, item.name)
 
     def explain_missing(self) -> str:
         """Says what masks have to hold, and how masks of black and white are read."""

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.errors import DataError, WeightsError
-from lora_plugins.tasks.files import decode_image
+from lora_plugins.tasks.files import as_rgb, decode_image
 from lora_plugins.tasks.inference import resized
 from lora_plugins.tasks.segmentation import class_colors, palette_image
 from lora_plugins.tasks.serving.described import Described, ReplacedError
@@ -140,7 +140,7 @@ def _decoded(body: bytes, max_pixels: int) -> Image.Image:
             pixels = opened.width * opened.height
         if pixels > max_pixels:
             raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
-        return decode_image(BytesIO(body), UPLOAD).convert("RGB")
+        return as_rgb(decode_image(BytesIO(body), UPLOAD), UPLOAD)
     except LoraError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -94,6 +94,22 @@ class TestMasks:
         (root / "classes.txt").write_text("sky\nroad\n")
         assert survey(root, Flags()).classes == ("sky", "road")
 
+    def test_names_in_a_file_of_windows(self, tmp_path):
+        root = masked(tmp_path / "data", [0, 1])
+        (root / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\n\r\nroad\r\n")
+        assert survey(root, Flags()).classes == ("sky", "road")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [("sky\nroad\nsky", "names 'sky' more than once"), ("sky\nallée", r"classes\.txt cannot be read.*UTF-8")],
+        ids=["a name twice", "not UTF-8"],
+    )
+    def test_names_that_cannot_be(self, tmp_path, content, message):
+        root = masked(tmp_path / "data", [0, 1])
+        (root / "classes.txt").write_text(content, encoding="latin-1")
+        with pytest.raises(DataError, match=message):
+            survey(root, Flags())
+
     def test_masks_elsewhere(self, tmp_path):
         root = masked(tmp_path / "data", [0, 1])
         (root / "masks").rename(tmp_path / "labels")
@@ -131,6 +147,12 @@ def unreadable(root):
     (root / "a" / "broken.jpg").write_bytes(b"no image")
 
 
+def cut_off(root):
+    unreadable(root)
+    (root / "a" / "broken.jpg").rename(root / "a" / "broken.png")
+    (root / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x04IHDR\0\0\0\0abcd")
+
+
 def an_empty_class(root):
     unreadable(root)
     (root / "a" / "broken.jpg").unlink()
@@ -139,6 +161,11 @@ def an_empty_class(root):
 
 def another_name_of_val(root):
     for name in ("train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg"):
+        write_image(root / name, noise())
+
+
+def a_class_called_train(root):
+    for name in ("car/0.jpg", "plane/0.jpg", "train/0.jpg"):
         write_image(root / name, noise())
 
 
@@ -184,12 +211,13 @@ def masks_of_another_size(root):
     write_image(root / "masks" / "3.png", np.zeros((40, 30), np.uint8))
 
 
-def turned(root):
+def turned(root, kind="jpg"):
     """A camera that was held upright: its pixels lie on their side."""
     masked(root, [0, 1])
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(noise(60, 40)).save(root / "images" / "3.jpg", exif=exif)
+    (root / "images" / "3.jpg").unlink()
+    Image.fromarray(noise(60, 40)).save(root / "images" / f"3.{kind}", exif=exif)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +228,10 @@ def turned(root):
         (no_masks, r"has no masks beside it.*--masks .*labels"),
         (only_images, "nothing says what is on them"),
         (unreadable, "(?s)1 problem.*broken.jpg cannot be read"),
+        (cut_off, "(?s)1 problem.*broken.png cannot be read"),
         (an_empty_class, "nothing holds no image"),
         (another_name_of_val, "valid looks like the val split"),
+        (a_class_called_train, "train is taken for the train split.*another name"),
         (val_alone, "none called 'train'"),
         (too_few, "2 images are too few"),
         (without_partner, "3.jpg has no mask"),
@@ -238,8 +268,10 @@ def test_one_value_beside_the_ignored_one(tmp_path):
         survey(masked(tmp_path / "data", [0, 1]), Flags(ignore_index=0))
 
 
-def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path):
-    turned(tmp_path / "data")
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path, kind):
+    """Pillow turns a TIFF by itself, and gives the size of what is shown."""
+    turned(tmp_path / "data", kind)
     assert survey(tmp_path / "data", Flags()).counts["train"] == 4
 
 

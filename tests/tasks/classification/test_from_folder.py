@@ -1,5 +1,7 @@
 """Images in folders by class."""
 
+import os
+
 import pytest
 
 from lora_plugins.tasks import (
@@ -8,7 +10,7 @@ from lora_plugins.tasks import (
 )
 from lora_plugins.tasks.data import Batch
 
-from ..conftest import loaded
+from ..conftest import loaded, noise, write_image
 
 
 class TestImageFolders:
@@ -48,3 +50,10 @@ class TestImageFolders:
         path.write_bytes(b"no picture")
         with pytest.raises(DataError, match=r"cat.0\.jpg cannot be read"):
             loaded(ImageFolderDataModule(str(class_folders))).splits["train"][0]
+
+    @pytest.mark.parametrize("inside", [b"caf\xe9/0.jpg", b"cat/caf\xe9.jpg"], ids=["a class", "a picture"])
+    def test_a_name_that_is_no_text_is_told(self, class_folders, inside):
+        """As of an archive that was packed with another encoding."""
+        write_image(class_folders / "train" / os.fsdecode(inside), noise())
+        with pytest.raises(DataError, match=r"UTF-8\. Rename \(1\):\n.*caf.udce9"):
+            loaded(ImageFolderDataModule(str(class_folders), image_size=(8, 8)))

@@ -1,5 +1,8 @@
 """Images and labels from a list."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from lora_plugins.tasks import (
@@ -30,7 +33,7 @@ class TestLists:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"label": ""}, "Row 1 of .*column 'label'"),
+            ({"label": ""}, "Row 1 of .* has no value in the column 'label'"),
             ({"split": "trian"}, "Did you mean 'train'"),
         ],
         ids=["no label", "split"],
@@ -45,3 +48,24 @@ class TestLists:
         (class_folders / "l.jsonl").write_text('{"image": "a.jpg", "label": "cat"}\n{"image": \n')
         with pytest.raises(DataError, match="Line 2 of"):
             loaded(ImageListDataModule(str(class_folders / "l.jsonl"), **SIZE))
+
+    @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+    @pytest.mark.parametrize("end", ["\n", "\x0b", "\x85", "\u2028"], ids=["line", "tab", "next", "separator"])
+    def test_a_label_with_an_end_of_a_line_in_it(self, class_folders, ending, end):
+        """Of JSON, a line break is escaped; the others are not where `ensure_ascii` is off."""
+        rows = [row | {"label": row["label"] + f"{end}s"} for row in self.rows(class_folders)]
+        path = Path(written(class_folders / f"list{ending}", rows))
+        if ending == ".jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        data = loaded(ImageListDataModule(str(path), **SIZE))
+        assert data.class_names == [f"cat{end}s", f"dog{end}s"]
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [("a.jpg,cat, tabby", "Row 2 of .* more values than columns"), ("a.jpg," + "x" * 200_000, "is no CSV: field")],
+        ids=["a comma without quotes", "a field without an end"],
+    )
+    def test_a_csv_that_is_not_well_formed(self, class_folders, row, message):
+        (class_folders / "l.csv").write_text(f"image,label\na.jpg,dog\n{row}\n")
+        with pytest.raises(DataError, match=message):
+            loaded(ImageListDataModule(str(class_folders / "l.csv"), **SIZE))

@@ -1,13 +1,15 @@
-"""Images are rotated as their EXIF orientation says."""
+"""Images of every kind are read alike, or refused by name; they are rotated as their EXIF orientation says."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lora_plugins.tasks import (
+    DataError,
     HubImageDataModule,
     MaskFolderDataModule,
 )
+from lora_plugins.tasks.files import read_image
 
 from ..conftest import loaded, write_image
 
@@ -41,3 +43,34 @@ class TestPicturesOnTheirSide:
         data = loaded(HubImageDataModule(str(tmp_path / "data"), image_size=(20, 10)))
         assert data.class_names == ["cat", "dog"]
         assert is_upright(data.splits["val"][0]["image"])
+
+
+class TestRGB:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+    @pytest.mark.parametrize("ending", ["png", "tif"])
+    def test_16_bits_are_as_bright_as_8(self, tmp_path, ending):
+        """Pillow by itself makes white of every value above 255."""
+        Image.fromarray(self.gray.astype(np.uint16) * 257).save(tmp_path / f"a.{ending}")
+        assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{ending}")), np.stack([self.gray] * 3, 2))
+
+    @pytest.mark.parametrize("kind", [np.int32, np.float32])
+    def test_values_without_an_end_are_refused(self, tmp_path, kind):
+        Image.fromarray(self.gray.astype(kind)).save(tmp_path / "a.tif")
+        with pytest.raises(DataError, match=r"a\.tif holds 32-bit numbers .*8 or 16 bits"):
+            read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jpg", b"no image"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\x04IHDR\0\0\0\0abcd"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x0dIHDR" + b"\0\1\0\0" * 2 + b"\x08\0\0\0\0"),
+    ],
+    ids=["text", "a ValueError", "more pixels than Pillow opens"],
+)
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} cannot be read"):
+        read_image(tmp_path / name)
