@@ -166,7 +166,10 @@ def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[
 def _check_loss(weights: list[MergedWeight], lossy: Mapping[MergedWeight, torch.dtype], max_error: float) -> None:
     unknown = [weight.name for weight in weights if not math.isfinite(weight.relative_error)]
     if unknown:
-        raise MergeError(f"{listing(unknown)} or the update has values that are not finite. Nothing was merged.")
+        raise MergeError(
+            f"{listing(unknown)} or the update has values that are not finite, as after a training that diverged, for "
+            "which a smaller learning rate helps. Nothing was merged."
+        )
     if lossy:
         worst = max(lossy, key=lambda weight: weight.relative_error)
         narrow = lossy[worst].itemsize < torch.float32.itemsize

@@ -7,10 +7,12 @@ palette, and `OUT/overlays/NAME.png`. NAME is the path below the folder that all
 
 import csv
 import glob
+import io
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from lora_plugins.tasks.data import (
     SKIP,
     Size,
     image_files,
+    named_by_text,
     read_errors,
     read_image,
 )
@@ -38,6 +41,8 @@ from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
+from lora_plugins.utils import replace_file
+from lora_plugins.writable import check_writable_folder
 
 LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
 MAX_CLASSES = 256
@@ -71,14 +76,15 @@ def predict_folder(
 
     Raises:
         DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
-        ConfigError: For a window without masks, or another wrong option.
+        ConfigError: For a window without masks, another wrong option, or a folder that cannot be written into.
     """
+    out = Path(out)
+    check_writable_folder(out, "The folder of results")
     if window is not None and not isinstance(task, SemanticSegmentationTask):
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
     named = [images] if isinstance(images, str | Path) else images
     found = dict.fromkeys(path for each in named for path in _found(str(each)))
     paths = _named(_readable([*found], on_problem))
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(task, SemanticSegmentationTask):
         return _write_masks(task, paths, out, window, overlap, flips)
@@ -120,7 +126,7 @@ def _told(files: Sequence[Path], out: Path) -> str:
     """Says what was written, and where."""
     if files[0] == out / LABELS:
         with files[0].open(newline="", encoding="utf-8") as stream:
-            labels = Counter(row["label"] for row in csv.DictReader(stream))
+            labels = Counter(label for _, label, *_ in islice(csv.reader(stream), 1, None))
         counts = ", ".join(f"{count} {name}" for name, count in labels.most_common(MAX_TOLD))
         more = f", and {len(labels) - MAX_TOLD} more" if len(labels) > MAX_TOLD else ""
         return f"Labels of {_images(labels.total())} with probabilities: {files[0]} ({counts}{more})"
@@ -139,7 +145,7 @@ def _found(images: str) -> list[Path]:
     if not paths:
         does = "matches" if glob.has_magic(images) else "holds"
         raise DataError(f"{path.absolute()} {does} no image.{_below(path)}")
-    return paths
+    return named_by_text(paths)
 
 
 def _below(folder: Path) -> str:
@@ -174,15 +180,15 @@ def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
 
 
 def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips: bool) -> Path:
-    names = task.class_labels
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["image", "label", "probability", *names])
-        for name, path in paths.items():
-            probabilities = label_probabilities(task, _tensor(path), flips=flips)
-            best = int(probabilities.argmax())
-            columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
-            rows.writerow([name, names[best], *columns])
+    names, table = task.class_labels, io.StringIO(newline="")
+    rows = csv.writer(table)
+    rows.writerow(["image", "label", "probability", *names])
+    for name, path in paths.items():
+        probabilities = label_probabilities(task, _tensor(path), flips=flips)
+        best = int(probabilities.argmax())
+        columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
+        rows.writerow([name, names[best], *columns])
+    replace_file(file, table.getvalue().encode())  # whole or not at all
     return file
 
 

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.data import INTERPOLATIONS, Size
+from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.tasks.training import VisionTask
 
@@ -76,6 +77,11 @@ def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
     if flips:
         mirrored = task(images.flip(-1)).float().softmax(1)
         probabilities = (probabilities + (mirrored.flip(-1) if mirrored.ndim == 4 else mirrored)) / 2
+    if probabilities.isnan().any():
+        raise WeightsError(
+            "The model answers with NaN: weights are NaN or overflow, as after a training that diverged. Train it "
+            "again with a smaller lr, or take an earlier checkpoint of its run."
+        )
     return probabilities.cpu()
 
 

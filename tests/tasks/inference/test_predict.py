@@ -1,11 +1,14 @@
 """The command that predicts for a folder of images."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.inference import mask_probabilities
@@ -66,9 +69,10 @@ class TestPredict:
         [
             ("labels", ["--window", "8", "8"], "A window is for masks"),
             ("masks", ["--overlap", "1"], "share of the window"),
+            ("labels", ["--out", __file__], "which is a file. Name a folder."),
             ("labels", ["--device", "gpu7"], "--device is 'gpu7', which torch cannot use here"),
         ],
-        ids=["window of labels", "overlap", "device"],
+        ids=["window of labels", "overlap", "out", "device"],
     )
     def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
         write_image(tmp_path / "images" / "a.png", noise())
@@ -94,6 +98,27 @@ class TestPredict:
         with pytest.warns(UserWarning, match="2 of 3 images"):
             assert predict([*files, "--skip"]) == 0
         assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
+
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_a_model_that_answers_with_nan(self, fitted, tmp_path, capsys, kind):
+        """The largest of NaN is the first class."""
+        write_image(tmp_path / "images" / "a.png", noise())
+        file, out = tmp_path / "diverged.safetensors", tmp_path / "out"
+        with safe_open(fitted[kind][1]["merged"], "pt") as merged:
+            said = merged.metadata()
+        tensors = load_file(fitted[kind][1]["merged"])
+        save_file({name: t * float("nan") if t.is_floating_point() else t for name, t in tensors.items()}, file, said)
+        assert predict([str(file), str(tmp_path / "images"), "--out", str(out)]) == 1
+        assert "The model answers with NaN" in capsys.readouterr().err
+        assert not [path for path in out.rglob("*") if path.is_file()]
+
+    @pytest.mark.parametrize("given", ["images", "images/*.png"])
+    def test_a_name_that_is_no_text(self, fitted, tmp_path, capsys, given):
+        write_image(tmp_path / "images" / os.fsdecode(b"caf\xe9.png"), noise())
+        files = [str(fitted["labels"][1]["merged"]), str(tmp_path / given), "--out", str(tmp_path / "out")]
+        assert predict(files) == 1
+        assert r"UTF-8. Rename (1):" in (said := capsys.readouterr().err)
+        assert r"caf\udce9.png" in said
 
     def test_an_error_is_one_line(self, tmp_path, capsys):
         assert predict([str(tmp_path / "nothing"), str(tmp_path), "--out", str(tmp_path)]) == 1
