@@ -4,7 +4,7 @@ The core's own commands, such as `plugins` and `convert`, need nothing but the c
 entry points of the group `lora_plugins.commands`, each of which names a table of `Command`s.
 """
 
-from lora_plugins.cli.commands import INTERRUPTED, Command, installed_commands
+from lora_plugins.cli.commands import INTERRUPTED, TERMINATED, Command, installed_commands
 from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.cli.plain_warnings import plain_warnings
@@ -12,6 +12,7 @@ from lora_plugins.cli.starting import without_collections
 
 __all__ = [
     "INTERRUPTED",
+    "TERMINATED",
     "Command",
     "Parser",
     "exit_on_closed_output",

@@ -15,6 +15,9 @@ GROUP = "lora_plugins.commands"
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as shells have it."""
 
+TERMINATED = 143
+"""Likewise of one that SIGTERM ended, as `kill` and schedulers send it."""
+
 
 @dataclass(frozen=True)
 class Command:

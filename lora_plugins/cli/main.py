@@ -1,5 +1,6 @@
 """The program: the scripts `lora-plugins` and `lightning`, and `python -m lora_plugins`."""
 
+import errno
 import os
 import sys
 import traceback
@@ -17,6 +18,9 @@ from lora_plugins.names import DISTRIBUTION
 
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, errors are shown with their traceback."""
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a disk that is full, a quota that is used up, and a file that is larger than the disk takes."""
 
 OF_OTHERS = "lightning"
 """The name of the program that another package has as well."""
@@ -40,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         ours = _lora_error(error)
+        if ours is None and isinstance(error, OSError) and error.errno in NO_ROOM:
+            named = "" if error.filename is None else f" for {error.filename}"
+            return _fail(f"{os.strerror(error.errno)}{named}. Make room, or name a place on another disk.")
         if ours is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
         _print_plugin_failure(ours)

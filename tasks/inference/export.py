@@ -1,11 +1,12 @@
 """Export a merged network for other runtimes: `lora-plugins export MODEL OUT.pt2` (or `OUT.onnx`).
 
 The exported network takes images (N, channels, H, W) in [0, 1] of one size, by default the size that the task was
-trained with, normalizes them, and returns logits; N is dynamic. The file is loaded again, and removed if its logits
-differ from those of the task. It holds the names of the classes, as a JSON list: `class_names` in the metadata of ONNX,
-and among the extra files of `torch.export.load`.
+trained with, normalizes them, and returns logits; N is dynamic. What is written was loaded again first, and its logits
+compared with those of the task. It holds the names of the classes, as a JSON list: `class_names` in the metadata of
+ONNX, and among the extra files of `torch.export.load`.
 """
 
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
     Raises:
         ConfigError: For another suffix, an unknown image size, or a missing package.
-        WeightsError: If the logits of the file differ from those of the task; the file is then removed.
+        WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     path = _checked(path)
     if path.suffix == SAFETENSORS:
@@ -86,18 +87,18 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
     images = _test_images(len(task.mean), size)
     network = _ExportedNetwork(task).eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         expected: Tensor = network(images)
         shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
-        exported = FORMATS[path.suffix](program, path, {CLASS_NAMES: json.dumps([*task.class_labels])})
+        written, exported = FORMATS[path.suffix](program, {CLASS_NAMES: json.dumps([*task.class_labels])})
         cases = ((images, expected), (images[:1], expected[:1]))  # two batch sizes
         scale = expected.abs().max()
         difference = max(float((exported(batch) - logits).abs().max() / scale) for batch, logits in cases)
     if not difference <= TOLERANCE:
-        path.unlink()
-        raise WeightsError(f"{path} answers differently: by {difference:.2e} of the largest logit. It was removed.")
+        raise WeightsError(f"{path} answers differently: by {difference:.2e} of the largest logit. It is not written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, written)
     return difference
 
 
@@ -119,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _checked(path: str | Path) -> Path:
     path = Path(path)
     check_ending(path)
+    check_runtime(path)
     check_writable_file(path, "The file")
     return path
 
@@ -142,24 +144,28 @@ def _test_images(channels: int, size: Size) -> Tensor:
     return torch.cat([torch.rand(1, channels, *size, generator=generator), smooth])
 
 
-def _to_pt2(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
-    torch.export.save(program, path, extra_files=dict(said))
-    return torch.export.load(path).module()
+def _to_pt2(program: ExportedProgram, said: Mapping[str, str]) -> "_Exported":
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=dict(said))
+    file.seek(0)
+    return file.getvalue(), torch.export.load(file).module()
 
 
-def _to_onnx(program: ExportedProgram, path: Path, said: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
-    check_runtime(path)
+def _to_onnx(program: ExportedProgram, said: Mapping[str, str]) -> "_Exported":
     import onnxruntime
 
     made = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
     if made is None:
         raise RuntimeError("torch.onnx.export made no program.")
     made.model.metadata_props.update(said)
-    made.save(str(path), external_data=False)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    written = made.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return written, lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-_Write = Callable[[ExportedProgram, Path, Mapping[str, str]], Callable[[Tensor], Tensor]]
+_Exported = tuple[bytes, Callable[[Tensor], Tensor]]
+"""The content of a file, and its network."""
+
+_Write = Callable[[ExportedProgram, Mapping[str, str]], _Exported]
 FORMATS: Mapping[str, _Write] = MappingProxyType({".pt2": _to_pt2, ".onnx": _to_onnx})

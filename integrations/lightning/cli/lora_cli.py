@@ -1,5 +1,6 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
+import sys
 from contextlib import ExitStack
 from inspect import signature
 from typing import Any, NoReturn
@@ -8,10 +9,11 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
-from lora_plugins.cli import without_collections
+from lora_plugins.cli import TERMINATED, without_collections
 from lora_plugins.integrations.lightning.callback import LoraCallback
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
@@ -96,9 +98,19 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Fits, answers Ctrl-C, and says where everything is."""
+        """Fits, answers Ctrl-C, and says where everything is.
+
+        Raises:
+            SystemExit: After SIGTERM, with the code of shells; that of Lightning's own says that all went well.
+        """
         with self.interruption.listening():
-            self.trainer.fit(model, **kwargs)
+            try:
+                self.trainer.fit(model, **kwargs)
+            except SIGTERMException as error:
+                saved = [getattr(each, "best_model_path", "") for each in self.trainer.checkpoint_callbacks]
+                left = next((f"Left is {path}; --ckpt_path goes on from it." for path in saved if path), "")
+                print(f"Ended by SIGTERM, without results. {left}".strip(), file=sys.stderr)
+                raise SystemExit(TERMINATED) from error
             if self.trainer.is_global_zero:
                 configs = [str(path) for path in self._section("config") or []]
                 stopped = self.interruption.asked

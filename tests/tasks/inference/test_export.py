@@ -1,6 +1,9 @@
 """Exported networks answer as the task does."""
 
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,6 +66,18 @@ class TestExport:
         assert export(["nowhere", str(tmp_path)]) == 1
         assert export(["nowhere", "/proc/m.onnx"]) == 1
         assert "nothing can be written in /proc" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("ending", [".pt2", ".safetensors"])
+    def test_a_disk_that_is_full_is_told_and_the_earlier_file_stays(self, fitted, tmp_path, ending):
+        file = tmp_path / f"m{ending}"
+        file.write_bytes(b"earlier")
+        command = [sys.executable, "-m", "lora_plugins", "export", str(fitted["labels"][1]["adapter"]), str(file)]
+        limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **limits)
+        last = done.stderr.splitlines()[-1]
+        assert (done.returncode, last) == (1, "error: File too large. Make room, or name a place on another disk.")
+        assert "Traceback" not in done.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
 
     def test_a_size_is_needed(self, fitted, tmp_path):
         task = load_task(fitted["masks"][1]["merged"])

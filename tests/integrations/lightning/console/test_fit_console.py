@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lora_plugins import LoraModel
-from lora_plugins.cli import INTERRUPTED
+from lora_plugins.cli import INTERRUPTED, TERMINATED
 from lora_plugins.cli.main import main
 from tests.integrations.lightning.console.talkative import SAID
 from tests.integrations.lightning.toys import Classifier
@@ -98,6 +98,18 @@ def test_ctrl_c_saves_what_there_is_and_says_where(config, tmp_path):
     assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
     assert (tmp_path / "m.safetensors").is_file()
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_sigterm_is_no_success(config):
+    """Lightning by itself ends with 0, and what comes after `&&` runs without the files of the fit."""
+    command = [*FIT, config(seconds=0.05, epochs=500)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("epoch 2/"))
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == TERMINATED == 143, said
+    assert re.search(r"Ended by SIGTERM, without results\. Left is .*\.ckpt; --ckpt_path goes on from it", said)
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
