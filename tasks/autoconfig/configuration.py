@@ -1,7 +1,7 @@
 """The configuration that Lightning's `fit` runs: what was found, in the terms of a YAML file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
         ),
         (
             "splits",
-            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}",
+            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}{_left(found.left_out)}",
             "--val-share",
         ),
         (
@@ -130,6 +130,12 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
             "--epochs --batch-size --lr --device --seed",
         ),
     ]
+
+
+def _left(paths: Sequence[Path]) -> str:
+    """Says how much is not read, with an example."""
+    kind = "a folder" if paths and paths[0].is_dir() else "no image file here"
+    return f"; {len(paths)} left out, such as {paths[0]}, which is {kind}" if paths else ""
 
 
 def _ignored(found: Survey) -> str:

@@ -39,6 +39,7 @@ class Survey:
         found: In words, what the task was told from.
         size: Height and width for images with masks.
         coding: How masks are read.
+        left_out: What lies among the images and is none: other files, and folders.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Survey:
     found: str
     size: tuple[int, int] | None = None
     coding: MaskCoding | None = None
+    left_out: Sequence[Path] = ()
 
     @property
     def named_by(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
 from lora_plugins.tasks.errors import WeightsError, unknown
 from lora_plugins.tasks.file_kinds import WEIGHTS_FILES, is_of_its_kind
@@ -69,6 +70,11 @@ def checked_weights(weights: str | None) -> str | None:
     if not path.exists():
         beside = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
         raise WeightsError(f"--weights: {unknown('file', str(path.name), beside)}")
+    if (path / MANIFEST).is_file():
+        raise WeightsError(
+            f"--weights is {weights}, an adapter, which holds no weights of its base. Take the merged file of its run, "
+            f"or make one: lora-plugins export {weights} NAME.safetensors."
+        )
     if path.is_file() and path.suffix not in WEIGHTS_FILES:
         raise WeightsError(f"--weights is {weights}. A file of weights ends in {', '.join(WEIGHTS_FILES)}.")
     if path.is_file() and not is_of_its_kind(path):

@@ -1,7 +1,7 @@
 """Looks at a folder or a list of images: which task it is for, with which classes and splits."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         tuple(classes),
         counts,
         "a folder for each class",
+        left_out=_left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
     )
 
 
@@ -147,6 +148,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
         f"images with masks in {masks_folder}",
         common_size([_image_size(image) for image, _ in flat]),
         coding,
+        _left_out(images_folder / split for split in splits or [""]) if nested else (),
     )
 
 
@@ -187,6 +189,12 @@ def _of_list(data: Path, flags: Flags) -> Survey:
 
 def _has_folders(folder: Path) -> bool:
     return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _left_out(folders: Iterable[Path]) -> list[Path]:
+    """What lies in folders of images and is not read."""
+    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
 def _splits(folder: Path) -> list[str]:

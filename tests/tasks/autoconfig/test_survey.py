@@ -275,6 +275,16 @@ def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path, kind)
     assert survey(tmp_path / "data", Flags()).counts["train"] == 4
 
 
+@pytest.mark.parametrize("kind", ["flat_folders", "class_folders", "masks"])
+def test_what_is_not_read_is_said(kind, request, tmp_path):
+    root = masked(tmp_path / "data", [0, 1]) if kind == "masks" else request.getfixturevalue(kind)
+    folder = next(root.rglob("*.jpg")).parent
+    (folder / "more").mkdir()
+    for name in ("0.gif", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    assert survey(root, Flags()).left_out == [folder / "0.gif", folder / "more"]
+
+
 def test_looking_needs_nothing_heavy():
     code = "import sys, lora_plugins.tasks.autoconfig; print({'lightning', 'torchvision', 'timm'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import SemanticSegmentationTask
@@ -224,6 +224,22 @@ def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
         "weights": "package:tf_efficientnet_lite0",
         "options": {"encoder_name": "tu-tf_efficientnet_lite0"},
     }
+
+
+def test_files_that_are_not_read_are_counted(folders, tmp_path, capsys):
+    given = folders("labels")
+    (tmp_path / "photos" / "cat" / "0.gif").write_bytes(b"")
+    (tmp_path / "photos" / "dog" / "more").mkdir()
+    assert main(["train", *given, "--plan"]) == 0, capsys.readouterr().err
+    assert "(0.2 of all); 2 left out, such as photos/cat/0.gif, which is no image file here" in capsys.readouterr().out
+
+
+def test_an_adapter_holds_no_weights_of_its_base(folders, capsys):
+    folders("labels")
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    LoraModel(network, LoraConfig(r=1, target_modules="all")).save_adapter("adapter")
+    assert main(["train", "photos", "--model", "timm/test_vit", "--weights", "adapter"]) == 1
+    assert "--weights is adapter, an adapter, which holds no weights of its base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
