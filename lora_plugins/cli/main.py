@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.foreign import run_foreign
-from lora_plugins.cli.pipes import exit_on_closed_output
+from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
 from lora_plugins.cli.starting import ends_at_once
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 after an error that was printed, or 130 where Ctrl-C ended it.
     """
+    print_any_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(given)

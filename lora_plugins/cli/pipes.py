@@ -1,5 +1,6 @@
 """The end of a command whose reader closes the pipe early, as in `lora-plugins plugins | head -1`."""
 
+import io
 import os
 import select
 import sys
@@ -34,13 +35,26 @@ def _flushed(command: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> in
     try:
         code = command(*args, **kwargs)
     except SystemExit:  # of `--help`
-        sys.stdout.flush()
+        _flush()
         raise
-    sys.stdout.flush()
+    _flush()
     return code
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where a process starts without one
+        sys.stdout.flush()
+
+
+def print_any_text() -> None:
+    """Lets characters that the encoding of the output lacks be printed, with backslashes, as Python does for errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _output_is_closed() -> bool:
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

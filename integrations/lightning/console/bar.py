@@ -72,7 +72,8 @@ class Bar:
 
 def is_terminal() -> bool:
     """Whether the output is a terminal whose lines can be drawn over: no file, no pipe."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None where a process starts without one
+    return terminal and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Commands whose reader goes away end quietly; other pipes that break are errors."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.cli.pipes import print_any_text
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
@@ -30,6 +32,25 @@ def test_a_broken_pipe_to_somebody_else_is_an_error(capfd):
 
     with pytest.raises(BrokenPipeError, match="loads data"):
         command()
+
+
+@pytest.mark.parametrize("arguments", [["plugins"], ["--help"]], ids=" ".join)
+def test_a_command_without_an_output(arguments):
+    """As under `>&-`, and in services: `sys.stdout` is None."""
+    command = [sys.executable, "-W", "ignore:Failed to initialize NumPy", "-m", "lora_plugins", *arguments]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_text_that_the_encoding_of_the_output_lacks(monkeypatch):
+    """As in a file on Windows; other errors than `strict` are a choice, and stay."""
+    for errors, expected in (("strict", b"caf\\xe9"), ("replace", b"caf?")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors))
+        print_any_text()
+        print("caf\xe9", end="", flush=True)
+        assert sys.stdout.buffer.getvalue() == expected
 
 
 def test_output_that_is_read_is_whole(capfd):
