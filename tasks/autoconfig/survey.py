@@ -15,6 +15,7 @@ from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    NO_IMAGE,
     TEST,
     TRAIN,
     VAL,
@@ -91,7 +92,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
     images: dict[str, dict[str, list[Path]]] = {}
     for split, folder in folders.items():
         images[split] = {name: image_files(folder / name) for name in subfolders(folder)}
-        problems += [f"{folder / name} holds no image" for name, paths in images[split].items() if not paths]
+        problems += [f"{folder / name} holds {NO_IMAGE}" for name, paths in images[split].items() if not paths]
         problems += [f"{folder / name} is no class of {folders[TRAIN]}" for name in images[split].keys() - {*classes}]
     paths = [path for members in images.values() for found in members.values() for path in found]
     _refuse([*problems, *_unreadable(paths)])
@@ -213,7 +214,7 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
     if not pictures:
-        problems.append(f"{images} holds no image")
+        problems.append(f"{images} holds {NO_IMAGE}")
     if not found and image_files(masks):
         problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
         return []

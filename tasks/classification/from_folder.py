@@ -5,7 +5,17 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import TEST, TRAIN, VAL, ImageDataModule, Item, image_files, read_image, subfolders
+from lora_plugins.tasks.data import (
+    NO_IMAGE,
+    TEST,
+    TRAIN,
+    VAL,
+    ImageDataModule,
+    Item,
+    image_files,
+    read_image,
+    subfolders,
+)
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -53,7 +63,7 @@ class ImageFolderDataModule(ImageDataModule):
         for name in subfolders(folder):
             paths = image_files(folder / name)
             if not paths:
-                problems.append(f"{folder / name} holds no image")
+                problems.append(f"{folder / name} holds {NO_IMAGE}")
             if name not in self.class_names:
                 problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
                 continue

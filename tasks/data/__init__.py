@@ -12,6 +12,7 @@ from lora_plugins.tasks.data.vision_module import BALANCED, VisionDataModule
 from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    NO_IMAGE,
     TEST,
     TRAIN,
     VAL,
@@ -35,6 +36,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "INTERPOLATIONS",
     "MASK_SUFFIXES",
+    "NO_IMAGE",
     "PROBLEM_POLICIES",
     "SKIP",
     "TEST",

@@ -6,6 +6,7 @@ Data modules are in `data`; `autoconfig` looks at files through this room before
 from lora_plugins.tasks.files.image_io import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
+    NO_IMAGE,
     as_rgb,
     check_folder,
     decode_image,
@@ -23,6 +24,7 @@ from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold
 __all__ = [
     "IMAGE_SUFFIXES",
     "MASK_SUFFIXES",
+    "NO_IMAGE",
     "TEST",
     "TRAIN",
     "VAL",

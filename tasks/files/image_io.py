@@ -13,6 +13,9 @@ from lora_plugins.tasks.errors import DataError, listed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MASK_SUFFIXES = frozenset({".png"})
+NO_IMAGE = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+"""What a folder holds of which nothing can be read, for messages."""
+
 OPEN_MODES = frozenset({"I", "F"})
 """Of images whose values end nowhere."""
 

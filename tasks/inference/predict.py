@@ -28,6 +28,7 @@ from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
     ERROR,
     IMAGE_SUFFIXES,
+    NO_IMAGE,
     PROBLEM_POLICIES,
     SKIP,
     Size,
@@ -141,16 +142,16 @@ def _images(count: int) -> str:
 def _found(images: str) -> list[Path]:
     """The images that an argument names."""
     path = Path(images)
-    paths = [path] if path.is_file() else _matching(images) if glob.has_magic(images) else image_files(path)
+    is_pattern = glob.has_magic(images) and not path.exists()  # the name of a folder may have brackets
+    paths = _matching(images) if is_pattern else [path] if path.is_file() else image_files(path)
     if not paths:
-        does = "matches" if glob.has_magic(images) else "holds"
-        raise DataError(f"{path.absolute()} {does} no image.{_below(path)}")
+        raise DataError(f"{path.absolute()} {'matches' if is_pattern else 'holds'} {NO_IMAGE}.{_below(path)}")
     return named_by_text(paths)
 
 
 def _below(folder: Path) -> str:
     """Says which pattern finds the images in the folders of a folder."""
-    pattern = str(folder / "**" / "*")
+    pattern = str(Path(glob.escape(str(folder))) / "**" / "*")
     count = len(_matching(pattern)) if folder.is_dir() else 0
     return f" In the folders below there {'is' if count == 1 else 'are'} {count}: {pattern!r}." if count else ""
 
@@ -210,7 +211,7 @@ def _write_masks(
         mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         stem = str(Path(given).with_suffix(""))
-        name = f"{stem if stems[stem] == 1 else given}.png"
+        name = f"{stem if stems[stem] == 1 and stem not in paths else given}.png"
         outputs = {
             MASKS: palette_image(mask, colors),
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),

@@ -7,7 +7,17 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import MASK_SUFFIXES, TEST, TRAIN, VAL, Item, check_folder, image_files, open_image
+from lora_plugins.tasks.data import (
+    MASK_SUFFIXES,
+    NO_IMAGE,
+    TEST,
+    TRAIN,
+    VAL,
+    Item,
+    check_folder,
+    image_files,
+    open_image,
+)
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -52,7 +62,7 @@ class MaskFolderDataModule(MaskDataModule):
         images = _by_stem(image_files(image_folder), problems)
         masks = _by_stem(image_files(mask_folder, MASK_SUFFIXES), problems)
         if not images:
-            problems.append(f"{image_folder} holds no image")
+            problems.append(f"{image_folder} holds {NO_IMAGE}")
         problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
         problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
         return [Item(images[stem], masks[stem], str(masks[stem])) for stem in images if stem in masks]

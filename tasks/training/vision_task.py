@@ -346,9 +346,11 @@ class VisionTask(LoraCheckpointMixin):
             if isinstance(error, LoraError | torch.OutOfMemoryError) or not OF_SIZES.search(str(error)):
                 raise
             height, width = images.shape[-2:]
+            alone = ", a larger data.init_args.batch_size (--batch-size of train)" if len(images) == 1 else ""
             raise ConfigError(
                 f"{self.model_config.name} fails on images of {height}x{width}: {str(error).strip()} If that is no "
-                "size for it, choose another data.init_args.image_size (--image-size of train), or another model."
+                f"size for it, choose another data.init_args.image_size (--image-size of train){alone}, or another "
+                "model."
             ) from error
 
     def _first_images_checked(self) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 
 import numpy as np
 import pytest
@@ -126,6 +127,24 @@ class TestPredict:
 
 
 class TestWhatIsPredicted:
+    def test_a_folder_with_brackets_in_its_name(self, fitted, tmp_path, capsys):
+        folder = tmp_path / "photos [2020]"
+        write_image(folder / "more" / "a.png", noise())
+        files = [str(fitted["labels"][1]["merged"]), str(folder), "--out", str(tmp_path / "out")]
+        assert predict(files) == 1
+        pattern = re.search(r"In the folders below there is 1: '(.*)'", capsys.readouterr().err)[1]
+        assert predict([*files[:1], pattern, *files[2:]]) == 0
+        write_image(folder / "a.png", noise())
+        assert predict(files) == 0
+
+    def test_each_image_has_a_mask_of_its_own(self, fitted, tmp_path):
+        for name in ("a.jpg", "a.png", "a.jpg.png", "b.png"):
+            write_image(tmp_path / "images" / name, noise())
+        files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+        assert predict(files) == 0
+        found = {path.name for path in (tmp_path / "out" / "masks").iterdir()}
+        assert found == {"a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png"}
+
     @pytest.mark.parametrize(
         ("given", "expected"),
         [
@@ -161,7 +180,9 @@ class TestWhatIsPredicted:
     def test_a_folder_of_folders(self, fitted, tmp_path, capsys):
         write_image(tmp_path / "images" / "x" / "a.png", noise())
         assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "images")]) == 1
-        assert f"holds no image. In the folders below there is 1: '{tmp_path}/images/**/*'." in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "holds no image (.bmp, .jpeg, " in said
+        assert f"). In the folders below there is 1: '{tmp_path}/images/**/*'." in said
 
     def test_a_pattern_that_matches_nothing(self, fitted, tmp_path, capsys):
         assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "*.png")]) == 1
