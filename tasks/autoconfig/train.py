@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
         WeightsError: If there is no such file of weights.
     """
     given = _parser().parse_args(arguments)
+    if given.data == "":  # which a path takes for the current folder
+        raise ConfigError("DATA is empty, as a variable of the shell is that was not set. Name a folder or a list.")
     _check_device(given.device)
     weights = checked_weights(given.weights)
     out = _out(given)
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     print(_table(given.data, lines), flush=True)
     text = _yaml(made, arguments)
     if given.save_config is not None:
-        _write(given.save_config, text)
+        _write(given.save_config, text, "--save-config FILE")
         print(f"Configuration: {given.save_config}")
     if given.plan:
         with tempfile.TemporaryDirectory() as folder:
@@ -285,11 +287,11 @@ def _yaml(made: Mapping[str, Any], arguments: Sequence[str]) -> str:
     return textwrap.indent(head, "# ") + "\n" + body
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, flag: str = "--out DIR") -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
+            f"{path} cannot be written: {error.strerror or error}. Name another place: {flag}."
         ) from error

@@ -167,6 +167,7 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
         (["--out", "photos"], "which holds something else: 'cat', 'dog'. Name a new folder."),
         (["--out", "photos/run"], "inside of DATA"),
         (["--out", "/proc/run"], "nothing can be written in /proc"),
+        (["--save-config", "/proc/it.yaml"], "Name another place: --save-config FILE"),
         (["--recipe", "autos"], "argument --recipe: there is no 'autos'. Did you mean 'auto'"),
         (
             ["--recipe", "seg"],
@@ -184,6 +185,12 @@ def test_mistakes_in_flags(folders, further, message, capsys):
     assert (message or "") in err
     assert "Traceback" not in err
     assert "usage" not in err
+
+
+def test_data_that_are_an_empty_text_are_not_the_current_folder(folders, capsys):
+    given = folders("labels")
+    assert main(["train", "", *given[1:]]) == 1
+    assert "DATA is empty" in capsys.readouterr().err
 
 
 def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):

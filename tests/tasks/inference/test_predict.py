@@ -121,6 +121,12 @@ class TestPredict:
         assert r"UTF-8. Rename (1):" in (said := capsys.readouterr().err)
         assert r"caf\udce9.png" in said
 
+    def test_an_empty_text_is_not_the_current_folder(self, fitted, tmp_path, monkeypatch, capsys):
+        write_image(tmp_path / "a.png", noise())
+        monkeypatch.chdir(tmp_path)
+        assert predict([str(fitted["labels"][1]["merged"]), "", "--out", "out"]) == 1
+        assert "A name of images is empty" in capsys.readouterr().err
+
     def test_an_error_is_one_line(self, tmp_path, capsys):
         assert predict([str(tmp_path / "nothing"), str(tmp_path), "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: There is no")
