@@ -106,6 +106,8 @@ def as_rgb(image: Image.Image, name: object) -> Image.Image:
             f"{name} holds 32-bit numbers (mode {image.mode}), and nothing says which of them is white. Write it with "
             "8 or 16 bits"
         )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of a palette whose colors are more or less transparent
     return image.convert("RGB")
 
 

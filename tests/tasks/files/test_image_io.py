@@ -54,6 +54,13 @@ class TestRGB:
         Image.fromarray(self.gray.astype(np.uint16) * 257).save(tmp_path / f"a.{ending}")
         assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{ending}")), np.stack([self.gray] * 3, 2))
 
+    def test_a_palette_of_transparent_colors_is_as_any_other(self, tmp_path):
+        image = Image.fromarray(self.gray // 64).convert("P")
+        image.putpalette([value for index in range(4) for value in (index, 50 * index, 7)])
+        image.save(tmp_path / "a.png", transparency=bytes([0, 255, 100, 3]))
+        expected = np.array([(index, 50 * index, 7) for index in range(4)], np.uint8)[self.gray // 64]
+        assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), expected)
+
     @pytest.mark.parametrize("kind", [np.int32, np.float32])
     def test_values_without_an_end_are_refused(self, tmp_path, kind):
         Image.fromarray(self.gray.astype(kind)).save(tmp_path / "a.tif")
