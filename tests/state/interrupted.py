@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lora_plugins
+import lora_plugins.integrations
 from lora_plugins import LoraModel, StateError
 
-PACKAGE = str(Path(lora_plugins.__file__).parent)
+PACKAGES = (*lora_plugins.__path__, *lora_plugins.integrations.__path__)
 ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError)
 """What stops a call, taken in turn."""
 
@@ -24,13 +24,13 @@ Picture = dict[str, Any]
 
 @contextmanager
 def traced(line: Callable[[FrameType], None]) -> Iterator[None]:
-    """Calls a function before each line of the package that is run, branches of layers and plugins included."""
+    """Calls a function before each line of our packages that is run, branches of layers and plugins included."""
     ours: dict[CodeType, bool] = {}
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         code = frame.f_code
         if code not in ours:
-            ours[code] = code.co_filename.startswith(PACKAGE)
+            ours[code] = code.co_filename.startswith(PACKAGES)
         if not ours[code]:
             return None
         if event == "line":
@@ -89,7 +89,7 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
 
 
 def _place(frame: FrameType) -> str:
-    return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

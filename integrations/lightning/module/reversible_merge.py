@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import ModelState, adapted_layers, base_in_place, model_state
+from lora_plugins.adapter import ModelState, adapted_layers, base_in_place, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import (
@@ -95,7 +95,13 @@ class ReversibleMerge:
         return self.target() is target or self.merged != checksums(self.base)
 
     def undo(self, target: nn.Module) -> None:
-        """Restores the raw weights and the adapters of a module with the merged values, bit for bit."""
+        """Restores the raw weights and the adapters of a module with the merged values, bit for bit.
+
+        Where that does not come to its end, the module is the merged one.
+        """
+        whole(target, lambda: self._undo(target))
+
+    def _undo(self, target: nn.Module) -> None:
         for name, value in self.base.items():
             tensor = own_tensor(target, name)
             tensor.data = value.to(tensor.device)
@@ -136,9 +142,13 @@ def merge_reversibly(
         StateError: If a weight is computed by a parametrization, which merging replaces for good; or stored in fewer
             bytes, and is not to become dense.
     """
+    check_mergeable(target, dequantize=dequantize)
+    return whole(target, lambda: _merge(target, max_error, dequantize, base_sums))
+
+
+def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Mapping[str, int]) -> ReversibleMerge:
     lora = LoraModel(target)
     state = state_of_adapters(target)
-    check_mergeable(target, dequantize=dequantize)
     adapters = _packed(lora, state)
     changed_by_init = {name: _changed_by_init(target, state, name) for name in adapters}
     kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
@@ -168,13 +178,13 @@ def merge_reversibly(
         base = {name: own_tensor(target, name).data for name in changed}
     # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
     adapters = {name: _copied(packed) for name, packed in adapters.items()}
-    lora.merge_adapter(max_error=max_error)  # all of it or nothing, since the raw weights are in `base` anyway
+    before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
+    before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}
+    lora.merge_adapter(max_error=max_error)
     if normed:
         _unload_with_norms(lora, target, effective, normed, state.values.base)
     else:
         lora.merge_and_unload(dequantize=dequantize)
-    dense = {name: weight.dense() for kind in (stored, foreign) for name, weight in kind.items()}
-    before = {n: base_sums[n] if n in base_sums and n in base else checksum(t) for n, t in {**base, **dense}.items()}
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
     return ReversibleMerge(

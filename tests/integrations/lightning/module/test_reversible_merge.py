@@ -15,7 +15,9 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, MergeError, StateError
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
+from lora_plugins.integrations.lightning.module import merge_reversibly
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+from tests.state.interrupted import differences, every_line, passed, picture, stopped
 
 
 def fitted(tmp_path, module=None, config=CONFIG, epochs=3, **options):
@@ -376,3 +378,63 @@ def test_a_merge_that_ends_a_computation_for_good_is_refused_before_training(tmp
     with pytest.raises(StateError, match=r"'net\.0' are computed.*merge_on_fit_end=False"):
         trainer(tmp_path, [LoraCallback(CONFIG, **options)]).fit(module, loader())
     assert not steps
+
+
+class Logits(nn.Sequential):
+    """Names its output."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.parametrize(
+    ("options", "normalize"),
+    [
+        ({}, None),
+        ({"modules_to_save": ["3"], "bias": "all"}, None),
+        ({"init": "pissa"}, None),
+        ({"variant": "dora"}, None),
+        ({"quantize": "nf4", "quantize_options": {"min_size": 0}}, None),
+        ({}, nn.utils.parametrizations.weight_norm),
+    ],
+    ids=["plain", "heads", "changed", "dora", "stored", "weight norm"],
+)
+class TestInterrupted:
+    """A call that is stopped at one of its lines leaves the module as it was, and can be made again."""
+
+    def stop_everywhere(self, again, act, x):
+        lines = every_line(passed(lambda: act(again())))
+        for at in lines[:: max(1, len(lines) // 60)]:
+            target, expected = again(), picture(again(), (x,))
+            where, raised = stopped(lambda target=target: act(target), at)
+            assert not raised or not differences(picture(target, (x,)), expected), where
+            if raised:
+                act(target)
+
+    def adapted(self, options, normalize):
+        target = Logits(*Classifier().net).eval()
+        if normalize:
+            normalize(target[0])
+        lora = LoraModel(target, LoraConfig(**{"r": 2, "target_modules": ["0"], **options}))
+        with torch.no_grad():
+            for parameter in (p for p in target.parameters() if p.requires_grad):
+                parameter.add_(0.1)
+        assert lora.adapters
+        return target
+
+    def test_merge(self, options, normalize):
+        self.stop_everywhere(
+            lambda: self.adapted(options, normalize),
+            lambda target: merge_reversibly(target, dequantize=True),
+            torch.randn(4, 4),
+        )
+
+    def test_undo(self, options, normalize):
+        merges = {}
+
+        def merged():
+            target = self.adapted(options, normalize)
+            merges[target] = merge_reversibly(target, dequantize=True)
+            return target
+
+        self.stop_everywhere(merged, lambda target: merges[target].undo(target), torch.randn(4, 4))
