@@ -89,6 +89,7 @@ from lora_plugins.integrations.lightning.training import (
     Start,
     adapt_after_restoring,
     calibrate_on_train_batches,
+    check_averages,
     complete_optimizers,
     copy_into_averages,
     drop_averages,
@@ -306,12 +307,25 @@ class LoraCallback(Callback):
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
             self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
-        random, self._random_state = self._random_state, None
+        random, self._restored = self._restored, None
         if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
             set_random_numbers(random)
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at averages before validation, in which callbacks exchange them with the module.
+
+        Raises:
+            StateError: If another callback made its average before there were adapters.
+        """
+        self._check_averages(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets warnings about modules in eval mode pass again."""
+        """Lets warnings about modules in eval mode pass again.
+
+        Raises:
+            StateError: If another callback made its average before there were adapters.
+        """
+        self._check_averages(trainer, pl_module)
         self._expected_warnings.close()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -452,6 +466,10 @@ class LoraCallback(Callback):
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
+
+    def _check_averages(self, trainer: Trainer, module: LightningModule) -> None:
+        if not is_sharded(trainer):
+            check_averages(trainer, module)
 
     def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
         """Takes rounding out of what callbacks have averaged, before they exchange it with the module."""

@@ -5,6 +5,7 @@ Depends on `module`, `shims` and `strategies`.
 
 from lora_plugins.integrations.lightning.training.audit import Audit, Start
 from lora_plugins.integrations.lightning.training.averages import (
+    check_averages,
     copy_into_averages,
     drop_averages,
     keep_base_of_averages,
@@ -25,6 +26,7 @@ __all__ = [
     "Start",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
+    "check_averages",
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",

@@ -1,11 +1,16 @@
 """Callbacks that average weights: they copy the module in `setup`, before it is adapted, and keep the copy."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lora_plugins import StateError
+from lora_plugins.adapter import adapter_tensors
 from lora_plugins.integrations.lightning.module import frozen_as_built, frozen_tensors, outside
 from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, drop_average
 
@@ -38,6 +43,25 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
                     named[name].copy_(tensor)
 
 
+def check_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Checks that callbacks of others made their averages of adapted parts when there were adapters.
+
+    What averages pairs parameters by position: without A and B in the copy, they do not belong together.
+
+    Raises:
+        StateError: If one was made before.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name, value in vars(callback).items():
+            if any(_is_plain_copy(copy, module) for copy in _averaged_by(value)):
+                raise StateError(
+                    f"{type(callback).__name__}.{name} ({type(value).__name__}) holds a copy of weights of "
+                    f"{type(module).__name__} that was made before there were adapters. It has no A and B, and an "
+                    "average would mix parameters that do not belong together. Make it in on_fit_start, where the "
+                    "module is adapted."
+                )
+
+
 def drop_averages(trainer: Trainer) -> None:
     """Lets averaging callbacks forget their copies when `fit` ends: the module has the average, or what is best."""
     for callback in _averaging(trainer):
@@ -49,6 +73,27 @@ def renews_statistics(trainer: Trainer) -> bool:
     found = trainer.callbacks  # type: ignore[attr-defined]
     swa = [callback for callback in found if isinstance(callback, StochasticWeightAveraging)]
     return any(trainer.current_epoch == callback.swa_end + 1 for callback in swa)
+
+
+def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
+    """Whether something is a copy of a part with adapters, without these."""
+    for part in module.modules():
+        factors = adapter_tensors(part).keys() if isinstance(part, type(copy)) else ()
+        own = dict(part.named_parameters())
+        if factors and _agree(copy, {name: own[name] for name in own.keys() - factors}):
+            return True
+    return False
+
+
+def _averaged_by(value: Any) -> Iterator[nn.Module]:
+    """Yields the modules of which something keeps an average, as AveragedModel, ModelEmaV3 and others do.
+
+    They have a module and a method that updates it; a teacher has none.
+    """
+    if isinstance(value, type | LightningModule) or not any(name.startswith("update") for name in dir(type(value))):
+        return
+    held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
+    yield from (each for each in held if isinstance(each, nn.Module))
 
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
@@ -66,13 +111,16 @@ def _name_of_original(average: nn.Module, module: LightningModule) -> str | None
 
 def _is_average(average: nn.Module, part: nn.Module) -> bool:
     """Whether one has the class of the other, the same names, and what is frozen but for rounding: a twin has not."""
-    if type(average) is not type(part):
-        return False
-    its, own = dict(average.named_parameters()), dict(part.named_parameters())
-    frozen = {name: tensor for name, tensor in own.items() if not tensor.requires_grad}
+    return type(average) is type(part) and _agree(average, dict(part.named_parameters()))
+
+
+def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a module has parameters of these names and shapes, and what is frozen of them but for rounding."""
+    its = dict(copy.named_parameters())
     return its.keys() == own.keys() and all(
-        its[name].shape == tensor.shape and torch.allclose(its[name].to(tensor), tensor, rtol=0.1)
-        for name, tensor in frozen.items()
+        its[name].shape == tensor.shape
+        and (tensor.requires_grad or torch.allclose(its[name].to(tensor), tensor, rtol=0.1))
+        for name, tensor in own.items()
     )
 
 

@@ -1,5 +1,7 @@
 """With callbacks that average weights."""
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -8,9 +10,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import BASE, Classifier, differing, load, loader, lora, trainer, values
 
@@ -114,6 +117,76 @@ def test_average_of_another_callback_has_the_frozen_base(tmp_path, part, first):
     trainer(tmp_path, callbacks if first else callbacks[::-1], max_epochs=4).fit(module, loader(), loader())
     assert {key for key in differing(before, values(module)) if key in before} == set()
     assert any(p.any() for name, p in module.named_parameters() if ".lora_B." in name)
+
+
+class EarlyAverage(Callback):
+    """Makes its average in `setup`, before there are adapters, and anew in `on_fit_start` if it is told to."""
+
+    def __init__(self, make, part, again=False):
+        self.make, self.part, self.again = make, part, again
+
+    def setup(self, trainer, pl_module, stage):
+        self.average = self.make(pl_module.get_submodule(self.part))
+
+    def on_fit_start(self, trainer, pl_module):
+        if self.again:
+            self.setup(trainer, pl_module, "fit")
+
+
+class OfAModule(nn.Module):
+    """As timm's ModelEmaV3."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = copy.deepcopy(module)
+
+    def update(self, module):
+        raise NotImplementedError
+
+
+class OfAnObject:
+    """As the ModelEma of rfdetr."""
+
+    def __init__(self, module):
+        self.module = copy.deepcopy(module)
+
+    def update(self, module):
+        raise NotImplementedError
+
+
+class Squares(Classifier):
+    """Two square layers without biases: pairs by position have fitting shapes where they do not belong together."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("part", ["", "net", "net.0"], ids=["the module", "its network", "a layer"])
+@pytest.mark.parametrize("make", [AveragedModel, OfAModule, OfAnObject])
+class TestMadeBeforeAdapters:
+    CONFIG = LoraConfig(r=4, target_modules=["net.0"])
+
+    def callbacks(self, first, other):
+        return [lora(self.CONFIG), other] if first else [other, lora(self.CONFIG)]
+
+    def test_refused_by_name(self, tmp_path, make, part, first, sanity):
+        callbacks = self.callbacks(first, EarlyAverage(make, part))
+        with pytest.raises(
+            StateError, match=rf"EarlyAverage\.average \({make.__name__}\) holds a copy of weights of Sq"
+        ):
+            trainer(tmp_path, callbacks, num_sanity_val_steps=sanity).fit(Squares(), loader(), loader())
+
+    def test_made_anew_in_on_fit_start(self, tmp_path, make, part, first, sanity):
+        callbacks = self.callbacks(first, EarlyAverage(make, part, again=True))
+        trainer(tmp_path, callbacks, num_sanity_val_steps=sanity).fit(Squares(), loader(), loader())
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda module: AveragedModel(Classifier(base_seed=1).net)])
+def test_teachers_and_averages_of_other_networks_are_no_matter(tmp_path, make):
+    trainer(tmp_path, [lora(), EarlyAverage(make, "net")]).fit(Classifier(), loader())
 
 
 def test_average_of_one_of_two_networks_keeps_its_own_base(tmp_path):
