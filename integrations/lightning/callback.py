@@ -210,7 +210,7 @@ class LoraCallback(Callback):
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
-        self._random_state: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None
         self._expected_warnings = ExitStack()
 
     @property
@@ -222,13 +222,15 @@ class LoraCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of torch's random numbers, so that shuffling and dropout go on as they would have.
 
+        And the ratios of learning rates, which parameter groups and the state of their optimizer depend on.
+
         The adapter itself is not the callback's: it is in the checkpoint's entry `lora_plugins`.
         """
-        return random_numbers()
+        return {**random_numbers(), "rates": vars(self.rates)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Stores the state of random numbers until training starts."""
-        self._random_state = state_dict
+        """Stores the state until training starts."""
+        self._restored = state_dict
 
     def plan(self, module: LightningModule) -> Plan:
         """Returns what would be adapted, and changes nothing.
@@ -288,6 +290,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
+        if self._restored is not None:
+            self.rates.check_restored(self._restored.get("rates", {}))
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
@@ -570,7 +574,7 @@ class LoraCallback(Callback):
             if shims is not None:
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
-        self._random_state, self._merge.undone, self._sums = None, False, {}
+        self._restored, self._merge.undone, self._sums = None, False, {}
 
 
 def _load_best(trainer: Trainer, module: LightningModule) -> None:

@@ -4,6 +4,7 @@ That B learns faster than A is LoRA+ (Hayou et al., arXiv 2402.12354), which sug
 from random values and often need another rate than adapters of a pretrained layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,26 @@ class LearningRates:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_factor(name, value)
+
+    def check_restored(self, saved: Mapping[str, float]) -> None:
+        """Checks that a run goes on with the ratios that it was started with.
+
+        Its optimizer's state has the parameter groups and the learning rates that these made.
+
+        Args:
+            saved: The ratios of a checkpoint by name, as far as it has them.
+
+        Raises:
+            StateError: If one differs.
+        """
+        own = vars(self)
+        differing = [f"{name}={value}, here {own.get(name)}" for name, value in saved.items() if value != own.get(name)]
+        if differing:
+            raise StateError(
+                f"The checkpoint was trained with {'; '.join(differing)}. The state of its optimizer belongs to the "
+                "parameter groups of those ratios, and brings their learning rates. Give LoraCallback the same, or "
+                "start a new run from the weights of the checkpoint: load_from_checkpoint, then fit without ckpt_path."
+            )
 
     def split_groups(self, module: nn.Module, configured: Any) -> None:
         """Splits every parameter group of existing optimizers, and lets their schedulers drive all parts.

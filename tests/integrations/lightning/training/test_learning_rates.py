@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from lora_plugins import ConfigError, LoraConfig, StateError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, parameter_groups
-from tests.integrations.lightning.toys import CONFIG, Classifier, loader, trainer
+from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
 from tests.integrations.lightning.training.training_cases import cli, fit
 
 
@@ -117,3 +117,24 @@ def test_rates_from_yaml_survive_a_resume(tmp_path):
     again.trainer.fit_loop.max_epochs = 3
     again.trainer.fit(again.model, loader(), ckpt_path=tmp_path / "it.ckpt")
     assert [g["lr"] for g in again.trainer.optimizers[0].param_groups] == pytest.approx([0.1 / 8, 0.4 / 8])
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"loraplus_lr_ratio": 4.0}, {"loraplus_lr_ratio": 16.0}),
+        ({"heads_lr_ratio": 4.0}, {}),
+        ({}, {"loraplus_lr_ratio": 4.0}),
+    ],
+    ids=["another", "none", "a first"],
+)
+def test_resuming_with_another_ratio_is_refused_by_name(tmp_path, before, now):
+    run = trainer(tmp_path, [lora(**before)], max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    name = next(iter({**before, **now}))
+    values = [given.get(name, 1.0) for given in (before, now)]
+    again = trainer(tmp_path, [lora(**now)])
+    with pytest.raises(StateError, match=f"trained with {name}={values[0]}, here {values[1]}. The state of its"):
+        again.fit(Classifier(), loader(), ckpt_path=tmp_path / "it.ckpt")
+    again.validate(Classifier(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
