@@ -8,7 +8,7 @@ no metric, no random number. Checked against Lightning 2.6.6.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import count
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
@@ -119,6 +120,8 @@ def _replica(trainer: Trainer, module: LightningModule) -> LightningModule:
             f"{type(module).__name__} cannot be copied ({error}), and the init learns from data on a copy of it. "
             "Choose an init that needs no data, or adapt the module before fit, by LoraModel."
         ) from error
+    with suppress(ValueError):  # which says that it is not compiled; compiled steps would be those of the module
+        replica = to_uncompiled(replica)
     replica.trainer = trainer
     for part in replica.modules():
         if isinstance(part, LightningModule):

@@ -75,6 +75,12 @@ class TestStart:
         assert not differing(values(module), values(expected.model))
 
     @configs
+    def test_of_a_compiled_module(self, config, tmp_path):
+        module = Classifier()
+        trainer(tmp_path, [callback(config)], max_steps=0).fit(torch.compile(module, backend="eager"), loader())
+        assert not differing(values(module), values(direct(config).model))
+
+    @configs
     def test_trains_what_the_optimizer_has(self, config, tmp_path):
         module = Classifier()
         run = trainer(tmp_path, [callback(config)], max_epochs=1)
