@@ -82,14 +82,24 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds the trainer, with the callback if there is a `lora:` section, and what a command shows."""
+        """Builds the trainer, with the callback if there is a `lora:` section, and what a command shows.
+
+        Raises:
+            ConfigError: If its callbacks have the adapter of that section too, or an argument is wrong.
+        """
         config = self._section("lora")
         if config is not None:
             options = self._section("lora_callback")
             callback = LoraCallback(config, **(options.as_dict() if isinstance(options, Namespace) else options))
             section = self._section("trainer")
             others = section.get("callbacks") or []
-            section["callbacks"] = [callback, *(others if isinstance(others, list) else [others])]
+            others = others if isinstance(others, list) else [others]
+            if callback.state_key in {other.state_key for other in others}:
+                raise ConfigError(
+                    "There are a `lora:` section and a LoraCallback of the same target and adapter_name among "
+                    "trainer.callbacks. Leave one of them out; for a second adapter, give it a name of its own."
+                )
+            section["callbacks"] = [callback, *others]
         try:
             return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
         except LoraError:

@@ -16,7 +16,7 @@ from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, rea
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
 from lora_plugins.writable import check_writable_file, check_writable_folder
 
-_OF_CHECKPOINTS = frozenset({"best", "last", "hpc"})
+_OF_CHECKPOINTS = frozenset({"last", "hpc"})
 _OTHER_FILES = frozenset(
     {".safetensors", ".png", ".jpg", ".jpeg", ".yaml", ".yml", ".json", ".onnx", ".pt2", ".py", ".sh"}
 )
@@ -94,6 +94,11 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
     path = given.get("ckpt_path")
     if not isinstance(path, str) or path in _OF_CHECKPOINTS or "://" in path or path.startswith("registry"):
         return
+    if path == "best":
+        raise ConfigError(
+            "ckpt_path: which checkpoint is the best is known to the process that trained alone. Name its file, which "
+            "fit prints at its end, or write 'last' for that of ModelCheckpoint(save_last=True)."
+        )
     if not Path(path).exists():
         folder = Path(path).parent
         beside = [each.name for each in folder.glob("*.ckpt")] if folder.is_dir() else []

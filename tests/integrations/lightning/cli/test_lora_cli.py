@@ -92,6 +92,19 @@ class TestFit:
         assert main(["fit", "--config", config(lora=None, lora_callback=None, trainer=trainer)]) == 0
         assert (tmp_path / "other" / "adapter.json").exists()
 
+    def test_section_and_callback_of_one_adapter_are_refused(self, config, tmp_path, capsys):
+        callback = {
+            "class_path": "lora_plugins.integrations.lightning.LoraCallback",
+            "init_args": {"config": {"r": 2}},
+        }
+        trainer = {**yaml.safe_load(Path(config()).read_text())["trainer"], "callbacks": [callback]}
+        assert main(["fit", "--config", config(trainer=trainer)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(
+            "error: There are a `lora:` section and a LoraCallback of the same target and adapter_name"
+        )
+        assert said.count("\n") == 1
+
 
 def test_override_of_a_users_own_optimizer_is_said_and_that_of_our_tasks_is_not(config, tmp_path):
     trainer_section = {"logger": False, "max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"}

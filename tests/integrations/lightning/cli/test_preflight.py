@@ -50,6 +50,10 @@ AT_ONCE = {
         "--batch-size: '-4' is not a whole number of at least 1.",
     ),
     "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
+    "best checkpoint": (
+        ["--config", "recipe:cls", "--ckpt_path", "best"],
+        "Name its file, which fit prints at its end",
+    ),
     "near checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lst.ckpt"], "Did you mean 'last.ckpt'"),
     "batch size of the file": (
         ["--config", "recipe:cls", "--data.init_args.batch_size", "0"],
