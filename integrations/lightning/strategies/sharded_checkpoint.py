@@ -136,6 +136,8 @@ def _load_file(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict
         whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     check_whole(path, whole)
     _check(trainer, path, whole, set(whole["state_dict"]))
+    if trainer.state.fn == "fit":
+        _check_optimizers(trainer, path, whole)
     module = trainer.lightning_module
     strict = module.strict_loading
     module.strict_loading = False  # the keys were compared; those of the base are not in the file
@@ -159,6 +161,20 @@ def _check(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any], saved: s
         raise AdapterFileError(
             f"{path} does not fit the module: {listing(sorted(needed ^ saved))} are only in one of them."
         )
+
+
+def _check_optimizers(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses states of parameters by other numbers than Lightning gives them here, where it counts the frozen ones."""
+    numbers = {id(parameter): number for number, parameter in enumerate(_model(trainer).parameters())}
+    for optimizer, state in zip(trainer.strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+        saved = [number for group in state["param_groups"] for number in group["params"] if isinstance(number, int)]
+        own = [numbers.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+        if saved and set(saved) != set(own):
+            raise AdapterFileError(
+                f"{path} was not written by a strategy that shards parameters: the state of its optimizer numbers them "
+                "in another way, so training cannot go on from it here. Use the strategy that wrote it; validate, test "
+                "and predict take the file."
+            )
 
 
 def _trained_tensors(trainer: Trainer) -> dict[str, Tensor]:

@@ -238,6 +238,7 @@ WRONG_FILES = {
     "another base": (lambda: (Sharded(base_seed=1), [LoraCallback(CONFIG)]), "another base"),
     "another model": (lambda: (Sharded(width=8), [LoraCallback(CONFIG)]), "another model"),
     "another adapter": (lambda: (Sharded(), [LoraCallback(CONFIG, adapter_name="other")]), "adapter 'other'"),
+    "of one device": (lambda: (Sharded(), [LoraCallback(CONFIG)]), "training cannot go on from it here"),
 }
 
 
@@ -253,6 +254,18 @@ def test_wrong_file_is_refused_by_a_sharded_module(tmp_path, one_process, made, 
     run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=one_process())
     with pytest.raises(AdapterFileError, match=message):
         run.fit(Sharded(), loader(), ckpt_path=tmp_path / "it.ckpt")
+
+
+def test_file_of_one_device_is_tested_by_a_sharded_module(tmp_path, one_process):
+    module = Sharded()
+    module.configure_model = lambda: None
+    writer = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], max_epochs=1)
+    writer.fit(module, loader())
+    writer.save_checkpoint(tmp_path / "it.ckpt")
+    expected = writer.validate(module, loader(), verbose=False)
+    run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], strategy=one_process())
+    found = run.validate(Sharded(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert found[0]["val/loss"] == pytest.approx(expected[0]["val/loss"], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 writes sharded files by it
