@@ -136,7 +136,8 @@ class LoraCallback(Callback):
     values.
 
     A module may declare `head_modules`, the names of modules with newly initialized parameters. They are trained as if
-    `modules_to_save` listed them.
+    `modules_to_save` listed them. What its method `file_entries(target)` returns, JSON by name, is written into the
+    adapter folder and the exported file.
 
     Args:
         config: What is adapted, and how.

@@ -1,8 +1,9 @@
 """What a run leaves when `fit` ends: the adapter in files, the merged model, and which checkpoint is the best."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -14,6 +15,7 @@ from lora_plugins.files import PackedAdapter, write
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
+    file_entries,
     plain_state_dict,
     rename_adapter,
     temporarily_merged,
@@ -48,14 +50,15 @@ class Results:
         target = module.get_submodule(self.target)
         paths: dict[str, Path] = {}
         self._warn_of_moved(module)
+        entries = file_entries(module, self.target)
         for file in self.files:
-            path = self._write_adapter(file, trainer, target)
+            path = self._write_adapter(file, trainer, target, entries)
             if trainer.is_global_zero:
                 paths[file.title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
             with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
                 tensors = plain_state_dict(target)
-            paths["Merged model"] = write_safetensors(Path(self.export_to), tensors)
+            paths["Merged model"] = write_safetensors(Path(self.export_to), tensors, entries)
         return paths
 
     def _warn_of_moved(self, module: nn.Module) -> None:
@@ -67,11 +70,14 @@ class Results:
                 "Checkpoints and export_to have them."
             )
 
-    def _write_adapter(self, file: AdapterFile, trainer: Trainer, target: nn.Module) -> Path:
+    def _write_adapter(
+        self, file: AdapterFile, trainer: Trainer, target: nn.Module, entries: Mapping[str, Any]
+    ) -> Path:
         """Writes one file of the adapter; only the first process does, with what it gathers from all."""
         if not file.is_ours:
             return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
         packed = rename_adapter(self._packed(trainer, target), plain_name)
+        packed = PackedAdapter({**packed.manifest, **entries}, packed.tensors)
         return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
 
     def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:

@@ -28,7 +28,6 @@ from lora_plugins.tasks.training import (
     SchedulerCallable,
     check_optimizer,
     configured_optimizer,
-    write_provenance,
 )
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -296,9 +295,9 @@ class TextToImageTask(LoraCheckpointMixin):
         """Write the provenance into a checkpoint."""
         checkpoint[PROVENANCE_KEY] = self.provenance()
 
-    def on_fit_end(self) -> None:
-        """Write the provenance into the files of a `LoraCallback`."""
-        write_provenance(self.trainer, self.provenance)
+    def file_entries(self, target: str) -> dict[str, Any]:
+        """What a `LoraCallback` writes into the files of an adapter of `target`: the provenance."""
+        return {PROVENANCE_KEY: {**self.provenance(), "target": target or None}}
 
     def provenance(self) -> dict[str, Any]:
         """Which task this is, in plain types: class and arguments, the base model among them."""

@@ -11,7 +11,7 @@ from lora_plugins.tasks.training.optimization import (
     configured_optimizer,
     warmup_cosine,
 )
-from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance, write_provenance
+from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
 from lora_plugins.tasks.training.what_follows import next_steps
 
@@ -31,5 +31,4 @@ __all__ = [
     "configured_optimizer",
     "next_steps",
     "warmup_cosine",
-    "write_provenance",
 ]

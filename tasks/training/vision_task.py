@@ -38,7 +38,7 @@ from lora_plugins.tasks.training.optimization import (
     check_optimizer,
     configured_optimizer,
 )
-from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, write_provenance
+from lora_plugins.tasks.training.provenance import PROVENANCE_KEY
 from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
 
 CONFUSION = "confusion"
@@ -279,9 +279,9 @@ class VisionTask(LoraCheckpointMixin):
         if note := note_on_the_base(self.trainer, self.model_config):
             rank_zero_info(note)
 
-    def on_fit_end(self) -> None:
-        """Write the provenance into the files of a `LoraCallback`."""
-        write_provenance(self.trainer, self.provenance)
+    def file_entries(self, target: str) -> dict[str, Any]:
+        """What a `LoraCallback` writes into the files of an adapter of `target`: the provenance."""
+        return {PROVENANCE_KEY: {**self.provenance(), "target": target or None}}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of the parameters that require gradients, and its scheduler, if there is one.

@@ -14,7 +14,12 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.checkpoint import KEY, Global, load_from_checkpoint, read_checkpoint
 from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser
-from lora_plugins.integrations.lightning.module import adapted_targets, plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.module import (
+    adapted_targets,
+    file_entries,
+    plain_state_dict,
+    write_safetensors,
+)
 from lora_plugins.utils import replace_file
 
 _OF_TRAINING = (
@@ -68,8 +73,9 @@ def export_checkpoint(
     targets = adapted_targets(module)
     if len(targets) > 1:
         raise ConfigError(f"The adapters have {len(targets)} targets: {', '.join(targets)}. Use `merge` instead.")
-    (target,) = targets.values()
-    return write_safetensors(output, plain_state_dict(LoraModel(target).merge_and_unload(dequantize=True)))
+    ((name, target),) = targets.items()
+    tensors = plain_state_dict(LoraModel(target).merge_and_unload(dequantize=True))
+    return write_safetensors(output, tensors, file_entries(module, name))
 
 
 def merge_checkpoint(

@@ -27,7 +27,7 @@ from lora_plugins.integrations.lightning.module.copies import (
     start_alike,
 )
 from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
-from lora_plugins.integrations.lightning.module.declarations import with_declarations
+from lora_plugins.integrations.lightning.module.declarations import file_entries, with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
     frozen_as_built,
     not_as_built,
@@ -91,6 +91,7 @@ __all__ = [
     "checksum",
     "checksums",
     "copy_factors",
+    "file_entries",
     "find_copies",
     "find_target",
     "freeze_alike",

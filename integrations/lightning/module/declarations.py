@@ -1,7 +1,11 @@
-"""What a LightningModule may declare: `head_modules`, which are new, and `lora_targets`, which are worth adapting."""
+"""What a LightningModule may declare.
 
-from collections.abc import Iterable, Sequence
+`head_modules` are new, `lora_targets` are worth adapting, and `file_entries` makes what files of an adapter say beside.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -44,6 +48,17 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
         return config
     targets = suggested if isinstance(suggested, str) else _worth(list(suggested), config, names)
     return replace(config, target_modules=targets)
+
+
+def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
+    """Returns what a module wants to be in the files of its adapter, as JSON by name; empty if it says nothing.
+
+    Args:
+        module: The module; its optional method `file_entries` takes the name of the target.
+        path: The name of the target; empty for the module itself.
+    """
+    declared = getattr(module, "file_entries", None)
+    return {} if declared is None else declared(path)
 
 
 def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
+import json
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -266,10 +267,17 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Writes tensors so that a killed process leaves the old file or the new one; returns the path."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:
+    """Writes tensors so that a killed process leaves the old file or the new one; returns the path.
+
+    Args:
+        path: The file.
+        tensors: By key.
+        entries: What the metadata of the file says beside, as JSON under the name `lora_plugins.NAME`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    said = {f"lora_plugins.{name}": json.dumps(entry) for name, entry in entries.items()}
+    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt", **said}))
     return path
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics import Metric
 
 from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
@@ -88,9 +89,11 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
 def _averaged_by(value: Any) -> Iterator[nn.Module]:
     """Yields the modules of which something keeps an average, as AveragedModel, ModelEmaV3 and others do.
 
-    They have a module and a method that updates it; a teacher has none.
+    They have a module and a method that updates it; a teacher has none, and a metric updates something else.
     """
-    if isinstance(value, type | LightningModule) or not any(name.startswith("update") for name in dir(type(value))):
+    if isinstance(value, type | LightningModule | Metric) or not any(
+        name.startswith("update") for name in dir(type(value))
+    ):
         return
     held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
     yield from (each for each in held if isinstance(each, nn.Module))

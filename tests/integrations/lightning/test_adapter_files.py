@@ -1,14 +1,16 @@
 """The adapter of a run in several formats, from Python and from YAML."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, PluginError
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, MergeError, PluginError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.integrations.lightning.adapter_files import adapter_files, check_room
@@ -160,3 +162,42 @@ class TestRoom:
 
     def test_enough_is_enough(self, tmp_path):
         check_room(adapter_files(str(tmp_path / "adapter")), str(tmp_path / "merged.safetensors"), self.plan())
+
+
+class Described(Classifier):
+    """Says what its classes are called."""
+
+    def file_entries(self, target):
+        return {"classes": {"names": ["a", "b", "c"], "of": target}}
+
+
+class TestWhatAModuleSays:
+    @pytest.mark.parametrize("target", [None, "net"])
+    def test_is_in_the_adapter_and_in_the_merged_file(self, tmp_path, target):
+        names = ["net.0"] if target is None else ["0"]
+        callback = LoraCallback(
+            LoraConfig(r=2, target_modules=names),
+            target=target,
+            save_adapter_to=[tmp_path / "ours", AdapterFile(str(tmp_path / "theirs"), "peft")],
+            export_to=tmp_path / "merged.safetensors",
+            print_plan=False,
+        )
+        trainer(tmp_path, [callback]).fit(Described(), loader())
+        said = {"names": ["a", "b", "c"], "of": target or ""}
+        assert json.loads((tmp_path / "ours" / "adapter.json").read_text())["classes"] == said
+        with safe_open(tmp_path / "merged.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["lora_plugins.classes"]) == said
+        model = Described() if target is None else Described().net
+        LoraModel.load_adapter(model, tmp_path / "ours")
+
+    def test_is_in_the_adapter_though_it_cannot_be_merged(self, tmp_path):
+        """The files are written before the merge, whole."""
+
+        class Diverged(Described):
+            def on_train_end(self):
+                self.net[0].lora_B["default"].data.fill_(float("nan"))
+
+        callback = LoraCallback(LoraConfig(r=2, target_modules=["net.0"]), save_adapter_to=tmp_path / "a")
+        with pytest.raises(MergeError, match="not finite"):
+            trainer(tmp_path, [callback]).fit(Diverged(), loader())
+        assert "classes" in json.loads((tmp_path / "a" / "adapter.json").read_text())

@@ -289,7 +289,7 @@ class TestLittleLearned:
         assert values(fit(max_error=1.0)).keys() == values(Classifier()).keys()
 
     def test_that_is_no_share_is_refused(self):
-        with pytest.raises(ConfigError, match="max_error is -1"):
+        with pytest.raises(ConfigError, match="max_error is a share, a number of at least 0, not -1"):
             LoraCallback(CONFIG, max_error=-1)
 
 
