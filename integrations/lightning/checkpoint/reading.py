@@ -37,6 +37,12 @@ def reading_errors(path: object) -> Iterator[None]:
         yield
     except (FileNotFoundError, LoraError):
         raise
+    except IsADirectoryError as error:
+        raise AdapterFileError(
+            f"{path} is a folder, and a checkpoint is a file here. Strategies that shard parameters write folders, and "
+            "read them; ModelParallelStrategy(save_distributed_checkpoint=False) writes one file. An adapter folder is "
+            "for LoraModel.load_adapter."
+        ) from error
     except UnpicklingError as error:
         objects = not_allowed(path)
         if objects:

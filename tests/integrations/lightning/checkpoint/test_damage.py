@@ -98,3 +98,17 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.ckpt")
     with pytest.raises(AdapterFileError, match="not a regular file"):
         load_from_checkpoint(Classifier, tmp_path / "pipe.ckpt")
+
+
+READERS = {
+    "load_from_checkpoint": lambda path, _: load_from_checkpoint(Classifier, path),
+    "trainer": lambda path, folder: trainer(folder, [callback()]).fit(Classifier(), loader(), ckpt_path=path),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_folder_is_told_from_a_damaged_file(tmp_path, read):
+    path = tmp_path / "it.ckpt"
+    path.mkdir()
+    with pytest.raises(AdapterFileError, match=r"it\.ckpt is a folder, and a checkpoint is a file here"):
+        read(path, tmp_path)
