@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 _OPENED: ContextVar[tuple[Block, ...]] = ContextVar("opened", default=())
 """The blocks that the present thread or task has opened; what it starts with its context has opened them too."""
 
-_OPENING = threading.Lock()
+_OPENING = threading.RLock()
 """Held while a block is opened."""
 
 
