@@ -25,8 +25,28 @@ def unheld(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [name for name, parameter in trained(model).items() if id(parameter) not in held]
 
 
+def check_active(model: nn.Module, adapter_name: str) -> None:
+    """Refuses a model on which the adapter does not act, alone and unmerged.
+
+    Raises:
+        StateError: If it does not.
+    """
+    state = model_state(model)
+    if state is None:
+        raise StateError(
+            "The model has no adapter any more: it was merged or unloaded. Make the model and the trainer again; "
+            "an adapter that is trained on a merged base fits no other."
+        )
+    if state.active != (adapter_name,) or state.merged:
+        raise StateError(
+            f"LoraTrainer trains the adapter {adapter_name!r}, and {listing(state.active) or 'none'} "
+            f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
+            f"{adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
+        )
+
+
 class TrainingGuard(TrainerCallback):
-    """Looks at the first steps of a run, and puts the adapter where a push takes it from.
+    """Looks at the first steps of a run, at each epoch and save, and puts the adapter where a push takes it from.
 
     Args:
         adapter_name: The adapter that is trained.
@@ -45,15 +65,8 @@ class TrainingGuard(TrainerCallback):
             StateError: If it is not.
         """
         model, self._seen = kwargs["model"], False
+        self._check(model, kwargs["optimizer"])
         plan = LoraModel(model).plans[self.adapter_name]
-        lost = trained(model).keys() - adapter_tensors(model).keys() - set(plan.trained)
-        if lost:
-            raise StateError(
-                f"{listing(sorted(lost))} are trained and are no part of the adapter, so that no checkpoint would hold "
-                "them. Name them in modules_to_save, or leave them frozen."
-            )
-        if missing := unheld(model, kwargs["optimizer"]):
-            raise StateError(f"The optimizer does not hold {listing(missing)}, which are to be trained.")
         if state.is_world_process_zero:
             print(f"LoRA adapter {self.adapter_name!r}: {plan.summary()}")
         if forgotten := forgotten_layers(model, plan):
@@ -61,6 +74,33 @@ class TrainingGuard(TrainerCallback):
                 f"{listing(forgotten, 3)} look newly initialized, and nothing trains them. A new head belongs into "
                 "modules_to_save of the LoraConfig; one that is to stay as it is can be left so.",
                 stacklevel=2,
+            )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks whether another callback has merged or switched the adapter, or unfrozen something else.
+
+        Raises:
+            StateError: If one has.
+        """
+        self._check(kwargs["model"], kwargs["optimizer"])
+
+    on_save = on_epoch_begin  # an epoch can be the whole run
+
+    def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
+        check_active(model, self.adapter_name)
+        plan = LoraModel(model).plans[self.adapter_name]
+        lost = trained(model).keys() - adapter_tensors(model).keys() - set(plan.trained)
+        if lost:
+            raise StateError(
+                f"{listing(sorted(lost))} are trained and are no part of the adapter, so that no checkpoint would hold "
+                "them. Name them in modules_to_save, or leave them frozen."
+            )
+        if missing := unheld(model, optimizer):
+            raise StateError(
+                f"The optimizer does not hold {listing(missing)}, which are to be trained. If the adapter was put on "
+                "the model anew since the optimizer was made, make the trainer again."
             )
 
     def on_pre_optimizer_step(

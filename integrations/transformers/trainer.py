@@ -19,7 +19,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
-from lora_plugins.integrations.transformers.guard import TrainingGuard, unheld
+from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
 from lora_plugins.merge import check_dense
@@ -110,7 +110,7 @@ class LoraTrainer(Trainer):
                 checkpoint would hold.
         """
         if self.model_init is None:
-            self._check_active(self.model)
+            check_active(self.model, self.adapter_name)
         output = super().train(*args, **kwargs)
         if self.merge_on_train_end:
             LoraModel(self.model).merge_and_unload(dequantize=self.dequantize)
@@ -153,7 +153,7 @@ class LoraTrainer(Trainer):
                 LoraModel(model).set_adapter(self.adapter_name)
         elif self.lora_config is not None:
             self._check_same(LoraModel(model).adapters[self.adapter_name])
-        self._check_active(model)
+        check_active(model, self.adapter_name)
         if self.merge_on_train_end:
             check_dense(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False")
         return model
@@ -167,20 +167,6 @@ class LoraTrainer(Trainer):
                 f"The model has an adapter {self.adapter_name!r} already, with another configuration: "
                 f"{listing(different)} differ. Choose another adapter_name, or take the present one off first: "
                 "LoraModel(model).unload()."
-            )
-
-    def _check_active(self, model: nn.Module) -> None:
-        state = model_state(model)
-        if state is None:
-            raise StateError(
-                "The model has no adapter any more: it was merged or unloaded. Make the model and the trainer again; "
-                "an adapter that is trained on a merged base fits no other."
-            )
-        if state.active != (self.adapter_name,) or state.merged:
-            raise StateError(
-                f"LoraTrainer trains the adapter {self.adapter_name!r}, and {listing(state.active) or 'none'} "
-                f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
-                f"{self.adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
             )
 
     def _check_optimizer(self) -> None:

@@ -601,7 +601,31 @@ class TestRefused:
         with pytest.raises(StateError, match=r"'vit\.layernorm\.weight' are trained and are no part of the adapter"):
             run.train()
 
-    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+    @pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end"])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(
+                lambda model: model.vit.layernorm.requires_grad_(True), "no part of the adapter", id="unfrozen"
+            ),
+            pytest.param(lambda model: LoraModel(model).set_adapter("other"), "'other' is active", id="switched"),
+            pytest.param(lambda model: LoraModel(model).merge_adapter(), "is merged", id="merged"),
+        ],
+    )
+    def test_what_a_callback_changes_while_it_trains(self, tmp_path, event, change, message):
+        def changed(callback, args, state, control, model, **kwargs):
+            if state.global_step == 3:  # the last step of the first epoch
+                change(model)
+
+        model = vit()
+        LoraModel(model, VIT).add_adapter("other", VIT)
+        optimizer = torch.optim.AdamW(model.parameters())  # as those who unfreeze later make it
+        callback = type("Callback", (transformers.TrainerCallback,), {event: changed})()
+        run = trainer(tmp_path, model, None, optimizers=(optimizer, None), callbacks=[callback])
+        with pytest.raises(StateError, match=message):
+            run.train()
+        assert run.state.global_step == 3
+
     @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
     def test_reentrant_checkpointing_that_cuts_the_backward(self, tmp_path):
         kwargs = {"use_reentrant": True}
