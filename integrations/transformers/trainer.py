@@ -92,8 +92,8 @@ class LoraTrainer(Trainer):
                 "lora_plugins.integrations.lightning."
             )
         if self.model_init is None:  # after the Trainer has set the seed, from which A and B start
+            self._check_optimizer()
             self._adapt(self.model)
-        self._check_optimizer()
         self.add_callback(TrainingGuard(adapter_name))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -171,10 +171,16 @@ class LoraTrainer(Trainer):
 
     def _check_optimizer(self) -> None:
         """Refuses an optimizer of the user's that was made before the model was adapted."""
-        missing = [] if self.optimizer is None else unheld(self.model, self.optimizer)
+        if self.optimizer is None:
+            return
+        state = model_state(self.model)
+        if state is not None and self.adapter_name in state.adapters:
+            missing = listing(unheld(self.model, self.optimizer))
+        else:
+            missing = f"A and B of the adapter {self.adapter_name!r}"
         if missing:
             raise StateError(
-                f"The optimizer does not hold {listing(missing)}, which are to be trained. Adapt the model before the "
+                f"The optimizer does not hold {missing}, which are to be trained. Adapt the model before the "
                 "optimizer is made: LoraModel(model, config), then LoraTrainer without lora_config; or give "
                 "optimizer_cls_and_kwargs instead of optimizers."
             )

@@ -583,8 +583,13 @@ class TestRefused:
     def test_an_optimizer_from_before(self, tmp_path):
         model = vit()
         optimizer = torch.optim.AdamW(model.parameters())
-        with pytest.raises(StateError, match=r"optimizer does not hold '.*lora_.*Adapt the model before"):
+        with pytest.raises(StateError, match=r"optimizer does not hold A and B of.*Adapt the model before"):
             trainer(tmp_path, model, optimizers=(optimizer, None))
+        assert model_state(model) is None
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        LoraModel(model, VIT)  # as the message says
+        with pytest.raises(StateError, match=r"optimizer does not hold '.*lora_.*Adapt the model before"):
+            trainer(tmp_path, model, None, optimizers=(optimizer, None))
 
     def test_an_optimizer_from_after_is_taken(self, tmp_path):
         model = vit()
