@@ -38,6 +38,7 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
             for key, tensor in own.tensors.items():
                 tensor.copy_(saved.tensors[key])
         return
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     LoraModel(model).delete_adapter(adapter_name)
     try:
         LoraModel.load_packed(model, saved, adapter_name)
@@ -46,6 +47,8 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
         raise
     finally:
         LoraModel(model).set_adapter(adapter_name)  # where others are on the model, a new one waits
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))  # what the user froze stays frozen
 
 
 def _check_config(folder: Path, here: dict[str, Any], there: dict[str, Any]) -> None:

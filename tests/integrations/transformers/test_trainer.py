@@ -186,6 +186,21 @@ class TestResume:
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
             assert not differing(trained, values(run.model))
 
+    def test_what_the_user_froze_stays_frozen_on_a_rebuilt_base(self, tmp_path):
+        def frozen_a():
+            run = trainer(tmp_path, config=LoraConfig(r=2, target_modules=["q_proj"], init="pissa"))
+            for name, parameter in run.model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".lora_A" not in name)
+            return run
+
+        straight = frozen_a()
+        straight.train()
+        resumed = frozen_a()
+        with torch.no_grad():
+            resumed.model.vit.layers[0].attention.q_proj._parameters["weight"].mul_(1 + 1e-6)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not differing(values(straight.model), values(resumed.model))
+
     def test_an_optimizer_of_the_users_cannot_follow_a_rebuilt_base(self, tmp_path):
         model, config = vit(), LoraConfig(r=2, target_modules=["q_proj"], init="pissa")
         LoraModel(model, config)
