@@ -5,7 +5,7 @@ Which they are is looked up in the model. LoCon's third factor, a small convolut
 (Yeh et al., arXiv 2309.14859), is multiplied into A.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,16 +102,18 @@ class KohyaFormat(PortableFormat):
         if path.suffix != ".safetensors":
             raise AdapterFileError(f"{path}: this format is a file, whose name ends in .safetensors.")
         places = part_of(adapter.layers, model, options["component"])
-        prefix_of = {part: prefix for prefix, part in reversed([*PREFIXES.items()])}
+        prefix_of = _prefixes_written({part for part, _ in places.values()}, model)
         lacking = {part for part, _ in places.values()} - {*prefix_of}
         if lacking:
             raise AdapterFileError(
                 f"{listing(sorted(lacking))} has no name in this format; there is {listing(prefix_of)}."
             )
         layers = without_rslora(adapter)
+        known = {} if model is None else _known_names(model)
         tensors: dict[str, Tensor] = {}
         for full, (part, name) in places.items():
-            layer, key = layers[full], prefix_of[part] + name.replace(".", "_")
+            within = known.get(full, full).removeprefix(full.removesuffix(name))
+            layer, key = layers[full], prefix_of[part] + within.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
             tensors |= {
@@ -129,6 +131,22 @@ class KohyaFormat(PortableFormat):
         }
         write_tensors(path, tensors, said)
         return path
+
+
+def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[str, str]:
+    """Returns what the names of each part start with; `lora_te_` is the text encoder of a pipeline that has one."""
+    prefix_of = {part: prefix for prefix, part in reversed([*PREFIXES.items()])}
+    children = () if model is None else dict(model.named_children())
+    if any(name.startswith("text_encoder_") for name in (*parts, *children)):
+        prefix_of["text_encoder"] = "lora_te1_"
+    return prefix_of
+
+
+def _known_names(model: nn.Module) -> dict[str, str]:
+    """Returns the names that others know of the modules of a text encoder, those of transformers 4, by present ones."""
+    former = {plain_name(new): plain_name(old) for new, old in former_names(model).items()}
+    # A CLIPTextModelWithProjection has kept its `text_model`; transformers' table would put a second one before it.
+    return {new: old for new, old in former.items() if "text_model" not in new.split(".")}
 
 
 def _number(value: float) -> Tensor:

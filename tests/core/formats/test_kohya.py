@@ -156,11 +156,12 @@ def test_alphas_need_not_be_there(tmp_path):
     assert UNET.difference(model, lora.model) <= TOLERANCE
 
 
-def test_names_of_transformers_4_are_read(tmp_path):
+def test_names_of_transformers_4_are_written_and_those_of_5_read_too(tmp_path):
     lora = ours(TEXT)
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
-    tensors = {key.replace("lora_te_", "lora_te_text_model_"): tensor for key, tensor in load_file(path).items()}
-    save_file(tensors, path)
+    tensors = load_file(path)
+    assert all(key.startswith("lora_te_text_model_encoder_layers_0_") for key in tensors)
+    save_file({key.replace("text_model_", ""): tensor for key, tensor in tensors.items()}, path)
     model = TEXT.build()
     LoraModel.load_adapter(model, path)
     assert TEXT.difference(model, lora.model) <= TOLERANCE

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
@@ -74,6 +75,24 @@ def test_diffusers_draws_the_same_pictures_from_its_file(name, text_encoder, tmp
     lora = moved(LoraPipeline(pipe, config(pipe, target_modules=targets)))
     assert distance(drawn(pipe), drawn(theirs)) > 1e-3
     theirs.load_lora_weights(lora.save_adapter(tmp_path / "file.safetensors", format="diffusers"))
+    assert distance(drawn(pipe), drawn(theirs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("Stable Diffusion", {"lora_unet", "lora_te"}),
+        ("Stable Diffusion XL", {"lora_unet", "lora_te1", "lora_te2"}),
+        ("Flux", {"lora_transformer", "lora_te1"}),
+    ],
+)
+def test_diffusers_draws_the_same_pictures_from_a_file_for_the_webui(name, prefixes, tmp_path):
+    pipe, theirs = build(name), build(name)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    path = lora.save_adapter(tmp_path / "file.safetensors", format="kohya")
+    assert {"_".join(key.split("_")[:2]) for key in load_file(path)} == prefixes
+    assert all("_text_model_encoder_layers_" in key for key in load_file(path) if key.startswith("lora_te"))
+    theirs.load_lora_weights(path)
     assert distance(drawn(pipe), drawn(theirs)) <= TOLERANCE
 
 
