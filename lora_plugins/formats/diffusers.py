@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,12 @@ _ENDINGS: Mapping[str, str] = {
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 """The projections that the oldest keys name by the processor of an attention, and their names in it."""
+
+_TEXT_PROJECTIONS: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+"""Those that the oldest keys of text encoders name by the attention alone."""
+
+_OLDEST = re.compile(r"(.+\.(?:processor|self_attn))\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+"""The oldest keys, of a denoiser and of a text encoder."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,11 @@ def _placed(key: str) -> tuple[str, str, str] | None:
     part, _, rest = key.partition(".")
     if part not in COMPONENTS:
         return None
-    name, processor, projection = rest.rpartition(".processor.")
-    if processor:
-        own, _, direction = projection.partition("_lora.")
-        factor = {"down.weight": "A", "up.weight": "B"}.get(direction)
-        return (part, f"{name}.{_PROJECTIONS[own]}", factor) if factor and own in _PROJECTIONS else None
+    oldest = _OLDEST.fullmatch(rest)
+    if oldest:
+        attention, own, direction = oldest.groups()
+        names = _PROJECTIONS if attention.endswith(".processor") else _TEXT_PROJECTIONS
+        return part, f"{attention.removesuffix('.processor')}.{names[own]}", {"down": "A", "up": "B"}[direction]
     ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
     return (part, rest.removesuffix(ending), _ENDINGS[ending]) if ending else None
 

@@ -139,17 +139,36 @@ ENDINGS = {
 }
 
 
+def renamed(path, endings):
+    tensors = load_file(path)
+    for new, old in endings.items():
+        tensors = {key.removesuffix(new) + old if key.endswith(new) else key: t for key, t in tensors.items()}
+    save_file(tensors, path)
+
+
 @pytest.mark.parametrize("endings", ENDINGS.values(), ids=ENDINGS)
 def test_all_endings_over_the_years_are_read(endings, tmp_path):
     theirs = with_peft(UNET, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"])
     saved_by_diffusers(tmp_path, metadata=False, unet=theirs)
-    tensors = load_file(tmp_path / FILE)
-    for new, old in endings.items():
-        tensors = {key.removesuffix(new) + old if key.endswith(new) else key: t for key, t in tensors.items()}
-    save_file(tensors, tmp_path / FILE)
+    renamed(tmp_path / FILE, endings)
     model = UNET.build()
     LoraModel.load_adapter(model, tmp_path)
     assert UNET.difference(model, theirs) <= TOLERANCE
+
+
+def test_the_oldest_keys_of_text_encoders_are_read(tmp_path):
+    """They have the names of the UNet's projections, as `convert_state_dict_to_peft` of diffusers knows."""
+    theirs = with_peft(TEXT, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    saved_by_diffusers(tmp_path, metadata=False, text_encoder=theirs)
+    endings = {
+        f"{name}.lora_{factor}.weight": f"to_{name.partition('_')[0]}_lora.{direction}.weight"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        for factor, direction in (("A", "down"), ("B", "up"))
+    }
+    renamed(tmp_path / FILE, endings)
+    model = TEXT.build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert TEXT.difference(model, theirs) <= TOLERANCE
 
 
 def test_names_of_transformers_4_are_read(tmp_path):
