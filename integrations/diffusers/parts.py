@@ -7,8 +7,9 @@ from torch import nn
 
 from lora_plugins import ConfigError, StateError
 from lora_plugins.adapter import model_state
+from lora_plugins.utils import COMPILED
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Their names in pipelines of diffusers, and so in its adapter files."""
 
 _ATTRIBUTE = "_lora_plugins_parts"
@@ -50,10 +51,15 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
             f"{type(pipe).__name__} is no pipeline of diffusers. Give what DiffusionPipeline.from_pretrained returns; "
             "LoraModel adapts a single module."
         )
-    found = {name: components[name] for name in COMPONENTS if isinstance(components.get(name), nn.Module)}
+    found = {name: _original(components[name]) for name in COMPONENTS if isinstance(components.get(name), nn.Module)}
     if not found:
         raise ConfigError(f"{type(pipe).__name__} has none of the parts that are adapted: {', '.join(COMPONENTS)}.")
     return found
+
+
+def _original(part: nn.Module) -> nn.Module:
+    """Returns what `torch.compile` was given, so that names and files are the same before and after it."""
+    return getattr(part, COMPILED, part)
 
 
 def _same(parts: nn.ModuleDict, found: Mapping[str, nn.Module]) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -217,6 +218,33 @@ def test_a_part_that_is_replaced_under_adapters_is_refused():
         LoraPipeline(pipe)
     pipe.text_encoder = own
     LoraPipeline(pipe).unload()
+
+
+@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
+def test_a_compiled_part_is_the_part_that_it_compiles(format, tmp_path):
+    pipe, other = build("Stable Diffusion"), build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected = drawn(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert distance(drawn(pipe), expected) <= TOLERANCE
+    assert LoraPipeline(pipe).adapters == lora.adapters
+    path = lora.save_adapter(tmp_path / "file.safetensors" if format != "lora_plugins" else tmp_path, format=format)
+    other.unet = torch.compile(other.unet, backend="eager")
+    base = drawn(other)
+    LoraPipeline.load_adapter(other, path)
+    assert distance(drawn(other), expected) <= TOLERANCE
+    LoraPipeline(other).unload()
+    assert distance(drawn(other), base) == 0
+
+
+def test_a_second_denoiser_is_a_part():
+    """As pipelines of Wan 2.2 have it."""
+    sd3 = build("Stable Diffusion 3")
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=None, transformer_2=sd3.transformer
+    )
+    lora = LoraPipeline(pipe, LoraConfig(r=2, target_modules=["to_q"]))
+    assert {layer.name.partition(".")[0] for layer in lora.plans["default"].layers} == {"transformer_2"}
 
 
 def test_a_copy_has_adapters_of_its_own():
