@@ -237,6 +237,21 @@ def test_a_compiled_part_is_the_part_that_it_compiles(format, tmp_path):
     assert distance(drawn(other), base) == 0
 
 
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Stable Diffusion 3", "Flux"])
+def test_fused_projections_are_refused_until_adapters_are_merged(name):
+    """`fuse_qkv_projections` computes with copies of the weights, which were made when it was called."""
+    pipe = build(name)
+    denoiser = parts_of(pipe)[family_of(pipe).denoiser]
+    denoiser.fuse_qkv_projections()
+    with pytest.raises(StateError, match=r"fused copies of their projections.*unfuse_qkv_projections\(\) first"):
+        LoraPipeline(pipe, LoraConfig(r=2))
+    denoiser.unfuse_qkv_projections()
+    moved(LoraPipeline(pipe, config(pipe))).merge_and_unload()
+    expected = drawn(pipe)
+    denoiser.fuse_qkv_projections()
+    assert distance(drawn(pipe), expected) <= TOLERANCE
+
+
 def test_a_second_denoiser_is_a_part():
     """As pipelines of Wan 2.2 have it."""
     sd3 = build("Stable Diffusion 3")
