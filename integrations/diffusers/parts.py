@@ -48,6 +48,7 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
     if parts is None or not _same(parts, found):
         parts = nn.ModuleDict(found)
         setattr(pipe, _ATTRIBUTE, parts)
+    parts.training = any(part.training for part in found.values())  # a new module would be in training mode
     return cast(nn.ModuleDict, parts)
 
 

@@ -1,6 +1,7 @@
 """One adapter over the parts of a pipeline: files, weights, merging, and every bit as before."""
 
 import copy
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -250,6 +251,23 @@ def test_fused_projections_are_refused_until_adapters_are_merged(name):
     expected = drawn(pipe)
     denoiser.fuse_qkv_projections()
     assert distance(drawn(pipe), expected) <= TOLERANCE
+
+
+def test_adapters_by_rows_with_guidance():
+    """The denoiser has rows for the negative prompts before those for the prompts."""
+    pipe = build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, LoraConfig(r=2, alpha=5), "a"))
+    lora.add_adapter("b", replace(lora.adapters["a"], r=3))
+    moved(lora, seed=1)
+    expected = []
+    for name in ("a", "b"):
+        lora.set_adapter(name)
+        expected.append(drawn(pipe)[0])
+    with lora.mixed_batch(["a", "b", "a", "b"]):
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        arguments = SAMPLING.arguments(pipe, 2)
+        pictures = pipe(["a photo of sks dog"] * 2, generator=generators, output_type="np", **arguments).images
+    assert distance(pictures, np.stack(expected)) <= TOLERANCE
 
 
 def test_a_second_denoiser_is_a_part():
