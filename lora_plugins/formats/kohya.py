@@ -109,11 +109,9 @@ class KohyaFormat(PortableFormat):
                 f"{listing(sorted(lacking))} has no name in this format; there is {listing(prefix_of)}."
             )
         layers = without_rslora(adapter)
-        known = {} if model is None else _known_names(model)
         tensors: dict[str, Tensor] = {}
         for full, (part, name) in places.items():
-            within = known.get(full, full).removeprefix(full.removesuffix(name))
-            layer, key = layers[full], prefix_of[part] + within.replace(".", "_")
+            layer, key = layers[full], prefix_of[part] + _known_name(part, name).replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
             tensors |= {
@@ -142,11 +140,9 @@ def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[s
     return prefix_of
 
 
-def _known_names(model: nn.Module) -> dict[str, str]:
-    """Returns the names that others know of the modules of a text encoder, those of transformers 4, by present ones."""
-    former = {plain_name(new): plain_name(old) for new, old in former_names(model).items()}
-    # A CLIPTextModelWithProjection has kept its `text_model`; transformers' table would put a second one before it.
-    return {new: old for new, old in former.items() if "text_model" not in new.split(".")}
+def _known_name(part: str, name: str) -> str:
+    """Returns the name that others know of a layer: transformers 5 has taken `text_model` from those of CLIP."""
+    return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.layers.") else name
 
 
 def _number(value: float) -> Tensor:

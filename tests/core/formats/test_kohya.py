@@ -6,6 +6,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+from lora_plugins.formats import convert
+from lora_plugins.formats.diffusers import DiffusersFormat
+from lora_plugins.formats.kohya import KohyaFormat
 from tests.core.formats.peft_cases import moved
 from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts
 
@@ -161,6 +164,9 @@ def test_names_of_transformers_4_are_written_and_those_of_5_read_too(tmp_path):
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
     tensors = load_file(path)
     assert all(key.startswith("lora_te_text_model_encoder_layers_0_") for key in tensors)
+    theirs, options = lora.save_adapter(tmp_path / "theirs", format="diffusers"), dict.fromkeys(KohyaFormat.options)
+    convert(theirs, DiffusersFormat(), {**options, "patterns": None}, path, KohyaFormat(), options)
+    assert load_file(path).keys() == tensors.keys()
     save_file({key.replace("text_model_", ""): tensor for key, tensor in tensors.items()}, path)
     model = TEXT.build()
     LoraModel.load_adapter(model, path)
