@@ -58,18 +58,23 @@ class Within(ExitStack):
         return inside
 
     def __enter__(self) -> nn.Module:  # type: ignore[override]
-        with _OPENING:
-            return self._open()
+        opened = replace(self._opened)
+        try:
+            with _OPENING:
+                return self._open(opened)
+        except BaseException:  # an interruption may come when the block is open already
+            _leave(self._model, opened)
+            raise
 
-    def _open(self) -> nn.Module:
+    def _open(self, opened: Block) -> nn.Module:
         model, state = self._model, present_state(self._model)
-        state.check(self._opened.call)
-        _check_opened_here(state, self._opened.call)
+        state.check(opened.call)
+        _check_opened_here(state, opened.call)
         if self._inside in state.blocks:  # an end of it would be the end of both
-            raise StateError(f"This block is open already. Open another one inside: {self._opened.call}(...).")
+            raise StateError(f"This block is open already. Open another one inside: {opened.call}(...).")
         if self._check is not None:
             self._check(state)
-        opened = self._inside = replace(self._opened)
+        self._inside = opened
         for _ in range(2):
             self.callback(_leave, model, opened)
         _OPENED.set((*_OPENED.get(), opened))
