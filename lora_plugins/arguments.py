@@ -98,8 +98,9 @@ def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any]
             raise ConfigError(f"{call}: the arguments are swapped. {form}")
         key, value = next(iter(wrong.items()))
         raise ConfigError(f"{call}: {_wrong_type(key, value)} {_remedy(key, value) or form}")
-    for key in given.keys() & _CHECKS.keys():
-        _CHECKS[key](f"{call}: {key}", given[key])
+    for key, check in _CHECKS.items():
+        if key in given:
+            check(f"{call}: {key}", given[key])
 
 
 def check_config(call: str, config: Any) -> None:

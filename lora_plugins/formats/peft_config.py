@@ -152,8 +152,9 @@ class PeftConfig:
         self.fields = {key: value for key, value in fields.items() if value is not None}
         self._patterns = patterns
         try:
-            for key in self.fields.keys() & _READ.keys():
-                _READ[key](key, self.fields[key])
+            for key, check in _READ.items():
+                if key in self.fields:
+                    check(key, self.fields[key])
         except ConfigError as error:
             raise AdapterFileError(f"adapter_config.json is damaged: {error} Copy the file again.") from error
 

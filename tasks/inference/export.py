@@ -14,20 +14,19 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
-from lora_plugins.integrations.lightning.module import plain_state_dict
+from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
 from lora_plugins.tasks.command_lines import check_ending, check_runtime, export_parser
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
-from lora_plugins.tasks.training import METADATA_KEY, VisionTask
+from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
@@ -128,8 +127,7 @@ def _checked(path: str | Path) -> Path:
 def _write_weights(task: VisionTask, path: Path) -> float:
     """Write the plain state dict of the network, with its task and classes in the metadata, and read it again."""
     tensors = plain_state_dict(task.network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, save(tensors, {METADATA_KEY: json.dumps(task.provenance())}))
+    write_safetensors(path, tensors, {PROVENANCE_KEY: task.provenance()})
     found = load_task(path).network.state_dict()
     if any(not torch.equal(tensor, found[name].cpu()) for name, tensor in tensors.items()):
         path.unlink()
