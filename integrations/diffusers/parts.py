@@ -8,10 +8,8 @@ from torch import nn
 from lora_plugins import ConfigError, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
+from lora_plugins.formats import COMPONENTS
 from lora_plugins.utils import COMPILED
-
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Their names in pipelines of diffusers, and so in its adapter files."""
 
 _ATTRIBUTE = "_lora_plugins_parts"
 """Of a pipeline: the module of its parts, which holds the state of their adapters."""

@@ -4,6 +4,7 @@ None of them imports the library that it is named after. A format of layers with
 which needs to know names and nothing of models.
 """
 
+from lora_plugins.formats.components import COMPONENTS
 from lora_plugins.formats.converted import convert
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
@@ -13,7 +14,7 @@ from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.plugins import FormatRegistrar, hookimpl
 
-__all__ = ["PortableAdapter", "PortableFormat", "PortableLayer", "convert"]
+__all__ = ["COMPONENTS", "PortableAdapter", "PortableFormat", "PortableLayer", "convert"]
 
 
 @hookimpl

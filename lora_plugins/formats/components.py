@@ -11,8 +11,8 @@ from torch import nn
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.inplace import base_class_of
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2")
-"""Names of the parts of a pipeline that have adapters."""
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of the parts of a pipeline that have adapters, in the order in which random numbers are drawn for them."""
 
 _WORDS: Mapping[str, str] = {"UNet": "unet", "Text": "text_encoder", "T5": "text_encoder", "Transformer": "transformer"}
 """Words in the names of classes, and which part a model of such a class is."""
