@@ -1,11 +1,11 @@
 """Adapters of kohya's scripts and of LyCORIS, which the WebUI reads: names without dots, an alpha for each layer.
 
 `lora_unet_down_blocks_0_..._to_q.lora_down.weight` is A of the layer whose name has dots where the underscores are.
-Which they are is looked up in the model. LoCon's third factor, a small convolution between two of size 1
-(Yeh et al., arXiv 2309.14859), is multiplied into A.
+Which they are is looked up in the model, by its own names and the original ones. LoCon's third factor, a small
+convolution between two of size 1 (Yeh et al., arXiv 2309.14859), is multiplied into A.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
 from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.original_names import Place, is_of_transformer, original_places
 from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
@@ -57,9 +58,6 @@ _OTHER_METHODS: Mapping[str, str] = {
 }
 """How the tensors of other methods than LoRA begin, and what these are called."""
 
-_OTHER_NAMES = ("input_blocks_", "output_blocks_", "middle_block_", "double_blocks_", "single_blocks_")
-"""How names begin that are of the original implementations and not of diffusers."""
-
 
 class KohyaFormat(PortableFormat):
     """A `.safetensors` file of kohya's scripts or of LyCORIS' LoCon.
@@ -83,15 +81,13 @@ class KohyaFormat(PortableFormat):
         details = {key: metadata[key] for key in ("ss_base_model_version", "ss_network_module") if key in metadata}
         if model is None:
             return PortableAdapter(layers, details=details)
-        prefixes = {key: next(prefix for prefix in PREFIXES if key.startswith(prefix)) for key in layers}
-        paths = paths_read({PREFIXES[prefix]: None for prefix in prefixes.values()}, model, options["component"])
-        names = {part: _names(model.get_submodule(path_in_model)) for part, path_in_model in paths.items()}
-        wanted = {key: prefix for key, prefix in prefixes.items() if PREFIXES[prefix] in paths}
-        placed = _placed(wanted, names)
-        return PortableAdapter(
-            {full_name(paths[PREFIXES[wanted[key]]], name): layers[key] for key, name in placed.items()},
-            details=details,
-        )
+        names_of_parts = _names_of_parts(layers, model)
+        paths = paths_read(names_of_parts, model, options["component"])
+        placed: dict[str, PortableLayer] = {}
+        for part, path_in_model in paths.items():
+            within = _put(layers, names_of_parts[part], model.get_submodule(path_in_model))
+            placed |= {full_name(path_in_model, name): layer for name, layer in within.items()}
+        return PortableAdapter(placed, details=details)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """Such files have linear layers and convolutions only."""
@@ -209,43 +205,71 @@ def _magnitude(name: str, scale: Tensor | None, rows: int) -> Tensor | None:
     return scale.flatten()
 
 
-def _names(model: nn.Module) -> dict[str, list[str]]:
-    """Returns the names of modules by what they are without dots; former names too."""
-    found: dict[str, list[str]] = {}
-    former = former_names(model)
-    for entry in model_modules(model):
-        for name in {plain_name(each): None for each in (*entry.names, former.get(entry.name, entry.name))}:
-            places = found.setdefault(name.replace(".", "_"), [])
-            if entry.name not in places:
-                places.append(entry.name)
+def _names_of_parts(keys: Iterable[str], model: nn.Module) -> dict[str, dict[str, str]]:
+    """Returns by part of a pipeline the layers of a file, each with its name behind the prefix."""
+    prefixes = {key: next(prefix for prefix in PREFIXES if key.startswith(prefix)) for key in keys}
+    names = {key: key.removeprefix(prefix) for key, prefix in prefixes.items()}
+    parts = dict(PREFIXES)
+    if any(map(is_of_transformer, names.values())):
+        parts["lora_unet_"] = "transformer"
+    children = dict(model.named_children())
+    if "text_encoder_2" in children and "text_encoder_3" not in children:
+        parts["lora_te3_"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
+    found: dict[str, dict[str, str]] = {}
+    for key, prefix in prefixes.items():
+        found.setdefault(parts[prefix], {})[key] = names[key]
     return found
 
 
-def _placed(prefixes: Mapping[str, str], names: Mapping[str, Mapping[str, list[str]]]) -> dict[str, str]:
-    """Returns the name in the model of each layer of a file.
+def _put(layers: Mapping[str, PortableLayer], names: Mapping[str, str], model: nn.Module) -> dict[str, PortableLayer]:
+    """Returns the layers of one part by their names in its model.
+
+    Raises:
+        AdapterFileError: If a layer has no place, or two have the same.
+    """
+    found: dict[str, PortableLayer] = {}
+    for key, place in _placed(names, model).items():
+        own = place.put(key, layers[key], model)
+        if twice := own.keys() & found.keys():
+            raise AdapterFileError(f"{key!r} and another layer of the adapter are both {listing(twice)} of the model.")
+        found |= own
+    return found
+
+
+def _places(model: nn.Module) -> dict[str, list[Place]]:
+    """Returns where layers are, by their names without dots; former and original names too."""
+    found: dict[str, list[Place]] = {}
+    former = former_names(model)
+    for entry in model_modules(model):
+        place = Place((entry.name,))
+        for name in {plain_name(each): None for each in (*entry.names, former.get(entry.name, entry.name))}:
+            places = found.setdefault(name.replace(".", "_"), [])
+            if place not in places:
+                places.append(place)
+    original = {name.replace(".", "_"): [place] for name, place in original_places(model).items()}
+    return {**original, **found}
+
+
+def _placed(names: Mapping[str, str], model: nn.Module) -> dict[str, Place]:
+    """Returns where each layer of a file is in a part of a pipeline.
 
     Args:
-        prefixes: By name of a layer, its prefix.
-        names: By part of a pipeline, the names of its modules by what they are without dots.
+        names: By name of a layer, the same without its prefix.
+        model: The part.
 
     Raises:
         AdapterFileError: If a layer has no place, or more than one.
     """
-    found = {key: names[PREFIXES[prefix]].get(key.removeprefix(prefix), []) for key, prefix in prefixes.items()}
+    known = _places(model)
+    found = {key: known.get(name, []) for key, name in names.items()}
     lacking = [key for key, places in found.items() if not places]
     if lacking:
-        first = lacking[0].removeprefix(prefixes[lacking[0]])
-        original = first.startswith(_OTHER_NAMES)
-        hint = (
-            "They are names of the original implementation. Convert the file with diffusers: load_lora_weights, then "
-            "save_lora_weights."
-            if original
-            else near(first, names[PREFIXES[prefixes[lacking[0]]]])
-        )
         raise AdapterFileError(
-            f"{len(lacking)} of {len(found)} layers of the adapter are not in this model: {listing(lacking)}. {hint}"
+            f"{len(lacking)} of {len(found)} layers of the adapter are not in this model: {listing(lacking)}. "
+            f"{near(names[lacking[0]], known)}"
         )
     double = [key for key, places in found.items() if len(places) > 1]
     if double:
-        raise AdapterFileError(f"{double[0]!r} can be {listing(found[double[0]])} in this model.")
+        names_of_it = [name for place in found[double[0]] for name in place.names]
+        raise AdapterFileError(f"{double[0]!r} can be {listing(names_of_it)} in this model.")
     return {key: places[0] for key, places in found.items()}

@@ -111,14 +111,6 @@ class TestRefused:
         path = self.edited(tmp_path, lambda tensors: tensors.update({f"lora_unet_conv_in.{key}": torch.zeros(1)}))
         self.refused(path, untouched, f"is of '{method}', which is another method")
 
-    def test_names_of_the_original_implementation(self, tmp_path, untouched):
-        names = {
-            f"lora_unet_input_blocks_4_1_attn1_to_q.{key}": torch.zeros(2, 2)
-            for key in ("lora_down.weight", "lora_up.weight")
-        }
-        path = self.edited(tmp_path, lambda tensors: tensors.update(names))
-        self.refused(path, untouched, r"1 of \d+ layers .* original implementation\. Convert the file with diffusers")
-
     def test_a_layer_that_the_model_does_not_have(self, tmp_path, untouched):
         def change(tensors):
             for key in list(tensors):

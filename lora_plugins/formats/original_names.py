@@ -1,0 +1,212 @@
+"""Names that layers have in the implementations in which a model was published, and which diffusers has changed.
+
+Scripts that train on those implementations write them: `input_blocks.4.1` of Stable Diffusion is `down_blocks.1.
+attentions.0`, and `img_attn.qkv` of Flux is one layer for three. Names that a model has no layers for are left out.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, chain, count, takewhile
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.portable import PortableLayer
+from lora_plugins.inplace import base_class_of, model_modules
+
+_UNET: Mapping[str, str] = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+"""By names in a UNet of diffusers, those of Stable Diffusion, but for the blocks on the way down and up."""
+
+_RESNET: Mapping[str, str] = {
+    ".norm1": ".in_layers.0",
+    ".conv1": ".in_layers.2",
+    ".norm2": ".out_layers.0",
+    ".conv2": ".out_layers.3",
+    ".time_emb_proj": ".emb_layers.1",
+    ".conv_shortcut": ".skip_connection",
+}
+"""By what follows the name of a residual block, the same of Stable Diffusion."""
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+_FLUX: Mapping[str, tuple[str, ...]] = {
+    "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
+    "double_blocks.*.img_attn.proj": ("transformer_blocks.*.attn.to_out.0",),
+    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
+    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
+    "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
+    "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
+    "double_blocks.*.txt_attn.proj": ("transformer_blocks.*.attn.to_add_out",),
+    "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.net.0.proj",),
+    "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
+    "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
+    "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
+    "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
+    "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""Names of Flux, and the layers of diffusers' transformer that are in each, in order."""
+
+_STABLE_DIFFUSION_3: Mapping[str, tuple[str, ...]] = {
+    "joint_blocks.*.x_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
+    "joint_blocks.*.x_block.attn.proj": ("transformer_blocks.*.attn.to_out.0",),
+    "joint_blocks.*.x_block.attn2.qkv": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "qkv"),
+    "joint_blocks.*.x_block.attn2.proj": ("transformer_blocks.*.attn2.to_out.0",),
+    "joint_blocks.*.x_block.mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
+    "joint_blocks.*.x_block.mlp.fc2": ("transformer_blocks.*.ff.net.2",),
+    "joint_blocks.*.x_block.adaLN_modulation.1": ("transformer_blocks.*.norm1.linear",),
+    "joint_blocks.*.context_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
+    "joint_blocks.*.context_block.attn.proj": ("transformer_blocks.*.attn.to_add_out",),
+    "joint_blocks.*.context_block.mlp.fc1": ("transformer_blocks.*.ff_context.net.0.proj",),
+    "joint_blocks.*.context_block.mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
+    "joint_blocks.*.context_block.adaLN_modulation.1": ("transformer_blocks.*.norm1_context.linear",),
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""Names of Stable Diffusion 3, and the layers of diffusers' transformer that are in each, in order."""
+
+_TRANSFORMERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "FluxTransformer2DModel": _FLUX,
+    "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
+}
+"""The names by class of diffusers."""
+
+_SCALE_FIRST = "AdaLayerNormContinuous"
+"""The class of diffusers whose linear layer has the scale before the shift; the original ones have it behind."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the layer of a file is in a model.
+
+    Args:
+        names: The layers that it is: several where it has their outputs one after the other.
+        swapped: Whether the two halves of its outputs are the other way round in the model.
+    """
+
+    names: tuple[str, ...]
+    swapped: bool = False
+
+    def put(self, key: str, layer: PortableLayer, model: nn.Module) -> dict[str, PortableLayer]:
+        """Returns a layer by its names in the model; where there are several, each has its rows of B and all of A.
+
+        Raises:
+            AdapterFileError: If the layers of the model do not have as many outputs together.
+        """
+        if self.swapped:
+            layer = _with_rows(layer, partial(torch.roll, shifts=len(layer.B) // 2, dims=0))
+        if len(self.names) == 1:
+            return {self.names[0]: layer}
+        sizes = [cast(int, model.get_submodule(name).out_features) for name in self.names]
+        if sum(sizes) != len(layer.B):
+            raise AdapterFileError(
+                f"{key!r} of the adapter has {len(layer.B)} outputs, and {listing(self.names)} have {sum(sizes)} "
+                "together."
+            )
+        starts = accumulate(sizes, initial=0)
+        return {
+            name: _with_rows(layer, partial(torch.narrow, dim=0, start=start, length=size))
+            for name, start, size in zip(self.names, starts, sizes, strict=False)
+        }
+
+
+def original_places(model: nn.Module) -> dict[str, Place]:
+    """Returns by original name where a layer is in a model of diffusers; empty for other models."""
+    classes = {cls.__name__ for cls in base_class_of(model).__mro__}
+    names = {entry.name: None for entry in model_modules(model)}
+    if "UNet2DConditionModel" in classes:
+        return {original: Place((name,)) for name, original in _of_unet(names)}
+    places = {}
+    tables = [table for name, table in _TRANSFORMERS.items() if name in classes]
+    for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
+        owner = model.get_submodule(ours[0].rpartition(".")[0])
+        places[original] = Place(ours, type(owner).__name__ == _SCALE_FIRST)
+    return places
+
+
+def is_of_transformer(name: str) -> bool:
+    """Whether an original name without dots is one of a transformer, and not of a UNet."""
+    return name.startswith(("double_blocks_", "single_blocks_", "joint_blocks_"))
+
+
+def _with_rows(layer: PortableLayer, rows: Callable[[Tensor], Tensor]) -> PortableLayer:
+    """Returns a layer with the outputs that a function takes."""
+    return replace(layer, B=rows(layer.B), magnitude=None if layer.magnitude is None else rows(layer.magnitude))
+
+
+def _of_unet(names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yields the layers of a UNet and their original names."""
+    blocks = {**_UNET, **dict(_on_the_way(names))}
+    for name in names:
+        parts = name.split(".")
+        block = next((block for end in range(len(parts), 0, -1) if (block := ".".join(parts[:end])) in blocks), None)
+        if block is not None:
+            inner = name.removeprefix(block)
+            yield name, blocks[block] + _RESNET.get(inner, inner)
+
+
+def _on_the_way(names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yields the blocks of a UNet on the way down and up, which are numbered through, and their original names."""
+    down = count(1)
+    for block in _counted("down_blocks", names):
+        for n, _ in enumerate(_counted(f"{block}.resnets", names)):
+            number = next(down)
+            yield f"{block}.resnets.{n}", f"input_blocks.{number}.0"
+            yield f"{block}.attentions.{n}", f"input_blocks.{number}.1"
+        if f"{block}.downsamplers.0.conv" in names:
+            yield f"{block}.downsamplers.0.conv", f"input_blocks.{next(down)}.0.op"
+    up = count()
+    for block in _counted("up_blocks", names):
+        for n, _ in enumerate(_counted(f"{block}.resnets", names)):
+            number = next(up)
+            yield f"{block}.resnets.{n}", f"output_blocks.{number}.0"
+            yield f"{block}.attentions.{n}", f"output_blocks.{number}.1"
+        behind = 2 if f"{block}.attentions.0" in names else 1
+        yield f"{block}.upsamplers.0.conv", f"output_blocks.{number}.{behind}.conv"
+
+
+def _of_transformer(
+    table: Mapping[str, tuple[str, ...]], names: Collection[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields original names and the layers of a transformer that are in each."""
+    for original, ours in table.items():
+        blocks = ours[0].partition(".*")[0]
+        numbers = [str(n) for n, _ in enumerate(_counted(blocks, names))] if "*" in original else [""]
+        for number in numbers:
+            found = tuple(name.replace("*", number) for name in ours)
+            if all(name in names for name in found):
+                yield original.replace("*", number), found
+
+
+def _counted(name: str, names: Collection[str]) -> Iterator[str]:
+    """Yields the members of a list of modules by full name."""
+    return takewhile(lambda member: member in names, (f"{name}.{n}" for n in count()))

@@ -1,0 +1,262 @@
+"""Files with the names of the implementations in which models were published, against diffusers, which converts those.
+
+The names and the order of rows are held against its converters of whole checkpoints, on models of the published sizes
+that have no memory; what is computed is held against its loaders of adapters.
+"""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins.formats.kohya import KohyaFormat
+from lora_plugins.formats.original_names import original_places
+from tests.core.formats.pipeline_cases import TOLERANCE, UNET, Part
+
+ANY = 21504  # outputs of the largest layer of Flux, which its converter splits
+
+
+def sdxl():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def sd15():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet2DConditionModel(cross_attention_dim=768)
+
+
+def flux():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.FluxTransformer2DModel(guidance_embeds=True)
+
+
+def sd35():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.SD3Transformer2DModel(
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        joint_attention_dim=4096,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+CONVERTERS = {
+    sdxl: "convert_ldm_unet_checkpoint",
+    sd15: "convert_ldm_unet_checkpoint",
+    flux: "convert_flux_transformer_checkpoint_to_diffusers",
+    sd35: "convert_sd3_transformer_checkpoint_to_diffusers",
+}
+
+
+class Checkpoint(dict):
+    """A checkpoint in which everything is that a converter asks for; what was not put in is zero."""
+
+    def __missing__(self, key):
+        return torch.zeros(ANY)
+
+    def pop(self, key, *_):
+        return super().pop(key) if key in self else self[key]
+
+
+def weights_of(model):
+    """The layers that can be adapted, and how many outputs each has."""
+    return {name: len(module.weight) for name, module in model.named_modules() if is_layer(module)}
+
+
+def is_layer(module):
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+@pytest.mark.parametrize("build", CONVERTERS, ids=lambda build: build.__name__)
+def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(build, tmp_path):
+    utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
+    with torch.device("meta"):
+        model = build()
+    outputs = weights_of(model)
+    sizes = {
+        original: sum(outputs[name] for name in place.names)
+        for original, place in original_places(model).items()
+        if all(name in outputs for name in place.names)
+    }
+    factors = {original: torch.randn(size, 1) for original, size in sizes.items()}
+    file = {
+        f"lora_unet_{name.replace('.', '_')}.{key}": value
+        for name, B in factors.items()
+        for key, value in {"lora_down.weight": torch.ones(1, 1), "lora_up.weight": B}.items()
+    }
+    save_file(file, tmp_path / "adapter.safetensors")
+    found = KohyaFormat().load(tmp_path / "adapter.safetensors", model, {"component": None}).layers
+
+    start = "model.diffusion_model." if "unet" in CONVERTERS[build] else ""
+    names = [f"{name}.{kind}" for name in original_places(model) for kind in ("weight", "bias")]
+    checkpoint = Checkpoint({start + name: torch.zeros(1) for name in names if start})
+    checkpoint |= {f"{start}{name}.weight": B for name, B in factors.items()}
+    converted = getattr(utilities, CONVERTERS[build])(checkpoint, config=model.config)
+
+    same_in_both = {"context_embedder"} & outputs.keys() - found.keys()
+    assert found.keys() | same_in_both == outputs.keys()
+    for name, layer in found.items():
+        assert torch.equal(layer.B, converted[f"{name}.weight"]), name
+
+
+def tiny_flux():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def flux_output(model):
+    return model(
+        hidden_states=torch.randn(1, 6, 4).double(),
+        encoder_hidden_states=torch.randn(1, 5, 16).double(),
+        pooled_projections=torch.randn(1, 16).double(),
+        timestep=torch.tensor([0.3]).double(),
+        img_ids=torch.zeros(6, 3),
+        txt_ids=torch.zeros(5, 3),
+    ).sample
+
+
+FLUX = Part("transformer", tiny_flux, flux_output, [])
+
+UNET_NAMES = [
+    "input_blocks_2_0_op",
+    "input_blocks_3_1_proj_in",
+    "middle_block_2_in_layers_2",
+    "output_blocks_1_1_transformer_blocks_0_attn1_to_q",
+    "output_blocks_1_1_transformer_blocks_0_attn1_to_out_0",
+]
+FLUX_NAMES = [
+    "double_blocks_1_img_attn_qkv",
+    "double_blocks_1_txt_attn_qkv",
+    "double_blocks_1_img_attn_proj",
+    "double_blocks_1_txt_mlp_2",
+    "single_blocks_1_linear2",
+    "single_blocks_1_modulation_lin",
+]
+"""But for `linear1`, which diffusers splits in Flux of the published size alone."""
+
+
+def tensors_for(part, names, *, dora=False, r=2):
+    """The tensors of an adapter on layers of a part that are given by their original names without dots."""
+    torch.manual_seed(3)
+    model = part.build()
+    places = {name.replace(".", "_"): place.names for name, place in original_places(model).items()}
+    tensors = {}
+    for name in names:
+        layers = [model.get_submodule(each) for each in places[name]]
+        weight = layers[0].weight
+        rows = sum(len(layer.weight) for layer in layers)
+        key = f"lora_unet_{name}"
+        tensors |= {
+            f"{key}.lora_down.weight": torch.randn(r, *weight.shape[1:]).double(),
+            f"{key}.lora_up.weight": torch.randn(rows, r, *([1] * (weight.dim() - 2))).double(),
+            f"{key}.alpha": torch.tensor(3.0),
+        }
+        if dora:
+            tensors[f"{key}.dora_scale"] = 1 + torch.rand(rows, *([1] * (weight.dim() - 1))).double()
+    return tensors
+
+
+@pytest.mark.parametrize(("part", "names"), [(UNET, UNET_NAMES), (FLUX, FLUX_NAMES)], ids=["unet", "flux"])
+def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
+    loaders = pytest.importorskip("diffusers").loaders
+    tensors = tensors_for(part, names)
+    path = tmp_path / "adapter.safetensors"
+    save_file(tensors, path)
+    theirs = part.build()
+    if part is UNET:
+        mixin = loaders.StableDiffusionXLLoraLoaderMixin
+        state_dict, alphas = mixin.lora_state_dict(str(path), unet_config=theirs.config)
+        mixin.load_lora_into_unet(state_dict, alphas, unet=theirs)
+    else:
+        mixin = loaders.FluxLoraLoaderMixin
+        state_dict, alphas = mixin.lora_state_dict(str(path), return_alphas=True)
+        mixin.load_lora_into_transformer(state_dict, alphas, theirs)
+    model = part.build()
+    assert part.difference(model, theirs) > 1e-3
+    LoraModel.load_adapter(model, path)
+    assert part.difference(model, theirs) <= TOLERANCE
+
+
+def test_the_norms_of_dora_are_those_of_the_rows(tmp_path):
+    tensors = tensors_for(FLUX, ["single_blocks_0_linear1"], dora=True)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    model, theirs = FLUX.build(), FLUX.build()
+    block = theirs.single_transformer_blocks[0]
+    layers = [block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp]
+    A, B, alpha, scale = tensors.values()
+    moved = torch.cat([layer.weight for layer in layers]) + alpha / 2 * B @ A
+    moved = scale * moved / moved.norm(dim=1, keepdim=True)
+    for layer, weight in zip(layers, moved.split([len(layer.weight) for layer in layers]), strict=True):
+        layer.weight.data.copy_(weight)
+    assert FLUX.difference(model, theirs) > 1e-3
+    LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert FLUX.difference(model, theirs) <= TOLERANCE
+
+
+def t5():
+    transformers = pytest.importorskip("transformers")
+    return transformers.T5EncoderModel(
+        transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+    )
+
+
+def test_a_file_of_flux_goes_into_the_parts_of_its_pipeline(tmp_path):
+    layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    tensors = tensors_for(FLUX, ["single_blocks_1_linear1"])
+    tensors |= {f"{layer}.lora_down.weight": torch.ones(1, 16), f"{layer}.lora_up.weight": torch.ones(16, 1)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    parts = nn.ModuleDict({"transformer": FLUX.build(), "text_encoder_2": t5()})
+    lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
+    adapted = {layer.name for layer in lora.plans["default"].layers}
+    assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in adapted
+    assert "transformer.single_transformer_blocks.1.proj_mlp" in adapted
+
+
+class TestRefused:
+    def refused(self, tensors, tmp_path, untouched, match):
+        save_file(tensors, tmp_path / "adapter.safetensors")
+        model = FLUX.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+
+    def test_other_numbers_of_outputs(self, tmp_path, untouched):
+        tensors = tensors_for(FLUX, ["single_blocks_0_linear1"])
+        key = "lora_unet_single_blocks_0_linear1.lora_up.weight"
+        tensors[key] = tensors[key][:-1].clone()
+        self.refused(tensors, tmp_path, untouched, "has 111 outputs, and 'single_transformer_blocks.*have 112 together")
+
+    def test_two_names_of_one_layer(self, tmp_path, untouched):
+        tensors = tensors_for(FLUX, ["double_blocks_1_img_attn_qkv"])
+        again = "lora_unet_transformer_blocks_1_attn_to_k"
+        tensors |= {f"{again}.lora_down.weight": torch.ones(1, 16), f"{again}.lora_up.weight": torch.ones(16, 1)}
+        self.refused(tensors, tmp_path, untouched, r"another layer .* are both 'transformer_blocks\.1\.attn\.to_k'")
+
+    def test_a_layer_that_the_model_does_not_have(self, tmp_path, untouched):
+        tensors = tensors_for(FLUX, ["single_blocks_0_linear1"])
+        tensors = {key.replace("blocks_0", "blocks_7"): tensor for key, tensor in tensors.items()}
+        self.refused(tensors, tmp_path, untouched, "1 of 1 layers .* Did you mean 'single_blocks_[01]_linear1'")
