@@ -70,6 +70,11 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
     return {name: (part, name) for name in split}
 
 
+def denoiser_of(model: nn.Module) -> str:
+    """Returns the name of the part that is trained to take noise away, of a pipeline or as the model itself is one."""
+    return "unet" if "unet" in _children(model) or _told(model) == "unet" else "transformer"
+
+
 def check_name(component: str | None) -> None:
     """Refuses what is not the name of a part.
 

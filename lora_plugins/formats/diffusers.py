@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.components import COMPONENTS, part_of, paths_read
+from lora_plugins.formats.components import COMPONENTS, denoiser_of, part_of, paths_read
 from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import layer_keys
 from lora_plugins.formats.peft_model import in_model
@@ -29,6 +30,8 @@ METADATA = "lora_adapter_metadata"
 _ENDINGS: Mapping[str, str] = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
     ".lora.down.weight": "A",
     ".lora.up.weight": "B",
     ".lora_linear_layer.down.weight": "A",
@@ -38,6 +41,9 @@ _ENDINGS: Mapping[str, str] = {
     ".alpha": "alpha",
 }
 """The endings of keys over the years, and which tensor of a layer each is."""
+
+_ORIGINAL = "diffusion_model"
+"""What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 """The projections that the oldest keys name by the processor of an attention, and their names in it."""
@@ -84,10 +90,14 @@ class DiffusersFormat(PortableFormat):
         layers = {part: found.portable(configs.get(part)) for part, found in parts.items()}
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
-        paths = paths_read(parts, model, options["component"])
+        original = layers.pop(_ORIGINAL, None)
+        if original is not None:
+            layers[denoiser_of(model)] = original
+        paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = model.get_submodule(path_in_model)
-            layers[part] = in_model(within, layers[part], configs.get(part))
+            named = by_own_names(layers[part], within) if layers[part] is original else layers[part]
+            layers[part] = in_model(within, named, configs.get(part))
         return _adapter(layers, paths, configs)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
@@ -115,7 +125,7 @@ def _file(path: Path) -> Path:
 def _placed(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     part, _, rest = key.partition(".")
-    if part not in COMPONENTS:
+    if part not in (*COMPONENTS, _ORIGINAL):
         return None
     oldest = _OLDEST.fullmatch(rest)
     if oldest:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
 from lora_plugins.formats.layer_tensors import check_factors
-from lora_plugins.formats.original_names import Place, is_of_transformer, original_places
+from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
@@ -76,8 +76,7 @@ class KohyaFormat(PortableFormat):
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(path)
-        found = _sorted(tensors)
-        layers = {key: _layer(key, factors) for key, factors in found.items()}
+        layers = {key: _layer(key, factors) for key, factors in _sorted(tensors).items()}
         details = {key: metadata[key] for key in ("ss_base_model_version", "ss_network_module") if key in metadata}
         if model is None:
             return PortableAdapter(layers, details=details)
@@ -85,8 +84,9 @@ class KohyaFormat(PortableFormat):
         paths = paths_read(names_of_parts, model, options["component"])
         placed: dict[str, PortableLayer] = {}
         for part, path_in_model in paths.items():
-            within = _put(layers, names_of_parts[part], model.get_submodule(path_in_model))
-            placed |= {full_name(path_in_model, name): layer for name, layer in within.items()}
+            within = model.get_submodule(path_in_model)
+            found = put(layers, _placed(names_of_parts[part], within), within)
+            placed |= {full_name(path_in_model, name): layer for name, layer in found.items()}
         return PortableAdapter(placed, details=details)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
@@ -218,21 +218,6 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module) -> dict[str, dict[str
     found: dict[str, dict[str, str]] = {}
     for key, prefix in prefixes.items():
         found.setdefault(parts[prefix], {})[key] = names[key]
-    return found
-
-
-def _put(layers: Mapping[str, PortableLayer], names: Mapping[str, str], model: nn.Module) -> dict[str, PortableLayer]:
-    """Returns the layers of one part by their names in its model.
-
-    Raises:
-        AdapterFileError: If a layer has no place, or two have the same.
-    """
-    found: dict[str, PortableLayer] = {}
-    for key, place in _placed(names, model).items():
-        own = place.put(key, layers[key], model)
-        if twice := own.keys() & found.keys():
-            raise AdapterFileError(f"{key!r} and another layer of the adapter are both {listing(twice)} of the model.")
-        found |= own
     return found
 
 

@@ -153,6 +153,32 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     return places
 
 
+def put(layers: Mapping[str, PortableLayer], places: Mapping[str, Place], model: nn.Module) -> dict[str, PortableLayer]:
+    """Returns layers of a file by their names in a model.
+
+    Args:
+        layers: The layers by their names in the file.
+        places: Where those are that are put; others are left out.
+        model: The model.
+
+    Raises:
+        AdapterFileError: If two layers have one place, or one has other outputs than the model's.
+    """
+    found: dict[str, PortableLayer] = {}
+    for key, place in places.items():
+        own = place.put(key, layers[key], model)
+        if twice := own.keys() & found.keys():
+            raise AdapterFileError(f"{key!r} and another layer of the adapter are both {listing(twice)} of the model.")
+        found |= own
+    return found
+
+
+def by_own_names(layers: Mapping[str, PortableLayer], model: nn.Module) -> dict[str, PortableLayer]:
+    """Returns layers with original names, or their own ones, by the names that they have in a model; see `put`."""
+    places = original_places(model)
+    return put(layers, {name: places.get(name, Place((name,))) for name in layers}, model)
+
+
 def is_of_transformer(name: str) -> bool:
     """Whether an original name without dots is one of a transformer, and not of a UNet."""
     return name.startswith(("double_blocks_", "single_blocks_", "joint_blocks_"))
