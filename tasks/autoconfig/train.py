@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,10 @@ from typing import Any
 import yaml
 
 from lora_plugins.cli import Parser, without_collections
-from lora_plugins.errors import ConfigError, listing
+from lora_plugins.errors import ConfigError
 from lora_plugins.integrations.lightning.cli import COMMANDS, SHORT, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import (
-    ADAPTER,
     CONFIG,
-    MERGED,
-    PICTURE,
-    REPORT,
     TASKS,
     Settings,
     batch_size,
@@ -32,15 +29,11 @@ from lora_plugins.tasks.autoconfig.found import Flags, Survey
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name
 from lora_plugins.tasks.autoconfig.model_choice import Choice, checked_weights, choose_model
 from lora_plugins.tasks.autoconfig.recommended import AUTO, PLAIN, RECIPES, Recipe
+from lora_plugins.tasks.autoconfig.run_folder import folders, held
 from lora_plugins.tasks.autoconfig.survey import survey
-from lora_plugins.writable import check_writable_folder
 
 EXAMPLE = "cls"
 """The recipe that runs without DATA."""
-
-RUNS = Path("runs")
-LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs"})
-"""What a run leaves in its folder."""
 
 _OF_FIT = f"That is one of fit: lora-plugins fit --config runs/NAME/{CONFIG}, which each run leaves."
 ELSEWHERE: Mapping[str, str] = {
@@ -82,7 +75,19 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("DATA is empty, as a variable of the shell is that was not set. Name a folder or a list.")
     _check_device(given.device)
     weights = checked_weights(given.weights)
-    out = _out(given)
+    tried = folders(given.out, None if given.data is None else Path(hub_name(given.data) or given.data).resolve())
+    if given.plan:
+        text = _configuration(given, arguments, weights, next(tried))
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder) / CONFIG, text)
+            return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
+    with held(tried) as out:
+        _write(out / CONFIG, _configuration(given, arguments, weights, out))
+        return _fit(out / CONFIG)
+
+
+def _configuration(given: argparse.Namespace, arguments: Sequence[str], weights: str | None, out: Path) -> str:
+    """Returns the configuration of a run, and says what was found; writes it where a flag says."""
     with without_collections():  # most of its time is imports
         made, lines = (_example(given, out), []) if given.data is None else _inferred(given, weights, out)
     print(_table(given.data, lines), flush=True)
@@ -90,12 +95,17 @@ def main(arguments: Sequence[str]) -> int:
     if given.save_config is not None:
         _write(given.save_config, text, "--save-config FILE")
         print(f"Configuration: {given.save_config}")
-    if given.plan:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder) / CONFIG, text)
-            return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
-    _write(out / CONFIG, text)
-    return COMMANDS["fit"].run(["fit", "--config", str(out / CONFIG)])
+    return text
+
+
+def _fit(config: Path) -> int:
+    """Runs `fit`; so do the processes that Lightning starts for further devices by the arguments of this one."""
+    arguments = ["fit", "--config", str(config)]
+    given, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        return COMMANDS["fit"].run(arguments)
+    finally:
+        sys.argv = given
 
 
 def _inferred(
@@ -206,38 +216,6 @@ def _check_device(device: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device, True):
         raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
-
-
-def _out(given: argparse.Namespace) -> Path:
-    """The folder of results: the one that is given, if there are none in it, or a new one."""
-    data = None if given.data is None else Path(hub_name(given.data) or given.data).resolve()
-    if given.out is not None:
-        return _checked_out(given.out, data)
-    name = "digits" if data is None else data.stem
-    # Inside of a folder of data, runs would count as data the next time.
-    runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
-    tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    return next(path for path in tried if not _has_results(path))
-
-
-def _checked_out(out: Path, data: Path | None) -> Path:
-    check_writable_folder(out, "--out")
-    if _has_results(out):
-        raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")
-    others = [each.name for each in out.iterdir() if each.name not in LEFT] if out.exists() else []
-    if others:
-        raise ConfigError(
-            f"--out is {out}, which holds something else: {listing(sorted(others), 3)}. Name a new folder."
-        )
-    if data is not None and out.resolve().is_relative_to(data):
-        raise ConfigError(
-            f"--out is {out}, inside of DATA, and would count as data the next time. Name another folder."
-        )
-    return out
-
-
-def _has_results(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (ADAPTER, MERGED))
 
 
 def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:

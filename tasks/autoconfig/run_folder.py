@@ -1,0 +1,99 @@
+"""The folder that a run leaves its results in: the one that is named, or a new one; of one run at a time."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_plugins.errors import ConfigError, listing
+from lora_plugins.tasks.autoconfig.configuration import ADAPTER, CONFIG, MERGED, PICTURE, REPORT
+from lora_plugins.writable import check_writable_folder
+
+RUNS = Path("runs")
+
+LOCK = ".lock"
+"""A file in the folder that is locked while a run goes on there, and gone when it has ended."""
+
+LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs", LOCK})
+"""What runs leave in their folder."""
+
+
+def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
+    """Yields the folders that a run may have, the first that is free being the one.
+
+    Args:
+        out: The one that was named.
+        data: The folder or list of data; None for those that come along.
+
+    Raises:
+        ConfigError: If it was named, and has results, or something else, or is inside of the data.
+    """
+    if out is not None:
+        yield _checked(out, data)
+        return
+    name = "digits" if data is None else data.stem
+    # Inside of a folder of data, runs would count as data the next time.
+    runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
+    tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    yield from (path for path in tried if not _has_results(path))
+
+
+@contextmanager
+def held(tried: Iterable[Path]) -> Iterator[Path]:
+    """Gives the first folder in which no other run goes on, and keeps others out for the time of the block.
+
+    Raises:
+        ConfigError: If there is none, or it cannot be made.
+    """
+    for path in tried:
+        lock = _locked(path)
+        if lock is not None:
+            break
+    else:
+        raise ConfigError(f"--out is {path}, where another run is going on. Name a new folder.")
+    try:
+        yield path
+    finally:
+        lock.release()
+        with suppress(OSError):
+            (path / LOCK).unlink()
+            path.rmdir()  # where nothing was left
+
+
+def _locked(path: Path) -> FileLock | None:
+    """Locks a folder, which is made if it does not exist; None if another run has it, or has just had it."""
+    lock = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
+        ) from error
+    if _has_results(path):
+        lock.release()
+        return None
+    return lock
+
+
+def _checked(out: Path, data: Path | None) -> Path:
+    check_writable_folder(out, "--out")
+    if _has_results(out):
+        raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")
+    others = [each.name for each in out.iterdir() if each.name not in LEFT] if out.exists() else []
+    if others:
+        raise ConfigError(
+            f"--out is {out}, which holds something else: {listing(sorted(others), 3)}. Name a new folder."
+        )
+    if data is not None and out.resolve().is_relative_to(data):
+        raise ConfigError(
+            f"--out is {out}, inside of DATA, and would count as data the next time. Name another folder."
+        )
+    return out
+
+
+def _has_results(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (ADAPTER, MERGED))
