@@ -1,7 +1,7 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -297,8 +297,7 @@ class LoraCallback(Callback):
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
         hold_norms(target)  # those that Trainer(sync_batchnorm=True) has made
-        if self.merge_on_fit_end or self.export_to is not None:
-            check_mergeable(target, dequantize=self.dequantize)
+        self._check_mergeable(trainer, target)
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
@@ -524,6 +523,8 @@ class LoraCallback(Callback):
         check_not_nested(module, self.target)
         if is_sharded(trainer):
             check_shardable(target, config, trainer)
+        if config.quantize is not None:
+            self._check_mergeable(trainer, target, LoraModel.plan(target, config).stored)
         if merged_weights(target):
             check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
         data = None
@@ -536,6 +537,10 @@ class LoraCallback(Callback):
         if not is_sharded(trainer):
             start_alike(module, find_copies(module), self.adapter_name)
         copy_into_averages(trainer, module)
+
+    def _check_mergeable(self, trainer: Trainer, target: nn.Module, planned: Iterable[str] = ()) -> None:
+        if trainer.state.fn == "fit" and (self.merge_on_fit_end or self.export_to is not None):
+            check_mergeable(target, dequantize=self.dequantize, planned=planned)
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""

@@ -6,6 +6,7 @@ models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ class LoraTrainer(Trainer):
                     f"The model has no adapter {self.adapter_name!r}. Give LoraTrainer a lora_config, or adapt the "
                     "model before: LoraModel(model, config)."
                 )
+            if self.lora_config.quantize is not None:
+                self._check_dense(model, LoraModel.plan(model, self.lora_config).stored)
             if state is None:
                 LoraModel(model, self.lora_config, self.adapter_name)
             else:
@@ -154,9 +157,12 @@ class LoraTrainer(Trainer):
         elif self.lora_config is not None:
             self._check_same(LoraModel(model).adapters[self.adapter_name])
         check_active(model, self.adapter_name)
-        if self.merge_on_train_end:
-            check_dense(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False")
+        self._check_dense(model)
         return model
+
+    def _check_dense(self, model: nn.Module, planned: Iterable[str] = ()) -> None:
+        if self.merge_on_train_end:
+            check_dense(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False", planned=planned)
 
     def _check_same(self, present: LoraConfig) -> None:
         assert self.lora_config is not None

@@ -1,6 +1,6 @@
 """What is lost where a merged weight is stored again in fewer bytes: with 4 bits, mostly all of the update."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,12 @@ def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], ma
         )
 
 
-def check_dense(model: nn.Module, *, dequantize: bool, otherwise: str) -> list[str]:
+def check_dense(model: nn.Module, *, dequantize: bool, otherwise: str, planned: Iterable[str] = ()) -> list[str]:
     """Checks, before a training, that what is merged after it need not be stored in fewer bytes again.
 
     Args:
-        model: The adapted model.
+        model: The adapted model, or one that is about to be.
+        planned: Full names of weights that the adapter will store.
         dequantize: Whether the merged model will have dense weights.
         otherwise: The arguments without which nothing is merged.
 
@@ -68,7 +69,7 @@ def check_dense(model: nn.Module, *, dequantize: bool, otherwise: str) -> list[s
     """
     stored = [entry.name for entry in model_modules(model) if stored_weights(entry.module)]
     foreign = [name for name, layer in adapted_layers(model).items() if foreign_weights(layer)]
-    names = [*dict.fromkeys([*stored, *foreign])]
+    names = [*dict.fromkeys([*stored, *foreign, *(name.rpartition(".")[0] for name in planned)])]
     if names and not dequantize:
         raise StateError(
             f"The weights of {listing(names)} are stored in fewer bytes, which cannot hold a merged update. Set "

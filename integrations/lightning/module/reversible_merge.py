@@ -203,17 +203,19 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     )
 
 
-def check_mergeable(target: nn.Module, *, dequantize: bool) -> None:
+def check_mergeable(target: nn.Module, *, dequantize: bool, planned: Iterable[str] = ()) -> None:
     """Checks that every adapted weight is a parameter of its layer, or becomes one.
 
     Args:
-        target: The module.
+        target: The module, adapted or about to be.
+        planned: Full names of weights that the adapter will store in fewer bytes.
         dequantize: Whether weights that are stored in fewer bytes become dense.
 
     Raises:
         StateError: If some are computed from other tensors, or stored, naming their layers.
     """
-    stored = check_dense(target, dequantize=dequantize, otherwise="merge_on_fit_end=False and export_to=None")
+    otherwise = "merge_on_fit_end=False and export_to=None"
+    stored = check_dense(target, dequantize=dequantize, otherwise=otherwise, planned=planned)
     normed = normed_weights(target)
     computed = [
         name

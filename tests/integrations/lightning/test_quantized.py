@@ -63,6 +63,7 @@ def test_merging_without_a_word_on_dense_weights_is_refused_before_training(opti
     with pytest.raises(StateError, match=r"'net.0', 'net.3' are stored in fewer bytes.*dequantize=True"):
         fitted(tmp_path, module=module, **options)
     assert module.trainer.global_step == 0
+    assert not differing(values(module), values(Classifier()))
 
 
 def test_merging_and_exporting_dense_weights(tmp_path):

@@ -262,7 +262,8 @@ class TestMerging:
     def test_a_stored_base_becomes_dense(self, tmp_path):
         config = dataclasses.replace(VIT, quantize="nf4", quantize_options={"min_size": 0})
         with pytest.raises(StateError, match=r"stored in fewer bytes.* dequantize=True.* merge_on_train_end=False"):
-            trainer(tmp_path, config=config, merge_on_train_end=True)
+            trainer(tmp_path, model=(model := vit()), config=config, merge_on_train_end=True)
+        assert not differing(values(model), values(vit()))
         run = trainer(tmp_path / "a", config=config)
         run.train()
         other = trainer(tmp_path / "b", config=config, merge_on_train_end=True, dequantize=True)
