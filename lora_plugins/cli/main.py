@@ -12,7 +12,6 @@ from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, insta
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
-from lora_plugins.cli.starting import ends_at_once
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.names import DISTRIBUTION
 
@@ -135,5 +134,4 @@ def _print_problems(problems: Sequence[str]) -> None:
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
-    ends_at_once()
     return 1

@@ -1,6 +1,5 @@
-"""What a command does before its work, and where none is done."""
+"""What a command does before its work."""
 
-import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,3 @@ def without_collections() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-def ends_at_once() -> None:
-    """Lets the process end, whenever it does, without a last look for garbage, which takes a second of it."""
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)
