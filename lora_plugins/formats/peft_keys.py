@@ -1,6 +1,6 @@
 """The keys of PEFT's tensor files: which tensor of which layer each of them is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,8 @@ _SAVED = "modules_to_save"
 
 _UNTRAINED = "original_module"
 """The component by which it names the head of before, of which PEFT saves the biases too."""
+
+_WRAPPERS = (_WRAPPER, _SAVED, _UNTRAINED)
 
 _FACTORS: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -60,14 +62,19 @@ class PeftTensors:
     layer_types: dict[str, str] = field(default_factory=dict)
 
 
-def sorted_tensors(tensors: Mapping[str, Tensor]) -> PeftTensors:
+def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str] = ()) -> PeftTensors:
     """Sorts the tensors of a file.
+
+    Args:
+        tensors: By key.
+        modules: The names of the model's modules, which can be those of PEFT's wrappers: `base_layer` is one of DLA.
 
     Raises:
         AdapterFileError: If a key is none of PEFT's, has no place here, or a layer lacks its A or B. All are listed.
     """
     found = PeftTensors()
-    wrong = [text for key, tensor in tensors.items() if (text := _place(found, key, tensor))]
+    wrong = [text for key, tensor in tensors.items() if (text := _place(found, key, tensor, modules))]
+    wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name)]
     if wrong:
         raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
     halves = [
@@ -84,26 +91,39 @@ def sorted_tensors(tensors: Mapping[str, Tensor]) -> PeftTensors:
     return found
 
 
-def _place(found: PeftTensors, key: str, tensor: Tensor) -> str:
+def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str]) -> str:
     """Puts a tensor in its place; returns why it has none, or nothing."""
     reason = next((reason for ending, reason in _REFUSED.items() if key.endswith(ending)), None)
     if reason or not key.startswith(PREFIX):
         return f"{key!r}: {reason or f'it does not start with {PREFIX!r}'}"
     # torch.compile puts a component into names, which PEFT keeps, and then cannot find.
-    components = plain_name(key.removeprefix(PREFIX)).split(".")
-    name = ".".join(part for part in components if part not in (_WRAPPER, _SAVED, _UNTRAINED))
+    name, wrappers = _unwrapped(plain_name(key.removeprefix(PREFIX)), modules)
     ending = next((ending for ending in _FACTORS if name.endswith(ending)), None)
     if ending is None:
-        if "lora_" in name:
-            return f"{key!r}: it is no key of PEFT's LoRA"
-        return _put(found.copies if _UNTRAINED in components else found.values, name, tensor, key)
+        return _put(found.copies if _UNTRAINED in wrappers else found.values, name, tensor, key)
     layer = name.removesuffix(ending)
-    if f".{_WRAPPER}.out_proj." in f".{'.'.join(components)}.":
+    if _WRAPPER in wrappers and layer.rpartition(".")[2] == "out_proj":
         found.in_attention.add(layer)
         found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"
     if "lora_embedding_" in ending:
         found.layer_types[layer] = "embedding"
     return _put(found.factors.setdefault(layer, {}), _FACTORS[ending], tensor, key)
+
+
+def _unwrapped(name: str, modules: Collection[str]) -> tuple[str, list[str]]:
+    """Returns a name without PEFT's wrappers, and those that were in it."""
+    kept: list[str] = []
+    wrappers: list[str] = []
+    for part in name.split("."):
+        is_wrapper = part in _WRAPPERS and ".".join([*kept, part]) not in modules
+        (wrappers if is_wrapper else kept).append(part)
+    return ".".join(kept), wrappers
+
+
+def _is_unknown(found: PeftTensors, name: str) -> bool:
+    """Whether a value is a tensor of an adapted layer's adapter that is not known here."""
+    layer, lora, _ = name.rpartition(".lora_")
+    return bool(lora) and layer in found.factors
 
 
 def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:

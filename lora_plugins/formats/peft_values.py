@@ -1,7 +1,8 @@
 """Heads, biases and statistics as PEFT has them: whole modules, or biases.
 
 What we train or track by itself, such as the running statistics of a normalization, is written as a whole module, with
-the base's own values for the rest of it.
+the base's own values for the rest of it. So is a module that PEFT takes for one of those, by the letters its name ends
+with: `layer_norm` where `norm` is trained.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.places import modules_by_name
+from lora_plugins.formats.places import modules_by_name, own_values
 from lora_plugins.formats.portable import PortableAdapter
 
 
@@ -38,14 +39,12 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     """
     modules = tuple(adapter.saved_modules)
     single = [name for name in adapter.values if not any(name.startswith(f"{module}.") for module in modules)]
-    if not single:
-        return PeftValues(adapter.values, modules, adapter.bias)
     biases = [name for name in single if "bias" in name.rpartition(".")[2]]
     others = [name for name in single if name not in biases]
     # PEFT takes every name with "bias" in it for a bias where it says "all".
     bias = adapter.bias if adapter.bias != "none" or not biases else "all"
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
-    whole: dict[str, Tensor] = {}
+    owners = tuple(owner for owner in owners if not _taken_for(owner, modules))
     modules_of = modules_by_name(model) if model is not None else {}
     for owner in owners:
         module = modules_of[owner].module if owner in modules_of else None
@@ -56,5 +55,30 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
                 f"The adapter cannot be written in this format: {listing(named)} was trained by itself, and PEFT "
                 "trains whole modules. Name the module in modules_to_save."
             )
-        whole |= {f"{owner}.{key}": tensor for key, tensor in module.state_dict().items()}
-    return PeftValues({**whole, **adapter.values}, (*modules, *owners), bias)
+    modules = (*modules, *owners)
+    return PeftValues({**_values_of_taken(modules, adapter, model), **adapter.values}, modules, bias)
+
+
+def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """Returns the model's values of all modules that PEFT trains in full where it shall train some.
+
+    Raises:
+        AdapterFileError: If PEFT could not read them: an adapted module is one of these, or one is inside another.
+    """
+    tensors = own_values(model) if model is not None else adapter.values
+    taken = {name: _taken_for(name.rpartition(".")[0], saved) for name in tensors}
+    wrong = [paths[-1] for paths in taken.values() if len(paths) > 1]
+    wrong += [name for name in adapter.layers if _taken_for(name, saved)]
+    if wrong:
+        raise AdapterFileError(
+            "The adapter cannot be written in this format: PEFT trains each module in full whose name ends with the "
+            f"letters of {listing(saved)}, and so {listing(dict.fromkeys(wrong))}, which it cannot do where that is "
+            "adapted, or in another such module. Rename it."
+        )
+    return {name: tensors[name] for name, paths in taken.items() if paths}
+
+
+def _taken_for(module: str, saved: tuple[str, ...]) -> list[str]:
+    """Returns the modules, of one and those around it, that PEFT takes for modules that are trained in full."""
+    parts = module.split(".")
+    return [path for at in range(len(parts)) if (path := ".".join(parts[: at + 1])).endswith(saved)]

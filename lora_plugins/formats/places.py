@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors
+from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors, persistent_buffers
 from lora_plugins.utils import plain_name
 
 Entry = TypeVar("Entry")
@@ -50,6 +50,13 @@ def tensor_names(model: nn.Module) -> dict[str, str]:
                     names = [full_name(name, key) for name in entry.names]
                     found |= {name: first[id(tensor)] for each in names for name in (each, plain_name(each))}
     return found
+
+
+def own_values(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what a state dict of the untouched model has, a tied tensor once; without the components of compiling."""
+    modules = model_modules(model)
+    tensors = {**own_tensors(modules, "_parameters"), **persistent_buffers(modules)}
+    return {plain_name(name): tensor.detach() for name, tensor in tensors.items()}
 
 
 def _placed(

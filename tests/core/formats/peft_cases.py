@@ -67,11 +67,26 @@ class Repeated(nn.Module):
         return self.inner["more"]["fc"](self.inner["fc"](self.fc(x).tanh()).tanh())
 
 
+class Lookalikes(nn.Module):
+    """Names that PEFT gives to modules of its own, and names that end with the letters of another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        self.lora_stem = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.layer_norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.layer_norm(self.norm(self.lora_stem(self.base_layer(x).tanh())))
+
+
 INPUTS = {
     Attention: lambda: torch.randn(2, 5, 8),
     Convolutions: lambda: torch.randn(2, 3, 8, 8),
     Words: lambda: torch.randint(0, 7, (2, 4)),
     Repeated: lambda: torch.randn(4, 6),
+    Lookalikes: lambda: torch.randn(4, 6),
 }
 
 
@@ -167,6 +182,18 @@ CASES = [
         Convolutions,
         {"target_modules": ["conv1", "line"], "modules_to_save": ["bn", "head"], "bias": "all"},
         {"target_modules": ["conv1", "line"], "modules_to_save": ["bn", "head"]},
+    ),
+    Case(
+        "names like PEFT's",
+        Lookalikes,
+        {"target_modules": ["0"], "modules_to_save": ["norm", "lora_stem"], "bias": "lora_only"},
+        {"target_modules": ["base_layer.0"], "modules_to_save": ["norm", "lora_stem"], "bias": "lora_only"},
+    ),
+    Case(
+        "adapted, with names like PEFT's",
+        Lookalikes,
+        {"target_modules": ["base_layer.1", "lora_stem"], "bias": "all"},
+        {"target_modules": ["base_layer.1", "lora_stem"], "bias": "all"},
     ),
     Case(
         "tracked statistics",

@@ -219,6 +219,27 @@ class TestKeys:
         edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.zeros(2)}))
         refused(LINEAR, tmp_path, untouched, match)
 
+    @pytest.mark.parametrize(
+        ("saved", "targets", "match"),
+        [
+            pytest.param("stem", ["lora_stem"], "letters of 'stem', and so 'lora_stem'", id="an adapted layer"),
+            pytest.param("head", ["lora_stem"], "and so 'head.sub_head'", id="a module inside"),
+        ],
+    )
+    def test_what_peft_takes_for_a_head_as_well_is_refused_when_written(self, saved, targets, match, tmp_path):
+        """PEFT compares the ends of names by letters: it fails when it reads what it wrote of such a model."""
+        model = nn.ModuleDict(
+            {
+                "stem": nn.Linear(2, 2),
+                "lora_stem": nn.Linear(2, 2),
+                "head": nn.ModuleDict({"sub_head": nn.Linear(2, 2)}),
+            }
+        )
+        lora = LoraModel(model, LoraConfig(target_modules=targets, modules_to_save=[saved]))
+        with pytest.raises(AdapterFileError, match=match):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        assert not (tmp_path / "new").exists()
+
     def test_names_of_a_compiled_model_are_understood(self, tmp_path):
         theirs = with_peft(LINEAR)
         theirs.save_pretrained(tmp_path)
