@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,8 +15,10 @@ from lora_plugins.files import checksum, described, fingerprints, manifest_of, r
 from lora_plugins.formats.places import modules_by_name, placed_layers, placed_values
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight
-from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
+from lora_plugins.plan import Plan, contains, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PackedAdapter, PlannedLayer, Registry, registry_of
+
+Value = TypeVar("Value")
 
 
 def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | None = None) -> PackedAdapter:
@@ -101,12 +103,22 @@ def _config(adapter: PortableAdapter, bias: Literal["none", "all", "lora_only"],
         target_modules="|".join(map(exact_expression, sorted(ranks))),
         bias=bias,
         modules_to_save=list(saved),
-        rank_pattern={exact_pattern(name): rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={exact_pattern(name): value for name, value in alphas.items() if value != alpha},
+        rank_pattern=_patterns(ranks, r),
+        alpha_pattern=_patterns(alphas, alpha),
         init=adapter.init,
         variant="dora" if any(layer.magnitude is not None for layer in adapter.layers.values()) else PLAIN,
         use_rslora=adapter.use_rslora,
     )
+
+
+def _patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Returns the values of layers that differ, and of those whose name has the name of such a layer in it."""
+    differing = [name for name, value in values.items() if value != default]
+    return {
+        exact_pattern(name): value
+        for name, value in values.items()
+        if any(contains(other, name) for other in differing)
+    }
 
 
 def _check_layers(model: nn.Module, plan: Plan, adapter: PortableAdapter) -> None:

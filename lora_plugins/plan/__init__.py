@@ -6,7 +6,7 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
-from lora_plugins.plan.patterns import ends_with, exact_expression, exact_pattern, is_risky
+from lora_plugins.plan.patterns import contains, ends_with, exact_expression, exact_pattern, is_risky
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
@@ -16,6 +16,7 @@ __all__ = [
     "LayerGroup",
     "LeftOut",
     "Plan",
+    "contains",
     "current_name",
     "ends_with",
     "exact_expression",

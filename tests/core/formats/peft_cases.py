@@ -134,6 +134,18 @@ CASES = [
         {"target_modules": ["fc"], "rank_pattern": {"inner.fc": 4, "fc": 3}, "alpha_pattern": {"^fc": 5, "more.fc": 7}},
         {"target_modules": ["fc"], "rank_pattern": {"inner.fc": 4, "^fc": 3}, "alpha_pattern": {"more.fc": 7}},
     ),
+    Case(
+        "a pattern of the outermost",
+        Repeated,
+        {"target_modules": ["fc"], "alpha_pattern": {"^fc": 5}},
+        {"target_modules": ["fc"], "alpha_pattern": {"^fc": 5.0}},
+    ),
+    Case(
+        "a rank of the outermost",
+        Repeated,
+        {"target_modules": ["fc"], "rank_pattern": {"^fc": 3}},
+        {"target_modules": ["fc"], "rank_pattern": {"^fc": 3}},
+    ),
     Case("rslora", Repeated, {"target_modules": ["fc"], "use_rslora": True}, {"use_rslora": True}),
     Case("convolutions", Convolutions, {"target_modules": ALL_CONV}, {"target_modules": ALL_CONV}),
     Case("embedding and Conv1D", Words, {"target_modules": ["words", "mixer"]}, {"target_modules": ["words", "mixer"]}),
