@@ -13,7 +13,7 @@ from lora_plugins.utils import plain_name
 PREFIX = "base_model.model."
 """What every key starts with."""
 
-_WRAPPER = "base_layer"
+WRAPPER = "base_layer"
 """The component by which PEFT's wrapper of a layer names the layer itself."""
 
 _SAVED = "modules_to_save"
@@ -22,7 +22,7 @@ _SAVED = "modules_to_save"
 _UNTRAINED = "original_module"
 """The component by which it names the head of before, of which PEFT saves the biases too."""
 
-_WRAPPERS = (_WRAPPER, _SAVED, _UNTRAINED)
+_WRAPPERS = (WRAPPER, _SAVED, _UNTRAINED)
 
 _FACTORS: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -102,7 +102,7 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
     if ending is None:
         return _put(found.copies if _UNTRAINED in wrappers else found.values, name, tensor, key)
     layer = name.removesuffix(ending)
-    if _WRAPPER in wrappers and layer.rpartition(".")[2] == "out_proj":
+    if WRAPPER in wrappers and layer.rpartition(".")[2] == "out_proj":
         found.in_attention.add(layer)
         found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"
     if "lora_embedding_" in ending:
@@ -111,13 +111,15 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
 
 
 def _unwrapped(name: str, modules: Collection[str]) -> tuple[str, list[str]]:
-    """Returns a name without PEFT's wrappers, and those that were in it."""
+    """Returns a name without PEFT's wrappers and the adapter's name after one, and what was left out."""
     kept: list[str] = []
-    wrappers: list[str] = []
-    for part in name.split("."):
-        is_wrapper = part in _WRAPPERS and ".".join([*kept, part]) not in modules
-        (wrappers if is_wrapper else kept).append(part)
-    return ".".join(kept), wrappers
+    left_out: list[str] = []
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        is_own = ".".join([*kept, part]) in modules
+        is_adapter = bool(modules) and left_out[-1:] == [_SAVED] == parts[at - 1 : at] and at + 1 < len(parts)
+        (left_out if not is_own and (part in _WRAPPERS or is_adapter) else kept).append(part)
+    return ".".join(kept), left_out
 
 
 def _is_unknown(found: PeftTensors, name: str) -> bool:
@@ -149,7 +151,7 @@ def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dic
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         path, _, own = name.rpartition(".")
-        place = prefix + (f"{path}.{_WRAPPER}.{own}" if layer.in_attention else name)
+        place = prefix + (f"{path}.{WRAPPER}.{own}" if layer.in_attention else name)
         A, B = ("lora_embedding_A", "lora_embedding_B") if layer.layer_type == "embedding" else _LINEAR
         tensors |= {f"{place}.{A}": layer.A, f"{place}.{B}": layer.B}
         if layer.magnitude is not None:
@@ -172,7 +174,7 @@ def value_keys(values: Mapping[str, Tensor], layers: Mapping[str, PortableLayer]
         layer = layers.get(path)
         if layer is not None and layer.in_attention:
             attention, _, projection = path.rpartition(".")
-            path = f"{attention}.{_WRAPPER}.{projection}"
-        place = f"{path}.{_WRAPPER}.{own}" if layer is not None else name
+            path = f"{attention}.{WRAPPER}.{projection}"
+        place = f"{path}.{WRAPPER}.{own}" if layer is not None else name
         tensors[PREFIX + place] = tensor
     return tensors

@@ -97,15 +97,27 @@ def _owners(values: Iterable[str]) -> set[str]:
 
 
 def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
-    """Returns the modules of a file that were trained in full, by the names of their tensors."""
-    return sorted({_saved_root(config, owner) for owner in _owners(values)} - {""})
+    """Returns the modules of a file that were trained in full, by the names of their tensors.
+
+    Raises:
+        AdapterFileError: If one is inside another, where PEFT loses what was trained.
+    """
+    saved = [_saved_around(config, owner) for owner in sorted(_owners(values))]
+    nested = [paths for paths in saved if len(paths) > 1]
+    if nested:
+        raise AdapterFileError(
+            f"modules_to_save names {nested[0][1]!r}, and {nested[0][0]!r} around it. PEFT trains the outer, writes "
+            "the first values of the inner one over the trained ones, and cannot read the file itself: what was "
+            "trained is lost."
+        )
+    return sorted({paths[0] for paths in saved if paths})
 
 
-def _saved_root(config: PeftConfig, owner: str) -> str:
-    """Returns the outermost module around a value that was trained in full; empty if there is none."""
+def _saved_around(config: PeftConfig, owner: str) -> list[str]:
+    """Returns the modules, of one and those around it, that were trained in full."""
     parts = owner.split(".")
     paths = (".".join(parts[: at + 1]) for at in range(len(parts)))
-    return next((path for path in paths if path and config.is_saved(path)), "")
+    return [path for path in paths if path and config.is_saved(path)]
 
 
 def in_model(

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.peft_keys import WRAPPER
 from lora_plugins.formats.places import modules_by_name, own_values
 from lora_plugins.formats.portable import PortableAdapter
 
@@ -68,7 +69,7 @@ def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn
     tensors = own_values(model) if model is not None else adapter.values
     taken = {name: _taken_for(name.rpartition(".")[0], saved) for name in tensors}
     wrong = [paths[-1] for paths in taken.values() if len(paths) > 1]
-    wrong += [name for name in adapter.layers if _taken_for(name, saved)]
+    wrong += [name for name in adapter.layers if _taken_for(f"{name}.{WRAPPER}", saved)]
     if wrong:
         raise AdapterFileError(
             "The adapter cannot be written in this format: PEFT trains each module in full whose name ends with the "

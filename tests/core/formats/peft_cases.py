@@ -76,9 +76,10 @@ class Lookalikes(nn.Module):
         self.lora_stem = nn.Linear(6, 6)
         self.norm = nn.BatchNorm1d(6)
         self.layer_norm = nn.BatchNorm1d(6)
+        self.head = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 3)))
 
     def forward(self, x):
-        return self.layer_norm(self.norm(self.lora_stem(self.base_layer(x).tanh())))
+        return self.head(self.layer_norm(self.norm(self.lora_stem(self.base_layer(x).tanh()))))
 
 
 INPUTS = {
@@ -198,7 +199,7 @@ CASES = [
     Case(
         "names like PEFT's",
         Lookalikes,
-        {"target_modules": ["0"], "modules_to_save": ["norm", "lora_stem"], "bias": "lora_only"},
+        {"target_modules": ["base_layer.0"], "modules_to_save": ["norm", "lora_stem"], "bias": "lora_only"},
         {"target_modules": ["base_layer.0"], "modules_to_save": ["norm", "lora_stem"], "bias": "lora_only"},
     ),
     Case(
@@ -206,6 +207,12 @@ CASES = [
         Lookalikes,
         {"target_modules": ["base_layer.1", "lora_stem"], "bias": "all"},
         {"target_modules": ["base_layer.1", "lora_stem"], "bias": "all"},
+    ),
+    Case(
+        "all biases, and those inside a head",
+        Lookalikes,
+        {"target_modules": ["lora_stem"], "modules_to_save": ["head"], "bias": "all"},
+        {"target_modules": ["lora_stem"], "modules_to_save": ["head"], "bias": "all"},
     ),
     Case(
         "tracked statistics",

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -224,6 +225,7 @@ class TestKeys:
         [
             pytest.param("stem", ["lora_stem"], "letters of 'stem', and so 'lora_stem'", id="an adapted layer"),
             pytest.param("head", ["lora_stem"], "and so 'head.sub_head'", id="a module inside"),
+            pytest.param("layer", ["stem"], "and so 'stem'", id="the base_layer of PEFT's wrapper"),
         ],
     )
     def test_what_peft_takes_for_a_head_as_well_is_refused_when_written(self, saved, targets, match, tmp_path):
@@ -232,6 +234,7 @@ class TestKeys:
             {
                 "stem": nn.Linear(2, 2),
                 "lora_stem": nn.Linear(2, 2),
+                "layer": nn.Linear(2, 2),
                 "head": nn.ModuleDict({"sub_head": nn.Linear(2, 2)}),
             }
         )
@@ -239,6 +242,19 @@ class TestKeys:
         with pytest.raises(AdapterFileError, match=match):
             lora.save_adapter(tmp_path / "new", format="peft")
         assert not (tmp_path / "new").exists()
+
+    def test_a_head_inside_a_head_is_refused(self, tmp_path, untouched):
+        """PEFT writes its first values over those that it trained, and raises a KeyError when it reads them."""
+
+        class Nested(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = nn.Linear(6, 6)
+                self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(6), fc=nn.Linear(6, 3)))
+
+        case = Case("", Nested, {"target_modules": ["stem"], "modules_to_save": ["head", "norm"]})
+        with_peft(case).save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, r"names 'head\.norm', and 'head' around it")
 
     def test_names_of_a_compiled_model_are_understood(self, tmp_path):
         theirs = with_peft(LINEAR)
