@@ -27,7 +27,7 @@ from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
-from lora_plugins.inplace import detached_weight, factors, own_tensor
+from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
 from lora_plugins.utils import low_rank
@@ -149,10 +149,16 @@ def combine(
 def _check_alike(sources: Sequence[Plan]) -> None:
     """Checks that adapters of one layer adapt the same of it, and of what shares its weight."""
     layers: dict[str, PlannedLayer] = {}
+    trained = {name for source in sources for name in source.trained}
     for layer in (layer for source in sources for layer in source.layers):
         first = layers.setdefault(layer.name, layer)
         if first.slots != layer.slots:
             raise ConfigError(f"The adapters have different parts of {layer.name!r}; they cannot be combined.")
+        if any(full_name(layer.name, slot.tensor) in trained for slot in layer.slots):
+            raise ConfigError(
+                f"One adapter adapts {layer.name!r}, and another one trains it in full; they cannot be combined. "
+                "set_adapter([...]) lets both act."
+            )
         if {tie.layer for tie in first.ties} != {tie.layer for tie in layer.ties}:
             others = listing(tie.layer for tie in (*first.ties, *layer.ties))
             raise ConfigError(

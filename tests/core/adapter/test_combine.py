@@ -214,6 +214,16 @@ def test_a_combination_beyond_the_range_of_the_factors_is_refused(kind, options)
     assert list(lora.adapters) == ["a", "b"]
 
 
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]], ids=str)
+def test_a_layer_that_one_adapter_trains_in_full_and_another_adapts_is_named(order):
+    model = nn.ModuleDict({"stem": nn.Linear(3, 3), "head": nn.Sequential(nn.Linear(3, 2))})
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["stem", "head.0"], init="none"), "a")
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["stem"], modules_to_save=["head"], init="none"))
+    with pytest.raises(ConfigError, match=r"adapts 'head\.0', and another one trains it in full"):
+        lora.add_weighted_adapter(order, [1.0, 1.0], "both")
+    lora.set_adapter(order)  # as the message says
+
+
 @pytest.mark.parametrize("name", ["a+b", "a(b)", "x$", "a|b", "[a]", "a-b", "^a", "a\\b"])
 def test_layers_of_any_name_combine(name):
     """A name is no regular expression, whatever characters it has."""
