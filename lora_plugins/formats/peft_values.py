@@ -42,7 +42,7 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     single = [name for name in adapter.values if not any(name.startswith(f"{module}.") for module in modules)]
     biases = [name for name in single if "bias" in name.rpartition(".")[2]]
     others = [name for name in single if name not in biases]
-    # PEFT takes every name with "bias" in it for a bias where it says "all".
+    # PEFT loads every bias that a file has; of those, "all" lets it train the ones called `bias` (0.21.2).
     bias = adapter.bias if adapter.bias != "none" or not biases else "all"
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
     owners = tuple(owner for owner in owners if not _taken_for(owner, modules))
