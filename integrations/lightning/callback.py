@@ -360,7 +360,7 @@ class LoraCallback(Callback):
             StateError: If nothing does.
         """
         if self._audit is not None:
-            self._audit.after_batch()
+            self._audit.after_batch(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at copies before validation, in which callbacks exchange the whole module.

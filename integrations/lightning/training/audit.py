@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -93,7 +94,7 @@ class Audit:
         # A tensor of torchao that has weak references cannot be moved by `nn.Module.to`.
         plain = {name: tensor for name, tensor in frozen.items() if foreign_kind(tensor) is None}
         self._objects = {name: weakref.ref(tensor) for name, tensor in plain.items()}
-        self._steps = trainer.global_step
+        self._stepped = False
         self._rates: list[float] = []
         self._scale = 1.0
 
@@ -146,10 +147,14 @@ class Audit:
     def before_step(self) -> None:
         """Notes in the first steps what has a gradient."""
         if self._first is not None:
+            self._stepped = True
             self._first.before_step()
 
-    def after_batch(self) -> None:
+    def after_batch(self, outputs: Any) -> None:
         """Checks in the first steps that everything trainable gets a gradient and moves, and nothing else.
+
+        Args:
+            outputs: What Lightning has of the module's `training_step`.
 
         Raises:
             StateError: If nothing trainable does, or something frozen.
@@ -158,10 +163,11 @@ class Audit:
         if self._first is None:
             return
         self._check_late_layers()
-        steps, self._steps = self._trainer.global_step - self._steps, self._trainer.global_step
+        stepped, self._stepped = self._stepped, False  # not `global_step`, which counts what a module left out as well
+        without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
         overflow = loss_scale(self._trainer) < self._scale  # in float16
-        skipped = overflow or renews_statistics(self._trainer)
-        if not skipped and not self._first.after_batch(self._rates, steps):
+        skipped = not stepped or without_loss or overflow or renews_statistics(self._trainer)
+        if not skipped and not self._first.after_step(self._rates):
             self._first = None
             self._check_unchanged()
 
@@ -250,19 +256,17 @@ class FirstSteps:
             if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
         }
 
-    def after_batch(self, learning_rates: Iterable[float], steps: int) -> bool:
-        """Looks at what a batch has done; returns whether there is more to watch.
+    def after_step(self, learning_rates: Iterable[float]) -> bool:
+        """Looks at what a batch with a step has done; returns whether there is more to watch.
 
         Args:
             learning_rates: Of all parameter groups, as the batch found them.
-            steps: How many optimizer steps the batch made, of all optimizers.
 
         Raises:
             StateError: If no trainable tensor got a gradient.
         """
-        if steps:
-            self._check_gradients()
-            self._steps += min(learning_rates, default=0.0) > 0
+        self._check_gradients()
+        self._steps += min(learning_rates, default=0.0) > 0
         if self._steps < STEPS:
             return True
         self._check_moved()

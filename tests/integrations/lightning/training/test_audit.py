@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_plugins import LoraConfig, StateError
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
-from tests.integrations.lightning.training.training_cases import fit
+from tests.integrations.lightning.training.training_cases import fit, lora_b
 
 
 class Checkpointed(Classifier):
@@ -50,6 +50,53 @@ class TestDeadAdapters:
     def test_learning_rate_that_moves_nothing_is_said(self, tmp_path):
         with pytest.warns(UserWarning, match="did not move"):
             fit(tmp_path, Classifier(lr=1e-30))
+
+
+class SkipsFirst(Classifier):
+    """Has no loss for its first batch, as where a batch has nothing to learn from."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if self.trainer.fit_loop.total_batch_idx else None
+
+
+class StepsEverySecond(Classifier):
+    """Lets its optimizer wait for every second batch, the first included."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class StepsByItself(Classifier):
+    """Calls the optimizer of torch itself, past Lightning's."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer.optimizer.step(optimizer_closure)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")  # Lightning says it
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # torch does not see the steps
+@pytest.mark.parametrize("cls", [SkipsFirst, StepsEverySecond, StepsByItself])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_batches_without_a_step_are_no_sign_of_a_dead_adapter(tmp_path, cls, accumulated):
+    module = cls()
+    fit(tmp_path, module, accumulate_grad_batches=accumulated)
+    assert all(b.any() for b in lora_b(module).values())
+
+
+def test_dead_adapter_is_said_after_batches_without_a_loss(tmp_path):
+    class Dead(SkipsFirst):
+        def forward(self, x):
+            return super().forward(x).detach() + self.extra(x)
+
+        def configure_model(self):
+            self.extra = nn.Linear(4, 3)
+
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["extra"])
+    with pytest.warns(UserWarning, match=r"got no gradient.*net\.0\.lora_A"):
+        fit(tmp_path, Dead(), config)
 
 
 class WithBackbone(Classifier):
