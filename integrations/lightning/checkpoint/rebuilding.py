@@ -2,7 +2,8 @@
 
 `YourModule.load_from_checkpoint` of Lightning cannot load a small file, and would list every key of the base. It looks
 first at a hyperparameter `_instantiator`, and refuses one that it does not know with an error that shows it. So the
-line stands there in the file, and what stood there is put back when one of ours reads it.
+line stands there in the file, and what stood there is put back when one of ours reads it. So is the name of the one
+argument by which some modules take all their hyperparameters: with it, Lightning would pass the line on to the module.
 """
 
 import inspect
@@ -36,8 +37,10 @@ def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[st
     if type(saved) is not dict or not isinstance(module, LightningModule):
         return dict(checkpoint), {}
     line = f"{rebuilding_line(module, None)} (this file has a LoRA adapter, and not the base)"
-    about = {_STOOD_THERE: saved.get(_INSTANTIATOR), "hyperparameters": HYPERPARAMETERS in checkpoint}
-    return {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}, {LINE: about}
+    one = {key: value for key, value in checkpoint.items() if key == _ONE_ARGUMENT}
+    about = {_STOOD_THERE: saved.get(_INSTANTIATOR), "hyperparameters": HYPERPARAMETERS in checkpoint, **one}
+    told = {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}
+    return {key: value for key, value in told.items() if key not in one}, {LINE: about}
 
 
 def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +51,8 @@ def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     saved = {key: value for key, value in result.pop(HYPERPARAMETERS).items() if key != _INSTANTIATOR}
     if about[_STOOD_THERE] is not None:
         saved[_INSTANTIATOR] = about[_STOOD_THERE]
+    if _ONE_ARGUMENT in about:
+        result[_ONE_ARGUMENT] = about[_ONE_ARGUMENT]
     return {**result, HYPERPARAMETERS: saved} if about["hyperparameters"] else result
 
 
@@ -69,7 +74,8 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     cls = type(module)
     name, objects = cls.__qualname__, [] if path is None else not_allowed(path)
     arguments = [name, "path" if path is None else repr(str(path))]
-    arguments += [f"{key}=..." for key in missing_arguments(cls, module.hparams)]
+    given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
+    arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
     arguments += [f"allow_globals={objects!r}"] if objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]

@@ -1,8 +1,14 @@
 """The line that loads a checkpoint, pasted into another program."""
 
+import inspect
 import runpy
 
+import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lora_plugins.integrations.lightning import load_from_checkpoint
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
 
 PROGRAM = """
 import torch
@@ -50,3 +56,32 @@ def test_a_class_of_a_program_is_imported_from_its_file(tmp_path, monkeypatch, c
         exec(line, pasted)
     for name, tensor in fitted.state_dict().items():
         assert torch.equal(pasted["module"].state_dict()[name], tensor)
+
+
+class OfOneArgument(Classifier):
+    """Takes all its hyperparameters as one argument."""
+
+    def __init__(self, conf):
+        super().__init__()
+
+    def save_hyperparameters(self):
+        frame = inspect.currentframe().f_back.f_back
+        super().save_hyperparameters(frame.f_locals["conf"], frame=frame)
+
+
+class OfKeywords(Classifier):
+    def __init__(self, **given):
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    "make", [Classifier, lambda: OfOneArgument({"depth": 3}), lambda: OfKeywords(depth=3)], ids=["named", "one", "any"]
+)
+def test_error_of_lightning_shows_the_line(tmp_path, make):
+    module = make()
+    trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, filename="it")]).fit(module, loader())
+    with pytest.raises(ValueError, match=rf"module = load_from_checkpoint\({type(module).__name__}, path\)"):
+        type(module).load_from_checkpoint(tmp_path / "it.ckpt")
+    again = load_from_checkpoint(type(module), tmp_path / "it.ckpt")
+    assert again.hparams == module.hparams
+    assert again._hparams_name == module._hparams_name
