@@ -38,7 +38,7 @@ def parameter_groups(
 
     Args:
         module: The LightningModule.
-        lr: Learning rate of A.
+        lr: Learning rate of A, and of what a variant adds, such as the magnitudes of DoRA.
         loraplus_lr_ratio: Learning rate of B, as a multiple of that of A.
         heads_lr_ratio: Learning rate of everything else that requires a gradient, as a multiple of that of A: heads,
             biases, what lies outside the adapters' targets.
@@ -152,12 +152,13 @@ def _parts(scheduler: LRScheduler) -> list[LRScheduler]:
 
 
 def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    """Sorts parameters into those of A, of B, and others."""
-    kinds = {
-        id(parameter): name.split(".")[-2].removeprefix("lora_")[:1]
+    """Sorts parameters into those of A, of B, and others; what a variant adds is with A."""
+    slots = {
+        id(parameter): name.split(".")[-2].removeprefix("lora_").partition("_")[0]  # a part of a fused weight: A_q
         for target in adapted_targets(module).values()
         for name, parameter in adapter_tensors(target).items()
     }
+    kinds = {key: "B" if slot == "B" else "A" for key, slot in slots.items()}
     members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "heads": []}
     for parameter in parameters:
         members[kinds.get(id(parameter), "heads")].append(parameter)

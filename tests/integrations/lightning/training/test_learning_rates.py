@@ -31,6 +31,19 @@ def test_learning_rates_of_a_b_and_heads(tmp_path):
     assert rates == pytest.approx({"A": 0.01 / 4, "B": 0.16 / 4, "heads": 0.002 / 4})
 
 
+@pytest.mark.parametrize("cls", [Rates, Classifier], ids=["parameter_groups", "callback"])
+def test_magnitudes_of_dora_learn_as_a_does(tmp_path, cls):
+    module = cls(lr=0.01)
+    ratio = {} if cls is Rates else {"loraplus_lr_ratio": 16.0}
+    run = trainer(tmp_path, [lora(LoraConfig(r=2, target_modules=["net.0"], variant="dora"), **ratio)])
+    run.fit(module, loader())
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in run.optimizers[0].param_groups]
+    assert groups == [{"net.0.lora_A.default", "net.0.lora_magnitude.default"}, {"net.0.lora_B.default"}]
+    first, second = (group["lr"] for group in run.optimizers[0].param_groups)
+    assert second == pytest.approx(16 * first)
+
+
 class Plain(Classifier):
     """As written without any thought of LoRA, with a scheduler of the test's choice."""
 
