@@ -118,7 +118,8 @@ class LearningRates:
         members = {name: params for name, params in _members(module, group["params"]).items() if params}
         (stays, group["params"]), *others = members.items() or [("A", [])]
         for name, params in others:
-            optimizer.add_param_group({**group, **_scaled(group, factors[name]), "params": params})
+            own = {"name": f"{group['name']}_{name}"} if "name" in group else {}  # LearningRateMonitor wants it unique
+            optimizer.add_param_group({**group, **own, **_scaled(group, factors[name]), "params": params})
             for scheduler in schedulers:
                 _extend(scheduler, index, factors[name])
         group.update(_scaled(group, factors[stays]))

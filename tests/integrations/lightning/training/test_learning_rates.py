@@ -3,6 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler as schedulers
 
 from lora_plugins import ConfigError, LoraConfig, StateError
@@ -91,6 +93,16 @@ def plain(make, groups=None):
     module = Plain()
     module.make, module.groups = make, groups
     return module
+
+
+def test_parts_of_a_named_group_have_names_of_their_own(tmp_path):
+    module = plain(SCHEDULERS["lambda"], lambda m: [{"params": list(m.parameters()), "lr": 0.001, "name": "all"}])
+    logger, monitor = CSVLogger(tmp_path), LearningRateMonitor()
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    callbacks = [lora(config, loraplus_lr_ratio=4.0, print_plan=False), monitor]
+    trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1).fit(module, loader())
+    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B", "lr-SGD/all_heads"}
+    assert monitor.lrs["lr-SGD/all_B"] == pytest.approx([4 * rate for rate in monitor.lrs["lr-SGD/all"]])
 
 
 class RatesSeen(Callback):
