@@ -86,13 +86,18 @@ def test_in_inference_a_graph_has_ordinary_operations(case, last):
     torch.testing.assert_close(found, case.law(*inputs), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.15 itself
+# torch 2.15 warns of what its own check does.
+unwarned = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@unwarned
 @pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_the_operator_is_what_torch_expects_of_one(case, last):
     check_operator(case, last, keep=True)
 
 
+@unwarned
 @pytest.mark.slow
 @formats
 @pytest.mark.parametrize("keep", [False, True], ids=["nothing_kept", "kept"])

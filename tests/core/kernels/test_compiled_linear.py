@@ -125,7 +125,7 @@ def test_masks_are_new_in_each_call():
     assert all((one != other).any() for i, one in enumerate(outputs) for other in outputs[:i])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch 2.15 itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.15 itself
 @drops
 def test_the_operator_is_what_torch_expects_of_one(dropout):
     x, weight, bias, A, B = tensors(MANY, 9, 1)
