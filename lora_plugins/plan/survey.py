@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_plugins.errors import listing
 from lora_plugins.inplace import (
     NamedModule,
     base_class_of,
@@ -28,6 +29,7 @@ from lora_plugins.inplace import (
     stored_weights,
     weight_key,
 )
+from lora_plugins.plan.answers import check_slots, failure, matrix_shape, weight_of
 from lora_plugins.plan.other_libraries import foreign_names
 from lora_plugins.plugins import LayerPlugin, Registry, Slot, Storage, class_path
 
@@ -205,35 +207,43 @@ def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
         return {}
     try:
-        slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
-        every = (*slots, *parts.values())
-        return {
-            "slots": slots,
-            "parts": parts,
-            "weights": {tensor: _weight(entry, plugin, tensor) for tensor in {slot.tensor: None for slot in every}},
-            "biases": tuple(plugin.biases(module)),
-            "foreign": _foreign(module, every),
-        }
+        return _answers(entry, plugin)
     except Exception as error:  # a third party's; raised when the layer is targeted
-        return {"failure": error}
+        return {"failure": failure(plugin, entry.names[:1], base_class_of(module).__name__, error)}
+
+
+def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
+    module = entry.module
+    slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
+    every = (*slots, *parts.values())
+    weights = {tensor: _weight(entry, plugin, tensor) for tensor in {slot.tensor: None for slot in every}}
+    for method, given in {"slots": slots, "parts": tuple(parts.values())}.items():
+        check_slots(method, given, lambda tensor: weights[tensor].shape[0])
+    return {
+        "slots": slots,
+        "parts": parts,
+        "weights": weights,
+        "biases": tuple(plugin.biases(module)),
+        "foreign": _foreign(module, every),
+    }
 
 
 def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight:
     key, stored = weight_key(entry.module, tensor), stored_weight(entry.module, tensor)
     if stored is not None:
-        rows, columns = plugin.to_matrix(torch.empty(stored.shape, device="meta")).shape
+        shape = matrix_shape(plugin, torch.empty(stored.shape, device="meta"), tensor)
         on_meta = stored.device.type == "meta"
-        return Weight(key or id(stored), (rows, columns), stored.dtype, on_meta=on_meta, stored=stored.storage)
+        return Weight(key or id(stored), shape, stored.dtype, on_meta=on_meta, stored=stored.storage)
     kind = foreign_kind(entry.module._parameters.get(tensor))
     foreign = "" if kind is None else kind.title
     if problem := foreign_problem(entry.module, tensor):
         return Weight(
             key or (entry.name, tensor), (1, 1), problem=problem, foreign=foreign, breaks=bool(kind and kind.breaks)
         )
-    weight = detached_weight(entry.module, tensor)
-    rows, columns = plugin.to_matrix(weight).shape
-    found = Weight(key or (entry.name, tensor), (rows, columns), weight.dtype, key is None, weight.is_meta)
-    return replace(found, problem=_problem(weight), foreign=foreign)
+    weight = weight_of(entry.module, tensor, detached_weight)
+    shape = matrix_shape(plugin, weight, tensor)
+    found = Weight(key or (entry.name, tensor), shape, weight.dtype, key is None, weight.is_meta)
+    return replace(found, problem=_problem(weight) or _shared(entry.module, tensor), foreign=foreign)
 
 
 def _problem(weight: Tensor) -> str:
@@ -246,6 +256,13 @@ def _problem(weight: Tensor) -> str:
     except Exception as error:  # of whoever wrote the type
         return f"is a {type(weight).__name__}, to which nothing can be added ({type(error).__name__}: {error})"
     return ""
+
+
+def _shared(layer: nn.Module, tensor: str) -> str:
+    """Finds the same parameter under another name of the layer, where a merge would write a second update or none."""
+    own = layer._parameters.get(tensor)
+    others = [name for name, each in layer._parameters.items() if own is not None and each is own and name != tensor]
+    return f"is the same parameter as {listing(others)} of this layer; exclude the layer" if others else ""
 
 
 def _foreign(module: nn.Module, slots: Sequence[Slot]) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ class Slot:
 
     Args:
         tensor: Attribute name of the weight, such as `weight` or `in_proj_weight`.
-        part: Name of the part of that weight, such as `q`; empty where the whole weight is one slot.
+        part: Name of the part, such as `q`, which its A and B have too: `lora_A_q`. Empty where a layer has one slot;
+            of several slots, each has another one.
         rows: The rows of the weight's matrix view that the update covers, as the first one, one past the last one,
             and the number of rows that the matrix has; all rows when None.
     """

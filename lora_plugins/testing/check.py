@@ -5,7 +5,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
@@ -140,9 +140,11 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = T
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Returns the tensors of a layer's output: the output itself, or those of a tuple, list or mapping."""
+    """Returns the tensors of a layer's output: the output itself, or those of a tuple, list, mapping or dataclass."""
     if isinstance(output, Tensor):
         return [output]
+    if is_dataclass(output):
+        return tensors_of([getattr(output, field.name) for field in fields(output)])
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     return [tensor for item in items for tensor in tensors_of(item)]
 

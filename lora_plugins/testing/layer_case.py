@@ -11,7 +11,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path
-from lora_plugins.testing.check import CPU
+from lora_plugins.testing.check import CPU, require
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -59,7 +59,10 @@ class LayerCase:
     def model(self, dtype: torch.dtype = torch.float64) -> Holder:
         """Builds a model of one layer, with the same values each time."""
         with own_randomness(0):
-            return Holder(self.build(**self.options)).to(self.device, dtype)
+            layer = self.build(**self.options)
+        complex_ = [name for name, parameter in layer.named_parameters() if parameter.is_complex()]
+        require(not complex_, f"the layer has the complex parameters {complex_}, and weights that are adapted are real")
+        return Holder(layer).to(self.device, dtype)
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
         """Makes inputs in the type of a layer, the same for the same seed."""
@@ -105,6 +108,8 @@ def _placed(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns an input on a device, and if it is floating in a type; of several, as the state of an LSTM, each so."""
     if type(x) in (list, tuple):
         return type(x)(_placed(each, dtype, device) for each in x)
+    if type(x) is dict:
+        return {name: _placed(each, dtype, device) for name, each in x.items()}
     if not isinstance(x, Tensor):
         return x
     return x.to(device, dtype if x.is_floating_point() else x.dtype)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.config import LoraConfig
 from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state
+from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
 from lora_plugins.testing.check import MODES, Check, require, require_all_close, require_close, tensors_of
 from lora_plugins.testing.layer_case import (
@@ -34,6 +36,13 @@ def _registration(case: LayerCase) -> None:
     require(bool(case.slots()), "slots() is empty")
     for _ in _named_weights(case, layer):
         pass
+    LoraModel.plan(case.model(), LoraConfig(target_modules="layer"), registry=case.registry())
+    output = call(case.model(), case.arguments(layer))
+    require(
+        bool(tensors_of(output)),
+        f"the layer gives a {type(output).__name__}, and the kit looks for tensors in tuples, lists, mappings and "
+        "dataclasses",
+    )
 
 
 def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Tensor]]:

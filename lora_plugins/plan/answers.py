@@ -1,0 +1,80 @@
+"""What a layer type answers about a layer, held to what everything else counts on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.errors import LoraError, PluginError, listing, near
+from lora_plugins.plugins import LayerPlugin, Slot
+
+
+def check_slots(method: str, slots: Sequence[Slot], rows: Callable[[str], int]) -> None:
+    """Refuses slots that would share their A and B, or cover rows that the weight does not have.
+
+    Args:
+        method: What gave them, for messages.
+        slots: The slots of one adapter.
+        rows: Returns how many rows the matrix of a weight has.
+
+    Raises:
+        PluginError: If one of them is wrong.
+    """
+    by_part: dict[str, Slot] = {}
+    for slot in slots:
+        if (other := by_part.setdefault(slot.part, slot)) is not slot:
+            raise PluginError(
+                f"{method}() gives {other.tensor!r} and {slot.tensor!r} the part {slot.part!r}, which names their A "
+                f"and B. Each needs a part of its own, as in Slot({slot.tensor!r}, part=...)"
+            )
+        start, stop, total = slot.rows or (0, 1, rows(slot.tensor))
+        if not 0 <= start < stop <= total == rows(slot.tensor):
+            raise PluginError(
+                f"{method}() has a slot with rows={slot.rows}, and the matrix of {slot.tensor!r} has "
+                f"{rows(slot.tensor)} rows"
+            )
+
+
+def weight_of(layer: nn.Module, tensor: str, read: Callable[[nn.Module, str], Tensor]) -> Tensor:
+    """Reads a weight that a layer type names.
+
+    Raises:
+        PluginError: If the layer has no such weight.
+    """
+    try:
+        return read(layer, tensor)
+    except (AttributeError, KeyError) as error:
+        known = [name for name, parameter in layer._parameters.items() if parameter is not None]
+        raise PluginError(f"a slot names the weight {tensor!r}, which is none. {near(tensor, known)}") from error
+
+
+def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple[int, int]:
+    """Returns `(out, in)` of the matrix that a layer type makes of a weight.
+
+    Raises:
+        PluginError: If it makes none.
+    """
+    try:
+        matrix = plugin.to_matrix(weight)
+    except Exception as error:  # a third party's
+        raise PluginError(f"to_matrix of {tensor!r}, {tuple(weight.shape)}, raised {_said(error)}") from error
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+        made = tuple(matrix.shape) if isinstance(matrix, Tensor) else matrix
+        raise PluginError(f"to_matrix of {tensor!r}, {tuple(weight.shape)}, gives {made!r} and no matrix (out, in)")
+    rows, columns = matrix.shape
+    return rows, columns
+
+
+def failure(plugin: LayerPlugin[Any], names: Iterable[str], class_name: str, error: Exception) -> PluginError:
+    """Returns the error that a layer type cannot speak of a layer, with what it raised as its cause."""
+    said = PluginError(
+        f"The layer type {plugin.name!r} cannot serve {listing(names)}, a {class_name}: {_said(error)}. Exclude the "
+        f"layer, or mend {type(plugin).__name__}."
+    )
+    said.__cause__ = error
+    return said
+
+
+def _said(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return text if isinstance(error, LoraError) else f"{type(error).__name__}: {text}"

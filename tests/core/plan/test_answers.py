@@ -1,0 +1,142 @@
+"""What a layer type of others answers about a layer is checked before anything is touched, and told by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, PluginError, RowMajorPlugin, Slot, TargetError, build_registry, hookimpl
+
+
+class Pair(nn.Module):
+    """Two weights of one shape, a vector, a gap and a child."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 4))
+        self.second = nn.Parameter(torch.randn(4, 4))
+        self.vector = nn.Parameter(torch.randn(4))
+        self.gap = None
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.first.T @ self.second.T
+
+
+class PairPlugin(RowMajorPlugin):
+    name = "pair"
+    module_type = Pair
+    given = (Slot("first"),)
+
+    def slots(self, layer):
+        return self.given
+
+    def parts(self, layer):
+        return {}
+
+
+class ThreeDimensions(PairPlugin):
+    def to_matrix(self, weight):
+        return weight[None]
+
+
+class NoMatrix(PairPlugin):
+    def to_matrix(self, weight):
+        return None
+
+
+class Raises(PairPlugin):
+    def slots(self, layer):
+        return [Slot(layer.nothing)]
+
+
+class PartsOfOneName(PairPlugin):
+    def parts(self, layer):
+        return {"q": Slot("first", rows=(0, 2, 4)), "k": Slot("first", rows=(2, 4, 4))}
+
+
+def giving(*slots):
+    return type("PairPlugin", (PairPlugin,), {"given": slots})()
+
+
+WRONG = {
+    "one part": (giving(Slot("first"), Slot("second")), r"slots\(\) gives 'first' and 'second' the part ''"),
+    "parts of one name": (PartsOfOneName(), r"parts\(\) gives 'first' and 'first' the part ''"),
+    "misspelt": (giving(Slot("frist")), r"names the weight 'frist', which is none. Did you mean 'first'"),
+    "of a child": (giving(Slot("child.weight")), r"names the weight 'child.weight', which is none"),
+    "a gap": (giving(Slot("gap")), r"names the weight 'gap', which is none"),
+    "a vector": (giving(Slot("vector")), r"to_matrix of 'vector', \(4,\), raised IndexError"),
+    "rows beyond": (giving(Slot("first", "q", (2, 6, 8))), r"rows=\(2, 6, 8\), and the matrix of 'first' has 4 rows"),
+    "three dimensions": (ThreeDimensions(), r"gives \(1, 4, 4\) and no matrix \(out, in\)"),
+    "no matrix": (NoMatrix(), r"gives None and no matrix"),
+    "raises": (Raises(), r"AttributeError: 'Pair' object has no attribute 'nothing'"),
+}
+
+
+def registry_of(plugin):
+    class Hooks:
+        @hookimpl
+        def lora_plugins_register_layers(self, registrar):
+            registrar.add(plugin)
+
+    return build_registry([("mine", Hooks())])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_answers_are_refused_by_the_name_of_layer_and_plugin(name):
+    plugin, message = WRONG[name]
+    model, registry = nn.Sequential(Pair()), registry_of(plugin)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(PluginError, match=message) as caught:
+        LoraModel(model, LoraConfig(r=2, target_modules=["0"]), registry=registry)
+    assert "layer type 'pair' cannot serve '0', a Pair" in str(caught.value)
+    assert type(plugin).__name__ in str(caught.value)
+    assert type(model[0]) is Pair
+    assert list(model.state_dict()) == list(before)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0.child"]), registry=registry)
+
+
+def test_two_weights_with_a_part_each():
+    model = nn.Sequential(Pair()).double()
+    lora = LoraModel(
+        model,
+        LoraConfig(r=2, target_modules=["0"], init="none"),
+        registry=registry_of(giving(Slot("first", "a"), Slot("second", "b"))),
+    )
+    state, x = model.state_dict(), torch.randn(3, 4).double()
+    scaling = lora.plans["default"].layers[0].scaling
+    weights = [
+        state[f"0.{name}"] + scaling * state[f"0.lora_B_{part}.default"] @ state[f"0.lora_A_{part}.default"]
+        for name, part in {"first": "a", "second": "b"}.items()
+    ]
+    torch.testing.assert_close(model(x), x @ weights[0].T @ weights[1].T)
+
+
+def tied_lstm():
+    layer = nn.LSTM(4, 4, 2)
+    layer.weight_ih_l1 = layer.weight_ih_l0
+    layer.flatten_parameters()
+    return layer
+
+
+def tied_pair():
+    layer = Pair()
+    layer.second = layer.first
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "plugin", "names"),
+    [
+        (tied_lstm, PairPlugin(), ("weight_ih_l0", "weight_ih_l1")),
+        (tied_pair, giving(Slot("first", "a"), Slot("second", "b")), ("first", "second")),
+        (tied_pair, PairPlugin(), ("first", "second")),
+    ],
+    ids=["built in", "both named", "one named"],
+)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_parameter_with_two_names_in_one_layer_is_refused(build, plugin, names, quantize):
+    model = nn.Sequential(build())
+    options = {"min_size": 0} if quantize else {}
+    config = LoraConfig(r=2, target_modules=["0"], quantize=quantize, quantize_options=options)
+    with pytest.raises(TargetError, match=f"'0': '{names[0]}' is the same parameter as '{names[1]}' of this layer"):
+        LoraModel(model, config, registry=registry_of(plugin))
