@@ -138,6 +138,8 @@ def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]
     ]
     ranks = plan.init.allocate(requests, plan.init_options)
     names = {layer.name for layer in plan.layers}
+    if not isinstance(ranks, Mapping):
+        raise PluginError(f"allocate() of the init {plan.init.name!r} returned {ranks!r}, not ranks by layer name.")
     if not ranks.keys() <= names or any(not isinstance(r, int) or r < 0 for r in ranks.values()):
         raise PluginError(
             f"The init {plan.init.name!r} gave ranks that are not whole numbers, or to unknown layers: {dict(ranks)}."

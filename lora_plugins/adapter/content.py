@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.adapter.answers import base_of, own_values, recipe_of
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import StoredWeight, detached_weight, full_name, holder_of, own_tensor, stored_weight
 from lora_plugins.plan import Plan
@@ -68,7 +69,7 @@ def initialize(
         )
         with torch.no_grad():
             recipe = plan.init.fill(context)
-        content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe)
+        content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe_of(plan.init, layer, recipe))
     return content
 
 
@@ -199,13 +200,9 @@ def _bases(
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
         with torch.no_grad():
-            new = compute(
-                slot_matrix(layer, slot, original).to("cpu", factor_dtype(original)),
-                recipe,
-                layer.scaling,
-                plan.init_options,
-            )
-        slot.cut(matrix).copy_(new)
+            before = slot_matrix(layer, slot, original).to("cpu", factor_dtype(original), copy=True)
+            new = compute(before, recipe, layer.scaling, plan.init_options)
+        slot.cut(matrix).copy_(base_of(plan.init, layer, new, before.shape))
         laid_out = torch.empty_like(original, dtype=matrix.dtype)  # keeps the memory format
         changed[name] = laid_out.copy_(layer.plugin.from_matrix(matrix, original.shape))
     return changed
@@ -238,7 +235,7 @@ def with_own_tensors(
                 weight = changed.get(name, detached_weight(model.get_submodule(layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
-            completed[layer.name, slot.suffix] = replace(tensors, own=own)
+            completed[layer.name, slot.suffix] = replace(tensors, own=own_values(layer, slot, own))
     return completed
 
 

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
+from lora_plugins.errors import PluginError, StateError
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
 from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
@@ -56,6 +56,11 @@ def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *
         own = {name: tensor.to(wide) for name, tensor in own_tensors_of(layer, adapter, slot).items()}
         with in_full(weight):
             delta = planned.variant.delta_weight(weight, A.to(wide), B.to(wide), planned.scaling, own)
+        if delta.shape != weight.shape:
+            raise PluginError(
+                f"delta_weight() of the variant {planned.variant.name!r} gives {tuple(delta.shape)} for "
+                f"{planned.name!r}, where the weight is {tuple(weight.shape)}."
+            )
     weight_of = layer_state(layer).weights.get(adapter, 1.0)
     if weight_of == 1:
         return Term(slot, A, B, planned.settings, training, delta)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import near
+from lora_plugins.errors import PluginError, near
 from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
@@ -141,7 +141,7 @@ def _telling_names(run: Callable[[VariantCase], None], case: VariantCase) -> Non
     """Runs a check; where a name of the variant's own tensors is what it fails of, the message says which there are."""
     try:
         run(case)
-    except KeyError:
+    except (KeyError, PluginError):
         _own_names(case)
         raise
 
@@ -251,6 +251,7 @@ def _zeros(case: VariantCase) -> None:
     require_close("the output at the start, where two rows of the weight are zero,", case.run(model), before)
     case.run(move(lora).model).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in adapter_parameters(model[0], "default"):
+        require(parameter.grad is not None, "a tensor gets no gradient")
         found = torch.as_tensor(parameter.grad)
         require(bool(found.isfinite().all()), "where two rows of the weight are zero, a gradient is not finite")
 

@@ -1,0 +1,86 @@
+"""What inits and variants of others return, held to what they say, before anything is touched.
+
+What is kept is a copy: a view of the base weight would be trained in it, or change with it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.errors import PluginError
+from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot
+
+
+def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str, Tensor]:
+    """Returns what an init needs to compute the changed base again.
+
+    Args:
+        init: The init.
+        layer: The layer that it started.
+        returned: What its `fill` returned.
+
+    Raises:
+        PluginError: If that is no mapping of tensors, or has some that nobody would ask for.
+    """
+    if not isinstance(returned, Mapping) or not all(isinstance(value, Tensor) for value in returned.values()):
+        expected = "a mapping of tensors" if init.changes_base else "{}"
+        raise PluginError(f"fill() of the init {init.name!r} returned {returned!r} for {layer.name!r}, not {expected}.")
+    if returned and not init.changes_base:
+        raise PluginError(
+            f"fill() of the init {init.name!r} returned {list(returned)} for {layer.name!r}, which changed_base would "
+            "need, and the init says changes_base=False. Return {}."
+        )
+    return {name: value.detach().clone() for name, value in returned.items()}
+
+
+def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.Size) -> Tensor:
+    """Returns the rows of a base weight that an init computed.
+
+    Args:
+        init: The init.
+        layer: The layer.
+        returned: What the init returned.
+        shape: `(out, in)` of what it was handed.
+
+    Raises:
+        PluginError: If that is no matrix of this shape.
+    """
+    if not isinstance(returned, Tensor) or returned.shape != shape:
+        found = tuple(returned.shape) if isinstance(returned, Tensor) else returned
+        raise PluginError(
+            f"The init {init.name!r} computed {found!r} as the base of {layer.name!r}, where the weight is "
+            f"{tuple(shape)}."
+        )
+    return returned
+
+
+def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tensor]:
+    """Returns the first values of the own tensors of a layer's variant.
+
+    Args:
+        layer: The layer.
+        slot: One of its slots.
+        returned: What `first_values` of the variant returned.
+
+    Raises:
+        PluginError: If they are not those of its `shapes`, or are called as factors are.
+    """
+    assert layer.variant is not None
+    expected = layer.own_shapes(slot)
+    found = {name: getattr(value, "shape", None) for name, value in dict(returned or {}).items()}
+    if not _are_shapes(expected) or found != {name: torch.Size(shape) for name, shape in expected.items()}:
+        raise PluginError(
+            f"The variant {layer.variant.name!r} cannot serve {layer.name!r}: shapes() gives {expected!r}, and "
+            f"first_values() tensors of { {name: shape and tuple(shape) for name, shape in found.items()} !r}."
+        )
+    if factors := [name for name in found if name in ("A", "B") or not name.isidentifier()]:
+        raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")
+    return {name: value.detach().clone() for name, value in returned.items()}
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(shape, list | tuple) and all(isinstance(size, int) for size in shape) for shape in value.values()
+    )

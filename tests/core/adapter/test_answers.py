@@ -1,0 +1,197 @@
+"""What inits and variants of others return is checked before anything is touched, and kept as a copy."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import (
+    InitData,
+    InitPlugin,
+    LoraConfig,
+    LoraModel,
+    PluginError,
+    VariantPlugin,
+    build_registry,
+    hookimpl,
+)
+
+
+class Start(InitPlugin):
+    name = "start"
+
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=context.generator)
+        nn.init.zeros_(context.B)
+        return {}
+
+
+class Forgets(Start):
+    def fill(self, context):
+        super().fill(context)
+
+
+class RecipeForNothing(Start):
+    def fill(self, context):
+        return {**super().fill(context), "u": torch.ones(2)}
+
+
+class Changes(Start):
+    changes_base = True
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight * 0.5
+
+
+class ListInRecipe(Changes):
+    def fill(self, context):
+        return {**super().fill(context), "u": [1, 2]}
+
+
+class OneRow(Changes):
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight[:1]
+
+
+class ChangesInPlace(Changes):
+    """Writes into what it is handed, and forgets to return it."""
+
+    def changed_base(self, weight, recipe, scaling, options):
+        weight.mul_(0.5)
+
+
+class ReturnsInPlace(Changes):
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight.mul_(0.5)
+
+
+class NoRanks(Start):
+    needs = "inputs"
+
+    def allocate(self, requests, options):
+        return None
+
+
+class Gate(VariantPlugin):
+    name = "gate"
+    first = {"g": torch.ones(1)}  # noqa: RUF012
+
+    def shapes(self, rows, columns, r):
+        return {"g": (1,)}
+
+    def first_values(self, weight, A, B, scaling):
+        return self.first
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return scaling * (B @ A)
+
+
+class OneRowOfUpdate(Gate):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return (own["g"] * scaling * (B @ A))[:1]
+
+
+class Number(Gate):
+    def shapes(self, rows, columns, r):
+        return {"g": 1}
+
+
+class NamedAsFactor(Gate):
+    first = {"A": torch.ones(1)}  # noqa: RUF012
+
+    def shapes(self, rows, columns, r):
+        return {"A": (1,)}
+
+
+class Views(Gate):
+    """Starts its tensors with what it is handed."""
+
+    def shapes(self, rows, columns, r):
+        return {"left": (r, columns), "row": (columns,)}
+
+    def first_values(self, weight, A, B, scaling):
+        return {"left": A, "row": weight[0]}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return scaling * (B @ (A + own["left"])) + B @ A * own["row"]
+
+
+def first(**values):
+    return type("Gate", (Gate,), {"first": values or None})()
+
+
+def registry_of(plugin):
+    class Hooks:
+        @hookimpl
+        def lora_plugins_register_inits(self, registrar):
+            if isinstance(plugin, InitPlugin):
+                registrar.add(plugin)
+
+        @hookimpl
+        def lora_plugins_register_variants(self, registrar):
+            if isinstance(plugin, VariantPlugin):
+                registrar.add(plugin)
+
+    return build_registry([("mine", Hooks())])
+
+
+def adapted(plugin):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    field = {"init": plugin.name} if isinstance(plugin, InitPlugin) else {"variant": plugin.name}
+    try:
+        lora = LoraModel(
+            model, LoraConfig(r=2, **field), registry=registry_of(plugin), init_data=InitData([torch.randn(5, 4)])
+        )
+    except PluginError:
+        assert list(model.state_dict()) == list(before)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        raise
+    return lora, before
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Forgets(), r"fill\(\) of the init 'start' returned None for '0', not {}"),
+        (RecipeForNothing(), r"returned \['u'\] for '0'.*says changes_base=False. Return {}"),
+        (ListInRecipe(), r"returned {'u': \[1, 2\]} for '0', not a mapping of tensors"),
+        (OneRow(), r"computed \(1, 4\) as the base of '0', where the weight is \(3, 4\)"),
+        (ChangesInPlace(), r"computed None as the base of '0'"),
+        (NoRanks(), r"allocate\(\) of the init 'start' returned None"),
+        (first(g=torch.ones(2)), r"variant 'gate' cannot serve '0'.*{'g': \(1,\)}.*{'g': \(2,\)}"),
+        (first(), r"shapes\(\) gives {'g': \(1,\)}, and first_values\(\) tensors of {}"),
+        (first(g=torch.ones(1), h=torch.ones(1)), r"tensors of {'g': \(1,\), 'h': \(1,\)}"),
+        (first(g=1.0), r"tensors of {'g': None}"),
+        (Number(), r"shapes\(\) gives {'g': 1}"),
+        (NamedAsFactor(), r"tensors that cannot be called so: \['A'\]"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, InitPlugin | VariantPlugin) else "",
+)
+def test_wrong_answers_are_refused_by_name_and_nothing_is_touched(plugin, message):
+    with pytest.raises(PluginError, match=message):
+        adapted(plugin)
+
+
+def test_an_update_of_another_shape_is_not_broadcast():
+    lora, _ = adapted(OneRowOfUpdate())
+    with pytest.raises(PluginError, match=r"variant 'gate' gives \(1, 4\) for '0', where the weight is \(3, 4\)"):
+        lora.model(torch.randn(2, 4))
+
+
+def test_a_base_that_is_changed_in_place_comes_back():
+    lora, before = adapted(ReturnsInPlace())
+    torch.testing.assert_close(lora.model[0]._parameters["weight"], before["0.weight"] * 0.5)
+    lora.unload()
+    assert torch.equal(lora.model[0].weight, before["0.weight"])
+
+
+def test_tensors_that_start_as_views_are_trained_by_themselves():
+    lora, before = adapted(Views())
+    layer = lora.model[0]
+    first_A = layer.lora_A["default"].detach().clone()
+    with torch.no_grad():
+        for name in ("left", "row"):
+            getattr(layer, f"lora_{name}")["default"].add_(1)
+    assert torch.equal(layer.lora_A["default"], first_A)
+    assert torch.equal(layer._parameters["weight"], before["0.weight"])
