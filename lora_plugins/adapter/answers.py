@@ -73,7 +73,7 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
     if not _are_shapes(expected) or found != {name: torch.Size(shape) for name, shape in expected.items()}:
         raise PluginError(
             f"The variant {layer.variant.name!r} cannot serve {layer.name!r}: shapes() gives {expected!r}, and "
-            f"first_values() tensors of { {name: shape and tuple(shape) for name, shape in found.items()} !r}."
+            f"first_values() tensors of { {name: shape and tuple(shape) for name, shape in found.items()}!r}."
         )
     if factors := [name for name in found if name in ("A", "B") or not name.isidentifier()]:
         raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")

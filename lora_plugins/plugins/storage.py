@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins import words
-from lora_plugins.errors import ConfigError, near
+from lora_plugins.errors import ConfigError, PluginError, near
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 
 COMMON_OPTIONS: Mapping[str, Any] = {"min_size": 4096}
@@ -106,11 +106,23 @@ class Storage:
 
     def store(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Returns what is stored of a weight of any floating type."""
-        return self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
+        stored = self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
+        if not isinstance(stored, Mapping) or not all(isinstance(each, Tensor) for each in stored.values()):
+            raise PluginError(f"store() of the storage {self.plugin.name!r} gives {type(stored)}, not tensors by name.")
+        if wrong := [name for name in stored if not name.isidentifier()]:
+            raise PluginError(
+                f"store() of the storage {self.plugin.name!r} gives names that no attributes have: {wrong}."
+            )
+        return stored
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight, float32."""
-        return self.plugin.restore(tensors, shape, self.options)
+        dense = self.plugin.restore(tensors, shape, self.options)
+        if dense.shape != shape:  # what is added to it would be broadcast
+            raise PluginError(
+                f"restore() of the storage {self.plugin.name!r} gives {tuple(dense.shape)} for {tuple(shape)}."
+            )
+        return dense
 
     def rows(self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
         """Returns rows of the dense weight, float32."""

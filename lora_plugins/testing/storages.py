@@ -1,5 +1,6 @@
 """The conformance kit for storages of weights."""
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,7 @@ def _bits(case: StorageCase) -> None:
 
 
 def _untouched(case: StorageCase) -> None:
+    options = copy.deepcopy(dict(case.options))
     for weight in case.weights():
         before = weight.clone()
         stored = case.store(weight)
@@ -123,6 +125,7 @@ def _untouched(case: StorageCase) -> None:
         require_same_state("what is stored, after the dense weight was written to", stored, copies)
         weight.zero_()
         require_same_state("what is stored, after the weight was written to", stored, copies)
+    require(dict(case.options) == options, f"the options were {options} and are {dict(case.options)}")
 
 
 def _stateless(case: StorageCase) -> None:
@@ -200,7 +203,7 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
     Check(
         "untouched",
         _untouched,
-        "neither the weight nor what is stored is changed, and they share no memory",
+        "neither the weight nor what is stored nor the options are changed, and the first two share no memory",
         "a view of the weight is stored, or restore scales what is stored in place.",
     ),
     Check(

@@ -75,6 +75,14 @@ class View(Int8Storage):
         return tensors["codes"].view(torch.float32)
 
 
+class ChangesOptions(NF4Storage):
+    options = {**NF4Storage.options, "seen": []}  # noqa: RUF012
+
+    def store(self, weight, options):
+        options["seen"].append(weight.shape)
+        return super().store(weight, options)
+
+
 class TransposedSquare(NF4Storage):
     """Takes the columns of a square weight for its rows, consistently."""
 
@@ -132,7 +140,7 @@ VIOLATIONS = {
     "zeros": [Shift],
     "outliers": [HalfScales],
     "bits": [Noisy],
-    "untouched": [InPlace, View],
+    "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
     "size": [Unpacked],
