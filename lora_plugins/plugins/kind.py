@@ -1,6 +1,7 @@
 """What a kind of plugins is, described once: registration, conflicts, listing, docs and the kit follow from it."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -72,9 +73,11 @@ class PluginKind(Generic[P]):
 
 
 def class_path(module_type: type | str) -> str:
-    """Returns the import path of a class; a path is returned as it is."""
+    """Returns the path where a class is defined, for a path from which it is imported too, once its package is."""
     if isinstance(module_type, str):
-        return module_type
+        module, _, name = module_type.rpartition(".")
+        found = getattr(sys.modules.get(module), "__dict__", {}).get(name)  # getattr(..., name) may import packages
+        return class_path(found) if isinstance(found, type) else module_type
     return f"{module_type.__module__}.{module_type.__qualname__}"
 
 

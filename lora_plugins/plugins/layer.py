@@ -26,8 +26,8 @@ class LayerPlugin(ABC, Generic[Layer]):
 
     Attributes:
         name: Unique name of the layer type, as plans and files show it.
-        module_type: The module class, or its import path as a string (`"package.module.Class"`), which is compared
-            without importing the package. Subclasses are adapted too; the most specific plugin wins.
+        module_type: The module class, or a path from which it can be imported (`"package.module.Class"`), which is
+            compared without importing the package. Subclasses are adapted too; the most specific plugin wins.
         lookup: True for layers that look rows of the weight up by index. There A starts at zero instead of B, and
             dropout is refused, as indices cannot be dropped.
         branch_types: The classes, or their import paths, whose `forward` is known to be what `branch` computes.
@@ -154,7 +154,9 @@ class ColumnMajorPlugin(LayerPlugin[Layer]):
 
 def _contradiction(plugin: LayerPlugin[Any]) -> str:
     if plugin.branch_use == "never":
-        return ""
+        said = any("branch_use" in cls.__dict__ for cls in type(plugin).__mro__ if cls is not LayerPlugin)
+        unused = plugin.branch_types and type(plugin).branch is not LayerPlugin.branch and not said
+        return "has a branch for branch_types and no branch_use, so it is never used; say 'always'" if unused else ""
     if type(plugin).branch is LayerPlugin.branch:
         return f"says branch_use={plugin.branch_use!r} and has no branch"
     if not plugin.branch_types:

@@ -1,7 +1,7 @@
 """What the installed plugins provide: lookup of layer types by module class, and of everything by name."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, cast
 
@@ -101,15 +101,22 @@ class Registry:
 
     def layer_for(self, module_class: type[nn.Module]) -> LayerPlugin[Any] | None:
         """Returns the plugin of the most specific class in the MRO of a module class; None if there is none."""
-        return next(
-            (self._by_class[path] for path in map(class_path, module_class.__mro__) if path in self._by_class),
-            None,
-        )
+        # A path leads to its class once its package is imported, which may be after the registry was built.
+        by_class = {**self._by_class, **{class_path(path): plugin for path, plugin in self._by_path.items()}}
+        return next((by_class[path] for path in map(class_path, module_class.__mro__) if path in by_class), None)
 
     @functools.cached_property
     def _by_class(self) -> Mapping[str, LayerPlugin[Any]]:
+        return {class_path(each.module_type): each for each in self._layers if not isinstance(each.module_type, str)}
+
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, LayerPlugin[Any]]:
+        return {each.module_type: each for each in self._layers if isinstance(each.module_type, str)}
+
+    @functools.cached_property
+    def _layers(self) -> Sequence[LayerPlugin[Any]]:
         owned = cast(Mapping[str, Owned[LayerPlugin[Any]]], self.of(LAYERS))
-        return {class_path(each.plugin.module_type): each.plugin for each in owned.values()}
+        return [each.plugin for each in owned.values()]
 
     def absent(self) -> str:
         """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""

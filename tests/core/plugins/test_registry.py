@@ -1,5 +1,8 @@
 """The registrars that plugins are handed, and the lookup of what they registered."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 from torch import nn
 
@@ -46,6 +49,12 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
             pytest.param(LAYERS, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
+            pytest.param(
+                LAYERS,
+                variant(Layer, branch_types=(nn.Bilinear,), branch=lambda *arguments: None),
+                "no branch_use",
+                id="branch that is never used",
+            ),
         ],
     )
     def test_anything_else_is_refused_by_the_name_of_its_plugin(self, kind, plugin, words):
@@ -85,6 +94,22 @@ class TestLookup:
         plugin = variant(Layer, name="by_path", module_type="torch.nn.modules.linear.Bilinear")
         assert build_registry([("by_path", layers(plugin))]).layer_for(nn.Bilinear) is plugin
         assert class_path(nn.Bilinear) == "torch.nn.modules.linear.Bilinear"
+
+    def test_a_path_from_which_a_class_is_imported_leads_to_it(self, monkeypatch):
+        plugin = variant(Layer, name="by_path", module_type="some_package.Layer")
+        registry = build_registry([("by_path", layers(plugin))])
+        assert registry.layer_for(nn.Bilinear) is None
+        monkeypatch.setitem(sys.modules, "some_package", SimpleNamespace(Layer=nn.Bilinear))
+        assert registry.layer_for(nn.Bilinear) is plugin
+        assert class_path("torch.nn.Bilinear") == class_path(nn.Bilinear)
+
+    def test_a_path_imports_nothing(self, monkeypatch):
+        class Lazy(ModuleType):
+            def __getattr__(self, name):
+                raise AssertionError(f"{name} would be imported")
+
+        monkeypatch.setitem(sys.modules, "some_package", Lazy("some_package"))
+        assert class_path("some_package.Layer") == "some_package.Layer"
 
     def test_an_unknown_init_offers_the_near_one(self):
         with pytest.raises(PluginError, match=r"no init 'gausian'. Did you mean 'gaussian'"):
