@@ -29,8 +29,8 @@ from lora_plugins.inplace import (
     stored_weights,
     weight_key,
 )
-from lora_plugins.plan.answers import check_slots, failure, matrix_shape, weight_of
 from lora_plugins.plan.other_libraries import foreign_names
+from lora_plugins.plan.served import check_slots, failure, matrix_shape, weight_of
 from lora_plugins.plugins import LayerPlugin, Registry, Slot, Storage, class_path
 
 WeightKey = int | tuple[str, str]

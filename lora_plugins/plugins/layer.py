@@ -154,9 +154,7 @@ class ColumnMajorPlugin(LayerPlugin[Layer]):
 
 def _contradiction(plugin: LayerPlugin[Any]) -> str:
     if plugin.branch_use == "never":
-        said = any("branch_use" in cls.__dict__ for cls in type(plugin).__mro__ if cls is not LayerPlugin)
-        unused = plugin.branch_types and type(plugin).branch is not LayerPlugin.branch and not said
-        return "has a branch for branch_types and no branch_use, so it is never used; say 'always'" if unused else ""
+        return ""
     if type(plugin).branch is LayerPlugin.branch:
         return f"says branch_use={plugin.branch_use!r} and has no branch"
     if not plugin.branch_types:

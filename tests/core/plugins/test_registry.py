@@ -49,12 +49,6 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
             pytest.param(LAYERS, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
-            pytest.param(
-                LAYERS,
-                variant(Layer, branch_types=(nn.Bilinear,), branch=lambda *arguments: None),
-                "no branch_use",
-                id="branch that is never used",
-            ),
         ],
     )
     def test_anything_else_is_refused_by_the_name_of_its_plugin(self, kind, plugin, words):
