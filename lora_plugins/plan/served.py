@@ -1,6 +1,6 @@
 """What a layer type answers about a layer, held to what everything else counts on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,13 +9,13 @@ from lora_plugins.errors import LoraError, PluginError, listing, near
 from lora_plugins.plugins import LayerPlugin, Slot
 
 
-def check_slots(method: str, slots: Sequence[Slot], rows: Callable[[str], int]) -> None:
+def check_slots(method: str, slots: Sequence[Slot], rows: Mapping[str, int]) -> None:
     """Refuses slots that would share their A and B, or cover rows that the weight does not have.
 
     Args:
         method: What gave them, for messages.
         slots: The slots of one adapter.
-        rows: Returns how many rows the matrix of a weight has.
+        rows: How many rows the matrix of each weight has, where that can be told.
 
     Raises:
         PluginError: If one of them is wrong.
@@ -27,11 +27,14 @@ def check_slots(method: str, slots: Sequence[Slot], rows: Callable[[str], int]) 
                 f"{method}() gives {other.tensor!r} and {slot.tensor!r} the part {slot.part!r}, which names their A "
                 f"and B. Each needs a part of its own, as in Slot({slot.tensor!r}, part=...)"
             )
-        start, stop, total = slot.rows or (0, 1, rows(slot.tensor))
-        if not 0 <= start < stop <= total == rows(slot.tensor):
+        if slot.rows is None or slot.tensor not in rows:
+            continue
+        start, stop, total = slot.rows
+        is_empty = start == stop and total > 0  # a layer without outputs has empty parts
+        if is_empty or not 0 <= start <= stop <= total == rows[slot.tensor]:
             raise PluginError(
                 f"{method}() has a slot with rows={slot.rows}, and the matrix of {slot.tensor!r} has "
-                f"{rows(slot.tensor)} rows"
+                f"{rows[slot.tensor]} rows"
             )
 
 

@@ -217,8 +217,9 @@ def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
     every = (*slots, *parts.values())
     weights = {tensor: _weight(entry, plugin, tensor) for tensor in {slot.tensor: None for slot in every}}
+    rows = {tensor: weight.shape[0] for tensor, weight in weights.items() if not weight.problem}
     for method, given in {"slots": slots, "parts": tuple(parts.values())}.items():
-        check_slots(method, given, lambda tensor: weights[tensor].shape[0])
+        check_slots(method, given, rows)
     return {
         "slots": slots,
         "parts": parts,
