@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import holder_of, is_shard, own_tensor
+from lora_plugins.inplace import found_tensor, holder_of, is_shard, own_tensor
 
 
 @dataclass
@@ -67,14 +67,14 @@ class OwnedTensors:
                 Inside a block the values of before come back, and with them what that backward needs.
 
         Raises:
-            StateError: If one of the tensors has another shape than its values.
+            StateError: If one of the tensors is gone or has another shape than its values.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         replaced = [name for name in self._replaced(model) if self.owner.get(name) != wanted.get(name)]
         if replaced:
             raise StateError(
-                f"{listing(replaced)} has another shape than when it was adapted: the layer was replaced. unload() the "
-                "adapters, which leaves the new layer as it is, and adapt the model again."
+                f"{listing(replaced)} is gone or has another shape than when it was adapted: the layer was "
+                "replaced. unload() the adapters, which leaves the new layer as it is, and adapt the model again."
             )
         self.follow_casts(model)
         for name in self.base:
@@ -105,17 +105,18 @@ class OwnedTensors:
                         values[name] = values[name].to(tensor.dtype)
 
     def forget_replaced(self, model: nn.Module) -> None:
-        """Forgets all values of tensors in whose place is one of another shape, which is left alone."""
+        """Forgets all values of tensors in whose place is none, or one of another shape, which is left alone."""
         for name in self._replaced(model):
             self.owner.pop(name, None)
             for values in (self.base, *self.values.values()):
                 values.pop(name, None)
 
     def _replaced(self, model: nn.Module) -> list[str]:
+        found = {name: found_tensor(model, name) for name in self.base}
         return [
             name
-            for name, base in self.base.items()
-            if own_tensor(model, name).shape != base.shape and not is_shard(*holder_of(model, name))
+            for name, tensor in found.items()
+            if tensor is None or (tensor.shape != self.base[name].shape and not is_shard(*holder_of(model, name)))
         ]
 
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from lora_plugins.inplace.library_weights import (
 from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
 from lora_plugins.inplace.modules import (
     NamedModule,
+    found_tensor,
     full_name,
     holder_of,
     model_modules,
@@ -68,6 +69,7 @@ __all__ = [
     "foreign_kind",
     "foreign_problem",
     "foreign_weights",
+    "found_tensor",
     "freeze",
     "frozen_statistics",
     "full_name",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError
 from lora_plugins.inplace.container import AdapterTensors
 
 FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
@@ -92,8 +93,26 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def own_tensor(model: nn.Module, name: str) -> Tensor:
-    """Returns the parameter or buffer of that full name."""
-    module, key = holder_of(model, name)
+    """Returns the parameter or buffer of that full name.
+
+    Raises:
+        StateError: If there is none any more.
+    """
+    tensor = found_tensor(model, name)
+    if tensor is None:
+        raise StateError(
+            f"{name!r} is gone since the model was adapted: the layer was replaced. Put it back, or unload() the "
+            "adapters, which leaves the new layer as it is, and adapt the model again."
+        )
+    return tensor
+
+
+def found_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """Returns the parameter or buffer of that full name, if there is one."""
+    try:
+        module, key = holder_of(model, name)
+    except AttributeError:  # the module that held it is gone too
+        return None
     kinds = (module._parameters, module._buffers)
     found = (kind[key] for kind in kinds if key in kind)  # not `get`, which a TorchScript module does not have
-    return next(tensor for tensor in found if tensor is not None)
+    return next((tensor for tensor in found if tensor is not None), None)

@@ -27,13 +27,31 @@ def test_a_head_of_another_shape(call):
     lora = headed()
     lora.model[2] = head = nn.Linear(6, 5)
     weight = head.weight.detach().clone()
-    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' has another shape.*replaced. unload\(\)"):
+    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' is gone or has another shape.*replaced. unload\(\)"):
         CALLS[call](lora)
     assert lora.active_adapters == ("a",)
     lora.unload()
     assert torch.equal(lora.model[2].weight, weight)
     LoraModel(lora.model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
     assert lora.model(torch.zeros(3, 4)).shape == (3, 5)
+
+
+HEADS = {
+    "identity": nn.Identity,
+    "without bias": lambda: nn.Linear(6, 2, bias=False),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_head_without_the_tensors_that_were_there(head, call):
+    lora = headed()
+    lora.model[2] = new = head()
+    with pytest.raises(StateError, match=r"'2\.(weight|bias)' is gone .*replaced.* unload\(\)"):
+        CALLS[call](lora)
+    assert lora.active_adapters == ("a",)
+    assert lora.unload()[2] is new
+    assert type(lora.model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize(
