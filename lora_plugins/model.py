@@ -1,6 +1,7 @@
 """`LoraModel`, the handle to an adapted model."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -25,13 +26,14 @@ from lora_plugins.adapter import (
     present_state,
     set_active,
     swap,
+    trained_besides,
     unload,
     whole,
     without_adapters,
 )
 from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError
+from lora_plugins.errors import ConfigError, StateError, listing
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
@@ -333,7 +335,7 @@ class LoraModel(metaclass=Told):
         format: str = OWN_FORMAT,
         format_options: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes an adapter into a folder or file.
+        """Writes an adapter into a folder or file; a warning names parameters that are trained beside all adapters.
 
         Args:
             path: The folder, which is made if it does not exist, or the file where the format has files.
@@ -359,6 +361,14 @@ class LoraModel(metaclass=Told):
         state.adapter(adapter_name)
         chosen = (self._registry or default_registry()).get(FORMATS, format)
         options = options_of(chosen, format_options)
+        if besides := trained_besides(self.model, state):
+            warnings.warn(
+                f"{listing(besides, 3)} require a gradient and are no part of an adapter, so what was trained of them "
+                "is not saved here, and the adapter may not load onto the base again. Name their modules in "
+                "modules_to_save, and keep other code from unfreezing the rest; to keep this training, save the state "
+                "dict, or merge.",
+                stacklevel=6,
+            )
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)
         with base_in_place(self.model, state):
             return chosen.write(Path(path), packed, self.model, self._registry, options)

@@ -33,6 +33,7 @@ from lora_plugins.adapter.state import (
     hold_norms,
     model_state,
     present_state,
+    trained_besides,
 )
 from lora_plugins.adapter.swap import swap
 from lora_plugins.adapter.transitions import (
@@ -90,6 +91,7 @@ __all__ = [
     "slot_matrix",
     "swap",
     "to_store",
+    "trained_besides",
     "unload",
     "whole",
     "without_adapters",

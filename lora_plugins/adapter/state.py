@@ -287,6 +287,13 @@ def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
         )
 
 
+def trained_besides(model: nn.Module, state: ModelState) -> list[str]:
+    """Returns the names of parameters that somebody has made require a gradient, and that no adapter holds."""
+    held = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
+    own = own_tensors(model_modules(model), "_parameters")
+    return [name for name, parameter in own.items() if parameter.requires_grad and name not in held]
+
+
 def apply_state(model: nn.Module, state: ModelState) -> None:
     """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
     modules = model_modules(model)

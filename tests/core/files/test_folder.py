@@ -53,6 +53,25 @@ class TestRoundTrip:
         assert loaded.active_adapters == ("default",)
         assert_same_state(own_tensors(loaded.unload()), own_tensors(build()))
 
+    @pytest.mark.parametrize(
+        ("path", "named"),
+        [
+            pytest.param("stem.bias", "'stem.bias' require", id="a bias of an adapted layer"),
+            pytest.param("", r"\([0-9]+ more\) require", id="everything, as unfreezing a model does"),
+        ],
+    )
+    def test_names_what_is_trained_beside_the_adapter(self, tmp_path, path, named):
+        lora = adapt(build(), modules_to_save=["head"])
+        lora.save_adapter(tmp_path / "frozen")
+        for name, parameter in lora.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.startswith(path))
+        with pytest.warns(UserWarning, match=rf"{named} a gradient and are no part of an adapter") as caught:
+            lora.save_adapter(tmp_path / "thawed")
+        assert [entry.filename for entry in caught] == [__file__]
+        assert "lora_" not in str(caught[0].message)
+        assert "'head" not in str(caught[0].message)
+        assert tensor_file(tmp_path / "thawed").read_bytes() == tensor_file(tmp_path / "frozen").read_bytes()
+
     def test_loading_runs_no_init_and_draws_nothing(self, saved):
         before = torch.get_rng_state()
         LoraModel.load_adapter(build(), saved[0])
