@@ -92,7 +92,13 @@ class DiffusersFormat(PortableFormat):
             return _adapter(layers, {part: part for part in parts}, configs)
         original = layers.pop(_ORIGINAL, None)
         if original is not None:
-            layers[denoiser_of(model)] = original
+            denoiser = denoiser_of(model)
+            if denoiser in layers:
+                raise AdapterFileError(
+                    f"The adapter has layers of the denoiser as {_ORIGINAL!r} and as {denoiser!r}, and it cannot be "
+                    "told which of them are meant. Take one of the two out of the file."
+                )
+            layers[denoiser] = original
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = model.get_submodule(path_in_model)

@@ -210,9 +210,9 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module) -> dict[str, dict[str
     prefixes = {key: next(prefix for prefix in PREFIXES if key.startswith(prefix)) for key in keys}
     names = {key: key.removeprefix(prefix) for key, prefix in prefixes.items()}
     parts = dict(PREFIXES)
-    if any(map(is_of_transformer, names.values())):
-        parts["lora_unet_"] = "transformer"
     children = dict(model.named_children())
+    if any(map(is_of_transformer, names.values())) or ("transformer" in children and "unet" not in children):
+        parts |= {prefix: "transformer" for prefix, part in PREFIXES.items() if part == "unet"}
     if "text_encoder_2" in children and "text_encoder_3" not in children:
         parts["lora_te3_"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
     found: dict[str, dict[str, str]] = {}

@@ -262,6 +262,21 @@ def test_a_file_of_flux_goes_into_the_parts_of_its_pipeline(tmp_path):
     assert "transformer.single_transformer_blocks.1.proj_mlp" in adapted
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet", "lycoris", "lora_transformer"])
+@pytest.mark.parametrize("name", ["transformer_blocks_0_attn_to_q", "img_in"])
+def test_a_denoiser_of_a_pipeline_needs_no_telling_name(prefix, name, tmp_path):
+    """`lora_unet` is what scripts write for transformers too."""
+    width = 4 if name == "img_in" else 16
+    key = f"{prefix}_{name}"
+    tensors = {f"{key}.lora_down.weight": torch.randn(1, width), f"{key}.lora_up.weight": torch.randn(16, 1)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    alone, parts = FLUX.build(), nn.ModuleDict({"transformer": FLUX.build(), "text_encoder_2": t5()})
+    LoraModel.load_adapter(alone, tmp_path / "adapter.safetensors")
+    LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors", format_options={"component": "transformer"})
+    assert FLUX.difference(parts["transformer"], FLUX.build()) > 1e-3
+    assert FLUX.difference(parts["transformer"], alone) == 0
+
+
 class TestRefused:
     def refused(self, tensors, tmp_path, untouched, match):
         save_file(tensors, tmp_path / "adapter.safetensors")
@@ -280,6 +295,12 @@ class TestRefused:
         again = "lora_unet_transformer_blocks_1_attn_to_k"
         tensors |= {f"{again}.lora_down.weight": torch.ones(1, 16), f"{again}.lora_up.weight": torch.ones(16, 1)}
         self.refused(tensors, tmp_path, untouched, r"another layer .* are both 'transformer_blocks\.1\.attn\.to_k'")
+
+    def test_two_names_of_the_denoiser(self, tmp_path, untouched):
+        names = ["diffusion_model.single_blocks.0.linear2", "transformer.transformer_blocks.0.attn.to_q"]
+        tensors = {f"{names[0]}.lora_A.weight": torch.ones(1, 80), f"{names[0]}.lora_B.weight": torch.ones(16, 1)}
+        tensors |= {f"{names[1]}.lora_A.weight": torch.ones(1, 16), f"{names[1]}.lora_B.weight": torch.ones(16, 1)}
+        self.refused(tensors, tmp_path, untouched, "the denoiser as 'diffusion_model' and as 'transformer'")
 
     def test_a_layer_that_the_model_does_not_have(self, tmp_path, untouched):
         tensors = tensors_for(FLUX, ["single_blocks_0_linear1"])
