@@ -17,7 +17,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
-from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
@@ -203,8 +203,10 @@ def _forward(
     names, own = positional_names(base), own or base.forward
 
     def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        state, training = layer_state(layer), own_mode(layer)
-        branch = state.branch
+        state = state_of(layer)
+        if state is None:  # it was unloaded after a hook of others had kept this method
+            return own(layer, *args, **kwargs)
+        training, branch = own_mode(layer), state.branch
         if branch is None or not branch.acts(training):
             return own(layer, *args, **kwargs)
         if kwargs:

@@ -186,6 +186,26 @@ class TestNorm:
         assert not model.norm.training
         assert lora.unload().norm.training == training
 
+    @pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+    @pytest.mark.parametrize(
+        ("layer", "x"),
+        [
+            (nn.Linear(4, 3), torch.ones(2, 4)),
+            (nn.Conv2d(4, 3, 1), torch.ones(1, 4, 2, 2)),
+            (nn.Embedding(4, 3), torch.tensor([1, 3])),
+        ],
+        ids=["linear", "convolution", "embedding"],
+    )
+    def test_a_method_that_hooks_of_others_have_kept_is_that_of_the_layer(self, layer, x, end):
+        """As those of accelerate and diffusers that move weights for the time of a call."""
+        model = nn.Sequential(copy.deepcopy(layer))
+        lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"))
+        model[0].forward = model[0].forward
+        adapted = model(x)
+        assert not torch.equal(adapted, layer(x))
+        getattr(lora, end)()
+        assert torch.allclose(model(x), layer(x) if end == "unload" else adapted)
+
     def test_a_head_keeps_its_own_statistics(self):
         model = Net()
         LoraModel(model, config(modules_to_save=["head"]))
