@@ -13,7 +13,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace import StoredWeight, detached_weight, full_name, holder_of, own_tensor, stored_weight
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
-from lora_plugins.utils import run_seed
+from lora_plugins.utils import run_seed, single_at_least
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ AdapterContent = Mapping[tuple[str, str], SlotTensors]
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """Returns the type of A and B: that of the weight, or float32 where the weight has half precision."""
-    return torch.promote_types(weight.dtype, torch.float32)
+    return single_at_least(weight.dtype)
 
 
 def slot_matrix(layer: PlannedLayer, slot: Slot, weight: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
+
+from lora_plugins.utils import single_at_least
 
 RESERVED = frozenset({"training"})
 """Names that no adapter can have: what everyone sets on every module by its name."""
@@ -38,7 +39,7 @@ class AdapterTensors(nn.Module):
             new = fn(tensor)
             if new.dtype == tensor.dtype:
                 return new
-            return tensor.to(new.device, torch.promote_types(new.dtype, torch.float32))
+            return tensor.to(new.device, single_at_least(new.dtype))
 
         return cast(AdapterTensors, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 

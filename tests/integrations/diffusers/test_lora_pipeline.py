@@ -253,6 +253,35 @@ def test_fused_projections_are_refused_until_adapters_are_merged(name):
     assert distance(drawn(pipe), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("first", ["adapter", "casting"])
+def test_weights_stored_in_few_bits_leave_adapters_their_precision(storage, first):
+    """`enable_layerwise_casting` casts each layer before and after its call."""
+    pipe, base = build("Stable Diffusion"), build("Stable Diffusion")
+    for each in [base] if first == "adapter" else [base, pipe]:
+        each.unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    before = {name: value.clone() for name, value in pipe.unet.named_parameters() if "lora_" in name}
+    if first == "adapter":
+        pipe.unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    assert distance(drawn(pipe), drawn(base)) > 1e-3
+    after = dict(pipe.unet.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    lora.unload()
+    assert distance(drawn(pipe), drawn(base)) == 0
+
+
+def test_layers_are_called_after_unloading_under_group_offloading():
+    pipe = build("Stable Diffusion")
+    base = drawn(pipe)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected, cpu = drawn(pipe), torch.device("cpu")
+    pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert distance(drawn(pipe), expected) == 0
+    lora.unload()
+    assert distance(drawn(pipe), base) == 0
+
+
 def test_adapters_by_rows_with_guidance():
     """The denoiser has rows for the negative prompts before those for the prompts."""
     pipe = build("Stable Diffusion")
