@@ -14,6 +14,9 @@ from lora_plugins.inplace import base_class_of
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of the parts of a pipeline that have adapters, in the order in which random numbers are drawn for them."""
 
+ORIGINAL = "diffusion_model"
+"""What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
+
 _WORDS: Mapping[str, str] = {"UNet": "unet", "Text": "text_encoder", "T5": "text_encoder", "Transformer": "transformer"}
 """Words in the names of classes, and which part a model of such a class is."""
 
@@ -52,14 +55,14 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
     Args:
         names: Full names in the model.
         model: The model; None where a file is converted without one.
-        asked: Which part the model is.
+        asked: Which part the model is; not asked where no model is there and the names begin with parts.
 
     Raises:
         ConfigError: If it cannot be told which part the model is, and it was not said.
     """
     check_name(asked)
     split = {name: name.partition(".") for name in names}
-    if asked is None and all(first in COMPONENTS for first, _, _ in split.values()):
+    if (asked is None or model is None) and all(first in COMPONENTS for first, _, _ in split.values()):
         return {name: (first, rest) for name, (first, _, rest) in split.items()}
     part = asked or _told(model)
     if part is None:

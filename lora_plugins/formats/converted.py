@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import AdapterFileError, ConfigError
+from lora_plugins.formats.components import ORIGINAL
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.plugins import AdapterFormat
 
@@ -32,12 +33,13 @@ def convert(
         AdapterFileError: If the source is damaged, or cannot be expressed in the other format. Nothing is written then.
     """
     known = isinstance(source_format, PortableFormat) and source_format.full_names
+    needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME."
     if not known or not isinstance(target_format, PortableFormat):
-        raise ConfigError(
-            f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME."
-        )
+        raise ConfigError(needed)
     assert isinstance(source_format, PortableFormat)
     adapter = source_format.load(source, None, read_options)
+    if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):
+        raise ConfigError(f"{source} names layers as the original implementation does. {needed}")
     if adapter.init != "kaiming":
         raise AdapterFileError(
             f"The adapter was started by {adapter.init!r}, whose base has to be computed from the weights of the "

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.components import COMPONENTS, denoiser_of, part_of, paths_read
+from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
@@ -41,9 +41,6 @@ _ENDINGS: Mapping[str, str] = {
     ".alpha": "alpha",
 }
 """The endings of keys over the years, and which tensor of a layer each is."""
-
-_ORIGINAL = "diffusion_model"
-"""What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 """The projections that the oldest keys name by the processor of an attention, and their names in it."""
@@ -90,12 +87,12 @@ class DiffusersFormat(PortableFormat):
         layers = {part: found.portable(configs.get(part)) for part, found in parts.items()}
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
-        original = layers.pop(_ORIGINAL, None)
+        original = layers.pop(ORIGINAL, None)
         if original is not None:
             denoiser = denoiser_of(model)
             if denoiser in layers:
                 raise AdapterFileError(
-                    f"The adapter has layers of the denoiser as {_ORIGINAL!r} and as {denoiser!r}, and it cannot be "
+                    f"The adapter has layers of the denoiser as {ORIGINAL!r} and as {denoiser!r}, and it cannot be "
                     "told which of them are meant. Take one of the two out of the file."
                 )
             layers[denoiser] = original
@@ -131,7 +128,7 @@ def _file(path: Path) -> Path:
 def _placed(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     part, _, rest = key.partition(".")
-    if part not in (*COMPONENTS, _ORIGINAL):
+    if part not in (*COMPONENTS, ORIGINAL):
         return None
     oldest = _OLDEST.fullmatch(rest)
     if oldest:

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraModel
+from lora_plugins.formats import convert
+from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.original_names import original_places
 from tests.core.formats.pipeline_cases import TOLERANCE, UNET, Part
 
+DIFFUSERS = DiffusersFormat()
 ANY = 21504  # outputs of the largest layer of Flux, which its converter splits
 
 
@@ -275,6 +278,26 @@ def test_a_denoiser_of_a_pipeline_needs_no_telling_name(prefix, name, tmp_path):
     LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors", format_options={"component": "transformer"})
     assert FLUX.difference(parts["transformer"], FLUX.build()) > 1e-3
     assert FLUX.difference(parts["transformer"], alone) == 0
+
+
+@pytest.mark.parametrize("options", [{"component": None}, {"component": "transformer"}], ids=["not said", "said"])
+def test_without_a_model_such_a_file_is_not_converted(options, tmp_path):
+    """Whichever part of a pipeline is said to be written: names would be of no model."""
+    tensors = {"lora_A.weight": torch.ones(1, 16), "lora_B.weight": torch.ones(112, 1)}
+    save_file(
+        {f"diffusion_model.single_blocks.0.linear1.{key}": x for key, x in tensors.items()}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"original implementation .* the base model is needed"):
+        convert(tmp_path / "a.safetensors", DIFFUSERS, DIFFUSERS.options, tmp_path / "b", DIFFUSERS, options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_parts_that_names_begin_with_are_not_said_twice(tmp_path):
+    tensors = {"lora_A.weight": torch.ones(1, 16), "lora_B.weight": torch.ones(16, 1)}
+    save_file({f"unet.mid_block.to_q.{key}": x for key, x in tensors.items()}, tmp_path / "a.safetensors")
+    options = {"component": "unet"}
+    convert(tmp_path / "a.safetensors", DIFFUSERS, DIFFUSERS.options, tmp_path / "b", DIFFUSERS, options)
+    assert [*DIFFUSERS.load(tmp_path / "b", None, DIFFUSERS.options).layers] == ["unet.mid_block.to_q"]
 
 
 class TestRefused:
