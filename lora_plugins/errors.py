@@ -70,13 +70,30 @@ def _likeness(name: str, candidate: str) -> float:
 
 def no_folder(path: Path) -> str:
     """Returns what is wrong with the path of a folder that is none: where its way breaks off, and what is near it."""
-    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-    missing = path.absolute().relative_to(parent).parts[0]
+    parent, missing = _break(path)
     if (parent / missing).exists():
         return f"{parent / missing} is a file, and a folder is expected."
-    beside = [each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    return (
+        f"There is no folder {path}: {_lacking(parent, missing, [each for each in parent.iterdir() if each.is_dir()])}"
+    )
+
+
+def nothing_there(path: Path) -> str:
+    """Returns where the way of a path breaks off at which there is nothing, and what is near it."""
+    parent, missing = _break(path)
+    return _lacking(parent, missing, parent.iterdir())
+
+
+def _break(path: Path) -> tuple[Path, str]:
+    """Returns the last folder on the way of a path, and what it lacks."""
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return parent, path.absolute().relative_to(parent).parts[0]
+
+
+def _lacking(parent: Path, missing: str, there: Iterable[Path]) -> str:
+    beside = [each.name for each in there if not each.name.startswith(".")]
     hint = f" {near(missing, beside)}" if beside and len(parent.parts) > 1 else ""
-    return f"There is no folder {path}: {parent} has no {missing!r}.{hint}"
+    return f"{parent} has no {missing!r}.{hint}"
 
 
 def listing(names: Iterable[str], most: int = 8) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
-from lora_plugins.errors import listing
+from lora_plugins.errors import listing, nothing_there
 from lora_plugins.integrations.lightning.cli import positive, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
@@ -54,7 +54,9 @@ def check_model(path: str | Path) -> None:
     """
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"There is no {path}. Give a checkpoint, an adapter folder or a merged file.")
+        raise WeightsError(
+            f"There is no {path}. Give a checkpoint, an adapter folder or a merged file. {nothing_there(path)}"
+        )
     if path.is_file() and not is_of_its_kind(path):
         kind = "safetensors file" if path.suffix == SAFETENSORS else "checkpoint"
         raise WeightsError(f"{path} is no {kind}, or is cut off. Give the file that a fit has left.")

@@ -25,6 +25,14 @@ def test_paths_are_for_the_tasks_and_flags_for_lightning(arguments, message, cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_a_slip_in_a_path_is_told_where_it_is(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "photos" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "runs/photo/adapter", "out.onnx"]) == 1
+    assert f"{tmp_path / 'runs'} has no 'photo'. Did you mean 'photos'?" in capsys.readouterr().err
+
+
 def test_onnx_that_cannot_be_written_is_said_first(monkeypatch, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
