@@ -73,9 +73,8 @@ def no_folder(path: Path) -> str:
     parent, missing = _break(path)
     if (parent / missing).exists():
         return f"{parent / missing} is a file, and a folder is expected."
-    return (
-        f"There is no folder {path}: {_lacking(parent, missing, [each for each in parent.iterdir() if each.is_dir()])}"
-    )
+    folders = [each for each in parent.iterdir() if each.is_dir()]
+    return f"There is no folder {path}: {_lacking(parent, missing, folders)}"
 
 
 def nothing_there(path: Path) -> str:
