@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels._operation import operation
+from lora_plugins.utils import common_type
 
 
 @operation
@@ -40,7 +41,7 @@ def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: 
     """Returns `W + scale · B A` as a matrix, rounded to a type once; transposed in memory if W is."""
     if weight.dtype == A.dtype == dtype:
         return _add_delta(weight, A, B, scale)
-    wide = torch.promote_types(weight.dtype, A.dtype)
+    wide = common_type(weight.dtype, A.dtype)
     return _add_delta(weight.to(wide), A.to(wide), B.to(wide), scale).to(dtype)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lora_plugins.kernels._operation import operation
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.utils import in_full
+from lora_plugins.utils import common_type, in_full
 
 RowFactors = Callable[..., Tensor]
 """Returns `f`, `(out,)`, from the direction `(out, in)`, detached, and some tensors that `f` is differentiable in."""
@@ -32,7 +32,7 @@ def rescaled_weight(
         factors: What the rows are multiplied by.
         scaling: Factor of `B A`.
     """
-    wide = torch.promote_types(weight.dtype, A.dtype)
+    wide = common_type(weight.dtype, A.dtype)
     direction = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling)
     return factors(direction.detach(), *own)[:, None] * direction
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
 from lora_plugins.kernels import effective_weight, linear_2d, transposed_product
 from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
-from lora_plugins.utils import in_full
+from lora_plugins.utils import common_type, in_full
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -64,16 +64,16 @@ class WeightDelta:
             norm = _norm(self.term)
             if norm == 0:
                 return 0.0
-            wide = torch.promote_types(self.weight.dtype, self.term.A.dtype)
-            largest = float(torch.linalg.vector_norm(self.weight, dtype=wide)) + norm
+            wide = common_type(self.weight.dtype, self.term.A.dtype)
+            largest = float(torch.linalg.vector_norm(self.weight.to(wide))) + norm
             bound = torch.finfo(self.weight.dtype).eps / 2 * largest / norm
-            return bound if bound <= _SURELY_SMALL else self._lost(wide) / norm
+            return bound if bound <= _SURELY_SMALL else _share(self._lost(wide), norm)
 
     def is_negligible(self) -> bool:
         """Whether the update is so small that nothing is lost with it, as after steps that learned nothing."""
         with in_full(self.weight):
-            wide = torch.promote_types(self.weight.dtype, self.term.A.dtype)
-            return _norm(self.term) <= NEGLIGIBLE * float(torch.linalg.vector_norm(self.weight, dtype=wide))
+            wide = common_type(self.weight.dtype, self.term.A.dtype)
+            return _norm(self.term) <= NEGLIGIBLE * float(torch.linalg.vector_norm(self.weight.to(wide)))
 
     def _lost(self, wide: torch.dtype) -> float:
         """Returns the norm of what rounding takes."""
@@ -113,6 +113,11 @@ def place_of(layer: nn.Module, tensor: str) -> object:
 def _dense(terms: list[Term]) -> Term:
     """Returns one term with the sum of all updates as a matrix."""
     return replace(terms[0], slot=Slot(terms[0].slot.tensor), delta=sum_of_deltas(terms))
+
+
+def _share(lost: float, norm: float) -> float:
+    """Returns `lost / norm`: at most 1, since the untouched weight is as near; beyond it are errors of the norms."""
+    return min(lost / norm, 1.0) if math.isfinite(lost) else lost
 
 
 def _norm(term: Term) -> float:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lora_plugins.config import LayerSettings
 from lora_plugins.plugins.slot import Slot
+from lora_plugins.utils import common_type
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _factors(terms: Sequence[Term], weight: Callable[[], Tensor]) -> Tensor:
 
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
     """Returns `base + delta` in type and layout of the base, computed in the wider of both types and rounded once."""
-    wide = torch.promote_types(base.dtype, delta.dtype)
+    wide = common_type(base.dtype, delta.dtype)
     found = (base.to(wide) + delta.to(wide)).to(base.dtype)
     if found.stride() == base.stride():
         return found

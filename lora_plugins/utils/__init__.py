@@ -11,7 +11,7 @@ from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.plain_names import COMPILED, plain_name
-from lora_plugins.utils.precision import single_at_least
+from lora_plugins.utils.precision import common_type, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
@@ -24,6 +24,7 @@ __all__ = [
     "autocast_dtype",
     "blocks_of",
     "check_regular",
+    "common_type",
     "ending",
     "in_full",
     "levels",

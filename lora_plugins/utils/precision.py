@@ -1,4 +1,4 @@
-"""The precision that values of adapters have at least."""
+"""The precision that values of adapters have at least, and that two types have in common."""
 
 import torch
 
@@ -6,3 +6,8 @@ import torch
 def single_at_least(dtype: torch.dtype) -> torch.dtype:
     """Returns a floating type, or float32 for a narrower one: torch knows no common type of it and one of 8 bits."""
     return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def common_type(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Returns the type that two floating types are computed in; one of 8 bits, which torch knows none for, is float32."""
+    return torch.promote_types(*(torch.float32 if dtype.itemsize == 1 else dtype for dtype in (first, second)))

@@ -23,6 +23,7 @@ from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
+from lora_plugins.utils import common_type
 
 _WHOLE = Path(effective_weight_first=True, small_products=False)
 """Under autocast, weight and factors keep their types: what they make of each other is rounded, once."""
@@ -200,7 +201,7 @@ def _layer(options: RescaledOptions) -> _Linear | _Convolution:
 
 def _direction(weight: Tensor, A: Tensor, B: Tensor, options: RescaledOptions) -> Tensor:
     """Returns `W + scaling · B A` as a fresh matrix, in the wider type of both."""
-    return effective_weight(weight.flatten(1), A, B, options.scaling, torch.promote_types(weight.dtype, A.dtype))
+    return effective_weight(weight.flatten(1), A, B, options.scaling, common_type(weight.dtype, A.dtype))
 
 
 def _factors(direction: Tensor, own: Sequence[Tensor], options: RescaledOptions) -> tuple[list[Tensor], Tensor]:
