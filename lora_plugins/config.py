@@ -59,8 +59,9 @@ def _with_known_fields(cls: type[T]) -> type[T]:
 class LoraConfig:
     """How LoRA is applied to a model (Hu et al., arXiv 2106.09685).
 
-    Names and patterns speak of module names as `model.named_modules()` gives them. Every pattern of every field has
-    to match something; one that does not is an error that names it and its nearest names.
+    Names and patterns speak of module names as `model.named_modules()` gives them, without the modules that
+    `torch.compile`, `checkpoint_wrapper` and FSDP of torch insert. Every pattern of every field has to match something;
+    one that does not is an error that names it and its nearest names.
 
     Args:
         r: Rank of the update `B @ A`.

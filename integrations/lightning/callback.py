@@ -24,6 +24,7 @@ from lora_plugins.field_checks import (
     choice_of,
     optional,
 )
+from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -512,7 +513,7 @@ class LoraCallback(Callback):
             self._names += add_names(module, self._copies)
         if self.train_mode and trainer.state.fn == "fit":
             averages = [copy.name for copy in self._copies if copy.equal and not copy.shares]
-            set_training_mode(target, [module.get_submodule(name) for name in averages])
+            set_training_mode(target, [submodule(module, name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
         if not is_sharded(trainer):  # whole tensors are no shards
             self._start = Start.of(module)

@@ -12,12 +12,12 @@ from torch import nn
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, write
+from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
     file_entries,
     plain_state_dict,
-    rename_adapter,
     temporarily_merged,
     write_safetensors,
 )
@@ -47,7 +47,7 @@ class Results:
 
     def write(self, trainer: Trainer, module: nn.Module) -> dict[str, Path]:
         """Writes the files; only the first process does, and returns their paths by what they are."""
-        target = module.get_submodule(self.target)
+        target = submodule(module, self.target)
         paths: dict[str, Path] = {}
         self._warn_of_moved(module)
         entries = file_entries(module, self.target)
@@ -76,7 +76,7 @@ class Results:
         """Writes one file of the adapter; only the first process does, with what it gathers from all."""
         if not file.is_ours:
             return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
-        packed = rename_adapter(self._packed(trainer, target), plain_name)
+        packed = self._packed(trainer, target)
         packed = PackedAdapter({**packed.manifest, **entries}, packed.tensors)
         return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
 

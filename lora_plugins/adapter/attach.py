@@ -17,15 +17,17 @@ from lora_plugins.inplace import (
     refresh_class,
     slot_tensors,
     state_of,
+    submodule,
 )
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PlannedLayer, Slot
+from lora_plugins.utils import plain_name
 
 
 def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) -> None:
     """Puts an adapter on its layers, not yet active."""
     for layer in plan.layers:
-        module = model.get_submodule(layer.name)
+        module = submodule(model, layer.name)
         _add(module, layer, adapter)
         for slot in layer.slots:
             tensors = content[layer.name, slot.suffix]
@@ -36,7 +38,7 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
                     tensor.to(weight.device, factor_dtype(weight)), requires_grad=False
                 )
         for tie in layer.ties:
-            other, tied = model.get_submodule(tie.layer), layer.tied(tie)
+            other, tied = submodule(model, tie.layer), layer.tied(tie)
             _add(other, tied, adapter)
             sources = [slot for slot in layer.slots if slot.tensor == tie.source]
             for slot, source in zip(tied.slots, sources, strict=True):
@@ -97,9 +99,9 @@ def adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns A and B of all adapters by their names in the state dict, shared ones under each of their names."""
+    """Returns A and B of all adapters by full name, shared ones under each of their names."""
     return {
-        f"{name}.{adapter}": parameter
+        plain_name(f"{name}.{adapter}"): parameter
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, AdapterTensors)
         for adapter, parameter in module._parameters.items()

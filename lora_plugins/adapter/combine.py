@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.content import SlotTensors, factor_dtype
-from lora_plugins.adapter.state import ModelState
+from lora_plugins.adapter.state import ModelState, check_in_place
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
-from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor
+from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
 from lora_plugins.utils import low_rank
@@ -121,6 +121,7 @@ def combine(
                 f"The adapter {name!r} is of the variant {source.config.variant!r}, whose updates do not add up; it "
                 "cannot be combined."
             )
+        check_in_place(model, state, name)
     _check_alike(sources)
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     error = 0.0
@@ -130,7 +131,7 @@ def combine(
             layers.setdefault(layer.name, layer)
             if (layer.name, slot.suffix) in results:
                 continue
-            module = model.get_submodule(layer.name)
+            module = submodule(model, layer.name)
             terms = [
                 _Term(A.detach().double(), B.detach().double() * found.scaling, weight)
                 for name, weight, plan in zip(adapters, weights, sources, strict=True)
@@ -281,7 +282,7 @@ def _config(
         fused_parts={
             exact_pattern(name): [slot.part for slot in layer.slots]
             for name, layer in layers.items()
-            if layer.slots != tuple(layer.plugin.slots(model.get_submodule(name)))
+            if layer.slots != tuple(layer.plugin.slots(submodule(model, name)))
         },
         norm="track" if any(config.norm == "track" for config in configs) else "freeze",
         allow_plugins=configs[0].allow_plugins,

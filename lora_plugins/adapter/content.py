@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter.answers import base_of, own_values, recipe_of
 from lora_plugins.errors import StateError
-from lora_plugins.inplace import StoredWeight, detached_weight, full_name, holder_of, own_tensor, stored_weight
+from lora_plugins.inplace import (
+    StoredWeight,
+    detached_weight,
+    full_name,
+    holder_of,
+    own_tensor,
+    stored_weight,
+    submodule,
+)
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
 from lora_plugins.utils import run_seed, single_at_least
@@ -62,7 +70,7 @@ def initialize(
     """
     content: dict[tuple[str, str], SlotTensors] = {}
     for layer, slot, shape in plan.slots():
-        weight = detached_weight(model.get_submodule(layer.name), slot.tensor)
+        weight = detached_weight(submodule(model, layer.name), slot.tensor)
         seen = (calibration or {}).get((layer.name, slot.suffix), SlotCalibration())
         context = replace(
             _context(plan, layer, slot, shape, weight, seen), stored=_rounding(model, plan, layer, slot, weight)
@@ -98,7 +106,7 @@ def _rounding(
 ) -> Callable[[Tensor], Tensor] | None:
     """Returns what storing makes of the values of one slot, on the CPU; None where the weight is not stored anew."""
     storage = plan.stored.get(full_name(layer.name, slot.tensor))
-    if storage is None or stored_weight(model.get_submodule(layer.name), slot.tensor) is not None:
+    if storage is None or stored_weight(submodule(model, layer.name), slot.tensor) is not None:
         return None
     original = layer.plugin.to_matrix(weight)
 
@@ -194,7 +202,7 @@ def _bases(
         name = full_name(layer.name, slot.tensor)
         if name not in names:
             continue
-        original = detached_weight(model.get_submodule(layer.name), slot.tensor)
+        original = detached_weight(submodule(model, layer.name), slot.tensor)
         original = original.to(dtypes.get(name, original.dtype))
         weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
         matrix = layer.plugin.to_matrix(weight).clone()
@@ -232,7 +240,7 @@ def with_own_tensors(
             if name in stored:
                 weight = stored[name].dense()
             else:
-                weight = changed.get(name, detached_weight(model.get_submodule(layer.name), slot.tensor))
+                weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
             completed[layer.name, slot.suffix] = replace(tensors, own=own_values(layer, slot, own))

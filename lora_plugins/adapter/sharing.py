@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from lora_plugins.errors import MergeError
-from lora_plugins.inplace import full_name, model_modules, stored_weights, weight_key
+from lora_plugins.inplace import full_name, model_modules, stored_weights, submodule, weight_key
 
 
 def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
@@ -22,7 +22,7 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         key: full_name(layer, tensor)
         for layer, tensors in weights.items()
         for tensor in tensors
-        if (key := weight_key(model.get_submodule(layer), tensor)) is not None
+        if (key := weight_key(submodule(model, layer), tensor)) is not None
     }
     for entry in model_modules(model):
         for own in (*entry.module._parameters.keys(), *stored_weights(entry.module)):

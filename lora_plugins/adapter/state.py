@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.attach import activate, adapter_parameters, adapter_tensors
+from lora_plugins.adapter.attach import activate, adapter_parameters
 from lora_plugins.adapter.gradients import Guards, require_gradient
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
@@ -37,10 +37,11 @@ from lora_plugins.inplace import (
     state_of,
     thaw,
     unmix_rows,
+    unwrapped,
     watch_loading,
 )
 from lora_plugins.plan import Plan
-from lora_plugins.utils import Versions
+from lora_plugins.utils import Versions, plain_name
 
 MODEL_STATE = "_lora_model"
 """Attribute of an adapted model that holds its `ModelState`."""
@@ -170,8 +171,8 @@ class ModelState:
 
 
 def model_state(model: nn.Module) -> ModelState | None:
-    """Returns the adapters of a model; None if it has none."""
-    state: ModelState | None = model.__dict__.get(MODEL_STATE)
+    """Returns the adapters of a model, compiled or not; None if it has none."""
+    state: ModelState | None = unwrapped(model).__dict__.get(MODEL_STATE)
     return state
 
 
@@ -193,6 +194,7 @@ def open_state(model: nn.Module) -> ModelState:
     Raises:
         StateError: If it lies in an adapted model or has one in it: a layer would have two sets of adapters.
     """
+    model = unwrapped(model)
     state = model_state(model)
     if state is None:
         _check_not_nested(model)
@@ -210,7 +212,7 @@ def open_state(model: nn.Module) -> ModelState:
 
 
 def _check_not_nested(model: nn.Module) -> None:
-    inner = [name for name, module in model.named_modules() if model_state(module) is not None]
+    inner = [plain_name(name) for name, module in model.named_modules() if model_state(module) is not None]
     if inner:
         raise StateError(
             f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the "
@@ -225,6 +227,7 @@ def _check_not_nested(model: nn.Module) -> None:
 
 def close_state(model: nn.Module) -> None:
     """Removes the set of adapters of a model, whose layers have none any more."""
+    model = unwrapped(model)
     state = model_state(model)
     assert state is not None
     _remove_hook(model._load_state_dict_pre_hooks, _accept_base_checkpoint)
@@ -233,8 +236,9 @@ def close_state(model: nn.Module) -> None:
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)
-        let_go(entry.module)
-        let_load(entry.module)
+    for module in model.modules():
+        let_go(module)
+        let_load(module)
     for name, parameter in own_tensors(modules, "_parameters").items():
         required = state.requires_grad.get(name, parameter.requires_grad)
         require_gradient(parameter, required, state.guards, name)
@@ -260,15 +264,35 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
     Raises:
         StateError: If one of them is not there any more, and with it its update.
     """
-    there = {
-        layer_state(layer).name for layer in adapted_layers(model).values() if adapter in layer_state(layer).adapters
-    }
-    lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in there]
+    _places(model, state, adapter)
+
+
+def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
+    """Checks that an adapter is on all of its layers, where they were when it was added.
+
+    Raises:
+        StateError: If one of them is not there any more, or has another name.
+    """
+    moved = {name: place for name, place in _places(model, state, adapter).items() if name != place}
+    if moved:
+        name, place = next(iter(moved.items()))
+        raise StateError(
+            f"{len(moved)} of the layers of the adapter {adapter!r} have other names than when it was added, such as "
+            f"{name!r}, which is {place!r} now. Put them back, or add an adapter when they are in place."
+        )
+
+
+def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:
+    """Returns the names that the layers of an adapter have now, by those that they had when it was added."""
+    layers = {name: layer_state(layer) for name, layer in adapted_layers(model).items()}
+    places = {layer.name: name for name, layer in layers.items() if adapter in layer.adapters}
+    lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in places]
     if lost:
         raise StateError(
             f"The update of {listing(lost)} by the adapter {adapter!r} is gone: the layer was replaced. Put it back, "
             "or take the adapter off: unload()."
         )
+    return places
 
 
 def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
@@ -387,35 +411,45 @@ def _accept_base_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix
     if state is None:
         return
     state.check("load_state_dict")
-    tensors = {prefix + name: tensor for name, tensor in adapter_tensors(model).items()}
+    tensors = {prefix + key: tensor for key, tensor in factors_of(model).items()}
     if not tensors.keys() & state_dict.keys():
-        _check_unchanged(state, prefix, state_dict)
-        _keep_owned(model, state, prefix, state_dict)
+        own = (key for key in state_dict if key.startswith(prefix))
+        _take_base(model, state, state_dict, {key: plain_name(key.removeprefix(prefix)) for key in own})
         state_dict.update(tensors)
     _forget_fingerprints(model, state)
 
 
-def _accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any]) -> None:
+def _accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Does the same for a state dict of a part of the untouched model."""
     state = model_state(model)
     if state is None:
         return
     state.check("load_state_dict")
     (path, *_) = [name for name, each in model.named_modules(remove_duplicate=False) if each is part]
-    known = {full_name(path, key): value for key, value in state_dict.items()}
-    _check_unchanged(state, "", {**known, **dict.fromkeys(_first_names(model, known))})
-    _keep_owned(model, state, "", known)
-    state_dict.update({key: known[full_name(path, key)] for key in state_dict})
-    state_dict.update(factors_of(part))
+    _take_base(model, state, state_dict, {key: plain_name(full_name(path, key)) for key in state_dict})
+    state_dict.update({prefix + key: tensor for key, tensor in factors_of(part).items()})
     _forget_fingerprints(model, state)
+
+
+def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Lets a state dict of the base keep what adapters have their own values of, whose names its keys are given."""
+    known = {name: state_dict[key] for key, name in names.items()}
+    _check_unchanged(state, {*known, *_first_names(model, known)})
+    _keep_owned(model, state, known)
+    state_dict.update({key: known[name] for key, name in names.items()})
 
 
 def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     """Yields the names that the model calls tensors by, which may be shared, of any names of them."""
-    own = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    every = {name: id(tensor) for name, tensor in named}
+    own = {id(tensor): plain_name(name) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    every = {name: id(tensor) for name, tensor in _all_names(model)}
     yield from (own[every[name]] for name in names if name in every)
+
+
+def _all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a model under all of their names."""
+    yield from ((plain_name(name), tensor) for name, tensor in model.named_parameters(remove_duplicate=False))
+    yield from ((plain_name(name), tensor) for name, tensor in model.named_buffers(remove_duplicate=False))
 
 
 def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
@@ -424,29 +458,28 @@ def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
             adapter.fingerprints.clear()  # of the base that was
 
 
-def _check_unchanged(state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
+def _check_unchanged(state: ModelState, names: Iterable[str]) -> None:
     """Refuses a base for adapters whose init has changed the base."""
     for name, adapter in state.adapters.items():
-        owned = {prefix + key for key in state.values.of(name)}
-        stored = tuple(f"{prefix}{key}{SUFFIX}." for key in adapter.plan.stored)
-        if adapter.plan.init.changes_base and any(key in owned or key.startswith(stored) for key in state_dict):
+        owned, stored = state.values.of(name), tuple(f"{key}{SUFFIX}." for key in adapter.plan.stored)
+        if adapter.plan.init.changes_base and any(key in owned or key.startswith(stored) for key in names):
             raise StateError(
                 f"The adapter {name!r} was started by {adapter.plan.init.name!r}, which changed the base; another base "
                 "would undo that. Load the base before the adapter is added, or take it off first: unload()."
             )
 
 
-def _keep_owned(model: nn.Module, state: ModelState, prefix: str, state_dict: dict[str, Any]) -> None:
+def _keep_owned(model: nn.Module, state: ModelState, values: dict[str, Any]) -> None:
     """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = list(_all_names(model))
     state.values.follow_casts(model)
     for name in state.values.owner:
         own, base = own_tensor(model, name), state.values.base[name]
-        keys = [prefix + alias for alias, tensor in named if tensor is own and prefix + alias in state_dict]
-        for key in keys:  # of a shared tensor the last one counts, as for torch
-            if state_dict[key].shape == own.shape:
-                state.values.base[name] = state_dict[key].detach().to(base.device, base.dtype, copy=True)
-                state_dict[key] = own.detach()
+        aliases = [alias for alias, tensor in named if tensor is own and alias in values]
+        for alias in aliases:  # of a shared tensor the last one counts, as for torch
+            if values[alias].shape == own.shape:
+                state.values.base[name] = values[alias].detach().to(base.device, base.dtype, copy=True)
+                values[alias] = own.detach()
 
 
 def _check_training(model: nn.Module, _: Any) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.content import AdapterContent, SlotTensors
-from lora_plugins.adapter.state import ModelState
+from lora_plugins.adapter.state import ModelState, check_in_place
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors
+from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PlannedLayer
 
@@ -41,17 +41,19 @@ def swap(
 
     Raises:
         AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.
-        StateError: If there is no such adapter, something is merged, or a block is open.
+        StateError: If there is no such adapter, a layer of it was replaced or has another name, something is merged, or
+            a block is open.
     """
     state.check("swap_adapter")
     own = state.adapter(adapter).plan
+    check_in_place(model, state, adapter)
     if stored:
         raise _unfit(f"it was trained on {listing(stored)} stored in fewer bytes")
     _check(own, plan, values)
     given = {layer.name: layer for layer in plan.layers}
     new: list[tuple[Tensor, Tensor]] = []
     for layer, slot, _ in own.slots():
-        tensors = slot_tensors(model.get_submodule(layer.name), adapter, slot)
+        tensors = slot_tensors(submodule(model, layer.name), adapter, slot)
         fitted = _fitted(tensors, layer, given.get(layer.name), content.get((layer.name, slot.suffix)))
         new += [(tensor, fitted[name]) for name, tensor in tensors.items()]
     for name, value in values.items():

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from lora_plugins.adapter.content import factor_dtype, slot_matrix
 from lora_plugins.errors import ConfigError, TargetError, listing
-from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names
+from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
 
@@ -22,13 +22,11 @@ def input_moments(
 ) -> dict[tuple[str, str], SlotCalibration]:
     """Returns the moments of what each slot's matrix is multiplied by; the model is run in eval mode."""
     sums = {
-        (layer.name, slot.suffix): _Sums(
-            layer, slot, shape[1], next(model.get_submodule(layer.name).parameters()).device
-        )
+        (layer.name, slot.suffix): _Sums(layer, slot, shape[1], next(submodule(model, layer.name).parameters()).device)
         for layer, slot, shape in plan.slots()
     }
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(total.add, with_kwargs=True)
+        submodule(model, name).register_forward_pre_hook(total.add, with_kwargs=True)
         for (name, _), total in sums.items()
     ]
     model.eval()
@@ -111,7 +109,7 @@ def mean_gradients(
 ) -> dict[tuple[str, str], SlotCalibration]:
     """Returns the mean gradient of each slot's matrix; the model is run in training mode."""
     weights = {
-        (layer.name, slot.tensor): cast(nn.Parameter, model.get_submodule(layer.name)._parameters[slot.tensor])
+        (layer.name, slot.tensor): cast(nn.Parameter, submodule(model, layer.name)._parameters[slot.tensor])
         for layer, slot, _ in plan.slots()
     }
     sums = {key: torch.zeros_like(weight, dtype=factor_dtype(weight)) for key, weight in weights.items()}
@@ -121,7 +119,7 @@ def mean_gradients(
         if is_frozen(module):  # for another adapter, which may hold other layers still than this one will
             module.training = True
     for name in plan.frozen_norms:
-        model.get_submodule(name).eval()
+        submodule(model, name).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.inplace import detached_weight, full_name, is_shard, normalized_parameter, stored_weight
+from lora_plugins.inplace import detached_weight, full_name, is_shard, normalized_parameter, stored_weight, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.utils import version
 
@@ -73,7 +73,7 @@ def fingerprints(
     taken = {} if taken is None else taken
     found = {}
     for layer in plan.layers:
-        module = model.get_submodule(layer.name)
+        module = submodule(model, layer.name)
         for tensor in dict.fromkeys(slot.tensor for slot in layer.slots):
             name = full_name(layer.name, tensor)
             if name in plan.stored or stored_weight(module, tensor) is not None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.adapter import ModelState, base_in_place, check_complete, check_norms
+from lora_plugins.adapter import ModelState, base_in_place, check_in_place, check_norms
 from lora_plugins.files.fingerprint import checksum, fingerprints
 from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import origin
 from lora_plugins.files.stored_base import described
-from lora_plugins.inplace import slot_tensors
+from lora_plugins.inplace import slot_tensors, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, PlannedLayer, Registry, registry_of
 
@@ -30,16 +30,16 @@ def pack(
             that `Adapter.kept` names.
 
     Raises:
-        StateError: If a layer of it was replaced.
+        StateError: If a layer of it was replaced, or has another name.
     """
-    check_complete(model, state, adapter_name)
+    check_in_place(model, state, adapter_name)
     check_norms(model, state, adapter_name)
     adapter = state.adapters[adapter_name]
     plan = adapter.plan
     registry = registry or registry_of(plan.config)
     tensors: dict[str, Tensor] = {}
     for layer, slot, _ in plan.slots():
-        for name, parameter in slot_tensors(model.get_submodule(layer.name), adapter_name, slot).items():
+        for name, parameter in slot_tensors(submodule(model, layer.name), adapter_name, slot).items():
             tensors[tensor_key(layer, slot, name)] = parameter.detach()
         for name, tensor in adapter.recipes[layer.name, slot.suffix].items():
             tensors[recipe_prefix(layer, slot) + name] = tensor

@@ -21,7 +21,7 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import full_name
+from lora_plugins.inplace import full_name, submodule
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -98,7 +98,7 @@ class DiffusersFormat(PortableFormat):
             layers[denoiser] = original
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
-            within = model.get_submodule(path_in_model)
+            within = submodule(model, path_in_model)
             named = by_own_names(layers[part], within) if layers[part] is original else layers[part]
             layers[part] = in_model(within, named, configs.get(part))
         return _adapter(layers, paths, configs)

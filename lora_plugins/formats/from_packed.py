@@ -13,10 +13,9 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.inplace import detached_weight, model_modules
+from lora_plugins.inplace import detached_weight, model_modules, submodule
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
-from lora_plugins.utils import plain_name
 
 LAYER_TYPES = frozenset(
     {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
@@ -63,8 +62,8 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     _warn_of_stored(manifest.get("stored") or {})
     names = (*plan.trained, *plan.saved_buffers)
     return PortableAdapter(
-        layers={plain_name(layer.name): _layer(source, layer) for layer in plan.layers},
-        values={plain_name(name): packed.tensors[value_key(name)] for name in names},
+        layers={layer.name: _layer(source, layer) for layer in plan.layers},
+        values={name: packed.tensors[value_key(name)] for name in names},
         name=manifest["adapter_name"],
         use_rslora=config.use_rslora,
         dropout=config.dropout,
@@ -88,11 +87,11 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
 def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Returns the full names of the modules that are trained in full, without those inside another one."""
     names = [entry.name for entry in model_modules(model) for pattern in patterns if _ends_with(entry.names, pattern)]
-    return sorted({plain_name(name) for name in names if not any(name.startswith(f"{other}.") for other in names)})
+    return sorted({name for name in names if not any(name.startswith(f"{other}.") for other in names)})
 
 
 def _ends_with(names: Sequence[str], pattern: str) -> bool:
-    return any(f".{name}".endswith(f".{pattern}") for each in names for name in (each, plain_name(each)))
+    return any(f".{name}".endswith(f".{pattern}") for name in names)
 
 
 def check_expressible(refusals: Sequence[str]) -> None:
@@ -107,7 +106,7 @@ def check_expressible(refusals: Sequence[str]) -> None:
 
 def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
     """Returns why a layer has no form in other libraries."""
-    module, plan = source.model.get_submodule(layer.name), source.plan
+    module, plan = submodule(source.model, layer.name), source.plan
     tensors = {slot.tensor for slot in layer.slots}
     rows = sum(shape[0] for shape in layer.shapes)
     recipes = [source.recipe(layer, slot).keys() for slot in layer.slots]
@@ -135,7 +134,7 @@ def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:
     A = torch.cat([A for A, _ in pairs])
     B = torch.cat([slot.place(B) for slot, (_, B) in zip(layer.slots, pairs, strict=True)], dim=1)
     magnitudes = [source.tensor(layer, slot, "magnitude") for slot in layer.slots if layer.variant is not None]
-    weight = detached_weight(source.model.get_submodule(layer.name), layer.slots[0].tensor)
+    weight = detached_weight(submodule(source.model, layer.name), layer.slots[0].tensor)
     if layer.plugin.name.startswith("conv"):
         A, B = A.reshape(len(A), *weight.shape[1:]), B.reshape(*B.shape, *(1 for _ in weight.shape[2:]))
     power = 0.5 if source.plan.config.use_rslora else 1.0
@@ -146,7 +145,7 @@ def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:
         alpha=layer.alpha * math.pow(len(A) / layer.r, power),  # the same scaling at the new rank
         magnitude=torch.cat(magnitudes) if magnitudes else None,
         layer_type=layer.plugin.name,
-        in_attention=own_name == "out_proj" and isinstance(source.model.get_submodule(path), nn.MultiheadAttention),
+        in_attention=own_name == "out_proj" and isinstance(submodule(source.model, path), nn.MultiheadAttention),
     )
 
 

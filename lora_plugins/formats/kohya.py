@@ -20,9 +20,8 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import full_name, model_modules
+from lora_plugins.inplace import full_name, model_modules, submodule
 from lora_plugins.plan import former_names
-from lora_plugins.utils import plain_name
 
 PREFIXES: Mapping[str, str] = {
     "lora_unet_": "unet",
@@ -84,7 +83,7 @@ class KohyaFormat(PortableFormat):
         paths = paths_read(names_of_parts, model, options["component"])
         placed: dict[str, PortableLayer] = {}
         for part, path_in_model in paths.items():
-            within = model.get_submodule(path_in_model)
+            within = submodule(model, path_in_model)
             found = put(layers, _placed(names_of_parts[part], within), within)
             placed |= {full_name(path_in_model, name): layer for name, layer in found.items()}
         return PortableAdapter(placed, details=details)
@@ -227,7 +226,7 @@ def _places(model: nn.Module) -> dict[str, list[Place]]:
     former = former_names(model)
     for entry in model_modules(model):
         place = Place((entry.name,))
-        for name in {plain_name(each): None for each in (*entry.names, former.get(entry.name, entry.name))}:
+        for name in dict.fromkeys((*entry.names, former.get(entry.name, entry.name))):
             places = found.setdefault(name.replace(".", "_"), [])
             if place not in places:
                 places.append(place)

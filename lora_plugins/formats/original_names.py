@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import base_class_of, model_modules
+from lora_plugins.inplace import base_class_of, model_modules, submodule
 
 _UNET: Mapping[str, str] = {
     "conv_in": "input_blocks.0.0",
@@ -126,7 +126,7 @@ class Place:
             layer = _with_rows(layer, partial(torch.roll, shifts=len(layer.B) // 2, dims=0))
         if len(self.names) == 1:
             return {self.names[0]: layer}
-        sizes = [cast(int, model.get_submodule(name).out_features) for name in self.names]
+        sizes = [cast(int, submodule(model, name).out_features) for name in self.names]
         if sum(sizes) != len(layer.B):
             raise AdapterFileError(
                 f"{key!r} of the adapter has {len(layer.B)} outputs, and {listing(self.names)} have {sum(sizes)} "
@@ -148,7 +148,7 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     places = {}
     tables = [table for name, table in _TRANSFORMERS.items() if name in classes]
     for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
-        owner = model.get_submodule(ours[0].rpartition(".")[0])
+        owner = submodule(model, ours[0].rpartition(".")[0])
         places[original] = Place(ours, type(owner).__name__ == _SCALE_FIRST)
     return places
 

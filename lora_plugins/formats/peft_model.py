@@ -13,9 +13,8 @@ from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import modules_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor
+from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
 from lora_plugins.plan import current_name, former_names
-from lora_plugins.utils import plain_name
 
 Entry = TypeVar("Entry")
 
@@ -155,7 +154,7 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
         for entry in model_modules(model)
         if entry.name not in present
         and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
-        and config.is_target(plain_name(former.get(entry.name, entry.name)))
+        and config.is_target(former.get(entry.name, entry.name))
     ]
     if lacking:
         raise AdapterFileError(
@@ -172,9 +171,9 @@ def _check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig,
         entry.name
         for entry in model_modules(model)
         if entry.name
-        and config.is_saved(plain_name(former.get(entry.name, entry.name)))
+        and config.is_saved(former.get(entry.name, entry.name))
         and any(True for _ in entry.module.parameters())
-        and not any(value.startswith(f"{plain_name(entry.name)}.") for value in map(plain_name, adapter.values))
+        and not any(value.startswith(f"{entry.name}.") for value in adapter.values)
     ]
     if lacking:
         raise AdapterFileError(
@@ -187,9 +186,9 @@ def _check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
     """Checks that every adapted layer has a bias in the file where the config trains those; `all` can mean some."""
     if adapter.bias != "lora_only":
         return
-    trained = {plain_name(f"{name}.bias") for name, layer in adapter.layers.items() if not layer.in_attention}
-    trained -= {plain_name(name) for name in adapter.values}
-    lacking = [name for name, _ in model.named_parameters() if plain_name(name) in trained]
+    trained = {f"{name}.bias" for name, layer in adapter.layers.items() if not layer.in_attention}
+    trained -= adapter.values.keys()
+    lacking = [name for name in own_tensors(model_modules(model), "_parameters") if name in trained]
     if lacking:
         raise AdapterFileError(
             f"The adapter trained the biases of its layers (bias = 'lora_only') and has no values of "

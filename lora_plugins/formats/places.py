@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors, persistent_buffers
-from lora_plugins.utils import plain_name
 
 Entry = TypeVar("Entry")
 
 
 def modules_by_name(model: nn.Module) -> dict[str, NamedModule]:
-    """Returns the modules of a model by each of their names, and by these without what `torch.compile` inserts."""
-    return {name: entry for entry in model_modules(model) for each in entry.names for name in (each, plain_name(each))}
+    """Returns the modules of a model by each of their names."""
+    return {name: entry for entry in model_modules(model) for name in entry.names}
 
 
 def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
@@ -47,16 +46,15 @@ def tensor_names(model: nn.Module) -> dict[str, str]:
         for entry in modules:
             for key, tensor in getattr(entry.module, kind).items():
                 if tensor is not None:
-                    names = [full_name(name, key) for name in entry.names]
-                    found |= {name: first[id(tensor)] for each in names for name in (each, plain_name(each))}
+                    found |= {full_name(name, key): first[id(tensor)] for name in entry.names}
     return found
 
 
 def own_values(model: nn.Module) -> dict[str, Tensor]:
-    """Returns what a state dict of the untouched model has, a tied tensor once; without the components of compiling."""
+    """Returns what a state dict of the untouched model has, a tied tensor once."""
     modules = model_modules(model)
     tensors = {**own_tensors(modules, "_parameters"), **persistent_buffers(modules)}
-    return {plain_name(name): tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _placed(

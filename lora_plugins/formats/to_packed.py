@@ -14,7 +14,7 @@ from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listin
 from lora_plugins.files import checksum, described, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.places import modules_by_name, placed_layers, placed_values
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
-from lora_plugins.inplace import detached_weight
+from lora_plugins.inplace import detached_weight, model_modules, own_tensors, submodule
 from lora_plugins.plan import Plan, contains, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PackedAdapter, PlannedLayer, Registry, registry_of
 
@@ -82,7 +82,7 @@ def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registr
     plan = make_plan(model, _config(adapter, adapter.bias, adapter.saved_modules), registry)
     if {*plan.trained, *plan.saved_buffers} == adapter.values.keys():
         return plan
-    parameters = dict(model.named_parameters())
+    parameters = own_tensors(model_modules(model), "_parameters")
     single = [name for name in adapter.values if name in parameters and not _within(name, adapter.saved_modules)]
     return make_plan(model, _config(adapter, "none", [*adapter.saved_modules, *single]), registry)
 
@@ -137,7 +137,7 @@ def _check_layers(model: nn.Module, plan: Plan, adapter: PortableAdapter) -> Non
 
 def _misfit(model: nn.Module, planned: PlannedLayer, layer: PortableLayer) -> str:
     """Returns why A and B have no place in a layer; empty if they have."""
-    module, name = model.get_submodule(planned.name), planned.name
+    module, name = submodule(model, planned.name), planned.name
     if len(planned.slots) > 1:
         return f"{name!r} has {len(planned.slots)} weights of its own, and the adapter has one A and B for it"
     if getattr(module, "groups", 1) > 1:

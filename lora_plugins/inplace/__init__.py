@@ -31,6 +31,8 @@ from lora_plugins.inplace.modules import (
     own_tensor,
     own_tensors,
     persistent_buffers,
+    submodule,
+    unwrapped,
 )
 from lora_plugins.inplace.normed import length_and_direction
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
@@ -108,9 +110,11 @@ __all__ = [
     "stored_weight",
     "stored_weights",
     "strip_adapters",
+    "submodule",
     "terms_of",
     "thaw",
     "unmix_rows",
+    "unwrapped",
     "watch_loading",
     "weight_key",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_plugins.inplace.layer_state import base_class_of
+from lora_plugins.inplace.modules import submodule
 from lora_plugins.utils import ending
 
 
@@ -276,7 +277,7 @@ def quantizer_marks(model: nn.Module) -> Marks:
 def put_marks(model: nn.Module, marks: Marks) -> None:
     """Lets models of transformers say again how they are quantized."""
     for name, (own, of_config) in marks.items():
-        module: Any = model.get_submodule(name)
+        module: Any = submodule(model, name)
         module.__dict__.update(own)
         vars(module.config).update(of_config)
 
@@ -284,5 +285,5 @@ def put_marks(model: nn.Module, marks: Marks) -> None:
 def forget_quantizers(model: nn.Module) -> None:
     """Lets models of transformers say that they are not quantized, so that they are saved and loaded as dense ones."""
     for name in quantizer_marks(model):
-        module: Any = model.get_submodule(name)
+        module: Any = submodule(model, name)
         module.hf_quantizer.remove_quantization_config(module)

@@ -10,6 +10,7 @@ from torch.jit import ScriptModule
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import state_of
+from lora_plugins.utils import loaded_key, plain_name
 
 _NOW = {
     "in a block": "inside disable_adapter() or mixed_batch(). Leave the `with` block first.",
@@ -17,8 +18,9 @@ _NOW = {
 }
 
 
-Accept = Callable[[nn.Module, nn.Module, dict[str, Any]], None]
-"""Makes of a state dict of the base of a part one that it can load: gets the model, the part, and the state dict."""
+Accept = Callable[[nn.Module, nn.Module, dict[str, Any], str], None]
+"""Makes of a state dict of the base of a part one that it can load: gets the model, the part, the state dict and what
+its keys begin with."""
 
 
 class _Watch:
@@ -34,14 +36,15 @@ class _Watch:
             StateError: If what it loads would be lost, since the model will put its own values back; or if it is one of
                 the base, and the model whose heads and biases it may replace is not known.
         """
-        layers = {} if prefix else {name: state for name, each in part.named_modules() if (state := state_of(each))}
+        begins_here = not plain_name(prefix)  # or in what is inserted around the part
+        layers = [state for each in part.modules() if (state := state_of(each))] if begins_here else []
         if not layers or not state_dict:
             return
-        where = f"{type(part).__name__} is a part of an adapted model, with {listing(s.name for s in layers.values())}"
-        for state in layers.values():
+        where = f"{type(part).__name__} is a part of an adapted model, with {listing(state.name for state in layers)}"
+        for state in layers:
             if state.meanwhile:
                 raise StateError(f"{where}: nothing can be loaded into it {_NOW[state.meanwhile]}")
-        if any(key in state_dict for key in factors_of(part)):
+        if any(prefix + key in state_dict for key in factors_of(part)):
             return
         model = self._model() if self._model is not None else None
         if model is None or not any(each is part for each in model.modules()):
@@ -49,7 +52,7 @@ class _Watch:
                 f"{where}. Load a state dict of the base into the whole model, every key with the part's name before "
                 "it: model.load_state_dict({'part.' + key: value, ...}, strict=False)."
             )
-        self._accept(model, part, state_dict)
+        self._accept(model, part, state_dict, prefix)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Watch":
         """Returns the hook of a copy: of the model's copy, if that is what is copied."""
@@ -80,4 +83,4 @@ def factors_of(part: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of adapters in a part, by all keys that they have in its state dict."""
     named = part.named_modules(remove_duplicate=False)
     found = [(name, each) for name, each in named if isinstance(each, AdapterTensors)]
-    return {f"{name}.{key}": tensor for name, each in found for key, tensor in each.state_dict().items()}
+    return {loaded_key(f"{name}.{key}"): tensor for name, each in found for key, tensor in each.state_dict().items()}

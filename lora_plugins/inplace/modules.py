@@ -2,11 +2,13 @@
 
 import sys
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.container import AdapterTensors
+from lora_plugins.utils import INSERTED
 
 FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
 """Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
@@ -17,7 +19,7 @@ class NamedModule:
     """One module of a model.
 
     Args:
-        name: Its first name, as `named_modules` gives it.
+        name: Its first name, as `named_modules` gives it, but for what `torch.compile` and its like insert.
         module: The module.
         aliases: Its other names, where it stands in the model more than once.
     """
@@ -33,18 +35,48 @@ class NamedModule:
 
 
 def model_modules(model: nn.Module) -> list[NamedModule]:
-    """Lists the modules of a model, each once, in order; without adapters and modules that are not the model's."""
+    """Lists the modules of a model, each once, in order.
+
+    Adapters, modules that are not the model's, and those that `torch.compile` and its like insert are not among them.
+    """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     left_out: tuple[type[nn.Module], ...] = (AdapterTensors, *_foreign())
     waiting = [("", model)]
     while waiting:  # a function inside this one that calls itself would keep the model until the collector comes
         name, module = waiting.pop()
+        module = unwrapped(module)
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
         children = [(full_name(name, key), child) for key, child in module._modules.items() if child is not None]
         waiting += [entry for entry in reversed(children) if not isinstance(entry[1], left_out)]
     return [NamedModule(names[key][0], module, tuple(names[key][1:])) for key, module in modules.items()]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module that `torch.compile` and its like have inserted others around; most have none."""
+    while (name := next((name for name in INSERTED if _is_inserted(module, name)), None)) is not None:
+        module = cast(nn.Module, module._modules[name])
+    return module
+
+
+def _is_inserted(module: nn.Module, inner: str) -> bool:
+    return inner in module._modules and any(base.__name__ == INSERTED[inner] for base in type(module).__mro__)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Returns the module of a name that `model_modules` gives, or that has what is inserted in it.
+
+    Raises:
+        AttributeError: If there is none.
+    """
+    module = unwrapped(model)
+    for part in filter(None, name.split(".")):
+        if part in module._modules:
+            module = unwrapped(cast(nn.Module, module._modules[part]))
+        elif part not in INSERTED:
+            raise AttributeError(f"{type(model).__name__} has no module {name!r}: {part!r} is not there.")
+    return module
 
 
 def _foreign() -> list[type[nn.Module]]:
@@ -89,7 +121,7 @@ def persistent_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
 def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Returns the module that owns a parameter or buffer, and its name there."""
     path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
+    return submodule(model, path), key
 
 
 def own_tensor(model: nn.Module, name: str) -> Tensor:

@@ -22,12 +22,12 @@ BLOCK_CONTAINERS = frozenset(
 
 def ends_with(pattern: str, name: str) -> bool:
     """Whether the last path components of `name` are those of `pattern`."""
-    return any(each == pattern or each.endswith("." + pattern) for each in _spellings(name))
+    return any(f".{name}".endswith(f".{each}") for each in _spellings(pattern))
 
 
 def contains(pattern: str, name: str) -> bool:
     """Whether the path components of `pattern` stand next to each other somewhere in `name`."""
-    return any(f".{pattern}." in f".{each}." for each in _spellings(name))
+    return any(f".{each}." in f".{name}." for each in _spellings(pattern))
 
 
 def compiled(field: str, pattern: str) -> re.Pattern[str]:
@@ -65,7 +65,7 @@ def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[st
     """Returns a test of full names for each pattern of a `target_modules`-like field."""
     if isinstance(patterns, str):
         expression = compiled(field, patterns)
-        return {patterns: lambda name: any(map(expression.fullmatch, _spellings(name)))}
+        return {patterns: lambda name: expression.fullmatch(name) is not None}
     return {pattern: _ends_with(pattern) for pattern in patterns}
 
 
@@ -210,13 +210,12 @@ def _key_test(field: str, key: str) -> Callable[[str], bool]:
     if _LITERAL.fullmatch(key):
         return lambda name: contains(key, name)
     expression = compiled(field, rf"(?:.*\.)?(?:{key})" if not key.startswith("^") else key)
-    return lambda name: any(map(expression.fullmatch, _spellings(name)))
+    return lambda name: expression.fullmatch(name) is not None
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    """Returns a name, and how it is spelled where nothing is compiled."""
-    plain = plain_name(name)
-    return (name,) if plain == name else (name, plain)
+def _spellings(pattern: str) -> set[str]:
+    """Returns a literal pattern as it is, and as it is where nothing is compiled."""
+    return {pattern, plain_name(pattern)}
 
 
 def _specificity(key: str) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.inplace import model_modules
 from lora_plugins.plan.patterns import ends_with, matcher
 
 _TENSOR = ".weight"
@@ -27,7 +28,7 @@ def former_names(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, part in _parts(model):
         renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(part))]
-        for name, _ in part.named_modules():
+        for name in (entry.name for entry in model_modules(part)):
             former = _renamed(name, renamings)
             if name and former != name:
                 found[_joined(path, name)] = _joined(path, former)
@@ -88,10 +89,10 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if base is None:
         return []
     found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        inside = any(not outer or path.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, base) and not inside:
-            found.append((path, module))
+    for entry in model_modules(model):
+        inside = any(not outer or entry.name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(entry.module, base) and not inside:
+            found.append((entry.name, entry.module))
     return found
 
 

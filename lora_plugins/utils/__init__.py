@@ -10,7 +10,7 @@ from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
-from lora_plugins.utils.plain_names import COMPILED, plain_name
+from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
 from lora_plugins.utils.precision import common_type, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
@@ -20,6 +20,7 @@ from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins,
 __all__ = [
     "BITS",
     "COMPILED",
+    "INSERTED",
     "Versions",
     "autocast_dtype",
     "blocks_of",
@@ -28,6 +29,7 @@ __all__ = [
     "ending",
     "in_full",
     "levels",
+    "loaded_key",
     "low_rank",
     "mark_restored",
     "mark_stand_ins",

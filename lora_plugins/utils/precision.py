@@ -9,5 +9,5 @@ def single_at_least(dtype: torch.dtype) -> torch.dtype:
 
 
 def common_type(first: torch.dtype, second: torch.dtype) -> torch.dtype:
-    """Returns the type that two floating types are computed in; one of 8 bits, which torch knows none for, is float32."""
+    """Returns the type that two floating types are computed in; one of 8 bits, for which it has none, is as float32."""
     return torch.promote_types(*(torch.float32 if dtype.itemsize == 1 else dtype for dtype in (first, second)))

@@ -9,12 +9,11 @@ from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, same
+from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, state_key
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
-    name_mapper,
-    rename_adapter,
     state_of_adapters,
 )
 
@@ -59,9 +58,9 @@ def locate_adapter(
     Raises:
         AdapterFileError: If the module has no such target.
     """
-    path = name_mapper(module)(adapter["target"])
+    path = adapter["target"]
     try:
-        target = module.get_submodule(path)
+        target = submodule(module, path)
     except AttributeError as error:
         raise AdapterFileError(
             f"The checkpoint has an adapter for {path!r}, which {type(module).__name__} does not have."
@@ -69,7 +68,7 @@ def locate_adapter(
     manifest = adapter["manifest"]
     keys = {key: state_key(path, str(manifest.get("adapter_name")), key) for key in manifest["tensors"]}
     tensors = {key: saved[own] for key, own in keys.items() if own in saved} | adapter["tensors"]
-    return target, rename_adapter(PackedAdapter(manifest, tensors), name_mapper(target))
+    return target, PackedAdapter(manifest, tensors)
 
 
 def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:

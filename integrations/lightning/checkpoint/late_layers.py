@@ -11,6 +11,7 @@ from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
 from lora_plugins.integrations.lightning.module import name_mapper
+from lora_plugins.utils import plain_name
 
 
 class PartOfBase(dict[str, Any]):
@@ -31,14 +32,14 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
         AdapterFileError: If the entry is damaged.
     """
     with entry_errors():
-        rename, needed = name_mapper(module), []
+        needed: list[str] = []
         for adapter in checked_entry(checkpoint)["adapters"]:
             manifest, path = adapter["manifest"], adapter["target"]
             values = [key.removeprefix("value/") for key in manifest["tensors"] if key.startswith("value/")]
             owners = ["", *manifest["layers"], *(value.rpartition(".")[0] for value in values)]
             needed += [".".join(part for part in (path, name) if part) for name in owners]
-        present = {name for name, _ in module.named_modules(remove_duplicate=False)}
-        return [name for name in dict.fromkeys(map(rename, needed)) if name not in present]
+        present = {plain_name(name) for name, _ in module.named_modules(remove_duplicate=False)}
+        return [name for name in dict.fromkeys(needed) if name not in present]
 
 
 def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,10 +59,9 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
                 added += _attach_or_overwrite(module, adapter, state)
             check_no_surplus(module, entry)
             _check_outside(module, entry.get("outside", {}))
-            saved = map(name_mapper(module), state)
             take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.
-            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(saved))
+            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
             return _complete(module, checkpoint, entry)
     except BaseException:
         for target, name in reversed(added):
@@ -74,22 +73,21 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], replaced: dict[str, Tensor]) -> None:
     """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
-    rename, found = name_mapper(module), dict(module.named_parameters())
-    merged = set(merged_weights(module)) - {rename(key) for key in keys}
+    found = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    merged = set(merged_weights(module)) - set(keys)
     if merged:
         raise AdapterFileError(
             f"The checkpoint was trained on another base: an adapter was merged into {listing(sorted(merged), 3)} of "
             "this module when an earlier fit ended. Make the module again, or give the trainer the same LoraCallback."
         )
-    for key in keys:
-        name = rename(key)
-        if name not in found or found[name].shape != saved[key].shape:
+    for name in keys:
+        if name not in found or found[name].shape != saved[name].shape:
             raise AdapterFileError(
                 f"The checkpoint was trained on another base: {type(module).__name__} has no {name!r} of shape "
-                f"{list(saved[key].shape)}."
+                f"{list(saved[name].shape)}."
             )
         replaced[name] = found[name].detach().clone()
-        found[name].data.copy_(saved[key])
+        found[name].data.copy_(saved[name])
     if keys:
         mark_merged(module, replaced)
         for target in adapted_targets(module).values():
@@ -99,16 +97,14 @@ def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], r
 
 def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) -> None:
     """Checks that frozen parts outside of the targets have the values that a checkpoint left out."""
-    rename = name_mapper(module)
-    names = {rename(key): values for key, values in expected.items()}
-    wrong = not_as_built(module, names)
+    wrong = not_as_built(module, expected)
     if wrong:
         raise AdapterFileError(
             f"The checkpoint leaves {listing(wrong, 3)} out ({len(wrong)} frozen tensors outside of the target), and "
             f"{type(module).__name__} has other values there than the module that was trained had by then. Build it "
             "with the same values: the same pretrained weights, or the same seed if they are random."
         )
-    note_built(module, names)
+    note_built(module, expected)
 
 
 def _attach_or_overwrite(

@@ -18,7 +18,6 @@ from lora_plugins.integrations.lightning.module import (
     frozen_as_built,
     frozen_keys,
     merged_weights,
-    rename_adapter,
     state_of_adapters,
 )
 from lora_plugins.utils import plain_name
@@ -37,8 +36,8 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     targets = adapted_targets(module)
     if not targets:
         return dict(checkpoint)
-    parts = {plain_name(key): values for key, values in frozen_as_built(module).items()}
-    frozen = {plain_name(key) for key in frozen_keys(module)} | parts.keys()
+    parts = frozen_as_built(module)
+    frozen = frozen_keys(module) | parts.keys()
     left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in frozen]
     small = map_state_dicts(
         without_functions(checkpoint),
@@ -48,7 +47,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
     small, dicts = with_plain_dicts(small)
     small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
-    merged = [plain_name(name) for name in merged_weights(module)]
+    merged = merged_weights(module)
     about = {"base": merged, "outside": {key: values for key, values in parts.items() if key in set(left_out)}}
     about = {key: values for key, values in about.items() if values}
     return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **about, **dicts, **line}}
@@ -59,11 +58,10 @@ def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> 
     for name in lora.adapters:
         check_not_replaced(target, name)
         packed = lora.pack(name)
-        not_in_module = {f"value/{plain_name(value)}" for value in owner if owner[value] != name}
-        packed = rename_adapter(packed, plain_name)
+        not_in_module = {f"value/{value}" for value in owner if owner[value] != name}
         keys = {key: state_key(path, name, key) for key in packed.tensors if key not in not_in_module}
         yield {
-            "target": plain_name(path),
+            "target": path,
             "active": name in lora.active_adapters,
             "weight": lora.active_weights.get(name, 1.0),
             "manifest": as_saved(packed.manifest, keys, saved),

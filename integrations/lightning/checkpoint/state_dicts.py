@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_plugins.utils import plain_name
-
 StateDict = dict[str, Any]
 
 
@@ -29,7 +27,7 @@ def state_key(path: str, adapter: str, key: str) -> str:
     """
     kind, _, rest = key.partition("/")
     parts = {"lora": [path, *rest.split("/"), adapter], "value": [path, rest]}.get(kind, [])
-    return ".".join(plain_name(part) for part in parts if part)
+    return ".".join(part for part in parts if part)
 
 
 def as_saved(manifest: Mapping[str, Any], keys: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, Any]:

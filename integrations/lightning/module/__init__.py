@@ -14,7 +14,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.built_layers import built
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
-from lora_plugins.integrations.lightning.module.compiled_names import name_mapper, rename_adapter
+from lora_plugins.integrations.lightning.module.compiled_names import name_mapper
 from lora_plugins.integrations.lightning.module.copies import (
     NetworkCopy,
     add_names,
@@ -119,7 +119,6 @@ __all__ = [
     "note_built",
     "outside",
     "plain_state_dict",
-    "rename_adapter",
     "reuse_adapter",
     "set_modes_of_frozen_norms",
     "set_training_mode",

@@ -1,15 +1,15 @@
 """Puts an adapter on the module of a run, or reuses the one that it has."""
 
 import dataclasses
-from typing import cast
 
 from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
-from lora_plugins.inplace import state_of
+from lora_plugins.inplace import model_modules, state_of
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets
+from lora_plugins.utils import plain_name
 
 
 def find_target(module: nn.Module, path: str | None) -> nn.Module:
@@ -20,10 +20,11 @@ def find_target(module: nn.Module, path: str | None) -> nn.Module:
     """
     if path is None:
         return module
-    found = dict(module.named_modules())
+    found: dict[str, nn.Module] = {plain_name(name): part for name, part in module.named_modules()}
+    path = plain_name(path)
     if path not in found:
         raise ConfigError(f"target is {path!r}, which {type(module).__name__} does not have. {near(path, found)}")
-    return cast(nn.Module, found[path])
+    return found[path]
 
 
 def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibration | None) -> None:
@@ -63,7 +64,7 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
 
 def lost_layers(target: nn.Module, name: str) -> list[str]:
     """Returns the names of layers that an adapter was put on, and that are not in the module any more."""
-    found = dict(target.named_modules())
+    found = {entry.name: entry.module for entry in model_modules(target)}
     return [
         layer.name
         for layer in LoraModel(target).plans[name].layers

@@ -4,20 +4,18 @@
 name.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import nn
 
-from lora_plugins.files import PackedAdapter
-from lora_plugins.utils import COMPILED
+from lora_plugins.utils import COMPILED, loaded_key
 
 Rename = Callable[[str], str]
 
 
 def name_mapper(module: nn.Module) -> Rename:
-    """Returns a function from a plain name to the name in `module`, some of whose parts may be compiled."""
-    wrappers = [name for name, _ in module.named_modules() if name.split(".")[-1] == COMPILED]
+    """Returns a function from a plain name to the key in the state dict of `module`, whose parts may be compiled."""
+    wrappers = [loaded_key(name) for name, _ in module.named_modules() if name.split(".")[-1] == COMPILED]
     # named_modules gives outer wrappers first, and the names of inner ones contain them.
     prefixes = [(name.removesuffix(COMPILED), f"{name}.") for name in wrappers]
 
@@ -28,25 +26,3 @@ def name_mapper(module: nn.Module) -> Rename:
         return name
 
     return rename
-
-
-def rename_adapter(packed: PackedAdapter, rename: Rename) -> PackedAdapter:
-    """Returns an adapter whose layers and tensors have other names.
-
-    Args:
-        packed: The adapter.
-        rename: Maps a present name to the new one.
-    """
-
-    def tensor_key(key: str) -> str:  # lora/NAME/lora_A, recipe/NAME/PART/KEY, value/NAME
-        kind, _, rest = key.partition("/")
-        name, slash, tail = rest.partition("/")
-        return f"{kind}/{rename(name)}{slash}{tail}"
-
-    def keys(entries: Mapping[str, Any], change: Rename) -> dict[str, Any]:
-        return {change(key): value for key, value in entries.items()}
-
-    manifest = dict(packed.manifest)
-    changes = {"layers": rename, "base": rename, "changed": rename, "stored": rename, "tensors": tensor_key}
-    manifest.update({key: keys(manifest[key], change) for key, change in changes.items() if key in manifest})
-    return PackedAdapter(manifest, keys(packed.tensors, tensor_key))

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of
+from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, state_of_adapters
+from lora_plugins.utils import plain_name
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def find_copies(module: nn.Module) -> list[NetworkCopy]:
 
 def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
     """Whether a copy has the parameters of its origin, adapters included, in the same order."""
-    names = [[name for name, _ in module.get_submodule(part).named_parameters()] for part in (copy.origin, copy.name)]
-    return names[0] == names[1]
+    own, origin = (submodule(module, part).named_parameters() for part in (copy.name, copy.origin))
+    return [plain_name(name) for name, _ in own] == [plain_name(name) for name, _ in origin]
 
 
 def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:
@@ -111,8 +112,8 @@ def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
     """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
     for copy in copies:
         if copy.equal and copy.frozen and is_adapted_alike(module, copy):
-            shared = {id(parameter) for parameter in module.get_submodule(copy.origin).parameters()}
-            for parameter in module.get_submodule(copy.name).parameters():
+            shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
+            for parameter in submodule(module, copy.name).parameters():
                 if id(parameter) not in shared:
                     parameter.requires_grad_(False)
 
@@ -122,7 +123,7 @@ def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str) -> None:
     states = [state_of_adapters(target) for target in adapted_targets(module).values()]
     if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
         return
-    own, origin = (adapter_tensors(module.get_submodule(part)) for part in (copy.name, copy.origin))
+    own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():
         for name, tensor in own.items():
             if name.rpartition(".")[2] == adapter:
@@ -141,9 +142,10 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
     for copy in copies:
         if not is_adapted_alike(module, copy):
             continue
-        network = module.get_submodule(copy.name)
-        factors = set(adapter_tensors(network))
-        own = {name for name, _ in network.named_parameters()} - factors
+        network = submodule(module, copy.name)
+        names = {name for name, _ in network.named_parameters()}  # as they are called there
+        factors = {name for name in names if plain_name(name) in adapter_tensors(network)}
+        own = names - factors
         for part in module.modules():
             for value in vars(part).values():
                 if isinstance(value, set) and factors and value - factors == own:
@@ -157,7 +159,7 @@ def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tens
     _, trained = _of_the_author(module)
     all_of_them = own_tensors(model_modules(module), "_parameters")
     in_place = {id(all_of_them[name]) for name in trained & all_of_them.keys()}
-    own, origin = (own_tensors(model_modules(module.get_submodule(p)), "_parameters") for p in (copy.name, copy.origin))
+    own, origin = (own_tensors(model_modules(submodule(module, p)), "_parameters") for p in (copy.name, copy.origin))
     for name, tensor in own.items():
         if id(origin[name]) not in in_place:
             yield full_name(copy.name, name), tensor, origin[name]
@@ -171,7 +173,7 @@ def is_within(name: str, part: str) -> bool:
 def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
     """Whether two parts belong to members of one list, as the layers that `nn.TransformerEncoder` clones."""
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)))
-    return isinstance(module.get_submodule(".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
+    return isinstance(submodule(module, ".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
 
 
 def _sharing(module: nn.Module) -> list[NetworkCopy]:
@@ -199,7 +201,7 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
 
 def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
     """Returns the second part as a copy of the first, or the other way round if the author froze what the first has."""
-    tensors = [own_tensors(model_modules(module.get_submodule(part)), "_parameters") for part in (first, second)]
+    tensors = [own_tensors(model_modules(submodule(module, part)), "_parameters") for part in (first, second)]
     layouts = [[(name, _shape(t), t.dtype) for name, t in own.items()] for own in tensors]
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
     if layouts[0] != layouts[1] or any(None in entry for entry in layouts[0]) or not 0 < len(pairs) < len(layouts[0]):

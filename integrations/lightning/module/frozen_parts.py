@@ -18,6 +18,7 @@ from lora_plugins.files import fingerprint, same
 from lora_plugins.inplace import model_modules, own_tensors
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
+from lora_plugins.utils import plain_name
 
 _BUILT = "_lora_built"
 """Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""
@@ -71,7 +72,7 @@ def frozen_as_built(module: nn.Module) -> dict[str, Fingerprint]:
     Returns:
         Their fingerprints, by name.
     """
-    notes, moved, frozen = _notes(module), moved_by_hand(module), set(_frozen(module))
+    notes, moved, frozen = _notes(module), moved_by_hand(module), set(map(plain_name, _frozen(module)))
     return {
         name: notes[name].fingerprint
         for name, tensor in outside(module).items()
@@ -100,7 +101,7 @@ def outside(module: nn.Module) -> dict[str, Tensor]:
         own = [*own_tensors(modules, "_parameters").values(), *own_tensors(modules, "_buffers").values()]
         inside |= {id(tensor) for tensor in (*own, *adapter_tensors(target).values())}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {n: t.detach() for n, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
+    return {plain_name(n): t.detach() for n, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
 
 
 def _notes(module: nn.Module) -> dict[str, _Built]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraError, LoraModel
 from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, own_tensors
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, own_tensors, submodule
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
+from lora_plugins.utils import plain_name
 
 Fingerprints = Mapping[str, Mapping[str, float]]
 """Of tensors, by full name."""
@@ -20,7 +21,7 @@ _MOVED = "_lora_moved"
 
 def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the modules below (and including) `module` that carry adapters, by path."""
-    return {name: child for name, child in module.named_modules() if model_state(child) is not None}
+    return {plain_name(name): child for name, child in module.named_modules() if model_state(child) is not None}
 
 
 def state_of_adapters(target: nn.Module) -> ModelState:
@@ -36,7 +37,7 @@ def state_of_adapters(target: nn.Module) -> ModelState:
 
 
 def frozen_keys(module: nn.Module) -> set[str]:
-    """Returns the state-dict keys of tensors that are not saved: the frozen base of all adapted targets.
+    """Returns the names of tensors that are not saved: the frozen base of all adapted targets.
 
     All other tensors are saved: adapters, heads and biases, what lies outside the targets, every buffer but those of
     normalization layers that are held in eval mode, what the module moved by hand, and weights that an earlier adapter
@@ -48,8 +49,8 @@ def frozen_keys(module: nn.Module) -> set[str]:
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors that no adapter of the module may change, by name; see `frozen_keys`."""
     names = _frozen_names(module)
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if name in names}
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {plain: tensor for name, tensor in named if (plain := plain_name(name)) in names}
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
@@ -58,7 +59,7 @@ def _frozen_names(module: nn.Module) -> set[str]:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    return {name for name, tensor in named if id(tensor) in frozen} - moved_by_hand(module)
+    return {plain_name(name) for name, tensor in named if id(tensor) in frozen} - moved_by_hand(module)
 
 
 def moved_by_hand(module: nn.Module) -> frozenset[str]:
@@ -189,7 +190,7 @@ def layers_of_factors(module: nn.Module) -> dict[str, nn.Module]:
     for path, target in adapted_targets(module).items():
         for name in adapter_tensors(target):
             layer = name.rpartition(".")[0].rpartition(".")[0]  # LAYER.lora_A.ADAPTER
-            found[full_name(path, name)] = target.get_submodule(layer)
+            found[full_name(path, name)] = submodule(target, layer)
     return found
 
 
@@ -200,7 +201,7 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
         acting = state.unmerged if state.trainable else ()
         in_place = {name for adapter in acting for name in state.adapters[adapter].plan.trained}
         factors = {name for name in adapter_tensors(target) if name.rpartition(".")[2] in acting}
-        own = target.named_parameters()
+        own = ((plain_name(name), parameter) for name, parameter in target.named_parameters())
         found.update({full_name(path, name): p for name, p in own if name in in_place or name in factors})
     return found
 

@@ -156,7 +156,7 @@ def _check(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any], saved: s
         )
     state = {plain_name(key): tensor for key, tensor in get_model_state_dict(_model(trainer)).items()}
     check_adapters(module, checkpoint, state)
-    needed = state.keys() - {plain_name(key) for key in frozen_keys(module)}
+    needed = state.keys() - frozen_keys(module)
     if needed != saved:
         raise AdapterFileError(
             f"{path} does not fit the module: {listing(sorted(needed ^ saved))} are only in one of them."

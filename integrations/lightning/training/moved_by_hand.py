@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_plugins import StateError
 from lora_plugins.adapter import adapted_layers, adapter_tensors
 from lora_plugins.errors import listing
+from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     base_pairs,
@@ -137,7 +138,7 @@ class _Unlike:
     def message(self, moved: str) -> str:
         """Returns what is wrong, and what to do."""
         origin, name = self._copy.origin, self._copy.name
-        layers, own = (set(adapted_layers(self._module.get_submodule(part))) for part in (origin, name))
+        layers, own = (set(adapted_layers(submodule(self._module, part))) for part in (origin, name))
         advice = [
             f"adapt {_named(name, layers - own)} as {_named(origin, layers)} are" if layers - own else "",
             f"leave {_named(name, own - layers)} out" if own - layers else "",
@@ -167,7 +168,7 @@ class _Alike:
         pairs = [(own, origin) for _, own, origin in base_pairs(module, copy)]
         self._base = [(own, origin) for own, origin in pairs if copy.equal and own is not origin]
         self._base += [(own, local(own).clone()) for own, origin in pairs if own is origin]
-        self._own, self._origin = (adapter_tensors(module.get_submodule(p)) for p in (copy.name, copy.origin))
+        self._own, self._origin = (adapter_tensors(submodule(module, p)) for p in (copy.name, copy.origin))
         self._factors = _Watched(self._own.values())
         self._sums = checksums(self._own)
         self._moved, self._looks, self._drifts = 0, 0, False

@@ -73,6 +73,29 @@ def test_an_adapted_layer(call):
     assert type(lora.model[2]) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda lora: lora.pack("a"), id="save"),
+        pytest.param(lambda lora: lora.add_weighted_adapter(["a", "b"], [1, 1], "c"), id="combine"),
+    ],
+)
+def test_an_adapted_layer_that_is_put_into_another_module(call):
+    """Files and other adapters speak of it by a name that it does not have any more; a merge does not."""
+    model = nn.Sequential(nn.Linear(4, 6)).eval()
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    lora.add_adapter("b", LoraConfig(r=2))
+    x = torch.ones(2, 4)
+    expected, model[0] = model(x), nn.Sequential(model[0])
+    with pytest.raises(StateError, match=r"1 of the layers of the adapter 'a' .* as '0', which is '0\.0' now"):
+        call(lora)
+    lora.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    lora.unmerge_adapter()
+    model[0] = model[0][0]
+    call(lora)
+
+
 def convolutional(**fields) -> LoraModel:
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval()
     return LoraModel(model, LoraConfig(r=2, init="none", **fields), "a")

@@ -1,13 +1,29 @@
-"""Compiled modules, whole or in part: trained as eager ones are, and no trace of the compiler in files."""
+"""Compiled modules, whole or in part: trained as eager ones are, and no trace of the compiler in files.
+
+Nor of what checkpointing of activations inserts.
+"""
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from lora_plugins.utils import plain_name
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+
+WRAPPED = pytest.mark.parametrize(
+    "wrapped",
+    [lambda part: torch.compile(part, backend="eager"), checkpoint_wrapper],
+    ids=["compiled", "checkpointed"],
+)
+
+
+def plain_values(module):
+    return {plain_name(key): tensor for key, tensor in values(module).items()}
 
 
 def lora(config=CONFIG, **options):
@@ -62,20 +78,22 @@ class TestCompile:
         eager, compiled = (load(tmp_path / f"{compiled}.ckpt") for compiled in (False, True))
         assert eager["state_dict"].keys() == compiled["state_dict"].keys()
 
-    def test_adapter_folder_of_a_compiled_part_has_plain_names(self, tmp_path):
+    @WRAPPED
+    def test_adapter_folder_of_a_compiled_part_has_plain_names(self, tmp_path, wrapped):
         module = Classifier()
-        module.net = torch.compile(module.net, backend="eager")
+        module.net = wrapped(module.net)
         folder = str(tmp_path / "adapter")
         config = LoraConfig(r=2, target_modules=["0", "3"])
         trainer(tmp_path, [lora(config, save_adapter_to=folder)]).fit(module, loader())
         again = Classifier()
         LoraModel.load_adapter(again, folder)
-        assert not differing({k.replace("_orig_mod.", ""): t for k, t in values(module).items()}, values(again))
+        assert not differing(plain_values(module), values(again))
 
-    def test_of_a_part_adapts_and_resumes(self, tmp_path):
+    @WRAPPED
+    def test_of_a_part_adapts_and_resumes(self, tmp_path, wrapped):
         def compiled():
             module = Classifier()
-            module.net = torch.compile(module.net, backend="eager")
+            module.net = wrapped(module.net)
             return module
 
         config = LoraConfig(r=2, target_modules=["0", "3"])
@@ -87,12 +105,13 @@ class TestCompile:
         trainer(tmp_path, [lora(config)], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
         assert all(p.abs().sum() > 0 for name, p in again.named_parameters() if ".lora_B." in name)
 
-    @pytest.mark.parametrize("where", ["__init__", "setup", "configure_model"])
-    def test_a_part_that_the_class_compiles_is_loaded_without_a_trainer(self, tmp_path, where):
+    @WRAPPED
+    @pytest.mark.parametrize("where", ["__init__", "setup", "configure_model", "on_train_start"])
+    def test_a_part_that_the_class_compiles_is_loaded_without_a_trainer(self, tmp_path, where, wrapped):
         class Compiles(Classifier):
             def compile_it(self):
-                if not hasattr(self.net, "_orig_mod"):
-                    self.net = torch.compile(self.net, backend="eager")
+                if isinstance(self.net, nn.Sequential):
+                    self.net = wrapped(self.net)
 
         def hook(self, *_, **__):
             if where == "__init__":
@@ -105,21 +124,40 @@ class TestCompile:
         run.fit(module, loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         again = load_from_checkpoint(Compiles, tmp_path / "it.ckpt")
-        plain = [{key.replace("_orig_mod.", ""): t for key, t in values(m).items()} for m in (module, again)]
-        assert not differing(*plain)
+        assert not differing(plain_values(module), plain_values(again))
 
-    def test_file_of_a_compiled_part_loads_into_the_eager_module_and_back(self, tmp_path):
+    @WRAPPED
+    @pytest.mark.parametrize("merge", [False, True], ids=["unmerged", "merged"])
+    def test_target_inside_of_a_compiled_part(self, tmp_path, wrapped, merge):
+        """The name of a target passes over what is inserted, and a merged module is the same without it."""
+        modules = []
+        for wrap in (False, True):
+            torch.manual_seed(1)
+            module = Classifier()
+            module.net = nn.Sequential(module.net)
+            if wrap:
+                module.net = wrapped(module.net)
+            callback = LoraCallback(LoraConfig(r=2, target_modules=["0", "3"]), target="net.0", merge_on_fit_end=merge)
+            run = trainer(tmp_path, [callback])
+            run.fit(module, loader())
+            run.validate(module, loader(), verbose=False)
+            run.fit_loop.max_epochs += 1
+            run.fit(module, loader())
+            modules.append(module)
+        torch.testing.assert_close(*map(plain_values, modules))
+
+    @WRAPPED
+    def test_file_of_a_compiled_part_loads_into_the_eager_module_and_back(self, tmp_path, wrapped):
         config = LoraConfig(r=2, target_modules=["0", "3"])
         for first, second in ((True, False), (False, True)):
             modules = []
             for compile_it in (first, second):
                 module = Classifier()
                 if compile_it:
-                    module.net = torch.compile(module.net, backend="eager")
+                    module.net = wrapped(module.net)
                 modules.append(module)
             run = trainer(tmp_path, [lora(config)])
             run.fit(modules[0], loader())
             run.save_checkpoint(tmp_path / "it.ckpt")
             trainer(tmp_path, [lora(config)]).test(modules[1], loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
-            plain = [{key.replace("_orig_mod.", ""): t for key, t in values(m).items()} for m in modules]
-            assert not differing(*plain)
+            assert not differing(*map(plain_values, modules))
