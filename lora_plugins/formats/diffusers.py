@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, p
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
-from lora_plugins.formats.peft_keys import layer_keys
+from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model
 from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
@@ -42,6 +43,12 @@ _ENDINGS: Mapping[str, str] = {
 }
 """The endings of keys over the years, and which tensor of a layer each is."""
 
+_ALONE = ""
+"""The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
+
+_ENDINGS_ALONE = tuple(ending for ending in _ENDINGS if "down" not in ending and "up" not in ending)
+"""The endings of such keys; with the others, they are of another format."""
+
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 """The projections that the oldest keys name by the processor of an attention, and their names in it."""
 
@@ -58,13 +65,17 @@ class _Part:
 
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    @property
+    def has_alphas(self) -> bool:
+        return any("alpha" in factors for factors in self.layers.values())
+
     def portable(self, config: PeftConfig | None) -> dict[str, PortableLayer]:
         """Returns its layers, all of which have A and B."""
         return {name: _layer(name, factors, config) for name, factors in self.layers.items()}
 
 
 class DiffusersFormat(PortableFormat):
-    """What `save_lora_weights` of diffusers writes: a folder with its usual file, or a `.safetensors` file.
+    """What `save_lora_weights` of diffusers writes, and `save_lora_adapter` of one model: a folder or a file of it.
 
     Options: `component`, which part of a pipeline the model is, such as `unet` or `text_encoder`; where a file has one
     part, or the class of the model tells, it need not be said. `patterns`, as PEFT's format has it.
@@ -75,31 +86,39 @@ class DiffusersFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:
-        """A file with a part of a pipeline in front of every key, or a folder with diffusers' usual file."""
+        """A file with keys of diffusers, with a part of a pipeline in front or without, or a folder with its file."""
         keys = read_shapes(_file(path)) if _file(path).is_file() else {}
-        return any(_placed(key) is not None for key in keys)
+        placed = [found for key in keys if (found := _placed(key)) is not None]
+        return any(part != _ALONE or kind != "alpha" for part, _, kind in placed)
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(_file(path))
         parts = _parts(tensors)
         configs = _configs(metadata, parts, options["patterns"])
+        if _ALONE in parts and _ALONE not in configs and not parts[_ALONE].has_alphas:
+            warnings.warn(
+                f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "
+                "diffusers does. If it was trained with another, its update has another scale.",
+                stacklevel=2,
+            )
         layers = {part: found.portable(configs.get(part)) for part, found in parts.items()}
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
-        original = layers.pop(ORIGINAL, None)
-        if original is not None:
-            denoiser = denoiser_of(model)
+        denoiser = denoiser_of(model)
+        unnamed = [part for part in (ORIGINAL, _ALONE) if part in layers]
+        for part in unnamed:
             if denoiser in layers:
                 raise AdapterFileError(
-                    f"The adapter has layers of the denoiser as {ORIGINAL!r} and as {denoiser!r}, and it cannot be "
+                    f"The adapter has layers of the denoiser as {part!r} and as {denoiser!r}, and it cannot be "
                     "told which of them are meant. Take one of the two out of the file."
                 )
-            layers[denoiser] = original
+            layers[denoiser] = layers.pop(part)
+            configs |= {denoiser: configs[part]} if part in configs else {}
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
-            named = by_own_names(layers[part], within) if layers[part] is original else layers[part]
+            named = by_own_names(layers[part], within) if unnamed and part == denoiser else layers[part]
             layers[part] = in_model(within, named, configs.get(part))
         return _adapter(layers, paths, configs)
 
@@ -129,7 +148,9 @@ def _placed(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
-        return None
+        ending = next((ending for ending in _ENDINGS_ALONE if key.endswith(ending)), None)
+        is_alone = ending is not None and not key.startswith(PREFIX)
+        return (_ALONE, key.removesuffix(ending), _ENDINGS[ending]) if ending and is_alone else None
     oldest = _OLDEST.fullmatch(rest)
     if oldest:
         attention, own, direction = oldest.groups()
@@ -174,9 +195,10 @@ def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: 
     if METADATA not in metadata:
         return {}
     said = parse_json(metadata[METADATA], f"The metadata {METADATA!r}")
+    starts = {part: f"{part}." if part else "" for part in parts}
     fields = {
-        part: {key.removeprefix(f"{part}."): value for key, value in said.items() if key.startswith(f"{part}.")}
-        for part in parts
+        part: {key.removeprefix(start): value for key, value in said.items() if key.startswith(start)}
+        for part, start in starts.items()
     }
     return {part: PeftConfig({"peft_type": "LORA", **own}, patterns) for part, own in fields.items() if own}
 

@@ -69,6 +69,32 @@ def test_what_diffusers_writes_is_read(part, tmp_path):
     assert part.difference(model, theirs) <= TOLERANCE
 
 
+@pytest.mark.parametrize("part", [UNET, DIT], ids=lambda part: part.name)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_a_denoiser_writes_by_itself_is_read(part, variant, tmp_path):
+    """`save_lora_adapter` names no part, neither in keys nor in metadata."""
+    fields = {"rank_pattern": {part.targets[0]: 3}, "alpha_pattern": {part.targets[1]: 7}}
+    theirs = with_peft(part, use_dora=variant == "dora", **fields)
+    theirs._hf_peft_config_loaded = True
+    theirs.save_lora_adapter(tmp_path)
+    alone, pipeline = part.build(), nn.ModuleDict({part.name: part.build(), "text_encoder": TEXT.build()})
+    for model in (alone, pipeline):
+        LoraModel.load_adapter(model, tmp_path)
+    assert part.difference(alone, theirs) <= TOLERANCE
+    assert part.difference(pipeline[part.name], theirs) <= TOLERANCE
+
+
+def test_without_part_metadata_and_alpha_the_rank_is_the_alpha_and_said(tmp_path):
+    theirs = with_peft(UNET, lora_alpha=2)
+    theirs._hf_peft_config_loaded = True
+    theirs.save_lora_adapter(tmp_path)
+    save_file(load_file(tmp_path / FILE), tmp_path / FILE)
+    model = UNET.build()
+    with pytest.warns(UserWarning, match=r"no alpha.*the rank of each layer is taken"):
+        LoraModel.load_adapter(model, tmp_path)
+    assert UNET.difference(model, theirs) <= TOLERANCE
+
+
 @parts
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_what_we_write_is_read_by_diffusers(part, variant, tmp_path):

@@ -206,13 +206,15 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("down", "up"), [("lora_A", "lora_B"), ("lora_down", "lora_up")], ids=["A and B", "down and up"]
+    ("start", "down", "up"),
+    [("diffusion_model.", "lora_A", "lora_B"), ("diffusion_model.", "lora_down", "lora_up"), ("", "lora_A", "lora_B")],
+    ids=["A and B", "down and up", "nothing in front"],
 )
 @pytest.mark.parametrize(
     ("part", "names"), [(UNET, UNET_NAMES), (FLUX, [*FLUX_NAMES, "single_blocks_0_linear1"])], ids=["unet", "flux"]
 )
-def test_keys_of_comfyui_are_those_layers(part, names, down, up, tmp_path):
-    """With dots in the names, and `diffusion_model` for the denoiser; alone and in its pipeline."""
+def test_keys_of_comfyui_are_those_layers(part, names, start, down, up, tmp_path):
+    """With dots in the names, and `diffusion_model` or nothing for the denoiser; alone and in its pipeline."""
     tensors = tensors_for(part, names)
     save_file(tensors, tmp_path / "kohya.safetensors")
     dotted = {name.replace(".", "_"): name for name in original_places(part.build())}
@@ -221,7 +223,7 @@ def test_keys_of_comfyui_are_those_layers(part, names, down, up, tmp_path):
     for key, tensor in tensors.items():
         name, _, end = key.removeprefix("lora_unet_").partition(".")
         kind, _, rest = end.partition(".")
-        renamed[f"diffusion_model.{dotted[name]}.{ends[kind]}{rest and '.'}{rest}"] = tensor
+        renamed[f"{start}{dotted[name]}.{ends[kind]}{rest and '.'}{rest}"] = tensor
     save_file(renamed, tmp_path / "comfy.safetensors")
     theirs, alone, pipeline = part.build(), part.build(), nn.ModuleDict({part.name: part.build()})
     LoraModel.load_adapter(theirs, tmp_path / "kohya.safetensors")
