@@ -18,6 +18,7 @@ from lora_plugins.adapter import (
     base_in_place,
     calibrate,
     check_new,
+    check_not_sharded,
     combine,
     delete,
     initialize,
@@ -348,12 +349,14 @@ class LoraModel(metaclass=Told):
             The folder or file.
 
         Raises:
-            StateError: If something is merged, or no name is given and not exactly one adapter is active.
+            StateError: If something is merged, no name is given and not exactly one adapter is active, or tensors are
+                split over processes.
             AdapterFileError: If the format cannot express the adapter. Nothing is written.
             PluginError: If there is no such format.
         """
         state = self._state
         state.check("save_adapter")
+        check_not_sharded(self.model, "save_adapter")
         if adapter_name is None:
             if len(state.active) != 1:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
@@ -456,6 +459,7 @@ class LoraModel(metaclass=Told):
         state = model_state(model)
         if state is not None:
             state.check("add_adapter")
+        check_not_sharded(model, "add_adapter")
         packed = whole(model, lambda: _read(model, path, registry, format, format_options))
         return cls.load_packed(model, packed, adapter_name, registry=registry)
 
@@ -512,6 +516,7 @@ class LoraModel(metaclass=Told):
         """
         state = self._state
         state.check("swap_adapter")
+        check_not_sharded(self.model, "swap_adapter")
         state.adapter(adapter_name)
         packed = _read(self.model, path, self._registry, format, format_options)
         with base_in_place(self.model, state):
@@ -576,6 +581,7 @@ class LoraModel(metaclass=Told):
         """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
         state = model_state(self.model)
         check_new(state, adapter_name)
+        check_not_sharded(self.model, "add_adapter")
         if state is None:
             yield
             return

@@ -20,6 +20,7 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
+from lora_plugins.adapter.shards import check_not_sharded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import (
     Adapter,
@@ -78,6 +79,7 @@ __all__ = [
     "check_norms",
     "check_not_of_inference",
     "check_not_owned",
+    "check_not_sharded",
     "check_shared",
     "close_state",
     "combine",

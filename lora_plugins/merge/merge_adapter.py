@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from lora_plugins.adapter import ModelState, adapted_layers, apply_state, check_complete, check_names, check_shared
+from lora_plugins.adapter import (
+    ModelState,
+    adapted_layers,
+    apply_state,
+    check_complete,
+    check_names,
+    check_not_sharded,
+    check_shared,
+)
 from lora_plugins.errors import MergeError, StateError, listing
 from lora_plugins.inplace import foreign_kind, holder_of, layer_state, recompute, state_of
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
@@ -64,6 +72,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
     state.check("merge_adapter")
+    check_not_sharded(model, "merge_adapter")
     layers = adapted_layers(model)
     report = checked(model, layers, state, adapters, max_error)
     merged = [(delta, delta.effective()) for delta in weight_deltas(layers, adapters)]

@@ -1,0 +1,136 @@
+"""Models that torch splits over processes, without Lightning: what needs whole tensors is refused by name."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.functional import mse_loss
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+
+CONFIG = LoraConfig(r=2, target_modules=["0", "2"], init="none")
+X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+
+
+def fsdp2(model):
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def fsdp(model):
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+SPLIT = pytest.mark.parametrize(
+    "split",
+    [
+        fsdp2,
+        pytest.param(fsdp, marks=pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning", "ignore::FutureWarning")),
+    ],
+)
+
+
+def adapted(split=lambda model: model):
+    model = net()
+    torch.manual_seed(1)
+    lora = LoraModel(model, CONFIG)
+    lora.add_adapter("other", CONFIG)
+    return split(model), lora
+
+
+def trained(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mse_loss(model(X), torch.ones(4, 3, dtype=X.dtype)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+CALLS = {
+    "add": lambda lora, path: lora.add_adapter("new", CONFIG),
+    "load": lambda lora, path: LoraModel.load_adapter(lora.model, path, "new"),
+    "swap": lambda lora, path: lora.swap_adapter("other", path),
+    "combine": lambda lora, path: lora.add_weighted_adapter(["default", "other"], [1, 1], "new"),
+    "save": lambda lora, path: lora.save_adapter(path.with_name("new")),
+    "merge": lambda lora, path: lora.merge_adapter(),
+    "merge for good": lambda lora, path: lora.merge_and_unload(),
+}
+
+
+@SPLIT
+@pytest.mark.parametrize("call", CALLS)
+def test_what_needs_whole_tensors_is_refused(tmp_path, split, call):
+    adapted()[1].save_adapter(tmp_path / "adapter", "default")
+    model, lora = adapted(split)
+    expected = trained(model)(X)
+    with pytest.raises(StateError, match=r"'0\.weight', '0\.bias', .* are split over processes"):
+        CALLS[call](lora, tmp_path / "adapter")
+    assert torch.equal(model(X), expected)
+    assert [*lora.adapters] == ["default", "other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_model_that_was_split_before_is_not_adapted():
+    with pytest.raises(StateError, match=r"Adding an adapter .*'0\.weight'.* are split"):
+        LoraModel(fsdp2(net()), CONFIG)
+
+
+@SPLIT
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # of views, as a plain layer returns them too
+def test_everything_else_is_as_ever(split):
+    whole, ours = adapted()
+    model, lora = adapted(split)
+    torch.testing.assert_close(trained(model)(X), trained(whole)(X), rtol=0, atol=1e-12)
+    for handle in (lora, ours):
+        handle.set_adapter(["default", "other"], weights=[0.5, 2.0])
+    torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
+    for handle in (lora, ours):
+        handle.set_adapter("default")
+    with lora.disable_adapter():
+        torch.testing.assert_close(model(X), net()(X), rtol=0, atol=1e-12)
+    if split is fsdp:  # which reads weights by their attributes
+        return
+    with lora.mixed_batch(["default", None, "other", None]), ours.mixed_batch(["default", None, "other", None]):
+        torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
+
+
+@SPLIT
+@pytest.mark.parametrize("call", ["delete_adapter", "unload"])
+def test_taking_adapters_off(split, call):
+    whole, ours = adapted()
+    model, lora = adapted(split)
+    for each, handle in ((model, lora), (whole, ours)):
+        trained(each)
+        handle.delete_adapter("default") if call == "delete_adapter" else handle.unload()
+    torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
+
+
+@SPLIT
+def test_the_way_out_is_a_whole_state_dict(tmp_path, split):
+    model, _ = adapted(split)
+    expected = trained(model)(X)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole, lora = adapted()
+    whole.load_state_dict(state)
+    lora.save_adapter(tmp_path / "adapter", "default")
+    base = net().eval()
+    LoraModel.load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(base(X), expected, rtol=0, atol=1e-12)
