@@ -17,6 +17,7 @@ from lora_plugins.adapter import (
     allocated,
     base_in_place,
     calibrate,
+    check_here,
     check_new,
     check_not_sharded,
     combine,
@@ -356,7 +357,7 @@ class LoraModel(metaclass=Told):
         """
         state = self._state
         state.check("save_adapter")
-        check_not_sharded(self.model, "save_adapter")
+        check_here(self.model, "save_adapter")
         if adapter_name is None:
             if len(state.active) != 1:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")
@@ -516,7 +517,7 @@ class LoraModel(metaclass=Told):
         """
         state = self._state
         state.check("swap_adapter")
-        check_not_sharded(self.model, "swap_adapter")
+        check_here(self.model, "swap_adapter")
         state.adapter(adapter_name)
         packed = _read(self.model, path, self._registry, format, format_options)
         with base_in_place(self.model, state):

@@ -18,9 +18,9 @@ from lora_plugins.adapter.content import (
     slot_matrix,
     to_store,
 )
+from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
-from lora_plugins.adapter.shards import check_not_sharded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import (
     Adapter,
@@ -73,6 +73,7 @@ __all__ = [
     "calibrate",
     "changed_bases",
     "check_complete",
+    "check_here",
     "check_in_place",
     "check_names",
     "check_new",

@@ -91,16 +91,24 @@ def delta_weight(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -
 
 
 def effective_weight(layer: nn.Module, name: str) -> Tensor:
-    """Returns `W + ΔW` over the active adapters; of a weight that is split over processes, this one's part of `W`."""
+    """Returns `W + ΔW` over the active adapters; of a weight that is elsewhere, what is here of `W`.
+
+    FSDP splits it over processes, and accelerate leaves one on the meta device, until the layer is called.
+    """
     state = layer_state(layer)
     weight = weight_with_merged(layer, name)
-    if not state.active or is_shard(layer, name):
+    if not state.active or is_shard(layer, name) or (weight.is_meta and _is_offloaded(layer, state)):
         return weight
     with in_full(weight):
         for adapter in state.active:
             delta = delta_weight(layer, name, adapter, weight.shape)
             weight = weight if delta is None else add_delta(weight, delta)
     return weight
+
+
+def _is_offloaded(layer: nn.Module, state: LayerState) -> bool:
+    """Whether A has values, where the weight has none; on a model that is on the meta device, neither has."""
+    return not all(factors(layer, adapter, slot)[0].is_meta for adapter, _, slot in state.active_slots())
 
 
 def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None, ...], x: Tensor) -> StackedAdapters:

@@ -13,8 +13,8 @@ from lora_plugins.adapter import (
     adapted_layers,
     apply_state,
     check_complete,
+    check_here,
     check_names,
-    check_not_sharded,
     check_shared,
 )
 from lora_plugins.errors import MergeError, StateError, listing
@@ -72,7 +72,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
     state.check("merge_adapter")
-    check_not_sharded(model, "merge_adapter")
+    check_here(model, "merge_adapter")
     layers = adapted_layers(model)
     report = checked(model, layers, state, adapters, max_error)
     merged = [(delta, delta.effective()) for delta in weight_deltas(layers, adapters)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter import ModelState, adapted_layers, check_not_of_inference, check_not_sharded, close_state
+from lora_plugins.adapter import ModelState, adapted_layers, check_here, check_not_of_inference, close_state
 from lora_plugins.inplace import (
     STATE,
     Replacing,
@@ -42,7 +42,7 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
         StateError: If tensors of the model were made in inference mode.
     """
     state.check("merge_and_unload")
-    check_not_sharded(model, "merge_and_unload")
+    check_here(model, "merge_and_unload")
     check_not_of_inference(model)
     layers = adapted_layers(model)
     adapters = state.unmerged

@@ -282,6 +282,21 @@ def test_layers_are_called_after_unloading_under_group_offloading():
     assert distance(drawn(pipe), base) == 0
 
 
+def test_offloading_each_layer_changes_nothing(tmp_path):
+    """As `enable_sequential_cpu_offload` does it, which wants a GPU to compute on."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected = drawn(pipe)
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert distance(drawn(pipe), expected) == 0
+    with pytest.raises(StateError, match="meta device"):
+        lora.save_adapter(tmp_path / "adapter.safetensors")
+    pipe.remove_all_hooks()
+    lora.save_adapter(tmp_path / "adapter.safetensors")
+    assert distance(drawn(pipe), expected) == 0
+
+
 def test_adapters_by_rows_with_guidance():
     """The denoiser has rows for the negative prompts before those for the prompts."""
     pipe = build("Stable Diffusion")

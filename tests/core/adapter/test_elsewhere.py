@@ -1,4 +1,6 @@
-"""Models that torch splits over processes, without Lightning: what needs whole tensors is refused by name."""
+"""Models whose tensors are elsewhere, without Lightning: split over processes by torch, or offloaded by accelerate."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ CONFIG = LoraConfig(r=2, target_modules=["0", "2"], init="none")
 X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -38,6 +40,7 @@ def fsdp(model):
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
+IN_A_PROCESS = pytest.mark.usefixtures("one_process")
 SPLIT = pytest.mark.parametrize(
     "split",
     [
@@ -76,6 +79,7 @@ CALLS = {
 
 
 @SPLIT
+@IN_A_PROCESS
 @pytest.mark.parametrize("call", CALLS)
 def test_what_needs_whole_tensors_is_refused(tmp_path, split, call):
     adapted()[1].save_adapter(tmp_path / "adapter", "default")
@@ -88,12 +92,14 @@ def test_what_needs_whole_tensors_is_refused(tmp_path, split, call):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@IN_A_PROCESS
 def test_a_model_that_was_split_before_is_not_adapted():
     with pytest.raises(StateError, match=r"Adding an adapter .*'0\.weight'.* are split"):
         LoraModel(fsdp2(net()), CONFIG)
 
 
 @SPLIT
+@IN_A_PROCESS
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # of views, as a plain layer returns them too
 def test_everything_else_is_as_ever(split):
     whole, ours = adapted()
@@ -113,6 +119,7 @@ def test_everything_else_is_as_ever(split):
 
 
 @SPLIT
+@IN_A_PROCESS
 @pytest.mark.parametrize("call", ["delete_adapter", "unload"])
 def test_taking_adapters_off(split, call):
     whole, ours = adapted()
@@ -124,6 +131,7 @@ def test_taking_adapters_off(split, call):
 
 
 @SPLIT
+@IN_A_PROCESS
 def test_the_way_out_is_a_whole_state_dict(tmp_path, split):
     model, _ = adapted(split)
     expected = trained(model)(X)
@@ -134,3 +142,60 @@ def test_the_way_out_is_a_whole_state_dict(tmp_path, split):
     base = net().eval()
     LoraModel.load_adapter(base, tmp_path / "adapter")
     torch.testing.assert_close(base(X), expected, rtol=0, atol=1e-12)
+
+
+class Kinds(nn.Module):
+    """Layers that add the update in a branch, and ones that run their own forward with the updated weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.memory = nn.Embedding(9, 8), nn.GRU(8, 8, batch_first=True)
+        self.norm, self.conv, self.head = nn.LayerNorm(8), nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, indices):
+        x = self.words(indices)
+        x = self.norm(x + self.memory(x)[0])
+        return self.head(x + self.conv(x.mT).mT)
+
+
+INDICES = torch.tensor([[1, 3, 5], [2, 4, 0]])
+
+
+def kinds(variant):
+    torch.manual_seed(0)
+    model = Kinds().double().eval()
+    config = LoraConfig(r=2, target_modules="all", init="none", variant=variant)
+    if variant == "dora":
+        config = replace(config, target_modules=["memory", "conv", "head"])
+    torch.manual_seed(1)
+    lora = LoraModel(model, config)
+    lora.add_adapter("other", LoraConfig(r=1, target_modules=["head", "words"], init="none"))
+    return model, lora
+
+
+def offloaded(model, folder, where):
+    accelerate = pytest.importorskip("accelerate")
+    if where == "memory":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, variant):
+    whole, ours = kinds(variant)
+    model, lora = kinds(variant)
+    offloaded(model, tmp_path / "offloaded", where)
+    for names in ("default", ["default", "other"], "other") if variant == "lora" else ("default", "other"):
+        for handle in (lora, ours):
+            handle.set_adapter(names)
+        torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
+    with lora.disable_adapter(), ours.disable_adapter():
+        torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
+    for call in (lambda: lora.save_adapter(tmp_path / "a"), lora.merge_adapter, lora.merge_and_unload):
+        with pytest.raises(StateError, match=r"are on the meta device.*remove_hook_from_submodules\(model\)"):
+            call()
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+    lora.save_adapter(tmp_path / "a", "other")
+    lora.merge_and_unload()
+    torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)

@@ -1,0 +1,51 @@
+"""Models whose tensors are elsewhere: such a model computes as ever, and what needs its tensors is refused by name.
+
+FSDP and tensor parallelism of torch split them over processes. accelerate keeps them in other memory or in files, and
+leaves them on the meta device until a layer is called.
+"""
+
+from torch import nn
+
+from lora_plugins.adapter.lifecycle import CALLS
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensors
+
+
+def check_here(model: nn.Module, call: str) -> None:
+    """Refuses a call that needs the tensors of an adapted model, where they are elsewhere.
+
+    Args:
+        model: The model.
+        call: Name of the call, as `lifecycle.CALLS` has it.
+
+    Raises:
+        StateError: If parameters of the model are split over processes, or on the meta device.
+    """
+    check_not_sharded(model, call)
+    away = [name for name, parameter in own_tensors(model_modules(model), "_parameters").items() if parameter.is_meta]
+    if away:
+        raise StateError(
+            f"{CALLS[call].doing} needs tensors with values, and {listing(away, 3)} are on the meta device. If "
+            "accelerate offloads the model, take that back first: "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
+        )
+
+
+def check_not_sharded(model: nn.Module, call: str) -> None:
+    """Refuses a call that needs whole tensors, of which each process has a part.
+
+    Args:
+        model: The model.
+        call: Name of the call, as `lifecycle.CALLS` has it.
+
+    Raises:
+        StateError: If parameters of the model are split over processes.
+    """
+    names = own_tensors(model_modules(model), "_parameters")
+    split = [name for name in names if is_shard(*holder_of(model, name))]
+    if split:
+        raise StateError(
+            f"{CALLS[call].doing} needs whole tensors, and {listing(split, 3)} are split over processes. Do it before "
+            "the model is sharded, or in a whole model that has loaded get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
+        )
