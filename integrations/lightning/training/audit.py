@@ -1,5 +1,6 @@
 """Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,9 @@ class Audit:
             StateError: If something made it trainable.
         """
         if self._first is not None:  # before a scheduler changes them at the batch's end
-            self._rates = [float(g["lr"]) for optimizer in self._trainer.optimizers for g in optimizer.param_groups]
+            # An optimizer that finds its own rate (A2Grad, AliG) has none in its groups.
+            groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+            self._rates = [float(group.get("lr", math.inf)) for group in groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
             self._by_hand.forget()  # callbacks may have exchanged the whole module

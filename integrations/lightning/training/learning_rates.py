@@ -100,11 +100,13 @@ class LearningRates:
             configured: What its `configure_optimizers` returned.
 
         Raises:
-            StateError: If a scheduler is not one of torch, which could not be told of the new groups.
+            StateError: If a scheduler is not one of torch, which could not be told of the new groups, or an optimizer
+                has no learning rate.
         """
         if self == LearningRates():
             return
         _check_schedulers(configured)
+        _check_rates(configured)
         schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
         for optimizer in flatten(configured):
             if isinstance(optimizer, Optimizer):
@@ -175,3 +177,14 @@ def _check_schedulers(configured: Any) -> None:
             f"{unknown[0]} is no LRScheduler of torch, and could not be told of the parameter groups that "
             "loraplus_lr_ratio and heads_lr_ratio make. Use parameter_groups(...) in configure_optimizers instead."
         )
+
+
+def _check_rates(configured: Any) -> None:
+    """Checks that each optimizer has learning rates: of one that finds its own, there is no multiple."""
+    for leaf in flatten(configured):
+        if isinstance(leaf, Optimizer) and any("lr" not in group for group in leaf.param_groups):
+            raise StateError(
+                f"{type(leaf).__name__} has no 'lr' in its parameter groups, since it finds its own learning rate, so "
+                "loraplus_lr_ratio and heads_lr_ratio have nothing to multiply. Leave both at 1, or use another "
+                "optimizer."
+            )

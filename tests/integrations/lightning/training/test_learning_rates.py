@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedulers
 from lora_plugins import ConfigError, LoraConfig, StateError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, parameter_groups
 from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
-from tests.integrations.lightning.training.training_cases import cli, fit
+from tests.integrations.lightning.training.training_cases import cli, fit, lora_b
 
 
 class Rates(Classifier):
@@ -122,6 +122,39 @@ def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
     lora = LoraCallback(CONFIG, loraplus_lr_ratio=16.0)
     with pytest.raises(StateError, match=r"StrangeScheduler is no LRScheduler.*parameter_groups"):
         trainer(tmp_path, [lora]).fit(plain(lambda *_: StrangeScheduler()), loader())
+
+
+class FindsItsRate(torch.optim.Optimizer):
+    """Has no learning rate in its groups, as A2Grad and AliG of pytorch_optimizer."""
+
+    def __init__(self, params):
+        super().__init__(params, {"max_lr": None})
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = sum(float(p.grad.square().sum()) for p in params)
+        for p in params:
+            p.sub_(p.grad, alpha=float(loss) / (norm + 1e-5))
+        return loss
+
+
+class WithoutRate(Classifier):
+    def configure_optimizers(self):
+        return FindsItsRate([p for p in self.parameters() if p.requires_grad])
+
+
+def test_optimizer_without_a_learning_rate_trains_all_adapters(tmp_path):
+    module = WithoutRate()
+    fit(tmp_path, module)
+    assert all(b.any() for b in lora_b(module).values())
+
+
+@pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
+def test_multiple_of_no_learning_rate_is_refused(tmp_path, option):
+    with pytest.raises(StateError, match=r"FindsItsRate has no 'lr'.*loraplus_lr_ratio and heads_lr_ratio"):
+        trainer(tmp_path, [lora(**{option: 2.0})]).fit(WithoutRate(), loader())
 
 
 @pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
