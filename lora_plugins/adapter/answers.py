@@ -7,10 +7,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_plugins.errors import PluginError
-from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot
+from lora_plugins.errors import PluginError, StateError
+from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot
+
+
+def check_filled(init: InitPlugin, context: InitContext) -> None:
+    """Checks that an init gave A and B values, which are NaN before.
+
+    Raises:
+        StateError: If torch's own inits do nothing here, since new modules are kept empty.
+        PluginError: If the init left values out, or computed some that are not finite.
+    """
+    if bool(context.A.isfinite().all() and context.B.isfinite().all()):
+        return
+    if bool(nn.init.constant_(torch.ones(1), 0.0)):
+        raise StateError(
+            "torch.nn.init does nothing here, as inside init_module(empty_init=True) of Fabric and of the Trainer, so "
+            "neither the model nor A and B get values. Adapt the model after that block, when it has its weights."
+        )
+    raise PluginError(
+        f"fill() of the init {init.name!r} left values of A or B of {context.layer!r} unset, or not finite. Are the "
+        "weights of that layer finite?"
+    )
 
 
 def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str, Tensor]:

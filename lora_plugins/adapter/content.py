@@ -1,5 +1,6 @@
 """The tensors of a new adapter, computed before anything of the model is touched."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, own_values, recipe_of
+from lora_plugins.adapter.answers import base_of, check_filled, own_values, recipe_of
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import (
     StoredWeight,
@@ -67,6 +68,10 @@ def initialize(
         model: The model.
         plan: What is adapted.
         calibration: What data showed of each slot, for an init that needs it.
+
+    Raises:
+        StateError: If new modules are kept empty here.
+        PluginError: If the init left A or B without values.
     """
     content: dict[tuple[str, str], SlotTensors] = {}
     for layer, slot, shape in plan.slots():
@@ -77,6 +82,7 @@ def initialize(
         )
         with torch.no_grad():
             recipe = plan.init.fill(context)
+        check_filled(plan.init, context)
         content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe_of(plan.init, layer, recipe))
     return content
 
@@ -91,8 +97,8 @@ def _context(
     return InitContext(
         layer=layer.name,
         weight=slot_matrix(layer, slot, weight).to(dtype=dtype, **place),
-        A=torch.empty(layer.r, columns, dtype=dtype, device="cpu"),
-        B=torch.empty(rows, layer.r, dtype=dtype, device="cpu"),
+        A=torch.full((layer.r, columns), math.nan, dtype=dtype, device="cpu"),
+        B=torch.full((rows, layer.r), math.nan, dtype=dtype, device="cpu"),
         scaling=layer.scaling,
         lookup=layer.plugin.lookup,
         generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),

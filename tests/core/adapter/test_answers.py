@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lora_plugins import (
     InitData,
@@ -10,6 +11,7 @@ from lora_plugins import (
     LoraConfig,
     LoraModel,
     PluginError,
+    StateError,
     VariantPlugin,
     build_registry,
     hookimpl,
@@ -33,6 +35,19 @@ class Forgets(Start):
 class RecipeForNothing(Start):
     def fill(self, context):
         return {**super().fill(context), "u": torch.ones(2)}
+
+
+class LeavesB(Start):
+    def fill(self, context):
+        nn.init.normal_(context.A, generator=context.generator)
+        return {}
+
+
+class DividesByZero(Start):
+    def fill(self, context):
+        nn.init.zeros_(context.B)
+        context.A.copy_(torch.ones_like(context.A) / context.B.sum())
+        return {}
 
 
 class Changes(Start):
@@ -154,6 +169,8 @@ def adapted(plugin):
     ("plugin", "message"),
     [
         (Forgets(), r"fill\(\) of the init 'start' returned None for '0', not {}"),
+        (LeavesB(), r"fill\(\) of the init 'start' left values of A or B of '0' unset, or not finite"),
+        (DividesByZero(), r"left values of A or B of '0' unset, or not finite"),
         (RecipeForNothing(), r"returned \['u'\] for '0'.*says changes_base=False. Return {}"),
         (ListInRecipe(), r"returned {'u': \[1, 2\]} for '0', not a mapping of tensors"),
         (OneRow(), r"computed \(1, 4\) as the base of '0', where the weight is \(3, 4\)"),
@@ -195,3 +212,22 @@ def test_tensors_that_start_as_views_are_trained_by_themselves():
             getattr(layer, f"lora_{name}")["default"].add_(1)
     assert torch.equal(layer.lora_A["default"], first_A)
     assert torch.equal(layer._parameters["weight"], before["0.weight"])
+
+
+class KeepsEmpty(TorchFunctionMode):
+    """What Fabric.init_module(empty_init=True) enters."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "none"])
+def test_block_that_keeps_modules_empty_is_refused_and_nothing_is_touched(init):
+    with KeepsEmpty():
+        model = nn.Sequential(nn.Linear(4, 3))
+        with pytest.raises(StateError, match=r"torch\.nn\.init does nothing here.*after that block"):
+            LoraModel(model, LoraConfig(r=2, init=init))
+    assert type(model[0]) is nn.Linear
+    LoraModel(model, LoraConfig(r=2, init=init))

@@ -50,6 +50,8 @@ class FailingBase(FailingInit):
     changes_base = True
 
     def fill(self, context):
+        nn.init.ones_(context.A)
+        nn.init.ones_(context.B)
         return {}
 
     def changed_base(self, weight, recipe, scaling, options):

@@ -153,7 +153,7 @@ ALSO = {
     # What everything else stands on.
     "registration": set(INIT_CHECKS) - {"ranks"},
     # Garbage in a factor is neither reproducible nor finite, and has no rank.
-    "filled": {"trainable", "reproducible", "dtype", "ranks", "files", "identity", "scaling"},
+    "filled": {"trainable", "reproducible", "recipe", "base", "dtype", "ranks", "files", "identity", "scaling"},
     # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
     "identity": {"scaling"},
     "base": {"identity", "scaling", "files", "pure"},
