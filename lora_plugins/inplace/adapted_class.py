@@ -17,6 +17,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
+from lora_plugins.inplace.held_weights import held, holding, writes_weights
 from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
@@ -87,6 +88,8 @@ def adapted_class(
         namespace |= extended_by.class_attributes
     if has_branch:
         namespace["forward"] = making_again(_forward(base, LazyWeightsOf)) if stored else _forward(base)
+    elif writes_weights(base, weights):
+        namespace["forward"] = holding(base.forward)
     if foreign is not None:
         namespace |= _quantized(base, foreign, has_branch)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
@@ -142,7 +145,7 @@ def _weight_property(name: str) -> property:
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter."
             )
-        weight = effective_weight(layer, name)
+        weight = held(layer, name, effective_weight)
         if own_mode(layer) and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):
             weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
         return weight

@@ -1,0 +1,144 @@
+"""Layers whose own forward writes into its weight compute with what they wrote."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear, normalize
+
+from lora_plugins import LoraConfig, LoraModel
+
+
+class Masked(nn.Conv2d):
+    """As in compressai and PixelCNN."""
+
+    def __init__(self):
+        super().__init__(2, 3, 3, padding=1)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, 1:, 1:] = 0
+
+    def forward(self, x):
+        self.weight.data = self.weight.data * self.mask
+        return super().forward(x)
+
+
+class MaskedInPlace(Masked):
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return nn.Conv2d.forward(self, x)
+
+
+class MaskedByMethod(Masked):
+    def forward(self, x):
+        self.apply_mask()
+        return nn.Conv2d.forward(self, x)
+
+    def apply_mask(self):
+        self.weight.data.mul_(self.mask)
+
+
+class Bounded(nn.Conv2d):
+    """As in EEGNet."""
+
+    def __init__(self):
+        super().__init__(2, 3, 3, padding=1)
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        return super().forward(x)
+
+
+class Prototypes(nn.Linear):
+    """Reads its weight for the first time where no gradients are recorded."""
+
+    def __init__(self):
+        super().__init__(5, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.copy_(normalize(self.weight))
+        return linear(x, self.weight, self.bias)
+
+
+class CallsItself(Masked):
+    def forward(self, x, again=True):
+        self.weight.data *= self.mask
+        return self.forward(super().forward(x)[:, :2], again=False) if again else super().forward(x)
+
+
+class Fails(Masked):
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return super().forward(x[:, :1] if x.isnan().any() else x)
+
+
+CLASSES = [Masked, MaskedInPlace, MaskedByMethod, Bounded, Prototypes, CallsItself, Fails]
+
+
+def build(cls):
+    torch.manual_seed(0)
+    model = nn.Sequential(cls()).double()
+    x = torch.randn(2, 5) if cls is Prototypes else torch.randn(2, 2, 6, 6)
+    model(x.double())  # so that the base has what its forward makes of it
+    return model, x.double()
+
+
+def adapted(model):
+    lora = LoraModel(model, LoraConfig(r=2))
+    nn.init.normal_(model[0].lora_B["default"])
+    return lora
+
+
+def by_hand(plain, lora):
+    """The untouched layer with the weight that the adapted one means."""
+    (layer,) = lora.plans["default"].layers
+    A, B = (getattr(lora.model[0], slot)["default"].detach() for slot in ("lora_A", "lora_B"))
+    model = copy.deepcopy(plain)
+    model[0].weight.data += layer.scaling * (B @ A).reshape(model[0].weight.shape)
+    return model, A, B, layer.scaling
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_forward_and_gradients_are_those_of_the_untouched_layer(cls):
+    model, x = build(cls)
+    plain = copy.deepcopy(model)
+    lora = adapted(model)
+    expected, A, B, scaling = by_hand(plain, lora)
+    outputs = [each(x) for each in (model, expected)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-14)
+    for output in outputs:
+        output.square().sum().backward()
+    gradient = scaling * expected[0].weight.grad.flatten(1)
+    torch.testing.assert_close(model[0].lora_B["default"].grad, gradient @ A.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model[0].lora_A["default"].grad, B.T @ gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_without_gradients_merged_and_unloaded(cls):
+    model, x = build(cls)
+    plain = copy.deepcopy(model)
+    lora = adapted(model)
+    expected, *_ = by_hand(plain, lora)
+    with torch.no_grad():
+        wanted = expected(x)
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-14)
+        lora.merge_adapter()
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-14)
+        lora.unmerge_adapter()
+    whole = by_hand(plain, lora)[0][0].weight  # nothing of a call is left
+    torch.testing.assert_close(model[0].weight, whole, rtol=0, atol=1e-14)
+    lora.unload()
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert vars(model[0]).keys() == vars(plain[0]).keys()
+
+
+def test_nothing_is_held_after_a_forward_that_failed():
+    model, x = build(Fails)
+    lora = adapted(model)
+    with pytest.raises(RuntimeError):
+        model(x * torch.nan)
+    nn.init.zeros_(model[0].lora_B["default"])
+    with lora.disable_adapter():
+        base = model(x)
+    assert torch.equal(model(x), base)
