@@ -65,6 +65,15 @@ _NO_GRADIENT = (
     "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
 )
 
+_OF_WEIGHTS = "differentiated Tensor"
+"""What torch says of a gradient with respect to a tensor that is frozen, or on no way to the loss."""
+
+_NO_WEIGHT = (
+    "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial loss "
+    "(VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is frozen. Name "
+    "that layer in modules_to_save, so that its weight is trained in full."
+)
+
 
 class Audit:
     """Watches a run from the start of its training: its first steps, and its frozen base throughout.
@@ -205,6 +214,8 @@ class Audit:
     def explain(self, error: BaseException) -> None:
         """Adds to an error what may have caused it."""
         self._by_hand.explain(error)
+        if any(_OF_WEIGHTS in str(each) for each in (error, error.__context__)):  # which the module may have caught
+            error.add_note(_NO_WEIGHT)
 
     def _check_unchanged(self) -> None:
         tensors = frozen_tensors(self._module)

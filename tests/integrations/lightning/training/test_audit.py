@@ -210,3 +210,33 @@ class TestFrozenBySomebody:
         with pytest.warns(UserWarning) as said:  # noqa: PT030, they are counted
             run.fit(Classifier(), loader())
         assert sum("were frozen" in str(each.message) for each in said) == 1
+
+
+class AsksForGradients(Classifier):
+    """Weights its losses by gradients with respect to the last weight, as VQGAN; some versions catch torch's error."""
+
+    def __init__(self, catches: bool):
+        super().__init__()
+        self.catches = catches
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        try:
+            (gradient,) = torch.autograd.grad(loss, self.net[3].weight, retain_graph=True)
+        except RuntimeError:
+            if self.catches:
+                assert not self.training
+            raise
+        return loss * gradient.norm().detach()
+
+
+class TestGradientsOfWeights:
+    @pytest.mark.parametrize("catches", [False, True], ids=["raised", "caught"])
+    @pytest.mark.parametrize("config", [LoraConfig(r=2), LoraConfig(r=2, target_modules=["net.0"])], ids=["on", "off"])
+    def test_error_says_what_to_do(self, tmp_path, catches, config):
+        with pytest.raises((RuntimeError, AssertionError)) as caught:
+            fit(tmp_path, AsksForGradients(catches), config)
+        assert "Name that layer in modules_to_save" in "".join(caught.value.__notes__)
+
+    def test_layer_that_is_trained_in_full_has_them(self, tmp_path):
+        fit(tmp_path, AsksForGradients(catches=False), LoraConfig(r=2, modules_to_save=["net.3"]))
