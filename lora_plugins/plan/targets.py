@@ -62,9 +62,10 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     _check_served([site for site in targets if site.plugin is None], registry)
     targets = [site for site in targets if site.plugin is not None]
     if not targets:
+        others = "".join(f" {each}." for each in left_out(config, survey, saved))
         raise TargetError(
             "target_modules: nothing is left to adapt after exclude_modules, layers_to_transform and "
-            f"modules_to_save. Layers that could be adapted: {listing(sorted(handled)) or 'none'}."
+            f"modules_to_save. Layers that could be adapted: {listing(sorted(handled)) or 'none'}.{others}"
         )
     return targets
 

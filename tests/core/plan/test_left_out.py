@@ -31,6 +31,11 @@ class TestTypesWithoutAPlugin:
         ]
         assert str(found.left_out[0]) in str(found)
 
+    def test_they_are_named_where_nothing_could_be_adapted(self):
+        model = nn.Sequential(nn.Bilinear(4, 4, 2), Bank())
+        with pytest.raises(TargetError, match=r"none\. not adapted: Bilinear \('0'\): no plugin.*Bank \('1'\)"):
+            plan(model)
+
     def test_only_matrices_of_numbers_could_be_adapted(self):
         bank = nn.Module()
         bank.row, bank.column = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
