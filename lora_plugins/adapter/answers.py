@@ -22,7 +22,7 @@ def check_filled(init: InitPlugin, context: InitContext) -> None:
     """
     if bool(context.A.isfinite().all() and context.B.isfinite().all()):
         return
-    if bool(nn.init.constant_(torch.ones(1), 0.0)):
+    if bool(nn.init.constant_(torch.ones(1, device="cpu"), 0.0)):
         raise StateError(
             "torch.nn.init does nothing here, as inside init_module(empty_init=True) of Fabric and of the Trainer, so "
             "neither the model nor A and B get values. Adapt the model after that block, when it has its weights."

@@ -9,16 +9,16 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_HELD = "_lora_held"
-"""Attribute of a layer that has its `_Held` while its forward runs."""
+from lora_plugins.inplace.layer_state import layer_state
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Held:
     """What the weights of a layer gave in this call of its forward, by name; and whether the call records gradients.
 
@@ -36,9 +36,11 @@ def writes_weights(base: type[nn.Module], weights: tuple[str, ...]) -> bool:
     `weight.data`, or a method of the weight that ends in `_`, is enough: holding what nothing writes into changes
     nothing.
     """
+    if not weights:
+        return False
     own = [cls for cls in base.__mro__ if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
     writes = re.compile(rf"\.({'|'.join(weights)})\.(data\b|\w+_\()")
-    return bool(weights) and any(writes.search(code) for cls in own for code in _codes(cls))
+    return any(writes.search(code) for cls in own for code in _codes(cls))
 
 
 def _codes(cls: type) -> Iterator[str]:
@@ -55,20 +57,22 @@ def holding(own: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a forward inside of which every reading of a weight gives the same tensor."""
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _HELD in layer.__dict__:  # it calls itself
+        calls, thread = layer_state(layer).held, get_ident()
+        if thread in calls:  # it calls itself
             return own(layer, *args, **kwargs)
-        layer.__dict__[_HELD] = _Held()
+        calls[thread] = _Held()
         try:
             return own(layer, *args, **kwargs)
         finally:
-            del layer.__dict__[_HELD]
+            del calls[thread]
 
     return forward
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
     """Returns the weight that a running forward has read before, or a new one that `make` gives."""
-    now: _Held | None = layer.__dict__.get(_HELD)
+    calls = layer_state(layer).held
+    now: _Held | None = calls.get(get_ident()) if calls else None
     if now is None:
         return make(layer, name)
     if name not in now.weights:

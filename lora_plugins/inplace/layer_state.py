@@ -58,6 +58,7 @@ class LayerState:
         index: Then, the place of each row's adapter in `active`, behind them for the base; on the layer's device, so
             that no forward copies it there.
         meanwhile: In which condition the model has other values in the place of its own, and will put these back.
+        held: By thread, what the weights of the layer gave in a call that goes on; see `held_weights`.
     """
 
     name: str
@@ -70,11 +71,12 @@ class LayerState:
     rows: tuple[str | None, ...] | None = None
     index: Tensor | None = None
     meanwhile: Literal["", "in a block", "merged"] = ""
+    held: dict[int, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.meanwhile == "in a block":
             raise StateError(copy_in_block(self.name))
-        return vars(self)
+        return {**vars(self), "held": {}}
 
     @property
     def has_branch(self) -> bool:

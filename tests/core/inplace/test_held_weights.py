@@ -1,6 +1,7 @@
 """Layers whose own forward writes into its weight compute with what they wrote."""
 
 import copy
+from threading import Event, Thread, current_thread
 
 import pytest
 import torch
@@ -142,3 +143,35 @@ def test_nothing_is_held_after_a_forward_that_failed():
     with lora.disable_adapter():
         base = model(x)
     assert torch.equal(model(x), base)
+
+
+class Waiting(Masked):
+    """Lets others do something between writing and reading."""
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        self.wait()
+        return nn.Conv2d.forward(self, x)
+
+
+def test_threads_write_into_weights_of_their_own():
+    """The second call begins inside of the first one, and reads when that has ended."""
+    model = nn.Sequential(Waiting()).eval()
+    LoraModel(model, LoraConfig(r=2, init="none", target_modules="all"))
+    x, written, written_twice = torch.randn(1, 2, 4, 4), Event(), Event()
+    model[0].wait = lambda: None
+    expected = model(x)
+    first = Thread(target=lambda: model(x))
+
+    def wait():
+        if current_thread() is first:
+            written.set()
+            written_twice.wait(10)
+        else:
+            written_twice.set()
+            first.join(10)
+
+    model[0].wait = wait
+    first.start()
+    written.wait(10)
+    assert torch.equal(model(x), expected)
