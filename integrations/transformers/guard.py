@@ -11,7 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapter_tensors, model_state
 from lora_plugins.errors import listing
-from lora_plugins.plan import forgotten_layers
+from lora_plugins.files import checksum
+from lora_plugins.inplace import model_modules, persistent_buffers
+from lora_plugins.plan import Plan, forgotten_layers
 from lora_plugins.utils import plain_name
 
 
@@ -24,6 +26,12 @@ def unheld(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Returns the names of the parameters that are to be trained, and that an optimizer does not hold."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [name for name, parameter in trained(model).items() if id(parameter) not in held]
+
+
+def unsaved_buffers(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Returns the checksums of the buffers that a state dict has and the adapter is saved without, by name."""
+    buffers = persistent_buffers(model_modules(model))
+    return {name: checksum(buffer) for name, buffer in buffers.items() if name not in plan.saved_buffers}
 
 
 def check_active(model: nn.Module, adapter_name: str) -> None:
@@ -56,6 +64,7 @@ class TrainingGuard(TrainerCallback):
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
         self._seen = False
+        self._buffers: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,6 +77,7 @@ class TrainingGuard(TrainerCallback):
         model, self._seen = kwargs["model"], False
         self._check(model, kwargs["optimizer"])
         plan = LoraModel(model).plans[self.adapter_name]
+        self._buffers = unsaved_buffers(model, plan)
         if state.is_world_process_zero:
             print(f"LoRA adapter {self.adapter_name!r}: {plan.summary()}")
         if forgotten := forgotten_layers(model, plan):
@@ -86,8 +96,20 @@ class TrainingGuard(TrainerCallback):
             StateError: If one has.
         """
         self._check(kwargs["model"], kwargs["optimizer"])
+        self._check_buffers(kwargs["model"])
 
     on_save = on_epoch_begin  # an epoch can be the whole run
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Looks at buffers once more: another callback may have merged the adapter by now.
+
+        Raises:
+            StateError: If some have changed that no checkpoint holds.
+        """
+        if model_state(kwargs["model"]) is not None:
+            self._check_buffers(kwargs["model"])
 
     def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_active(model, self.adapter_name)
@@ -104,17 +126,28 @@ class TrainingGuard(TrainerCallback):
                 "the model anew since the optimizer was made, make the trainer again."
             )
 
+    def _check_buffers(self, model: nn.Module) -> None:
+        now = unsaved_buffers(model, LoraModel(model).plans[self.adapter_name])
+        moved = [name for name, before in self._buffers.items() if now.get(name, before) != before]
+        if moved:
+            raise StateError(
+                f"Training changes {listing(moved)}, buffers that are no part of the adapter, so that no checkpoint "
+                "would hold them. Name their modules in modules_to_save; of those that need not be kept, register the "
+                "buffer again with persistent=False before the trainer is made."
+            )
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the gradients of the first step.
+        """Looks at the gradients of the first step, and at what its forward has changed.
 
         Raises:
-            StateError: If no tensor of the adapter has one.
+            StateError: If no tensor of the adapter has one, or if the forward changes what no checkpoint would hold.
         """
         if self._seen:
             return
         self._seen, model = True, kwargs["model"]
+        self._check_buffers(model)
         factors = adapter_tensors(model).keys()
         without = [name for name, parameter in trained(model).items() if parameter.grad is None]
         if factors & trained(model).keys() and factors & trained(model).keys() <= set(without):

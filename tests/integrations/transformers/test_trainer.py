@@ -14,8 +14,10 @@ from lora_plugins import AdapterFileError, ConfigError, InitData, LoraConfig, Lo
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
 from tests.integrations.transformers.toys import (
+    CENTERED,
     SEGFORMER,
     VIT,
+    Centered,
     arguments,
     differing,
     images,
@@ -149,6 +151,15 @@ class TestResume:
         assert bool(moved) == (norm == "track")
         resumed = trainer(tmp_path, segformer(), config, scenes())
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert not differing(values(straight.model), values(resumed.model))
+
+    def test_buffers_of_saved_modules_go_on_too(self, tmp_path):
+        config = dataclasses.replace(CENTERED, modules_to_save=["center"])
+        straight = trainer(tmp_path, Centered(), config)
+        straight.train()
+        assert straight.model.center.mean.any()
+        resumed = trainer(tmp_path, Centered(), config)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert not differing(values(straight.model), values(resumed.model))
 
     def test_with_a_constant_rate_in_the_middle_of_an_epoch(self, tmp_path):
@@ -621,6 +632,33 @@ class TestRefused:
         run.model.vit.layernorm.weight.requires_grad_(True)
         with pytest.raises(StateError, match=r"'vit\.layernorm\.weight' are trained and are no part of the adapter"):
             run.train()
+
+    def test_a_buffer_that_no_checkpoint_would_hold(self, tmp_path):
+        run = trainer(tmp_path, Centered(), CENTERED)
+        with pytest.raises(StateError, match=r"Training changes 'center\.mean', buffers .* Name their modules"):
+            run.train()
+        assert run.state.global_step == 0
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+    @pytest.mark.parametrize(("event", "steps"), [("on_evaluate", 3), ("on_train_end", 6)])
+    def test_a_buffer_that_changes_late(self, tmp_path, event, steps):
+        def changed(callback, args, state, control, model, **kwargs):
+            model.center.mean.add_(1)
+
+        model = Centered()
+        model.center.momentum = 0.0
+        callback = type("Callback", (transformers.TrainerCallback,), {event: changed})()
+        run = trainer(tmp_path, model, CENTERED, eval_strategy="epoch", callbacks=[callback])
+        with pytest.raises(StateError, match=r"Training changes 'center\.mean'"):
+            run.train()
+        assert run.state.global_step == steps
+
+    def test_a_buffer_that_need_not_be_kept(self, tmp_path):
+        model = Centered()
+        model.center.register_buffer("mean", model.center.mean, persistent=False)  # as the message says
+        run = trainer(tmp_path, model, CENTERED)
+        run.train()
+        assert model.center.mean.any()
 
     # the checkpoint is written before `on_save` refuses the run, and warns of the same
     @pytest.mark.filterwarnings("ignore:'vit.layernorm.weight', .* are no part of an adapter:UserWarning")

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from torch import nn
 
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.transformers import LoraTrainer
@@ -10,6 +11,36 @@ VIT = LoraConfig(r=2, alpha=8.0, target_modules=["q_proj", "v_proj"], modules_to
 SEGFORMER = LoraConfig(
     r=2, target_modules=["q_proj", "v_proj", "fc1"], modules_to_save=["decode_head.classifier", "batch_norm"]
 )
+
+CENTERED = LoraConfig(r=2, target_modules=["hidden", "out"])
+
+
+class Center(nn.Module):
+    """Takes the running mean of its inputs off them: a buffer moves in training, and no parameter is there."""
+
+    momentum = 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), self.momentum)
+        return x - self.mean
+
+
+class Centered(nn.Module):
+    """Random, and the same each time; with a `Center` in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.hidden, self.center, self.out = nn.Linear(192, 4), Center(), nn.Linear(4, 3)
+
+    def forward(self, pixel_values, labels=None):
+        scores = self.out(self.center(self.hidden(pixel_values.flatten(1))))
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
 def vit(**fields):
