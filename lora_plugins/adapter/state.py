@@ -1,6 +1,6 @@
 """What an adapted model carries with it, so that a copy or a pickle of the model is adapted as well."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,7 +212,7 @@ def open_state(model: nn.Module) -> ModelState:
 
 
 def _check_not_nested(model: nn.Module) -> None:
-    inner = [plain_name(name) for name, module in model.named_modules() if model_state(module) is not None]
+    inner = [entry.name for entry in model_modules(model) if model_state(entry.module) is not None]
     if inner:
         raise StateError(
             f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the "
@@ -458,7 +458,7 @@ def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
             adapter.fingerprints.clear()  # of the base that was
 
 
-def _check_unchanged(state: ModelState, names: Iterable[str]) -> None:
+def _check_unchanged(state: ModelState, names: Collection[str]) -> None:
     """Refuses a base for adapters whose init has changed the base."""
     for name, adapter in state.adapters.items():
         owned, stored = state.values.of(name), tuple(f"{key}{SUFFIX}." for key in adapter.plan.stored)
