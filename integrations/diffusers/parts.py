@@ -9,7 +9,7 @@ from lora_plugins import ConfigError, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.formats import COMPONENTS
-from lora_plugins.utils import COMPILED
+from lora_plugins.inplace import unwrapped
 
 _ATTRIBUTE = "_lora_plugins_parts"
 """Of a pipeline: the module of its parts, which holds the state of their adapters."""
@@ -57,15 +57,10 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
             f"{type(pipe).__name__} is no pipeline of diffusers. Give what DiffusionPipeline.from_pretrained returns; "
             "LoraModel adapts a single module."
         )
-    found = {name: _original(components[name]) for name in COMPONENTS if isinstance(components.get(name), nn.Module)}
+    found = {name: unwrapped(components[name]) for name in COMPONENTS if isinstance(components.get(name), nn.Module)}
     if not found:
         raise ConfigError(f"{type(pipe).__name__} has none of the parts that are adapted: {', '.join(COMPONENTS)}.")
     return found
-
-
-def _original(part: nn.Module) -> nn.Module:
-    """Returns what `torch.compile` was given, so that names and files are the same before and after it."""
-    return getattr(part, COMPILED, part)
 
 
 def _is_fused(module: nn.Module) -> bool:
