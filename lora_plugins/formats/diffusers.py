@@ -149,8 +149,9 @@ def _placed(key: str) -> tuple[str, str, str] | None:
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
         ending = next((ending for ending in _ENDINGS_ALONE if key.endswith(ending)), None)
-        is_alone = ending is not None and not key.startswith(PREFIX)
-        return (_ALONE, key.removesuffix(ending), _ENDINGS[ending]) if ending and is_alone else None
+        if ending is None or key.startswith(PREFIX):
+            return None
+        return _ALONE, key.removesuffix(ending), _ENDINGS[ending]
     oldest = _OLDEST.fullmatch(rest)
     if oldest:
         attention, own, direction = oldest.groups()

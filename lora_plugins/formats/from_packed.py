@@ -14,7 +14,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.inplace import detached_weight, model_modules, submodule
-from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plan import Plan, ends_with, make_plan
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
 
 LAYER_TYPES = frozenset(
@@ -86,12 +86,12 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Returns the full names of the modules that are trained in full, without those inside another one."""
-    names = [entry.name for entry in model_modules(model) for pattern in patterns if _ends_with(entry.names, pattern)]
+    names = [
+        entry.name
+        for entry in model_modules(model)
+        if any(ends_with(pattern, name) for pattern in patterns for name in entry.names)
+    ]
     return sorted({name for name in names if not any(name.startswith(f"{other}.") for other in names)})
-
-
-def _ends_with(names: Sequence[str], pattern: str) -> bool:
-    return any(f".{name}".endswith(f".{pattern}") for name in names)
 
 
 def check_expressible(refusals: Sequence[str]) -> None:
