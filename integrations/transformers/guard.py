@@ -12,14 +12,13 @@ from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapter_tensors, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import checksum
-from lora_plugins.inplace import model_modules, persistent_buffers
+from lora_plugins.inplace import model_modules, named_parameters, persistent_buffers
 from lora_plugins.plan import Plan, forgotten_layers
-from lora_plugins.utils import plain_name
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that require a gradient, by name."""
-    return {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
 
 
 def unheld(model: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -31,6 +31,7 @@ from lora_plugins.inplace import (
     let_load,
     mix_rows,
     model_modules,
+    named_tensors,
     own_mode,
     own_tensor,
     own_tensors,
@@ -441,15 +442,9 @@ def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], 
 
 def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     """Yields the names that the model calls tensors by, which may be shared, of any names of them."""
-    own = {id(tensor): plain_name(name) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    every = {name: id(tensor) for name, tensor in _all_names(model)}
-    yield from (own[every[name]] for name in names if name in every)
-
-
-def _all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a model under all of their names."""
-    yield from ((plain_name(name), tensor) for name, tensor in model.named_parameters(remove_duplicate=False))
-    yield from ((plain_name(name), tensor) for name, tensor in model.named_buffers(remove_duplicate=False))
+    own = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    every = named_tensors(model, aliases=True)
+    yield from (own[id(every[name])] for name in names if name in every)
 
 
 def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
@@ -471,11 +466,11 @@ def _check_unchanged(state: ModelState, names: Collection[str]) -> None:
 
 def _keep_owned(model: nn.Module, state: ModelState, values: dict[str, Any]) -> None:
     """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
-    named = list(_all_names(model))
+    named = named_tensors(model, aliases=True)
     state.values.follow_casts(model)
     for name in state.values.owner:
         own, base = own_tensor(model, name), state.values.base[name]
-        aliases = [alias for alias, tensor in named if tensor is own and alias in values]
+        aliases = [alias for alias, tensor in named.items() if tensor is own and alias in values]
         for alias in aliases:  # of a shared tensor the last one counts, as for torch
             if values[alias].shape == own.shape:
                 state.values.base[name] = values[alias].detach().to(base.device, base.dtype, copy=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.container import AdapterTensors
-from lora_plugins.utils import INSERTED
+from lora_plugins.utils import INSERTED, plain_name
 
 FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
 """Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
@@ -88,6 +88,27 @@ def _foreign() -> list[type[nn.Module]]:
 def full_name(module: str, key: str) -> str:
     """Returns the full name of what a module holds; that of the model itself is empty."""
     return f"{module}.{key}" if module else key
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns what `model_modules` lists, under all of its names."""
+    return {name: entry.module for entry in model_modules(model) for name in entry.names}
+
+
+def named_parameters(module: nn.Module, aliases: bool = False) -> dict[str, nn.Parameter]:
+    """Returns all parameters below a module, those of adapters too, by full name without what is inserted.
+
+    Args:
+        module: The module.
+        aliases: Whether a tied parameter is there under all of its names, and not only under the first.
+    """
+    return {plain_name(name): tensor for name, tensor in module.named_parameters(remove_duplicate=not aliases)}
+
+
+def named_tensors(module: nn.Module, aliases: bool = False) -> dict[str, Tensor]:
+    """Returns all parameters and buffers below a module, as `named_parameters` does."""
+    buffers = module.named_buffers(remove_duplicate=not aliases)
+    return {**named_parameters(module, aliases), **{plain_name(name): tensor for name, tensor in buffers}}
 
 
 def own_tensors(modules: list[NamedModule], kind: str) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
+from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
 from lora_plugins.integrations.lightning.module import name_mapper
-from lora_plugins.utils import plain_name
 
 
 class PartOfBase(dict[str, Any]):
@@ -38,7 +38,7 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
             values = [key.removeprefix("value/") for key in manifest["tensors"] if key.startswith("value/")]
             owners = ["", *manifest["layers"], *(value.rpartition(".")[0] for value in values)]
             needed += [".".join(part for part in (path, name) if part) for name in owners]
-        present = {plain_name(name) for name, _ in module.named_modules(remove_duplicate=False)}
+        present = modules_by_name(module)
         return [name for name in dict.fromkeys(needed) if name not in present]
 
 

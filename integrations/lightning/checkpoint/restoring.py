@@ -10,7 +10,7 @@ from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
-from lora_plugins.inplace import own_tensor
+from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -73,7 +73,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], replaced: dict[str, Tensor]) -> None:
     """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
-    found = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    found = named_parameters(module)
     merged = set(merged_weights(module)) - set(keys)
     if merged:
         raise AdapterFileError(

@@ -7,7 +7,7 @@ from torch import nn
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
-from lora_plugins.inplace import model_modules, state_of
+from lora_plugins.inplace import model_modules, modules_by_name, state_of
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets
 from lora_plugins.utils import plain_name
 
@@ -20,7 +20,7 @@ def find_target(module: nn.Module, path: str | None) -> nn.Module:
     """
     if path is None:
         return module
-    found: dict[str, nn.Module] = {plain_name(name): part for name, part in module.named_modules()}
+    found = modules_by_name(module)
     path = plain_name(path)
     if path not in found:
         raise ConfigError(f"target is {path!r}, which {type(module).__name__} does not have. {near(path, found)}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of, submodule
+from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, state_of, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, state_of_adapters
 from lora_plugins.utils import plain_name
@@ -93,8 +93,8 @@ def find_copies(module: nn.Module) -> list[NetworkCopy]:
 
 def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
     """Whether a copy has the parameters of its origin, adapters included, in the same order."""
-    own, origin = (submodule(module, part).named_parameters() for part in (copy.name, copy.origin))
-    return [plain_name(name) for name, _ in own] == [plain_name(name) for name, _ in origin]
+    own, origin = (named_parameters(submodule(module, part)) for part in (copy.name, copy.origin))
+    return list(own) == list(origin)
 
 
 def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:

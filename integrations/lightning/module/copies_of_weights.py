@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.inplace import own_tensor
+from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, adapted_weights
-from lora_plugins.utils import plain_name
 
 _LIBRARIES = ("torch", "lightning", "lora_plugins", "torchmetrics", "builtins")
 
@@ -36,7 +35,7 @@ def kept_copies(module: nn.Module) -> list[str]:
 
 
 def _own_weights(module: nn.Module) -> list[str]:
-    owned = {plain_name(name): weight for name, weight in module.named_parameters(remove_duplicate=False)}
+    owned = named_parameters(module, aliases=True)
     layers = any(adapted_layers(target) for target in adapted_targets(module).values())
     return [name for name in adapted_weights(module) if name in owned and owned[name].dim() > 1] if layers else []
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.inplace import model_modules, named_parameters
 from lora_plugins.plan import ends_with, within
-from lora_plugins.utils import plain_name
 
 
 def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
@@ -32,8 +32,7 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
     declared: Iterable[str] = getattr(module, "head_modules", ())
     prefix = f"{path}." if path else ""
     heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]
-    named = (*target.named_modules(), *target.named_parameters())
-    names = list(dict.fromkeys(plain_name(name) for name, _ in named))
+    names = [*(entry.name for entry in model_modules(target)), *named_parameters(target)]
     for head in heads:
         if head not in names:
             raise ConfigError(f"{type(module).__name__}.head_modules names {prefix + head!r}, which does not exist.")

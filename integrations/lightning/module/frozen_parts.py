@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.files import fingerprint, same
-from lora_plugins.inplace import model_modules, own_tensors
+from lora_plugins.inplace import model_modules, named_tensors, own_tensors
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
 from lora_plugins.utils import plain_name
@@ -100,8 +100,8 @@ def outside(module: nn.Module) -> dict[str, Tensor]:
         modules = model_modules(target)
         own = [*own_tensors(modules, "_parameters").values(), *own_tensors(modules, "_buffers").values()]
         inside |= {id(tensor) for tensor in (*own, *adapter_tensors(target).values())}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {plain_name(n): t.detach() for n, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
+    named = named_tensors(module, aliases=True).items()
+    return {name: t.detach() for name, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
 
 
 def _notes(module: nn.Module) -> dict[str, _Built]:

@@ -11,9 +11,8 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import full_name, holder_of, own_tensor, submodule
+from lora_plugins.inplace import full_name, holder_of, model_modules, named_parameters, own_tensor, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
-from lora_plugins.utils import plain_name
 
 _MERGED = "_lora_merged"
 
@@ -31,15 +30,14 @@ def mark_merged(target: nn.Module, names: Iterable[str]) -> None:
 def merged_weights(target: nn.Module) -> list[str]:
     """Returns the names of weights that are merged ones, and have been since."""
     marks = {full_name(name, key): total for name, own in marks_of(target).items() for key, total in own.items()}
-    named = target.named_parameters(remove_duplicate=False) if marks else ()
-    weights = {plain_name(name): weight for name, weight in named}
+    weights = named_parameters(target, aliases=True) if marks else {}
     return [name for name, total in marks.items() if name in weights and checksum(weights[name]) == total]
 
 
 def marks_of(target: nn.Module) -> Marks:
     """Returns what the layers of a module remember."""
-    named = target.named_modules()
-    return {plain_name(name): dict(layer.__dict__[_MERGED]) for name, layer in named if _MERGED in layer.__dict__}
+    layers = {entry.name: entry.module for entry in model_modules(target)}
+    return {name: dict(layer.__dict__[_MERGED]) for name, layer in layers.items() if _MERGED in layer.__dict__}
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:

@@ -6,8 +6,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lora_plugins.errors import listing
-from lora_plugins.inplace import is_frozen, model_modules, own_mode, state_of
+from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
+from lora_plugins.integrations.lightning.module.copies import is_within
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.utils import plain_name
 
 
 def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -> None:
@@ -20,20 +22,22 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -
         target: The module.
         averages: Parts of it that are copies of others: those that are in eval mode stay so as well.
     """
-    modes = {name: own_mode(child) for name, child in target.named_modules()}
+    modes = {child: own_mode(child) for child in target.modules()}
     kept = _kept_in_eval_mode(target, averages)
     target.train()
-    for part in kept.values():  # outer ones first, since `train` goes down
-        for name, child in part.items():
-            child.train(modes[name])
-    changed = [name for name, child in target.named_modules() if child.training and not modes[name]]
+    named = [(plain_name(n), child) for n, child in target.named_modules() if not isinstance(child, AdapterTensors)]
+    for name, child in named:  # outer ones first, since `train` goes down
+        if any(is_within(name, part) for part in kept):
+            child.train(modes[child])
+    changed = dict.fromkeys(name for name, child in named if child.training and not modes[child])
     if changed:
         rank_zero_info(
             f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
             "LoraCallback(train_mode=False) to keep their mode."
         )
-    own = {name: part for name, part in kept.items() if not any(part[name] is average for average in averages)}
-    adapted = [name for part in own.values() for name, child in part.items() if state_of(child) is not None]
+    own = [name for name, part in kept.items() if part not in averages]
+    layers = [name for name, child in named if state_of(child) is not None]
+    adapted = [name for name in layers if any(is_within(name, part) for part in own)]
     if adapted:
         rank_zero_info(
             f"{listing(own, 3)} arrived frozen and in eval mode, and stay so, though {len(adapted)} layers in it are "
@@ -43,7 +47,7 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -
 
 def modes_of_frozen_norms(module: nn.Module) -> dict[str, bool]:
     """Returns the mode of each normalization layer that is kept in eval mode, as it would be without."""
-    return {name: own_mode(child) for name, child in module.named_modules() if is_frozen(child)}
+    return {entry.name: own_mode(entry.module) for entry in model_modules(module) if is_frozen(entry.module)}
 
 
 def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> None:
@@ -52,24 +56,19 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
     Lightning reads the mode of every layer before validation and writes it back after, which for these is always eval
     mode: after the adapters are gone, their statistics would stand still for ever.
     """
-    for name, child in module.named_modules():
-        if name in modes and is_frozen(child):
-            child.train(modes[name])
+    for entry in model_modules(module):
+        if entry.name in modes and is_frozen(entry.module):
+            entry.module.train(modes[entry.name])
 
 
-def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """Returns the modules of each part, below the target itself, that its author put into eval mode for good."""
+def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, nn.Module]:
+    """Returns the parts below the target itself that their author put into eval mode for good, by name."""
     required = state_of_adapters(target).requires_grad
-    parts: dict[str, dict[str, nn.Module]] = {}
-    modules = model_modules(target)
-    for entry in modules[1:]:
-        if own_mode(entry.module) or any(_is_in(entry.name, part) for part in parts):
+    parts: dict[str, nn.Module] = {}
+    for entry in model_modules(target)[1:]:
+        if own_mode(entry.module) or any(is_within(entry.name, part) for part in parts):
             continue
-        own = [required[name] for name in required if _is_in(name, entry.name)]
-        if own and (not any(own) or any(entry.module is average for average in averages)):
-            parts[entry.name] = {other.name: other.module for other in modules if _is_in(other.name, entry.name)}
+        own = [required[name] for name in required if is_within(name, entry.name)]
+        if own and (not any(own) or entry.module in averages):
+            parts[entry.name] = entry.module
     return parts
-
-
-def _is_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")

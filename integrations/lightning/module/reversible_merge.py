@@ -25,6 +25,7 @@ from lora_plugins.inplace import (
     layer_state,
     library_weights,
     model_modules,
+    named_tensors,
     own_tensor,
     put_marks,
     put_stored,
@@ -75,10 +76,7 @@ class ReversibleMerge:
 
     def replaced(self, target: nn.Module) -> list[str]:
         """Returns the names of merged tensors that are not in `target`, or whose values are no more the merged ones."""
-        own = {
-            **dict(target.named_parameters(remove_duplicate=False)),
-            **dict(target.named_buffers(remove_duplicate=False)),
-        }
+        own = named_tensors(target, aliases=True)
         return [
             name
             for name, merged in self.merged.items()

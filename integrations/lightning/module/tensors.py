@@ -8,9 +8,16 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraError, LoraModel
 from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, own_tensors, submodule
+from lora_plugins.inplace import (
+    StoredWeight,
+    full_name,
+    model_modules,
+    named_parameters,
+    named_tensors,
+    own_tensors,
+    submodule,
+)
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
-from lora_plugins.utils import plain_name
 
 Fingerprints = Mapping[str, Mapping[str, float]]
 """Of tensors, by full name."""
@@ -21,7 +28,7 @@ _MOVED = "_lora_moved"
 
 def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the modules below (and including) `module` that carry adapters, by path."""
-    return {plain_name(name): child for name, child in module.named_modules() if model_state(child) is not None}
+    return {entry.name: entry.module for entry in model_modules(module) if model_state(entry.module) is not None}
 
 
 def state_of_adapters(target: nn.Module) -> ModelState:
@@ -49,17 +56,13 @@ def frozen_keys(module: nn.Module) -> set[str]:
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors that no adapter of the module may change, by name; see `frozen_keys`."""
     names = _frozen_names(module)
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {plain: tensor for name, tensor in named if (plain := plain_name(name)) in names}
+    return {name: tensor for name, tensor in named_tensors(module).items() if name in names}
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
     frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
-    named = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    return {plain_name(name) for name, tensor in named if id(tensor) in frozen} - moved_by_hand(module)
+    named = named_tensors(module, aliases=True)
+    return {name for name, tensor in named.items() if id(tensor) in frozen} - moved_by_hand(module)
 
 
 def moved_by_hand(module: nn.Module) -> frozenset[str]:
@@ -201,8 +204,8 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
         acting = state.unmerged if state.trainable else ()
         in_place = {name for adapter in acting for name in state.adapters[adapter].plan.trained}
         factors = {name for name in adapter_tensors(target) if name.rpartition(".")[2] in acting}
-        own = ((plain_name(name), parameter) for name, parameter in target.named_parameters())
-        found.update({full_name(path, name): p for name, p in own if name in in_place or name in factors})
+        own = named_parameters(target)
+        found.update({full_name(path, name): own[name] for name in own if name in in_place or name in factors})
     return found
 
 

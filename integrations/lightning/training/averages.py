@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
+from lora_plugins.inplace import full_name, named_parameters, named_tensors
 from lora_plugins.integrations.lightning.module import frozen_as_built, frozen_tensors, outside
 from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, drop_average
 from lora_plugins.utils import plain_name
@@ -37,9 +38,8 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
         return
     beside, built = outside(module), frozen_as_built(module)
     frozen = {**frozen_tensors(module), **{name: beside[name] for name in built}}
-    for average, prefix in averages:
-        own = (*average.named_parameters(prefix), *average.named_buffers(prefix))
-        named = {plain_name(name): tensor for name, tensor in own}
+    for average, path in averages:
+        named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
         with torch.no_grad():
             for name, tensor in frozen.items():
                 if name in named:
@@ -82,7 +82,7 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
     """Whether something is a copy of a part with adapters, without these."""
     for part in module.modules():
         factors = adapter_tensors(part).keys() if isinstance(part, type(copy)) else ()
-        own = _named(part)
+        own = named_parameters(part)
         if factors and _agree(copy, {name: own[name] for name in own.keys() - factors}):
             return True
     return False
@@ -111,26 +111,22 @@ def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple
 
 def _name_of_original(average: nn.Module, module: LightningModule) -> str | None:
     """Returns the name of the part that something is the average of; None if it is of none."""
-    return next((name for name, part in module.named_modules() if _is_average(average, part)), None)
+    return next((plain_name(name) for name, part in module.named_modules() if _is_average(average, part)), None)
 
 
 def _is_average(average: nn.Module, part: nn.Module) -> bool:
     """Whether one has the class of the other, the same names, and what is frozen but for rounding: a twin has not."""
-    return type(average) is type(part) and _agree(average, _named(part))
+    return type(average) is type(part) and _agree(average, named_parameters(part))
 
 
 def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
     """Whether a module has parameters of these names and shapes, and what is frozen of them but for rounding."""
-    its = _named(copy)
+    its = named_parameters(copy)
     return its.keys() == own.keys() and all(
         its[name].shape == tensor.shape
         and (tensor.requires_grad or torch.allclose(its[name].to(tensor), tensor, rtol=0.1))
         for name, tensor in own.items()
     )
-
-
-def _named(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def _averaging(trainer: Trainer) -> list[Averaging]:

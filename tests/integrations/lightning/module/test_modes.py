@@ -6,8 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.inplace import unwrapped
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
 
@@ -77,6 +79,17 @@ def test_frozen_modules_in_eval_mode_stay_so(tmp_path, config, merge):
         LoraModel(module).unload()
     assert not any(child.training for child in module.teacher.modules())
     assert all(child.training for child in module.net.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+@pytest.mark.parametrize("part", ["net", "teacher"])
+def test_frozen_modules_that_something_is_wrapped_around_stay_in_eval_mode(tmp_path, part):
+    module = Distilled()
+    setattr(module, part, checkpoint_wrapper(getattr(module, part)).train(part == "net"))
+    trainer(tmp_path, [LoraCallback(LoraConfig(r=2, target_modules=["net.0"]))]).fit(module, loader(), loader())
+    assert module.modes == {(True, *[False] * 5)}
+    assert not any(child.training for child in module.teacher.modules())
+    assert all(child.training for child in unwrapped(module.net).modules())
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback

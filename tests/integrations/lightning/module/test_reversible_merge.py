@@ -11,8 +11,10 @@ import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, MergeError, StateError
+from lora_plugins.inplace import unwrapped
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
 from lora_plugins.integrations.lightning.module import merge_reversibly
@@ -248,6 +250,21 @@ class TestBaseThatTheInitChangedAndTheTrainerCast:
         assert not differing(values(again), safetensors.torch.load_file(tmp_path / "merged.safetensors"))
         base = {key: value.to(module.state_dict()[key].dtype) for key, value in values(Classifier()).items()}
         assert not differing(values(LoraModel(module).unload()), base)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda net: torch.compile(net, backend="eager"), checkpoint_wrapper],
+    ids=["compiled", "checkpointed"],
+)
+def test_is_taken_back_where_a_part_was_wrapped_since(tmp_path, wrapped):
+    run, module, _ = fitted(tmp_path, config=LoraConfig(r=2, target_modules=["0", "3"]))
+    module.net = wrapped(module.net)
+    run.callbacks[0].undo_merge(module)
+    assert LoraModel(module).active_adapters == ("default",)
+    LoraModel(module).unload()
+    module.net = unwrapped(module.net)
+    assert not differing(values(module), values(Classifier()))
 
 
 def test_module_is_clean_after_fit(tmp_path):
