@@ -4,6 +4,7 @@
 adapters are here too.
 """
 
+from lora_plugins.adapter.acting import apply_state, base_in_place, hold_norms
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
@@ -19,24 +20,12 @@ from lora_plugins.adapter.content import (
     to_store,
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
+from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
+from lora_plugins.adapter.opening import close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
-from lora_plugins.adapter.state import (
-    Adapter,
-    ModelState,
-    adapted_layers,
-    apply_state,
-    base_in_place,
-    check_complete,
-    check_in_place,
-    check_norms,
-    close_state,
-    hold_norms,
-    model_state,
-    present_state,
-    trained_besides,
-)
+from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
 from lora_plugins.adapter.swap import swap
 from lora_plugins.adapter.transitions import (
     ADAPTER_NAME,

@@ -14,8 +14,9 @@ from typing import ParamSpec, TypeVar
 
 from torch import nn
 
+from lora_plugins.adapter.acting import let_act
 from lora_plugins.adapter.gradients import require_gradient
-from lora_plugins.adapter.state import Block, ModelState, Outside, let_act, model_state, present_state
+from lora_plugins.adapter.state import Block, ModelState, Outside, model_state, present_state
 from lora_plugins.adapter.whole import whole
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor

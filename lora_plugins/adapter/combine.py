@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.content import SlotTensors, factor_dtype
-from lora_plugins.adapter.state import ModelState, check_in_place
+from lora_plugins.adapter.integrity import check_in_place
+from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
 from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule

@@ -4,8 +4,9 @@ from functools import partial
 
 from torch import nn
 
+from lora_plugins.adapter.acting import own_holders
 from lora_plugins.adapter.blocks import Within
-from lora_plugins.adapter.state import Block, ModelState, adapted_layers, own_holders
+from lora_plugins.adapter.state import Block, ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import layer_state, model_modules, own_mode, state_of
 from lora_plugins.plugins import LayerPlugin, PlannedLayer

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.content import AdapterContent, SlotTensors
-from lora_plugins.adapter.state import ModelState, check_in_place
+from lora_plugins.adapter.integrity import check_in_place
+from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
 from lora_plugins.adapter.content import (
     AdapterContent,
@@ -19,16 +20,9 @@ from lora_plugins.adapter.content import (
     trained_values,
     with_own_tensors,
 )
+from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
-from lora_plugins.adapter.state import (
-    Adapter,
-    ModelState,
-    adapted_layers,
-    apply_state,
-    close_state,
-    model_state,
-    open_state,
-)
+from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
 from lora_plugins.inplace import (
     RESERVED,

@@ -1,0 +1,110 @@
+"""What acts: layers, values, norm statistics and gradients are made what the state of the adapters says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from lora_plugins.adapter.attach import activate, adapter_parameters
+from lora_plugins.adapter.gradients import require_gradient
+from lora_plugins.adapter.state import ModelState, adapted_among, present_state
+from lora_plugins.inplace import (
+    NamedModule,
+    freeze,
+    full_name,
+    holders,
+    layer_state,
+    mix_rows,
+    model_modules,
+    own_tensors,
+    thaw,
+    unmix_rows,
+)
+
+
+def apply_state(model: nn.Module, state: ModelState) -> None:
+    """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
+    modules = model_modules(model)
+    state.values.activate(model, state.active, lasting=True)
+    let_act(modules, state)
+    _apply_gradients(modules, state)
+
+
+def let_act(modules: list[NamedModule], state: ModelState) -> None:
+    """Makes layers and norm statistics what acts now, in a block or outside."""
+    acting = state.acting
+    for entry in modules:
+        unmix_rows(entry.module)
+    for layer in adapted_among(modules).values():
+        activate(layer, acting.adapters, acting.rows, {} if state.blocks else state.weights)
+        layer_state(layer).meanwhile = "in a block" if state.blocks else "merged" if state.merged else ""
+    _apply_norms(modules, state)
+    if acting.rows is not None:
+        mix_rows(
+            own_holders(modules, state, acting.adapters), acting.rows, _own_values(modules, state, acting.adapters)
+        )
+
+
+def own_holders(modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Returns the modules that hold a tensor of which one of some adapters has its own value, by name."""
+    own = _own_values(modules, state, adapters)
+    return holders({entry.name: entry.module for entry in modules}, {key for values in own.values() for key in values})
+
+
+def _own_values(
+    modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]
+) -> dict[str | None, dict[int, Tensor]]:
+    """Returns the own values of adapters, by the identity of the model's tensors."""
+    tensors = own_tensors(modules, "_parameters") | own_tensors(modules, "_buffers")
+    own = {name: state.values.of(name) for name in adapters}
+    return {
+        name: {id(tensors[key]): values[key].to(tensors[key].device) for key in values}
+        for name, values in own.items()
+        if values
+    }
+
+
+@contextmanager
+def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
+    """Puts the base's values of the model's own tensors in place for the time of the block."""
+    state.values.activate(model, ())
+    try:
+        yield
+    finally:
+        state.values.activate(model, _owners(state))
+
+
+def _owners(state: ModelState) -> tuple[str, ...]:
+    """The adapters whose values of the model's own tensors are in place."""
+    return () if state.blocks else state.active
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Keeps norms still as well that have taken the place of those which stand still."""
+    _apply_norms(model_modules(model), present_state(model))
+
+
+def still_norms(state: ModelState) -> set[str]:
+    """Returns the names of the normalization layers that stand still for what acts."""
+    frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
+    return set.intersection(*frozen) if frozen else set()
+
+
+def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
+    keep = still_norms(state)
+    for entry in modules:
+        if entry.name in keep:
+            freeze(entry.module)
+        else:
+            thaw(entry.module)
+
+
+def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
+    trained = state.unmerged if state.trainable else ()
+    names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
+    for name, parameter in own_tensors(modules, "_parameters").items():
+        require_gradient(parameter, name in names, state.guards, name)
+    for name, layer in adapted_among(modules).items():
+        for adapter in state.adapters:
+            for factor in adapter_parameters(layer, adapter):
+                require_gradient(factor, adapter in trained, state.guards, full_name(name, adapter))

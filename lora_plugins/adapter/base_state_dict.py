@@ -1,0 +1,89 @@
+"""Loading a state dict of the untouched model, or of a part of it, into an adapted one."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.adapter.state import ModelState, adapted_layers, model_state
+from lora_plugins.errors import StateError
+from lora_plugins.inplace import (
+    SUFFIX,
+    factors_of,
+    full_name,
+    is_shard,
+    named_tensors,
+    own_tensor,
+)
+from lora_plugins.utils import plain_name
+
+
+def accept_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets a state dict of the untouched model load strictly: adapters that it does not mention keep their values."""
+    state = model_state(model)
+    if state is None:
+        return
+    state.check("load_state_dict")
+    tensors = {prefix + key: tensor for key, tensor in factors_of(model).items()}
+    if not tensors.keys() & state_dict.keys():
+        own = (key for key in state_dict if key.startswith(prefix))
+        _take_base(model, state, state_dict, {key: plain_name(key.removeprefix(prefix)) for key in own})
+        state_dict.update(tensors)
+    _forget_fingerprints(model, state)
+
+
+def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Does the same for a state dict of a part of the untouched model."""
+    state = model_state(model)
+    if state is None:
+        return
+    state.check("load_state_dict")
+    (path, *_) = [name for name, each in model.named_modules(remove_duplicate=False) if each is part]
+    _take_base(model, state, state_dict, {key: plain_name(full_name(path, key)) for key in state_dict})
+    state_dict.update({prefix + key: tensor for key, tensor in factors_of(part).items()})
+    _forget_fingerprints(model, state)
+
+
+def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Lets a state dict of the base keep what adapters have their own values of, whose names its keys are given."""
+    known = {name: state_dict[key] for key, name in names.items()}
+    _check_unchanged(state, {*known, *_first_names(model, known)})
+    _keep_owned(model, state, known)
+    state_dict.update({key: known[name] for key, name in names.items()})
+
+
+def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yields the names that the model calls tensors by, which may be shared, of any names of them."""
+    own = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    every = named_tensors(model, aliases=True)
+    yield from (own[id(every[name])] for name in names if name in every)
+
+
+def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
+    if not any(is_shard(layer, name) for layer in adapted_layers(model).values() for name in layer._parameters):
+        for adapter in state.adapters.values():
+            adapter.fingerprints.clear()  # of the base that was
+
+
+def _check_unchanged(state: ModelState, names: Collection[str]) -> None:
+    """Refuses a base for adapters whose init has changed the base."""
+    for name, adapter in state.adapters.items():
+        owned, stored = state.values.of(name), tuple(f"{key}{SUFFIX}." for key in adapter.plan.stored)
+        if adapter.plan.init.changes_base and any(key in owned or key.startswith(stored) for key in names):
+            raise StateError(
+                f"The adapter {name!r} was started by {adapter.plan.init.name!r}, which changed the base; another base "
+                "would undo that. Load the base before the adapter is added, or take it off first: unload()."
+            )
+
+
+def _keep_owned(model: nn.Module, state: ModelState, values: dict[str, Any]) -> None:
+    """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
+    named = named_tensors(model, aliases=True)
+    state.values.follow_casts(model)
+    for name in state.values.owner:
+        own, base = own_tensor(model, name), state.values.base[name]
+        aliases = [alias for alias, tensor in named.items() if tensor is own and alias in values]
+        for alias in aliases:  # of a shared tensor the last one counts, as for torch
+            if values[alias].shape == own.shape:
+                state.values.base[name] = values[alias].detach().to(base.device, base.dtype, copy=True)
+                values[alias] = own.detach()

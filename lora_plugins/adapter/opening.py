@@ -1,0 +1,98 @@
+"""Giving a model an empty set of adapters, and taking it off again."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_plugins.adapter.base_state_dict import accept_base, accept_base_of_part
+from lora_plugins.adapter.gradients import require_gradient
+from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
+from lora_plugins.adapter.state import MODEL_STATE, ModelState, model_state
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace import (
+    hold,
+    let_go,
+    let_load,
+    model_modules,
+    own_mode,
+    own_tensors,
+    state_of,
+    thaw,
+    unwrapped,
+    watch_loading,
+)
+
+
+def open_state(model: nn.Module) -> ModelState:
+    """Returns the adapters of a model, after giving it an empty set of them if it has none.
+
+    Raises:
+        StateError: If it lies in an adapted model or has one in it: a layer would have two sets of adapters.
+    """
+    model = unwrapped(model)
+    state = model_state(model)
+    if state is None:
+        _check_not_nested(model)
+        parameters = own_tensors(model_modules(model), "_parameters")
+        state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
+        model.__dict__[MODEL_STATE] = state
+        model.register_load_state_dict_pre_hook(accept_base)  # type: ignore[no-untyped-call]
+        model.register_forward_pre_hook(_check_training)
+        warn_on_save(model, partial(_acting_names, state))
+        for module in model.modules():
+            hold(module)
+            if module is not model:
+                watch_loading(model, module, accept_base_of_part)
+    return state
+
+
+def close_state(model: nn.Module) -> None:
+    """Removes the set of adapters of a model, whose layers have none any more."""
+    model = unwrapped(model)
+    state = model_state(model)
+    assert state is not None
+    _remove_hook(model._load_state_dict_pre_hooks, accept_base)
+    _remove_hook(model._forward_pre_hooks, _check_training)
+    save_as_ever(model)
+    modules = model_modules(model)
+    for entry in modules:
+        thaw(entry.module)
+    for module in model.modules():
+        let_go(module)
+        let_load(module)
+    for name, parameter in own_tensors(modules, "_parameters").items():
+        required = state.requires_grad.get(name, parameter.requires_grad)
+        require_gradient(parameter, required, state.guards, name)
+    del model.__dict__[MODEL_STATE]
+
+
+def _check_not_nested(model: nn.Module) -> None:
+    inner = [entry.name for entry in model_modules(model) if model_state(entry.module) is not None]
+    if inner:
+        raise StateError(
+            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the "
+            "whole model one, or its parts, side by side; unload() takes adapters off."
+        )
+    if any(state_of(module) is not None for module in model.modules()):
+        raise StateError(
+            "This model is a part of an adapted one, and shares its layers. Use the LoraModel of that one; unload() "
+            "takes its adapters off."
+        )
+
+
+def _acting_names(state: ModelState) -> tuple[str, ...]:
+    return state.acting.adapters
+
+
+def _check_training(model: nn.Module, _: Any) -> None:
+    state = model_state(model)
+    if state is not None and own_mode(model) and (torch.is_grad_enabled() or state.acting.rows is not None):
+        state.check("train")
+
+
+def _remove_hook(hooks: dict[int, Any], function: Any) -> None:
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "hook", hook) is function:
+            del hooks[key]
