@@ -17,7 +17,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
-from lora_plugins.inplace.held_weights import held, holding, writes_weights
+from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
@@ -88,8 +88,8 @@ def adapted_class(
         namespace |= extended_by.class_attributes
     if has_branch:
         namespace["forward"] = making_again(_forward(base, LazyWeightsOf)) if stored else _forward(base)
-    elif writes_weights(base, weights):
-        namespace["forward"] = holding(base.forward)
+    elif weights and not is_of_torch(base):
+        namespace |= holding(base, weights)
     if foreign is not None:
         namespace |= _quantized(base, foreign, has_branch)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose

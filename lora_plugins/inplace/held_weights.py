@@ -1,81 +1,72 @@
-"""Layers whose own forward writes into the weight that it computes with: masked convolutions, bounded norms.
+"""Layers whose own forward may write into the weight that it computes with: masked convolutions, bounded norms.
 
 `self.weight.data *= self.mask` acts on the tensor that this reading gives, and the next reading would give a new one.
-So all readings inside of one call of such a forward give the same tensor.
+So all readings inside of one call of a forward that torch did not write give the same tensor.
 """
 
 import functools
-import inspect
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.layer_state import layer_state, state_of
+
+Held = tuple[dict[str, Tensor], bool]
+"""What the weights of a layer gave in a call of its forward, by name; and whether the call records gradients.
+
+The first reading may be inside of `torch.no_grad()`, for the writing.
+"""
 
 
-@dataclass(frozen=True)
-class _Held:
-    """What the weights of a layer gave in this call of its forward, by name; and whether the call records gradients.
+def is_of_torch(base: type[nn.Module]) -> bool:
+    """Whether torch wrote the forward of a class: none of its own writes into weights."""
+    return base.forward.__module__.partition(".")[0] == "torch"
 
-    The first reading may be inside of `torch.no_grad()`, for the writing.
+
+def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the methods of the class of adapted layers by which a forward reads the same tensor each time.
+
+    Args:
+        base: The class of the untouched layer.
+        weights: Attribute names of the weights that answer with their effective value.
     """
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    with_gradients: bool = field(default_factory=torch.is_grad_enabled)
-
-
-@functools.cache
-def writes_weights(base: type[nn.Module], weights: tuple[str, ...]) -> bool:
-    """Whether the forward of a class, or a method that it may call, writes into its weights, by what its code names.
-
-    `weight.data`, or a method of the weight that ends in `_`, is enough: holding what nothing writes into changes
-    nothing.
-    """
-    if not weights:
-        return False
-    own = [cls for cls in base.__mro__ if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
-    writes = re.compile(rf"\.({'|'.join(weights)})\.(data\b|\w+_\()")
-    return any(writes.search(code) for cls in own for code in _codes(cls))
-
-
-def _codes(cls: type) -> Iterator[str]:
-    """Yields the code of the methods of a class that a forward may call."""
-    for name, method in vars(cls).items():
-        if inspect.isfunction(method) and not re.search("init|reset", name):
-            try:
-                yield inspect.getsource(method)
-            except OSError:  # there is no file
-                continue
-
-
-def holding(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a forward inside of which every reading of a weight gives the same tensor."""
-
+    @functools.wraps(base.forward)  # others ask for its signature
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls, thread = layer_state(layer).held, get_ident()
-        if thread in calls:  # it calls itself
-            return own(layer, *args, **kwargs)
-        calls[thread] = _Held()
+        state, thread = state_of(layer), _thread()
+        if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
+            return base.forward(layer, *args, **kwargs)
+        state.held[thread] = {}, torch.is_grad_enabled()
         try:
-            return own(layer, *args, **kwargs)
+            return base.forward(layer, *args, **kwargs)
         finally:
-            del calls[thread]
+            del state.held[thread]
 
-    return forward
+    def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
+        if name in weights:
+            given, _ = layer_state(layer).held.get(_thread(), ({}, False))
+            if name in given and given[name] is value:  # `self.weight *= self.mask` has written already
+                return
+        base.__setattr__(layer, name, value)
+
+    return {"forward": forward, "__setattr__": set_attribute}
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
     """Returns the weight that a running forward has read before, or a new one that `make` gives."""
     calls = layer_state(layer).held
-    now: _Held | None = calls.get(get_ident()) if calls else None
+    now: Held | None = calls.get(_thread()) if calls else None
     if now is None:
         return make(layer, name)
-    if name not in now.weights:
-        with torch.set_grad_enabled(now.with_gradients):
-            now.weights[name] = make(layer, name)
-    return now.weights[name]
+    weights, with_gradients = now
+    if name not in weights:
+        with torch.set_grad_enabled(with_gradients):
+            weights[name] = make(layer, name)
+    return weights[name]
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_dynamo_compiling() else get_ident()  # which cannot be traced

@@ -1,6 +1,7 @@
 """Layers whose own forward writes into its weight compute with what they wrote."""
 
 import copy
+import inspect
 from threading import Event, Thread, current_thread
 
 import pytest
@@ -62,6 +63,45 @@ class Prototypes(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class ByIndex(Masked):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight[self.mask == 0] = 0
+        return super(Masked, self).forward(x)
+
+
+class ByAssignment(Masked):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight *= self.mask
+        return super(Masked, self).forward(x)
+
+
+class IntoAnOutput(Masked):
+    def forward(self, x):
+        with torch.no_grad():
+            torch.mul(self.weight, self.mask, out=self.weight)
+        return super(Masked, self).forward(x)
+
+
+class UnderAnotherName(Masked):
+    def forward(self, x):
+        own = self.weight
+        own.data.mul_(self.mask)
+        return super(Masked, self).forward(x)
+
+
+def masked_by(weight, mask):
+    with torch.no_grad():
+        weight.mul_(mask)
+
+
+class ByAFunction(Masked):
+    def forward(self, x):
+        masked_by(getattr(self, "weight"), self.mask)  # noqa: B009  # so that no code names what is written into
+        return super(Masked, self).forward(x)
+
+
 class CallsItself(Masked):
     def forward(self, x, again=True):
         self.weight.data *= self.mask
@@ -74,7 +114,20 @@ class Fails(Masked):
         return super().forward(x[:, :1] if x.isnan().any() else x)
 
 
-CLASSES = [Masked, MaskedInPlace, MaskedByMethod, Bounded, Prototypes, CallsItself, Fails]
+CLASSES = [
+    Masked,
+    MaskedInPlace,
+    MaskedByMethod,
+    Bounded,
+    Prototypes,
+    ByIndex,
+    ByAssignment,
+    IntoAnOutput,
+    UnderAnotherName,
+    ByAFunction,
+    CallsItself,
+    Fails,
+]
 
 
 def build(cls):
@@ -132,6 +185,24 @@ def test_without_gradients_merged_and_unloaded(cls):
     lora.unload()
     assert torch.equal(model[0].weight, plain[0].weight)
     assert vars(model[0]).keys() == vars(plain[0]).keys()
+
+
+def test_signature_is_that_of_the_class():
+    model, _ = build(CallsItself)
+    adapted(model)
+    assert inspect.signature(model[0].forward) == inspect.signature(CallsItself().forward)
+
+
+@pytest.mark.parametrize("cls", [ByIndex, ByAssignment, ByAFunction, Prototypes])
+def test_compiled_in_one_graph(cls):
+    model, x = build(cls)
+    adapted(model)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    for each in (model, compiled):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-14)
+    gradients = [each.get_parameter("0.lora_B.default").grad for each in (model, compiled._orig_mod)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_is_held_after_a_forward_that_failed():
