@@ -22,7 +22,7 @@ from lora_plugins.inplace import (
 )
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
-from lora_plugins.utils import run_seed, single_at_least
+from lora_plugins.utils import in_full, run_seed, single_at_least
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def initialize(
         context = replace(
             _context(plan, layer, slot, shape, weight, seen), stored=_rounding(model, plan, layer, slot, weight)
         )
-        with torch.no_grad():
+        with torch.no_grad(), in_full(weight):
             recipe = plan.init.fill(context)
         check_filled(plan.init, context)
         content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe_of(plan.init, layer, recipe))
@@ -213,7 +213,7 @@ def _bases(
         weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
-        with torch.no_grad():
+        with torch.no_grad(), in_full(original):
             before = slot_matrix(layer, slot, original).to("cpu", factor_dtype(original), copy=True)
             new = compute(before, recipe, layer.scaling, plan.init_options)
         slot.cut(matrix).copy_(base_of(plan.init, layer, new, before.shape))
@@ -248,7 +248,8 @@ def with_own_tensors(
             else:
                 weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
-            own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
+            with in_full(weight):
+                own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
             completed[layer.name, slot.suffix] = replace(tensors, own=own_values(layer, slot, own))
     return completed
 

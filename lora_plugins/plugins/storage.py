@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_plugins import words
 from lora_plugins.errors import ConfigError, PluginError, near
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
+from lora_plugins.utils import in_full
 
 COMMON_OPTIONS: Mapping[str, Any] = {"min_size": 4096}
 """Options that all storages have, with their defaults: weights with fewer than `min_size` elements stay dense."""
@@ -106,7 +107,8 @@ class Storage:
 
     def store(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Returns what is stored of a weight of any floating type."""
-        stored = self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
+        with in_full(weight):
+            stored = self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
         if not isinstance(stored, Mapping) or not all(isinstance(each, Tensor) for each in stored.values()):
             raise PluginError(f"store() of the storage {self.plugin.name!r} gives {type(stored)}, not tensors by name.")
         if wrong := [name for name in stored if not name.isidentifier()]:
@@ -117,7 +119,8 @@ class Storage:
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight, float32."""
-        dense = self.plugin.restore(tensors, shape, self.options)
+        with in_full(next(iter(tensors.values()))):
+            dense = self.plugin.restore(tensors, shape, self.options)
         if dense.shape != shape:  # what is added to it would be broadcast
             raise PluginError(
                 f"restore() of the storage {self.plugin.name!r} gives {tuple(dense.shape)} for {tuple(shape)}."
@@ -126,7 +129,8 @@ class Storage:
 
     def rows(self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
         """Returns rows of the dense weight, float32."""
-        return self.plugin.rows(tensors, index, shape, self.options)
+        with in_full(index):
+            return self.plugin.rows(tensors, index, shape, self.options)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Returns the dense value of a weight once it is stored, in its own type."""
