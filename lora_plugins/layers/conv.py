@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_plugins.errors import StateError
 from lora_plugins.kernels import Geometry, lora_conv, lora_rescaled, rescaled_weight
 from lora_plugins.plugins import (
     BranchUse,
@@ -76,7 +77,16 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         return y
 
     def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
-        """Convolves each image with its own update, all at once as groups of one image with many channels."""
+        """Convolves each image with its own update, all at once as groups of one image with many channels.
+
+        Raises:
+            StateError: If somebody gave the layer a convolution of its own.
+        """
+        if _is_replaced(layer):
+            raise StateError(
+                f"Somebody replaced _conv_forward of a {type(layer).__name__}, which takes one kernel for all rows. "
+                "Take that back, or run one batch for each adapter, with set_adapter."
+            )
         weight = base["weight"]
         bias = layer.bias if adapters.factors is None else None  # which has no factor
         y: Tensor = layer._conv_forward(x, weight, bias)
@@ -112,10 +122,15 @@ def _padded(layer: Conv, x: Tensor) -> Tensor:
 
 
 def _geometry(layer: Conv) -> Geometry | None:
-    """Returns how the kernel moves; None where the input is padded with other values than zeros."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    """Returns how the kernel moves; None where only the layer's own `_conv_forward` pads and moves it."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or _is_replaced(layer):
         return None
     return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _is_replaced(layer: Conv) -> bool:
+    """Whether somebody gave the layer a method of its own to convolve by, such as to pad as no option does."""
+    return getattr(layer._conv_forward, "__func__", None) is not type(layer)._conv_forward
 
 
 class Conv1dPlugin(_ConvPlugin):

@@ -244,7 +244,8 @@ def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight
     weight = weight_of(entry.module, tensor, detached_weight)
     shape = matrix_shape(plugin, weight, tensor)
     found = Weight(key or (entry.name, tensor), shape, weight.dtype, key is None, weight.is_meta)
-    return replace(found, problem=_problem(weight) or _shared(entry.module, tensor), foreign=foreign)
+    problem = _problem(weight) or _shared(entry.module, tensor) or _read_as_another(entry.module, tensor)
+    return replace(found, problem=problem, foreign=foreign)
 
 
 def _problem(weight: Tensor) -> str:
@@ -264,6 +265,17 @@ def _shared(layer: nn.Module, tensor: str) -> str:
     own = layer._parameters.get(tensor)
     others = [name for name, each in layer._parameters.items() if own is not None and each is own and name != tensor]
     return f"is the same parameter as {listing(others)} of this layer; exclude the layer" if others else ""
+
+
+def _read_as_another(layer: nn.Module, tensor: str) -> str:
+    """Asks whether the class answers with something else than the parameter, to which an update would be added."""
+    own = layer._parameters.get(tensor)
+    if own is None or state_of(layer) is not None or getattr(layer, tensor) is own:
+        return ""
+    return (
+        "is not what the layer computes with: its class answers with another tensor than the parameter. Exclude the "
+        "layer, or let it compute that in its forward, or by a parametrization"
+    )
 
 
 def _foreign(module: nn.Module, slots: Sequence[Slot]) -> tuple[str, ...]:

@@ -26,6 +26,18 @@ def test_a_weight_of_a_type_that_cannot_be_computed_with():
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
 
 
+def test_a_weight_that_is_read_as_another_tensor():
+    class Scaled(nn.Linear):
+        def __getattr__(self, name):
+            found = super().__getattr__(name)
+            return found * 0.5 if name == "weight" else found
+
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 2))
+    with pytest.raises(TargetError, match=r"'1': 'weight' is not what the layer computes with.*Exclude the layer"):
+        LoraModel(model, LoraConfig(r=2))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+
+
 def test_a_module_to_save_with_integers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[1].weight = nn.Parameter(torch.ones(2, 4, dtype=torch.int8), requires_grad=False)
