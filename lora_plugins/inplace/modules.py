@@ -55,13 +55,10 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the module that `torch.compile` and its like have inserted others around; most have none."""
-    while (name := next((name for name in INSERTED if _is_inserted(module, name)), None)) is not None:
-        module = cast(nn.Module, module._modules[name])
+    for name, cls in INSERTED.items():  # a forward asks: torch.compile of 2.8 cannot trace `next` of a generator
+        if name in module._modules and any(base.__name__ == cls for base in type(module).__mro__):
+            return unwrapped(cast(nn.Module, module._modules[name]))
     return module
-
-
-def _is_inserted(module: nn.Module, inner: str) -> bool:
-    return inner in module._modules and any(base.__name__ == INSERTED[inner] for base in type(module).__mro__)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:

@@ -34,8 +34,7 @@ def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | Non
     """
     return (
         is_dynamo_compiling()
-        and not is_exporting()
-        and _has_kernels(operation)
+        and _may_take(operation)
         and all(each is None or (type(each) in _PLAIN and each.is_cpu) for each in (x, weight, bias, *factors))
         and types_agree(x, weight, bias)
         and not transforms_are_active()
@@ -55,10 +54,11 @@ def operands(
     return *rounded(dtype, x, weight, bias, A, B, in_full_weight=may_form_effective_weight(weight, dropout)), seed
 
 
-def _has_kernels(operation: str) -> bool:
-    return len(active_kernels(operation)) > 0
+def _may_take(operation: str) -> bool:
+    return not is_exporting() and len(active_kernels(operation)) > 0
 
 
-# Compilers cannot trace how kernels are found. This is all that `torch.compiler.assume_constant_result` does, which
-# imports the compiler, for longer than a second. In a torch that does not know the mark, graphs would break here.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Compilers cannot trace how kernels are found, and that of torch 2.8 takes every program for exported. This is all that
+# `torch.compiler.assume_constant_result` does, which imports the compiler, for longer than a second. In a torch that
+# does not know the mark, graphs would break here.
+_may_take._dynamo_marked_constant = True  # type: ignore[attr-defined]
