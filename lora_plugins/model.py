@@ -19,6 +19,7 @@ from lora_plugins.adapter import (
     calibrate,
     check_here,
     check_new,
+    check_not_nested,
     check_not_sharded,
     combine,
     delete,
@@ -102,6 +103,7 @@ class LoraModel(metaclass=Told):
         if config is not None:
             self.add_adapter(adapter_name, config, init_data=init_data)
         elif model_state(model) is None:
+            check_not_nested(model)
             raise StateError("The model has no adapter. Give LoraModel a LoraConfig, or use LoraModel.load_adapter.")
 
     @staticmethod

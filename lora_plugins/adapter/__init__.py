@@ -23,7 +23,7 @@ from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
 from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
-from lora_plugins.adapter.opening import close_state
+from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
 from lora_plugins.adapter.swap import swap
@@ -67,6 +67,7 @@ __all__ = [
     "check_names",
     "check_new",
     "check_norms",
+    "check_not_nested",
     "check_not_of_inference",
     "check_not_owned",
     "check_not_sharded",

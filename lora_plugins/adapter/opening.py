@@ -34,7 +34,7 @@ def open_state(model: nn.Module) -> ModelState:
     model = unwrapped(model)
     state = model_state(model)
     if state is None:
-        _check_not_nested(model)
+        check_not_nested(model)
         parameters = own_tensors(model_modules(model), "_parameters")
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
@@ -68,7 +68,12 @@ def close_state(model: nn.Module) -> None:
     del model.__dict__[MODEL_STATE]
 
 
-def _check_not_nested(model: nn.Module) -> None:
+def check_not_nested(model: nn.Module) -> None:
+    """Checks that no layer of a model that has no adapters itself has some of another model.
+
+    Raises:
+        StateError: If the model lies in an adapted model or has one in it.
+    """
     inner = [entry.name for entry in model_modules(model) if model_state(entry.module) is not None]
     if inner:
         raise StateError(

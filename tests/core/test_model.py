@@ -369,6 +369,8 @@ class TestNested:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(StateError, match="a part of an adapted one"):
             LoraModel(model[1], LoraConfig(r=2), "b")
+        with pytest.raises(StateError, match="a part of an adapted one"):
+            LoraModel(model[1])
         assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == []
         lora.unload()
         LoraModel(model[1], LoraConfig(r=2), "b")
@@ -378,6 +380,8 @@ class TestNested:
         part = LoraModel(model[1], LoraConfig(r=2))
         with pytest.raises(StateError, match="'1' in this model has a LoraModel already"):
             LoraModel(model, LoraConfig(r=2), "b")
+        with pytest.raises(StateError, match="'1' in this model has a LoraModel already"):
+            LoraModel(model)
         assert all(parameter.requires_grad for parameter in model[0].parameters())
         LoraModel(model[0], LoraConfig(r=2))  # side by side
         part.unload()

@@ -211,6 +211,14 @@ def test_a_part_with_adapters_of_its_own_is_refused():
     LoraPipeline(pipe, LoraConfig(r=2))
 
 
+def test_adapters_of_another_pipeline_with_the_same_parts_are_told():
+    pipe = build("Stable Diffusion")
+    LoraPipeline(pipe, config(pipe))
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, requires_safety_checker=False)
+    with pytest.raises(StateError, match="a part of an adapted one"):
+        LoraPipeline(other)
+
+
 def test_a_part_that_is_replaced_under_adapters_is_refused():
     pipe = build("Stable Diffusion")
     LoraPipeline(pipe, LoraConfig(r=2))
