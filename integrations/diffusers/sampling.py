@@ -72,20 +72,26 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
         sampling: How.
 
     Raises:
-        ConfigError: If a prompt is empty, or there is not one seed for each.
+        ConfigError: If a prompt is empty, there is not one seed for each, torch cannot take a seed, or the pipeline
+            refuses what it is to draw, such as a height.
     """
     sampling = sampling or Sampling()
     if len(prompts) != len(seeds):
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each prompt.")
     if any(not prompt.strip() for prompt in prompts):
         raise ConfigError("A prompt is empty. Say what is to be seen.")
+    if wrong := [seed for seed in seeds if not -(2**63) <= seed < 2**64]:
+        raise ConfigError(f"A seed is {wrong[0]}; torch takes those from -2**63 to 2**64 - 1.")
     pictures: list[Image] = []
     with torch.no_grad(), in_eval_mode(pipe):
         for start in range(0, len(prompts), sampling.batch_size):
             chosen = slice(start, start + sampling.batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
             arguments = sampling.arguments(pipe, len(generators))
-            pictures += pipe(list(prompts[chosen]), generator=generators, **arguments).images
+            try:
+                pictures += pipe(list(prompts[chosen]), generator=generators, **arguments).images
+            except ValueError as error:
+                raise ConfigError(f"The {type(pipe).__name__} refuses to draw this: {error}") from error
     return pictures
 
 

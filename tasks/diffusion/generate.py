@@ -7,19 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
-from lora_plugins.files import MANIFEST
+from lora_plugins.files import MANIFEST, format_of
+from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.tasks.command_lines import generate_parser
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.inference import device_to_use
 from lora_plugins.tasks.training import PROVENANCE_KEY
+from lora_plugins.writable import check_writable_folder
 
 SHEET = "sheet.png"
 
@@ -42,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
     )
+    device = device_to_use(given.device)
     pipe = _from_checkpoint(given.checkpoint, given.dtype) if given.checkpoint else _from_adapters(given)
-    pipe.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(device)
     rows: dict[str, list[Image]] = {}
     for label in ("base", "adapter") if given.compare else ("",):
         with _base(pipe) if label == "base" else nullcontext():
@@ -69,22 +72,26 @@ def _check(given: argparse.Namespace) -> None:
         )
     if given.compare and not (given.checkpoint or given.adapter):
         raise ConfigError("--compare shows a pipeline without and with adapters, and there is none: give --adapter.")
+    check_writable_folder(Path(given.out), "--out")
 
 
 def _from_adapters(given: argparse.Namespace) -> Any:
     """A pipeline with adapters, all of them active."""
-    pipe = load_pipeline(pipeline_source(given.model or _base_of(given.adapter)), DTYPES[given.dtype or "float32"])
-    names = [f"adapter{number}" for number in range(len(given.adapter))]
-    for name, path in zip(names, given.adapter, strict=True):
+    paths = [located(path) for path in given.adapter]
+    for path in paths:
+        format_of(path)
+    pipe = load_pipeline(pipeline_source(given.model or _base_of(paths)), DTYPES[given.dtype or "float32"])
+    names = [f"adapter{number}" for number in range(len(paths))]
+    for name, path in zip(names, paths, strict=True):
         LoraPipeline.load_adapter(pipe, path, name)
     if names:
         LoraPipeline(pipe).set_adapter(names, weights=given.weight, trainable=False)
     return pipe
 
 
-def _base_of(adapters: Sequence[str]) -> str:
+def _base_of(adapters: Sequence[Path]) -> str:
     """The pipeline that adapters of our own were trained on, as their folders say."""
-    found = {base for path in adapters if (base := _said(Path(path) / MANIFEST))}
+    found = {base for path in adapters if (base := _said(path / MANIFEST))}
     if len(found) == 1:
         return found.pop()
     reason = (

@@ -33,6 +33,20 @@ def test_bad_input_is_named():
         sample(pipe, PROMPTS, [0])
     with pytest.raises(ConfigError, match="steps is 0"):
         Sampling(steps=0)
+    with pytest.raises(ConfigError, match=f"A seed is {2**64}; torch takes"):
+        sample(pipe, PROMPTS[:1], [2**64])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        pytest.param(Sampling(height=20, width=16), "divisible by 8 but are 20", id="height"),
+        pytest.param(Sampling(steps=2000), "2000 cannot be larger than", id="steps"),
+    ],
+)
+def test_what_the_pipeline_refuses_is_told(sampling, said):
+    with pytest.raises(ConfigError, match=f"The StableDiffusionPipeline refuses to draw this: .*{said}"):
+        sample(build("Stable Diffusion"), PROMPTS[:1], [0], sampling)
 
 
 def test_a_contact_sheet_holds_all_pictures():
