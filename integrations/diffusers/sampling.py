@@ -25,12 +25,12 @@ class Sampling:
         steps: The number of steps of the scheduler.
         guidance: The scale of classifier-free guidance; at most 1 for none.
         height: Of the pictures; by default what the pipeline was made for.
-        width: Likewise.
+        width: Likewise; both or neither.
         negative_prompt: What the guidance leads away from.
         batch_size: How many pictures are sampled at once. It can change their last bits.
 
     Raises:
-        ConfigError: For a number that is none.
+        ConfigError: For a number that is none, or a height without a width.
     """
 
     steps: int = 30
@@ -44,6 +44,8 @@ class Sampling:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        if (self.height is None) != (self.width is None):  # pipelines of Stable Diffusion would ignore the one
+            raise ConfigError(f"height is {self.height} and width is {self.width}: give both, or neither.")
 
     def arguments(self, pipe: Any, count: int) -> dict[str, Any]:
         """Returns the arguments of a pipeline's call for so many pictures."""

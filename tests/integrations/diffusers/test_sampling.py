@@ -33,6 +33,8 @@ def test_bad_input_is_named():
         sample(pipe, PROMPTS, [0])
     with pytest.raises(ConfigError, match="steps is 0"):
         Sampling(steps=0)
+    with pytest.raises(ConfigError, match="height is 16 and width is None: give both"):
+        Sampling(height=16)
     with pytest.raises(ConfigError, match=f"A seed is {2**64}; torch takes"):
         sample(pipe, PROMPTS[:1], [2**64])
 

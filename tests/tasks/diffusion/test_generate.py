@@ -121,6 +121,7 @@ def test_bad_input_is_named(run, capsys):
         "--device is 'cuda:77', which torch cannot use here": ["--prompt", "a", *base, "--device", "cuda:77"],
         "run.ckpt, which is a file. Name a folder": ["--prompt", "a", *base, f"--out={run / 'run.ckpt'}"],
         "divisible by 8 but are 20": ["--prompt", "a", *base, "--height=20", "--width=16"],
+        "height is 16 and width is None": ["--prompt", "a", *base, "--height=16"],
     }
     for message, arguments in cases.items():
         assert main(["generate", f"--out={run / 'bad'}", *arguments]) == 1
