@@ -1,7 +1,7 @@
 """Models whose tensors are elsewhere: such a model computes as ever, and what needs its tensors is refused by name.
 
 FSDP and tensor parallelism of torch split them over processes. accelerate keeps them in other memory or in files, and
-leaves them on the meta device until a layer is called.
+leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk.
 """
 
 from torch import nn
@@ -19,7 +19,7 @@ def check_here(model: nn.Module, call: str) -> None:
         call: Name of the call, as `lifecycle.CALLS` has it.
 
     Raises:
-        StateError: If parameters of the model are split over processes, or on the meta device.
+        StateError: If parameters of the model are split over processes, on the meta device, or on the disk.
     """
     check_not_sharded(model, call)
     away = [name for name, parameter in own_tensors(model_modules(model), "_parameters").items() if parameter.is_meta]
@@ -29,6 +29,18 @@ def check_here(model: nn.Module, call: str) -> None:
             "accelerate offloads the model, take that back first: "
             "accelerate.hooks.remove_hook_from_submodules(model)."
         )
+    if on_disk := [entry.name for entry in model_modules(model) if _is_on_disk(entry.module)]:
+        raise StateError(
+            f"{CALLS[call].doing} needs tensors with values, and group offloading of diffusers has those of "
+            f"{listing(on_disk, 3)} on the disk. Do it before enable_group_offload, or in a pipeline without."
+        )
+
+
+def _is_on_disk(module: nn.Module) -> bool:
+    """Whether group offloading of diffusers keeps the tensors of a module in a file, from where a forward takes them."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    group = getattr(hooks.get("group_offloading"), "group", None)
+    return getattr(group, "offload_to_disk_path", None) is not None
 
 
 def check_not_sharded(model: nn.Module, call: str) -> None:

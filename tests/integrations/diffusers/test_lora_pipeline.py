@@ -290,6 +290,25 @@ def test_layers_are_called_after_unloading_under_group_offloading():
     assert distance(drawn(pipe), base) == 0
 
 
+@pytest.mark.parametrize(
+    "by", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_what_group_offloading_has_on_the_disk_is_not_saved_or_merged(by, tmp_path):
+    """In memory there is what happened to be there."""
+    pipe = build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    expected, cpu = drawn(pipe), torch.device("cpu")
+    pipe.unet.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_to_disk_path=str(tmp_path / "parts"), **by
+    )
+    assert distance(drawn(pipe), expected) == 0
+    for call in (lambda: lora.save_adapter(tmp_path / "adapter"), lora.merge_adapter, lora.merge_and_unload):
+        with pytest.raises(StateError, match="group offloading of diffusers has those of 'unet"):
+            call()
+    assert not (tmp_path / "adapter").exists()
+    assert distance(drawn(pipe), expected) == 0
+
+
 def test_offloading_each_layer_changes_nothing(tmp_path):
     """As `enable_sequential_cpu_offload` does it, which wants a GPU to compute on."""
     accelerate = pytest.importorskip("accelerate")
