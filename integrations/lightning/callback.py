@@ -275,8 +275,6 @@ class LoraCallback(Callback):
             best_checkpoint(trainer)
         if stage == "fit" and not self.merge_on_fit_end:
             warn_if_spawned(trainer)
-        last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
-        before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, pl_module)) if is_sharded(trainer) else None
         if needs_data(self.config):
             self._strategy_shims = adapt_after_restoring(
                 trainer,
@@ -284,7 +282,7 @@ class LoraCallback(Callback):
                 lambda: copy_into_averages(trainer, pl_module),
             )
         else:
-            shims.after(last, lambda _: self._adapt(trainer, pl_module, before), before)
+            self._adapt_when_built(trainer, pl_module, shims)
         shims.after("configure_optimizers", lambda configured: self._complete_optimizers(pl_module, configured))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -440,13 +438,15 @@ class LoraCallback(Callback):
         self._end_run()
         CheckpointShims.remove(trainer, pl_module)
 
-    def undo_merge(self, module: nn.Module) -> None:
+    def undo_merge(self, module: nn.Module) -> bool:
         """Undoes the merge where `module` has the very values that were merged, since an adapter is about to be loaded.
 
         Elsewhere the weights that are there win, and a line says so if it is the module that was merged.
+
+        Returns:
+            Whether a merge was undone.
         """
-        if self._merge.is_kept:
-            self._merge.undo(self._target(module), type(module).__name__)
+        return self._merge.is_kept and self._merge.undo(self._target(module), type(module).__name__)
 
     def before_save(self) -> None:
         """Takes note of what the module moved by hand, which the checkpoint has to hold."""
@@ -482,6 +482,17 @@ class LoraCallback(Callback):
         if trainer.state.fn == "fit" and not is_sharded(trainer):
             keep_base_of_averages(trainer, module)
 
+    def _adapt_when_built(self, trainer: Trainer, module: LightningModule, shims: MethodShims) -> None:
+        before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, module)) if is_sharded(trainer) else None
+
+        def adapt(_: object) -> None:
+            self._adapt(trainer, module, before)
+
+        if is_overridden("configure_model", module):  # WeightAveraging calls it ahead of `setup` as well
+            shims.after("setup", lambda _: shims.after("configure_model", adapt, before))
+        else:
+            shims.after("setup", adapt, before)
+
     def _adapt(self, trainer: Trainer, module: LightningModule, before: AdaptBeforeSharding | None) -> None:
         """Adapts the module after the last place in which it may build layers."""
         if before is None:
@@ -496,14 +507,13 @@ class LoraCallback(Callback):
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""
         group = self._group(trainer)
-        for callback in group:
-            callback.undo_merge(module)
+        undone = [callback.undo_merge(module) for callback in group]
         target = self._target(module)
         state = model_state(target)
         config = with_declarations(self.config, module, target, self.target)
         if state is not None and self.adapter_name in state.adapters:
             reuse_adapter(target, self.adapter_name, config)
-            if any(callback._merge.undone for callback in group):
+            if any(undone):
                 copy_into_averages(trainer, module)
         else:
             self._add_adapter(trainer, module, config)

@@ -33,24 +33,26 @@ class KeptMerge:
         """Takes note of a merge."""
         self._merge = merge
 
-    def undo(self, target: nn.Module, module_name: str) -> None:
-        """Undoes the merge where the target has the very values that were merged.
+    def undo(self, target: nn.Module, module_name: str) -> bool:
+        """Undoes the merge where the target has the very values that were merged, and returns whether it has.
 
         Elsewhere the weights that are there win, and a line says so if it is the target that was merged.
         """
         merge = self._merge
         if merge is None or model_state(target) is not None:
-            return
+            return False
         if merge.is_of(target):
             merge.undo(target)
             self._merge, self.undone = None, True
-        elif merge.target() is target:
+            return True
+        if merge.target() is target:
             rank_zero_info(
                 f"The weights of {module_name} are no more those that the adapter {self._adapter_name!r} was merged "
                 f"into: {listing(merge.replaced(target), 3)} have other values. The merge is not taken back: the "
                 "weights that are there are the base now."
             )
             self._merge = None
+        return False
 
     def make_again(self, target: nn.Module, max_error: float, *, dequantize: bool) -> None:
         """Merges again what was undone, so that other weights that are loaded next meet a plain module."""

@@ -47,8 +47,8 @@ _METHODS = ("save_checkpoint", "load_checkpoint")
 class Owner(Protocol):
     """What the checkpoint shims need of a LoraCallback."""
 
-    def undo_merge(self, module: nn.Module) -> None:
-        """Undoes a merge, since an adapter is about to be loaded."""
+    def undo_merge(self, module: nn.Module) -> bool:
+        """Undoes a merge, since an adapter is about to be loaded, and returns whether there was one."""
 
     def before_save(self) -> None:
         """Learns that a checkpoint is about to be written."""

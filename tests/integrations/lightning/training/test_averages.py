@@ -92,6 +92,44 @@ def test_ema_checkpoint_gives_the_metric_that_was_logged(tmp_path):
         assert alone[0]["val/loss"] == pytest.approx(float(logged), rel=1e-6)
 
 
+class Configured(Classifier):
+    """WeightAveraging calls its hook when it is set up itself, ahead of the module's own `setup`."""
+
+    def configure_model(self):
+        pass
+
+
+class Late(Configured):
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def setup(self, stage):
+        if not hasattr(self, "net"):
+            self.net = Classifier().net
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+@pytest.mark.parametrize("module_class", [Configured, Late])
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+@pytest.mark.parametrize("fits", [1, 2])
+def test_with_configure_model(tmp_path, module_class, first, make, fits):
+    """In the second fit the merge of the first one is taken back, and the average is copied once more."""
+
+    def fitted(module):
+        torch.manual_seed(0)
+        callback = lora(merge_on_fit_end=True)
+        for _ in range(fits):
+            both = [callback, make()]
+            trainer(tmp_path, both if first else both[::-1], max_epochs=3).fit(module, loader(), loader())
+        return values(module)
+
+    assert not differing(fitted(module_class()), fitted(Classifier()))
+
+
 class OwnAverage(Callback):
     """An average as callbacks of other packages keep it (rfdetr's): the module has it when training ends."""
 
