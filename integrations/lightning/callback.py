@@ -96,6 +96,7 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     keep_base_of_averages,
     needs_data,
+    put_back_statistics,
     random_numbers,
     set_random_numbers,
     warn_of_left_out,
@@ -339,6 +340,8 @@ class LoraCallback(Callback):
             StateError: If another callback made the base trainable.
         """
         first = batch_idx == 0 or self._audit is None
+        if first and not is_sharded(trainer):
+            put_back_statistics(trainer, pl_module)
         if self._audit is None:
             if not is_sharded(trainer):
                 note_built(pl_module)  # what was converted since

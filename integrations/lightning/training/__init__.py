@@ -9,6 +9,7 @@ from lora_plugins.integrations.lightning.training.averages import (
     copy_into_averages,
     drop_averages,
     keep_base_of_averages,
+    put_back_statistics,
 )
 from lora_plugins.integrations.lightning.training.calibration_data import (
     adapt_after_restoring,
@@ -33,6 +34,7 @@ __all__ = [
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",
+    "put_back_statistics",
     "random_numbers",
     "set_random_numbers",
     "warn_of_left_out",

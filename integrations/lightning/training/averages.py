@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
@@ -36,14 +36,25 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
     averages += _of_other_callbacks(trainer, module)
     if not averages:
         return
-    beside, built = outside(module), frozen_as_built(module)
-    frozen = {**frozen_tensors(module), **{name: beside[name] for name in built}}
+    frozen = _frozen(module)
     for average, path in averages:
         named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
         with torch.no_grad():
             for name, tensor in frozen.items():
                 if name in named:
                     named[name].copy_(tensor)
+
+
+def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
+    """Puts back what SWA has cleared of norms that stand still: they do not count its pass over the data."""
+    if not renews_statistics(trainer):
+        return
+    frozen = _frozen(module)
+    averages = [average for callback in _averaging(trainer) if (average := averaged_module(callback)) is not None]
+    with torch.no_grad():
+        for name, kept in (named for average in averages for named in average.named_buffers()):
+            if plain_name(name) in frozen:
+                frozen[plain_name(name)].copy_(kept)
 
 
 def check_averages(trainer: Trainer, module: LightningModule) -> None:
@@ -76,6 +87,12 @@ def renews_statistics(trainer: Trainer) -> bool:
     found = trainer.callbacks  # type: ignore[attr-defined]
     swa = [callback for callback in found if isinstance(callback, StochasticWeightAveraging)]
     return any(trainer.current_epoch == callback.swa_end + 1 for callback in swa)
+
+
+def _frozen(module: LightningModule) -> dict[str, Tensor]:
+    """Returns what is frozen in the targets, and beside them."""
+    beside, built = outside(module), frozen_as_built(module)
+    return {**frozen_tensors(module), **{name: beside[name] for name in built}}
 
 
 def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:

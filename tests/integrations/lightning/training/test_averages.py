@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from lora_plugins import LoraConfig, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import BASE, Classifier, differing, load, loader, lora, trainer, values
 
@@ -64,6 +64,58 @@ class TestAveraging:
         run.fit(module, loader(), loader())
         assert values(module).keys() == BASE
         assert differing(values(module), values(Classifier())) == {"net.0.weight", "net.3.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+class TestStatisticsOfNorms:
+    """SWA sets those of all norms to 0 and 1, and passes over the data once more to have them anew."""
+
+    TRACKED = LoraConfig(r=2, target_modules=["net.0", "net.3"], norm="track")
+
+    def pretrained(self, tracked):
+        module = Classifier()
+        module.net[1].load_state_dict(
+            {
+                **module.net[1].state_dict(),
+                "running_mean": torch.linspace(-1, 1, 16),
+                "running_var": torch.linspace(1, 2, 16),
+                "num_batches_tracked": torch.tensor(tracked),  # 0 in files of older versions of torch
+            }
+        )
+        return module
+
+    @pytest.mark.parametrize("merge", [False, True], ids=["adapted", "merged"])
+    @pytest.mark.parametrize("tracked", [0, 100])
+    @pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+    @pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+    def test_frozen(self, tmp_path, make, first, tracked, merge):
+        module = self.pretrained(tracked)
+        before = values(module)
+        both = [lora(merge_on_fit_end=merge), make()]
+        trainer(tmp_path, both if first else both[::-1], max_epochs=3).fit(module, loader(), loader())
+        assert {key for key in differing(before, values(module)) if key.startswith("net.1.")} == set()
+
+    def test_resumed_with_the_pass(self, tmp_path):
+        def run(*more):
+            return trainer(tmp_path, [lora(), AVERAGING["swa"](), *more], max_epochs=3)
+
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        run(saver).fit(straight := self.pretrained(7), loader(), loader())
+        run().fit(resumed := self.pretrained(7), loader(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt")
+        assert not differing(values(straight), values(resumed))
+
+    def test_of_an_adapter_that_tracks_them(self, tmp_path):
+        module = self.pretrained(7)
+        callback = lora(self.TRACKED, save_adapter_to=str(tmp_path / "a"))
+        trainer(tmp_path, [callback, AVERAGING["swa"]()], max_epochs=3).fit(module, loader(), loader())
+        with torch.no_grad():
+            seen = torch.cat([module.net[0](x) for x, _ in loader()])  # all batches have one size
+        torch.testing.assert_close(module.net[1].running_mean, seen.mean(0))
+        again = self.pretrained(7)
+        LoraModel.load_adapter(again, tmp_path / "a")
+        assert not differing(values(module), values(again))
+        assert not differing(values(LoraModel(module).unload()), values(self.pretrained(7)))
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
