@@ -118,15 +118,23 @@ def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
                     parameter.requires_grad_(False)
 
 
-def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin, unless an init made them of the base."""
+def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
+    """Gives a copy that is adapted alike the A and B of its origin, unless an init made them of the base.
+
+    Args:
+        module: The module.
+        copy: The copy.
+        adapter: Name of the adapter.
+        but: The factor that the copy keeps, such as "lora_B".
+    """
     states = [state_of_adapters(target) for target in adapted_targets(module).values()]
     if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
         return
     own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():
         for name, tensor in own.items():
-            if name.rpartition(".")[2] == adapter:
+            *_, factor, its_adapter = name.split(".")
+            if its_adapter == adapter and factor != but:
                 tensor.copy_(origin[name])
 
 

@@ -184,18 +184,24 @@ class _Alike:
     def check(self) -> None:
         self._looks += 1
         written = self.watched.written()
-        if written or ((self._drifts or self._looks <= 2 * _FOLLOWS) and self._differs()):
+        moves = written or ((self._drifts or self._looks <= 2 * _FOLLOWS) and self._differs())
+        if moves:
             self._drifts = self._drifts or not written
-            if self._is_new and not self._moved and not self._copy.equal:
-                for adapter in {name.rpartition(".")[2] for name in self._own}:
-                    copy_factors(self._module, self._copy, adapter)
             self._moved += 1
             self._settle()
         if self._moved and not self._follows:
             self._follows = self._factors.written() or checksums(self._own) != self._sums
             if not self._follows and self._moved >= _FOLLOWS and checksums(self._origin) != self._sums:
                 self._stop()
+        if moves and self._moved == 1 and self._is_new and not self._copy.equal:
+            self._start_alike()
         self.note()
+
+    def _start_alike(self) -> None:
+        """Gives the copy the A of its origin: its B is an average already, and then that of the product as well."""
+        for adapter in {name.rpartition(".")[2] for name in self._own}:
+            copy_factors(self._module, self._copy, adapter, but="lora_B")
+        self._sums = checksums(self._own)
 
     def _differs(self) -> bool:
         return any(not torch.equal(local(own), local(origin)) for own, origin in self._base)

@@ -166,6 +166,22 @@ class TestFollows:
         changed = differing(values(module), values(Teacher()))
         assert changed == {f"{part}.{index}.weight" for part in ("net", "teacher") for index in (0, 3)}
 
+    @pytest.mark.parametrize("when", WHEN)
+    @pytest.mark.parametrize("batches", [1, 2, 4])
+    def test_teacher_with_values_of_its_own_averages_the_update(self, tmp_path, when, batches):
+        """The expected weights are the average of what the student computes with."""
+        expected = Classifier(base_seed=5).net[0].weight.detach()
+
+        def watched(student, teacher):
+            nonlocal expected
+            expected = M * expected + (1 - M) * student[0].weight.detach()
+            in_place(student, teacher)
+
+        module = Teacher(watched, when, pretrained=True)
+        fit(tmp_path, module, max_epochs=1, limit_train_batches=batches)
+        learned = module.net[0].weight - Classifier().net[0].weight
+        assert (module.teacher[0].weight - expected).norm() < 0.05 * learned.norm()
+
     def test_teacher_with_values_of_its_own_merges_and_goes_on(self, tmp_path):
         """Its weights are others by then than those that the adapter was put on, and files are of the latter."""
         module, callback = Teacher(in_place, pretrained=True), LoraCallback(BOTH)
@@ -303,8 +319,9 @@ class TestStops:
             run.fit(Teacher(), loader())
         assert "is a copy of 'net'" in " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
 
-    def test_pairs_from_before_there_were_adapters(self, tmp_path):
-        module = Teacher(lambda *_: early())
+    @pytest.mark.parametrize("pretrained", [False, True], ids=["copy", "own_values"])
+    def test_pairs_from_before_there_were_adapters(self, tmp_path, pretrained):
+        module = Teacher(lambda *_: early(), pretrained=pretrained)
         pairs = list(zip(module.net.parameters(), module.teacher.parameters(), strict=True))
 
         @torch.no_grad()
