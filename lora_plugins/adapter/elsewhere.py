@@ -37,7 +37,7 @@ def check_here(model: nn.Module, call: str) -> None:
 
 
 def _is_on_disk(module: nn.Module) -> bool:
-    """Whether group offloading of diffusers keeps the tensors of a module in a file, from where a forward takes them."""
+    """Whether group offloading of diffusers keeps the tensors of a module in a file, and a forward reads them there."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     group = getattr(hooks.get("group_offloading"), "group", None)
     return getattr(group, "offload_to_disk_path", None) is not None
