@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
+from lora_plugins.devices import usable_device
 from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
@@ -19,7 +21,6 @@ from lora_plugins.tasks.command_lines import generate_parser
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
-from lora_plugins.tasks.inference import device_to_use
 from lora_plugins.tasks.training import PROVENANCE_KEY
 from lora_plugins.writable import check_writable_folder
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
     )
-    device = device_to_use(given.device)
+    device = usable_device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
     pipe = _from_checkpoint(given.checkpoint, given.dtype) if given.checkpoint else _from_adapters(given)
     pipe.to(device)
     rows: dict[str, list[Image]] = {}
