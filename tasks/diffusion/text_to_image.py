@@ -1,6 +1,7 @@
 """The task of text-to-image diffusion."""
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,7 +16,7 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
-from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.integrations.lightning import LoraCallback, LoraCheckpointMixin
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
@@ -290,6 +291,17 @@ class TextToImageTask(LoraCheckpointMixin):
         return configured_optimizer(
             self, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, lr_scheduler=self.lr_scheduler
         )
+
+    def next_commands(self, trainer: Any) -> dict[str, str]:
+        """Commands that can be pasted, by what they do: pictures from what a run has left."""
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]
+        adapters = [file.path for callback in callbacks for file in callback.adapter_files if file.is_ours]
+        stored = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        left = [f"--adapter {shlex.quote(path)}" for path in adapters]
+        left += [f"--checkpoint {shlex.quote(stored)}"] if stored else []
+        prompts = [picture.prompt for picture in getattr(self._datamodule(), "pictures", [])] or ["PROMPT"]
+        draw = f"lora-plugins generate {{}} --prompt {shlex.quote(prompts[0])}"
+        return {"Draw pictures": draw.format(left[0])} if left else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the provenance into a checkpoint."""

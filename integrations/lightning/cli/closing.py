@@ -18,8 +18,8 @@ def closing_lines(
 ) -> list[str]:
     """Returns what is printed at the end of a fit.
 
-    A module may have a method `next_commands(trainer)` that returns commands by what they do; others are validated,
-    inspected and loaded.
+    A module may have a method `next_commands(trainer)` that returns commands by what they do; others are validated, if
+    they were during the fit, inspected and loaded.
 
     Args:
         trainer: The trainer.
@@ -33,7 +33,8 @@ def closing_lines(
     commands: list[str] = list(own(trainer).values()) if callable(own) else []
     head = "Stopped by Ctrl-C. Left:" if stopped else "Left:"
     lines = ["", head, *(f"  {what}: {path}" for what, path in files.items())] if files else []
-    following = (commands or _commands(files, configs)) + _inspection(trainer)
+    validated = _commands(files, configs) if trainer.enable_validation else []
+    following = (commands or validated) + _inspection(trainer)
     following = (following + console.to_paste)[:3]
     return [*lines, *(["Next:", *(f"  {line}" for line in following)] if following else [])]
 

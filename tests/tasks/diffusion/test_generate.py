@@ -1,5 +1,7 @@
 """`lora-plugins generate`: from adapters, a checkpoint and a merged pipeline, with seeds, weights and a comparison."""
 
+import shlex
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -34,6 +36,7 @@ def run(tmp_path, picture_folder):
         default_root_dir=tmp_path,
     )
     trainer.fit(task, data)
+    (tmp_path / "next").write_text("\n".join(task.next_commands(trainer).values()))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     checkpoint.rename(tmp_path / "run.ckpt")
     return tmp_path
@@ -62,6 +65,15 @@ def test_from_an_adapter_that_says_its_base(run):
     base = expected(pipe, [5, 6])
     LoraPipeline.load_adapter(pipe, run / "adapter")
     assert bytes_of(found) == expected(pipe, [5, 6]) != base
+
+
+def test_the_command_that_a_fit_names_draws(run):
+    program, *arguments = shlex.split((run / "next").read_text())
+    assert program == "lora-plugins"
+    assert main([*arguments, f"--out={run / 'named'}", *SIZE]) == 0
+    assert bytes_of(drawn(run, "--adapter", run / "adapter")) == [
+        Image.open(path).tobytes() for path in sorted((run / "named").glob("1-*.png"))
+    ]
 
 
 def test_an_adapter_a_checkpoint_and_the_merged_pipeline_draw_the_same(run):
