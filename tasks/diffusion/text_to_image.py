@@ -171,11 +171,17 @@ class TextToImageTask(LoraCheckpointMixin):
         """Check the sizes of pictures, and let the base model draw pictures of the class that are missing.
 
         Raises:
-            ConfigError: For sizes that the pipeline cannot take.
+            ConfigError: For sizes that the pipeline cannot take, or a precision that would cast a part of it.
         """
         data = self._datamodule()
         if stage != "fit" or not isinstance(data, PicturesDataModule):
             return
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise ConfigError(
+                f"precision is {precision}, which casts the trained parts of the pipeline and no other. Set `dtype` of "
+                "the task in its place, such as bfloat16, which casts all of them."
+            )
         wrong = sorted(size for size in data.sizes if any(side % self.multiple for side in size))
         if wrong:
             raise ConfigError(
