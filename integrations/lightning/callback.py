@@ -284,7 +284,11 @@ class LoraCallback(Callback):
             )
         else:
             self._adapt_when_built(trainer, pl_module, shims)
-        shims.after("configure_optimizers", lambda configured: self._complete_optimizers(pl_module, configured))
+        shims.after(
+            "configure_optimizers",
+            lambda configured: self._complete_optimizers(pl_module, configured),
+            lambda: self._restore_random_numbers(trainer),
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what is adapted.
@@ -312,9 +316,9 @@ class LoraCallback(Callback):
         lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
         if lora[0] is self:
             self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
-        random, self._restored = self._restored, None
-        if random is not None and trainer.world_size == 1:  # the file has the numbers of the first process only
-            set_random_numbers(random)
+        if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
+            self._restore_random_numbers(trainer)
+        self._restored = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at averages before validation, in which callbacks exchange them with the module.
@@ -470,6 +474,11 @@ class LoraCallback(Callback):
         none = dict.fromkeys(("_module_shims", "_strategy_shims", "_audit"))
         fresh = {"_merge": KeptMerge(self.adapter_name), "_expected_warnings": ExitStack()}
         return {**self.__dict__, **none, **fresh}
+
+    def _restore_random_numbers(self, trainer: Trainer) -> None:
+        """Sets those of the checkpoint, ahead of `estimated_stepping_batches` as well, which sets up the data."""
+        if self._restored is not None and trainer.world_size == 1:  # the file has those of the first process only
+            set_random_numbers(self._restored)
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""

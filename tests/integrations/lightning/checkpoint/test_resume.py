@@ -89,6 +89,29 @@ def test_resumed_run_is_the_straight_run(config, options, tmp_path):
     assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
 
 
+class CountsSteps(Classifier):
+    """Sets up the data before `on_fit_start`, and its iterators draw random numbers."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, steps)]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+def test_resume_where_the_optimizer_asks_for_the_number_of_steps(tmp_path, first):
+    torch.manual_seed(5)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    straight = run(tmp_path, CONFIG, 4, saver)
+    straight.fit(CountsSteps(dropout=0.2), loader(shuffle=True))
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+    torch.manual_seed(99)
+    resumed = run(tmp_path, CONFIG, 4, first=first)
+    resumed.fit(CountsSteps(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
 def test_resume_after_a_crash_in_a_new_process(tmp_path):
     torch.manual_seed(5)
     straight = run(tmp_path, CONFIG, 4)
