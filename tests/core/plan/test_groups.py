@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -56,6 +56,7 @@ class TestNames:
     def test_numbers_become_ranges(self, names, groups):
         assert {label: len(members) for label, members in group_names(names).items()} == groups
 
+    @settings(deadline=None)
     @given(st.sets(st.tuples(*[st.integers(0, 3)] * 3), min_size=1))
     def test_a_label_names_what_is_there_and_nothing_else(self, rows):
         names = [f"a.{i}.b.{j}.{k}.c" for i, j, k in sorted(rows)]
