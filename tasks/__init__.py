@@ -127,4 +127,4 @@ _ROOMS = {
     "warmup_cosine": "training",
 }
 
-__getattr__, __dir__ = lazily(__name__, _ROOMS)
+__getattr__, __dir__ = lazily(__name__, _ROOMS, extra="vision")

@@ -48,4 +48,4 @@ _MODULES = {
     "sample": "sampling",
 }
 
-__getattr__, __dir__ = lazily(__name__, _MODULES)
+__getattr__, __dir__ = lazily(__name__, _MODULES, extra="diffusion")

@@ -39,4 +39,4 @@ _MODULES = {
     "parameter_groups": "training",
 }
 
-__getattr__, __dir__ = lazily(__name__, _MODULES)
+__getattr__, __dir__ = lazily(__name__, _MODULES, extra="lightning")

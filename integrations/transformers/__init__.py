@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraTrainer"]
 
-__getattr__, __dir__ = lazily(__name__, {"LoraTrainer": "trainer"})
+__getattr__, __dir__ = lazily(__name__, {"LoraTrainer": "trainer"}, extra="transformers")

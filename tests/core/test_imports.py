@@ -87,3 +87,21 @@ def test_names_are_listed_before_they_are_used():
     """As an editor or a notebook asks for them."""
     run = python("import lora_plugins; assert {'LoraModel', '__doc__', *lora_plugins.__all__} <= {*dir(lora_plugins)}")
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extra"),
+    [
+        ("lora_plugins.integrations.lightning.LoraCallback", "lightning", "lightning"),
+        ("lora_plugins.integrations.lightning.LoraCallback", "rich", "lightning"),
+        ("lora_plugins.integrations.lightning.LoraCLI", "jsonargparse", "lightning"),
+        ("lora_plugins.integrations.transformers.LoraTrainer", "transformers", "transformers"),
+        ("lora_plugins.integrations.diffusers.contact_sheet", "PIL", "diffusion"),
+        ("lora_plugins.tasks.ImageClassificationTask", "torchvision", "vision"),
+    ],
+)
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(name, missing, extra):
+    package, _, attribute = name.rpartition(".")
+    run = python(f"import sys; sys.modules[{missing!r}] = None\nfrom {package} import {attribute}")
+    *_, last = run.stderr.splitlines()
+    assert re.fullmatch(rf".* needs \S+\. Run: pip install 'lora-plugins\[(lightning|{extra})\]'", last), run.stderr

@@ -34,4 +34,4 @@ _MODULES = {
     "recipe_path": "recipes",
 }
 
-__getattr__, __dir__ = lazily(__name__, _MODULES)
+__getattr__, __dir__ = lazily(__name__, _MODULES, extra="lightning")
