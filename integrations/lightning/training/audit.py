@@ -363,6 +363,7 @@ def check_unchanged(moved: Sequence[str]) -> None:
     if moved:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
-            "hold them and would be put onto another base. Likely causes: a callback or a training step that writes "
-            "into weights, or a layer that updates statistics in a buffer while frozen."
+            "hold them and would be put onto another base. Likely causes: a module that unfreezes a part of itself, "
+            "such as its head, which belongs into modules_to_save; a callback or a training step that writes into "
+            "weights; or a layer that updates statistics in a buffer while frozen."
         )
