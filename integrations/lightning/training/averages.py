@@ -51,10 +51,10 @@ def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
         return
     frozen = _frozen(module)
     averages = [average for callback in _averaging(trainer) if (average := averaged_module(callback)) is not None]
+    kept = {plain_name(name): buffer for average in averages for name, buffer in average.named_buffers()}
     with torch.no_grad():
-        for name, kept in (named for average in averages for named in average.named_buffers()):
-            if plain_name(name) in frozen:
-                frozen[plain_name(name)].copy_(kept)
+        for name in frozen.keys() & kept.keys():
+            frozen[name].copy_(kept[name])
 
 
 def check_averages(trainer: Trainer, module: LightningModule) -> None:
