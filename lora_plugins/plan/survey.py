@@ -270,7 +270,7 @@ def _shared(layer: nn.Module, tensor: str) -> str:
 def _read_as_another(layer: nn.Module, tensor: str) -> str:
     """Asks whether the class answers with something else than the parameter, to which an update would be added."""
     own = layer._parameters.get(tensor)
-    if own is None or state_of(layer) is not None or getattr(layer, tensor) is own:
+    if own is None or type(layer) is not base_class_of(layer) or getattr(layer, tensor) is own:
         return ""
     return (
         "is not what the layer computes with: its class answers with another tensor than the parameter. Exclude the "
