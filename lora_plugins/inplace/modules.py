@@ -137,9 +137,20 @@ def persistent_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
 
 
 def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Returns the module that owns a parameter or buffer, and its name there."""
+    """Returns the module that owns a parameter or buffer, and its name there.
+
+    Raises:
+        AttributeError: If there is no such module.
+    """
     path, _, key = name.rpartition(".")
-    return submodule(model, path), key
+    try:
+        return submodule(model, path), key
+    except AttributeError:
+        for entry in model_modules(model):  # TensorDictParams of tensordict gives its tensors names with dots
+            nested = name.removeprefix(full_name(entry.name, ""))
+            if "." in nested and (nested in entry.module._parameters or nested in entry.module._buffers):
+                return entry.module, nested
+        raise
 
 
 def own_tensor(model: nn.Module, name: str) -> Tensor:

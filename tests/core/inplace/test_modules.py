@@ -1,5 +1,7 @@
 """Adapters of modules with any name that a module can have are saved and found."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -72,3 +74,38 @@ class TestModuleNames:
         model = named_model([["first", name], ["second"]])
         plan = LoraModel.plan(model, LoraConfig(target_modules=[name], r=1))
         assert [layer.name for layer in plan.layers] == [f"first.{name}"]
+
+
+class DottedTensors(nn.Module):
+    """A module whose tensors have names with dots, as those of `TensorDictParams` of tensordict have."""
+
+    def __init__(self):
+        super().__init__()
+        self._parameters["scale.of.outputs"] = nn.Parameter(torch.full((2,), 3.0))
+        self._parameters["shift"] = nn.Parameter(torch.ones(2))
+        self._buffers["offset.of"] = torch.full((2,), 5.0)
+
+    def forward(self, x):
+        return x * self._parameters["scale.of.outputs"] + self._parameters["shift"] + self._buffers["offset.of"]
+
+
+@pytest.mark.parametrize("heads", [[], ["1"]], ids=["frozen", "trained"])
+def test_a_module_whose_tensors_have_names_with_dots(tmp_path, heads):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), DottedTensors())
+    base, x = copy.deepcopy(model), torch.randn(4, 3)
+    lora = LoraModel(model, LoraConfig(r=1, target_modules=["0"], modules_to_save=heads))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    trained = model(x)
+    assert not torch.equal(trained, base(x))
+    moved = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])}
+    assert moved == ({"1.scale.of.outputs", "1.shift"} if heads else set())
+    lora.save_adapter(tmp_path / "adapter")
+    other = copy.deepcopy(base)
+    LoraModel.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other(x), trained)
+    with lora.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    assert_same_state(lora.unload().state_dict(), base.state_dict())
