@@ -306,8 +306,7 @@ class TextToImageTask(LoraCheckpointMixin):
         left = [f"--adapter {shlex.quote(path)}" for path in adapters]
         left += [f"--checkpoint {shlex.quote(stored)}"] if stored else []
         prompts = [picture.prompt for picture in getattr(self._datamodule(), "pictures", [])] or ["PROMPT"]
-        draw = f"lora-plugins generate {{}} --prompt {shlex.quote(prompts[0])}"
-        return {"Draw pictures": draw.format(left[0])} if left else {}
+        return {"Draw pictures": f"lora-plugins generate {left[0]} --prompt {shlex.quote(prompts[0])}"} if left else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the provenance into a checkpoint."""

@@ -42,6 +42,25 @@ def run(tmp_path, picture_folder):
     return tmp_path
 
 
+def test_next_command_takes_any_prompt(tmp_path, picture_folder):
+    build("Stable Diffusion").save_pretrained(tmp_path / "base")
+    task = TextToImageTask(str(tmp_path / "base"), lr=1e-3)
+    data = PicturesDataModule(str(picture_folder((16, 16))), prompt="a {cat} of 'his' {0}", resolution=16)
+    lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[lora],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, data)
+    (command,) = task.next_commands(trainer).values()
+    assert shlex.split(command)[-2:] == ["--prompt", "a {cat} of 'his' {0}"]
+
+
 def drawn(run, *arguments, name="out"):
     """The pictures that the command leaves, by name."""
     folder = run / name
