@@ -4,6 +4,8 @@ FSDP and tensor parallelism of torch split them over processes. accelerate keeps
 leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from lora_plugins.adapter.lifecycle import CALLS
@@ -21,15 +23,16 @@ def check_here(model: nn.Module, call: str) -> None:
     Raises:
         StateError: If parameters of the model are split over processes, on the meta device, or on the disk.
     """
-    check_not_sharded(model, call)
-    away = [name for name, parameter in own_tensors(model_modules(model), "_parameters").items() if parameter.is_meta]
-    if away:
+    modules = model_modules(model)
+    own = own_tensors(modules, "_parameters")
+    _check_whole(model, own, call)
+    if away := [name for name, parameter in own.items() if parameter.is_meta]:
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and {listing(away, 3)} are on the meta device. If "
             "accelerate offloads the model, take that back first: "
             "accelerate.hooks.remove_hook_from_submodules(model)."
         )
-    if on_disk := [entry.name for entry in model_modules(model) if _is_on_disk(entry.module)]:
+    if on_disk := [entry.name for entry in modules if _is_on_disk(entry.module)]:
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and group offloading of diffusers has those of "
             f"{listing(on_disk, 3)} on the disk. Do it before enable_group_offload, or in a pipeline without."
@@ -53,7 +56,10 @@ def check_not_sharded(model: nn.Module, call: str) -> None:
     Raises:
         StateError: If parameters of the model are split over processes.
     """
-    names = own_tensors(model_modules(model), "_parameters")
+    _check_whole(model, own_tensors(model_modules(model), "_parameters"), call)
+
+
+def _check_whole(model: nn.Module, names: Iterable[str], call: str) -> None:
     split = [name for name in names if is_shard(*holder_of(model, name))]
     if split:
         raise StateError(

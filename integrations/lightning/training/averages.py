@@ -32,8 +32,7 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
 
     Callbacks exchange their average with the module in validation and when training ends, so this is called before.
     """
-    averages = [(average, "") for callback in _averaging(trainer) if (average := averaged_module(callback)) is not None]
-    averages += _of_other_callbacks(trainer, module)
+    averages = [(average, "") for average in _averages(trainer)] + _of_other_callbacks(trainer, module)
     if not averages:
         return
     frozen = _frozen(module)
@@ -50,8 +49,7 @@ def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
     if not renews_statistics(trainer):
         return
     frozen = _frozen(module)
-    averages = [average for callback in _averaging(trainer) if (average := averaged_module(callback)) is not None]
-    kept = {plain_name(name): buffer for average in averages for name, buffer in average.named_buffers()}
+    kept = {plain_name(name): buffer for average in _averages(trainer) for name, buffer in average.named_buffers()}
     with torch.no_grad():
         for name in frozen.keys() & kept.keys():
             frozen[name].copy_(kept[name])
@@ -144,6 +142,12 @@ def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
         and (tensor.requires_grad or torch.allclose(its[name].to(tensor), tensor, rtol=0.1))
         for name, tensor in own.items()
     )
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """Returns the copies of the module that callbacks average."""
+    found = [averaged_module(callback) for callback in _averaging(trainer)]
+    return [average for average in found if average is not None]
 
 
 def _averaging(trainer: Trainer) -> list[Averaging]:
