@@ -57,6 +57,19 @@ def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict
     return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in left_out})
 
 
+def put_base(module: LightningModule, complete: Mapping[str, Any]) -> None:
+    """Gives layers that a hook of the module has built again the frozen base that they had, as a full file would.
+
+    Args:
+        module: The module.
+        complete: What `restore` returned before the hook.
+    """
+    base, state = set(map(name_mapper(module), checked_entry(complete)["left_out"])), complete["state_dict"]
+    for key, value in module.state_dict().items():
+        if key in base and key in state and value.shape == state[key].shape:
+            value.copy_(state[key])
+
+
 def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Calls the module's own `setup` if layers are missing that the adapters of a checkpoint need.
 

@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     check_whole,
     missing_layers,
     original,
+    put_base,
     reading_errors,
     restore,
     shrink,
@@ -163,14 +164,14 @@ class CheckpointShims:
         The hook may build layers, or build them again.
         """
         module = self._module
-        if missing_layers(module, checkpoint):
-            complete = with_present_base(module, checkpoint)
-        else:
-            complete = self._averaged(restore(module, checkpoint))
+        late = bool(missing_layers(module, checkpoint))
+        complete = with_present_base(module, checkpoint) if late else self._averaged(restore(module, checkpoint))
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
             shims.remove()
+            if not late:
+                put_base(module, complete)
             complete.update(self._averaged(restore(module, without_base(module, complete))))
 
         shims.after("on_load_checkpoint", after_hook)

@@ -76,4 +76,15 @@ class ByShape(InSetup):
         self.head = head(checkpoint["state_dict"]["head.weight"].shape[1])
 
 
+class FromScratch(_Late):
+    """Builds the layer again before a checkpoint is loaded, with random values: it expects all of them in the file."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.build()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.head = nn.Linear(16, 3)
+
+
 LATE = {cls.__name__: cls for cls in (InSetup, InConfigureModel, InEverySetup, OnLoading)}

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.lightning.late_layers import LATE, ByShape, InEverySetup, InSetup, head
+from tests.integrations.lightning.late_layers import LATE, ByShape, FromScratch, InEverySetup, InSetup, head
 from tests.integrations.lightning.toys import Classifier, differing, loader, trainer, values
 
 CONFIGS = {"all": LoraConfig(r=2), "head": LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["head"])}
@@ -105,6 +105,18 @@ def test_a_base_that_the_hook_loads_is_the_one_that_counts(tmp_path):
     loaded = load_from_checkpoint(Pretrained, tmp_path / "it.ckpt")
     assert torch.equal(loaded.net[3].bias, head().bias)
     assert not differing(values(loaded), values(module))
+
+
+@every_config
+def test_a_base_that_the_hook_makes_at_random_is_put_back(config, tmp_path):
+    whole, _ = fitted(tmp_path, FromScratch, config, 3)
+    module, run = fitted(tmp_path, FromScratch, config)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    resumed, _ = fitted(tmp_path, FromScratch, config, 3, ckpt_path=tmp_path / "it.ckpt")
+    assert not differing(values(resumed), values(whole))
+    (score,) = run.validate(module, loader(), verbose=False)
+    fresh = trainer(tmp_path, [callback(config)])
+    assert fresh.validate(FromScratch(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False) == [score]
 
 
 def test_a_hook_that_looks_for_the_base_in_the_file_is_refused(tmp_path):
