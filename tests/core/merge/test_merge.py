@@ -184,7 +184,7 @@ def test_memory_format_survives():
 def test_values_that_are_not_finite_are_refused():
     model = model_of()
     model[2].weight.data[0, 0] = float("nan")
-    with pytest.raises(MergeError, match=r"'2\.weight' or the update has values that are not finite"):
+    with pytest.raises(MergeError, match=r"'2\.weight': the weight or its update has values that are not finite"):
         adapt(model).merge_and_unload(max_error=float("inf"))
 
 
