@@ -96,6 +96,7 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     keep_base_of_averages,
     needs_data,
+    parameters_of,
     put_back_statistics,
     random_numbers,
     set_random_numbers,
@@ -207,7 +208,6 @@ class LoraCallback(Callback):
             check(name, getattr(self, name))
         self._merge = KeptMerge(adapter_name)
         self._modes: dict[str, bool] = {}
-        self._copies: list[NetworkCopy] = []
         self._start = Start()
         self._sums: dict[str, int] = {}
         self._names: list[tuple[set[str], set[str]]] = []
@@ -347,10 +347,12 @@ class LoraCallback(Callback):
         if first and not is_sharded(trainer):
             put_back_statistics(trainer, pl_module)
         if self._audit is None:
+            copies: list[NetworkCopy] = []
             if not is_sharded(trainer):
                 note_built(pl_module)  # what was converted since
                 take_fingerprints(pl_module)
-            self._audit = Audit(trainer, pl_module, self._copies, self._start)
+                copies = find_copies(pl_module, parameters_of(trainer.optimizers))
+            self._audit = Audit(trainer, pl_module, copies, self._start)
         self._audit.before_batch(first_of_epoch=first)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -529,12 +531,11 @@ class LoraCallback(Callback):
                 copy_into_averages(trainer, module)
         else:
             self._add_adapter(trainer, module, config)
-        if not is_sharded(trainer):
-            self._copies = find_copies(module)
-            freeze_alike(module, self._copies)
-            self._names += add_names(module, self._copies)
+        copies = [] if is_sharded(trainer) else find_copies(module)
+        freeze_alike(module, copies)
+        self._names += add_names(module, copies)
         if self.train_mode and trainer.state.fn == "fit":
-            averages = [copy.name for copy in self._copies if copy.equal and not copy.shares]
+            averages = [copy.name for copy in copies if copy.equal and not copy.shares]
             set_training_mode(target, [submodule(module, name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
         if not is_sharded(trainer):  # whole tensors are no shards

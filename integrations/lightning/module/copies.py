@@ -10,7 +10,7 @@ are. What is told apart here, by shapes and values alone:
   have other values.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 
@@ -31,7 +31,7 @@ class NetworkCopy:
 
     Args:
         origin: The name of the other part.
-        name: The name of the copy.
+        name: The name of the copy, which follows the origin.
         equal: Whether the values of what neither trains are the same, bit for bit.
         frozen: Whether the author froze the copy, and not the origin.
         shares: Whether it has some of the origin's own modules.
@@ -42,6 +42,16 @@ class NetworkCopy:
     equal: bool
     frozen: bool
     shares: bool = False
+
+    @property
+    def is_directed(self) -> bool:
+        """Whether it is known which part follows the other; of two equal ones that may be trained, it is not."""
+        return self.frozen or self.shares or not self.equal
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """The names of the parts of which one follows the other."""
+        return (self.name,) if self.is_directed else (self.name, self.origin)
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,19 @@ class _Part:
         return all(checksum(own) == checksum(its) for own, its in pairs)
 
 
-def find_copies(module: nn.Module) -> list[NetworkCopy]:
-    """Finds the copies of adapted networks in a module, the largest that there are."""
+def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[NetworkCopy]:
+    """Finds the copies of adapted networks in a module, the largest that there are.
+
+    Args:
+        module: The module.
+        held: The parameters that optimizers have, by `id`, once there are optimizers. A part that is adapted and of
+            which they have nothing counts as frozen.
+    """
     _, trained = _of_the_author(module)
     layers = [entry.name for entry in model_modules(module) if state_of(entry.module) is not None]
     layers += [name.rpartition(".")[0] for name in trained]
     alike: dict[object, list[_Part]] = {}
-    for part in _parts(module):
+    for part in _parts(module, held):
         alike.setdefault(part.layout, []).append(part)
     found = [copy for copy in _sharing(module) if any(is_within(layer, copy.origin) for layer in layers)]
     for parts in alike.values():  # in the order of the module: outer parts first
@@ -228,7 +244,7 @@ def _shape(tensor: Tensor) -> torch.Size | None:
     return None if is_lazy(tensor) else tensor.shape
 
 
-def _parts(module: nn.Module) -> list[_Part]:
+def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
     """Returns all parts of a module that have parameters, outer ones first."""
     modules = model_modules(module)
     parameters = own_tensors(modules, "_parameters")
@@ -246,8 +262,14 @@ def _parts(module: nn.Module) -> list[_Part]:
         layout = tuple((n, _shape(t), t.dtype) for n, t in zip(short, tensors, strict=True))
         in_place = tuple(name in trained for name in names)
         if names and not any(is_lazy(tensor) for tensor in tensors):
-            parts.append(_Part(entry.name, layout, tensors, in_place, any(required[name] for name in names)))
+            needed = any(required[name] for name in names) and not _is_left_out(entry.module, held)
+            parts.append(_Part(entry.name, layout, tensors, in_place, needed))
     return parts
+
+
+def _is_left_out(part: nn.Module, held: Collection[int] | None) -> bool:
+    """Whether a part is adapted, and optimizers have nothing of it."""
+    return held is not None and bool(adapter_tensors(part)) and not any(id(p) in held for p in part.parameters())
 
 
 def _of_the_author(module: nn.Module) -> tuple[dict[str, bool], set[str]]:

@@ -18,7 +18,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
 )
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
-from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers
+from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers, parameters_of
 from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",
+    "parameters_of",
     "put_back_statistics",
     "random_numbers",
     "set_random_numbers",

@@ -81,7 +81,7 @@ class Audit:
     Args:
         trainer: The trainer.
         module: Its module, adapted.
-        copies: The copies of adapted networks in the module.
+        copies: The copies of adapted networks in the module, once there are optimizers.
         start: What the module was when it was adapted: what it has written since, before training, is in no other
             module of its class, and checkpoints hold it.
     """
@@ -92,11 +92,11 @@ class Audit:
         # In another type they cannot be compared: a precision plugin has converted them.
         alike = [name for name, (dtype, _) in start.sums.items() if name in now and now[name][0] == dtype]
         mark_moved(module, [name for name in alike if now[name] != start.sums[name]], start.fingerprints)
+        trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
         self._by_hand = MovedByHand(module, copies)
-        trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         watched = {name: p for name, p in trained.items() if id(p) in held}
-        self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.name for copy in self._copies])
+        self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._frozen_by_others: set[str] = set()
         self._late: list[str] | None = None
         frozen = frozen_tensors(module)
@@ -194,7 +194,7 @@ class Audit:
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those that are of a teacher, of a copy, or new: what the author moves beside the optimizer."""
-        own, copies = frozen_by_author(self._module), [copy.name for copy in self._copies]
+        own, copies = frozen_by_author(self._module), [name for copy in self._copies for name in copy.followers]
         new = self._put_in_place(tensors)
         return {n: t for n, t in tensors.items() if n in own or n in new or any(is_within(n, c) for c in copies)}
 
@@ -249,10 +249,10 @@ class FirstSteps:
 
     Args:
         trained: The parameters by name.
-        copies: Names of copies of networks: one that has no gradient at all is a teacher or an average.
+        copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[str] = ()) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]] = ()) -> None:
         self._trained, self._copies = trained, copies
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
@@ -291,11 +291,11 @@ class FirstSteps:
             return
         self._checked = True
         self._without = {name for name in self._without if self._trained[name].requires_grad}
-        for copy in self._copies:
-            inside = {name for name in self._trained if is_within(name, copy)}
-            if inside <= self._without:
-                self._start = {name: start for name, start in self._start.items() if name not in inside}
-                self._without -= inside
+        for parts in self._copies:
+            insides = [{name for name in self._trained if is_within(name, part)} for part in parts]
+            inside = next((inside for inside in insides if inside <= self._without), set())
+            self._start = {name: start for name, start in self._start.items() if name not in inside}
+            self._without -= inside
         if self._without and len(self._without) == len(self._start):
             raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
         if self._without:

@@ -5,6 +5,7 @@ Only what happens within a batch counts: between batches, validation exchanges w
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class MovedByHand:
     def forget(self) -> None:
         """Ignores what happens from now on until the next batch."""
         for each in self._all:
-            each.watched.forget()
+            each.forget()
 
     def finish(self) -> None:
         """Looks at the values of what must not have moved.
@@ -116,18 +117,21 @@ class _Unlike:
         self._tensors = {name: tensor for name, tensor, _ in base_pairs(module, copy)}
         self._sums = checksums(self._tensors)
         self._looks = 0
-        self.watched = _Watched(self._tensors.values())
+        self._watched = _Watched(self._tensors.values())
 
     def note(self) -> None:
-        self.watched.note()
+        self._watched.note()
+
+    def forget(self) -> None:
+        self._watched.forget()
 
     def check(self) -> None:
         self._looks += 1
         if self._looks <= 2 * _FOLLOWS:
             self.compare()
-        if self.watched.written_in_place():
+        if self._watched.written_in_place():
             raise StateError(self.message("As the module moves it by hand"))
-        if self.watched.written():  # or it was moved to another device and back
+        if self._watched.written():  # or it was moved to another device and back
             self.compare()
             self.note()
 
@@ -152,6 +156,10 @@ class _Unlike:
         )
 
 
+def _sums_of(tensors: Iterable[Tensor]) -> dict[str, int]:
+    return checksums({str(at): tensor for at, tensor in enumerate(tensors)})
+
+
 def _named(part: str, layers: Collection[str]) -> str:
     return listing(sorted(f"{part}.{layer}" for layer in layers), 8)
 
@@ -167,6 +175,7 @@ class _Alike:
         self._module, self._copy = module, copy
         pairs = [(own, origin) for _, own, origin in base_pairs(module, copy)]
         self._base = [(own, origin) for own, origin in pairs if copy.equal and own is not origin]
+        self._start = {} if copy.is_directed else _sums_of(origin for _, origin in self._base)
         self._base += [(own, local(own).clone()) for own, origin in pairs if own is origin]
         self._own, self._origin = (adapter_tensors(submodule(module, p)) for p in (copy.name, copy.origin))
         self._factors = _Watched(self._own.values())
@@ -175,15 +184,22 @@ class _Alike:
         self._follows = not self._own
         # Resumed, or fitted again, it has an adapter of its own already.
         self._is_new = not any(bool(tensor.any()) for name, tensor in self._own.items() if ".lora_B" in f".{name}")
-        self.watched = _Watched(tensor for _, tensor, _ in base_pairs(module, copy))
+        self._watched = _Watched(own for own, _ in pairs)
+        self._watched_origin = _Watched(origin for _, origin in pairs)
 
     def note(self) -> None:
-        self.watched.note()
-        self._factors.note()
+        for each in (self._watched, self._watched_origin, self._factors):
+            each.note()
+
+    def forget(self) -> None:
+        self._watched.forget()
+        self._watched_origin.forget()
 
     def check(self) -> None:
         self._looks += 1
-        written = self.watched.written()
+        if not self._copy.is_directed and not self._moved and self._origin_is_moved():
+            self._turn()
+        written = self._watched.written()
         moves = written or ((self._drifts or self._looks <= 2 * _FOLLOWS) and self._differs())
         if moves:
             self._drifts = self._drifts or not written
@@ -196,6 +212,20 @@ class _Alike:
         if moves and self._moved == 1 and self._is_new and not self._copy.equal:
             self._start_alike()
         self.note()
+
+    def _origin_is_moved(self) -> bool:
+        """Whether of two equal parts, both of which may be trained, it is the origin that follows the other."""
+        own, origin = self._watched.written(), self._watched_origin.written()
+        if own or origin:
+            return origin and not own
+        return self._looks <= 2 * _FOLLOWS and _sums_of(origin for _, origin in self._base) != self._start
+
+    def _turn(self) -> None:
+        self._copy = replace(self._copy, origin=self._copy.name, name=self._copy.origin)
+        self._base = [(origin, own) for own, origin in self._base]
+        self._own, self._origin = self._origin, self._own
+        self._watched, self._watched_origin = self._watched_origin, self._watched
+        self._factors, self._sums = _Watched(self._own.values()), checksums(self._own)
 
     def _start_alike(self) -> None:
         """Gives the copy the A of its origin: its B is an average already, and then that of the product as well."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import layers_of_factors, trained_parameters
+from lora_plugins.integrations.lightning.module import find_copies, is_within, layers_of_factors, trained_parameters
 
 _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
@@ -56,6 +56,9 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     factors = trained.keys() & layers_of_factors(module).keys()
     if missing and factors and factors <= missing.keys():
         missing = _add_to_group(missing, module, groups)
+    if missing:
+        teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand
+        missing = {name: p for name, p in missing.items() if not any(is_within(name, part) for part in teachers)}
     if missing:
         rank_zero_warn(
             f"{len(missing)} trainable tensors of adapters are in no optimizer, which has others of them, so they are "

@@ -75,12 +75,16 @@ WHEN = ["training_step", "on_before_zero_grad", "on_train_batch_end"]
 class Teacher(Classifier):
     """Learns to agree with an average of itself, as BYOL and mean teachers do."""
 
-    def __init__(self, update=by_data, when="training_step", frozen=True, pretrained=False):
+    def __init__(self, update=by_data, when="training_step", frozen=True, pretrained=False, first=False):
         super().__init__(lr=0.05)
         self.update, self.when = update, when
         self.teacher = Classifier(base_seed=5).net if pretrained else copy.deepcopy(self.net)
         if frozen:
             self.teacher.requires_grad_(False)
+        if first:  # of the modules
+            student = self.net
+            del self.net
+            self.net = student
 
     def save_hyperparameters(self, *_):
         """A function is no hyperparameter."""
@@ -119,10 +123,11 @@ def base_of(module):
 
 class TestFollows:
     @updates
+    @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
     @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-    def test_teacher_averages_the_adapter(self, tmp_path, update, frozen):
+    def test_teacher_averages_the_adapter(self, tmp_path, update, frozen, first):
         """The expected one is that of the same run without the teacher's part, averaged here."""
-        module = Teacher(update, "on_train_batch_end", frozen)
+        module = Teacher(update, "on_train_batch_end", frozen, first=first)
         averages = []
         inner = module.update
 
@@ -145,15 +150,16 @@ class TestFollows:
 
     @pytest.mark.parametrize("when", WHEN)
     @pytest.mark.parametrize("update", [by_data, by_data_in_place])
-    def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when):
-        straight = Teacher(update, when)
+    @pytest.mark.parametrize("order", [{}, {"frozen": False, "first": True}], ids=["after", "before"])
+    def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when, order):
+        straight = Teacher(update, when, **order)
         fit(tmp_path, straight, max_epochs=4)
         torch.manual_seed(1)
         saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        trainer(tmp_path, [lora(BOTH), saver], max_epochs=2).fit(Teacher(update, when), loader(), loader())
+        trainer(tmp_path, [lora(BOTH), saver], max_epochs=2).fit(Teacher(update, when, **order), loader(), loader())
         path = tmp_path / "epoch=1.ckpt"
         assert all(".lora_" in key for key in load(path)["state_dict"])
-        resumed = Teacher(update, when)
+        resumed = Teacher(update, when, **order)
         trainer(tmp_path, [lora(BOTH)], max_epochs=4).fit(resumed, loader(), loader(), ckpt_path=path)
         assert not differing(values(straight), values(resumed))
 
@@ -199,6 +205,30 @@ class TestFollows:
         with pytest.warns(UserWarning, match=r"frozen weights of .*'teacher\.0\.weight'"):
             trainer(tmp_path, [callback]).fit(Teacher(in_place, pretrained=True), loader(), loader())
         trainer(tmp_path, [lora(BOTH, save_adapter_to=str(tmp_path / "equal"))]).fit(Teacher(), loader(), loader())
+
+    @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+    @pytest.mark.parametrize("pretrained", [False, True], ids=["equal", "own_values"])
+    def test_what_no_optimizer_has_is_a_teacher(self, tmp_path, pretrained, first):
+        """As with a frozen one, though it requires gradients (DINO of lightly-train)."""
+
+        class Selected(Teacher):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.net.parameters(), lr=self.lr)
+
+        def run(frozen):
+            module = Selected(in_place, frozen=frozen, pretrained=pretrained, first=first)
+            saver = ModelCheckpoint(tmp_path, filename="it", enable_version_counter=False)
+            torch.manual_seed(1)
+            trainer(tmp_path, [lora(BOTH), saver]).fit(module, loader(), loader())
+            again = load_from_checkpoint(Selected, tmp_path / "it.ckpt", update=in_place, pretrained=pretrained)
+            assert not differing(values(again), values(module))
+            return values(module)
+
+        found, expected = run(frozen=False), run(frozen=True)
+        if first and not pretrained:  # equal parts start with the A of the first one, unless its author froze it
+            assert not differing(base_of(Selected()), {key: found[key] for key in base_of(Selected())})
+        else:
+            assert not differing(found, expected)
 
     def test_gradients_do_not_train_a_frozen_teacher(self, tmp_path):
         class Leaky(Teacher):
