@@ -1,11 +1,12 @@
-"""Copies of weights that a module keeps in lists, dicts and buffers, as hand-written averages do.
+"""Copies of weights that a module keeps in lists, dicts, buffers and hidden modules, as hand-written averages do.
 
 They were made before there were adapters, so they have no A and B: an average of them would never learn.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, ValuesView
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, adapted_weights
 
+_OF_LIGHTNING = frozenset(vars(LightningModule()))
 _LIBRARIES = ("torch", "lightning", "lora_plugins", "torchmetrics", "builtins")
 
 
@@ -44,7 +46,7 @@ def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for path, part in module.named_modules():
         yield path, list(_tensors(part._buffers))
         for name, value in vars(part).items():
-            if name.startswith("_"):  # of torch and of Lightning
+            if name in _OF_LIGHTNING:
                 continue
             full = f"{path}.{name}" if path else name
             yield full, list(_tensors(value))
@@ -53,10 +55,13 @@ def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, list | tuple):
-        yield from (value for value in values if isinstance(value, Tensor))
-    elif isinstance(values, Mapping):
-        yield from (value for value in values.values() if isinstance(value, Tensor))
+    """Yields the tensors of a collection, and of modules in it; they are none of the module that holds it, then."""
+    members = values.values() if isinstance(values, Mapping) else values
+    for value in members if isinstance(members, list | tuple | ValuesView) else [values]:
+        if isinstance(value, nn.Module) and not adapted_layers(value):
+            yield from value.parameters()
+        elif isinstance(value, Tensor) and value is not values:
+            yield value
 
 
 def _is_helper(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Copies of weights in lists, dicts and buffers, which never see an adapter: told before training."""
 
+import copy
 import warnings
 
 import pytest
@@ -24,6 +25,21 @@ def as_helper(module):
     module.ema = Shadow(module.parameters())
 
 
+class Holder:
+    """Holds the average as a module, as ExponentialMovingAverage of mmlearn does."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def as_hidden_module(module):
+    module._teacher = [copy.deepcopy(module.net)]  # which keeps it out of the state dict
+
+
+def as_model_of_a_helper(module):
+    module.average = Holder(copy.deepcopy(module.net))
+
+
 def as_buffers(module):
     module.ema = nn.Module()
     for name, parameter in module.net.named_parameters():
@@ -36,8 +52,14 @@ def fit(tmp_path, module):
 
 @pytest.mark.parametrize(
     ("keep", "name"),
-    [(as_dict, "shadow"), (as_helper, r"ema\.shadow"), (as_buffers, "ema")],
-    ids=["dict", "list", "buffers"],
+    [
+        (as_dict, "shadow"),
+        (as_helper, r"ema\.shadow"),
+        (as_buffers, "ema"),
+        (as_hidden_module, "_teacher"),
+        (as_model_of_a_helper, r"average\.model"),
+    ],
+    ids=["dict", "list", "buffers", "hidden_module", "model_of_a_helper"],
 )
 def test_copies_that_were_made_before_are_named(tmp_path, keep, name):
     module = Classifier()
@@ -50,6 +72,10 @@ def others(module):
     module.shadow = [torch.zeros_like(parameter) for parameter in module.parameters()]
 
 
+def a_module_of_its_own(module):
+    module._parts = [module.net]
+
+
 def themselves(module):
     module.all_parameters = list(module.parameters())
 
@@ -60,7 +86,8 @@ class InFitStart(Classifier):
 
 
 @pytest.mark.parametrize(
-    ("cls", "keep"), [(Classifier, others), (Classifier, themselves), (InFitStart, lambda _: None)]
+    ("cls", "keep"),
+    [(Classifier, others), (Classifier, themselves), (Classifier, a_module_of_its_own), (InFitStart, lambda _: None)],
 )
 def test_what_is_no_such_copy_says_nothing(tmp_path, cls, keep):
     module = cls()
