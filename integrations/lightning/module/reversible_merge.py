@@ -2,12 +2,12 @@
 
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -39,6 +39,7 @@ from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight,
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_dense
 from lora_plugins.utils import replace_file
 
+Weight = TypeVar("Weight")
 Fingerprints = dict[str, dict[str, float]]
 """Of weights, by full name."""
 
@@ -160,17 +161,8 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         for tensor in tensors
     }
     weights = {source for name in effective for source in sources(name, normed)}
-    stored = {
-        full_name(entry.name, name): weight
-        for entry in model_modules(target)
-        for name, weight in stored_weights(entry.module).items()
-    }
-    foreign = {
-        full_name(entry.name, name): weight
-        for entry in model_modules(target)
-        for name, weight in library_weights(entry.module).items()
-        if dequantize
-    }
+    stored = _of_all_layers(target, stored_weights)
+    foreign = _of_all_layers(target, library_weights) if dequantize else {}
     quantizers = quantizer_marks(target)
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
@@ -199,6 +191,15 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         weakref.ref(target),
         marks,
     )
+
+
+def _of_all_layers(target: nn.Module, weights: Callable[[nn.Module], Mapping[str, Weight]]) -> dict[str, Weight]:
+    """Returns the weights of some kind that the layers of a module have, by full name."""
+    return {
+        full_name(entry.name, name): weight
+        for entry in model_modules(target)
+        for name, weight in weights(entry.module).items()
+    }
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool, planned: Iterable[str] = ()) -> None:
