@@ -26,6 +26,7 @@ from lora_plugins.adapter import (
     initialize,
     mixed_batch,
     model_state,
+    moved_buffers,
     present_state,
     set_active,
     swap,
@@ -340,7 +341,7 @@ class LoraModel(metaclass=Told):
         format: str = OWN_FORMAT,
         format_options: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes an adapter into a folder or file; a warning names parameters that are trained beside all adapters.
+        """Writes an adapter into a folder or file; a warning names what training changed beside it.
 
         Args:
             path: The folder, which is made if it does not exist, or the file where the format has files.
@@ -374,6 +375,14 @@ class LoraModel(metaclass=Told):
                 "is not saved here, and the adapter may not load onto the base again. Name their modules in "
                 "modules_to_save, and keep other code from unfreezing the rest; to keep this training, save the state "
                 "dict, or merge.",
+                stacklevel=6,
+            )
+        if moved := moved_buffers(self.model, state, adapter_name):
+            warnings.warn(
+                f"Buffers have changed since the adapter was added that it does not hold: {listing(moved, 3)}. "
+                "Codebooks, queues and the like, which layers update themselves, are not saved here, and on the base "
+                "as it was the adapter computes something else. Name their modules in modules_to_save, or save the "
+                "state dict.",
                 stacklevel=6,
             )
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import ConfigError, LoraModel
+from lora_plugins.adapter import moved_buffers, present_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.inplace import submodule
@@ -49,7 +50,7 @@ class Results:
         """Writes the files; only the first process does, and returns their paths by what they are."""
         target = submodule(module, self.target)
         paths: dict[str, Path] = {}
-        self._warn_of_moved(module)
+        self._warn_of_moved(module, target)
         entries = file_entries(module, self.target)
         for file in self.files:
             path = self._write_adapter(file, trainer, target, entries)
@@ -61,13 +62,20 @@ class Results:
             paths["Merged model"] = write_safetensors(Path(self.export_to), tensors, entries)
         return paths
 
-    def _warn_of_moved(self, module: nn.Module) -> None:
+    def _warn_of_moved(self, module: nn.Module, target: nn.Module) -> None:
         moved = adapted_layers_moved(module)
         if self.files and moved:
             rank_zero_warn(
                 f"The module has moved the frozen weights of {listing(moved, 3)} by hand, as those of a teacher, and "
                 "the files of the adapter do not have them: put on other models, it is exact for all other layers. "
                 "Checkpoints and export_to have them."
+            )
+        buffers = moved_buffers(target, present_state(target), self.adapter_name)
+        if any(file.is_ours for file in self.files) and buffers:  # the other formats are saved by what warns itself
+            rank_zero_warn(
+                f"Training has changed {listing(buffers, 3)}, as codebooks, queues and the like, and the files of the "
+                "adapter do not have them: on the base as it was, it computes something else. Name their modules in "
+                "modules_to_save. Checkpoints and export_to have them."
             )
 
     def _write_adapter(

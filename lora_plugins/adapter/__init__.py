@@ -20,7 +20,14 @@ from lora_plugins.adapter.content import (
     to_store,
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
-from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
+from lora_plugins.adapter.integrity import (
+    buffer_fingerprints,
+    check_complete,
+    check_in_place,
+    check_norms,
+    moved_buffers,
+    trained_besides,
+)
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
 from lora_plugins.adapter.opening import check_not_nested, close_state
@@ -58,6 +65,7 @@ __all__ = [
     "allocated",
     "apply_state",
     "base_in_place",
+    "buffer_fingerprints",
     "by_layer",
     "calibrate",
     "changed_bases",
@@ -80,6 +88,7 @@ __all__ = [
     "initialize",
     "mixed_batch",
     "model_state",
+    "moved_buffers",
     "new_stored_weights",
     "present_state",
     "set_active",

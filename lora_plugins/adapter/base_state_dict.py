@@ -29,7 +29,7 @@ def accept_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         own = (key for key in state_dict if key.startswith(prefix))
         _take_base(model, state, state_dict, {key: plain_name(key.removeprefix(prefix)) for key in own})
         state_dict.update(tensors)
-    _forget_fingerprints(model, state)
+    _forget_base(model, state)
 
 
 def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -41,7 +41,7 @@ def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str,
     (path, *_) = [name for name, each in model.named_modules(remove_duplicate=False) if each is part]
     _take_base(model, state, state_dict, {key: plain_name(full_name(path, key)) for key in state_dict})
     state_dict.update({prefix + key: tensor for key, tensor in factors_of(part).items()})
-    _forget_fingerprints(model, state)
+    _forget_base(model, state)
 
 
 def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
@@ -59,7 +59,9 @@ def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     yield from (own[id(every[name])] for name in names if name in every)
 
 
-def _forget_fingerprints(model: nn.Module, state: ModelState) -> None:
+def _forget_base(model: nn.Module, state: ModelState) -> None:
+    for adapter in state.adapters.values():
+        adapter.buffers.clear()
     if not any(is_shard(layer, name) for layer in adapted_layers(model).values() for name in layer._parameters):
         for adapter in state.adapters.values():
             adapter.fingerprints.clear()  # of the base that was

@@ -48,6 +48,25 @@ def test_every_file_is_the_adapter_that_was_trained(tmp_path, merge, capsys):
     assert f"Adapter for peft: {tmp_path / 'theirs'}" in out
 
 
+class Counting(nn.Identity):
+    """What a layer counts itself in training changes what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += self.training
+        return x + self.seen
+
+
+def test_buffers_that_training_moves_are_named(tmp_path):
+    module = Classifier()
+    module.net[1] = Counting()
+    with pytest.warns(UserWarning, match=r"Training has changed '1\.seen', .* the files of the adapter do not have"):
+        fitted(tmp_path, str(tmp_path / "ours"), module)
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_places_are_paths_or_texts(tmp_path, listed):
     ours = tmp_path / "ours"
