@@ -199,18 +199,8 @@ def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Seque
     """Names of the model's own parameters to train, in the order of the model.
 
     Raises:
-        TargetError: If `modules_to_save` names one that cannot be trained.
+        TargetError: If `modules_to_save` or `bias` names one that cannot be trained.
     """
-    integers = [
-        f"{name} of {parameter.dtype}"
-        for name, parameter in survey.parameters.items()
-        if not parameter.floating and any(within(each, saved) for each in (name, *parameter.aliases))
-    ]
-    if integers:
-        raise TargetError(
-            f"modules_to_save names modules whose parameters cannot be trained: {listing(integers)}, as in quantized "
-            "layers. Take them out, or load the model unquantized."
-        )
     adapted = {full_name(site.name, bias) for site in targets for bias in site.biases}
     known = {full_name(site.name, bias) for site in survey.sites for bias in site.biases}
     chosen: Mapping[str, Callable[[str], bool]] = {
@@ -219,6 +209,18 @@ def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Seque
         "lora_only": lambda name: name in adapted,
     }
     is_bias = chosen[config.bias]
+    unfit = [
+        f"{name} of {parameter.dtype}"
+        for name, parameter in survey.parameters.items()
+        for each in (name, *parameter.aliases)
+        if not parameter.floating and (within(each, saved) or (parameter.dtype.is_complex and is_bias(each)))
+    ]
+    if unfit:
+        raise TargetError(
+            f"modules_to_save or bias names parameters that cannot be trained: {listing(dict.fromkeys(unfit))}. Take "
+            "them out. Those of integers are of quantized layers: load the model unquantized; complex ones are not "
+            "served."
+        )
     return [
         name
         for name, parameter in survey.parameters.items()

@@ -196,7 +196,7 @@ def _site(entry: NamedModule, registry: Registry, foreign: bool) -> Site:
 
 
 def _is_matrix(tensor: Tensor | None) -> bool:
-    if tensor is None or is_lazy(tensor) or not tensor.dtype.is_floating_point:
+    if tensor is None or is_lazy(tensor) or not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return False
     return sum(size > 1 for size in tensor.shape) > 1
 

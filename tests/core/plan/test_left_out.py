@@ -47,6 +47,12 @@ class TestTypesWithoutAPlugin:
             "not adapted: Module ('bank'): no plugin adapts this type, which has 'cube'"
         ]
 
+    def test_complex_matrices_are_listed(self):
+        bank = Bank()
+        bank.codes = nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+        found = plan(nn.ModuleDict({"up": nn.Linear(4, 4), "bank": bank})).left_out
+        assert [(each.class_name, each.layers) for each in found] == [("Bank", ("bank",))]
+
     @pytest.mark.parametrize(
         "fields",
         [{"target_modules": ["up"]}, {"exclude_modules": ["one", "two", "bank"]}],

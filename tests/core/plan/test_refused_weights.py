@@ -45,6 +45,18 @@ def test_a_module_to_save_with_integers():
         LoraModel(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"modules_to_save": ["1"]}, r"'1\.weight of torch\.complex64', '1\.bias"), ({"bias": "all"}, r"'1\.bias of")],
+    ids=["module to save", "bias"],
+)
+def test_complex_parameters_to_train(fields, named):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, dtype=torch.complex64))
+    with pytest.raises(TargetError, match=rf"cannot be trained: {named}.*complex ones are not served"):
+        LoraModel(model, LoraConfig(r=2, target_modules=["0"], **fields))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], bias="lora_only"))
+
+
 @pytest.mark.parametrize("field", ["r", "rank_pattern"])
 @pytest.mark.parametrize("value", [10**400, 10**5000, 10**20, 2**16 + 1], ids=["400", "5000", "20", "one too many"])
 def test_a_huge_rank(field, value):
