@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import nn
+
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
 from lora_plugins.plan import patterns
@@ -17,7 +19,7 @@ class LeftOut:
     """Layers of one type that `target_modules="all"` does not adapt.
 
     Args:
-        class_name: Name of their class.
+        class_name: Name of their class; with its path where a class of torch has that name.
         layers: Their full names.
         reason: Why they are not adapted.
     """
@@ -117,8 +119,14 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftO
     found: dict[tuple[str, str], list[str]] = {}
     for site in free:
         if site.matrices and not excluded & set(site.names) and (reason := _reason(site)):
-            found.setdefault((site.class_name, reason), []).append(site.name or "the model itself")
+            found.setdefault((_title(site), reason), []).append(site.name or "the model itself")
     return tuple(LeftOut(cls, tuple(names), reason) for (cls, reason), names in found.items())
+
+
+def _title(site: Site) -> str:
+    """The name of a class; with its path where it is that of a class of torch, as `Linear` of torch_geometric is."""
+    of_others = hasattr(nn, site.class_name) and not site.class_path.startswith("torch.")
+    return site.class_path if of_others else site.class_name
 
 
 def _reason(site: Site) -> str:
@@ -145,7 +153,7 @@ def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], h
 
 def _check_served(sites: list[Site], registry: Registry) -> None:
     """Refuses targets with parameters of their own that no plugin adapts; mere containers are passed over."""
-    owners = [f"{site.name} ({site.class_name})" for site in sites if site.has_parameters]
+    owners = [f"{site.name} ({_title(site)})" for site in sites if site.has_parameters]
     if owners:
         raise TargetError(
             f"target_modules matches layers that no plugin adapts: {listing(owners)}. Make the pattern narrower, "

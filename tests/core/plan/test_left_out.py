@@ -53,6 +53,13 @@ class TestTypesWithoutAPlugin:
         found = plan(nn.ModuleDict({"up": nn.Linear(4, 4), "bank": bank})).left_out
         assert [(each.class_name, each.layers) for each in found] == [("Bank", ("bank",))]
 
+    def test_a_class_with_the_name_of_one_of_torch_is_listed_by_its_path(self):
+        model = nn.ModuleDict({"up": nn.Linear(4, 4), "lin": type("Linear", (Bank,), {"__module__": "graphs.nn"})()})
+        (found,) = plan(model).left_out
+        assert found.class_name == "graphs.nn.Linear"
+        with pytest.raises(TargetError, match=r"no plugin adapts: 'lin \(graphs\.nn\.Linear\)'"):
+            plan(model, target_modules="lin|up")
+
     @pytest.mark.parametrize(
         "fields",
         [{"target_modules": ["up"]}, {"exclude_modules": ["one", "two", "bank"]}],
