@@ -48,7 +48,10 @@ def weight_of(layer: nn.Module, tensor: str, read: Callable[[nn.Module, str], Te
         return read(layer, tensor)
     except (AttributeError, KeyError) as error:
         known = [name for name, parameter in layer._parameters.items() if parameter is not None]
-        raise PluginError(f"a slot names the weight {tensor!r}, which is none. {near(tensor, known)}") from error
+        raise PluginError(
+            f"a slot names the weight {tensor!r}, which is none. {near(tensor, known)} If a wrapper computes it in its "
+            "forward, as spectral norms of GANs do, run the model once on a batch, then adapt it"
+        ) from error
 
 
 def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple[int, int]:

@@ -140,3 +140,30 @@ def test_a_parameter_with_two_names_in_one_layer_is_refused(build, plugin, names
     config = LoraConfig(r=2, target_modules=["0"], quantize=quantize, quantize_options=options)
     with pytest.raises(TargetError, match=f"'0': '{names[0]}' is the same parameter as '{names[1]}' of this layer"):
         LoraModel(model, config, registry=registry_of(plugin))
+
+
+class Normed(nn.Module):
+    """A wrapper that takes the weight away and computes it in its forward, as spectral norms of GANs do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        layer.weight_bar = layer.weight
+        del layer.weight
+
+    def forward(self, x):
+        self.layer.weight = self.layer.weight_bar / self.layer.weight_bar.norm()
+        return self.layer(x)
+
+
+def test_a_weight_that_a_wrapper_computes_is_there_after_a_forward():
+    model, x = nn.Sequential(Normed(nn.Linear(4, 4).double())), torch.randn(3, 4).double()
+    config = LoraConfig(r=2, init="none")
+    with pytest.raises(PluginError, match=r"'weight_bar'\? If a wrapper .* run the model once on a batch"):
+        LoraModel(model, config)
+    model(x)
+    LoraModel(model, config)
+    layer = model[0].layer
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    weight = layer.weight_bar / layer.weight_bar.norm() + config.alpha / config.r * B @ A
+    torch.testing.assert_close(model(x), x @ weight.T + layer.bias)
