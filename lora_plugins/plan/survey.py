@@ -242,14 +242,17 @@ def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight
             key or (entry.name, tensor), (1, 1), problem=problem, foreign=foreign, breaks=bool(kind and kind.breaks)
         )
     weight = weight_of(entry.module, tensor, detached_weight)
-    shape = matrix_shape(plugin, weight, tensor)
+    problem = _problem(weight)
+    shape = (1, 1) if problem else matrix_shape(plugin, weight, tensor)
     found = Weight(key or (entry.name, tensor), shape, weight.dtype, key is None, weight.is_meta)
-    problem = _problem(weight) or _shared(entry.module, tensor) or _read_as_another(entry.module, tensor)
+    problem = problem or _shared(entry.module, tensor) or _read_as_another(entry.module, tensor)
     return replace(found, problem=problem, foreign=foreign)
 
 
 def _problem(weight: Tensor) -> str:
-    """Tries to add to a weight of a type that is not torch's own, as those of quantization libraries are."""
+    """Looks at the layout, and tries to add to a type that is not torch's own, as those of quantization libraries."""
+    if weight.layout is not torch.strided:
+        return f"is {weight.layout}, to which no dense update can be added; make it dense, or exclude the layer"
     if type(weight) in (Tensor, nn.Parameter) or not weight.dtype.is_floating_point:
         return ""
     try:
