@@ -73,8 +73,8 @@ def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: T
     That holds where the output is a sum of products with W. Where it is not, or there is no bias to compare with, or
     the weight meets a sum of several vectors, nothing is required.
     """
-    biases = [model.layer._parameters.get(name) for name in case.plugin.biases(model.layer)]
-    given = [bias for bias in biases if bias is not None]
+    biases = {name: model.layer._parameters.get(name) for name in case.plugin.biases(model.layer)}
+    given = [bias for name, bias in biases.items() if bias is not None and _is_added(case, name, {slot.tensor})]
     if not given or not _is_linear_in(case, slot):
         return
     lengths = vectors.square().sum(1)

@@ -188,7 +188,7 @@ VIOLATIONS = {
     "compile": (AsksForAValue, "Data-dependent branching"),
     "files": (NamedByIdentity, "has slots"),
     "stateless": (Counts, "'calls': 0"),
-    "variant": (IgnoresDelta, "a draw gives an update that is neither"),
+    "variant": (IgnoresDelta, "the mean over 300 draws is off by"),
     "biases": (NoBiases, "['bias'] is added to the output whatever the input is, and biases() names []"),
     "calls": (OnlyBatches, "shape"),
     "pure": (DrawsInTheBranch, "changes ['the random numbers of the process']"),

@@ -80,3 +80,88 @@ def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     with pytest.raises(CheckError, match=message) as caught:
         check(plugin, **options)
     assert caught.value.check == "registration"
+
+
+class Glu(nn.Module):
+    """y = sigmoid(G x + b) * U x: two weights, and one of them inside a curve."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.gate, self.up = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+
+    def forward(self, x):
+        return torch.sigmoid(F.linear(x, self.gate, self.bias)) * F.linear(x, self.up)
+
+
+class GluPlugin(RowMajorPlugin):
+    name = "glu"
+    module_type = Glu
+    branch_types = (Glu,)
+    branch_use = "always"
+
+    def slots(self, layer):
+        return [Slot("gate", "gate"), Slot("up", "up")]
+
+    def inputs(self, layer, slot, x):
+        return x.flatten(0, -2)
+
+    def branch(self, layer, base, terms, x):
+        y = {"gate": F.linear(x, base["gate"], layer.bias), "up": F.linear(x, base["up"])}
+        for term in terms:
+            low = self.low(term, x)
+            y[term.slot.tensor] = y[term.slot.tensor] + (term.scaling * F.linear(low, term.B)).to(y["up"].dtype)
+        return torch.sigmoid(y["gate"]) * y["up"]
+
+    def low(self, term, x):
+        return F.linear(term.drop(x).to(term.A.dtype), term.A)
+
+
+class DropsForOneSlot(GluPlugin):
+    def low(self, term, x):
+        return super().low(term, x) if term.slot.tensor == "gate" else F.linear(x.to(term.A.dtype), term.A)
+
+
+class DropsTheMiddle(GluPlugin):
+    def low(self, term, x):
+        return term.drop(F.linear(x.to(term.A.dtype), term.A))
+
+
+def test_a_layer_of_two_weights_inside_a_curve_passes():
+    check_layer_plugin(GluPlugin(), Glu, lambda layer: torch.randn(5, 4), [{}, {"bias": False}])
+
+
+@pytest.mark.parametrize("plugin", [DropsForOneSlot(), DropsTheMiddle()], ids=lambda plugin: type(plugin).__name__)
+def test_dropout_of_one_weight_of_two_is_checked(plugin):
+    with pytest.raises(CheckError, match="fails the check 'dropout'"):
+        check_layer_plugin(plugin, Glu, lambda layer: torch.randn(5, 4))
+
+
+class RarelyPlugin(GluPlugin):
+    """Has its branch replace the layer's own forward only where dropout acts."""
+
+    branch_use = "dropout"
+
+
+class RarelyWithoutGradient(RarelyPlugin):
+    def low(self, term, x):
+        return super().low(term, x.detach())
+
+
+class RarelyInItsOwnType(RarelyPlugin):
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, terms, x).to(x.dtype)
+
+
+def test_a_branch_for_dropout_alone_passes():
+    check_layer_plugin(RarelyPlugin(), Glu, lambda layer: torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [(RarelyWithoutGradient(), "gradients"), (RarelyInItsOwnType(), "dtype")],
+    ids=["gradients", "dtype"],
+)
+def test_a_branch_for_dropout_alone_is_checked_as_any_other(plugin, check):
+    with pytest.raises(CheckError, match=f"with its branch in each call fails the check '{check}'"):
+        check_layer_plugin(plugin, Glu, lambda layer: torch.randn(5, 4))
