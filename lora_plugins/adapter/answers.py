@@ -52,6 +52,11 @@ def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str,
             f"fill() of the init {init.name!r} returned {list(returned)} for {layer.name!r}, which changed_base would "
             "need, and the init says changes_base=False. Return {}."
         )
+    if odd := [name for name, value in returned.items() if not _can_be_saved(name, value)]:
+        raise PluginError(
+            f"fill() of the init {init.name!r} returned {odd} for {layer.name!r}, which no file can hold: a recipe has "
+            "dense tensors, whose names are texts without '/'."
+        )
     return {name: value.detach().clone() for name, value in returned.items()}
 
 
@@ -97,7 +102,20 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         )
     if factors := [name for name in found if name in ("A", "B") or not name.isidentifier()]:
         raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")
+    if odd := [name for name, value in returned.items() if not _has_values(value)]:
+        raise PluginError(
+            f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} no values that are "
+            "dense and finite. Are the weights of that layer finite?"
+        )
     return {name: value.detach().clone() for name, value in returned.items()}
+
+
+def _can_be_saved(name: Any, value: Tensor) -> bool:
+    return isinstance(name, str) and "/" not in name and value.layout is torch.strided and not value.is_meta
+
+
+def _has_values(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_meta and bool(value.isfinite().all())
 
 
 def _are_shapes(value: Any) -> bool:

@@ -140,8 +140,8 @@ class InitPlugin(ABC):
         """Fills `context.A` and `context.B` in place.
 
         Returns:
-            The tensors that `changed_base` needs; they are stored with the adapter. Empty unless the init changes
-            the base.
+            The tensors that `changed_base` needs, dense ones by names without `/`; they are stored with the adapter.
+            Empty unless the init changes the base.
         """
 
     def changed_base(

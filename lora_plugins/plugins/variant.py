@@ -43,6 +43,9 @@ class VariantPlugin(ABC):
     def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
         """Returns the first values of the variant's own tensors, by name.
 
+        It draws no random numbers, since all processes of a run have to agree: values that shall differ come from
+        those of A, which the init drew, as `A.flip(0)` does.
+
         Args:
             weight: `W`, `(out, in)`, as the init left it.
             A: `(r, in)`, its first value.

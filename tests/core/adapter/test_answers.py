@@ -1,5 +1,7 @@
 """What inits and variants of others return is checked before anything is touched, and kept as a copy."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,14 @@ class Changes(Start):
 class ListInRecipe(Changes):
     def fill(self, context):
         return {**super().fill(context), "u": [1, 2]}
+
+
+class Recipe(Changes):
+    def __init__(self, name, value):
+        self.recipe = {name: value}
+
+    def fill(self, context):
+        return {**super().fill(context), **self.recipe}
 
 
 class OneRow(Changes):
@@ -173,6 +183,9 @@ def adapted(plugin):
         (DividesByZero(), r"left values of A or B of '0' unset, or not finite"),
         (RecipeForNothing(), r"returned \['u'\] for '0'.*says changes_base=False. Return {}"),
         (ListInRecipe(), r"returned {'u': \[1, 2\]} for '0', not a mapping of tensors"),
+        (Recipe("u/v", torch.ones(2)), r"returned \['u/v'\] for '0', which no file can hold"),
+        (Recipe(0, torch.ones(2)), r"returned \[0\] for '0', which no file can hold"),
+        (Recipe("u", torch.ones(2).to_sparse()), r"returned \['u'\] for '0', which no file can hold"),
         (OneRow(), r"computed \(1, 4\) as the base of '0', where the weight is \(3, 4\)"),
         (ChangesInPlace(), r"computed None as the base of '0'"),
         (NoRanks(), r"allocate\(\) of the init 'start' returned None"),
@@ -180,6 +193,9 @@ def adapted(plugin):
         (first(), r"shapes\(\) gives {'g': \(1,\)}, and first_values\(\) tensors of {}"),
         (first(g=torch.ones(1), h=torch.ones(1)), r"tensors of {'g': \(1,\), 'h': \(1,\)}"),
         (first(g=1.0), r"tensors of {'g': None}"),
+        (first(g=torch.full((1,), math.nan)), r"gives \['g'\] of '0' no values that are dense and finite"),
+        (first(g=torch.ones(1).to_sparse()), r"gives \['g'\] of '0' no values that are dense and finite"),
+        (first(g=torch.ones(1, device="meta")), r"gives \['g'\] of '0' no values that are dense and finite"),
         (Number(), r"shapes\(\) gives {'g': 1}"),
         (NamedAsFactor(), r"tensors that cannot be called so: \['A'\]"),
     ],
