@@ -45,5 +45,4 @@ def convert(
             f"The adapter was started by {adapter.init!r}, whose base has to be computed from the weights of the "
             "model: --model MODULE:NAME --weights FILE."
         )
-    target_format.check(adapter)
-    return target_format.save(target, adapter, None, write_options)
+    return target_format.write_portable(target, adapter, None, write_options)

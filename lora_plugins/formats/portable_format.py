@@ -40,7 +40,7 @@ class PortableFormat(AdapterFormat):
         """Writes a file, in place of the one that is there; returns its path.
 
         Args:
-            path: The file or folder.
+            path: The file or folder; the folder that it is in is there.
             adapter: The adapter, which `refusals` found nothing against.
             model: The model that it is of; None where a file is converted without one.
             options: All options of the format.
@@ -73,8 +73,24 @@ class PortableFormat(AdapterFormat):
         options: Mapping[str, Any],
     ) -> Path:
         """Writes an adapter of a model; see `AdapterFormat`."""
-        adapter = portable_of(packed, model, registry)
+        return self.write_portable(path, portable_of(packed, model, registry), model, options)
+
+    def write_portable(
+        self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]
+    ) -> Path:
+        """Writes an adapter that the format can express, in a folder that need not be there.
+
+        Args:
+            path: The file or folder.
+            adapter: The adapter.
+            model: As in `save`.
+            options: All options of the format.
+
+        Raises:
+            AdapterFileError: With all that the format cannot express. Nothing is written then.
+        """
         self.check(adapter)
+        path.parent.mkdir(parents=True, exist_ok=True)
         return self.save(path, adapter, model, options)
 
     def summary(self, path: Path) -> AdapterSummary:

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError, hookimpl
+from lora_plugins.formats import convert
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
@@ -37,6 +38,17 @@ def test_it_writes_and_is_told_by_its_files(registry, tmp_path):
     model = LINEAR.build()
     LoraModel.load_adapter(model, path, registry=registry)
     assert difference(LINEAR, model, lora.model) == 0
+
+
+def test_the_folder_of_its_file_is_made_where_there_is_none(registry, tmp_path):
+    lora = adapted(registry)
+    path = lora.save_adapter(tmp_path / "new" / "folder" / "adapter.npz", format="npz")
+    format = registry.get(FORMATS, "npz")
+    again = convert(path, format, {}, tmp_path / "other" / "adapter.npz", format, {})
+    assert again.is_file()
+    with pytest.raises(AdapterFileError, match="has no form in an archive"):
+        adapted(registry, variant="dora").save_adapter(tmp_path / "none" / "adapter.npz", format="npz")
+    assert not (tmp_path / "none").exists()
 
 
 def test_it_refuses_by_name_what_it_cannot_say(registry, tmp_path):

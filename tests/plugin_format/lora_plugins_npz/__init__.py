@@ -57,7 +57,6 @@ class NpzFormat(PortableFormat):
         arrays: dict[str, Any] = {}
         for name, layer in adapter.layers.items():
             arrays |= {f"{name}/A": layer.A.numpy(), f"{name}/B": layer.B.numpy(), f"{name}/alpha": layer.alpha}
-        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)
         return path
 
