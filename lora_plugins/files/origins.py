@@ -1,11 +1,13 @@
 """The plugins that an adapter was made with, and whether they are here."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PluginKind, Registry
+from lora_plugins.names import DISTRIBUTION
+from lora_plugins.plugins import INITS, LAYERS, STORAGES, VARIANTS, PluginKind, Registry
 
 Origin = Mapping[str, Any]
 """The name of a plugin's object, and the distribution and version that it came from, as far as they were known."""
@@ -41,6 +43,32 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
             f"The adapter was made with {', '.join(missing)}, which is not here. Install it, or let it load."
             f"{registry.absent()}"
         ) from registry.cause()
+
+
+@contextmanager
+def versions_told(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> Iterator[None]:
+    """Adds to the error that an adapter does not fit which plugins of others were not those that are here.
+
+    Raises:
+        AdapterFileError: The error of the block, with them.
+    """
+    try:
+        yield
+    except AdapterFileError as error:
+        others = dict.fromkeys(
+            f"the {kind.title} {found['name']!r} of {_whose(found)}, and here is that of {_whose(here)}"
+            for kind, found in (*_origins(manifest, config), *_storages(manifest))
+            if found.get("distribution") not in (None, DISTRIBUTION)
+            if (here := origin(registry, kind, found["name"])) and _whose(here) != _whose(found)
+        )
+        if not others:
+            raise
+        raise AdapterFileError(f"{error} It was made with {'; '.join(others)}: that may be why.") from error
+
+
+def _storages(manifest: Mapping[str, Any]) -> Iterator[tuple[PluginKind[Any], Origin]]:
+    for entry in (manifest.get("stored") or {}).values():
+        yield STORAGES, {**entry, "name": str(entry.get("storage"))}
 
 
 def _origins(manifest: Mapping[str, Any], config: LoraConfig) -> Iterator[tuple[PluginKind[Any], Origin]]:

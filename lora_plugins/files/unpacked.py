@@ -12,7 +12,7 @@ from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
-from lora_plugins.files.origins import check_origins
+from lora_plugins.files.origins import check_origins, versions_told
 from lora_plugins.files.stored_base import new_checked, with_stored
 from lora_plugins.inplace import StoredWeight, model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
@@ -28,12 +28,14 @@ class UnpackedAdapter:
         content: Its factors by layer name and slot suffix.
         values: Its heads, biases and statistics by full name.
         stored: The base weights that are stored in fewer bytes with it, by full name.
+        registry: The plugins that it was read with.
     """
 
     plan: Plan
     content: AdapterContent
     values: Mapping[str, Tensor]
     stored: Mapping[str, StoredWeight]
+    registry: Registry
 
 
 def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> UnpackedAdapter:
@@ -54,6 +56,17 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         config = LoraConfig.from_dict(manifest["config"])
         registry = registry or registry_of(config)
         check_origins(manifest, config, registry)
+    except AdapterFileError:
+        raise
+    except (LoraError, TypeError) as error:
+        raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
+    with versions_told(manifest, config, registry):
+        return _unpacked(model, packed, config, registry)
+
+
+def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, registry: Registry) -> UnpackedAdapter:
+    manifest = packed.manifest
+    try:
         check_patterns(config, [name for entry in model_modules(model) for name in entry.names])
         plan = make_plan(model, config, registry, restoring=True)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
@@ -76,7 +89,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
     }
     values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
     stored = new_checked(model, plan, content, manifest.get("stored") or {})
-    return UnpackedAdapter(plan, content, values, stored)
+    return UnpackedAdapter(plan, content, values, stored, registry)
 
 
 def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
@@ -85,6 +98,11 @@ def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAda
     Raises:
         AdapterFileError: If a recipe is damaged, or a weight differs in a bit.
     """
+    with versions_told(packed.manifest, unpacked.plan.config, unpacked.registry):
+        return _rebuilt(model, unpacked, packed)
+
+
+def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
     try:
         changed = changed_bases(model, unpacked.plan, unpacked.content)
     except Exception as error:  # an init may trip over a damaged recipe in any way

@@ -1,12 +1,25 @@
 """An adapter whose plugins are not here names who brought them; one that contradicts itself is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel, RowMajorPlugin, hookimpl
+from lora_plugins import (
+    INITS,
+    LAYERS,
+    STORAGES,
+    VARIANTS,
+    AdapterFileError,
+    LoraConfig,
+    LoraModel,
+    RowMajorPlugin,
+    Slot,
+    StoragePlugin,
+    hookimpl,
+)
 from lora_plugins.files import MANIFEST
 from lora_plugins.inits.gaussian import GaussianInit
 from lora_plugins.plugins import build_registry
@@ -63,6 +76,89 @@ def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tm
     with pytest.raises(AdapterFileError, match=rf"made with the {what} of their-package 1\.2, which is not here"):
         LoraModel.load_adapter(model(), tmp_path)
     LoraModel.load_adapter(model(), tmp_path, registry=registry)
+
+
+class Halves(OtherInit):
+    """An init that changes the base otherwise in each version."""
+
+    changes_base = True
+    by = 0.5
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight * self.by
+
+
+class Thirds(Halves):
+    by = 1 / 3
+
+
+class Parted(OtherLayer):
+    def slots(self, layer):
+        return [Slot("weight", "w")]
+
+
+class Gated(OtherVariant):
+    def shapes(self, rows, columns, r):
+        return {**super().shapes(rows, columns, r), "gate": (1,)}
+
+
+class Rounded(StoragePlugin):
+    name = "rounded"
+    by = 16
+
+    def store(self, weight, options):
+        return {"codes": (weight * self.by).round().to(torch.int8)}
+
+    def restore(self, tensors, shape, options):
+        return tensors["codes"].float().view(shape) / self.by
+
+
+class Finer(Rounded):
+    by = 32
+
+
+def registry_with(kind, plugin, version):
+    """A registry with one plugin, as if it came from a distribution of a version."""
+    registry = build_registry([("others", type("Hooks", (), {kind.hook_name: _hook(kind, plugin)})())])
+    owned = registry.of(kind)[plugin.name]
+    named = replace(owned, info=replace(owned.info, distribution="their-package", version=version))
+    objects = {**registry.of(kind), plugin.name: named}
+    return replace(registry, by_kind={**registry.by_kind, kind.name: objects})
+
+
+def _hook(kind, plugin):
+    def hook(self, registrar):
+        registrar.add(plugin)
+
+    hook.__name__ = kind.hook_name
+    return hookimpl(hook)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "fields"),
+    [
+        (INITS, Halves(), Thirds(), {"target_modules": ["plain"], "init": "other_init"}),
+        (VARIANTS, OtherVariant(), Gated(), {"target_modules": ["plain"], "variant": "other_variant"}),
+        (LAYERS, OtherLayer(), Parted(), {"target_modules": ["pairs"]}),
+        (
+            STORAGES,
+            Rounded(),
+            Finer(),
+            {"target_modules": ["plain"], "quantize": "rounded", "quantize_options": {"min_size": 1}},
+        ),
+    ],
+    ids=["init", "variant", "layer type", "storage"],
+)
+def test_a_refused_adapter_tells_that_its_plugin_has_another_version(kind, old, new, fields, tmp_path, untouched):
+    LoraModel(model(), LoraConfig(r=2, **fields), registry=registry_with(kind, old, "1.2")).save_adapter(tmp_path)
+    LoraModel.load_adapter(model(), tmp_path, registry=registry_with(kind, old, "1.3"))
+    fresh = model()
+    told = rf"made with the {kind.title} '{old.name}' of their-package 1\.2, and here is that of their-package 2\.0"
+    with untouched(fresh), pytest.raises(AdapterFileError, match=told):
+        LoraModel.load_adapter(fresh, tmp_path, registry=registry_with(kind, new, "2.0"))
+    with untouched(fresh), pytest.raises(AdapterFileError) as refused:
+        LoraModel.load_adapter(fresh, tmp_path, registry=registry_with(kind, new, "1.2"))
+    assert "here is" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("key", "other"), [("init", "kaiming"), ("variant", "dora")])
