@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.errors import listing
+from lora_plugins.errors import listing, nothing_there
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
@@ -16,6 +16,7 @@ from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     NO_IMAGE,
+    READERS,
     TEST,
     TRAIN,
     VAL,
@@ -56,6 +57,8 @@ def survey(data: Path | str, flags: Flags) -> Survey:
         raise DataError(f"{data} is one image. Give a folder, with a folder of images for each class.")
     if data.is_file():
         return _of_list(data, flags)
+    if data.suffix in READERS and not data.exists():
+        raise DataError(f"There is no list {data}: {nothing_there(data)}")
     check_folder(data)
     if flags.masks is not None or (data / MASKS_FOLDER).is_dir():
         return _of_mask_folders(data, flags)

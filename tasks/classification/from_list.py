@@ -48,16 +48,21 @@ class ImageListDataModule(ImageDataModule):
         return self._classes
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
-        """The rows by split, and the rows whose label is no class."""
+        """The rows by split, and the rows whose label is no class, or contradicts an earlier row."""
         image, label, split = self.columns
         items: dict[str, list[Item]] = {}
         problems: list[str] = []
+        labels: dict[Path, tuple[str, int]] = {}
         for number, row in enumerate(read_list(self.file, (image, label)), 1):
             where = f"Row {number} of {self.file}"
             if str(row[label]) not in self.class_names:
                 problems.append(f"{where}: {unknown('class', str(row[label]), self.class_names)}")
                 continue
             path = self.root / str(row[image])
+            first, at = labels.setdefault(path, (str(row[label]), number))
+            if first != str(row[label]):
+                problems.append(f"{where}: {path} has the label {str(row[label])!r}, and in row {at} {first!r}")
+                continue
             item = Item(path, self.class_names.index(str(row[label])), str(path))
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems

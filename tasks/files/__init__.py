@@ -18,13 +18,14 @@ from lora_plugins.tasks.files.image_io import (
     read_image,
     subfolders,
 )
-from lora_plugins.tasks.files.sample_lists import read_list, read_text, row_split
+from lora_plugins.tasks.files.sample_lists import READERS, read_list, read_text, row_split
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MASK_SUFFIXES",
     "NO_IMAGE",
+    "READERS",
     "TEST",
     "TRAIN",
     "VAL",

@@ -17,13 +17,13 @@ SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validatio
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
     try:
-        rows = list[Row](csv.DictReader(io.StringIO(text, newline="")))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
     except csv.Error as error:
         raise DataError(f"{path} is no CSV: {error}") from error
     for number, row in enumerate(rows, 1):
         if None in row:  # where DictReader puts what is beyond the header
             raise DataError(f"Row {number} of {path} has more values than columns. Quote a value with a comma in it.")
-    return rows
+    return [{key.strip(): value and value.strip() for key, value in row.items()} for row in rows]
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:

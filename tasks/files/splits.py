@@ -33,28 +33,29 @@ def hold_out(
     """Take missing splits out of the train split, stratified.
 
     Each stratum (each class, say) gives its share, rounded, to every missing split. Within a stratum, samples are drawn
-    in the order of a hash of their names and the seed, so a split is the same on every machine.
+    in the order of a hash of their names and the seed, so a split is the same on every machine. Samples of one name, as
+    an image that is listed twice, stay together.
 
     Args:
         samples: Samples by split.
         shares: The share of the train split that each missing split takes.
         seed: Selects one of the many possible splits.
-        name: The name of a sample, unique among them.
+        name: The name of a sample.
         stratum: The stratum of a sample.
     """
     missing = {split: share for split, share in shares.items() if share > 0 and split not in samples}
     strata: dict[Hashable, list[Sample]] = defaultdict(list)
     for sample in samples[TRAIN]:
         strata[stratum(sample)].append(sample)
-    held_out: dict[int, str] = {}
+    held_out: dict[str, str] = {}
     for members in strata.values():
         shuffled = sorted(members, key=lambda sample: sha256(f"{seed}:{name(sample)}".encode()).digest())
         start = 0
         for split, share in missing.items():
             end = start + round(share * len(members))
-            held_out |= {id(sample): split for sample in shuffled[start:end]}
+            held_out |= {name(sample): split for sample in shuffled[start:end]}
             start = end
     result = {split: list(members) for split, members in samples.items()}
     for split in (TRAIN, *missing):
-        result[split] = [sample for sample in samples[TRAIN] if held_out.get(id(sample), TRAIN) == split]
+        result[split] = [sample for sample in samples[TRAIN] if held_out.get(name(sample), TRAIN) == split]
     return {split: result[split] for split in (TRAIN, VAL, TEST) if split in result}

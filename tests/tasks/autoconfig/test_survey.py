@@ -250,6 +250,12 @@ def test_what_cannot_be_trained_on(tmp_path, make, message):
         survey(tmp_path / "data", Flags())
 
 
+def test_a_list_that_is_not_there(tmp_path):
+    (tmp_path / "labels.csv").write_text("image,label\n")
+    with pytest.raises(DataError, match=r"There is no list .*lables.csv: .* Did you mean 'labels.csv'"):
+        survey(tmp_path / "lables.csv", Flags())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -69,3 +69,28 @@ class TestLists:
         (class_folders / "l.csv").write_text(f"image,label\na.jpg,dog\n{row}\n")
         with pytest.raises(DataError, match=message):
             loaded(ImageListDataModule(str(class_folders / "l.csv"), **SIZE))
+
+    def test_spaces_around_the_values_of_a_csv_are_not_theirs(self, class_folders):
+        rows = [f"{row['image']} , {row['label']}, {row['split']} " for row in self.rows(class_folders)]
+        rows[0] = rows[0].replace(" cat", ' "cat"')
+        (class_folders / "l.csv").write_text("\n".join(["image, label, split", *rows]))
+        data = loaded(ImageListDataModule(str(class_folders / "l.csv"), **SIZE))
+        assert data.class_names == ["cat", "dog"]
+        assert [len(data.splits[split]) for split in ("train", "val")] == [8, 4]
+
+    @pytest.mark.parametrize("on_problem", ["error", "skip"])
+    def test_an_image_with_two_labels(self, class_folders, on_problem):
+        rows = self.rows(class_folders)
+        rows.append(rows[0] | {"label": "cat" if rows[0]["label"] == "dog" else "dog"})
+        data = ImageListDataModule(written(class_folders / "l.csv", rows), **SIZE, on_problem=on_problem)
+        told = r"Row 13 of .* has the label '(cat|dog)', and in row 1 '(cat|dog)'"
+        with pytest.raises(DataError, match=told) if on_problem == "error" else pytest.warns(UserWarning, match=told):
+            loaded(data)
+
+    def test_an_image_that_is_listed_twice_is_in_one_split(self, class_folders):
+        rows = [{"image": row["image"], "label": row["label"]} for row in self.rows(class_folders)]
+        path = written(class_folders / "l.csv", [*rows, *rows])
+        for seed in range(8):
+            data = loaded(ImageListDataModule(path, val_share=0.4, split_seed=seed, **SIZE))
+            train, val = ({item.image for item in data.splits[split].items} for split in ("train", "val"))
+            assert not train & val
