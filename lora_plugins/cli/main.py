@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         ours = _lora_error(error)
         if ours is None and isinstance(error, OSError) and error.errno in NO_ROOM:
-            named = "" if error.filename is None else f" for {error.filename}"
+            place = error.filename2 or error.filename  # of a file that is moved, the first is where it was
+            named = f" for {place}" if place else ""
             return _fail(f"{os.strerror(error.errno)}{named}. Make room, or name a place on another disk.")
         if ours is None or os.environ.get(TRACEBACK_VARIABLE):
             raise

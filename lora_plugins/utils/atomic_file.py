@@ -18,7 +18,8 @@ _DAY = 24 * 60 * 60.0
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file so that a process killed at any moment leaves the old one or the new one.
 
-    What processes left that were killed on their way to this file is removed.
+    What processes left that were killed on their way to this file is removed. An error of a write, which has no name of
+    a file, gets this one.
     """
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -27,8 +28,10 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     remove_leftovers(path.parent, re.compile(re.escape(path.name)))
 

@@ -106,10 +106,15 @@ class CheckpointShims:
             return
         path = Path(filepath)
         partial = path.with_name(f".{path.name}.partial")
-        self._save(small, partial, storage_options=storage_options)
-        if self._trainer.is_global_zero:
-            _flush(partial)
-            os.replace(partial, path)
+        try:
+            self._save(small, partial, storage_options=storage_options)
+            if self._trainer.is_global_zero:
+                _flush(partial)
+                os.replace(partial, path)
+        except BaseException:
+            if self._trainer.is_global_zero:
+                partial.unlink(missing_ok=True)
+            raise
 
     def load(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a checkpoint and puts its adapters on the module.

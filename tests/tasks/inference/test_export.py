@@ -74,8 +74,8 @@ class TestExport:
         command = [sys.executable, "-m", "lora_plugins", "export", str(fitted["labels"][1]["adapter"]), str(file)]
         limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))}
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **limits)
-        last = done.stderr.splitlines()[-1]
-        assert (done.returncode, last) == (1, "error: File too large. Make room, or name a place on another disk.")
+        last = f"error: File too large for {file}. Make room, or name a place on another disk."
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (1, last)
         assert "Traceback" not in done.stderr
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
 

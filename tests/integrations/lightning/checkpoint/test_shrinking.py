@@ -1,14 +1,17 @@
 """The same small file on every path on which Lightning saves."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lora_plugins import LoraConfig
@@ -106,6 +109,29 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
         time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     assert set(load(tmp_path / "it.ckpt")["state_dict"]) == ADAPTER_KEYS
+
+
+class Fills(SingleDeviceStrategy):
+    """Writes to a disk that is full before its second file is whole."""
+
+    room = 2
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self.room -= 1
+        if self.room <= 0:
+            Path(filepath).write_bytes(b"as much as fits")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_keeps_the_earlier_file_and_nothing_else(tmp_path):
+    run = trainer(tmp_path, [callback()], strategy=Fills(torch.device("cpu")))
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    before = (tmp_path / "it.ckpt").read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        run.save_checkpoint(tmp_path / "it.ckpt")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"it.ckpt": before}
 
 
 def test_two_callbacks_on_two_submodules_share_one_file(tmp_path):
