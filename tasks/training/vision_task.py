@@ -274,6 +274,21 @@ class VisionTask(LoraCheckpointMixin):
         """Write the provenance into a checkpoint."""
         checkpoint[PROVENANCE_KEY] = self.provenance()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the classes of a checkpoint are those of the data: another order would be another label.
+
+        Raises:
+            ConfigError: If they are not.
+        """
+        names = checkpoint.get("hyper_parameters", {}).get("class_names")
+        if names and self.class_names and list(names) != list(self.class_names):
+            raise ConfigError(
+                f"The checkpoint is of the classes {', '.join(names)}, and here they are "
+                f"{', '.join(self.class_names)}. Take the data that it was trained on; or, if they are the same in "
+                "this order under other names, set `class_names` of the task to those of the file."
+            )
+        super().on_load_checkpoint(checkpoint)
+
     def on_fit_start(self) -> None:
         """Say if what the fit will leave is of no use later."""
         if note := note_on_the_base(self.trainer, self.model_config):

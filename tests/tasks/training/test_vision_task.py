@@ -62,6 +62,19 @@ def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
     assert torch.equal(again.eval()(images), task.eval()(images))
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_checkpoint_of_other_classes_is_refused(trainer, tmp_path, stage):
+    file = str(tmp_path / "task.ckpt")
+    run = trainer(max_steps=1)
+    run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits(digits=[6, 7, 8]))
+    run.save_checkpoint(file)
+    other = digits(digits=[7, 8, 9])
+    with pytest.raises(ConfigError, match="is of the classes 6, 7, 8, and here they are 7, 8, 9"):
+        getattr(trainer(), stage)(ImageClassificationTask(tiny_vit()), datamodule=other, ckpt_path=file)
+    renamed = ImageClassificationTask(tiny_vit(), class_names=["6", "7", "8"])
+    getattr(trainer(), stage)(renamed, datamodule=other, ckpt_path=file)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_size_that_the_network_refuses_is_told_as_that(trainer, count):
     """timm asserts, torch raises: it is a size that the user chose, of the images or, for batch norm, of the batch."""
