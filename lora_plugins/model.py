@@ -26,7 +26,7 @@ from lora_plugins.adapter import (
     initialize,
     mixed_batch,
     model_state,
-    moved_buffers,
+    moved_base,
     present_state,
     set_active,
     swap,
@@ -377,12 +377,12 @@ class LoraModel(metaclass=Told):
                 "dict, or merge.",
                 stacklevel=6,
             )
-        if moved := moved_buffers(self.model, state, adapter_name):
+        if moved := [name for name in moved_base(self.model, state, adapter_name) if name not in besides]:
             warnings.warn(
-                f"Buffers have changed since the adapter was added that it does not hold: {listing(moved, 3)}. "
-                "Codebooks, queues and the like, which layers update themselves, are not saved here, and on the base "
-                "as it was the adapter computes something else. Name their modules in modules_to_save, or save the "
-                "state dict.",
+                f"The adapter does not hold {listing(moved, 3)}, which have changed since it was added: on the base as "
+                "it was, it computes something else. Codebooks, queues and the like, which layers update themselves, "
+                "belong into modules_to_save. Frozen weights that something wrote into are saved by the state dict, or "
+                "by merging.",
                 stacklevel=6,
             )
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)

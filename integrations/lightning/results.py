@@ -10,10 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import ConfigError, LoraModel
-from lora_plugins.adapter import moved_buffers, present_state
+from lora_plugins.adapter import moved_base, present_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.inplace import submodule
+from lora_plugins.inplace import named_parameters, submodule
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
@@ -70,7 +70,9 @@ class Results:
                 "the files of the adapter do not have them: put on other models, it is exact for all other layers. "
                 "Checkpoints and export_to have them."
             )
-        buffers = moved_buffers(target, present_state(target), self.adapter_name)
+        weights = named_parameters(target)  # which the audit has watched
+        changed = moved_base(target, present_state(target), self.adapter_name)
+        buffers = [name for name in changed if name not in weights]
         if any(file.is_ours for file in self.files) and buffers:  # the other formats are saved by what warns itself
             rank_zero_warn(
                 f"Training has changed {listing(buffers, 3)}, as codebooks, queues and the like, and the files of the "

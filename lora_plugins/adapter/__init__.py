@@ -21,15 +21,14 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
 from lora_plugins.adapter.integrity import (
-    buffer_fingerprints,
     check_complete,
     check_in_place,
     check_norms,
-    moved_buffers,
     trained_besides,
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
+from lora_plugins.adapter.moved_base import base_fingerprints, moved_base
 from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
@@ -64,8 +63,8 @@ __all__ = [
     "add",
     "allocated",
     "apply_state",
+    "base_fingerprints",
     "base_in_place",
-    "buffer_fingerprints",
     "by_layer",
     "calibrate",
     "changed_bases",
@@ -88,7 +87,7 @@ __all__ = [
     "initialize",
     "mixed_batch",
     "model_state",
-    "moved_buffers",
+    "moved_base",
     "new_stored_weights",
     "present_state",
     "set_active",

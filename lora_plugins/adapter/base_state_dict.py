@@ -61,7 +61,7 @@ def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
 
 def _forget_base(model: nn.Module, state: ModelState) -> None:
     for adapter in state.adapters.values():
-        adapter.buffers.clear()
+        adapter.base.clear()
     if not any(is_shard(layer, name) for layer in adapted_layers(model).values() for name in layer._parameters):
         for adapter in state.adapters.values():
             adapter.fingerprints.clear()  # of the base that was

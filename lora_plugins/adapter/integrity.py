@@ -1,27 +1,17 @@
 """Whether an adapter is still on the model that it was added to: others may have replaced or thawed parts of it."""
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plugins.adapter.acting import still_norms
-from lora_plugins.adapter.state import ModelState, adapted_layers, model_state
+from lora_plugins.adapter.state import ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
     has_statistics,
     is_frozen,
     layer_state,
     model_modules,
-    own_tensor,
     own_tensors,
-    persistent_buffers,
 )
-from lora_plugins.plan import Plan
-from lora_plugins.utils import FINGERPRINT, fingerprint
-
-_ROUNDING = 16
-"""Units in the last place by which an average of equal values may differ from them."""
 
 
 def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
@@ -82,37 +72,3 @@ def trained_besides(model: nn.Module, state: ModelState) -> list[str]:
     held = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
     own = own_tensors(model_modules(model), "_parameters")
     return [name for name, parameter in own.items() if parameter.requires_grad and name not in held]
-
-
-def buffer_fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
-    """Returns fingerprints of the base's buffers that a state dict has and the adapter is saved without, by name.
-
-    Those of norms that stand still are not among them.
-    """
-    state = model_state(model)
-    found = {}
-    for name, buffer in persistent_buffers(model_modules(model)).items():
-        held = name in plan.saved_buffers or name.rpartition(".")[0] in plan.frozen_norms
-        if not held and type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_meta:
-            value = buffer if state is None else state.values.base_value(model, name)
-            found[name] = fingerprint((torch.view_as_real(value) if value.is_complex() else value).nan_to_num())
-    return found
-
-
-def moved_buffers(model: nn.Module, state: ModelState, adapter: str) -> list[str]:
-    """Returns the names of buffers that have changed since an adapter was added, and that it does not hold.
-
-    What an average or a cast has rounded is none.
-    """
-    before, now = state.adapters[adapter].buffers, buffer_fingerprints(model, state.adapters[adapter].plan)
-    units = {name: _unit(own_tensor(model, name)) for name in before.keys() & now.keys()}
-    return [name for name in now if name in units and _differ(before[name], now[name], _ROUNDING * units[name])]
-
-
-def _unit(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps if tensor.is_floating_point() or tensor.is_complex() else 0.0
-
-
-def _differ(before: Mapping[str, float], now: Mapping[str, float], share: float) -> bool:
-    scale = share * max(before["norm"], now["norm"])
-    return any(abs(before[key] - now[key]) > scale for key in FINGERPRINT)

@@ -33,7 +33,7 @@ def life(seed, folder):
         for parameter in model.parameters():
             parameter.copy_(draw(*parameter.shape) / 8)
         lora = LoraModel(model, config)
-        for parameter in model.parameters():
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
             parameter.copy_(draw(*parameter.shape) / 8)
     x = draw(2, 3, 6, 6)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

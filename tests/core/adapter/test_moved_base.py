@@ -1,4 +1,4 @@
-"""Buffers that a layer moves itself in training, and that the adapter does not hold: `save_adapter` names them."""
+"""What has moved of the base and the adapter does not hold, such as buffers of layers: `save_adapter` names it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lora_plugins import LoraConfig, LoraModel
 
-CODEBOOK = r"since the adapter was added that it does not hold: '1\.entries'\."
+CODEBOOK = r"does not hold '1\.entries', which have changed"
 
 
 class Codebook(nn.Module):
@@ -64,6 +64,36 @@ def test_each_adapter_counts_from_its_own_beginning(tmp_path):
     lora.save_adapter(tmp_path / "later", "later")
     with pytest.warns(UserWarning, match=CODEBOOK):
         lora.save_adapter(tmp_path / "first", "default")
+
+
+@torch.no_grad()
+def normalize(model):
+    """As nViT does after each step: what `weight` answers with goes into the frozen weight, update and all."""
+    model[0]._parameters["weight"].copy_(nn.functional.normalize(model[0].weight))
+
+
+@torch.no_grad()
+def clamp(model):
+    """As the critic of a WGAN."""
+    for parameter in model.parameters():
+        parameter.clamp_(-0.1, 0.1)
+
+
+@torch.no_grad()
+def shrink_biases(model):
+    model[3].bias.mul_(0.9)
+
+
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [(normalize, r"'0\.weight'"), (clamp, r"'0\.weight', '0\.bias', '2\.weight'"), (shrink_biases, r"'3\.bias'")],
+    ids=["normalized", "clamped", "bias"],
+)
+def test_frozen_weights_that_something_wrote_into_are_named(tmp_path, write, names):
+    lora = LoraModel(build(), LoraConfig(r=2, init="gaussian"))
+    write(lora.model)
+    with pytest.warns(UserWarning, match=rf"does not hold {names}.*, which have changed"):
+        lora.save_adapter(tmp_path)
 
 
 def test_what_an_average_rounds_is_not_named(tmp_path):
