@@ -28,7 +28,7 @@ from lora_plugins.adapter.integrity import (
 )
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
-from lora_plugins.adapter.moved_base import base_fingerprints, moved_base
+from lora_plugins.adapter.moved_base import base_marks, moved_base
 from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
@@ -63,8 +63,8 @@ __all__ = [
     "add",
     "allocated",
     "apply_state",
-    "base_fingerprints",
     "base_in_place",
+    "base_marks",
     "by_layer",
     "calibrate",
     "changed_bases",

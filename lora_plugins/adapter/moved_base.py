@@ -1,6 +1,7 @@
 """Whether the base of an adapter still is what it was: layers move buffers, and others write into frozen weights."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from lora_plugins.adapter.state import ModelState, model_state
 from lora_plugins.inplace import model_modules, own_tensors, persistent_buffers
 from lora_plugins.plan import Plan
-from lora_plugins.utils import FINGERPRINT, fingerprint
+
+Mark = tuple[float, float]
+"""The norm of a tensor, and its product with random numbers, which a change of it changes by about its own norm."""
 
 _MOST = 2**16
 """Elements of a tensor that are looked at, evenly spaced."""
@@ -20,8 +23,8 @@ _ROUNDING = 16
 """The same in units in the last place, where these are large."""
 
 
-def base_fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float]]:
-    """Returns fingerprints of the base's tensors that the adapter is saved without, by name.
+def base_marks(model: nn.Module, plan: Plan) -> dict[str, Mark]:
+    """Returns marks of the base's tensors that the adapter is saved without, by name.
 
     Statistics of norms that stand still are not among them, and neither are tensors whose values are not here, or that
     another library keeps in a type of its own.
@@ -29,7 +32,7 @@ def base_fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float
     state = model_state(model)
     values = state.values if state else None
     return {
-        name: fingerprint(_sample(values.base_value(model, name) if values else tensor))
+        name: _mark(values.base_value(model, name) if values else tensor)
         for name, tensor in _left_to_the_base(model, plan)
     }
 
@@ -37,7 +40,7 @@ def base_fingerprints(model: nn.Module, plan: Plan) -> dict[str, dict[str, float
 def moved_base(model: nn.Module, state: ModelState, adapter: str) -> list[str]:
     """Returns the names of tensors that have changed since an adapter was added, and that it does not hold."""
     before, plan = state.adapters[adapter].base, state.adapters[adapter].plan
-    now = base_fingerprints(model, plan) if before else {}
+    now = base_marks(model, plan) if before else {}
     tensors = dict(_left_to_the_base(model, plan))
     return [name for name in now if name in before and _differ(before[name], now[name], _share(tensors[name]))]
 
@@ -52,10 +55,16 @@ def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tenso
             yield name, tensor
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
-    some = flat[:: -(-flat.numel() // _MOST) or 1]
-    return (torch.view_as_real(some) if some.is_complex() else some).double().nan_to_num()
+def _mark(tensor: Tensor) -> Mark:
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten()
+    some = flat[:: -(-flat.numel() // _MOST) or 1].cpu().double().nan_to_num()
+    return float(some.norm()), float(some @ _random_numbers()[: len(some)])
+
+
+@functools.cache
+def _random_numbers() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_MOST, dtype=torch.float64, device="cpu", generator=generator)
 
 
 def _share(tensor: Tensor) -> float:
@@ -65,6 +74,6 @@ def _share(tensor: Tensor) -> float:
     return max(_SHARE, _ROUNDING * torch.finfo(tensor.dtype).eps)
 
 
-def _differ(before: Mapping[str, float], now: Mapping[str, float], share: float) -> bool:
-    scale = share * max(before["norm"], now["norm"])
-    return any(abs(before[key] - now[key]) > scale for key in FINGERPRINT)
+def _differ(before: Mark, now: Mark, share: float) -> bool:
+    scale = share * max(before[0], now[0])
+    return any(abs(its - own) > scale for its, own in zip(before, now, strict=True))

@@ -32,14 +32,14 @@ class Adapter:
         recipes: By layer name and slot suffix, what its init needs to change the base again.
         fingerprints: Those of the untouched weights that were taken, by full name; see `files.fingerprint`.
         kept: Those of weights as they were before they were moved by hand, by whoever saves them beside the adapter.
-        base: Fingerprints of the tensors that it does not hold, as they were when it was added.
+        base: Marks of the base's tensors that it does not hold, as they were when it was added.
     """
 
     plan: Plan
     recipes: Mapping[tuple[str, str], Mapping[str, Tensor]]
     fingerprints: dict[str, tuple[object, dict[str, float]]] = field(default_factory=dict)
     kept: dict[str, dict[str, float]] = field(default_factory=dict)
-    base: dict[str, dict[str, float]] = field(default_factory=dict)
+    base: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from lora_plugins.adapter.content import (
     trained_values,
     with_own_tensors,
 )
-from lora_plugins.adapter.moved_base import base_fingerprints
+from lora_plugins.adapter.moved_base import base_marks
 from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
@@ -116,7 +116,7 @@ def add(
     own = trained_values(model, plan)
     # A saved value takes the type that training has on this model, which may be another than where it was saved.
     own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
-    base = base_fingerprints(model, plan)
+    base = base_marks(model, plan)
     state = open_state(model)
     first = not state.adapters
     for name, weight in stored.items():

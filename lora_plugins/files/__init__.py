@@ -4,7 +4,7 @@ Nothing is pickled, and nothing is half written.
 """
 
 from lora_plugins.files.base_files import load_quantized
-from lora_plugins.files.fingerprint import checksum, fingerprints, same
+from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import add_entry, read, write
 from lora_plugins.files.manifest import TENSOR_FILE, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
@@ -23,6 +23,7 @@ __all__ = [
     "add_entry",
     "checksum",
     "described",
+    "fingerprint",
     "fingerprints",
     "format_of",
     "load_quantized",

@@ -10,8 +10,8 @@ from typing import Any
 from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.field_checks import MAX_RANK
+from lora_plugins.files.fingerprint import KEYS
 from lora_plugins.plugins import PlannedLayer, Slot
-from lora_plugins.utils import FINGERPRINT
 
 FORMAT = 1
 """Version of the manifest that this release writes, and the newest that it reads."""
@@ -82,7 +82,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_fingerprint(value: Any) -> bool:
-    is_map = isinstance(value, dict) and value.keys() == set(FINGERPRINT)
+    is_map = isinstance(value, dict) and value.keys() == set(KEYS)
     return is_map and all(isinstance(number, float) for number in value.values())
 
 

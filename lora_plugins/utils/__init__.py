@@ -8,7 +8,6 @@ from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.ending import ending
-from lora_plugins.utils.fingerprints import FINGERPRINT, fingerprint
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
@@ -21,7 +20,6 @@ from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins,
 __all__ = [
     "BITS",
     "COMPILED",
-    "FINGERPRINT",
     "INSERTED",
     "Versions",
     "autocast_dtype",
@@ -29,7 +27,6 @@ __all__ = [
     "check_regular",
     "common_type",
     "ending",
-    "fingerprint",
     "in_full",
     "levels",
     "loaded_key",

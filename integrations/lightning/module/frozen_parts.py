@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.files import same
+from lora_plugins.files import fingerprint, same
 from lora_plugins.inplace import model_modules, named_tensors, own_tensors
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
-from lora_plugins.utils import fingerprint, plain_name
+from lora_plugins.utils import plain_name
 
 _BUILT = "_lora_built"
 """Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""

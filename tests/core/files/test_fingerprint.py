@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_plugins.files import same
-from lora_plugins.utils import fingerprint
+from lora_plugins.files.fingerprint import fingerprint
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
