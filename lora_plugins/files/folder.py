@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from lora_plugins.errors import AdapterFileError
+from lora_plugins.errors import AdapterFileError, nothing_there
 from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_written, sealed
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
@@ -97,7 +97,9 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
         check_regular(path)
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise AdapterFileError(f"{path} does not exist. An adapter is the folder that save_adapter wrote.") from error
+        raise AdapterFileError(
+            f"{path} does not exist: {nothing_there(path)} An adapter is the folder that save_adapter wrote."
+        ) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise AdapterFileError(f"{path} cannot be read as JSON: {error}. Copy the adapter folder again.") from error
     if not isinstance(manifest, dict):

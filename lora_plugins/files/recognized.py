@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.errors import AdapterFileError, ConfigError, listing, near, nothing_there
 from lora_plugins.plugins import FORMATS, AdapterFormat, Registry, default_registry
 
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
@@ -23,7 +23,9 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
         AdapterFileError: If no format, or more than one, knows it.
     """
     if not path.exists():
-        raise AdapterFileError(f"{path} does not exist. An adapter is a folder or file such as save_adapter writes.")
+        raise AdapterFileError(
+            f"{path} does not exist: {nothing_there(path)} An adapter is a folder or file such as save_adapter writes."
+        )
     for known in (registry,) if registry else (default_registry(allow=()), default_registry()):
         formats = [owned.plugin for owned in known.of(FORMATS).values()]
         found = [each for each in formats if each.recognizes(path)]

@@ -201,7 +201,8 @@ class TestDamage:
         refused(folder, untouched, r"adapter\.json does not exist")
 
     def test_a_missing_folder(self, tmp_path, untouched):
-        refused(tmp_path / "nowhere", untouched, "does not exist")
+        (tmp_path / "nowhere_else").mkdir()
+        refused(tmp_path / "nowhere", untouched, "does not exist: .* has no 'nowhere'.* 'nowhere_else'")
 
     def test_a_file_instead_of_a_folder(self, folder, untouched):
         refused(folder / MANIFEST, untouched)
