@@ -20,12 +20,7 @@ from lora_plugins.adapter.content import (
     to_store,
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
-from lora_plugins.adapter.integrity import (
-    check_complete,
-    check_in_place,
-    check_norms,
-    trained_besides,
-)
+from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
 from lora_plugins.adapter.moved_base import base_marks, moved_base

@@ -111,11 +111,15 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
 
 
 def _can_be_saved(name: Any, value: Tensor) -> bool:
-    return isinstance(name, str) and "/" not in name and value.layout is torch.strided and not value.is_meta
+    return isinstance(name, str) and "/" not in name and _is_dense(value)
 
 
 def _has_values(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_meta and bool(value.isfinite().all())
+    return _is_dense(value) and bool(value.isfinite().all())
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_meta
 
 
 def _are_shapes(value: Any) -> bool:

@@ -29,30 +29,25 @@ def base_marks(model: nn.Module, plan: Plan) -> dict[str, Mark]:
     Statistics of norms that stand still are not among them, and neither are tensors whose values are not here, or that
     another library keeps in a type of its own.
     """
-    state = model_state(model)
-    values = state.values if state else None
-    return {
-        name: _mark(values.base_value(model, name) if values else tensor)
-        for name, tensor in _left_to_the_base(model, plan)
-    }
+    return {name: _mark(value) for name, value in _left_to_the_base(model, plan)}
 
 
 def moved_base(model: nn.Module, state: ModelState, adapter: str) -> list[str]:
     """Returns the names of tensors that have changed since an adapter was added, and that it does not hold."""
-    before, plan = state.adapters[adapter].base, state.adapters[adapter].plan
-    now = base_marks(model, plan) if before else {}
-    tensors = dict(_left_to_the_base(model, plan))
-    return [name for name in now if name in before and _differ(before[name], now[name], _share(tensors[name]))]
+    before = state.adapters[adapter].base
+    left = _left_to_the_base(model, state.adapters[adapter].plan) if before else ()
+    return [name for name, value in left if name in before and _differ(before[name], _mark(value), _share(value))]
 
 
 def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    modules = model_modules(model)
+    """Yields the base's values by name, also of what an adapter has values of its own of."""
+    modules, state = model_modules(model), model_state(model)
     still = set(plan.frozen_norms)
     buffers = {n: t for n, t in persistent_buffers(modules).items() if n.rpartition(".")[0] not in still}
     for name, tensor in (own_tensors(modules, "_parameters") | buffers).items():
         is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
         if is_plain and name not in plan.trained and name not in plan.saved_buffers:
-            yield name, tensor
+            yield name, state.values.base_value(model, name) if state else tensor
 
 
 def _mark(tensor: Tensor) -> Mark:
