@@ -1,6 +1,7 @@
 """An adapter of a file, held against a model before anything is touched."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,29 +53,21 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
     """
     manifest = checked_manifest(packed.manifest)
     _compare_tensors(manifest["tensors"], packed.tensors)
-    try:
+    with _misfit_told():
         config = LoraConfig.from_dict(manifest["config"])
         registry = registry or registry_of(config)
         check_origins(manifest, config, registry)
-    except AdapterFileError:
-        raise
-    except (LoraError, TypeError) as error:
-        raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
     with versions_told(manifest, config, registry):
         return _unpacked(model, packed, config, registry)
 
 
 def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, registry: Registry) -> UnpackedAdapter:
     manifest = packed.manifest
-    try:
+    with _misfit_told():
         check_patterns(config, [name for entry in model_modules(model) for name in entry.names])
         plan = make_plan(model, config, registry, restoring=True)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
         plan = with_stored(plan, model, manifest.get("stored") or {}, registry)
-    except AdapterFileError:
-        raise
-    except (LoraError, TypeError) as error:
-        raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
     _compare_layers(manifest["layers"], plan)
     _compare_keys(model, plan, packed.tensors)
     _compare_base(manifest["base"], fingerprints(model, plan))
@@ -90,6 +83,17 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
     values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
     stored = new_checked(model, plan, content, manifest.get("stored") or {})
     return UnpackedAdapter(plan, content, values, stored, registry)
+
+
+@contextmanager
+def _misfit_told() -> Iterator[None]:
+    """Makes an error of what a config asks for one of the file that asks for it."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (LoraError, TypeError) as error:
+        raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
 
 
 def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
