@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from lora_plugins import LoraConfig
@@ -20,44 +19,28 @@ PROMPT = "a sks dog"
 
 
 @pytest.fixture
-def run(tmp_path, picture_folder):
+def run(tmp_path, picture_folder, trainer):
     """A folder with what a fit leaves: base, adapter, checkpoint and the merged pipeline."""
     build("Stable Diffusion").save_pretrained(tmp_path / "base")
     task = TextToImageTask(str(tmp_path / "base"), lr=5e-2, train_text_encoder=True)
     lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
     data = PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
-    trainer = Trainer(
-        max_epochs=4,
-        callbacks=[lora, SavePipeline(str(tmp_path / "merged"))],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(task, data)
-    (tmp_path / "next").write_text("\n".join(task.next_commands(trainer).values()))
+    fit = trainer(max_epochs=4, callbacks=[lora, SavePipeline(str(tmp_path / "merged"))], enable_checkpointing=True)
+    fit.fit(task, data)
+    (tmp_path / "next").write_text("\n".join(task.next_commands(fit).values()))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     checkpoint.rename(tmp_path / "run.ckpt")
     return tmp_path
 
 
-def test_next_command_takes_any_prompt(tmp_path, picture_folder):
+def test_next_command_takes_any_prompt(tmp_path, picture_folder, trainer):
     build("Stable Diffusion").save_pretrained(tmp_path / "base")
     task = TextToImageTask(str(tmp_path / "base"), lr=1e-3)
     data = PicturesDataModule(str(picture_folder((16, 16))), prompt="a {cat} of 'his' {0}", resolution=16)
     lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
-    trainer = Trainer(
-        max_epochs=1,
-        callbacks=[lora],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(task, data)
-    (command,) = task.next_commands(trainer).values()
+    fit = trainer(callbacks=[lora])
+    fit.fit(task, data)
+    (command,) = task.next_commands(fit).values()
     assert shlex.split(command)[-2:] == ["--prompt", "a {cat} of 'his' {0}"]
 
 
