@@ -85,6 +85,9 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
         present = there[layer.name]
         if layer.slots != present.slots:
             raise _unfit(f"it adapts other parts of {layer.name!r}")
+        if layer.ties != present.ties:
+            shared = sorted({tie.layer for tie in (*layer.ties, *present.ties)})
+            raise _unfit(f"only one of the two adapts {listing(shared)} with {layer.name!r}, whose weight they share")
         if layer.r > present.r:
             raise _unfit(f"its rank on {layer.name!r} is {layer.r}, and that of the one that is there {present.r}")
     trained = {*own.trained, *own.saved_buffers}
@@ -106,7 +109,7 @@ def _fitted(
     fitted = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in tensors.items()}
     if other is not None and content is not None:
         fitted["A"][: other.r].copy_(content.A)
-        fitted["B"][:, : other.r].copy_(content.B * (other.scaling / layer.scaling))
+        fitted["B"][:, : other.r].copy_(content.B.double() * (other.scaling / layer.scaling))
         for name, value in content.own.items():
             if value.shape != fitted[name].shape:
                 raise _unfit(

@@ -31,7 +31,7 @@ def draw_step(random: Random, machine: Machine) -> Step:
     weights = {kind: weight(machine) if callable(weight) else weight for kind, weight in _WEIGHTS.items()}
     if random.random() < 0.1:
         possible = set(weights) if machine.lora else {"add", "load_base", "mode", "copy", "look"}
-        possible -= set() if machine.saved else {"load", "move"}
+        possible -= set() if machine.saved else {"load", "move", "swap"}
         possible -= {"cast"} if machine.reference.was_cast else set()
         weights = {kind: 1 for kind in weights if kind in possible}
     kind = _weighted(random, {kind: weight for kind, weight in weights.items() if weight > 0})
@@ -163,6 +163,12 @@ def _saved(random: Random, machine: Machine) -> int:
     return random.choice(list(machine.saved))
 
 
+def _swap(random: Random, machine: Machine) -> dict:
+    slot = _saved(random, machine)
+    own = machine.saved[slot].name
+    return {"slot": slot, "name": own if random.random() < 0.7 else _adapter(random, machine)}
+
+
 _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     "add": _add,
     "look": lambda random, machine: {"spec": draw_spec(random, machine)},
@@ -190,6 +196,7 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
         "slot": _saved(random, machine),
         "name": _new_name(random, machine) if random.random() < 0.8 else None,
     },
+    "swap": _swap,
     "move": lambda random, machine: {"slot": _saved(random, machine)},
     "load_base": lambda random, machine: {"seed": random.choice((None, 1, 2, 3))},
     "copy": lambda random, machine: {
@@ -239,6 +246,7 @@ _WEIGHTS: dict[str, float | Callable[[Machine], float]] = {
     "combine": _idle(1.5),
     "save": lambda machine: _adapted(2)(machine) * (0.2 if machine.reference.merged else 1),
     "load": lambda machine: 1.5 if machine.saved and len(machine.reference.adapters) < len(NAMES) else 0,
+    "swap": lambda machine: _idle(1.5)(machine) if machine.saved else 0,
     "move": lambda machine: 0.7 if machine.saved and not machine.reference.contexts else 0,
     "load_base": 0.7,
     "look": 1,

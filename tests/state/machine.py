@@ -650,6 +650,29 @@ class Machine:
             adapter.unseen |= dict.fromkeys(adapter.values, checks.tolerance(found.dtype))
         self._join(found.name if name is None else name, adapter)
 
+    def swap(self, slot: int, name: str) -> Call:
+        """Gives an adapter the values of a saved one, in the shapes that are there."""
+        found = self.saved[slot]
+        self.handle.swap_adapter(name, self.folder / str(slot))
+        yield
+        own, other = self.reference.adapters[name], deepcopy(found.adapter).cast(self.dtype)
+        given = {(place.site, place.suffix): place for place in other.slots}
+        for place in own.slots:
+            for factor in self.reference.factors(own):
+                own.tensors[place.key(factor)] = torch.zeros_like(own.tensors[place.key(factor)])
+            if source := given.get((place.site, place.suffix)):
+                self._swap_in(own, place, found.adapter, source)
+        own.values, own.unseen = other.values, other.unseen
+
+    def _swap_in(self, own: Adapter, place: PlannedSlot, other: Adapter, source: PlannedSlot) -> None:
+        """A smaller rank is filled up with zeros, and another scaling goes into B, which is rounded once."""
+        for factor in self.reference.factors(own):
+            value, into = other.tensors[source.key(factor)].double(), own.tensors[place.key(factor)]
+            if factor == "B":
+                into[:, : value.shape[1]] = value * (source.scaling / place.scaling)
+            else:
+                into[: len(value)] = value
+
     def _store_loaded(self, found: Saved) -> None:
         """A file stores the base again, to the same bits."""
         reference = self.reference

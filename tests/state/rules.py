@@ -314,6 +314,9 @@ def _combine(
         shared.setdefault(reference.first.get(slot.weight, slot.weight), set()).add(slot.targets)
     if any(len(targets) > 1 for targets in shared.values()):
         yield MaybeError  # one adapts layers that share a weight together, another one of them alone
+    trained = {name for adapter in found for name in adapter.trained}
+    if any(reference.first.get(slot.weight) in trained for adapter in found for slot in adapter.slots):
+        yield ConfigError
     if found:
         sites = tuple({site for adapter in found for site in adapter.spec.sites})
         saves = tuple({root for adapter in found for root in adapter.spec.saves})
@@ -356,6 +359,49 @@ def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | 
     for weight in {slot.weight for slot in found.adapter.slots}:
         if reference.first.get(weight) not in found.stored:
             yield from _same_base(reference, found, weight)
+
+
+def _swap(reference: Reference, saved: dict[int, Saved], slot: int, name: str) -> Errors:
+    found = saved[slot]
+    yield from _idle(reference)
+    yield from _known(reference, name)
+    if found.plain != reference.plain:
+        yield AdapterFileError
+        yield MaybeError
+        return
+    yield from _same_stored(reference, found)
+    if found.stored.keys() - reference.stored.keys():
+        yield AdapterFileError
+        yield MaybeError  # nothing is stored anew; weights that it does not need may be stored elsewhere
+    for weight in {slot.weight for slot in found.adapter.slots}:
+        if reference.first.get(weight) not in found.stored:
+            yield from _same_base(reference, found, weight)
+    if name in reference.adapters and not _same_places(reference.adapters[name], found.adapter):
+        yield AdapterFileError
+
+
+def _same_places(own: Adapter, other: Adapter) -> bool:
+    """Whether the tensors of one adapter can hold those of another, to the same effect."""
+    there, given = _places(own), _places(other)
+    fits = all(
+        site in there and rank <= there[site][0] and slots == there[site][1] for site, (rank, slots) in given.items()
+    )
+    return (
+        fits
+        and own.spec.variant == other.spec.variant
+        and (own.spec.variant == "lora" or given.keys() == there.keys())
+        and {*own.trained, *own.buffers} == {*other.trained, *other.buffers}
+        and not (own.changes_base or other.changes_base)
+    )
+
+
+def _places(adapter: Adapter) -> dict[str, tuple[int, list[object]]]:
+    """The rank of each layer, and where the update of each of its parts goes."""
+    places: dict[str, tuple[int, list[object]]] = {}
+    for slot in adapter.slots:
+        rank = len(adapter.tensors[slot.key("A")])  # that of a combination is the sum of those that it was made of
+        places.setdefault(slot.site, (rank, []))[1].append((slot.suffix, slot.targets))
+    return places
 
 
 def _same_stored(reference: Reference, found: Saved) -> Errors:
@@ -434,6 +480,7 @@ _RULES: dict[str, Callable[..., Errors]] = {
     "combine": _combine,
     "save": _save,
     "load": _load,
+    "swap": _swap,
     "move": _move,
     "load_base": _load_base,
     "load_own": _load_own,

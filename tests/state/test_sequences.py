@@ -20,6 +20,8 @@ BEFORE = (
 CALLS = {
     "add": Step("add", {"name": "c", "spec": Spec(("linear.proj",), init="pissa")}),
     "load": Step("load", {"slot": 0, "name": "d"}),
+    "swap a": Step("swap", {"slot": 0, "name": "a"}),
+    "swap b": Step("swap", {"slot": 0, "name": "b"}),
     "combine": Step("combine", {"adapters": ("a", "b"), "weights": (1.0, -0.5), "name": "e"}),
     "save": Step("save", {"slot": 1, "name": "b"}),
     "set a": Step("set", {"names": ("a",)}),

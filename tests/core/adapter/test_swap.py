@@ -139,6 +139,40 @@ def test_what_does_not_fit_is_refused(own, other, message, saved):
     assert torch.equal(lora.model(X), before)
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [(["first", "second"], ["first"]), (["first"], ["first", "second"])], ids=["more", "fewer"]
+)
+def test_one_that_adapts_other_layers_with_the_weight_that_they_share_is_refused(own, other, tmp_path):
+    adapted(seed=2, model=Tied().double(), target_modules=other).save_adapter(tmp_path / "other")
+    lora = adapted(model=Tied().double(), target_modules=own)
+    before = lora.model(X)
+    with pytest.raises(AdapterFileError, match="only one of the two adapts 'second' with 'first', whose weight they"):
+        lora.swap_adapter("a", tmp_path / "other")
+    assert torch.equal(lora.model(X), before)
+
+
+def test_another_scaling_is_as_exact_as_the_model(saved):
+    narrow = adapted(seed=2, model=base().float(), alpha=3.0)
+    path = narrow.save_adapter(saved()[0].parent / "narrow")
+    expected = LoraModel.load_adapter(base(), path).model(X)
+    lora = adapted(r=7)
+    lora.swap_adapter("a", path)
+    close(lora.model(X), expected)
+
+
 def test_an_unknown_name_is_refused(saved):
     path, _ = saved()
     with pytest.raises(StateError, match="no adapter 'b'"):
