@@ -13,6 +13,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import detached_weight, model_modules, submodule
 from lora_plugins.plan import Plan, ends_with, make_plan
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
@@ -21,6 +22,9 @@ LAYER_TYPES = frozenset(
     {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
 )
 """The layer types that other libraries have too."""
+
+_WEIGHTS = frozenset({"weight", "in_proj_weight"})
+"""What the one A and B of such a layer can mean."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     source = _Source(packed, plan, model)
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
     _warn_of_stored(manifest.get("stored") or {})
+    modules = {layer.name: submodule(model, layer.name) for layer in plan.layers}
+    warn_of_second_paths(modules, "With this file it computes what the model does here once it has merged.")
     names = (*plan.trained, *plan.saved_buffers)
     return PortableAdapter(
         layers={layer.name: _layer(source, layer) for layer in plan.layers},
@@ -107,13 +113,13 @@ def check_expressible(refusals: Sequence[str]) -> None:
 def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
     """Returns why a layer has no form in other libraries."""
     module, plan = submodule(source.model, layer.name), source.plan
-    tensors = {slot.tensor for slot in layer.slots}
+    others = sorted({slot.tensor for slot in layer.slots} - _WEIGHTS)
     rows = sum(shape[0] for shape in layer.shapes)
     recipes = [source.recipe(layer, slot).keys() for slot in layer.slots]
     cases = {
         f"a layer of type {layer.plugin.name!r}": layer.plugin.name not in LAYER_TYPES,
         f"a convolution of {getattr(module, 'groups', 1)} groups": getattr(module, "groups", 1) > 1,
-        "an adapter of several weights": len(tensors) > 1,
+        f"an adapter of {listing(others)}": bool(others),
         f"the variant {layer.variant and layer.variant.name!r}": layer.variant is not None
         and layer.variant.name != "dora",
         "DoRA of some rows of a weight only": layer.variant is not None

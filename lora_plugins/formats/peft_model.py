@@ -1,6 +1,5 @@
 """A file of PEFT, held against a model: former names, missing layers, and what PEFT would compute otherwise."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -13,6 +12,7 @@ from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import modules_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
 from lora_plugins.plan import current_name, former_names
 
@@ -54,7 +54,8 @@ def for_model(
         _check_meaning(modules, adapter)
     _check_started(modules, adapter)
     _check_parameters(modules, adapter, config)
-    _warn_of_branches(modules, adapter)
+    adapted = {name: modules[name] for name in adapter.layers if name in modules}
+    warn_of_second_paths(adapted, "The adapter is loaded as what it is when merged.")
     return adapter
 
 
@@ -253,20 +254,4 @@ def _check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter
     if others:
         raise AdapterFileError(
             f"target_parameters: {listing(others)} is not the weight of a linear layer; its adapter has no form here."
-        )
-
-
-def _warn_of_branches(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
-    """Says where PEFT's second path beside a layer is not the layer: what is loaded is what PEFT computes merged."""
-    others = [
-        name
-        for name in adapter.layers
-        if getattr(modules.get(name), "padding_mode", "zeros") != "zeros"
-        or getattr(modules.get(name), "max_norm", None) is not None
-    ]
-    if others:
-        warnings.warn(
-            f"{listing(others)}: PEFT computes something else before merging than after, as its branch leaves the "
-            "padding mode or max_norm of the layer out. The adapter is loaded as what it is when merged.",
-            stacklevel=2,
         )

@@ -321,6 +321,31 @@ class Embedded(nn.Module):
         return self.embed_tokens(x)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Tiled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.roll(1, -1), weight, bias)
+
+
+class Single(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+SECOND_PATHS = {
+    "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
+    "dilation": (lambda: nn.Conv1d(3, 4, 3, dilation=2), "the dilation"),
+    "max_norm": (lambda: nn.Embedding(5, 4, max_norm=0.5), "max_norm"),
+    "forward": (lambda: Doubled(3, 4), "the forward of Doubled"),
+    "convolution": (lambda: Tiled(3, 4, 3), "the forward of Tiled"),
+}
+
+
 class TestLayers:
     @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
     def test_groups_are_refused_when_read(self, tmp_path, untouched):
@@ -334,13 +359,24 @@ class TestLayers:
             pytest.param(lambda: nn.Conv2d(4, 8, 3, groups=2), "a convolution of 2 groups", id="groups"),
             pytest.param(lambda: nn.ConvTranspose2d(4, 8, 3), "a layer of type 'conv_transpose2d'", id="transposed"),
             pytest.param(
-                lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5), "an adapter of several weights", id="three weights"
+                lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+                "an adapter of 'k_proj_weight', ",
+                id="three weights",
             ),
         ],
     )
     def test_what_others_do_not_have_is_refused_when_written(self, layer, match, tmp_path):
         model = nn.ModuleDict({"layer": layer(), "other": nn.Linear(2, 2)})
         lora = LoraModel(model, LoraConfig(target_modules=["layer", "other"]))
+        with pytest.raises(AdapterFileError, match=f"'layer': {match}"):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("part", ["q", "k", "v"])
+    def test_one_of_three_weights_is_refused_when_written(self, part, tmp_path):
+        model = nn.ModuleDict({"layer": nn.MultiheadAttention(4, 2, kdim=3, vdim=5)})
+        lora = LoraModel(model, LoraConfig(target_modules=["layer"], fused_parts={"layer": [part]}))
+        match = f"an adapter of '{part}_proj_weight' has no form"
         with pytest.raises(AdapterFileError, match=f"'layer': {match}"):
             lora.save_adapter(tmp_path / "new", format="peft")
         assert not (tmp_path / "new").exists()
@@ -377,27 +413,25 @@ class TestLayers:
         edit_tensors(tmp_path, lambda tensors: tensors[key].add_(1))
         refused(case, tmp_path, untouched, "comes with its own 'embed_tokens.weight'")
 
-    @pytest.mark.parametrize(
-        ("options", "layer"),
-        [
-            pytest.param({}, lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), id="padding mode"),
-            pytest.param({}, lambda: nn.Embedding(5, 4, max_norm=0.5), id="max_norm"),
-        ],
-    )
-    def test_a_branch_that_is_not_the_layer_is_said(self, options, layer, tmp_path):
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = layer()
-
-        case = Case("", Net, {"target_modules": ["layer"]})
+    @pytest.mark.parametrize(("layer", "left_out"), SECOND_PATHS.values(), ids=SECOND_PATHS)
+    def test_a_second_path_that_is_not_the_layer_is_said_when_read(self, layer, left_out, tmp_path):
+        case = Case("", lambda: Single(layer()), {"target_modules": ["layer"]})
         theirs = with_peft(case)
         theirs.save_pretrained(tmp_path)
         model = case.build()
-        with pytest.warns(UserWarning, match=r"'layer': PEFT computes something else before merging than after"):
+        with pytest.warns(UserWarning, match=rf"'layer': PEFT can compute something else before.*{left_out}\. "):
             LoraModel.load_adapter(model, tmp_path)
         merged = theirs.merge_and_unload().layer.weight
         torch.testing.assert_close(model.layer.weight.detach(), merged.detach(), rtol=0, atol=TOLERANCE)
+
+    @pytest.mark.parametrize(("layer", "left_out"), SECOND_PATHS.values(), ids=SECOND_PATHS)
+    def test_a_second_path_that_is_not_the_layer_is_said_when_written(self, layer, left_out, tmp_path):
+        case = Case("", lambda: Single(layer()), {"target_modules": ["layer"]})
+        lora = LoraModel(case.build(), LoraConfig(r=2, init="none", target_modules=["layer"]))
+        with pytest.warns(UserWarning, match=rf"'layer': PEFT can compute something else before.*{left_out}\. "):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        merged = read_by_peft(case, tmp_path / "new").merge_and_unload().layer.weight
+        torch.testing.assert_close(lora.model.layer.weight.detach(), merged.detach(), rtol=0, atol=TOLERANCE)
 
     @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
     def test_dropout_that_a_layer_cannot_honor_is_left_out_and_said(self, tmp_path):

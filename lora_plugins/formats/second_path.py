@@ -1,0 +1,50 @@
+"""Where the path that other libraries put beside a layer is not the layer, as it leaves out what that does besides."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plugins.errors import listing
+from lora_plugins.inplace import base_class_of
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_METHODS = ("forward", "_conv_forward")
+
+
+def warn_of_second_paths(modules: Mapping[str, nn.Module], outcome: str) -> None:
+    """Names the layers that PEFT, and what works like it, computes otherwise until the adapter is merged.
+
+    Args:
+        modules: The adapted layers by name.
+        outcome: What that means for who reads the warning.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if left_out := _left_out(module):
+            found.setdefault(left_out, []).append(name)
+    for left_out, names in found.items():
+        warnings.warn(
+            f"{listing(names)}: PEFT can compute something else before merging than after, as its second path leaves "
+            f"out {left_out}. {outcome}",
+            stacklevel=2,
+        )
+
+
+def _left_out(module: nn.Module) -> str:
+    """Returns what a second path leaves out of a layer; empty where it is the layer's own computation."""
+    cls = base_class_of(module)
+    known = next((layer for layer in _LAYERS if issubclass(cls, layer)), None)
+    if known is None:
+        return ""
+    cases: dict[str, Any] = {
+        f"the forward of {cls.__name__}": any(getattr(cls, m, None) is not getattr(known, m, None) for m in _METHODS),
+        "the padding mode": getattr(module, "padding_mode", "zeros") != "zeros",
+        "the dilation": any(
+            step > 1 and size > 1
+            for step, size in zip(getattr(module, "dilation", ()), getattr(module, "kernel_size", ()), strict=True)
+        ),
+        "max_norm": getattr(module, "max_norm", None) is not None,
+    }
+    return next((text for text, holds in cases.items() if holds), "")
