@@ -79,7 +79,7 @@ class PeftFormat(PortableFormat):
             *(
                 f"{name!r}: PEFT has no DoRA on attention"
                 for name, each in layers
-                if each.magnitude is not None and each.layer_type == "multihead_attention"
+                if each.magnitude is not None and (each.layer_type == "multihead_attention" or each.in_attention)
             ),
             *("the model itself: PEFT adapts the layers in a model" for name, _ in layers if not name),
         ]

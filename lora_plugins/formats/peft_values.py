@@ -5,7 +5,7 @@ the base's own values for the rest of it. So is a module that PEFT takes for one
 with: `layer_norm` where `norm` is trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_keys import WRAPPER
-from lora_plugins.formats.places import modules_by_name, own_values
+from lora_plugins.formats.places import modules_by_name, own_values, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.inplace import NamedModule
+
+_FACTORS = ("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_INSIDE = (WRAPPER, *_FACTORS, *(f"{factor}.default" for factor in _FACTORS))
+"""The modules in what PEFT puts around an adapted layer, whose names it compares as well."""
+
+_PARAMETERS = (nn.ParameterDict, nn.ParameterList)
+"""What holds single parameters, and computes nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +46,44 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     Raises:
         AdapterFileError: If a value is neither of a module nor a bias, naming it.
     """
-    modules = tuple(adapter.saved_modules)
-    single = [name for name in adapter.values if not any(name.startswith(f"{module}.") for module in modules)]
+    modules_of = modules_by_name(model) if model is not None else {}
+    modules = tuple(_that_peft_can_wrap(adapter.saved_modules, modules_of))
+    values = _by_each_name(adapter.values, model)
+    single = [name for name in values if not any(name.startswith(f"{module}.") for module in modules)]
     biases = [name for name in single if "bias" in name.rpartition(".")[2]]
     others = [name for name in single if name not in biases]
     # PEFT loads every bias that a file has; of those, "all" lets it train the ones called `bias` (0.21.2).
     bias = adapter.bias if adapter.bias != "none" or not biases else "all"
     owners = tuple(dict.fromkeys(name.rpartition(".")[0] for name in others))
     owners = tuple(owner for owner in owners if not _taken_for(owner, modules))
-    modules_of = modules_by_name(model) if model is not None else {}
     for owner in owners:
         module = modules_of[owner].module if owner in modules_of else None
         children = any(True for _ in module.children()) if module is not None else True
-        if module is None or not owner or owner in adapter.layers or children:
+        if module is None or not owner or owner in adapter.layers or children or isinstance(module, _PARAMETERS):
             named = [name for name in others if name.rpartition(".")[0] == owner]
             raise AdapterFileError(
                 f"The adapter cannot be written in this format: {listing(named)} was trained by itself, and PEFT "
                 "trains whole modules. Name the module in modules_to_save."
             )
     modules = (*modules, *owners)
-    return PeftValues({**_values_of_taken(modules, adapter, model), **adapter.values}, modules, bias)
+    return PeftValues({**_values_of_taken(modules, adapter, model), **values}, modules, bias)
+
+
+def _that_peft_can_wrap(names: Iterable[str], modules: Mapping[str, NamedModule]) -> Iterator[str]:
+    """Returns modules that are trained in full; PEFT can wrap what is in containers, and no containers themselves."""
+    for name in names:
+        module = modules[name].module if name in modules else None
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            yield from _that_peft_can_wrap([f"{name}.{child}" for child, _ in module.named_children()], modules)
+        elif not isinstance(module, _PARAMETERS):
+            yield name
+
+
+def _by_each_name(values: Mapping[str, Tensor], model: nn.Module | None) -> Mapping[str, Tensor]:
+    """Returns values by all names of their tensors, since PEFT gives each module that it trains a copy of its own."""
+    if model is None:
+        return values
+    return {name: values[first] for name, first in tensor_names(model).items() if first in values}
 
 
 def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn.Module | None) -> dict[str, Tensor]:
@@ -69,7 +95,7 @@ def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn
     tensors = own_values(model) if model is not None else adapter.values
     taken = {name: _taken_for(name.rpartition(".")[0], saved) for name in tensors}
     wrong = [paths[-1] for paths in taken.values() if len(paths) > 1]
-    wrong += [name for name in adapter.layers if _taken_for(f"{name}.{WRAPPER}", saved)]
+    wrong += [name for name in adapter.layers if any(_taken_for(f"{name}.{each}", saved) for each in _INSIDE)]
     if wrong:
         raise AdapterFileError(
             "The adapter cannot be written in this format: PEFT trains each module in full whose name ends with the "

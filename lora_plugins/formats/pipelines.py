@@ -17,6 +17,11 @@ def refusals_of_pipelines(adapter: PortableAdapter) -> list[str]:
             for name, layer in adapter.layers.items()
             if layer.layer_type not in _LAYER_TYPES
         ),
+        *(
+            f"{name!r}: the output projection of an attention, which no library calls by itself, has no form there"
+            for name, layer in adapter.layers.items()
+            if layer.in_attention
+        ),
         *(f"{name!r}: what is trained in full has no form there" for name in adapter.values),
     ]
 

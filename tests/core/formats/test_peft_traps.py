@@ -226,6 +226,9 @@ class TestKeys:
             pytest.param("stem", ["lora_stem"], "letters of 'stem', and so 'lora_stem'", id="an adapted layer"),
             pytest.param("head", ["lora_stem"], "and so 'head.sub_head'", id="a module inside"),
             pytest.param("layer", ["stem"], "and so 'stem'", id="the base_layer of PEFT's wrapper"),
+            pytest.param("out", ["stem"], "and so 'stem'", id="the lora_dropout of PEFT's wrapper"),
+            pytest.param("B", ["stem"], "and so 'stem'", id="the lora_B of PEFT's wrapper"),
+            pytest.param("fault", ["stem"], "and so 'stem'", id="the name of an adapter"),
         ],
     )
     def test_what_peft_takes_for_a_head_as_well_is_refused_when_written(self, saved, targets, match, tmp_path):
@@ -235,11 +238,52 @@ class TestKeys:
                 "stem": nn.Linear(2, 2),
                 "lora_stem": nn.Linear(2, 2),
                 "layer": nn.Linear(2, 2),
-                "head": nn.ModuleDict({"sub_head": nn.Linear(2, 2)}),
+                "out": nn.Linear(2, 2),
+                "B": nn.Linear(2, 2),
+                "fault": nn.Linear(2, 2),
+                "head": nn.Sequential(OrderedDict(sub_head=nn.Linear(2, 2))),
             }
         )
         lora = LoraModel(model, LoraConfig(target_modules=targets, modules_to_save=[saved]))
         with pytest.raises(AdapterFileError, match=match):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("saved", ["tokens_out", "embed_tokens"])
+    def test_a_head_that_shares_its_weight_is_written_under_each_name(self, saved, tmp_path):
+        """PEFT gives each module that it trains a copy of its own."""
+        case = Case("", SharedHead, {"target_modules": ["stem"]})
+        model = case.build()
+        LoraModel(model, LoraConfig(r=2, init="none", target_modules=["stem"], modules_to_save=[saved]))
+        with torch.no_grad():
+            model.tokens_out.weight.mul_(1.5)
+        LoraModel(model).save_adapter(tmp_path, format="peft")
+        again = case.build()
+        LoraModel.load_adapter(again, tmp_path)
+        tokens = torch.tensor([[1, 2]])
+        for other in (again, read_by_peft(case, tmp_path)):
+            torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=TOLERANCE)
+
+    def test_a_container_that_is_trained_is_written_as_what_is_in_it(self, tmp_path):
+        case = Case("", Heads, {"target_modules": ["stem"]})
+        model = case.build()
+        LoraModel(model, LoraConfig(r=2, init="none", target_modules=["stem"], modules_to_save=["heads"]))
+        with torch.no_grad():
+            model.heads[1]["b"].weight.mul_(1.5)
+        LoraModel(model).save_adapter(tmp_path, format="peft")
+        again, x = case.build(), torch.ones(2, 4, dtype=torch.float64)
+        LoraModel.load_adapter(again, tmp_path)
+        for other in (again, read_by_peft(case, tmp_path)):
+            torch.testing.assert_close(other(x), model(x), rtol=0, atol=TOLERANCE)
+
+    @pytest.mark.parametrize("kind", ["list", "dict"])
+    def test_a_container_of_parameters_is_refused_when_written(self, kind, tmp_path):
+        own = nn.Parameter(torch.zeros(4))
+        model = nn.Module()
+        model.stem = nn.Linear(4, 4)
+        model.prompts = nn.ParameterList([own]) if kind == "list" else nn.ParameterDict({"0": own})
+        lora = LoraModel(model, LoraConfig(target_modules=["stem"], modules_to_save=["prompts"]))
+        with pytest.raises(AdapterFileError, match=r"'prompts\.0' was trained by itself"):
             lora.save_adapter(tmp_path / "new", format="peft")
         assert not (tmp_path / "new").exists()
 
@@ -321,6 +365,28 @@ class Embedded(nn.Module):
         return self.embed_tokens(x)
 
 
+class SharedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.stem = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.tokens_out = nn.Linear(4, 6, bias=False)
+        self.tokens_out.weight = self.embed_tokens.weight
+
+    def forward(self, tokens):
+        return self.tokens_out(self.stem(self.embed_tokens(tokens)))
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 2), nn.ModuleDict({"b": nn.Linear(4, 2)})])
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.heads[0](x) + self.heads[1]["b"](x)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return super().forward(2 * x)
@@ -380,6 +446,23 @@ class TestLayers:
         with pytest.raises(AdapterFileError, match=f"'layer': {match}"):
             lora.save_adapter(tmp_path / "new", format="peft")
         assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("targets", [["layer"], ["layer.out_proj"]], ids=["inner", "outer"])
+    def test_dora_on_a_projection_of_an_attention_is_refused_when_written(self, targets, tmp_path):
+        model = nn.ModuleDict({"layer": nn.MultiheadAttention(4, 2)})
+        lora = LoraModel(model, LoraConfig(target_modules=targets, variant="dora"))
+        with pytest.raises(AdapterFileError, match=f"'{targets[0]}': PEFT has no DoRA on attention"):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("format", ["diffusers", "kohya"])
+    def test_the_output_projection_of_an_attention_is_refused_by_formats_of_pipelines(self, format, tmp_path):
+        model = nn.ModuleDict({"layer": nn.MultiheadAttention(4, 2), "other": nn.Linear(2, 2)})
+        lora = LoraModel(model, LoraConfig(target_modules=["out_proj", "other"]))
+        path = tmp_path / "new.safetensors"
+        with pytest.raises(AdapterFileError, match=r"'layer\.out_proj': the output projection of an attention, which"):
+            lora.save_adapter(path, format=format, format_options={"component": "unet"})
+        assert not path.exists()
 
     def test_shared_layers_are_refused_when_written(self, tmp_path):
         shared, tied = nn.Linear(4, 4), nn.Linear(4, 4)
