@@ -22,6 +22,7 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.moved_base import base_marks
 from lora_plugins.adapter.opening import close_state, open_state
+from lora_plugins.adapter.rounded_bases import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
@@ -101,7 +102,8 @@ def add(
 
     Raises:
         MergeError: If its init or its storage would change a weight that a layer uses too which it does not adapt.
-        TargetError: If it would store a weight of which another adapter has a value of its own.
+        TargetError: If it would store a weight of which another adapter has a value of its own, or its init makes
+            weights larger than their types can hold.
     """
     if plan.init.changes_base:
         check_shared(model, plan.weights())
@@ -112,6 +114,7 @@ def add(
         stored = new_stored_weights(model, plan, content)
     if changed is None:
         changed = changed_bases(model, plan, content)
+        check_rounded(model, plan, changed, stored)
         content = with_own_tensors(model, plan, content, changed, stored)
     own = trained_values(model, plan)
     # A saved value takes the type that training has on this model, which may be another than where it was saved.

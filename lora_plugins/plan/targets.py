@@ -55,7 +55,7 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     """
     free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
     handled = {name for site in free if site.plugin for name in site.names}
-    chosen = _targeted(config, free, handled, registry)
+    chosen = _targeted(config, survey.sites, free, handled, registry)
     chosen -= _excluded(config, survey.sites, free, handled)
     if config.layers_to_transform is not None:
         keep = patterns.BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
@@ -72,14 +72,23 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     return targets
 
 
-def _targeted(config: LoraConfig, free: Sequence[Site], handled: set[str], registry: Registry) -> set[str]:
+def _targeted(
+    config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str], registry: Registry
+) -> set[str]:
     if config.target_modules is None or _means_all(config):
         return handled - {name for site in free if site.foreign_adapter for name in site.names}
-    names = [name for site in free for name in site.names if name or site.has_parameters]
+    names = [name for site in sites for name in site.names if name or site.has_parameters]
     served = [site for site in free if site.plugin]
     hint = partial(target_hint, patterns=config.target_modules, sites=served)
-    found = patterns.select("target_modules", config.target_modules, names, hint)
+    matched = patterns.select("target_modules", config.target_modules, names, hint)
+    targetable = {name for site in free for name in site.names}
+    found = {pattern: [name for name in matches if name in targetable] for pattern, matches in matched.items()}
     for pattern, matches in found.items():
+        if not matches:
+            raise TargetError(
+                f"target_modules: {pattern!r} matches {listing(matched[pattern])}, which modules_to_save trains in "
+                "full. Take it out of one of the two."
+            )
         if not handled & set(matches):
             raise TargetError(
                 f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "

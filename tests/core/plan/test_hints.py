@@ -120,6 +120,13 @@ def test_a_glob_as_a_string_is_told():
         LoraModel.plan(fused(), LoraConfig(target_modules="*.qkv"))
 
 
+def test_a_layer_that_is_trained_in_full_is_no_target():
+    with pytest.raises(
+        TargetError, match="target_modules: 'head' matches 'head', which modules_to_save trains in full"
+    ):
+        LoraModel.plan(fused(), LoraConfig(target_modules=["qkv", "head"], modules_to_save=["head"]))
+
+
 def test_a_head_of_another_name_is_told():
     with pytest.raises(TargetError, match=r"modules_to_save: 'classifier'.*The last layer of the model is 'head'"):
         LoraModel.plan(fused(), LoraConfig(target_modules=["qkv"], modules_to_save=["classifier"]))

@@ -1,0 +1,59 @@
+"""A base that an init has changed has to be held as exactly as the one before: rounding grows with its size."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import TargetError, listing
+from lora_plugins.inplace import StoredWeight, full_name, own_tensor
+from lora_plugins.plan import Plan
+
+_LOST = 0.01
+"""The share of a weight that may be lost: several times what rounding to bfloat16 loses of any weight."""
+
+_LARGEST_STORED = 4.0
+"""How many times as large a weight may become that is stored in fewer bytes, and loses a tenth of itself by that."""
+
+
+def check_rounded(
+    model: nn.Module, plan: Plan, changed: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]
+) -> None:
+    """Checks that the weights which an init puts in place of others can be held in their types.
+
+    A model starts as it was since the update and the changed weight add up to the former weight. Where the update is
+    many times as large as that, what is left after rounding both is noise.
+
+    Args:
+        model: The model, with the former weights.
+        plan: What is adapted.
+        changed: The new weights by full name.
+        stored: Those that are stored in fewer bytes, likewise.
+
+    Raises:
+        TargetError: If some would lose too much, naming them.
+    """
+    if not plan.init.changes_base:
+        return
+    started = {full_name(layer.name, slot.tensor) for layer, slot, _ in plan.slots()}
+    values = dict(changed) | {name: weight.dense() for name, weight in stored.items() if name in started}
+    grown = {name: _growth(own_tensor(model, name), value) for name, value in values.items()}
+    lost = [name for name, value in values.items() if grown[name] > _largest(value.dtype, name in stored)]
+    if lost:
+        raise TargetError(
+            f"The init {plan.init.name!r} makes {listing(lost, 3)} up to {max(grown[name] for name in lost):.3g} times "
+            "as large, which their types cannot hold exactly enough: the model would not start as it was. Load the "
+            "base in float32, leave out quantize, or let the first update be smaller: by alpha, by init_options, or, "
+            "where the init learns from gradients, by a loss that is averaged."
+        )
+
+
+def _largest(dtype: torch.dtype, is_stored: bool) -> float:
+    """Returns how many times as large a weight may become; rounding loses about a fourth of eps."""
+    return _LARGEST_STORED if is_stored else _LOST / (torch.finfo(dtype).eps / 4)
+
+
+def _growth(former: Tensor, new: Tensor) -> float:
+    """Returns how many times as large a weight becomes; one of zeros has nothing to lose."""
+    size = float(former.detach().double().norm())
+    return float(new.double().norm()) / size if size else 0.0
