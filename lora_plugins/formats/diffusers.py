@@ -185,9 +185,9 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     r = len(factors["A"])
     alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
     if config is not None:
-        config.check_rank(name, r)
+        said = config.rank(name, r, min(len(factors["B"]), factors["A"][0].numel()))
         config.check_magnitude(name, present="magnitude" in factors)
-        alpha = config.alpha(name) * (math.sqrt(r) if config.fields.get("use_rslora") else 1)
+        alpha = config.alpha(name) * r / (math.sqrt(said) if config.fields.get("use_rslora") else said)
     return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude"))
 
 

@@ -4,6 +4,7 @@ PEFT up to 0.21.2 applies the update of an attention's `out_proj` twice where th
 (huggingface/peft#3774): such a file means twice its product, which is read and written so.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -153,9 +154,11 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
         configured: The name by which the config speaks of it.
     """
     check_factors(name, factors)
-    config.check_rank(configured, len(factors["A"]))
+    A, B = factors["A"], factors["B"]
     config.check_magnitude(name, present="magnitude" in factors)
-    return PortableLayer(factors["A"], factors["B"], config.alpha(configured), factors.get("magnitude"))
+    share = len(A) / config.rank(configured, len(A), min(len(B), A[0].numel()))
+    alpha = config.alpha(configured) * (math.sqrt(share) if config.fields.get("use_rslora") else share)
+    return PortableLayer(A, B, alpha, factors.get("magnitude"))
 
 
 def _times(config: PeftConfig, asked: str | None) -> int:

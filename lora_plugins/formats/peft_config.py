@@ -177,18 +177,26 @@ class PeftConfig:
             )
         return str(init).lower()
 
-    def check_rank(self, name: str, r: int) -> None:
-        """Checks that a layer can have the rank that its tensors have.
+    def rank(self, name: str, r: int, full: int) -> int:
+        """Returns the rank that the scaling of a layer is told by: that of its tensors, or a higher one.
+
+        Args:
+            name: Name of the layer.
+            r: The rank of its tensors.
+            full: The full rank of its matrix. Decompositions have no more, whatever the config says.
 
         Raises:
             AdapterFileError: If the config says another one.
         """
         said = self._by_pattern("rank_pattern", name) or [self.fields.get("r", 8)]
+        if r == full < said[0] and self.init in _CHANGED_INITS:
+            return int(said[0])
         if r not in said:
             raise AdapterFileError(
                 f"{name!r} has rank {r} in the tensors and {said[0]} in the config, by which its scaling is told. One "
                 "of the two files is of another adapter."
             )
+        return r
 
     def alpha(self, name: str) -> float:
         """Returns the numerator of the scaling of a layer.

@@ -38,7 +38,8 @@ def for_model(
         AdapterFileError: If a layer that the config targets, or a head or bias that it trains, is missing, an unchanged
             weight in the file is not the model's, or a layer means one thing merged and another unmerged.
     """
-    modules = {name: entry.module for name, entry in modules_by_name(model).items()}
+    places = modules_by_name(model)
+    modules = {name: entry.module for name, entry in places.items()}
     names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
     adapter = replace(
         adapter,
@@ -49,12 +50,13 @@ def for_model(
     check_complete(model, adapter.layers, config, renamed=_differ(names))
     _check_heads(model, adapter, config, renamed=_differ(names))
     _check_biases(model, adapter)
+    _check_untied(model, adapter, config)
     _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
     if out_proj is None:
         _check_meaning(modules, adapter)
     _check_started(modules, adapter)
     _check_parameters(modules, adapter, config)
-    adapted = {name: modules[name] for name in adapter.layers if name in modules}
+    adapted = {name: places[name] for name in adapter.layers if name in places}
     warn_of_second_paths(adapted, "The adapter is loaded as what it is when merged.")
     return adapter
 
@@ -194,6 +196,22 @@ def _check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
         raise AdapterFileError(
             f"The adapter trained the biases of its layers (bias = 'lora_only') and has no values of "
             f"{listing(lacking)}. If that is meant, set bias to 'none' in its config."
+        )
+
+
+def _check_untied(model: nn.Module, adapter: PortableAdapter, config: PeftConfig) -> None:
+    """Refuses a module that PEFT trained as a copy of its own, where its tensor is that of another module here."""
+    if config.fields.get("ensure_weight_tying"):
+        return
+    names = tensor_names(model)
+    saved = tuple(f"{module}." for module in adapter.saved_modules)
+    trained = {names[name] for name in adapter.values if name in names and name.startswith(saved)}
+    left = [name for name, first in names.items() if first in trained and name not in adapter.values]
+    if left:
+        raise AdapterFileError(
+            f"PEFT trained a copy of {listing(sorted(trained & {names[name] for name in left}))} and left "
+            f"{listing(left)} as it was, which is the same tensor in this model. Give each module a tensor of its own "
+            "first, and then load the adapter."
         )
 
 

@@ -66,16 +66,15 @@ def _placed(
             f"{len(unknown)} of {len(entries)} {what}s of the adapter are not in this model: {listing(unknown)}. "
             f"{near(unknown[0], names)} The adapter was made for another model, or for another part of one."
         )
-    placed: dict[str, Entry] = {}
+    placed: dict[str, tuple[str, Entry]] = {}
     for name, entry in entries.items():
-        first = names[name]
-        if first in placed and not same(placed[first], entry):
+        other, present = placed.setdefault(names[name], (name, entry))
+        if other != name and not same(present, entry):
             raise AdapterFileError(
-                f"In this model {name!r} and {first!r} are one and the same, and the adapter has different values for "
+                f"In this model {name!r} and {other!r} are one and the same, and the adapter has different values for "
                 "them."
             )
-        placed[first] = entry
-    return placed
+    return {first: entry for first, (_, entry) in placed.items()}
 
 
 def _same_layer(first: PortableLayer, second: PortableLayer) -> bool:

@@ -1,19 +1,19 @@
 """Where the path that other libraries put beside a layer is not the layer, as it leaves out what that does besides."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lora_plugins.errors import listing
-from lora_plugins.inplace import base_class_of
+from lora_plugins.inplace import NamedModule, base_class_of
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _METHODS = ("forward", "_conv_forward")
 
 
-def warn_of_second_paths(modules: Mapping[str, nn.Module], outcome: str) -> None:
+def warn_of_second_paths(modules: Mapping[str, NamedModule], outcome: str) -> None:
     """Names the layers that PEFT, and what works like it, computes otherwise until the adapter is merged.
 
     Args:
@@ -21,8 +21,8 @@ def warn_of_second_paths(modules: Mapping[str, nn.Module], outcome: str) -> None
         outcome: What that means for who reads the warning.
     """
     found: dict[str, list[str]] = {}
-    for name, module in modules.items():
-        if left_out := _left_out(module):
+    for name, entry in modules.items():
+        if left_out := _left_out(entry.module, [each for each in entry.names if each != name]):
             found.setdefault(left_out, []).append(name)
     for left_out, names in found.items():
         warnings.warn(
@@ -32,8 +32,10 @@ def warn_of_second_paths(modules: Mapping[str, nn.Module], outcome: str) -> None
         )
 
 
-def _left_out(module: nn.Module) -> str:
+def _left_out(module: nn.Module, others: Sequence[str]) -> str:
     """Returns what a second path leaves out of a layer; empty where it is the layer's own computation."""
+    if others:
+        return f"what calls the layer as {listing(others)}"
     cls = base_class_of(module)
     known = next((layer for layer in _LAYERS if issubclass(cls, layer)), None)
     if known is None:

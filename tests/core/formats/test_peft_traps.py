@@ -174,6 +174,63 @@ class TestPatterns:
         refused(LINEAR, tmp_path, untouched, "has rank 2 in the tensors and 4 in the config")
 
 
+class SharedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.stem = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.tokens_out = nn.Linear(4, 6, bias=False)
+        self.tokens_out.weight = self.embed_tokens.weight
+
+    def forward(self, tokens):
+        return self.tokens_out(self.stem(self.embed_tokens(tokens)))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(torch.tanh(self.first(x)))
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 2), nn.ModuleDict({"b": nn.Linear(4, 2)})])
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.heads[0](x) + self.heads[1]["b"](x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Tiled(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.roll(1, -1), weight, bias)
+
+
+class Single(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+SECOND_PATHS = {
+    "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
+    "dilation": (lambda: nn.Conv1d(3, 4, 3, dilation=2), "the dilation"),
+    "max_norm": (lambda: nn.Embedding(5, 4, max_norm=0.5), "max_norm"),
+    "forward": (lambda: Doubled(3, 4), "the forward of Doubled"),
+    "convolution": (lambda: Tiled(3, 4, 3), "the forward of Tiled"),
+}
+
+
 class TestKeys:
     """PEFT warns of missing keys, and computes without them: an adapter can do nothing."""
 
@@ -263,6 +320,45 @@ class TestKeys:
         tokens = torch.tensor([[1, 2]])
         for other in (again, read_by_peft(case, tmp_path)):
             torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=TOLERANCE)
+
+    @pytest.mark.parametrize(
+        ("net", "saved", "left"),
+        [
+            pytest.param(SharedHead, "embed_tokens", "tokens_out.weight", id="a shared weight"),
+            pytest.param(SharedHead, "tokens_out", "embed_tokens.weight", id="the other one"),
+            pytest.param(
+                lambda: nn.ModuleDict({"stem": nn.Linear(4, 4), "twice": Twice()}),
+                "again",
+                "twice.first.",
+                id="a layer",
+            ),
+        ],
+    )
+    def test_the_copy_of_a_head_that_is_shared_here_is_refused(self, net, saved, left, tmp_path, untouched):
+        """PEFT trains a copy, and leaves what shares the tensor as it was."""
+        case = Case("", net, {"target_modules": ["stem"], "modules_to_save": [saved]})
+        with_peft(case).save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, rf"PEFT trained a copy of .* and left '{left}")
+
+    def test_values_that_differ_for_two_names_of_one_tensor_are_told_by_both(self, tmp_path, untouched):
+        case = Case("", SharedHead, {"target_modules": ["stem"], "modules_to_save": ["embed_tokens", "tokens_out"]})
+        with_peft(case).save_pretrained(tmp_path)
+        edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.tokens_out.weight"].add_(1))
+        refused(case, tmp_path, untouched, "'tokens_out.weight' and 'embed_tokens.weight' are one and the same")
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+    def test_a_rank_above_that_of_the_matrix_is_read(self, init, rslora, tmp_path):
+        """PEFT's decompositions have no more ranks than the matrix, and scale by the rank of the config."""
+        peft = pytest.importorskip("peft")
+        case = Case("", lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), {})
+        options = {"r": 8, "lora_alpha": 4, "init_lora_weights": init, "use_rslora": rslora}
+        config = peft.LoraConfig(target_modules=["0", "1"], **options)
+        theirs = moved(peft.get_peft_model(case.build().float(), config))
+        theirs.save_pretrained(tmp_path)
+        model, x = case.build().float(), torch.ones(2, 4)
+        LoraModel.load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)
 
     def test_a_container_that_is_trained_is_written_as_what_is_in_it(self, tmp_path):
         case = Case("", Heads, {"target_modules": ["stem"]})
@@ -365,53 +461,6 @@ class Embedded(nn.Module):
         return self.embed_tokens(x)
 
 
-class SharedHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed_tokens, self.stem = nn.Embedding(6, 4), nn.Linear(4, 4)
-        self.tokens_out = nn.Linear(4, 6, bias=False)
-        self.tokens_out.weight = self.embed_tokens.weight
-
-    def forward(self, tokens):
-        return self.tokens_out(self.stem(self.embed_tokens(tokens)))
-
-
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.heads = nn.ModuleList([nn.Linear(4, 2), nn.ModuleDict({"b": nn.Linear(4, 2)})])
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.heads[0](x) + self.heads[1]["b"](x)
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return super().forward(2 * x)
-
-
-class Tiled(nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(x.roll(1, -1), weight, bias)
-
-
-class Single(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-
-SECOND_PATHS = {
-    "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
-    "dilation": (lambda: nn.Conv1d(3, 4, 3, dilation=2), "the dilation"),
-    "max_norm": (lambda: nn.Embedding(5, 4, max_norm=0.5), "max_norm"),
-    "forward": (lambda: Doubled(3, 4), "the forward of Doubled"),
-    "convolution": (lambda: Tiled(3, 4, 3), "the forward of Tiled"),
-}
-
-
 class TestLayers:
     @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
     def test_groups_are_refused_when_read(self, tmp_path, untouched):
@@ -506,6 +555,17 @@ class TestLayers:
             LoraModel.load_adapter(model, tmp_path)
         merged = theirs.merge_and_unload().layer.weight
         torch.testing.assert_close(model.layer.weight.detach(), merged.detach(), rtol=0, atol=TOLERANCE)
+
+    def test_a_layer_that_has_another_name_is_said_when_read(self, tmp_path):
+        """PEFT wraps it under its first name, and what calls it by the other one calls the base."""
+        case = Case("", Twice, {"target_modules": ["first"]})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        model = case.build()
+        with pytest.warns(UserWarning, match="'first': PEFT can compute .* what calls the layer as 'again'"):
+            LoraModel.load_adapter(model, tmp_path)
+        x = torch.ones(2, 4, dtype=torch.float64)
+        torch.testing.assert_close(model(x), theirs.merge_and_unload()(x), rtol=0, atol=TOLERANCE)
 
     @pytest.mark.parametrize(("layer", "left_out"), SECOND_PATHS.values(), ids=SECOND_PATHS)
     def test_a_second_path_that_is_not_the_layer_is_said_when_written(self, layer, left_out, tmp_path):
