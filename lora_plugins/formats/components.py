@@ -14,6 +14,9 @@ from lora_plugins.inplace import base_class_of
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of the parts of a pipeline that have adapters, in the order in which random numbers are drawn for them."""
 
+_DENOISER, _SECOND = "transformer", "transformer_2"
+"""The two transformers of Wan 2.2. A file is of one of them, by the name of the first; who loads it says which."""
+
 ORIGINAL = "diffusion_model"
 """What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
@@ -33,44 +36,57 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
         AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
     """
     check_name(asked)
-    if asked is not None and asked not in found:
-        raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
     children = _children(model)
+    is_second = asked == _SECOND or (_SECOND in children and _DENOISER not in children)
+    renamed = {_DENOISER: _SECOND} if is_second and _SECOND not in found else {}
+    parts = {name: renamed.get(name, name) for name in found}
+    if asked is not None and asked not in parts.values():
+        raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
     if asked is None and children:
-        lacking = [name for name in found if name not in children]
+        lacking = [name for name, part in parts.items() if part not in children]
         if lacking:
             raise AdapterFileError(f"The adapter has the parts {listing(lacking)}, which the model does not have.")
-        return {name: name for name in found}
+        return parts
     if asked is None and len(found) > 1:
         raise AdapterFileError(
             f"The adapter has the parts {listing(sorted(found))}, and the model is one of them. Say which: "
             f"format_options={{'component': {min(found)!r}}}; the others are left out then."
         )
-    return {name: name if name in children else "" for name in found if asked in (None, name)}
+    return {name: part if part in children else "" for name, part in parts.items() if asked in (None, part)}
 
 
 def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) -> dict[str, tuple[str, str]]:
-    """Returns the part of a pipeline and the name in it for each name of a layer.
+    """Returns the part of a pipeline, as a file names it, and the name in it for each name of a layer that is written.
 
     Args:
         names: Full names in the model.
         model: The model; None where a file is converted without one.
-        asked: Which part the model is; not asked where no model is there and the names begin with parts.
+        asked: Which part the model is, or which of its parts is written; the others are left out then.
 
     Raises:
-        ConfigError: If it cannot be told which part the model is, and it was not said.
+        ConfigError: If it cannot be told which part the model is, and it was not said; if there are no layers in the
+            part that was asked for; or for two parts that no file has both.
     """
     check_name(asked)
     split = {name: name.partition(".") for name in names}
-    if (asked is None or model is None) and all(first in COMPONENTS for first, _, _ in split.values()):
-        return {name: (first, rest) for name, (first, _, rest) in split.items()}
+    firsts = {first for first, _, _ in split.values()}
+    if firsts <= {*COMPONENTS} and (asked is None or model is None or asked in _children(model)):
+        if asked not in (None, *firsts):
+            raise ConfigError(f"The adapter has no layers in {asked!r}. {near(str(asked), firsts)}")
+        if asked is None and {_DENOISER, _SECOND} <= firsts:
+            raise ConfigError(
+                f"No file of this format has layers of {_DENOISER!r} and of {_SECOND!r}: save each of them by itself, "
+                f"format_options={{'component': {_SECOND!r}}}. load_lora_weights of diffusers reads that with "
+                "load_into_transformer_2=True, load_adapter with the same option."
+            )
+        return {name: (_in_files(first), rest) for name, (first, _, rest) in split.items() if asked in (None, first)}
     part = asked or _told(model)
     if part is None:
         raise ConfigError(
             "It cannot be told which part of a pipeline the model is. Say so: format_options={'component': 'unet'}; "
             f"there is {listing(COMPONENTS)}."
         )
-    return {name: (part, name) for name in split}
+    return {name: (_in_files(part), name) for name in split}
 
 
 def denoiser_of(model: nn.Module) -> str:
@@ -90,6 +106,10 @@ def check_name(component: str | None) -> None:
 
 def _children(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_children() if name in COMPONENTS}
+
+
+def _in_files(part: str) -> str:
+    return _DENOISER if part == _SECOND else part
 
 
 def _told(model: nn.Module | None) -> str | None:

@@ -341,14 +341,121 @@ def test_adapters_by_rows_with_guidance():
     assert distance(pictures, np.stack(expected)) <= TOLERANCE
 
 
-def test_a_second_denoiser_is_a_part():
-    """As pipelines of Wan 2.2 have it."""
-    sd3 = build("Stable Diffusion 3")
-    pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=None, transformer_2=sd3.transformer
+def wan():
+    """A pipeline of Wan 2.2, but for what it draws with: two transformers, of which each has a part of the steps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        transformers = [
+            diffusers.WanTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=4,
+                text_dim=16,
+                freq_dim=16,
+                ffn_dim=16,
+                num_layers=1,
+            ).eval()
+            for _ in range(2)
+        ]
+    return diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=None,
+        transformer=transformers[0],
+        transformer_2=transformers[1],
     )
-    lora = LoraPipeline(pipe, LoraConfig(r=2, target_modules=["to_q"]))
-    assert {layer.name.partition(".")[0] for layer in lora.plans["default"].layers} == {"transformer_2"}
+
+
+def denoised(pipe):
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        given = torch.randn(1, 4, 1, 4, 4), torch.tensor([3.0]), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        return [part(*given).sample.numpy() for part in (pipe.transformer, pipe.transformer_2)]
+
+
+FILES = {"diffusers": "transformer.", "kohya": "lora_transformer_"}
+
+
+class TestTwoTransformers:
+    """As Wan 2.2 has them. diffusers reads a file of each, with the name of the first in front of its keys."""
+
+    def adapted(self, parts=("transformer", "transformer_2")):
+        pipe = wan()
+        names = [f"{part}.blocks.0.attn1.to_{projection}" for part in parts for projection in "qv"]
+        return pipe, moved(LoraPipeline(pipe, LoraConfig(r=2, alpha=5, target_modules=names)))
+
+    def files(self, lora, folder, format):
+        return {
+            part: lora.save_adapter(folder / f"{part}.safetensors", format=format, format_options={"component": part})
+            for part in ("transformer", "transformer_2")
+        }
+
+    @pytest.mark.parametrize("format", FILES)
+    def test_each_has_a_file_and_comes_back(self, format, tmp_path):
+        pipe, lora = self.adapted()
+        expected = denoised(pipe)
+        lora_files = self.files(lora, tmp_path, format)
+        for path in lora_files.values():
+            keys = load_file(path)
+            assert all(key.startswith(f"{FILES[format]}blocks") for key in keys)
+            assert len({key.partition(".lora")[0].removesuffix(".alpha") for key in keys}) == 2
+        lora.unload()
+        for part, path in lora_files.items():
+            lora = LoraPipeline.load_adapter(pipe, path, part, format_options={"component": part})
+        lora.set_adapter([*lora_files])
+        assert all(map(np.array_equal, denoised(pipe), expected))
+
+    def test_diffusers_reads_each(self, tmp_path):
+        pipe, lora = self.adapted()
+        theirs = wan()
+        for part, path in self.files(lora, tmp_path, "diffusers").items():
+            theirs.load_lora_weights(path, load_into_transformer_2=part == "transformer_2")
+        for ours, other, base in zip(denoised(pipe), denoised(theirs), denoised(wan()), strict=True):
+            assert distance(ours, base) > 1e-3
+            assert distance(ours, other) <= TOLERANCE
+
+    @pytest.mark.parametrize("format", FILES)
+    def test_both_in_one_file_are_refused(self, format, tmp_path):
+        """diffusers would leave out the second without a word."""
+        _, lora = self.adapted()
+        with pytest.raises(ConfigError, match=r"save each of them by itself.*'component': 'transformer_2'"):
+            lora.save_adapter(tmp_path / "both.safetensors", format=format)
+        assert not (tmp_path / "both.safetensors").exists()
+
+    @pytest.mark.parametrize("format", FILES)
+    def test_a_part_without_layers_is_refused(self, format, tmp_path):
+        _, lora = self.adapted(["transformer"])
+        with pytest.raises(ConfigError, match=r"no layers in 'transformer_2'\. Did you mean 'transformer'"):
+            lora.save_adapter(tmp_path / "a.safetensors", format=format, format_options={"component": "transformer_2"})
+
+    def test_the_second_alone(self, tmp_path):
+        pipe = wan()
+        pipe.transformer = None
+        lora = moved(LoraPipeline(pipe, LoraConfig(r=2, target_modules=["to_q"])))
+        assert {layer.name.partition(".")[0] for layer in lora.plans["default"].layers} == {"transformer_2"}
+        weights = [layer.weight.clone() for layer in lora.model.modules() if "lora_A" in dir(layer)]
+        path = lora.save_adapter(tmp_path / "a.safetensors", format="diffusers")
+        lora.unload()
+        LoraPipeline.load_adapter(pipe, path)
+        again = [layer.weight for layer in lora.model.modules() if "lora_A" in dir(layer)]
+        assert len(weights) == 2
+        assert all(map(torch.equal, weights, again))
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_one_part_of_a_pipeline_is_written_by_itself(format, tmp_path):
+    pipe = build("Stable Diffusion")
+    before = drawn(pipe)
+    lora = moved(LoraPipeline(pipe, config(pipe)))
+    path = tmp_path / "file.safetensors"
+    lora.save_adapter(path, format=format, format_options={"component": "text_encoder"})
+    lora.unload()
+    again = LoraPipeline.load_adapter(pipe, path)
+    assert {layer.name.partition(".")[0] for layer in again.plans["default"].layers} == {"text_encoder"}
+    assert distance(drawn(pipe), before) > 1e-4
 
 
 def test_a_copy_has_adapters_of_its_own():
