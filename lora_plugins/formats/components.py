@@ -11,7 +11,17 @@ from torch import nn
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.inplace import base_class_of
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "transformer_ref",
+    "connectors",
+    "text_conditioner",
+)
 """Names of the parts of a pipeline that have adapters, in the order in which random numbers are drawn for them."""
 
 _DENOISER, _SECOND = "transformer", "transformer_2"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from lora_plugins.formats import COMPONENTS
 from tests.core.formats.peft_cases import moved
 from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts, with_peft
 
@@ -234,6 +235,24 @@ class TestParts:
         assert TEXT.difference(pipe["text_encoder"], models["text_encoder"]) <= TOLERANCE
         lora.save_adapter(tmp_path / "again", format="diffusers")
         assert UNET.difference(read_by_diffusers(UNET, tmp_path / "again"), models["unet"]) <= TOLERANCE
+
+    def test_all_that_diffusers_writes_adapters_of_are_known(self):
+        loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+        mixins = [each for each in vars(loaders).values() if hasattr(each, "_lora_loadable_modules")]
+        written = {part for mixin in mixins for part in mixin._lora_loadable_modules}
+        assert {"unet", "transformer", "text_encoder"} < written <= {*COMPONENTS}
+
+    def test_one_beside_the_denoiser(self, tmp_path):
+        def build():
+            return nn.ModuleDict({"transformer": DIT.build(), "connectors": nn.Sequential(nn.Linear(4, 4))})
+
+        lora = LoraModel(build(), LoraConfig(r=2, target_modules=["to_q", "0"]))
+        moved(lora.model)
+        lora.save_adapter(tmp_path / "file", format="diffusers")
+        model = build()
+        adapted = {layer.name for layer in LoraModel.load_adapter(model, tmp_path / "file").plans["default"].layers}
+        assert "connectors.0" in adapted
+        assert DIT.difference(model["transformer"], lora.model["transformer"]) == 0
 
     def test_one_that_the_file_does_not_have(self, both):
         folder, _ = both
