@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read
-from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
+from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model
@@ -39,6 +40,7 @@ _ENDINGS: Mapping[str, str] = {
     ".lora_linear_layer.up.weight": "B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".dora_scale": "scale",
     ".alpha": "alpha",
 }
 """The endings of keys over the years, and which tensor of a layer each is."""
@@ -46,8 +48,11 @@ _ENDINGS: Mapping[str, str] = {
 _ALONE = ""
 """The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
 
-_ENDINGS_ALONE = tuple(ending for ending in _ENDINGS if "down" not in ending and "up" not in ending)
-"""The endings of such keys; with the others, they are of another format."""
+_FLAT = ("lora_", "lycoris_")
+"""What such keys do not start with: those are names without dots, of another format."""
+
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.weight$)")
+"""Where keys of a model that PEFT has wrapped name the adapter, as some scripts save them."""
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 """The projections that the oldest keys name by the processor of an attention, and their names in it."""
@@ -57,6 +62,17 @@ _TEXT_PROJECTIONS: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_
 
 _OLDEST = re.compile(r"(.+\.(?:processor|self_attn))\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 """The oldest keys, of a denoiser and of a text encoder."""
+
+_PROCESSORS: Mapping[str, str] = {
+    "qkv_lora1": "img_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj",
+}
+"""How XLabs names the layers of a block of Flux, by processors that adapt them, and their original names."""
+
+_OF_PROCESSOR = re.compile(rf"(double_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
+_DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,10 @@ class DiffusersFormat(PortableFormat):
 
     def recognizes(self, path: Path) -> bool:
         """A file with keys of diffusers, with a part of a pipeline in front or without, or a folder with its file."""
-        keys = read_shapes(_file(path)) if _file(path).is_file() else {}
+        file = _file(path)
+        keys = [*read_shapes(file)] if file.is_file() else []
+        if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
+            keys = [key for key in keys if not key.startswith(PREFIX)]
         placed = [found for key in keys if (found := _placed(key)) is not None]
         return any(part != _ALONE or kind != "alpha" for part, _, kind in placed)
 
@@ -118,7 +137,7 @@ class DiffusersFormat(PortableFormat):
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
-            named = by_own_names(layers[part], within) if unnamed and part == denoiser else layers[part]
+            named = by_own_names(layers[part], within) if part == denoiser else layers[part]
             layers[part] = in_model(within, named, configs.get(part))
         return _adapter(layers, paths, configs)
 
@@ -146,17 +165,21 @@ def _file(path: Path) -> Path:
 
 def _placed(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
+    key = _ADAPTER.sub(r"\1", key.removeprefix(PREFIX))
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
-        ending = next((ending for ending in _ENDINGS_ALONE if key.endswith(ending)), None)
-        if ending is None or key.startswith(PREFIX):
+        if key.startswith(_FLAT):
             return None
-        return _ALONE, key.removesuffix(ending), _ENDINGS[ending]
+        part, rest = _ALONE, key
+    of_processor = _OF_PROCESSOR.fullmatch(rest)
+    if of_processor:
+        block, own, direction = of_processor.groups()
+        return part, f"{block}.{_PROCESSORS[own]}", _DIRECTIONS[direction]
     oldest = _OLDEST.fullmatch(rest)
     if oldest:
         attention, own, direction = oldest.groups()
         names = _PROJECTIONS if attention.endswith(".processor") else _TEXT_PROJECTIONS
-        return part, f"{attention.removesuffix('.processor')}.{names[own]}", {"down": "A", "up": "B"}[direction]
+        return part, f"{attention.removesuffix('.processor')}.{names[own]}", _DIRECTIONS[direction]
     ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
     return (part, rest.removesuffix(ending), _ENDINGS[ending]) if ending else None
 
@@ -186,9 +209,10 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
     if config is not None:
         said = config.rank(name, r, min(len(factors["B"]), factors["A"][0].numel()))
-        config.check_magnitude(name, present="magnitude" in factors)
+        config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))
         alpha = config.alpha(name) * r / (math.sqrt(said) if config.fields.get("use_rslora") else said)
-    return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude"))
+    magnitude = magnitude_of(name, factors["scale"], len(factors["B"])) if "scale" in factors else None
+    return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude))
 
 
 def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: str | None) -> dict[str, PeftConfig]:

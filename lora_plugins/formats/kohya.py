@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
-from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
@@ -39,7 +39,7 @@ _FACTORS: Mapping[str, str] = {
     "lora_up.weight": "B",
     "lora_mid.weight": "mid",
     "alpha": "alpha",
-    "dora_scale": "magnitude",
+    "dora_scale": "scale",
 }
 """What follows the name of a layer, and which tensor of it that is."""
 
@@ -185,23 +185,7 @@ def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
     alpha = float(factors["alpha"]) if "alpha" in factors else float(len(A))
     if "mid" in factors:
         A = torch.einsum("ba...,ai->bi...", factors["mid"], A.flatten(1))
-    return PortableLayer(A, B, alpha, _magnitude(name, factors.get("magnitude"), len(B)))
-
-
-def _magnitude(name: str, scale: Tensor | None, rows: int) -> Tensor | None:
-    """Returns DoRA's norms of the outputs.
-
-    Raises:
-        AdapterFileError: If the norms are those of the inputs, which LyCORIS has with `wd_on_output=False`.
-    """
-    if scale is None:
-        return None
-    if scale.numel() != rows or scale.shape[0] != rows:
-        raise AdapterFileError(
-            f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS trained "
-            "it with wd_on_output=False, which has no form here."
-        )
-    return scale.flatten()
+    return PortableLayer(A, B, alpha, magnitude_of(name, factors["scale"], len(B)) if "scale" in factors else None)
 
 
 def _names_of_parts(keys: Iterable[str], model: nn.Module) -> dict[str, dict[str, str]]:

@@ -14,7 +14,7 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
     Args:
         name: Name of the layer.
         factors: Its tensors: `A`, of `(r, in, ...)`, `B`, of `(out, r, ...)`, and what else the format knows: `mid`, of
-            `(r, r, ...)`, `magnitude`, and `alpha`, of one element.
+            `(r, r, ...)`, `magnitude`, `scale`, and `alpha`, of one element.
 
     Raises:
         AdapterFileError: If it lacks one, or they cannot belong together.
@@ -38,11 +38,31 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
         )
 
 
+def magnitude_of(name: str, scale: Tensor, rows: int) -> Tensor:
+    """Returns DoRA's norms of the outputs, which LyCORIS calls `dora_scale`.
+
+    Args:
+        name: Name of the layer.
+        scale: The tensor, with a dimension for each of the weight.
+        rows: The number of outputs.
+
+    Raises:
+        AdapterFileError: If the norms are those of the inputs, which LyCORIS has with `wd_on_output=False`.
+    """
+    if scale.numel() != rows or scale.shape[0] != rows:
+        raise AdapterFileError(
+            f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS trained "
+            "it with wd_on_output=False, which has no form here."
+        )
+    return scale.flatten()
+
+
 def _fit(
     A: Tensor,
     B: Tensor,
     mid: Tensor | None = None,
     magnitude: Tensor | None = None,
+    scale: Tensor | None = None,
     alpha: Tensor | None = None,
 ) -> bool:
     r = len(A) if A.dim() > 1 else 0
@@ -50,6 +70,6 @@ def _fit(
         r > 0
         and B.dim() > 1
         and (mid is None or (mid.dim() > 2 and mid.shape[:2] == (r, r)))
-        and (magnitude is None or magnitude.dim() > 0)
+        and all(each is None or each.dim() > 0 for each in (magnitude, scale))
         and (alpha is None or (alpha.numel() == 1 and math.isfinite(float(alpha))))
     )

@@ -1,7 +1,8 @@
 """Names that layers have in the implementations in which a model was published, and which diffusers has changed.
 
 Scripts that train on those implementations write them: `input_blocks.4.1` of Stable Diffusion is `down_blocks.1.
-attentions.0`, and `img_attn.qkv` of Flux is one layer for three. Names that a model has no layers for are left out.
+attentions.0`, and `img_attn.qkv` of Flux is one layer for three; for transformers, there are `original_tables`. Names
+that a model has no layers for are left out.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import base_class_of, model_modules, submodule
 
@@ -40,65 +42,6 @@ _RESNET: Mapping[str, str] = {
     ".conv_shortcut": ".skip_connection",
 }
 """By what follows the name of a residual block, the same of Stable Diffusion."""
-
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-
-_FLUX: Mapping[str, tuple[str, ...]] = {
-    "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
-    "double_blocks.*.img_attn.proj": ("transformer_blocks.*.attn.to_out.0",),
-    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
-    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
-    "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
-    "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
-    "double_blocks.*.txt_attn.proj": ("transformer_blocks.*.attn.to_add_out",),
-    "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.net.0.proj",),
-    "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
-    "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
-    "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
-    "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
-    "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-"""Names of Flux, and the layers of diffusers' transformer that are in each, in order."""
-
-_STABLE_DIFFUSION_3: Mapping[str, tuple[str, ...]] = {
-    "joint_blocks.*.x_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
-    "joint_blocks.*.x_block.attn.proj": ("transformer_blocks.*.attn.to_out.0",),
-    "joint_blocks.*.x_block.attn2.qkv": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "qkv"),
-    "joint_blocks.*.x_block.attn2.proj": ("transformer_blocks.*.attn2.to_out.0",),
-    "joint_blocks.*.x_block.mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
-    "joint_blocks.*.x_block.mlp.fc2": ("transformer_blocks.*.ff.net.2",),
-    "joint_blocks.*.x_block.adaLN_modulation.1": ("transformer_blocks.*.norm1.linear",),
-    "joint_blocks.*.context_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
-    "joint_blocks.*.context_block.attn.proj": ("transformer_blocks.*.attn.to_add_out",),
-    "joint_blocks.*.context_block.mlp.fc1": ("transformer_blocks.*.ff_context.net.0.proj",),
-    "joint_blocks.*.context_block.mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
-    "joint_blocks.*.context_block.adaLN_modulation.1": ("transformer_blocks.*.norm1_context.linear",),
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
-    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-"""Names of Stable Diffusion 3, and the layers of diffusers' transformer that are in each, in order."""
-
-_TRANSFORMERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "FluxTransformer2DModel": _FLUX,
-    "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
-}
-"""The names by class of diffusers."""
 
 _SCALE_FIRST = "AdaLayerNormContinuous"
 """The class of diffusers whose linear layer has the scale before the shift; the original ones have it behind."""
@@ -146,7 +89,7 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     if "UNet2DConditionModel" in classes:
         return {original: Place((name,)) for name, original in _of_unet(names)}
     places = {}
-    tables = [table for name, table in _TRANSFORMERS.items() if name in classes]
+    tables = [table for name, table in TRANSFORMERS.items() if name in classes]
     for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
         owner = submodule(model, ours[0].rpartition(".")[0])
         places[original] = Place(ours, type(owner).__name__ == _SCALE_FIRST)

@@ -4,12 +4,14 @@ The names and the order of rows are held against its converters of whole checkpo
 that have no memory; what is computed is held against its loaders of adapters.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
 from lora_plugins.formats import convert
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
@@ -59,11 +61,37 @@ def sd35():
     )
 
 
+def published(name, **fields):
+    """A function that makes a model of a published size, but for the number of its blocks."""
+
+    def build():
+        return getattr(pytest.importorskip("diffusers"), name)(**fields)
+
+    build.__name__ = name
+    return build
+
+
 CONVERTERS = {
     sdxl: "convert_ldm_unet_checkpoint",
     sd15: "convert_ldm_unet_checkpoint",
     flux: "convert_flux_transformer_checkpoint_to_diffusers",
     sd35: "convert_sd3_transformer_checkpoint_to_diffusers",
+    published("ChromaTransformer2DModel", num_layers=2, num_single_layers=2): (
+        "convert_chroma_transformer_checkpoint_to_diffusers"
+    ),
+    published("Flux2Transformer2DModel", num_layers=2, num_single_layers=2): (
+        "convert_flux2_transformer_checkpoint_to_diffusers"
+    ),
+    published("HunyuanVideoTransformer3DModel", num_layers=2, num_single_layers=2): (
+        "convert_hunyuan_video_transformer_to_diffusers"
+    ),
+    published("LTXVideoTransformer3DModel", num_layers=2): "convert_ltx_transformer_checkpoint_to_diffusers",
+    published("Lumina2Transformer2DModel", num_layers=2): "convert_lumina2_to_diffusers",
+    published("WanTransformer3DModel", num_layers=2, image_dim=1280, added_kv_proj_dim=5120): (
+        "convert_wan_transformer_to_diffusers"
+    ),
+    published("WanVACETransformer3DModel", num_layers=2, vace_layers=[0, 1]): "convert_wan_transformer_to_diffusers",
+    published("ZImageTransformer2DModel", n_layers=2): "convert_z_image_transformer_checkpoint_to_diffusers",
 }
 
 
@@ -86,6 +114,7 @@ def is_layer(module):
     return isinstance(module, nn.Linear | nn.Conv2d)
 
 
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed. is deprecated:FutureWarning")  # by diffusers' own Chroma
 @pytest.mark.parametrize("build", CONVERTERS, ids=lambda build: build.__name__)
 def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(build, tmp_path):
     utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -110,12 +139,14 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(bui
     names = [f"{name}.{kind}" for name in original_places(model) for kind in ("weight", "bias")]
     checkpoint = Checkpoint({start + name: torch.zeros(1) for name in names if start})
     checkpoint |= {f"{start}{name}.weight": B for name, B in factors.items()}
+    same_in_both = {} if start else {name: torch.randn(size, 1) for name, size in outputs.items() if name not in found}
+    checkpoint |= {f"{name}.weight": B for name, B in same_in_both.items()}
     converted = getattr(utilities, CONVERTERS[build])(checkpoint, config=model.config)
 
-    same_in_both = {"context_embedder"} & outputs.keys() - found.keys()
-    assert found.keys() | same_in_both == outputs.keys()
-    for name, layer in found.items():
-        assert torch.equal(layer.B, converted[f"{name}.weight"]), name
+    rows = {name: layer.B for name, layer in found.items()} | same_in_both
+    assert rows.keys() == outputs.keys()
+    for name, B in rows.items():
+        assert torch.equal(B, converted[f"{name}.weight"]), name
 
 
 def tiny_flux():
@@ -207,14 +238,22 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
 
 @pytest.mark.parametrize(
     ("start", "down", "up"),
-    [("diffusion_model.", "lora_A", "lora_B"), ("diffusion_model.", "lora_down", "lora_up"), ("", "lora_A", "lora_B")],
-    ids=["A and B", "down and up", "nothing in front"],
+    [
+        ("diffusion_model.", "lora_A", "lora_B"),
+        ("diffusion_model.", "lora_down", "lora_up"),
+        ("", "lora_A", "lora_B"),
+        ("", "lora_down", "lora_up"),
+        ("", "lora_A.default", "lora_B.default"),
+        ("base_model.model.", "lora_A", "lora_B"),
+        ("{part}.", "lora_A", "lora_B"),
+    ],
+    ids=["A and B", "down and up", "nothing", "nothing, down and up", "name of the adapter", "PEFT's", "the part"],
 )
 @pytest.mark.parametrize(
     ("part", "names"), [(UNET, UNET_NAMES), (FLUX, [*FLUX_NAMES, "single_blocks_0_linear1"])], ids=["unet", "flux"]
 )
-def test_keys_of_comfyui_are_those_layers(part, names, start, down, up, tmp_path):
-    """With dots in the names, and `diffusion_model` or nothing for the denoiser; alone and in its pipeline."""
+def test_keys_with_dots_are_those_layers(part, names, start, down, up, tmp_path):
+    """As ComfyUI has them, behind `diffusion_model`, and others behind something else; alone and in its pipeline."""
     tensors = tensors_for(part, names)
     save_file(tensors, tmp_path / "kohya.safetensors")
     dotted = {name.replace(".", "_"): name for name in original_places(part.build())}
@@ -223,7 +262,7 @@ def test_keys_of_comfyui_are_those_layers(part, names, start, down, up, tmp_path
     for key, tensor in tensors.items():
         name, _, end = key.removeprefix("lora_unet_").partition(".")
         kind, _, rest = end.partition(".")
-        renamed[f"{start}{dotted[name]}.{ends[kind]}{rest and '.'}{rest}"] = tensor
+        renamed[f"{start.format(part=part.name)}{dotted[name]}.{ends[kind]}{rest and '.'}{rest}"] = tensor
     save_file(renamed, tmp_path / "comfy.safetensors")
     theirs, alone, pipeline = part.build(), part.build(), nn.ModuleDict({part.name: part.build()})
     LoraModel.load_adapter(theirs, tmp_path / "kohya.safetensors")
@@ -232,8 +271,27 @@ def test_keys_of_comfyui_are_those_layers(part, names, start, down, up, tmp_path
     assert part.difference(alone, theirs) == part.difference(pipeline[part.name], theirs) == 0
 
 
-def test_the_norms_of_dora_are_those_of_the_rows(tmp_path):
+def test_keys_of_xlabs_are_those_layers(tmp_path):
+    loaders = pytest.importorskip("diffusers").loaders
+    tensors = {
+        f"double_blocks.1.processor.{name}.{direction}.weight": torch.randn(shape).double()
+        for name, rows in {"qkv_lora1": 48, "proj_lora1": 16, "qkv_lora2": 48, "proj_lora2": 16}.items()
+        for direction, shape in {"down": (2, 16), "up": (rows, 2)}.items()
+    }
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    model, theirs = FLUX.build(), FLUX.build()
+    state_dict = loaders.FluxLoraLoaderMixin.lora_state_dict(str(tmp_path / "adapter.safetensors"))
+    loaders.FluxLoraLoaderMixin.load_lora_into_transformer(state_dict, None, theirs)
+    with pytest.warns(UserWarning, match="no alpha"):
+        LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+    assert FLUX.difference(model, FLUX.build()) > 1e-3
+    assert FLUX.difference(model, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("key", ["lora_unet_single_blocks_0_linear1", "diffusion_model.single_blocks.0.linear1"])
+def test_the_norms_of_dora_are_those_of_the_rows(key, tmp_path):
     tensors = tensors_for(FLUX, ["single_blocks_0_linear1"], dora=True)
+    tensors = {key + name.removeprefix("lora_unet_single_blocks_0_linear1"): each for name, each in tensors.items()}
     save_file(tensors, tmp_path / "adapter.safetensors")
     model, theirs = FLUX.build(), FLUX.build()
     block = theirs.single_transformer_blocks[0]
@@ -302,6 +360,17 @@ def test_parts_that_names_begin_with_are_not_said_twice(tmp_path):
     assert [*DIFFUSERS.load(tmp_path / "b", None, DIFFUSERS.options).layers] == ["unet.mid_block.to_q"]
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "another.safetensors"])
+def test_a_file_of_peft_with_its_config_is_peft_s(name, tmp_path):
+    """Without it, the alphas are not known, and said to be taken for the ranks."""
+    model = FLUX.build()
+    LoraModel(model, LoraConfig(r=2, alpha=8, target_modules=["to_q"])).save_adapter(tmp_path, format="peft")
+    path = (tmp_path / "adapter_model.safetensors").rename(tmp_path / name)
+    with pytest.warns(UserWarning, match="no alpha") if name != "adapter_model.safetensors" else nullcontext():
+        lora = LoraModel.load_adapter(FLUX.build(), path)
+    assert lora.adapters["default"].alpha == (8 if name == "adapter_model.safetensors" else 2)
+
+
 class TestRefused:
     def refused(self, tensors, tmp_path, untouched, match):
         save_file(tensors, tmp_path / "adapter.safetensors")
@@ -326,6 +395,13 @@ class TestRefused:
         tensors = {f"{names[0]}.lora_A.weight": torch.ones(1, 80), f"{names[0]}.lora_B.weight": torch.ones(16, 1)}
         tensors |= {f"{names[1]}.lora_A.weight": torch.ones(1, 16), f"{names[1]}.lora_B.weight": torch.ones(16, 1)}
         self.refused(tensors, tmp_path, untouched, "the denoiser as 'diffusion_model' and as 'transformer'")
+
+    def test_norms_of_the_inputs(self, tmp_path, untouched):
+        """Of a square weight, only their shape tells."""
+        key = "diffusion_model.transformer_blocks.0.attn.to_q"
+        tensors = {f"{key}.lora_down.weight": torch.ones(1, 16), f"{key}.lora_up.weight": torch.ones(16, 1)}
+        tensors[f"{key}.dora_scale"] = torch.ones(1, 16)
+        self.refused(tensors, tmp_path, untouched, r"dora_scale \(1, 16\), which is not one of its 16 outputs")
 
     def test_a_layer_that_the_model_does_not_have(self, tmp_path, untouched):
         tensors = tensors_for(FLUX, ["single_blocks_0_linear1"])

@@ -1,0 +1,209 @@
+"""By class of diffusers, the original names of the layers of transformers, and the layers that are in each, in order.
+
+`*` stands for the number of a block.
+"""
+
+from collections.abc import Mapping
+
+Table = Mapping[str, tuple[str, ...]]
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+_FLUX: Table = {
+    "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
+    "double_blocks.*.img_attn.proj": ("transformer_blocks.*.attn.to_out.0",),
+    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
+    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
+    "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
+    "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
+    "double_blocks.*.txt_attn.proj": ("transformer_blocks.*.attn.to_add_out",),
+    "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.net.0.proj",),
+    "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
+    "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
+    "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
+    "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
+    "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""Names of Flux, and the layers of diffusers' transformer that are in each, in order."""
+
+_STABLE_DIFFUSION_3: Table = {
+    "joint_blocks.*.x_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
+    "joint_blocks.*.x_block.attn.proj": ("transformer_blocks.*.attn.to_out.0",),
+    "joint_blocks.*.x_block.attn2.qkv": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "qkv"),
+    "joint_blocks.*.x_block.attn2.proj": ("transformer_blocks.*.attn2.to_out.0",),
+    "joint_blocks.*.x_block.mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
+    "joint_blocks.*.x_block.mlp.fc2": ("transformer_blocks.*.ff.net.2",),
+    "joint_blocks.*.x_block.adaLN_modulation.1": ("transformer_blocks.*.norm1.linear",),
+    "joint_blocks.*.context_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
+    "joint_blocks.*.context_block.attn.proj": ("transformer_blocks.*.attn.to_add_out",),
+    "joint_blocks.*.context_block.mlp.fc1": ("transformer_blocks.*.ff_context.net.0.proj",),
+    "joint_blocks.*.context_block.mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
+    "joint_blocks.*.context_block.adaLN_modulation.1": ("transformer_blocks.*.norm1_context.linear",),
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""Names of Stable Diffusion 3, and the layers of diffusers' transformer that are in each, in order."""
+
+_CHROMA: Table = {
+    **_FLUX,
+    "distilled_guidance_layer.layers.*.in_layer": ("distilled_guidance_layer.layers.*.linear_1",),
+    "distilled_guidance_layer.layers.*.out_layer": ("distilled_guidance_layer.layers.*.linear_2",),
+}
+
+_FLUX_2: Table = {
+    **{name: ours for name, ours in _FLUX.items() if name.startswith("double_blocks.*") and "attn" in name},
+    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.linear_in",),
+    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.linear_out",),
+    "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.linear_in",),
+    "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.linear_out",),
+    "single_blocks.*.linear1": ("single_transformer_blocks.*.attn.to_qkv_mlp_proj",),
+    "single_blocks.*.linear2": ("single_transformer_blocks.*.attn.to_out",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+
+_REFINER, _REFINER_BLOCK = "context_embedder", "context_embedder.token_refiner.refiner_blocks.*"
+
+_HUNYUAN_VIDEO: Table = {
+    "double_blocks.*.img_attn_qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
+    "double_blocks.*.img_attn_proj": ("transformer_blocks.*.attn.to_out.0",),
+    "double_blocks.*.img_mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
+    "double_blocks.*.img_mlp.fc2": ("transformer_blocks.*.ff.net.2",),
+    "double_blocks.*.img_mod.linear": ("transformer_blocks.*.norm1.linear",),
+    "double_blocks.*.txt_attn_qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
+    "double_blocks.*.txt_attn_proj": ("transformer_blocks.*.attn.to_add_out",),
+    "double_blocks.*.txt_mlp.fc1": ("transformer_blocks.*.ff_context.net.0.proj",),
+    "double_blocks.*.txt_mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
+    "double_blocks.*.txt_mod.linear": ("transformer_blocks.*.norm1_context.linear",),
+    "single_blocks.*.linear1": _FLUX["single_blocks.*.linear1"],
+    "single_blocks.*.linear2": _FLUX["single_blocks.*.linear2"],
+    "single_blocks.*.modulation.linear": ("single_transformer_blocks.*.norm.linear",),
+    "txt_in.input_embedder": (f"{_REFINER}.proj_in",),
+    "txt_in.t_embedder.mlp.0": (f"{_REFINER}.time_text_embed.timestep_embedder.linear_1",),
+    "txt_in.t_embedder.mlp.2": (f"{_REFINER}.time_text_embed.timestep_embedder.linear_2",),
+    "txt_in.c_embedder.linear_1": (f"{_REFINER}.time_text_embed.text_embedder.linear_1",),
+    "txt_in.c_embedder.linear_2": (f"{_REFINER}.time_text_embed.text_embedder.linear_2",),
+    "txt_in.individual_token_refiner.blocks.*.self_attn_qkv": tuple(f"{_REFINER_BLOCK}.{name}" for name in _QKV),
+    "txt_in.individual_token_refiner.blocks.*.self_attn_proj": (f"{_REFINER_BLOCK}.attn.to_out.0",),
+    "txt_in.individual_token_refiner.blocks.*.mlp.fc1": (f"{_REFINER_BLOCK}.ff.net.0.proj",),
+    "txt_in.individual_token_refiner.blocks.*.mlp.fc2": (f"{_REFINER_BLOCK}.ff.net.2",),
+    "txt_in.individual_token_refiner.blocks.*.adaLN_modulation.1": (f"{_REFINER_BLOCK}.norm_out.linear",),
+    "img_in.proj": ("x_embedder.proj",),
+    "time_in.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "guidance_in.mlp.0": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.mlp.2": ("time_text_embed.guidance_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+
+_WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}
+
+_WAN: Table = {
+    **{
+        f"{blocks}.*.{attention}.{name}": (f"{blocks}.*.{ours}.{own}",)
+        for blocks in ("blocks", "vace_blocks")
+        for attention, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for name, own in _WAN_ATTENTION.items()
+    },
+    **{
+        f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
+        for blocks in ("blocks", "vace_blocks")
+        for name, own in {
+            "ffn.0": "ffn.net.0.proj",
+            "ffn.2": "ffn.net.2",
+            "before_proj": "proj_in",
+            "after_proj": "proj_out",
+        }.items()
+    },
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
+    "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2",),
+    "head.head": ("proj_out",),
+}
+
+_LUMINA_BLOCKS = ("layers", "noise_refiner", "context_refiner")
+
+_LUMINA_2: Table = {
+    **{f"{blocks}.*.attention.qkv": tuple(f"{blocks}.*.{name}" for name in _QKV) for blocks in _LUMINA_BLOCKS},
+    **{
+        f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
+        for blocks in _LUMINA_BLOCKS
+        for name, own in {
+            "attention.out": "attn.to_out.0",
+            "feed_forward.w1": "feed_forward.linear_1",
+            "feed_forward.w2": "feed_forward.linear_2",
+            "feed_forward.w3": "feed_forward.linear_3",
+            "adaLN_modulation.1": "norm1.linear",
+        }.items()
+    },
+    "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+    "final_layer.linear": ("norm_out.linear_2",),
+}
+
+_Z_IMAGE: Table = {
+    **{
+        f"{blocks}.*.attention.qkv": tuple(f"{blocks}.*.attention.to_{name}" for name in "qkv")
+        for blocks in _LUMINA_BLOCKS
+    },
+    **{f"{blocks}.*.attention.out": (f"{blocks}.*.attention.to_out.0",) for blocks in _LUMINA_BLOCKS},
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+
+_LTX: Table = {
+    "patchify_proj": ("proj_in",),
+    "adaln_single.linear": ("time_embed.linear",),
+    "adaln_single.emb.timestep_embedder.linear_1": ("time_embed.emb.timestep_embedder.linear_1",),
+    "adaln_single.emb.timestep_embedder.linear_2": ("time_embed.emb.timestep_embedder.linear_2",),
+}
+
+TRANSFORMERS: Mapping[str, Table] = {
+    "ChromaTransformer2DModel": _CHROMA,
+    "Flux2Transformer2DModel": _FLUX_2,
+    "FluxTransformer2DModel": _FLUX,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
+    "LTXVideoTransformer3DModel": _LTX,
+    "Lumina2Transformer2DModel": _LUMINA_2,
+    "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _WAN,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
+"""The tables by class of diffusers; layers that are not in one have their own names in both."""
