@@ -5,6 +5,7 @@ that neither library is imported. What a weight of theirs cannot do is said by `
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,11 +258,11 @@ def library_weights(layer: nn.Module) -> dict[str, LibraryWeight]:
 
 
 Marks = dict[str, tuple[dict[str, Any], dict[str, Any]]]
-"""By name of a model of transformers, the attributes that say how it is quantized: its own and those of its config."""
+"""By name of a model, what says how it is quantized: attributes of its own, and of its config."""
 
 
 def quantizer_marks(model: nn.Module) -> Marks:
-    """Returns what models of transformers say of how bitsandbytes or torchao has quantized them."""
+    """Returns what models of transformers and diffusers say of how bitsandbytes or torchao has quantized them."""
 
     def of(held: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {name: held[name] for name in names if name in held}
@@ -275,15 +276,23 @@ def quantizer_marks(model: nn.Module) -> Marks:
 
 
 def put_marks(model: nn.Module, marks: Marks) -> None:
-    """Lets models of transformers say again how they are quantized."""
+    """Lets models of transformers and diffusers say again how they are quantized."""
     for name, (own, of_config) in marks.items():
         module: Any = submodule(model, name)
         module.__dict__.update(own)
         vars(module.config).update(of_config)
+        if isinstance(module.config, OrderedDict):
+            OrderedDict.update(module.config, of_config)
 
 
 def forget_quantizers(model: nn.Module) -> None:
-    """Lets models of transformers say that they are not quantized, so that they are saved and loaded as dense ones."""
+    """Lets models of transformers and diffusers say that they are not quantized, so that they load as dense ones."""
     for name in quantizer_marks(model):
         module: Any = submodule(model, name)
-        module.hf_quantizer.remove_quantization_config(module)
+        for mark in _MARKS:
+            module.__dict__.pop(mark, None)
+        module.is_quantized = False
+        for mark in _CONFIG_MARKS:
+            vars(module.config).pop(mark, None)
+            if isinstance(module.config, OrderedDict) and mark in module.config:
+                OrderedDict.__delitem__(module.config, mark)  # that of diffusers' own class refuses all changes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, MergeError, TargetError
-from lora_plugins.inplace import detached_weight
+from lora_plugins.inplace import detached_weight, put_marks, quantizer_marks
 from tests.core.inplace.test_stored import kept
 
 pytestmark = [
@@ -286,6 +286,50 @@ def test_a_model_of_transformers_with_bitsandbytes_config(tmp_path):
     LoraModel.load_adapter(again, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again.eval()(images).logits, expected)
+
+
+class TestModelsOfDiffusers:
+    @pytest.fixture
+    def quantized(self, tmp_path):
+        """A model that torchao quantized while it was loaded, adapted, and what it computes."""
+        diffusers = pytest.importorskip("diffusers")
+        quantization = pytest.importorskip("torchao.quantization")
+        pytest.importorskip("accelerate")
+        model = diffusers.PriorTransformer(
+            num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8, num_embeddings=3
+        )
+        model.save_pretrained(tmp_path / "model")
+        options = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+        model = diffusers.PriorTransformer.from_pretrained(
+            tmp_path / "model", quantization_config=options, torch_dtype=torch.float32
+        )
+        LoraModel(model, LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+        return randomized(model)
+
+    def computed(self, model):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            return model(torch.randn(2, 8), 5, torch.randn(2, 8), torch.randn(2, 3, 8)).predicted_image_embedding
+
+    def test_are_saved_as_dense_ones_once_they_are(self, quantized, tmp_path):
+        expected = self.computed(quantized)
+        LoraModel(quantized).merge_and_unload(dequantize=True)
+        torch.testing.assert_close(self.computed(quantized), expected)
+        quantized.save_pretrained(tmp_path / "merged")
+        again = type(quantized).from_pretrained(tmp_path / "merged")
+        assert torch.equal(self.computed(again), self.computed(quantized))
+
+    def test_say_again_how_they_are_quantized(self, quantized):
+        before = dict(quantized.config)
+        marks = quantizer_marks(quantized)
+        assert marks[""][1].keys() == {"quantization_config"} <= before.keys()
+        LoraModel(quantized).merge_and_unload(dequantize=True)
+        assert quantizer_marks(quantized) == {}
+        assert dict(quantized.config) == {k: v for k, v in before.items() if k != "quantization_config"}
+        put_marks(quantized, marks)
+        assert quantizer_marks(quantized) == marks
+        assert dict(quantized.config) == before
+        assert quantized.config.quantization_config is before["quantization_config"]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
