@@ -1,7 +1,8 @@
 """Weights that other libraries quantized: read as dense values, never written.
 
-bitsandbytes' `Linear4bit` and `Linear8bitLt`, and the tensors of torchao. They are told by the names of their types, so
-that neither library is imported. What a weight of theirs cannot do is said by `foreign_problem`, while planning.
+bitsandbytes' `Linear4bit` and `Linear8bitLt`, the tensors of torchao, and those of GGUF files in diffusers. They are
+told by the names of their types, so that no library is imported. What a weight of theirs cannot do is said by
+`foreign_problem`, while planning.
 """
 
 import sys
@@ -54,7 +55,7 @@ def foreign_kind(value: object) -> Foreign | None:
     cls = type(value)
     if cls.__module__.partition(".")[0] == "torchao":
         return _TORCHAO
-    return _BITSANDBYTES.get(f"{cls.__module__}.{cls.__name__}")
+    return _KINDS.get(f"{cls.__module__}.{cls.__name__}")
 
 
 def foreign_weights(layer: nn.Module) -> dict[str, Foreign]:
@@ -151,9 +152,27 @@ def _problem_8_bits(layer: Any, weight: Any) -> str:
     return ""
 
 
+def _dense_gguf(layer: Any, weight: Any) -> Tensor:
+    utilities: Any = sys.modules[type(weight).__module__]  # of diffusers, which made the weight
+    dense: Tensor = utilities.dequantize_gguf_tensor(weight).to(layer.compute_dtype)
+    return dense
+
+
+def _dtype_gguf(layer: Any, weight: Any) -> torch.dtype:
+    dtype: torch.dtype = layer.compute_dtype
+    return dtype
+
+
+def _problem_gguf(layer: Any, weight: Any) -> str:
+    if not isinstance(getattr(layer, "compute_dtype", None), torch.dtype):
+        return "is one of GGUF in a layer that is not diffusers' GGUFLinear, and has no type to compute in"
+    return ""
+
+
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """What a linear layer of bitsandbytes computes, with the dense weight that it answers with."""
-    return F.linear(x, layer.weight, layer.bias)
+    """What a linear layer of these libraries computes, with the dense weight that it answers with."""
+    weight = layer.weight
+    return F.linear(x, weight, None if layer.bias is None else layer.bias.to(weight.dtype))
 
 
 def _dense_torchao(layer: Any, weight: Any) -> Tensor:
@@ -183,7 +202,7 @@ def _problem_torchao(layer: Any, weight: Any) -> str:
 
 _TORCHAO = Foreign("torchao", _dense_torchao, _own_dtype, _problem_torchao)
 
-_BITSANDBYTES = {
+_KINDS = {
     "bitsandbytes.nn.modules.Params4bit": Foreign(
         "bitsandbytes, 4 bits",
         _dense_4_bits,
@@ -196,6 +215,9 @@ _BITSANDBYTES = {
     ),
     "bitsandbytes.nn.modules.Int8Params": Foreign(
         "bitsandbytes, 8 bits", _dense_8_bits, _dtype_8_bits, _problem_8_bits, _linear, nn.Linear
+    ),
+    "diffusers.quantizers.gguf.utils.GGUFParameter": Foreign(
+        "GGUF", _dense_gguf, _dtype_gguf, _problem_gguf, _linear, nn.Linear
     ),
 }
 """Kinds by the import path of their type."""
@@ -262,7 +284,7 @@ Marks = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 
 def quantizer_marks(model: nn.Module) -> Marks:
-    """Returns what models of transformers and diffusers say of how bitsandbytes or torchao has quantized them."""
+    """Returns what models of transformers and diffusers say of how bitsandbytes, torchao or GGUF has quantized them."""
 
     def of(held: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {name: held[name] for name in names if name in held}
@@ -271,7 +293,7 @@ def quantizer_marks(model: nn.Module) -> Marks:
         name: (of(module.__dict__, _MARKS), of(vars(module.config), _CONFIG_MARKS))
         for name, module in model.named_modules()
         if (quantizer := module.__dict__.get(_QUANTIZER)) is not None
-        if quantizer.quantization_config.quant_method in ("bitsandbytes", "torchao")
+        if quantizer.quantization_config.quant_method in ("bitsandbytes", "torchao", "gguf")
     }
 
 

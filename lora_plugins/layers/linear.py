@@ -54,6 +54,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         nn.Linear,
         NonDynamicallyQuantizableLinear,
         "bitsandbytes.nn.modules.Linear4bit",
+        "diffusers.quantizers.gguf.utils.GGUFLinear",
         "bitsandbytes.nn.modules.Linear8bitLt",
     )
     branch_use: ClassVar[BranchUse] = "always"
