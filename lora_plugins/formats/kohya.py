@@ -5,6 +5,7 @@ Which they are is looked up in the model, by its own names and the original ones
 convolution between two of size 1 (Yeh et al., arXiv 2309.14859), is multiplied into A.
 """
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import full_name, model_modules, submodule
+from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
 from lora_plugins.plan import former_names
 
 PREFIXES: Mapping[str, str] = {
@@ -33,6 +34,15 @@ PREFIXES: Mapping[str, str] = {
     "lycoris_": "unet",
 }
 """What keys start with, and which part of a pipeline it means."""
+
+_KNOWN = (
+    "UNet2DConditionModel",
+    "ChromaTransformer2DModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+)
+"""The denoisers of diffusers whose names there others know in this format."""
 
 _FACTORS: Mapping[str, str] = {
     "lora_down.weight": "A",
@@ -103,6 +113,12 @@ class KohyaFormat(PortableFormat):
             raise AdapterFileError(
                 f"{listing(sorted(lacking))} has no name in this format; there is {listing(prefix_of)}."
             )
+        if (unknown := _unknown_denoiser(places.values(), model)) is not None:
+            warnings.warn(
+                f"{path}: the layers of {unknown} have the names of diffusers, which others do not know in this "
+                "format. lora_plugins reads it; for diffusers, write format='diffusers'.",
+                stacklevel=2,
+            )
         layers = without_rslora(adapter)
         tensors: dict[str, Tensor] = {}
         for full, (part, name) in places.items():
@@ -133,6 +149,17 @@ def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[s
     if any(name.startswith("text_encoder_") for name in (*parts, *children)):
         prefix_of["text_encoder"] = "lora_te1_"
     return prefix_of
+
+
+def _unknown_denoiser(places: Collection[tuple[str, str]], model: nn.Module | None) -> str | None:
+    """Returns the class of a denoiser whose names in diffusers nobody else knows; None if there is none."""
+    if model is None or all(part.startswith("text_encoder") for part, _ in places):
+        return None
+    children = dict(model.named_children())
+    parts = ("unet", "transformer", "transformer_2")
+    cls = base_class_of(next((children[name] for name in parts if name in children), model))
+    known = any(base.__name__ in _KNOWN for base in cls.__mro__)
+    return cls.__name__ if cls.__module__.startswith("diffusers.") and not known else None
 
 
 def _known_name(part: str, name: str) -> str:

@@ -142,6 +142,38 @@ class TestRefused:
             ours(UNET).save_adapter(tmp_path / "new", format="kohya")
 
 
+def wan():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1
+    )
+
+
+def unet_3d():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.UNet3DConditionModel(
+        block_out_channels=(4,),
+        down_block_types=("CrossAttnDownBlock3D",),
+        up_block_types=("CrossAttnUpBlock3D",),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=4,
+        layers_per_block=1,
+    )
+
+
+@pytest.mark.parametrize(("name", "build"), [("transformer", wan), ("unet", unet_3d)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_names_that_others_do_not_know_are_said(name, build, alone, tmp_path):
+    model = build()
+    parts = model if alone else nn.ModuleDict({name: model})
+    lora = LoraModel(parts, LoraConfig(r=2, target_modules=["attn1.to_q"]))
+    with pytest.warns(UserWarning, match=rf"layers of {type(model).__name__} .* write format='diffusers'"):
+        path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    lora.unload()
+    LoraModel.load_adapter(parts, path)
+
+
 def test_alphas_need_not_be_there(tmp_path):
     lora = ours(UNET, alpha=2.0, rank_pattern={})
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")

@@ -379,6 +379,7 @@ def denoised(pipe):
 FILES = {"diffusers": "transformer.", "kohya": "lora_transformer_"}
 
 
+@pytest.mark.filterwarnings("ignore:.*which others do not know in this format:UserWarning")
 class TestTwoTransformers:
     """As Wan 2.2 has them. diffusers reads a file of each, with the name of the first in front of its keys."""
 
