@@ -376,6 +376,14 @@ def denoised(pipe):
         return [part(*given).sample.numpy() for part in (pipe.transformer, pipe.transformer_2)]
 
 
+def test_layers_of_other_families_have_to_be_named():
+    pipe = wan()
+    with pytest.raises(ConfigError, match=r"layers of a WanPipeline are worth adapting\. Name them.*'to_q'"):
+        LoraPipeline(pipe, LoraConfig(r=2))
+    lora = LoraPipeline(pipe, LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    assert len(lora.plans["default"].layers) == 16
+
+
 FILES = {"diffusers": "transformer.", "kohya": "lora_transformer_"}
 
 
