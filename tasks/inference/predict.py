@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -46,6 +46,9 @@ from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_folder
 
 LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
+COLUMNS = ("image", "label", "probability")
+"""What the table of labels begins with; a list of true labels, which may have its name, has no probabilities."""
+
 MAX_CLASSES = 256
 MAX_TOLD = 5
 
@@ -77,7 +80,8 @@ def predict_folder(
 
     Raises:
         DataError: If there are no images, some cannot be read, or the task has too many classes for a palette.
-        ConfigError: For a window without masks, another wrong option, or a folder that cannot be written into.
+        ConfigError: For a window without masks, another wrong option, or a folder that cannot be written into, or
+            has files of the names of results that are none.
     """
     out = Path(out)
     check_writable_folder(out, "The folder of results")
@@ -183,9 +187,11 @@ def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
 
 
 def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips: bool) -> Path:
+    if file.exists() and not file.read_bytes().startswith(",".join(COLUMNS).encode()):
+        raise _of_another(file)
     names, table = task.class_labels, io.StringIO(newline="")
     rows = csv.writer(table)
-    rows.writerow(["image", "label", "probability", *names])
+    rows.writerow([*COLUMNS, *names])
     for name, path in paths.items():
         probabilities = label_probabilities(task, _tensor(path), flips=flips)
         best = int(probabilities.argmax())
@@ -207,16 +213,17 @@ def _write_masks(
     if classes > MAX_CLASSES:
         raise DataError(f"The task has {classes} classes; an 8-bit mask holds at most {MAX_CLASSES}.")
     colors, written = class_colors(classes), []
-    stems = Counter(str(Path(name).with_suffix("")) for name in paths)
+    names = _names_of_masks(paths)
+    for name in names.values():
+        if (out / MASKS / name).exists() and not (out / OVERLAYS / name).exists():
+            raise _of_another(out / MASKS / name)
     for given, path in paths.items():
-        image = _tensor(path)
+        name, image = names[given], _tensor(path)
         mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        stem = str(Path(given).with_suffix(""))
-        name = f"{stem if stems[stem] == 1 and stem not in paths else given}.png"
-        outputs = {
-            MASKS: palette_image(mask, colors),
+        outputs = {  # the mask last: where it is and nothing over the image, another program wrote it
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
+            MASKS: palette_image(mask, colors),
         }
         for folder, output in outputs.items():
             file = out / folder / name
@@ -224,6 +231,20 @@ def _write_masks(
             output.save(file)
             written.append(file)
     return written
+
+
+def _names_of_masks(paths: Iterable[str]) -> dict[str, str]:
+    """The files of images, which have their endings only where they would be the same without."""
+    stems = {name: str(Path(name).with_suffix("")) for name in paths}
+    counts = Counter(stems.values())
+    return {name: f"{stem if counts[stem] == 1 and stem not in stems else name}.png" for name, stem in stems.items()}
+
+
+def _of_another(file: Path) -> ConfigError:
+    return ConfigError(
+        f"{file} is there already, and is no prediction: it may be what is true, and would be replaced. Name another "
+        "folder: --out DIR."
+    )
 
 
 def _tensor(path: Path) -> Tensor:

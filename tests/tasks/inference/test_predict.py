@@ -100,6 +100,32 @@ class TestPredict:
             assert predict([*files, "--skip"]) == 0
         assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
 
+    @pytest.mark.parametrize(
+        ("kind", "name", "content"),
+        [
+            pytest.param("labels", "labels.csv", b"image,label\na.png,cat\n", id="true labels"),
+            pytest.param("labels", "labels.csv", b"\xff\xfe", id="a table in another coding"),
+            pytest.param("masks", "masks/a.png", b"a true mask", id="true masks"),
+        ],
+    )
+    def test_what_is_true_is_not_replaced(self, fitted, tmp_path, capsys, kind, name, content):
+        """A folder of data has the names of results."""
+        write_image(tmp_path / "images" / "a.png", noise())
+        truth = tmp_path / name
+        truth.parent.mkdir(exist_ok=True)
+        truth.write_bytes(content)
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out"]
+        assert predict([*files, str(tmp_path)]) == 1
+        assert f"{truth} is there already, and is no prediction" in capsys.readouterr().err
+        assert truth.read_bytes() == content
+        assert not (tmp_path / "overlays").exists()
+
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_predictions_are_replaced(self, fitted, tmp_path, kind):
+        write_image(tmp_path / "images" / "a.png", noise())
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+        assert [predict(files), predict(files)] == [0, 0]
+
     @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_a_model_that_answers_with_nan(self, fitted, tmp_path, capsys, kind):
         """The largest of NaN is the first class."""
