@@ -9,7 +9,7 @@ from lora_plugins.cli import Parser
 from lora_plugins.tasks.errors import ReportError
 from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import render_comparison
-from lora_plugins.tasks.pages.run_record import RunRecord, read_run
+from lora_plugins.tasks.pages.run_record import RunRecord, read_run, report_file
 
 
 def report_main(arguments: Sequence[str]) -> int:
@@ -28,9 +28,11 @@ def report_main(arguments: Sequence[str]) -> int:
 
 
 def _compare(paths: Sequence[str], out: Path) -> int:
-    distinct = {Path(path).resolve(): str(Path(path)) for path in reversed(paths)}
+    distinct = {report_file(path).resolve(): str(Path(path)) for path in reversed(paths)}
     if len(distinct) < 2:
         raise ReportError(f"{paths[0]} is one run. Name two or more to compare.")
+    if out.resolve().with_suffix(".json") in distinct:
+        raise ReportError(f"--out {out} is a report that is compared, and would be replaced. Name another file.")
     found = {path: read_run(path) for path in reversed(distinct.values())}
     _check_alike(found)
     runs = _labeled(found)

@@ -141,7 +141,7 @@ def read_run(path: str | Path) -> RunRecord:
     Raises:
         ReportError: If there is no report, or the file is none.
     """
-    file = _file(Path(path))
+    file = report_file(path)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -168,11 +168,13 @@ def _checked(stored: Any, file: Path) -> RunRecord:
         )
     try:
         return _run(stored)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _file(path: Path) -> Path:
+def report_file(path: str | Path) -> Path:
+    """The JSON file of a run that is named by its folder, its HTML file or that file itself."""
+    path = Path(path)
     if path.is_dir():
         return path / FILE
     return path.with_suffix(".json") if path.suffix in (".html", ".htm") else path
@@ -180,6 +182,8 @@ def _file(path: Path) -> Path:
 
 def _run(stored: Mapping[str, Any]) -> RunRecord:
     values = {key: value for key, value in stored.items() if key not in ("format", "version")}
+    if values["main_metric"] not in values["metrics"]:
+        raise KeyError(values["main_metric"])
     parts = {
         "metrics": {name: Metric(**metric) for name, metric in values["metrics"].items()},
         "classes": tuple(ClassResult(**result) for result in values["classes"]),

@@ -68,12 +68,25 @@ def test_what_keeps_runs_from_being_comparable_is_said(folders, tmp_path, capsys
     [
         (["one"], "one is one run. Name two or more"),
         (["one", "one/"], "one is one run. Name two or more"),
+        (["one", "one/report.json", "one/report.html"], "one is one run. Name two or more"),
+        (["one", "two", "--out", "two/report.html"], "--out two/report.html is a report that is compared"),
+        (["one", "two", "--out", "two/report.json"], "--out two/report.json is a report that is compared"),
         (["one", "nothing"], "There is no report in nothing"),
         (["one", "labels"], "one is measured by mean_iou, labels by accuracy"),
         (["one", "two", "--out", "one"], "--out one is a folder"),
         (["one", "two", "--out", "one/report.json/x.html"], "cannot be written"),
     ],
-    ids=["one", "one twice", "missing", "another task", "a folder", "below a file"],
+    ids=[
+        "one",
+        "one twice",
+        "one by all its names",
+        "over a report",
+        "over its numbers",
+        "missing",
+        "another task",
+        "a folder",
+        "below a file",
+    ],
 )
 def test_what_cannot_be_compared(folders, arguments, message, capsys):
     folders(one=run_of(), two=FULL, labels=run_of(per_pixel=False))

@@ -41,8 +41,13 @@ def changed(**changes):
         (changed(costs={}), "is damaged: TypeError"),
         (changed(more=1), "is damaged: TypeError"),
         (changed(classes=None), "is damaged: TypeError"),
+        (changed(metrics=["mean_iou"]), "is damaged: AttributeError"),
+        (changed(metrics={}), "is damaged: KeyError: 'mean_iou'"),
     ],
-    ids=["missing", "no JSON", "a list", "another format", "a later version", "no costs", "a field too many", "null"],
+    ids=[
+        *("missing", "no JSON", "a list", "another format", "a later version", "no costs", "a field too many", "null"),
+        *("metrics without names", "no main metric"),
+    ],
 )
 def test_what_is_no_report(tmp_path, text, message):
     if text is not None:
