@@ -1,5 +1,6 @@
 """What a hook is handed: it takes the objects of one plugin and refuses those that could not work."""
 
+from inspect import isfunction
 from typing import Generic
 
 from lora_plugins.errors import PluginError
@@ -55,6 +56,10 @@ class Registrar(Generic[P]):
             value = getattr(plugin, attribute, None)
             if not is_proper(value):
                 return f"sets {attribute!r} to {value!r}. It has to be {expected}"
+        for name in dir(self.kind.base):
+            value = getattr(plugin, name, None)
+            if isfunction(getattr(self.kind.base, name)) and not callable(value):
+                return f"sets {name!r} to {value!r}. It has to be a method"
         if any(plugin.name == owned.plugin.name for owned in self._owned):
             return f"has the name {plugin.name!r}, which the same plugin registered already"
         return self.kind.contradiction(plugin)

@@ -49,6 +49,8 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=None), "'module_type'", id="layer without class"),
             pytest.param(LAYERS, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
+            pytest.param(LAYERS, variant(Layer, slots=["it"]), "'slots' to ['it']. It has to be a method", id="slots"),
+            pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
         ],
     )
     def test_anything_else_is_refused_by_the_name_of_its_plugin(self, kind, plugin, words):
