@@ -1,6 +1,6 @@
 """Which format an adapter file is of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,16 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
             f"{path} is a pickle, which can run anything when it is read. Have whoever made it save it as .safetensors."
         )
     raise AdapterFileError(
-        f"{path} is an adapter of none of the formats {listing(each.name for each in formats)}.{known.absent()}"
+        f"{path} is an adapter of none of the formats {listing(each.name for each in formats)}."
+        f"{_near_adapter(path, formats)}{known.absent()}"
     )
+
+
+def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
+    """Names the adapters in a folder that is none, or the one that a file is a part of."""
+    near_by = sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else [path.parent]
+    found = [str(each) for each in near_by if any(known.recognizes(each) for known in formats)]
+    return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""
 
 
 def options_of(chosen: AdapterFormat, given: Mapping[str, Any] | None) -> dict[str, Any]:

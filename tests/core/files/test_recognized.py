@@ -23,6 +23,14 @@ def test_another_file_is_of_no_format(tmp_path):
         format_of(path)
 
 
+@pytest.mark.parametrize("given", ["run", "run/adapter/adapter.json", "run/adapter/notes.txt"])
+def test_the_adapter_beside_a_path_is_named(given, tmp_path):
+    folder = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path / "run" / "adapter")
+    (folder / "notes.txt").touch()
+    with pytest.raises(AdapterFileError, match=f"Name the folder of an adapter: '{folder}'"):
+        format_of(tmp_path / given)
+
+
 def test_options(tmp_path):
     LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path / "own")
     own = format_of(tmp_path / "own")
