@@ -15,8 +15,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lora_plugins import AdapterFileError
-from lora_plugins.errors import listing
+from lora_plugins import AdapterFileError, ConfigError
+from lora_plugins.errors import listing, near
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.objects import (
     HYPERPARAMETERS,
@@ -116,13 +116,20 @@ def missing_arguments(cls: type[LightningModule], given: Mapping[str, Any]) -> l
 
 
 def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint and a caller have all that the constructor of a class needs.
+    """Checks that a checkpoint and a caller have all that the constructor of a class needs, and the caller no more.
 
     Raises:
         AdapterFileError: If something is missing, naming it.
+        ConfigError: If the class does not take what the caller gives, which Lightning would drop.
     """
     saved = checkpoint.get(HYPERPARAMETERS, {})
     one = checkpoint.get(_ONE_ARGUMENT)
+    parameters = inspect.signature(cls.__init__).parameters
+    if one in (None, "kwargs") and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+        of_loading = inspect.signature(cls.load_from_checkpoint).parameters  # such as `strict`
+        for name in given:
+            if name not in parameters and name not in of_loading:
+                raise ConfigError(f"{cls.__name__} takes no argument {name!r}. {near(name, [*parameters][1:])}")
     names = {*saved, *given, *([one] if one and one != "kwargs" else [])}
     missing = missing_arguments(cls, dict.fromkeys(names))
     if missing:

@@ -87,7 +87,7 @@ def load_from_checkpoint(
     Raises:
         AdapterFileError: If the file is damaged, holds no adapter or objects that are not allowed, or was made for
             another base; or if the class needs an argument that neither the file nor `kwargs` have.
-        ConfigError: If what is allowed cannot be imported.
+        ConfigError: If what is allowed cannot be imported, or the class does not take one of `kwargs`.
     """
     checkpoint = read_checkpoint(path, map_location, allow_globals, weights_only=weights_only)
     if KEY not in checkpoint:
