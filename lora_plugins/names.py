@@ -5,3 +5,6 @@ DISTRIBUTION = "lora-plugins"
 
 MANIFEST = "adapter.json"
 """Name of the manifest in an adapter folder."""
+
+TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
+"""Environment variable; if it is set, the program shows errors with their traceback."""

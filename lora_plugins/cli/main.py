@@ -13,10 +13,7 @@ from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
-from lora_plugins.names import DISTRIBUTION
-
-TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
-"""Environment variable; if it is set, errors are shown with their traceback."""
+from lora_plugins.names import DISTRIBUTION, TRACEBACK_VARIABLE
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors of a disk that is full, a quota that is used up, and a file that is larger than the disk takes."""

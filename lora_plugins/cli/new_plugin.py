@@ -11,6 +11,7 @@ from string import Template
 from lora_plugins.cli.command_lines import new_plugin_parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import KINDS, build_registry
+from lora_plugins.writable import check_writable_folder
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -59,6 +60,7 @@ def write(name: str, into: Path) -> Path:
         raise ConfigError(f"{folder} exists already. Choose another name, or another folder with --into.")
     if not into.is_dir():
         raise ConfigError(f"{into} is not a folder. Make it first, or choose another with --into.")
+    check_writable_folder(folder, "The package")
     templates = resources.files("lora_plugins.cli") / "template"
     with tempfile.TemporaryDirectory(dir=into, prefix=".new-plugin-") as temporary:
         made = Path(temporary) / folder.name

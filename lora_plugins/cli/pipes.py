@@ -47,8 +47,11 @@ def _flush() -> None:
 
 
 def print_any_text() -> None:
-    """Lets characters that the encoding of the output lacks be printed, with backslashes, as Python does for errors."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    """Lets characters that the encoding of the output lacks be printed, with backslashes, as Python does for errors.
+
+    In the locale C, Python lets bytes of file names through, and nothing else that is not ASCII.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

@@ -40,7 +40,7 @@ ARROWS = {
     "storages": {"plugins", *BASIS},
     "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", "field_checks", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", "devices", *BASIS},
-    "cli": {"", "formats", "hub", "files", "plugins", "kernels", *BASIS},
+    "cli": {"", "formats", "hub", "files", "plugins", "kernels", "writable", *BASIS},
     "__main__": {"cli"},
 }
 """By room of the core, the rooms that it may import. The empty name is the package's own door, `lora_plugins`."""

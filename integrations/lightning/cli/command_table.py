@@ -18,7 +18,7 @@ def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> li
     from lora_plugins.integrations.lightning.cli.short_flags import SHORT, expanded  # noqa: PLC0415
 
     written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
-    command = next(argument for argument in written if argument in _TRAINER_COMMANDS)
+    command = _named_command(written)
     given = [argument for argument in written if argument not in _TRAINER_COMMANDS]
     config = check(given, tuple(SHORT), command=command, writes=writes)
     if adapts and config is not None:
@@ -34,7 +34,7 @@ def _trainer(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
 
-        print(help_page(next(argument for argument in arguments if argument in _TRAINER_COMMANDS)))
+        print(help_page(_named_command(arguments)))
         return 0
     fits = "fit" in arguments and not _prints(arguments)
     prepared = _prepared(arguments, adapts=fits, writes=fits)
@@ -45,6 +45,16 @@ def _trainer(arguments: list[str]) -> int:
     with _given_arguments(), explained_run():
         cli = LoraCLI(args=prepared)
     return INTERRUPTED if cli.interruption.asked else 0
+
+
+def _named_command(arguments: list[str]) -> str:
+    """The command, which options may precede."""
+    named = next((argument for argument in arguments if argument in _TRAINER_COMMANDS), None)
+    if named is None:
+        from lora_plugins.errors import ConfigError  # noqa: PLC0415
+
+        raise ConfigError(f"{arguments[0]} is given, and no command: lora-plugins fit {arguments[0]} ...")
+    return named
 
 
 def _prints(arguments: list[str]) -> bool:

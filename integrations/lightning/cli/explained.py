@@ -96,6 +96,10 @@ def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"it cannot be {value!r}. {near(value, known)}"
 
 
+def _no_class(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{found[2]!r} is no class of a {found[1]}. Write its path: package.module.Class."
+
+
 def _required(found: re.Match[str], cls: str, flags: list[str]) -> str:
     names = [name.strip().rpartition(".")[2] for name in found[1].split(",")]
     return f"the configuration has no {' and no '.join(f'`{name}:`' for name in names)}, and needs it."
@@ -124,7 +128,8 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
     (r"Expected a dot import path string: (\S+)", _class_path),
-    (r"(?s)typing\.Literal\[.*Given value: ([^\n]+)", _choice),
+    (r"(?s)typing\.Literal\[.*(?:Given|Got) value: ([^\n]+)", _choice),
+    (r"(?s)Import path does not correspond to a subclass of (\w+).*Given value: ([^\n]+)", _no_class),
     (r"the following arguments are required: (.+)", _required),
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
     (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*Given value: ([^\n]+)", _wrong_type),

@@ -4,6 +4,7 @@ import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from lora_plugins.integrations.lightning.module import (
     plain_state_dict,
     write_safetensors,
 )
+from lora_plugins.names import TRACEBACK_VARIABLE
 from lora_plugins.utils import replace_file
+from lora_plugins.writable import check_writable_file
 
 _OF_TRAINING = (
     *("loops", "callbacks", "optimizer_states", "lr_schedulers"),
@@ -36,7 +39,13 @@ def run(arguments: list[str]) -> None:
     values, module_class = dict(map(_argument, given.argument)), _import_class(given.model)
     if not Path(given.checkpoint).exists():
         raise ConfigError(f"There is no {given.checkpoint}. Give a checkpoint with an adapter.")
-    path = write(module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **values)
+    try:
+        path = write(module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **values)
+    except TypeError as error:  # of a class that does not take the arguments
+        raise ConfigError(
+            f"{given.checkpoint} cannot be loaded as a {module_class.__name__}: {error}. Give --model the class "
+            f"that it is of, and --argument what that takes. {TRACEBACK_VARIABLE}=1 shows where it failed."
+        ) from error
     print(f"Merged model: {path}")
 
 
@@ -64,7 +73,7 @@ def export_checkpoint(
 
     Raises:
         AdapterFileError: If the checkpoint does not fit the class.
-        ConfigError: If the name ends otherwise, or the adapters have several targets.
+        ConfigError: If the name ends otherwise, nothing can be written there, or the adapters have several targets.
     """
     output = _with_suffix(output, ".safetensors")
     module = load_from_checkpoint(
@@ -103,7 +112,7 @@ def merge_checkpoint(
 
     Raises:
         AdapterFileError: If the checkpoint does not fit the class.
-        ConfigError: If the name ends otherwise.
+        ConfigError: If the name ends otherwise, or nothing can be written there.
     """
     output = _with_suffix(output, ".ckpt")
     module = load_from_checkpoint(
@@ -130,6 +139,7 @@ def _argument(given: str) -> tuple[str, Any]:
 def _with_suffix(path: str | Path, suffix: str) -> Path:
     if Path(path).suffix != suffix:
         raise ConfigError(f"The output is {str(path)!r}. It names a file that ends in {suffix}.")
+    check_writable_file(Path(path), "The output")
     return Path(path)
 
 
@@ -143,6 +153,16 @@ def _import_class(path: str) -> type[LightningModule]:
         raise ConfigError(f"--model is {path!r}, and there is no module {error.name!r}.") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)] if module else []
-        raise ConfigError(f"--model is {path!r}, which is no class of LightningModule. {near(name, classes)}")
+        raise ConfigError(f"--model is {path!r}, which is no class of a LightningModule.{_near_class(module, name)}")
     return found
+
+
+def _near_class(module: ModuleType | None, name: str) -> str:
+    """Names the classes of a module that may be meant, those too that it imports when they are asked for."""
+    known = getattr(module, "__all__", None) or dir(module)
+    found = [
+        each
+        for each in known
+        if isinstance(value := getattr(module, each, None), type) and issubclass(value, LightningModule)
+    ]
+    return f" {near(name, found)}" if found else " Write its import path: package.module.Class."

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
 from lora_plugins.errors import near
+from lora_plugins.writable import check_writable_file
 
 GROUP = "lora_plugins.recipes"
 """Entry-point group for packages whose YAML files are recipes."""
@@ -61,6 +62,8 @@ def run(arguments: list[str]) -> int:
 def _copy(recipe: Path, path: Path) -> None:
     if path.exists():
         raise ConfigError(f"{path} exists already. Name another file.")
+    check_writable_file(path, "The file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipe, path)
     print(f"Written: {path}")
 

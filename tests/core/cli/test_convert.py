@@ -71,6 +71,23 @@ class TestConvert:
         assert main([*arguments, "--weights", str(tmp_path / "base.safetensors")]) == 0
         assert (tmp_path / "b" / "adapter_config.json").is_file()
 
+    def test_weights_of_another_model(self, linear, tmp_path, capsys):
+        linear.save_adapter(tmp_path / "a", format="peft")
+        save_file(
+            {**Net().state_dict(), "head.bias": torch.zeros(5), "tail": torch.zeros(1)}, tmp_path / "b.safetensors"
+        )
+        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "lora_plugins", "--model", NET]
+        assert main([*arguments, "--weights", str(tmp_path / "b.safetensors")]) == 1
+        assert "does not fit the model: 'head.bias', 'tail' differ" in capsys.readouterr().err
+
+    def test_a_place_where_nothing_can_be_written(self, linear, tmp_path, capsys):
+        path = linear.save_adapter(tmp_path / "a", format="peft")
+        (tmp_path / "file").touch()
+        assert main(["convert", str(path), str(tmp_path / "file" / "b"), "--to", "peft"]) == 1
+        assert f"{tmp_path / 'file'} is a file. Name another place." in capsys.readouterr().err
+        assert main(["convert", str(path), str(tmp_path / "file"), "--to", "peft"]) == 1
+        assert "which is a file, and the format 'peft' is a folder" in capsys.readouterr().err
+
     def test_without_a_model(self, lora, tmp_path):
         lora.save_adapter(tmp_path / "a", format="peft")
         assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft"]) == 0
@@ -96,6 +113,17 @@ class TestConvert:
                 ["--to", "peft", "--model", "builtins:str"], "which is no torch.nn.Module", id="no model made"
             ),
             pytest.param(["--to", "peft", "--model", NET, "5"], "The adapter does not fit this model", id="another"),
+            pytest.param(["--to", "peft", "--model", "torch.nn:Linear"], "made no model: TypeError: Linear", id="made"),
+            pytest.param(
+                ["--to", "peft", "--model", NET, "--weights", "no.safetensors"],
+                "there is no such file",
+                id="no weights",
+            ),
+            pytest.param(
+                ["--to", "peft", "--model", NET, "--weights", __file__],
+                "which is no safetensors file",
+                id="not weights",
+            ),
             pytest.param(["--to", "peft", "--write-option", "component"], "write NAME=VALUE", id="no value"),
             pytest.param(["--to", "peft", "--read-option", "a=b"], "has no option 'a'", id="no option"),
         ],

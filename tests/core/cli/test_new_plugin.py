@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,12 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path, capsys):
     assert main(["new-plugin", "mine", "--into", str(tmp_path)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert list((tmp_path / "lora-plugins-mine").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that nobody can write into")
+def test_a_folder_that_cannot_be_written_is_refused(capsys):
+    assert main(["new-plugin", "my-layer", "--into", "/proc/self"]) == 1
+    assert "nothing can be written in /proc/self" in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_refused(tmp_path, capsys):

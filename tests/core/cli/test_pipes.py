@@ -46,7 +46,7 @@ def test_a_command_without_an_output(arguments):
 
 def test_text_that_the_encoding_of_the_output_lacks(monkeypatch):
     """As in a file on Windows; other errors than `strict` are a choice, and stay."""
-    for errors, expected in (("strict", b"caf\\xe9"), ("replace", b"caf?")):
+    for errors, expected in (("strict", b"caf\\xe9"), ("surrogateescape", b"caf\\xe9"), ("replace", b"caf?")):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors))
         print_any_text()
         print("caf\xe9", end="", flush=True)

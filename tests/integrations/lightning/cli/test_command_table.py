@@ -47,6 +47,12 @@ class TestErrors:
             main(["fit", "--config", config(lora={"target_modules": ["nett"]})])
 
 
+@pytest.mark.parametrize("arguments", [["--config", "x"], ["-V"], ["--lora.r", "4", "--help"]], ids=" ".join)
+def test_options_without_a_command(arguments, capsys):
+    assert main(arguments) == 1
+    assert f"{arguments[0]} is given, and no command: lora-plugins fit" in capsys.readouterr().err
+
+
 class TestOtherCommands:
     def test_plan_prints_and_trains_nothing(self, config, capsys, tmp_path):
         assert main(["plan", "--config", config()]) == 0

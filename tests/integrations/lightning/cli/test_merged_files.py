@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from lora_plugins.cli.main import main
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
 from tests.integrations.lightning.late_layers import OnLoading
-from tests.integrations.lightning.toys import Classifier, differing, load, values
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 pytestmark = [
     # The point of the section `optimizer:`.
@@ -16,6 +16,11 @@ pytestmark = [
 LATE = "tests.integrations.lightning.late_layers"
 STORED = {"quantize": "nf4", "quantize_options": {"min_size": 0}}
 BASES = pytest.mark.parametrize("trained", [{}, STORED], ids=["float", "stored"], indirect=True)
+
+
+class Refusing(Classifier):
+    def __init__(self, **kwargs):
+        raise TypeError("a task got an unexpected argument")
 
 
 class TestFiles:
@@ -70,14 +75,31 @@ class TestFiles:
         [
             ("x.bin", f"{TOYS}.Classifier", "ends in .safetensors"),
             ("x.safetensors", f"{TOYS}.Clasifier", "'Classifier'"),
+            ("x.safetensors", "lora_plugins.tasks.SemanticSegmentationTsk", "Did you mean 'SemanticSegmentationTask'"),
+            ("x.safetensors", "torch.nn.Linear", "no class of a LightningModule. Write its import path"),
             ("x.safetensors", "no_such_module.Classifier", "no module 'no_such_module'"),
+            ("expected.safetensors/x.safetensors", f"{TOYS}.Classifier", "is a file. Name another place."),
         ],
-        ids=["ending", "class", "module"],
+        ids=["ending", "class", "class that is imported late", "class of no module", "module", "place"],
     )
     def test_wrong_arguments(self, trained, tmp_path, capsys, output, model, message):
         assert main(["export", trained[0], str(tmp_path / output), "--model", model]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / output).exists()
+
+    @pytest.mark.parametrize(("command", "ending"), [("export", "safetensors"), ("merge", "ckpt")])
+    def test_arguments_that_the_class_does_not_take(self, trained, tmp_path, capsys, command, ending):
+        arguments = [command, trained[0], str(tmp_path / f"x.{ending}"), "--model", f"{TOYS}.Classifier"]
+        assert main([*arguments, "--argument", "no_such=1"]) == 1
+        assert "Classifier takes no argument 'no_such'." in capsys.readouterr().err
+
+    def test_a_class_that_the_checkpoint_is_not_of(self, tmp_path, capsys):
+        run = trainer(tmp_path, [lora(merge_on_fit_end=False)], max_epochs=1)
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        paths = [str(tmp_path / "it.ckpt"), str(tmp_path / "x.safetensors")]
+        assert main(["export", *paths, "--model", f"{__name__}.Refusing"]) == 1
+        assert "cannot be loaded as a Refusing: a task got an unexpected argument" in capsys.readouterr().err
 
     @pytest.mark.parametrize("command", ["export", "merge"])
     def test_no_checkpoint(self, tmp_path, capsys, command):

@@ -119,6 +119,14 @@ LATER = {
         ["--trainer.precision", "bf16_mixed"],
         "trainer.precision: it cannot be 'bf16_mixed'. Did you mean 'bf16-mixed'",
     ),
+    "a choice without a near one": (
+        ["--lora_callback.merge_source", "middle"],
+        "lora_callback.merge_source: it cannot be 'middle'. There is 'best', 'last'.",
+    ),
+    "a module for a class": (
+        ["--model", "lora_plugins.tasks"],
+        "'lora_plugins.tasks' is no class of a LightningModule",
+    ),
     "a name of Lightning's": (["--trainer.accelerator", "gpuu"], "trainer: You selected an invalid accelerator name"),
     "a number of Lightning's": (["--trainer.devices", "seven"], "trainer: `devices` selected with"),
     "no class": (["--optimizer", "AdamX"], "optimizer: 'AdamX' is not the path of a class"),
@@ -277,6 +285,9 @@ class TestRecipes:
         assert copied.read_text() == shown
         assert main(["recipes", "copy", "cls", str(copied)]) == 1
         assert "exists already" in capsys.readouterr().err
+        assert main(["recipes", "copy", "cls", str(tmp_path / "new" / "mine.yaml")]) == 0
+        assert main(["recipes", "copy", "cls", str(copied / "it.yaml")]) == 1
+        assert f"{copied} is a file. Name another place." in capsys.readouterr().err
 
 
 def test_a_message_that_is_not_known_keeps_its_words():
