@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from PIL import Image
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
@@ -29,6 +30,9 @@ from lora_plugins.tasks.serving.engine import ClosedError, Engine
 from lora_plugins.tasks.serving.shelf import UnknownAdapterError
 
 UPLOAD = "the image"
+
+PROGRAMS = frozenset({"EPS"})
+"""What Pillow hands to another program, Ghostscript, which would run whatever somebody sends."""
 
 
 class _TooLargeError(LoraError, ValueError):
@@ -70,6 +74,10 @@ def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 5
     async def told(_: Request, error: LoraError) -> JSONResponse:
         status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), UNUSABLE)
         return JSONResponse({"detail": str(error)}, status)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # which nobody reads
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -137,7 +145,9 @@ def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tenso
 def _decoded(body: bytes, max_pixels: int) -> Image.Image:
     try:
         with Image.open(BytesIO(body)) as opened:
-            pixels = opened.width * opened.height
+            pixels, kind = opened.width * opened.height, opened.format
+        if kind in PROGRAMS:
+            raise DataError(f"{UPLOAD} is of the format {kind}, which is a program. Send another, such as PNG or JPEG.")
         if pixels > max_pixels:
             raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
         return as_rgb(decode_image(BytesIO(body), UPLOAD), UPLOAD)

@@ -33,5 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(names)} adapters in {options.adapters}: http://{options.host}:{options.port}/docs")
     engine = Engine(shelf, max_batch=options.batch, wait=options.wait / 1000)
     app = make_app(engine, max_bytes=int(options.max_mb * 2**20))
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    try:
+        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    except SystemExit as ended:  # it has said why
+        place = f"--host {options.host} --port {options.port}"
+        print(f"error: nothing can be served at {place}. Name another host or port.", file=sys.stderr)
+        return 1 if ended.code else 0
     return 0

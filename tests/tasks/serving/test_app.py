@@ -180,3 +180,28 @@ def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, t
         assert "no task that can be served" in listed["birds"]["problem"]
         assert listed["boats"]["classes"] == ["0", "1", "2"]
         assert client.post(to("birds"), content=encoded(picture())).status_code == 422
+
+
+def test_a_program_is_not_run(adapters, serve):
+    """Pillow gives PostScript to Ghostscript, where that is installed."""
+    program = io.BytesIO()
+    Image.fromarray(picture()).save(program, "EPS")
+    (answer,) = ask(serve(adapters), [(to("birds"), program.getvalue())])
+    assert (answer.status_code, "of the format EPS, which is a program" in answer.text) == (400, True)
+
+
+def test_who_goes_away_while_sending_is_no_error_of_the_server(adapters, serve):
+    messages = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": to("birds"), "headers": [], "query_string": b""}
+    from lora_plugins.tasks.serving import make_app
+
+    asyncio.run(make_app(serve(adapters))(scope, receive, send))
+    assert sent[0]["status"] == 400

@@ -1,5 +1,7 @@
 """The command `serve`: what it refuses before anything is served."""
 
+import socket
+
 import pytest
 
 from lora_plugins.cli.main import main
@@ -38,3 +40,10 @@ def test_a_folder_without_adapters_is_not_served(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     assert main(["serve", str(tmp_path)]) == 1
     assert f"There is no adapter in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named(adapters, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(adapters), "--port", str(port)]) == 1
+    assert f"error: nothing can be served at --host 127.0.0.1 --port {port}." in capsys.readouterr().err
