@@ -104,7 +104,7 @@ class LoraConfig:
         norm: `freeze` keeps frozen normalization layers in eval mode, so that their running statistics stand still;
             `track` lets the statistics move and saves them with the adapter.
         allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.
-        block_plugins: Names of installed plugins not to load.
+        block_plugins: Names of installed plugins not to load; `distribution:name` where several have a name.
 
     Raises:
         ConfigError: If a value is out of range, naming the field.

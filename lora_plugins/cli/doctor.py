@@ -113,7 +113,7 @@ def _plugins() -> Iterator[Finding]:
         yield _plugin(info)
     for problem in installed_commands().problems:
         yield Finding("problem", problem, "Repair or uninstall that distribution.")
-    installed = [point.name for point in metadata.entry_points(group=GROUP)]
+    installed = [name for info in registry.plugins for name in (info.name, info.full_name)]
     for variable in (BLOCK_VARIABLE, ALLOW_VARIABLE):
         for name in names_in(variable):
             if name not in installed:

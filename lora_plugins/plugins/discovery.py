@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,10 @@ from lora_plugins.plugins.kind import GROUP
 from lora_plugins.plugins.registry import PluginInfo
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
-"""Environment variable with the names of plugins that are not loaded, separated by commas."""
+"""Environment variable with the names of plugins that are not loaded, separated by commas.
+
+Here and where plugins are allowed, `DISTRIBUTION:NAME` names one of several that have the same name.
+"""
 
 ALLOW_VARIABLE = "LORA_PLUGINS_ALLOW"
 """Environment variable with the names of the only installed plugins that are loaded, besides our own."""
@@ -59,23 +62,24 @@ def sources(
     reasons = _reasons(allow, block)
     points = sorted(metadata.entry_points(group=GROUP), key=lambda p: (_distribution(p)[0] != DISTRIBUTION, p.name))
     for point in points:
-        name, version = _distribution(point)
-        blocked = "" if name == DISTRIBUTION else reasons(point.name)
-        yield Source(PluginInfo(point.name, name, version, blocked=blocked), point.load)
+        info = PluginInfo(point.name, *_distribution(point))
+        blocked = "" if info.distribution == DISTRIBUTION else reasons(info)
+        yield Source(replace(info, blocked=blocked), point.load)
     for path in (path.expanduser().absolute() for path in [*files_in(LOAD_VARIABLE), *files]):
         yield Source(PluginInfo(path.stem, str(path), "-"), functools.partial(load_file, path), required=True)
     for name, plugin in extra:
         yield Source(PluginInfo(name, "(given in code)", "-"), functools.partial(lambda plugin: plugin, plugin))
 
 
-def _reasons(allow: Sequence[str] | None, block: Sequence[str]) -> Callable[[str], str]:
+def _reasons(allow: Sequence[str] | None, block: Sequence[str]) -> Callable[[PluginInfo], str]:
     """Returns a function that says what keeps a plugin from loading; nothing for most."""
     blocking = {BLOCK_VARIABLE: names_in(BLOCK_VARIABLE), "block_plugins": block}
     allowing = {ALLOW_VARIABLE: names_in(ALLOW_VARIABLE) or None, "allow_plugins": allow}
 
-    def reason(name: str) -> str:
-        found = [what for what, names in blocking.items() if name in names]
-        found += [what for what, names in allowing.items() if names is not None and name not in names]
+    def reason(info: PluginInfo) -> str:
+        own = {info.name, info.full_name}
+        found = [what for what, names in blocking.items() if not own.isdisjoint(names)]
+        found += [what for what, names in allowing.items() if names is not None and own.isdisjoint(names)]
         return found[0] if found else ""
 
     return reason

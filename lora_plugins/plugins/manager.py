@@ -102,7 +102,10 @@ def found_plugins(
             continue
         for registrar in registrars:
             owned[registrar.kind.name] += registrar.owned
-    _warn_of_misspelt({"allow_plugins": allow or (), "block_plugins": block}, [info.name for info in infos])
+    _warn_of_misspelt(
+        {"allow_plugins": allow or (), "block_plugins": block},
+        [each for info in infos for each in (info.name, info.full_name)],
+    )
     notes: list[_Note] = []
     clashes: list[str] = []
     for kind in KINDS:

@@ -39,8 +39,9 @@ def _grouped(claim: Callable[[P], str], owned: Iterable[Owned[P]]) -> dict[str, 
 
 def _clash(what: str, key: str, rivals: list[Owned[P]], verb: str) -> str:
     first, second = rivals[0].info, rivals[1].info
+    name = second.full_name if first.name == second.name else second.name
     return (
         f"Two plugins {verb} the {what} {key!r}: {first.owner} and {second.owner}. Uninstall one of them, or set "
-        f"{BLOCK_VARIABLE}={second.name}. A plugin that is meant to replace the other registers with "
+        f"{BLOCK_VARIABLE}={name}. A plugin that is meant to replace the other registers with "
         "registrar.add(..., override=True)."
     )

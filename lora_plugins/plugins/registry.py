@@ -48,6 +48,11 @@ class PluginInfo:
         return tuple(name for title, name in self.provides if title == kind.title)
 
     @property
+    def full_name(self) -> str:
+        """Tells it from a plugin of the same name in another distribution."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
     def owner(self) -> str:
         """The plugin and its distribution, for messages."""
         return f"{self.name!r} of {self.distribution} {self.version}"

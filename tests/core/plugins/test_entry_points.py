@@ -170,6 +170,18 @@ class TestClash:
         assert type(registry.get(INITS, "kaiming")).__module__ == "lora_plugins.inits.kaiming"
 
 
+ZEROS = """
+from lora_plugins import InitPlugin, hookimpl
+class Zeros(InitPlugin):
+    name = "zeros"
+    def fill(self, context):
+        return {}
+@hookimpl
+def lora_plugins_register_inits(registrar):
+    registrar.add(Zeros())
+"""
+
+
 class TestBlocking:
     def test_a_blocked_plugin_is_not_even_imported(self, with_plugins, monkeypatch):
         with_plugins("plugin_example", "plugin_broken")
@@ -185,6 +197,24 @@ class TestBlocking:
             PluginError, match=r"'orthonormal'.*'example' of lora-plugins-example 1\.2\.3 is blocked by LORA"
         ):
             build_registry().get(INITS, "orthonormal")
+
+    def test_one_of_two_of_the_same_name(self, tmp_path, monkeypatch):
+        """The way out that the error of their clash names."""
+        for distribution in ("one-lora", "two-lora"):
+            module, folder = distribution.replace("-", "_"), tmp_path / f"{distribution}-1.0.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+            (folder / "entry_points.txt").write_text(f"[lora_plugins]\nzeros = {module}\n")
+            (tmp_path / f"{module}.py").write_text(ZEROS)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(PluginError, match=f"set {BLOCK_VARIABLE}=two-lora:zeros"):
+            build_registry()
+        monkeypatch.setenv(BLOCK_VARIABLE, "two-lora:zeros")
+        registry = build_registry()
+        states = {each.distribution: each.state for each in registry.plugins if each.name == "zeros"}
+        assert states == {"one-lora": "loaded", "two-lora": f"blocked by {BLOCK_VARIABLE}"}
+        monkeypatch.delenv(BLOCK_VARIABLE)
+        assert "zeros" in build_registry(allow=["two-lora:zeros"]).of(INITS)
 
     def test_only_allowed_plugins_load(self, with_plugins, monkeypatch):
         with_plugins("plugin_example", "plugin_broken")
