@@ -179,7 +179,7 @@ class ImageDataModule(VisionDataModule):
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         if self.on_problem == ERROR:
             raise DataError(
-                f"The data cannot be used ({count}):\n{listed(problems)}\nWith on_problem: skip, such samples are left "
-                "out."
+                f"The data cannot be used ({count}):\n{listed(problems)}\nWith on_problem: skip of the data (of a "
+                "configuration: fit --config FILE --data.init_args.on_problem skip), such samples are left out."
             )
         rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")

@@ -1,5 +1,6 @@
 """Find and read image files."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,6 +66,11 @@ def named_by_text(paths: Sequence[Path]) -> list[Path]:
         DataError: With those that are not, as of archives that were packed with another encoding.
     """
     wrong = [ascii(str(path)) for path in paths if not _is_text(str(path))]
+    if wrong and (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise DataError(
+            f"Names of files and folders are read as {encoding} here, which is not what these are ({len(wrong)}):\n"
+            f"{listed(wrong)}\nSet PYTHONUTF8=1, or a locale of UTF-8 such as LC_ALL=C.UTF-8."
+        )
     if wrong:
         raise DataError(f"Names of files and folders have to be UTF-8. Rename ({len(wrong)}):\n{listed(wrong)}")
     return [*paths]
