@@ -38,7 +38,7 @@ from lora_plugins.adapter.transitions import (
     set_active,
     unload,
 )
-from lora_plugins.adapter.whole import check_not_of_inference, whole
+from lora_plugins.adapter.whole import leave_inference, whole
 
 __all__ = [
     "ADAPTER_NAME",
@@ -70,7 +70,6 @@ __all__ = [
     "check_new",
     "check_norms",
     "check_not_nested",
-    "check_not_of_inference",
     "check_not_owned",
     "check_not_sharded",
     "check_shared",
@@ -80,6 +79,7 @@ __all__ = [
     "factor_dtype",
     "hold_norms",
     "initialize",
+    "leave_inference",
     "mixed_batch",
     "model_state",
     "moved_base",

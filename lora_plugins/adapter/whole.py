@@ -1,8 +1,9 @@
 """A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,7 +26,7 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
         What the change returns.
 
     Raises:
-        StateError: If tensors of the model were made in inference mode.
+        StateError: If parameters of the model were made in inference mode.
     """
     with without_collection():
         before = _Before(model)
@@ -36,23 +37,34 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
         raise
 
 
-def check_not_of_inference(model: nn.Module) -> None:
-    """Refuses tensors of which torch leaves something broken behind once their value is exchanged.
+def leave_inference(model: nn.Module) -> None:
+    """Sees to it that torch leaves nothing broken behind once the value of a tensor is exchanged.
 
     Raises:
-        StateError: If tensors of the model were made in inference mode, naming them.
+        StateError: If parameters of the model were made in inference mode, naming them.
     """
-    _check(model, _tensors(_modules(model)))
+    _leave_inference(model, _modules(model))
 
 
-def _check(model: nn.Module, tensors: Iterable[Tensor]) -> None:
-    if any(map(_is_of_inference, tensors)):
-        named = (*model.named_parameters(), *model.named_buffers())
-        names = [name for name, tensor in named if _is_of_inference(tensor)]
+def _leave_inference(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Refuses parameters of inference mode, and puts ordinary tensors in the place of such buffers.
+
+    A forward in inference mode may leave buffers, such as a mask that the module keeps for the next batch.
+    """
+    if any(_is_of_inference(tensor) for module in modules for tensor in _present(module._parameters)):
+        names = [name for name, parameter in model.named_parameters() if _is_of_inference(parameter)]
         raise StateError(
             f"{listing(names)} were made in inference mode, and torch refuses to change them. Build, load or copy the "
             "model outside of torch.inference_mode(); it may be called inside."
         )
+    kept = [module._buffers for module in modules if any(map(_is_of_inference, _present(module._buffers)))]
+    if kept:
+        with torch.inference_mode(False):
+            renewed: dict[Tensor, Tensor] = {}  # one that several modules share stays one
+            for buffers in kept:
+                for name, buffer in buffers.items():
+                    if buffer is not None and _is_of_inference(buffer):
+                        buffers[name] = renewed.setdefault(buffer, buffer.clone())
 
 
 def _is_of_inference(tensor: Tensor) -> bool:
@@ -67,10 +79,9 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         modules = _modules(model)
+        _leave_inference(model, modules)
         self._contents = Contents(modules, [model._forward_pre_hooks, *_known(modules)])
-        tensors = _tensors(modules)
-        _check(model, tensors)
-        self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
+        self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in _tensors(modules)]
 
     def put_back(self) -> None:
         self._contents.put_back()
@@ -93,7 +104,11 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
     kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
-    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
+    return [tensor for kind in kinds for tensor in _present(kind)]
+
+
+def _present(tensors: Mapping[str, Tensor | None]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors.values() if tensor is not None)
 
 
 def _known(modules: list[nn.Module]) -> Iterator[Content]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter import ModelState, adapted_layers, check_here, check_not_of_inference, close_state
+from lora_plugins.adapter import ModelState, adapted_layers, check_here, close_state, leave_inference
 from lora_plugins.inplace import (
     STATE,
     Replacing,
@@ -39,11 +39,11 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
 
     Raises:
         MergeError: As `merge` does, or if a weight is computed in an unknown way.
-        StateError: If tensors of the model were made in inference mode.
+        StateError: If parameters of the model were made in inference mode.
     """
     state.check("merge_and_unload")
     check_here(model, "merge_and_unload")
-    check_not_of_inference(model)
+    leave_inference(model)
     layers = adapted_layers(model)
     adapters = state.unmerged
     checked(model, layers, state, adapters, max_error)

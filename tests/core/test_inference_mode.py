@@ -1,6 +1,7 @@
 """What is called in inference mode leaves a model that can be trained."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -121,3 +122,49 @@ def test_a_model_that_was_built_in_inference_mode_is_refused(tmp_path):
         with pytest.raises(StateError, match="were made in inference mode"):
             adapt()
     assert [name for name, _ in model.named_modules()] == names
+
+
+class Masked(nn.Module):
+    """Keeps a mask for the next batch of the same size, as attention and detection do; two modules share it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("mask", None, persistent=False)
+        inner.register_buffer("mask", None, persistent=False)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = self.inner.mask = torch.arange(x.shape[1]) < 3
+        return self.inner(x * self.mask)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_buffers_that_a_forward_has_left(call):
+    model, config = build()
+    model = Masked(model)
+    config = dataclasses.replace(config, target_modules=["inner.0"], modules_to_save=["inner.3"])
+    x = torch.randn(5, 4)
+    with torch.inference_mode():
+        expected = model.eval()(x)
+    lora = LoraModel(model, config)
+    lora.add_adapter("other", config)
+    assert torch.equal(model.eval()(x), expected)
+    with torch.inference_mode():
+        model.mask = model.inner.mask = model.mask.clone()
+    CALLS[call](lora)
+    assert model.mask is model.inner.mask
+    assert not model.mask.is_inference()
+    assert learns(model)
+    assert torch.equal(model.mask, torch.tensor([True, True, True, False]))
+
+
+def test_such_buffers_in_a_block():
+    model, config = build()
+    model = Masked(model).eval()
+    lora = LoraModel(model, dataclasses.replace(config, target_modules=["inner.0"], modules_to_save=["inner.3"]))
+    with torch.inference_mode():
+        model(torch.randn(5, 4))
+        with lora.disable_adapter():
+            model(torch.randn(5, 4))
+    assert learns(model)

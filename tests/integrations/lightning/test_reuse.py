@@ -288,3 +288,24 @@ class TestNewCallbackOnMergedWeights:
         again = Classifier()
         LoraModel.load_adapter(again, tmp_path / "a").merge_and_unload()
         assert not differing(values(again), values(module))
+
+
+class Masked(Classifier):
+    """Keeps a mask for the next batch of the same size."""
+
+    def __init__(self, lr: float = 0.3) -> None:
+        super().__init__(lr=lr)
+        self.register_buffer("mask", None, persistent=False)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(x.shape[1])
+        return self.net(x * self.mask)
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+def test_fit_after_a_run_in_inference_mode(tmp_path, stage):
+    expected = fit(tmp_path, Masked(), LoraCallback(CONFIG))
+    module, callback = Masked(), LoraCallback(CONFIG)
+    getattr(trainer(tmp_path, [callback]), stage)(module, loader())
+    assert not differing(fit(tmp_path, module, callback), expected)
