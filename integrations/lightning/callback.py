@@ -64,8 +64,10 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.results import Results, best_checkpoint
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
+    begin_run,
     carried,
     carry,
+    end_run,
     expecting_eval_mode,
     starts_by_multiprocessing,
 )
@@ -216,6 +218,7 @@ class LoraCallback(Callback):
         self._audit: Audit | None = None
         self._restored: dict[str, Any] | None = None
         self._expected_warnings = ExitStack()
+        self._nested = False
 
     @property
     def state_key(self) -> str:
@@ -256,6 +259,7 @@ class LoraCallback(Callback):
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
         self._end_run()
+        self._nested = begin_run(trainer, stage)
         self._modes = modes_of_frozen_norms(pl_module)
         check_trainer(trainer)
         check_strategy(trainer, vars(self))
@@ -435,6 +439,7 @@ class LoraCallback(Callback):
         if self._audit is not None:
             self._audit.explain(exception)
         self._end_run()
+        end_run(trainer, nested=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restores the methods of the module, and those of the strategy if the module carries no adapter.
@@ -446,6 +451,8 @@ class LoraCallback(Callback):
             self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
         self._end_run()
         CheckpointShims.remove(trainer, pl_module)
+        end_run(trainer, nested=self._nested)
+        self._nested = False
 
     def undo_merge(self, module: nn.Module) -> bool:
         """Undoes the merge where `module` has the very values that were merged, since an adapter is about to be loaded.

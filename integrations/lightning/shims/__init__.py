@@ -10,14 +10,17 @@ from lora_plugins.integrations.lightning.shims.fit_data_source import train_load
 from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
 from lora_plugins.integrations.lightning.shims.methods import MethodShims
 from lora_plugins.integrations.lightning.shims.multiprocessing_launcher import starts_by_multiprocessing
+from lora_plugins.integrations.lightning.shims.nested_runs import begin_run, end_run
 
 __all__ = [
     "Averaging",
     "MethodShims",
     "averaged_module",
+    "begin_run",
     "carried",
     "carry",
     "drop_average",
+    "end_run",
     "expecting_eval_mode",
     "expecting_override",
     "saves_shards",
