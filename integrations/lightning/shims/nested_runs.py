@@ -4,21 +4,19 @@ A Trainer of Lightning 2.6.6 has one state, which says `test` from then on, and 
 `on_fit_end` out, where adapters are saved and merged.
 """
 
-from weakref import WeakSet
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-_FITTING: "WeakSet[Trainer]" = WeakSet()
-"""Trainers whose `fit` has not come to its end."""
+_FITS = "_lora_plugins_fits"
+"""Attribute of a trainer whose `fit` has not come to its end; a module may make a new callback for each run."""
 
 
 def begin_run(trainer: Trainer, stage: str) -> bool:
     """Takes note of a run that begins; returns whether it is inside the `fit` of its trainer."""
     if stage == "fit":
-        _FITTING.add(trainer)
+        setattr(trainer, _FITS, True)
         return False
-    return trainer in _FITTING
+    return hasattr(trainer, _FITS)
 
 
 def end_run(trainer: Trainer, *, nested: bool) -> None:
@@ -26,4 +24,4 @@ def end_run(trainer: Trainer, *, nested: bool) -> None:
     if nested:
         trainer.state.fn = TrainerFn.FITTING
     else:
-        _FITTING.discard(trainer)
+        vars(trainer).pop(_FITS, None)
