@@ -11,7 +11,6 @@ from tests.core.kernels.needs import needs
 
 pytestmark = [
     needs("fused_conv", "fused_linear"),  # eager mode computes pointwise ones as linear layers
-    pytest.mark.usefixtures("compiler_as_new"),
 ]
 
 
