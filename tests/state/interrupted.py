@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lora_plugins.integrations
 from lora_plugins import LoraModel, StateError
+from lora_plugins.adapter import blocks
 
 PACKAGES = (*lora_plugins.__path__, *lora_plugins.integrations.__path__)
 ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError)
@@ -85,7 +86,15 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
         if error not in _chain(raised):
             raise
         return where, True
+    finally:
+        _release(blocks._OPENING)
     return where, False
+
+
+def _release(lock: Any) -> None:
+    """Releases a lock that no signal would have left: none comes between the last line inside a `with` and its end."""
+    while lock._is_owned():
+        lock.release()
 
 
 def _place(frame: FrameType) -> str:
