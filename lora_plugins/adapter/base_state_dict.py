@@ -3,14 +3,17 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.adapter.state import ModelState, adapted_layers, model_state
 from lora_plugins.errors import StateError
 from lora_plugins.inplace import (
     SUFFIX,
     factors_of,
     full_name,
+    holder_of,
     is_shard,
     named_tensors,
     own_tensor,
@@ -79,13 +82,35 @@ def _check_unchanged(state: ModelState, names: Collection[str]) -> None:
 
 
 def _keep_owned(model: nn.Module, state: ModelState, values: dict[str, Any]) -> None:
-    """Gives a base's heads, biases and statistics to the base, where an adapter has its own in their place."""
+    """Gives a base's heads, biases and statistics to the base, and to the adapters that have not changed them yet.
+
+    Those that have keep their own, in place or not.
+    """
     named = named_tensors(model, aliases=True)
-    state.values.follow_casts(model)
-    for name in state.values.owner:
-        own, base = own_tensor(model, name), state.values.base[name]
+    owned = state.values
+    owned.follow_casts(model)
+    for name in owned.base:
+        own = own_tensor(model, name)
         aliases = [alias for alias, tensor in named.items() if tensor is own and alias in values]
-        for alias in aliases:  # of a shared tensor the last one counts, as for torch
-            if values[alias].shape == own.shape:
-                state.values.base[name] = values[alias].detach().to(base.device, base.dtype, copy=True)
-                values[alias] = own.detach()
+        fitting = [alias for alias in aliases if values[alias].shape == own.shape]
+        if not fitting:
+            continue
+        new = values[fitting[-1]].detach()  # of a shared tensor the last one counts, as for torch
+        base, owner = owned.base_value(model, name), owned.owner.get(name)
+        unchanged = [adapter for adapter in state.adapters if _is_unchanged(owned, model, adapter, name, base)]
+        for adapter in unchanged:
+            if adapter != owner:
+                value = owned.values[adapter][name]
+                owned.values[adapter][name] = new.to(value.device, value.dtype, copy=True)
+        if owner is not None:
+            owned.base[name] = new.to(base.device, base.dtype, copy=True)
+            if owner not in unchanged:
+                values |= dict.fromkeys(fitting, own.detach())
+
+
+def _is_unchanged(owned: OwnedTensors, model: nn.Module, adapter: str, name: str, base: Tensor) -> bool:
+    """Whether an adapter's value of a tensor is still the base's; what is split over processes counts as changed."""
+    if name not in owned.of(adapter) or is_shard(*holder_of(model, name)):
+        return False
+    value = owned.value(model, adapter, name)
+    return torch.equal(value.to(base.device, base.dtype), base)

@@ -720,6 +720,10 @@ class Machine:
         dense = {name: base[first] for name, first in reference.first.items() if first not in reference.stored}
         self.model.load_state_dict(dense | stored)
         yield
+        for adapter in reference.adapters.values():
+            for key, value in adapter.values.items():
+                if torch.equal(value.to(reference.base[key].dtype), reference.base[key]):  # it has not been trained
+                    adapter.values[key] = base[key].to(value.dtype)
         reference.base = base
 
     def snap(self) -> Call:

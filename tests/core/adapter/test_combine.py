@@ -146,7 +146,10 @@ def test_the_base_of_the_differences_is_what_is_there(copied):
     model = nn.Sequential(nn.Linear(3, 3))
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "plain")
     LoraModel(model).add_adapter("a", LoraConfig(r=2, target_modules=["0"], bias="all"))
-    own = model[0].bias.detach().clone()
+    LoraModel(model).set_adapter("a")
+    with torch.no_grad():
+        own = model[0].bias.add_(1).clone()
+    LoraModel(model).set_adapter("plain")
     model = copied(model)  # while the base's bias is in place
     model.load_state_dict(nn.Sequential(nn.Linear(3, 3)).to(model[0].bias.dtype).state_dict())
     base = model[0].bias.detach().clone()

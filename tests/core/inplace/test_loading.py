@@ -141,3 +141,29 @@ def test_the_untouched_model_loads_as_ever():
     lora.model[0].load_state_dict(model_of(1)[0].state_dict())
     assert torch.equal(lora.model[0](X), model_of(1)[0](X))
     assert not any(module._load_state_dict_pre_hooks for module in lora.model.modules())
+
+
+FIELDS = {"bias": ({"bias": "all"}, "0.0.bias"), "head": ({"modules_to_save": ["0.2"]}, "0.2.weight")}
+
+
+@pytest.mark.parametrize(("fields", "name"), FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("active", [True, False], ids=["active", "waiting"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "as it was"])
+def test_what_an_adapter_has_not_changed_becomes_that_of_the_new_base(trained, active, fields, name):
+    """As where a module loads pretrained weights after it was adapted, and before it is trained."""
+    model = model_of()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0.0"], **fields), "a")
+    if trained:
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+    own = model.get_parameter(name).detach().clone()
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["0.0"]))
+    lora.set_adapter("a" if active else "b")
+    new = model_of(seed=1)
+    with torch.no_grad():
+        new.get_parameter(name).add_(0.5)
+    model.load_state_dict(new.state_dict())
+    lora.set_adapter("b")
+    assert torch.equal(model.get_parameter(name), new.get_parameter(name))
+    lora.set_adapter("a")
+    assert torch.equal(model.get_parameter(name), own if trained else new.get_parameter(name))
