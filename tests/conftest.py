@@ -53,14 +53,12 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Starts every test from the same random state, environment and compiler, whichever tests ran before it."""
+    """Starts every test from the same random state and environment, whichever tests ran before it."""
     torch.manual_seed(0)
     environment = dict(os.environ)
     yield
     for name in os.environ.keys() - environment.keys():  # Lightning leaves its seed there, and addresses of processes
         del os.environ[name]
     os.environ.update(environment)
-    if "torch._dynamo" in sys.modules:  # tests share classes and functions, of which the compiler keeps a few graphs
-        torch.compiler.reset()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # it leaves that to the end of the process

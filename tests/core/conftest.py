@@ -104,3 +104,9 @@ def folder(saved, tmp_path):
     for path in saved[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+@pytest.fixture
+def compiler_as_new():
+    """Forgets graphs: tests share classes and functions, of which the compiler keeps a few graphs only."""
+    torch._dynamo.reset()

@@ -48,8 +48,10 @@ SURROUNDINGS = {each.__name__: each for each in (compiled, checkpointed, called_
 @pytest.fixture(autouse=True)
 def many_graphs():
     """Each state is a graph of its own; beyond a limit the compiler would call the model itself."""
+    torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=200):
         yield
+    torch.compiler.reset()
 
 
 def results(call: Callable[..., Outputs], model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | str:

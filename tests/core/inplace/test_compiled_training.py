@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
 
+pytestmark = pytest.mark.usefixtures("compiler_as_new")
+
 CONFIGS = {
     "lora": {},
     "dropout": {"dropout": 0.1},

@@ -11,6 +11,7 @@ from tests.core.kernels.needs import needs
 
 pytestmark = [
     needs("fused_conv", "fused_linear"),  # eager mode computes pointwise ones as linear layers
+    pytest.mark.usefixtures("compiler_as_new"),
 ]
 
 

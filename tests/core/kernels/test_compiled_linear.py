@@ -11,7 +11,7 @@ from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, seeded, shapes, tensors
 from tests.core.kernels.needs import needs
 
-pytestmark = needs("fused_linear")
+pytestmark = [needs("fused_linear"), pytest.mark.usefixtures("compiler_as_new")]
 INDUCTORS_OWN = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 

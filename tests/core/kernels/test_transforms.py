@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from lora_plugins import LoraConfig, LoraModel
 
+pytestmark = pytest.mark.usefixtures("compiler_as_new")
+
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 MODELS = {

@@ -210,6 +210,7 @@ def test_it_keeps_what_plain_lora_keeps(memory, dropout, dtype):
 
 @layers
 def test_it_compiles_whole(make, inputs):
+    torch._dynamo.reset()
     lora, x = adapted(make, dropout=0.0), inputs().double()
     lora.model.train()
     leaves = [p for p in lora.model.parameters() if p.requires_grad]
