@@ -377,6 +377,7 @@ class TestThePythonObject:
         for first, second in zip(*gradients, strict=True):
             assert torch.equal(first, second)
 
+    @pytest.mark.usefixtures("compiler_as_new")
     def test_compile_without_graph_breaks(self):
         model, _, x = self.make()
         model.train()
