@@ -218,7 +218,6 @@ class LoraCallback(Callback):
         self._audit: Audit | None = None
         self._restored: dict[str, Any] | None = None
         self._expected_warnings = ExitStack()
-        self._nested = False
 
     @property
     def state_key(self) -> str:
@@ -259,7 +258,7 @@ class LoraCallback(Callback):
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
         self._end_run()
-        self._nested = begin_run(trainer, stage)
+        begin_run(trainer, stage)
         self._modes = modes_of_frozen_norms(pl_module)
         check_trainer(trainer)
         check_strategy(trainer, vars(self))
@@ -439,7 +438,7 @@ class LoraCallback(Callback):
         if self._audit is not None:
             self._audit.explain(exception)
         self._end_run()
-        end_run(trainer, nested=False)
+        end_run(trainer, "fit")  # a run inside of it ends it as well
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restores the methods of the module, and those of the strategy if the module carries no adapter.
@@ -451,8 +450,7 @@ class LoraCallback(Callback):
             self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
         self._end_run()
         CheckpointShims.remove(trainer, pl_module)
-        end_run(trainer, nested=self._nested)
-        self._nested = False
+        end_run(trainer, stage)
 
     def undo_merge(self, module: nn.Module) -> bool:
         """Undoes the merge where `module` has the very values that were merged, since an adapter is about to be loaded.

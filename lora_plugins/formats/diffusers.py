@@ -208,7 +208,7 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     r = len(factors["A"])
     alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
     if config is not None:
-        said = config.rank(name, r, min(len(factors["B"]), factors["A"][0].numel()))
+        said = config.rank(name, factors["A"], factors["B"])
         config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))
         alpha = config.alpha(name) * r / (math.sqrt(said) if config.fields.get("use_rslora") else said)
     magnitude = magnitude_of(name, factors["scale"], len(factors["B"])) if "scale" in factors else None

@@ -156,7 +156,7 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
     check_factors(name, factors)
     A, B = factors["A"], factors["B"]
     config.check_magnitude(name, present="magnitude" in factors)
-    share = len(A) / config.rank(configured, len(A), min(len(B), A[0].numel()))
+    share = len(A) / config.rank(configured, A, B)
     alpha = config.alpha(configured) * (math.sqrt(share) if config.fields.get("use_rslora") else share)
     return PortableLayer(A, B, alpha, factors.get("magnitude"))
 

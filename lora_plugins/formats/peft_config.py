@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lora_plugins.errors import AdapterFileError, ConfigError, near
 from lora_plugins.field_checks import (
     Check,
@@ -177,18 +179,19 @@ class PeftConfig:
             )
         return str(init).lower()
 
-    def rank(self, name: str, r: int, full: int) -> int:
+    def rank(self, name: str, A: Tensor, B: Tensor) -> int:
         """Returns the rank that the scaling of a layer is told by: that of its tensors, or a higher one.
 
         Args:
             name: Name of the layer.
-            r: The rank of its tensors.
-            full: The full rank of its matrix. Decompositions have no more, whatever the config says.
+            A: `(r, in, ...)`.
+            B: `(out, r, ...)`. Decompositions have no more ranks than the matrix, whatever the config says.
 
         Raises:
             AdapterFileError: If the config says another one.
         """
         said = self._by_pattern("rank_pattern", name) or [self.fields.get("r", 8)]
+        r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
             return int(said[0])
         if r not in said:

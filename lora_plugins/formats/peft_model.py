@@ -12,13 +12,13 @@ from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import modules_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.formats.second_path import warn_of_second_paths
+from lora_plugins.formats.second_path import LAYERS, warn_of_second_paths
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
 from lora_plugins.plan import current_name, former_names
 
 Entry = TypeVar("Entry")
 
-_ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+_ADAPTED = (*LAYERS, nn.MultiheadAttention)
 """The layers that PEFT adapts where its config names them; `Conv1D` of transformers is told by its name."""
 
 

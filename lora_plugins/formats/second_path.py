@@ -2,14 +2,15 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from lora_plugins.errors import listing
 from lora_plugins.inplace import NamedModule, base_class_of
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+"""The layers beside which other libraries put a path."""
+
 _METHODS = ("forward", "_conv_forward")
 
 
@@ -37,10 +38,10 @@ def _left_out(module: nn.Module, others: Sequence[str]) -> str:
     if others:
         return f"what calls the layer as {listing(others)}"
     cls = base_class_of(module)
-    known = next((layer for layer in _LAYERS if issubclass(cls, layer)), None)
+    known = next((layer for layer in LAYERS if issubclass(cls, layer)), None)
     if known is None:
         return ""
-    cases: dict[str, Any] = {
+    cases: dict[str, bool] = {
         f"the forward of {cls.__name__}": any(getattr(cls, m, None) is not getattr(known, m, None) for m in _METHODS),
         "the padding mode": getattr(module, "padding_mode", "zeros") != "zeros",
         "the dilation": any(

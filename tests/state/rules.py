@@ -344,38 +344,36 @@ def _save(reference: Reference, saved: Any, name: str | None, **_: Any) -> Error
         yield MaybeError  # it is not said what is active inside of a context
 
 
-def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | None) -> Errors:
-    found = saved[slot]
-    yield from _idle(reference)
-    yield from _new(reference, found.name if name is None else name)
+def _of_this_base(reference: Reference, found: Saved) -> Errors:
+    """What stands against a file that was saved on another base."""
     if found.plain != reference.plain:
         yield AdapterFileError
         yield MaybeError
         return
     yield from _same_stored(reference, found)
-    if found.adapter.changes_base and (found.was_cast or found.dtype != reference.dtype):
-        yield AdapterFileError
-        yield MaybeError  # what an init has changed is made again from the base in the type that it had then
     for weight in {slot.weight for slot in found.adapter.slots}:
         if reference.first.get(weight) not in found.stored:
             yield from _same_base(reference, found, weight)
+
+
+def _load(reference: Reference, saved: dict[int, Saved], slot: int, name: str | None) -> Errors:
+    found = saved[slot]
+    yield from _idle(reference)
+    yield from _new(reference, found.name if name is None else name)
+    yield from _of_this_base(reference, found)
+    if found.adapter.changes_base and (found.was_cast or found.dtype != reference.dtype):
+        yield AdapterFileError
+        yield MaybeError  # what an init has changed is made again from the base in the type that it had then
 
 
 def _swap(reference: Reference, saved: dict[int, Saved], slot: int, name: str) -> Errors:
     found = saved[slot]
     yield from _idle(reference)
     yield from _known(reference, name)
-    if found.plain != reference.plain:
-        yield AdapterFileError
-        yield MaybeError
-        return
-    yield from _same_stored(reference, found)
+    yield from _of_this_base(reference, found)
     if found.stored.keys() - reference.stored.keys():
         yield AdapterFileError
         yield MaybeError  # nothing is stored anew; weights that it does not need may be stored elsewhere
-    for weight in {slot.weight for slot in found.adapter.slots}:
-        if reference.first.get(weight) not in found.stored:
-            yield from _same_base(reference, found, weight)
     if name in reference.adapters and not _same_places(reference.adapters[name], found.adapter):
         yield AdapterFileError
 

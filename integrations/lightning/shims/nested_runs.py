@@ -11,17 +11,15 @@ _FITS = "_lora_plugins_fits"
 """Attribute of a trainer whose `fit` has not come to its end; a module may make a new callback for each run."""
 
 
-def begin_run(trainer: Trainer, stage: str) -> bool:
-    """Takes note of a run that begins; returns whether it is inside the `fit` of its trainer."""
+def begin_run(trainer: Trainer, stage: str) -> None:
+    """Takes note of a run that begins."""
     if stage == "fit":
         setattr(trainer, _FITS, True)
-        return False
-    return hasattr(trainer, _FITS)
 
 
-def end_run(trainer: Trainer, *, nested: bool) -> None:
+def end_run(trainer: Trainer, stage: str) -> None:
     """Takes note of a run that has ended; after one inside of `fit`, the trainer goes on with that."""
-    if nested:
-        trainer.state.fn = TrainerFn.FITTING
-    else:
+    if stage == "fit":
         vars(trainer).pop(_FITS, None)
+    elif hasattr(trainer, _FITS):
+        trainer.state.fn = TrainerFn.FITTING
