@@ -207,11 +207,13 @@ def require_nothing_kept(call: Callable[[int], object]) -> None:
     call(0)
     call(1)  # the first calls may fill a cache
     gc.collect()
+    frozen_by_others = gc.get_freeze_count()
     gc.freeze()  # looks at new objects alone, of which there are few
     try:
         call(2)
         gc.collect()
         left = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
     finally:
-        gc.unfreeze()
+        if not frozen_by_others:
+            gc.unfreeze()
     require(not left, f"a call leaves {left} tensors in memory")

@@ -1,5 +1,7 @@
 """The built-in layer types and inits pass the kit that third parties run on theirs."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +110,20 @@ def test_layer(name, check, device):
     build, inputs, options = LAYERS[name]
     plugin = default_registry().get(kinds.LAYERS, name)
     check_layer_plugin(plugin, build, inputs, options, only=[check], device=device)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["searched", "frozen"])
+def test_what_the_process_froze_stays_so(frozen):
+    before = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        if frozen:
+            gc.freeze()
+        test_layer("linear", "pure", torch.device("cpu"))
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        if before:
+            gc.freeze()
 
 
 @pytest.mark.parametrize("check", INIT_CHECKS)
