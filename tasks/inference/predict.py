@@ -90,7 +90,6 @@ def predict_folder(
     named = [images] if isinstance(images, str | Path) else images
     found = dict.fromkeys(path for each in named for path in _found(str(each)))
     paths = _named(_readable([*found], on_problem))
-    out.mkdir(parents=True, exist_ok=True)
     if isinstance(task, SemanticSegmentationTask):
         return _write_masks(task, paths, out, window, overlap, flips)
     return [_write_labels(task, paths, out / LABELS, flips)]
@@ -197,6 +196,7 @@ def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips
         best = int(probabilities.argmax())
         columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
         rows.writerow([name, names[best], *columns])
+    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, table.getvalue().encode())  # whole or not at all
     return file
 

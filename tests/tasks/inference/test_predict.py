@@ -80,6 +80,7 @@ class TestPredict:
         files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
         assert predict([*files, *options]) == 1
         assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
     def test_a_window_of_nothing_is_no_argument(self):
         with pytest.raises(ConfigError, match="argument --window: '0' is not a whole number of at least 1"):
