@@ -52,9 +52,23 @@ def test_under_autocast(case, base):
     check_in_half_precision(case, [x, weight, bias, A, B], torch.bfloat16)
 
 
-@cases
-@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+needed = pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
+@needed
 def test_one_gradient_alone(case, needed):
+    check_one_gradient(case, needed)
+
+
+@pytest.mark.slow
+@cases
+@needed
+def test_one_gradient_alone_of_any_convolution(case, needed):
+    check_one_gradient(case, needed)
+
+
+def check_one_gradient(case: Case, needed: int) -> None:
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
     found = both(call(case), inputs, [needed], expected=operators(case))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

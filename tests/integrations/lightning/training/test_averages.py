@@ -167,14 +167,13 @@ class Late(Configured):
 @pytest.mark.parametrize("module_class", [Configured, Late])
 @pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
 @pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
-@pytest.mark.parametrize("fits", [1, 2])
-def test_with_configure_model(tmp_path, module_class, first, make, fits):
+def test_with_configure_model(tmp_path, module_class, first, make):
     """In the second fit the merge of the first one is taken back, and the average is copied once more."""
 
     def fitted(module):
         torch.manual_seed(0)
         callback = lora(merge_on_fit_end=True)
-        for _ in range(fits):
+        for _ in range(2):
             both = [callback, make()]
             trainer(tmp_path, both if first else both[::-1], max_epochs=3).fit(module, loader(), loader())
         return values(module)
