@@ -24,7 +24,7 @@ def executed():
 
 @pytest.mark.parametrize(
     "notebook",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem == "segmentation" else ()) for path in NOTEBOOKS],
+    [pytest.param(path, marks=() if path.stem == "plugin" else pytest.mark.slow) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 @pytest.mark.timeout(900)  # 20 s of a processor, which on a crowded machine may take minutes

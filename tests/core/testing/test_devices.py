@@ -32,7 +32,9 @@ def test_a_check_refuses_it(kind, device):
         CHECKS[kind](device=device, only=["registration"])
 
 
-@pytest.mark.parametrize("device", [*NOWHERE, "meta"])
+@pytest.mark.parametrize(
+    "device", ["cuda:99", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cpuu", "", "meta"))]
+)
 def test_our_own_tests_refuse_it(device):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", __file__, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -67,7 +67,7 @@ class TestExport:
         assert export(["nowhere", "/proc/m.onnx"]) == 1
         assert "nothing can be written in /proc" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("ending", [".pt2", ".safetensors"])
+    @pytest.mark.parametrize("ending", [pytest.param(".pt2", marks=pytest.mark.slow), ".safetensors"])
     def test_a_disk_that_is_full_is_told_and_the_earlier_file_stays(self, fitted, tmp_path, ending):
         file = tmp_path / f"m{ending}"
         file.write_bytes(b"earlier")
