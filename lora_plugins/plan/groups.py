@@ -1,5 +1,6 @@
 """Planned layers and tensors in groups, for tables that people read: `blocks.0-11.attn.qkv`, 12 layers."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,11 @@ class LayerGroup:
     def weight(self) -> int:
         """The number of elements of the weights that are updated."""
         return sum(rows * columns for layer in self.layers for rows, columns in layer.shapes)
+
+    @property
+    def share(self) -> float:
+        """The parameters as a share of the weights, which may have no elements."""
+        return self.parameters / self.weight if self.weight else math.inf
 
 
 def full_name(layer: PlannedLayer) -> str:

@@ -20,6 +20,8 @@ from lora_plugins.inplace import foreign_kind, model_modules
 from lora_plugins.plan.plan import Plan
 
 _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that layers start in; torch compares no values of 8 bits, and whoever stores those has trained them."""
 _FEW = 64
 """Elements of a weight below which its distribution tells nothing."""
 _SAMPLE = 16
@@ -35,7 +37,7 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
     """
     layers = {entry.name: entry.module for entry in model_modules(target) if isinstance(entry.module, _TYPES)}
     adapted = {layer.name for layer in plan.layers}
-    known = (layer for name, layer in layers.items() if name in adapted and _weight_of(layer).numel() >= _FEW)
+    known = (layer for name, layer in layers.items() if name in adapted and _own(layer, "weight").numel() >= _FEW)
     looks = [_looks_new(layer) for layer in islice(known, _SAMPLE)]
     if not looks or 2 * sum(looks) >= len(looks):
         return []
@@ -45,19 +47,19 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
     return [name for name in names[last + 1 :] if name not in trained and _looks_new(layers[name])]
 
 
-def _weight_of(layer: nn.Module) -> Tensor:
-    """Returns a layer's own weight; nothing where it is computed or quantized, or not there yet."""
-    weight = dict(layer.named_parameters(recurse=False)).get("weight")
-    if weight is None or weight.is_meta or foreign_kind(weight) is not None or not weight.is_floating_point():
+def _own(layer: nn.Module, name: str) -> Tensor:
+    """Returns a layer's own parameter; nothing where it is computed, not there yet, or of other than plain floats."""
+    value = dict(layer.named_parameters(recurse=False)).get(name)
+    if value is None or value.is_meta or foreign_kind(value) is not None or value.dtype not in _PLAIN:
         return torch.empty(0, device="cpu")
-    return weight.detach()
+    return value.detach()
 
 
 def _looks_new(layer: nn.Module) -> bool:
-    weight, bias = _weight_of(layer), dict(layer.named_parameters(recurse=False)).get("bias")
+    weight, bias = _own(layer, "weight"), _own(layer, "bias")
     if not weight.numel():
         return False
-    return (bias is not None and not bias.any()) or (weight.numel() >= _FEW and _is_even(weight))
+    return bool(bias.numel() and not bias.any()) or (weight.numel() >= _FEW and _is_even(weight))
 
 
 def _is_even(weight: Tensor) -> bool:

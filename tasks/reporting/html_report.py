@@ -282,7 +282,7 @@ def _plan_rows(plan: Plan) -> Iterator[PlanRow]:
             rank=first.r,
             alpha=first.alpha,
             parameters=group.parameters,
-            share=group.parameters / group.weight,
+            share=group.share,
         )
 
 

@@ -27,8 +27,8 @@ def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -
     for group in plan.groups():
         first = group.layers[0]
         plugin = first.plugin.name if first.variant is None else f"{first.plugin.name}, {first.variant.name}"
-        share = f"{group.parameters / group.weight:.1%}"
-        table.add_row(_times(group.name, len(group.layers)), plugin, str(first.r), f"{group.parameters:,}", share)
+        name, parameters = _times(group.name, len(group.layers)), f"{group.parameters:,}"
+        table.add_row(name, plugin, str(first.r), parameters, f"{group.share:.1%}")
     console = Console()
     console.print(table)
     trained = [_times(name, count) for name, count in plan.trained_groups().items()]

@@ -1,5 +1,6 @@
 """Layers and tensors in groups."""
 
+import math
 from itertools import product
 
 import pytest
@@ -23,6 +24,12 @@ def blocks(count=12):
 
 def grouped(model, **fields):
     return LoraModel.plan(model, LoraConfig(**{"r": 2, **fields})).groups()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("rows", "share"), [(4, 0.75), (0, math.inf)])
+def test_the_share_of_the_weight_is_there_for_weights_without_elements_too(rows, share):
+    assert [group.share for group in grouped(nn.Sequential(nn.Linear(8, rows)), target_modules=["0"])] == [share]
 
 
 class TestNames:

@@ -23,6 +23,18 @@ def forgotten(*heads: nn.Module, bodies=3, new_bodies=0, **fields) -> list[str]:
     return forgotten_layers(model, LoraModel.plan(model, config))
 
 
+def narrow(layer: nn.Module) -> nn.Module:
+    """Stores a layer in 8 bits, as checkpoints for serving have it."""
+    for name, value in [*layer.named_parameters()]:
+        setattr(layer, name, nn.Parameter(value.detach().to(torch.float8_e4m3fn), requires_grad=False))
+    return layer
+
+
+def without_bias_values(layer: nn.Module) -> nn.Module:
+    layer.bias = nn.Parameter(layer.bias.to("meta"))
+    return layer
+
+
 def zero_bias(layer: nn.Module) -> nn.Module:
     nn.init.zeros_(layer.bias)
     return layer
@@ -54,6 +66,8 @@ def test_a_new_head_is_named(head):
         pytest.param(lambda: nn.Linear(9, 7), id="63 values"),
         pytest.param(lambda: nn.Linear(16, 8, device="meta"), id="no values"),
         pytest.param(lambda: nn.Embedding(16, 8), id="another type"),
+        pytest.param(lambda: narrow(nn.Linear(16, 8)), id="8 bits"),
+        pytest.param(lambda: without_bias_values(trained(nn.Linear(16, 8))), id="no values of the bias"),
     ],
 )
 def test_another_head_is_not(head):
@@ -73,3 +87,8 @@ def test_where_most_of_the_adapted_layers_are_new_nothing_is_said(new, named):
 def test_what_lies_before_the_last_adapted_layer_is_not_looked_at():
     model = nn.Sequential(trained(nn.Linear(16, 16)), nn.Linear(16, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 8))
     assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0", "2"]))) == ["3"]
+
+
+def test_adapted_layers_of_8_bits_tell_nothing():
+    model = nn.Sequential(narrow(trained(nn.Linear(16, 16))), nn.Linear(16, 8))
+    assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0"]))) == []
