@@ -1,7 +1,8 @@
 """A base that is stored in fewer bytes as it is read: one tensor after the other, never the float model as a whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def load_quantized(
     Raises:
         MergeError: If a weight would be stored that another layer shares, which keeps it as it is.
         ConfigError: If the config has no `quantize`, the file cannot be read, its keys are not those of the model's
-            state dict, or a tensor of the model would stay without values. The model is untouched then.
+            state dict, a tensor of the model would stay without values, or one that would be stored has values that
+            are not finite. The model is untouched then.
     """
     if config.quantize is None:
         raise ConfigError("load_quantized stores weights as the config says, and it has no quantize. Set it, as 'nf4'.")
@@ -58,37 +60,35 @@ def load_quantized(
     check_shared(model, by_layer(stored))
     storages = {id(_tensor(places[name])): storage for name, storage in stored.items()}
     _check_keys(model, places, files)
-    made: dict[int, nn.Parameter | StoredWeight | Tensor] = {}
+    made: dict[int, Tensor | StoredWeight] = {}
     for key, file in files.items():
-        module, name = places[key]
-        old = module._parameters.get(name)
-        value = _read(file, key)
-        if old is None:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            module._buffers[name] = value.to(device, buffer.dtype, copy=True)
-        elif id(old) not in made:
-            made[id(old)] = _made(value, old, storages.get(id(old)), device)
-    for module, name in places.values():
-        old = module._parameters.get(name)
-        if old is not None and id(old) in made:
-            _put(module, name, made[id(old)])
+        old = _tensor(places[key])
+        if id(old) not in made:
+            made[id(old)] = _made(key, _read(file, key), old, storages.get(id(old)), device)
+    for place, new in {place: made[id(_tensor(place))] for place in places.values()}.items():
+        _put(*place, new)
     return model
 
 
 def _made(
-    value: Tensor, old: Tensor, storage: Storage | None, device: torch.device | str
-) -> nn.Parameter | StoredWeight:
+    key: str, value: Tensor, old: Tensor, storage: Storage | None, device: torch.device | str
+) -> Tensor | StoredWeight:
+    """Returns what takes the place of a tensor of the model: a parameter, a buffer, or a stored weight."""
+    value = value.to(device, old.dtype, copy=storage is None)
     if storage is None:
-        return nn.Parameter(value.to(device, old.dtype, copy=True), requires_grad=old.requires_grad)
-    return StoredWeight(storage, value.to(device, old.dtype), requires_grad=old.requires_grad)
+        return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    if not bool(value.isfinite().all()):
+        raise ConfigError(f"{key!r} has values that are not finite, which cannot be stored as {storage}.")
+    return StoredWeight(storage, value, requires_grad=old.requires_grad)
 
 
-def _put(module: nn.Module, name: str, new: Any) -> None:
+def _put(module: nn.Module, name: str, new: Tensor | StoredWeight) -> None:
     if isinstance(new, StoredWeight):
         put_stored(module, name, new)
-    else:
+    elif isinstance(new, nn.Parameter):
         module._parameters[name] = new
+    else:
+        module._buffers[name] = new
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -97,20 +97,29 @@ def _files(path: Path) -> dict[str, Path]:
         path = path / (_INDEX if (path / _INDEX).is_file() else _FILE)
     if not path.is_file():
         raise ConfigError(f"{path} is not there. Give a safetensors file, an index of some, or their folder.")
-    try:
-        if path.suffix == ".json":
-            weights = json.loads(path.read_text())["weight_map"]
-            return {str(key): path.parent / Path(str(name)).name for key, name in weights.items()}
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+    if path.suffix != ".json":
+        with _opened(path) as file:
             return dict.fromkeys(file.keys(), path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors or an index of some: {error!r}.") from error
+    try:
+        weights = json.loads(path.read_text())["weight_map"]
+        return {str(key): path.parent / Path(str(name)).name for key, name in weights.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as an index of safetensors files: {error!r}.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}.") from error
 
 
 def _read(path: Path, key: str) -> Tensor:
     """Returns a tensor on the pages of its file, which it keeps in memory: what stays has to be a copy."""
     # Opened anew for each tensor: the pages of a file that stays open stay in memory.
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+    with _opened(path) as file:
         tensor: Tensor = file.get_tensor(key)
         return tensor
 
@@ -150,7 +159,7 @@ def _check_keys(model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], f
             "set it on the model before."
         )
     for key, file in files.items():
-        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call, unused-ignore]
+        with _opened(file) as opened:
             shape = opened.get_slice(key).get_shape()
         if list(_tensor(places[key]).shape) != list(shape):
             raise ConfigError(f"{key!r} is {shape} in {file.name} and {list(_tensor(places[key]).shape)} in the model.")

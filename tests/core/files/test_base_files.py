@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path):
             safetensors.torch.save_file(damaged, file)
         with pytest.raises(ConfigError, match=message):
             load_quantized(model, file or path, config)
-        assert all(parameter.is_meta for parameter in model.parameters())
+        assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
     refused(r"1 tensors only in the model \('fc.weight'\), 0 only in the file", lambda s: s.pop("fc.weight"))
     refused(
@@ -115,9 +115,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path):
     refused("cannot be read as safetensors", file=tmp_path / "broken.safetensors")
     with pytest.raises(MergeError, match=r"'embed.weight' is the same tensor as 'head.weight'"):
         load_quantized(empty(), path, LoraConfig(target_modules=["embed"], quantize="nf4", quantize_options=SMALL))
+    refused("'fc.weight' has values that are not finite, .* as nf4", lambda s: s["fc.weight"].fill_(float("nan")))
+    index = {"weight_map": dict.fromkeys(state, "lost.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("lost.safetensors cannot be read as safetensors", file=tmp_path)
+    (tmp_path / "lost.safetensors").write_bytes(path.read_bytes())
+    index["weight_map"] |= {"fc.weight": "other.safetensors"}
+    safetensors.torch.save_file({"fc.bias": state["fc.bias"]}, tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("other.safetensors cannot be read as safetensors: .*fc.weight", file=tmp_path)
     model = empty()
     model.register_buffer("positions", torch.zeros(3, device="meta"), persistent=False)
     refused("'positions' is on the meta device and in no state dict", model=model)
+
+
+def test_buffers_that_are_one_stay_one(tmp_path):
+    def tied(model):
+        model.other = nn.BatchNorm1d(32)
+        model.other.running_mean = model.norm.running_mean
+        return model
+
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_model(tied(floating()), path)
+    model = load_quantized(tied(empty()), path, CONFIG)
+    assert model.other.running_mean is model.norm.running_mean
+    assert not model.norm.running_mean.is_meta
 
 
 PROGRAM = """
