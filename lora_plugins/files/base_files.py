@@ -77,7 +77,8 @@ def _made(
     value = value.to(device, old.dtype, copy=storage is None)
     if storage is None:
         return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    if not bool(value.isfinite().all()):
+    # isfinite of all values would make a second copy of the weight.
+    if value.numel() and not all(bool(end.isfinite()) for end in value.aminmax()):
         raise ConfigError(f"{key!r} has values that are not finite, which cannot be stored as {storage}.")
     return StoredWeight(storage, value, requires_grad=old.requires_grad)
 
