@@ -95,6 +95,7 @@ def _reason(site: Site, weight: Weight, storage: Storage, loading: bool) -> str:
         f"it is quantized by {weight.foreign} already": bool(weight.foreign),
         "it is computed from other tensors": weight.computed,
         f"it has the type {weight.dtype}, not a floating one": not weight.dtype.is_floating_point,
+        f"it has 8 bits already, as {weight.dtype}": weight.dtype.itemsize == 1,
         f"it {weight.problem}": bool(weight.problem),
         "it is on the meta device; load its values first": weight.on_meta and not loading,
         "the layer is a TorchScript module": site.scripted,

@@ -36,6 +36,13 @@ def test_a_sparse_weight(layout):
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
 
 
+def test_a_weight_of_8_bits_is_not_stored_in_fewer():
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    model[0].weight.data = model[0].weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(TargetError, match=r"stored as int8; .*\n  '0.weight': it has 8 bits already, as torch.float8"):
+        LoraModel(model, LoraConfig(r=2, quantize="int8", quantize_options={"min_size": 0}))
+
+
 def test_a_weight_that_is_read_as_another_tensor():
     class Scaled(nn.Linear):
         def __getattr__(self, name):
