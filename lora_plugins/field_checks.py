@@ -28,6 +28,21 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
+def finite(what: str, value: Any) -> float:
+    """Returns a number that a caller gave.
+
+    Raises:
+        ConfigError: If it is none, or not finite, naming it.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{what} is {shown(value)}. It has to be a finite number.")
+    return number
+
+
 def check_rank(name: str, value: Any) -> None:
     """A rank."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:

@@ -28,6 +28,7 @@ from lora_plugins.adapter.integrity import check_in_place
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing, near
+from lora_plugins.field_checks import finite
 from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
@@ -110,7 +111,7 @@ def combine(
 ) -> Combination:
     """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`."""
     _check(adapters, weights, combination_type, options)
-    weights = [_finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
+    weights = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
     sources = [state.adapter(name).plan for name in adapters]
     for name, source in zip(adapters, sources, strict=True):
         if source.init.changes_base:
@@ -193,7 +194,7 @@ def _check(
     for key in options:
         if key not in known:
             raise ConfigError(f"{combination_type!r} has no option {key!r}. {near(key, known)}")
-    numbers = {key: _finite(key, value) for key, value in options.items()}
+    numbers = {key: finite(key, value) for key, value in options.items()}
     if "density" in known and not 0 < numbers.get("density", -1) <= 1:
         raise ConfigError(
             f"{combination_type!r} needs a density: the share of elements to keep, above 0 and at most 1."
@@ -201,21 +202,6 @@ def _check(
     rank = numbers.get("rank", 1)
     if rank < 1 or rank != int(rank):
         raise ConfigError(f"rank is a whole number of at least 1, not {options['rank']!r}.")
-
-
-def _finite(what: str, value: Any) -> float:
-    """Returns a number that the caller gave.
-
-    Raises:
-        ConfigError: If it is none, or not finite, naming it.
-    """
-    try:
-        number = math.nan if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{what} is {value!r}. It has to be a finite number.")
-    return number
 
 
 def _check_range(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:

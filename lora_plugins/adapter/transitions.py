@@ -3,7 +3,6 @@
 `lifecycle` says which call is allowed when.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from lora_plugins.adapter.rounded_bases import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
+from lora_plugins.field_checks import finite
 from lora_plugins.inplace import (
     RESERVED,
     StoredWeight,
@@ -208,12 +208,9 @@ def _weights(state: ModelState, adapters: Sequence[str], weights: Sequence[float
     """Returns the weights that are not 1, by adapter."""
     if weights is None:
         return {}
-    numbers = [float(weight) for weight in weights if isinstance(weight, int | float) and math.isfinite(weight)]
-    if len(numbers) != len(weights) or len(weights) != len(adapters):
-        raise ConfigError(
-            f"weights={list(weights)!r} for {listing(adapters)}: give one finite number for each of the "
-            f"{len(adapters)} adapters."
-        )
+    numbers = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=False)]
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     given = {name: weight for name, weight in zip(adapters, numbers, strict=True) if weight != 1}
     for name in given:
         if own := state.values.of(name):

@@ -129,12 +129,18 @@ def test_an_adapter_is_saved_without_its_weight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weights", [[1.0], [1, 2, 3], [1, float("nan")], [float("inf"), 1], ["1", 2], [None, 1]], ids=str
+    ("weights", "message"),
+    [
+        *(([1.0] * count, f"2 adapters and {count} weights: give one") for count in (0, 1, 3)),
+        *(([0.5, wrong], "weight of 'b' is .* finite") for wrong in (float("nan"), float("inf"), "2", None, True)),
+        ([10**5000, 1], "weight of 'a' is an integer of 16610 bits"),
+    ],
+    ids=["none", "one", "three", "nan", "inf", "text", "nothing", "flag", "too large"],
 )
-def test_other_weights_are_refused(weights):
+def test_other_weights_are_refused(weights, message):
     lora = model()
     before = lora.model(X)
-    with pytest.raises(ConfigError, match="give one finite number for each of the 2 adapters"):
+    with pytest.raises(ConfigError, match=message):
         lora.set_adapter(["a", "b"], weights=weights)
     assert torch.equal(lora.model(X), before)
 
