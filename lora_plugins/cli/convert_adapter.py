@@ -31,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: If the model cannot be made, or is needed and was not named.
     """
     given = convert_parser().parse_args(arguments)
+    if given.weights is not None and given.model is None:
+        raise ConfigError("--weights are those of the base model, and --model does not name it. Say --model MODULE:NAME.")
     check_writable_place(given.target, "The target")
     registry, found = default_registry(), located(given.source)
     source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)
