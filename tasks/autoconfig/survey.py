@@ -157,6 +157,8 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
 
 
 def _of_list(data: Path, flags: Flags) -> Survey:
+    if flags.masks is not None:
+        raise DataError(f"--masks is a folder; the masks of {data} are in its column 'mask'.")
     rows = read_list(data, ("image",))
     columns = [name for name in ("mask", "label") if rows[0].get(name) not in (None, "")]
     if not columns:
@@ -182,6 +184,8 @@ def _of_list(data: Path, flags: Flags) -> Survey:
         arguments |= {**coding.arguments(), **share}
         size = common_size([_image_size(image) for image in images])
         return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, "a list of masks", size, coding)
+    if flags.ignore_index is not None:
+        raise DataError(f"--ignore-index is for masks; {data} has labels.")
     labels = [str(row[column]) for row in splits[TRAIN]]
     classes = flags.classes or tuple(sorted({str(row[column]) for row in rows}))
     if len(classes) < 2:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,19 @@ def test_what_cannot_be_trained_on(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(DataError, match=message):
         survey(tmp_path / "data", Flags())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"masks": Path("masks")}, "are in its column 'mask'"), ({"ignore_index": 0}, "has labels")],
+    ids=["masks", "ignore_index"],
+)
+def test_what_a_list_of_labels_has_no_use_for(tmp_path, flags, message):
+    for number in range(10):
+        write_image(tmp_path / f"{number}.jpg", noise())
+    data = written(tmp_path / "list.csv", [{"image": f"{at}.jpg", "label": "ab"[at % 2]} for at in range(10)])
+    with pytest.raises(DataError, match=message):
+        survey(data, Flags(**flags))
 
 
 def test_a_list_that_is_not_there(tmp_path):
