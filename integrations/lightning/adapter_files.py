@@ -1,7 +1,9 @@
 """The files that a run leaves of its adapter, each in a format of its own."""
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,20 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     for file in files:
         if not isinstance(file, AdapterFile):
             raise ConfigError(f"save_adapter_to holds {file!r}. An entry is a path, or an AdapterFile(path, format).")
-    paths = [file.path for file in files]
-    twice = [path for path in paths if paths.count(path) > 1]
-    if twice:
-        raise ConfigError(f"save_adapter_to has {twice[0]!r} twice.")
+    check_distinct([file.path for file in files])
     return files
+
+
+def check_distinct(paths: Iterable[str]) -> None:
+    """Checks that no result of a run takes the place of another one.
+
+    Raises:
+        ConfigError: If one would.
+    """
+    places = Counter(os.path.abspath(path) for path in paths)
+    twice = [place for place, count in places.items() if count > 1]
+    if twice:
+        raise ConfigError(f"Two results of a run would be written to {twice[0]}. Give each a path of its own.")
 
 
 def check_expressible(files: Sequence[AdapterFile], target: nn.Module, adapter_name: str) -> None:

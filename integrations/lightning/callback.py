@@ -28,6 +28,7 @@ from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
+    check_distinct,
     check_expressible,
     check_places,
     check_room,
@@ -264,6 +265,7 @@ class LoraCallback(Callback):
         check_strategy(trainer, vars(self))
         if stage == "fit":
             check_callbacks(trainer)
+            check_distinct(_places_of_results(trainer))
             if _writes(trainer):
                 check_places(self.adapter_files, self.export_to)
         self._check_group(trainer)
@@ -611,6 +613,14 @@ class LoraCallback(Callback):
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
         self._restored, self._merge.undone, self._sums = None, False, {}
+
+
+def _places_of_results(trainer: Trainer) -> list[str]:
+    """Returns where callbacks write: adapters, and the merged model of each target."""
+    found = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = [callback for callback in found if isinstance(callback, LoraCallback)]
+    merged = {(each.target, each.export_to) for each in callbacks if each.export_to is not None}
+    return [file.path for each in callbacks for file in each.adapter_files] + [path for _, path in merged]
 
 
 def _load_best(trainer: Trainer, module: LightningModule) -> None:

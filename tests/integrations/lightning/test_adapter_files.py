@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_an_unknown_format_is_told_before_training(tmp_path):
 @pytest.mark.parametrize(
     ("files", "match"),
     [
-        pytest.param(["a", "a"], "has 'a' twice", id="twice"),
+        pytest.param(["a", "a"], r"Two results of a run would be written to \S+/a\.", id="twice"),
+        pytest.param([Path("a"), AdapterFile("./b/../a/", "peft")], "Two results", id="twice, in other words"),
         pytest.param(3, r"holds 3\. An entry is a path, or an AdapterFile", id="a number alone"),
         pytest.param([3], r"holds 3\. An entry is a path, or an AdapterFile", id="a number"),
     ],
@@ -116,6 +118,41 @@ def test_an_unknown_format_is_told_before_training(tmp_path):
 def test_what_names_no_files_is_refused(files, match):
     with pytest.raises(ConfigError, match=match):
         LoraCallback(CONFIG, save_adapter_to=files)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param({"save_adapter_to": "a"}, {"save_adapter_to": "a"}, id="adapters"),
+        pytest.param({"export_to": "a.safetensors"}, {"export_to": "a.safetensors"}, id="merged models"),
+        pytest.param(
+            {"export_to": "a.safetensors"},
+            {"save_adapter_to": [AdapterFile("a.safetensors", "kohya", {"component": "unet"})]},
+            id="a merged model and an adapter",
+        ),
+    ],
+)
+def test_results_that_would_overwrite_each_other_are_refused_before_training(first, second, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callbacks = [
+        LoraCallback(LoraConfig(r=2, target_modules="all"), target=target, **given)
+        for target, given in (("net.0", first), ("net.3", second))
+    ]
+    with pytest.raises(ConfigError, match="Two results of a run would be written to"):
+        trainer(tmp_path, callbacks, max_epochs=1).fit(Classifier(), loader())
+
+
+def test_callbacks_of_one_target_may_name_one_merged_model(tmp_path):
+    merged = str(tmp_path / "merged.safetensors")
+    callbacks = [
+        lora(target="net", config=replace(CONFIG, target_modules=[layer]), adapter_name=name, export_to=merged)
+        for name, layer in (("a", "0"), ("b", "3"))
+    ]
+    module = Classifier()
+    trainer(tmp_path, callbacks, max_epochs=1).fit(module, loader())
+    plain = Classifier().net.eval()
+    plain.load_state_dict(load_file(merged))
+    torch.testing.assert_close(plain(X), module.net.eval()(X), rtol=0, atol=0)
 
 
 def test_a_compiled_network_writes_plain_names(tmp_path):
