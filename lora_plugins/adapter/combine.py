@@ -18,7 +18,6 @@ Trained heads and biases are combined by the weighted sum of their differences f
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -32,7 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     given = convert_parser().parse_args(arguments)
     if given.weights is not None and given.model is None:
-        raise ConfigError("--weights are those of the base model, and --model does not name it. Say --model MODULE:NAME.")
+        raise ConfigError(
+            "--weights are those of the base model, which --model does not name. Say --model MODULE:NAME."
+        )
     check_writable_place(given.target, "The target")
     registry, found = default_registry(), located(given.source)
     source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)

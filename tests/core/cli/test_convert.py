@@ -124,7 +124,9 @@ class TestConvert:
                 "which is no safetensors file",
                 id="not weights",
             ),
-            pytest.param(["--to", "peft", "--weights", __file__], "--model does not name it", id="weights of no model"),
+            pytest.param(
+                ["--to", "peft", "--weights", __file__], "which --model does not name", id="weights of no model"
+            ),
             pytest.param(["--to", "peft", "--write-option", "component"], "write NAME=VALUE", id="no value"),
             pytest.param(["--to", "peft", "--read-option", "a=b"], "has no option 'a'", id="no option"),
         ],
