@@ -5,6 +5,7 @@ import re
 import secrets
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -49,7 +50,8 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
     for path in folder.glob(".*"):
         found = _TEMPORARY.fullmatch(path.name)
         if found is not None and names.fullmatch(found["name"]) and _is_left_over(path, found):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's: what was to be written is written
+                path.unlink()
 
 
 def _is_left_over(path: Path, found: re.Match[str]) -> bool:

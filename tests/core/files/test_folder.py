@@ -275,9 +275,14 @@ class TestKilledWhileWriting:
         foreign = tmp_path / ".notes.txt.0123abcd"
         for path in (running, foreign):
             path.write_bytes(b"theirs")
-        assert len(list(tmp_path.iterdir())) == 9
+        kept = tmp_path / ".adapter.json.4567abcd"  # what cannot be removed is left
+        kept.mkdir()
+        os.utime(kept, (0, 0))
+        assert len(list(tmp_path.iterdir())) == 10
         lora.save_adapter(tmp_path)
-        assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {running.name, foreign.name}
+        assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {
+            path.name for path in (running, foreign, kept)
+        }
 
     def test_a_full_disk_leaves_the_old_adapter(self, tmp_path, monkeypatch):
         model = build()
