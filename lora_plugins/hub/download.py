@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_plugins.errors import ConfigError
+from lora_plugins.errors import AdapterFileError, ConfigError
 from lora_plugins.hub.client import errors_told, hub
 from lora_plugins.plugins import FORMATS, Registry, default_registry
 
@@ -57,18 +57,16 @@ def located(path: str | Path, registry: Registry | None = None) -> Path:
 
     Raises:
         ConfigError: If the location is none, or huggingface_hub is missing.
-        AdapterFileError: If there is no such repository or revision, or it cannot be reached.
+        AdapterFileError: If there is no such repository, revision or path, or it cannot be reached.
     """
     if not isinstance(path, str) or not path.startswith(SCHEME):
         return Path(path)
     place, client = Location.of(path), hub()
     formats = [owned.plugin for owned in (registry or default_registry()).of(FORMATS).values()]
-    folder = f"{place.path}/" if place.path else ""
-    wanted = [f"{folder}{below}{name}" for each in formats for name in each.file_names for below in ("", "*/")]
+    names = [f"{below}{name}" for each in formats for name in each.file_names for below in ("", "*/")]
+    wanted = [place.path, *(f"{place.path}/{name}" for name in names)] if place.path else names
     with errors_told(f"Downloading {path!r}"):
-        if Path(place.path).suffix:
-            return Path(client.hf_hub_download(place.repository, place.path, revision=place.revision))
-        return (
-            Path(client.snapshot_download(place.repository, revision=place.revision, allow_patterns=wanted))
-            / place.path
-        )
+        found = client.snapshot_download(place.repository, revision=place.revision, allow_patterns=wanted)
+    if not (Path(found) / place.path).exists():
+        raise AdapterFileError(f"{path!r} is no file, and no folder with files of an adapter, in {place.repository}.")
+    return Path(found) / place.path

@@ -114,16 +114,17 @@ class TestLoading:
         assert "RevisionNotFoundError" in done.stdout
         assert "hf auth login" in done.stdout
 
-    def test_a_folder_and_a_file_in_a_repository(self, hub, run, tmp_path):
-        files = {f"night/{path}": data for path, data in written(tmp_path / "a", format="peft").items()}
+    @pytest.mark.parametrize("folder", ["night", "night-v1.5"])
+    def test_a_folder_and_a_file_in_a_repository(self, folder, hub, run, tmp_path):
+        files = {f"{folder}/{path}": data for path, data in written(tmp_path / "a", format="peft").items()}
         scope = {}
         exec(NET, scope)
         lora = LoraModel(scope["build"](), LoraConfig(r=2, target_modules=["0"], init="none"))
         style = lora.save_adapter(tmp_path / "s.safetensors", format="kohya", format_options={"component": "unet"})
         hub.repositories["owner/name"] = {"main": {**files, "styles/s.safetensors": style.read_bytes()}}
         done = run(
-            """
-            check(LoraModel.load_adapter(build(), "hf://owner/name/night").model)
+            f"""
+            check(LoraModel.load_adapter(build(), "hf://owner/name/{folder}").model)
             lora = LoraModel.load_adapter(build(), "hf://owner/name/styles/s.safetensors")
             assert lora.plans["default"].layers[0].name == "0"
             """
@@ -150,6 +151,21 @@ class TestLoading:
             """
         )
         assert "Downloading 'hf://owner/nothing' is not possible: RepositoryNotFoundError" in done.stdout, done.stderr
+
+    @pytest.mark.parametrize("path", ["day", "day.safetensors", "night/s.safetensors"])
+    def test_no_such_path(self, path, hub, run, tmp_path):
+        hub.repositories["owner/name"] = {"main": written(tmp_path / "a")}
+        done = run(
+            f"""
+            try:
+                LoraModel.load_adapter(build(), "hf://owner/name/{path}")
+            except AdapterFileError as error:
+                print(error)
+            """
+        )
+        assert f"'hf://owner/name/{path}' is no file, and no folder with files of an adapter" in done.stdout, (
+            done.stderr
+        )
 
     def test_by_the_commands(self, hub, run, tmp_path):
         hub.repositories["owner/name"] = {"main": written(tmp_path / "a", format="peft")}
