@@ -1,7 +1,8 @@
 """Hot swap: the tensors of an adapter become those of another one, in the shapes that are there.
 
 A rank that is smaller is filled up with zeros, and another scaling goes into B, so that nothing of the model changes
-but values: what `torch.compile` has compiled, a CUDA graph and an optimizer go on as they are.
+but values: what `torch.compile` has compiled and an optimizer go on as they are. The values get memory of their own, so
+that a rollback has the former ones: a CUDA graph that somebody recorded by hand has to be recorded again.
 """
 
 from collections.abc import Mapping

@@ -19,6 +19,13 @@ def origin(registry: Registry, kind: PluginKind[Any], name: str) -> dict[str, st
     return {"distribution": owned.info.distribution, "version": owned.info.version} if owned else {}
 
 
+def whose(found: Origin) -> str:
+    """Returns the distribution and version of an object of a plugin, for messages."""
+    if not found.get("distribution"):
+        return "an unknown distribution"
+    return f"{found['distribution']} {found.get('version', '')}".strip()
+
+
 def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> None:
     """Checks that the plugins of an adapter are here, and that its manifest is of one mind about them.
 
@@ -34,7 +41,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
                 "of them was changed. Copy the adapter again."
             )
     missing = dict.fromkeys(
-        f"the {kind.title} {found['name']!r} of {_whose(found)}"
+        f"the {kind.title} {found['name']!r} of {whose(found)}"
         for kind, found in _origins(manifest, config)
         if found["name"] not in registry.of(kind) and found["name"] not in kind.reserved
     )
@@ -56,10 +63,10 @@ def versions_told(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
         yield
     except AdapterFileError as error:
         others = dict.fromkeys(
-            f"the {kind.title} {found['name']!r} of {_whose(found)}, and here is that of {_whose(here)}"
+            f"the {kind.title} {found['name']!r} of {whose(found)}, and here is that of {whose(here)}"
             for kind, found in (*_origins(manifest, config), *_storages(manifest))
             if found.get("distribution") not in (None, DISTRIBUTION)
-            if (here := origin(registry, kind, found["name"])) and _whose(here) != _whose(found)
+            if (here := origin(registry, kind, found["name"])) and whose(here) != whose(found)
         )
         if not others:
             raise
@@ -85,9 +92,3 @@ def _entry(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(entry, dict):
         raise AdapterFileError(f"The manifest has no proper entry {key!r}; it is damaged. Copy the adapter again.")
     return entry
-
-
-def _whose(found: Origin) -> str:
-    if not found.get("distribution"):
-        return "an unknown distribution"
-    return f"{found['distribution']} {found.get('version', '')}".strip()

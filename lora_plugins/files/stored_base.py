@@ -15,7 +15,8 @@ from torch import nn
 from lora_plugins.adapter import AdapterContent, check_not_owned, new_stored_weights, to_store
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import checksum
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, state_of, stored_weights
+from lora_plugins.files.origins import origin, whose
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, modules_by_name, state_of, stored_weights
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import STORAGES, Registry, Storage, storage_options
 
@@ -90,11 +91,10 @@ def new_checked(
 
 
 def _description(stored: StoredWeight, registry: Registry) -> dict[str, Any]:
-    owned = registry.of(STORAGES).get(stored.storage.plugin.name)
-    origin = {"distribution": owned.info.distribution, "version": owned.info.version} if owned else {}
+    name = stored.storage.plugin.name
     return {
-        "storage": stored.storage.plugin.name,
-        **origin,
+        "storage": name,
+        **origin(registry, STORAGES, name),
         "options": dict(stored.storage.options),
         "dtype": str(stored.source_dtype).removeprefix("torch."),
         "sum": _sum(stored),
@@ -118,10 +118,9 @@ def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
 def _storage(entry: Mapping[str, Any], registry: Registry) -> Storage:
     name = str(entry.get("storage"))
     if name not in registry.of(STORAGES):
-        whose = f"{entry.get('distribution', 'an unknown distribution')} {entry.get('version', '')}".strip()
         raise AdapterFileError(
-            f"The adapter was trained on weights stored as {name!r} of {whose}, which is not here. Install it, or let "
-            f"it load.{registry.absent()}"
+            f"The adapter was trained on weights stored as {name!r} of {whose(entry)}, which is not here. Install it, "
+            f"or let it load.{registry.absent()}"
         ) from registry.cause()
     plugin = registry.get(STORAGES, name)
     try:
@@ -132,8 +131,7 @@ def _storage(entry: Mapping[str, Any], registry: Registry) -> Storage:
 
 def _check_float(model: nn.Module, name: str, storage: Storage) -> None:
     path, _, key = name.rpartition(".")
-    modules = {alias: entry.module for entry in model_modules(model) for alias in entry.names}
-    layer = modules.get(path)
+    layer = modules_by_name(model).get(path)
     parameter = None if layer is None else layer._parameters.get(key)
     if layer is None or parameter is None or not parameter.is_floating_point() or parameter.is_meta:
         raise AdapterFileError(

@@ -79,7 +79,7 @@ class KohyaFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None}
 
     def recognizes(self, path: Path) -> bool:
-        """A file with one of the usual prefixes in front of every key."""
+        """A file with a key behind one of the usual prefixes."""
         return path.is_file() and any(_split(key) is not None for key in read_shapes(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lora_plugins.errors import listing, near
-from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky
+from lora_plugins.errors import listing
+from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, nearest
 from lora_plugins.plan.survey import Site
 
 _PART_NAMES = {
@@ -38,7 +38,7 @@ def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Sit
         _every_layer(pattern, sites, names)
         or _other_form(pattern, patterns, names)
         or _attention(pattern, patterns, sites, names)
-        or _nearest(pattern, names)
+        or nearest(pattern, names)
     )
 
 
@@ -62,7 +62,7 @@ def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str
         names: The names of all modules.
         layers: Those of the modules that have parameters of their own, in the order of the model.
     """
-    close = _nearest(pattern, names)
+    close = nearest(pattern, names)
     return close if close.startswith("Did") or not layers else f"The last layer of the model is {layers[-1]!r}."
 
 
@@ -152,11 +152,6 @@ def _parts(patterns: Sequence[str]) -> list[str]:
     words = set().union(*map(_words, patterns))
     found = {_PART_OF[word] for word in words & _PART_OF.keys()}
     return [part for part in _PART_NAMES if part in found or (not found and words & _FUSED_NAMES)]
-
-
-def _nearest(pattern: str, names: Sequence[str]) -> str:
-    length = pattern.count(".") + 1
-    return near(pattern, {".".join(name.split(".")[-length:]) for name in names if name})
 
 
 def _matched(expression: str, names: Sequence[str]) -> list[str]:
