@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import check_count
 from lora_plugins.inits.factors import without_product
 from lora_plugins.plugins import InitContext, InitPlugin
 from lora_plugins.utils import BITS, low_rank, quantize_dequantize
@@ -33,11 +34,10 @@ class LoftQInit(InitPlugin):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses widths that no quantizer has, and counts below one."""
+        for key in self.options:
+            check_count(f"init_options: {key} of loftq", options[key])
         if options["bits"] not in BITS:
             raise ConfigError(f"init_options: loftq has {BITS} bits, not {options['bits']!r}.")
-        for key in ("block_size", "iterations"):
-            if not isinstance(options[key], int) or options[key] < 1:
-                raise ConfigError(f"init_options: {key} of loftq is a count of at least 1, not {options[key]!r}.")
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
         """Runs the alternation and fills A and B with its best iterate."""

@@ -111,6 +111,8 @@ class Storage:
             stored = self.plugin.store(weight.detach().to(torch.float32).contiguous(), self.options)
         if not isinstance(stored, Mapping) or not all(isinstance(each, Tensor) for each in stored.values()):
             raise PluginError(f"store() of the storage {self.plugin.name!r} gives {type(stored)}, not tensors by name.")
+        if not stored:
+            raise PluginError(f"store() of the storage {self.plugin.name!r} gives no tensor.")
         if wrong := [name for name in stored if not name.isidentifier()]:
             raise PluginError(
                 f"store() of the storage {self.plugin.name!r} gives names that no attributes have: {wrong}."

@@ -178,8 +178,14 @@ class TestLoftQ:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"bits": 3}, "bits"), ({"iterations": 0}, "iterations"), ({"bit": 4}, "Did you mean 'bits'")],
-        ids=["bits", "iterations", "unknown"],
+        [
+            ({"bits": 3}, r"loftq has \(2, 4, 8\) bits"),
+            ({"bits": 4.0}, "bits of loftq is a whole number"),
+            ({"block_size": True}, "block_size of loftq is a whole number"),
+            ({"iterations": 0}, "iterations of loftq is a whole number"),
+            ({"bit": 4}, "Did you mean 'bits'"),
+        ],
+        ids=["bits", "no integer", "a flag", "iterations", "unknown"],
     )
     def test_refuses_bad_options(self, options, message):
         with pytest.raises(ConfigError, match=message):

@@ -24,6 +24,11 @@ class AList(Whole):
         return [weight.to(torch.int8)]
 
 
+class Nothing(Whole):
+    def store(self, weight, options):
+        return {}
+
+
 class Dotted(Whole):
     def store(self, weight, options):
         return {"my.codes": weight.to(torch.int8)}
@@ -38,10 +43,11 @@ class OneRow(Whole):
     ("plugin", "message"),
     [
         (AList(), r"store\(\) of the storage 'whole' gives <class 'list'>"),
+        (Nothing(), r"store\(\) of the storage 'whole' gives no tensor"),
         (Dotted(), r"store\(\) of the storage 'whole' gives names that no attributes have: \['my.codes'\]"),
         (OneRow(), r"restore\(\) of the storage 'whole' gives \(1, 5\) for \(4, 5\)"),
     ],
-    ids=["a list", "a dotted name", "one row"],
+    ids=["a list", "nothing", "a dotted name", "one row"],
 )
 def test_wrong_answers_are_told(plugin, message):
     class Hooks:
