@@ -20,6 +20,8 @@ from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
+from lora_plugins.utils import replace_file
+from lora_plugins.writable import check_writable_folder
 
 BEFORE, AFTER, REPORT = "before", "after", "report.html"
 
@@ -59,13 +61,15 @@ class SamplePictures(Callback):
         self._summary, self._trained, self._total, self._start = "", 0, 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task that draws.
+        """Check that there is a task that draws, and a place to write to.
 
         Raises:
-            ConfigError: For another module.
+            ConfigError: For another module, or a folder that cannot be written.
         """
         if not isinstance(pl_module, TextToImageTask):
             raise ConfigError(f"SamplePictures needs a TextToImageTask; {type(pl_module).__name__} is none.")
+        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            check_writable_folder(self.folder, "folder of SamplePictures")
         self._reset()
 
     @rank_zero_only
@@ -94,16 +98,15 @@ class SamplePictures(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample, and write the files."""
-        if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        """Sample, and write the files, where something was trained."""
+        if cast(Any, trainer).fast_dev_run or BEFORE not in self._sheets:  # an attribute that its types lack
             return
         seconds = time.perf_counter() - self._start
         self._add(trainer, cast(TextToImageTask, pl_module), AFTER)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (BEFORE, AFTER):
             self._sheets[name].save(self.folder / f"{name}.png")
-        path = self.folder / REPORT
-        path.write_text(self._page(trainer, cast(TextToImageTask, pl_module), seconds), encoding="utf-8")
+        replace_file(self.folder / REPORT, self._page(trainer, cast(TextToImageTask, pl_module), seconds).encode())
         tell_written(trainer, {"Samples and report": self.folder})
 
     def _add(self, trainer: Trainer, task: TextToImageTask, name: str) -> None:

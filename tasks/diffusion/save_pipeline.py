@@ -1,15 +1,19 @@
 """A callback that leaves a pipeline folder with the trained weights in it."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
+from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
+from lora_plugins.writable import check_writable_folder
+
+_NOT_MERGED = "SavePipeline needs the adapter merged. Set `merge_on_fit_end: true` of the LoraCallback."
 
 
 class SavePipeline(Callback):
@@ -25,25 +29,32 @@ class SavePipeline(Callback):
         self.folder = Path(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task with a pipeline.
+        """Check that there is a task with a pipeline, that its adapters will be merged, and a place to write to.
 
         Raises:
-            ConfigError: For another module.
+            ConfigError: For another module, adapters that stay, or a folder that cannot be written.
         """
         if not isinstance(pl_module, TextToImageTask):
             raise ConfigError(f"SavePipeline needs a TextToImageTask; {type(pl_module).__name__} is none.")
+        if stage != "fit":
+            return
+        callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack, as is fast_dev_run
+        if any(isinstance(each, LoraCallback) and not each.merge_on_fit_end for each in callbacks):
+            raise ConfigError(_NOT_MERGED)
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            check_writable_folder(self.folder, "folder of SavePipeline")
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder.
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the folder, now that every callback has ended the fit, whatever their order.
 
         Raises:
             ConfigError: If an adapter is not merged: its layers would be written without it.
         """
+        if stage != "fit" or cast(Any, trainer).fast_dev_run:
+            return
         task = cast(TextToImageTask, pl_module)
         if model_state(task.parts) is not None:
-            raise ConfigError(
-                "SavePipeline needs the adapter merged. Set `merge_on_fit_end: true` of the LoraCallback."
-            )
+            raise ConfigError(_NOT_MERGED)
         task.pipe.save_pretrained(self.folder)
         tell_written(trainer, {"Merged pipeline": self.folder})

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError, TargetError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, load_pipeline, parts_of
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.tasks import ClassPictures, PicturesDataModule, SamplePictures, SavePipeline, TextToImageTask
@@ -292,6 +292,33 @@ def test_bad_input_is_named_before_anything_is_trained(folders, pictures, tmp_pa
 
 def test_a_pipeline_is_saved_merged_or_not_at_all(folders, pictures, tmp_path):
     lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, merge_on_fit_end=False)
-    with pytest.raises((ConfigError, StateError), match="merge_on_fit_end"):
-        fit(TextToImageTask(folders()), pictures(), SavePipeline(str(tmp_path / "merged")), lora=lora)
+    losses = Losses()
+    with pytest.raises(ConfigError, match="merge_on_fit_end"):
+        fit(TextToImageTask(folders()), pictures(), SavePipeline(str(tmp_path / "merged")), losses, lora=lora)
+    assert not losses.values  # told before training
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("make", [lambda folder: SamplePictures(folder, ["a sks dog"], 1, SAMPLING), SavePipeline])
+def test_a_place_that_cannot_be_written_is_told_before_training(make, folders, pictures, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match=r"folder of (SamplePictures|SavePipeline) is .*out, which is a file"):
+        fit(TextToImageTask(folders()), pictures(), make(str(tmp_path / "out")), max_steps=0)
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_steps": 0}], ids=str)
+def test_where_nothing_was_trained_no_pictures_are_left(options, folders, pictures, tmp_path):
+    samples = SamplePictures(str(tmp_path / "out"), ["a sks dog"], 1, SAMPLING)
+    fit(TextToImageTask(folders()), pictures(), samples, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_of_the_code_writes_no_pipeline(folders, pictures, tmp_path):
+    fit(TextToImageTask(folders()), pictures(), SavePipeline(str(tmp_path / "merged")), fast_dev_run=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_pipeline_is_merged_whatever_the_order_of_the_callbacks(folders, pictures, tmp_path):
+    lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False)
+    fit(TextToImageTask(folders()), pictures(), SavePipeline(str(tmp_path / "merged")), lora, lora=None)
+    assert type(load_pipeline(tmp_path / "merged")).__name__ == "StableDiffusionPipeline"
