@@ -66,12 +66,14 @@ class PredictionPicture(Callback):
             raise ConfigError(
                 f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
             )
-        if stage == "fit" and trainer.is_global_zero:
+        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
             check_writable_file(Path(self.path), "path of PredictionPicture")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture for samples of the first val loader."""
+        if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+            return
         loader = first_val_loader(trainer)
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
         path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)

@@ -32,6 +32,11 @@ class TestPicture:
             assert picture.height > picture.width * 0.75  # three rows of four
         assert str(path) in capsys.readouterr().out
 
+    def test_a_trial_of_the_code_leaves_none(self, trainer, tmp_path):
+        run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))], fast_dev_run=True)
+        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        assert not (tmp_path / "p.png").exists()
+
     def test_it_shows_the_colors_of_the_classes(self, tmp_path):
         """A network that always answers class 2 is drawn in its color in the third of four columns."""
         task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes()
