@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -135,9 +136,21 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
 
 
 def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
-    """The first loader of the val split."""
+    """The first loader of the val split, of a trainer that validates."""
     loaders = trainer.val_dataloaders
     return cast("DataLoader[Any]", loaders[0] if isinstance(loaders, list) else loaders)
+
+
+def has_validated(trainer: Trainer, what: str) -> bool:
+    """Whether a fit has seen the val split; a warning says where it has not, as where it was over already.
+
+    Args:
+        trainer: The trainer.
+        what: What is left out then.
+    """
+    if trainer.val_dataloaders is None:
+        rank_zero_warn(f"There is no {what}: this fit validated nothing. It was over already, or has no val batches.")
+    return trainer.val_dataloaders is not None
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

@@ -22,7 +22,7 @@ from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
 from lora_plugins.tasks.reporting.class_results import class_results, most_confused
-from lora_plugins.tasks.reporting.figures import first_val_loader
+from lora_plugins.tasks.reporting.figures import first_val_loader, has_validated
 from lora_plugins.tasks.reporting.run_facts import (
     Facts,
     data_facts,
@@ -162,6 +162,8 @@ class HtmlReport(Callback):
         Every callback has ended the fit by now, whatever their order: weights and files are those that it leaves.
         """
         if stage != "fit" or cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+            return
+        if not has_validated(trainer, "report"):
             return
         task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
         with on_device_of(trainer, task):

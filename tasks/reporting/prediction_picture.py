@@ -12,7 +12,14 @@ from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.reporting.figures import eval_logits, evenly_spaced, first_val_loader, masks_figure, save_figure
+from lora_plugins.tasks.reporting.figures import (
+    eval_logits,
+    evenly_spaced,
+    first_val_loader,
+    has_validated,
+    masks_figure,
+    save_figure,
+)
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.writable import check_writable_file
 
@@ -72,7 +79,7 @@ class PredictionPicture(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture for samples of the first val loader."""
-        if cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        if cast(Any, trainer).fast_dev_run or not has_validated(trainer, "picture of predictions"):
             return
         loader = first_val_loader(trainer)
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)

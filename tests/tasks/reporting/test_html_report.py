@@ -59,6 +59,14 @@ class TestReport:
         assert "http" not in text
         assert text.count("data:image/png;base64,") == 3 * 3  # image, truth and prediction of all three scenes
 
+    @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_val_batches": 0}], ids=str)
+    def test_where_nothing_was_validated_there_is_none(self, options, trainer, tmp_path):
+        run = trainer(callbacks=[lora(tmp_path), HtmlReport(str(tmp_path / "r.html"))], **options)
+        with pytest.warns(UserWarning, match="There is no report: this fit validated nothing"):
+            run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits())
+        assert not (tmp_path / "r.html").exists()
+        assert (tmp_path / "a").exists()
+
     def test_rates_and_schedule_are_named(self, trainer, tmp_path):
         path = tmp_path / "r.html"
         task = SemanticSegmentationTask(tiny_segformer(), lr=1e-3, lr_scheduler=warmup_cosine)

@@ -37,6 +37,13 @@ class TestPicture:
         run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
         assert not (tmp_path / "p.png").exists()
 
+    @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_val_batches": 0}], ids=str)
+    def test_where_nothing_was_validated_there_is_none(self, options, trainer, tmp_path):
+        run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))], **options)
+        with pytest.warns(UserWarning, match="There is no picture of predictions: this fit validated nothing"):
+            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        assert not (tmp_path / "p.png").exists()
+
     def test_it_shows_the_colors_of_the_classes(self, tmp_path):
         """A network that always answers class 2 is drawn in its color in the third of four columns."""
         task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes()
