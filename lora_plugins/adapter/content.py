@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.answers import base_of, check_filled, own_values, recipe_of
-from lora_plugins.errors import StateError
+from lora_plugins.errors import StateError, TargetError
 from lora_plugins.inplace import (
     StoredWeight,
     detached_weight,
@@ -72,6 +72,7 @@ def initialize(
     Raises:
         StateError: If new modules are kept empty here.
         PluginError: If the init left A or B without values.
+        TargetError: If the init starts from a weight that is not finite.
     """
     content: dict[tuple[str, str], SlotTensors] = {}
     for layer, slot, shape in plan.slots():
@@ -80,6 +81,11 @@ def initialize(
         context = replace(
             _context(plan, layer, slot, shape, weight, seen), stored=_rounding(model, plan, layer, slot, weight)
         )
+        if plan.init.changes_base and not bool(context.weight.isfinite().all()):
+            raise TargetError(
+                f"{layer.name!r}: its weight has values that are not finite, so the init {plan.init.name!r} cannot "
+                "start from it. Load the weights, or exclude the layer."
+            )
         with torch.no_grad(), in_full(weight):
             recipe = plan.init.fill(context)
         check_filled(plan.init, context)

@@ -1,6 +1,7 @@
 """PiSSA, OLoRA and the orthogonal start: what PEFT makes of the same layer and seed, and what becomes of the base."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -182,6 +183,17 @@ def test_a_computed_weight_is_refused_by_layer(init, untouched):
     model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     with untouched(model), pytest.raises(TargetError, match=rf"'1': 'weight' is computed, so the init '{init}'"):
         LoraModel(model, LoraConfig(init=init))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+def test_a_weight_that_is_not_finite_is_refused_by_layer(init, value):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[0, 0] = value
+    with pytest.raises(TargetError, match=rf"'1': its weight .* not finite, so the init '{init}'"):
+        LoraModel(model, LoraConfig(init=init))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
 @pytest.mark.parametrize("niter", [-1, 2.5, True, "16"])
