@@ -52,6 +52,8 @@ class EvaInit(InitPlugin):
             for place, request in enumerate(requests)
             for share in _shares(request, round(options["rho"] * request.r), options["niter"], generator)
         ]
+        if not offers:
+            raise ConfigError("init_data: the inputs of all layers are constant, and eva starts from how they vary.")
         budget = sum(request.r for request in requests)
         given = Counter(layer for _, _, layer in sorted(offers)[:budget])
         return {request.layer: given[request.layer] for request in requests}

@@ -334,6 +334,12 @@ class TestRefusals:
         with untouched(model), pytest.raises(ConfigError, match=match):
             LoraModel.plan(model, LoraConfig(init=init, init_options=options))
 
+    def test_inputs_that_do_not_vary(self, untouched):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+        config = LoraConfig(r=2, init="eva", init_options={"rho": 2.0})
+        with untouched(model), pytest.raises(ConfigError, match="inputs of all layers are constant"):
+            LoraModel(model, config, init_data=InitData([torch.zeros(4, 8)]))
+
     def test_a_rank_with_too_few_singular_vectors(self, untouched):
         model = mlp()
         config = LoraConfig(**{**LORA_GA.to_dict(), "rank_pattern": {"third": 9}})
