@@ -20,6 +20,7 @@ from lora_plugins.tasks.reporting.figures import (
     masks_figure,
     save_figure,
 )
+from lora_plugins.tasks.reporting.sample_choice import on_device_of
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.writable import check_writable_file
 
@@ -77,11 +78,12 @@ class PredictionPicture(Callback):
             check_writable_file(Path(self.path), "path of PredictionPicture")
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture for samples of the first val loader."""
-        if cast(Any, trainer).fast_dev_run or not has_validated(trainer, "picture of predictions"):
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the picture for samples of the first val loader, by the weights that the callbacks leave."""
+        if stage != "fit" or cast(Any, trainer).fast_dev_run or not has_validated(trainer, "picture of predictions"):
             return
-        loader = first_val_loader(trainer)
+        task, loader = cast(SemanticSegmentationTask, pl_module), first_val_loader(trainer)
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
-        path = draw_predictions(cast(SemanticSegmentationTask, pl_module), loader, indices, self.path)
+        with on_device_of(trainer, task):
+            path = draw_predictions(task, loader, indices, self.path)
         tell_written(trainer, {"Picture of predictions": path})

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
     DigitScenesDataModule,
     DigitsDataModule,
@@ -31,6 +33,22 @@ class TestPicture:
             assert picture.format == "PNG"
             assert picture.height > picture.width * 0.75  # three rows of four
         assert str(path) in capsys.readouterr().out
+
+    @pytest.mark.parametrize("first", [True, False], ids=["the picture first", "the adapter first"])
+    def test_it_shows_the_weights_that_the_fit_leaves(self, first, trainer, tmp_path):
+        """The checkpoint takes the largest loss for the best: the first weights, which still see class 2 everywhere."""
+        torch.manual_seed(0)
+        picture = PredictionPicture(str(tmp_path / "p.png"))
+        best = ModelCheckpoint(tmp_path, monitor="val/loss", mode="max")
+        config = LoraConfig(r=2, target_modules=["v_proj"])
+        adapter = LoraCallback(config, target="network", merge_source="best", merge_on_fit_end=True)
+        callbacks = [picture, adapter, best] if first else [adapter, best, picture]
+        task, data = SemanticSegmentationTask(tiny_segformer(), lr=0.1), scenes()
+        with torch.no_grad():
+            task.network.decode_head.classifier.bias[2] = 1.0
+        trainer(callbacks=callbacks, max_epochs=3, enable_checkpointing=True).fit(task, datamodule=data)
+        again = draw_predictions(task, data.val_dataloader(), [0, 1, 3, 4], tmp_path / "again.png")
+        assert np.array_equal(*(np.asarray(Image.open(path)) for path in (picture.path, again)))
 
     def test_a_trial_of_the_code_leaves_none(self, trainer, tmp_path):
         run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))], fast_dev_run=True)
