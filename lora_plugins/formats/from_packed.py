@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
-from lora_plugins.formats.places import modules_by_name
+from lora_plugins.formats.places import modules_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import detached_weight, model_modules, submodule
@@ -62,21 +62,24 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     config = LoraConfig.from_dict(manifest["config"])
     plan = make_plan(model, config, registry, restoring=True)
     plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+    # The model may have got layers since, which the config would mean as well.
+    plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name in manifest["layers"]))
     source = _Source(packed, plan, model)
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
     _warn_of_stored(manifest.get("stored") or {})
     places = modules_by_name(model)
     adapted = {layer.name: places[layer.name] for layer in plan.layers}
     warn_of_second_paths(adapted, "With this file it computes what the model does here once it has merged.")
-    names = (*plan.trained, *plan.saved_buffers)
+    keys = {name: value_key(name) for name in (*plan.trained, *plan.saved_buffers)}
+    values = {name: packed.tensors[key] for name, key in keys.items() if key in packed.tensors}
     return PortableAdapter(
         layers={layer.name: _layer(source, layer) for layer in plan.layers},
-        values={name: packed.tensors[value_key(name)] for name in names},
+        values=values,
         name=manifest["adapter_name"],
         use_rslora=config.use_rslora,
         dropout=config.dropout,
         bias=config.bias,
-        saved_modules=_saved_modules(model, config.modules_to_save),
+        saved_modules=_saved_modules(model, config.modules_to_save, values),
     )
 
 
@@ -92,12 +95,14 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def _saved_modules(model: nn.Module, patterns: Sequence[str], values: Collection[str]) -> list[str]:
     """Returns the full names of the modules that are trained in full, without those inside another one."""
+    trained = [name for name, first in tensor_names(model).items() if first in values]
     names = [
         entry.name
         for entry in model_modules(model)
         if any(ends_with(pattern, name) for pattern in patterns for name in entry.names)
+        and any(name.startswith(f"{entry.name}.") for name in trained)
     ]
     return sorted({name for name in names if not any(name.startswith(f"{other}.") for other in names)})
 
