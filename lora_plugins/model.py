@@ -19,6 +19,7 @@ from lora_plugins.adapter import (
     calibrate,
     check_here,
     check_new,
+    check_not_fused,
     check_not_nested,
     check_not_sharded,
     combine,
@@ -58,6 +59,19 @@ def _whole(method: Method) -> Method:
         return whole(self.model, functools.partial(method, self, *args, **kwargs))
 
     return cast(Method, changed)
+
+
+def _changing(method: Method) -> Method:
+    """Makes a method change what adapters compute, as `_whole` does, or refuse where they do not compute."""
+
+    @functools.wraps(method)
+    def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
+        check_not_fused(self.model)
+        result = method(self, *args, **kwargs)
+        check_not_fused(self.model)  # with an adapter that was added
+        return result
+
+    return _whole(cast(Method, changed))
 
 
 @with_checked_arguments
@@ -141,7 +155,7 @@ class LoraModel(metaclass=Told):
         """The names of the adapters whose update is in the weights."""
         return self._state.merged
 
-    @_whole
+    @_changing
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
@@ -164,7 +178,7 @@ class LoraModel(metaclass=Told):
         with self._adding(adapter_name):
             add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
 
-    @_whole
+    @_changing
     def set_adapter(
         self,
         adapter_names: str | Sequence[str],
@@ -201,6 +215,7 @@ class LoraModel(metaclass=Told):
         Raises:
             StateError: If something is merged.
         """
+        check_not_fused(self.model)
         return without_adapters(self.model)
 
     def mixed_batch(self, adapter_names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
@@ -224,9 +239,10 @@ class LoraModel(metaclass=Told):
             ...     model(torch.ones(3, 4)).shape
             torch.Size([3, 2])
         """
+        check_not_fused(self.model)
         return mixed_batch(self.model, tuple(adapter_names))
 
-    @_whole
+    @_changing
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; the last one leaves the untouched model.
 
@@ -235,7 +251,7 @@ class LoraModel(metaclass=Told):
         """
         delete(self.model, self._state, adapter_name)
 
-    @_whole
+    @_changing
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, *, max_error: float = DEFAULT_MAX_ERROR
     ) -> MergeReport:
@@ -256,7 +272,7 @@ class LoraModel(metaclass=Told):
         names = _names(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
-    @_whole
+    @_changing
     def unmerge_adapter(self) -> None:
         """Takes all merged updates out of the weights again, bit for bit.
 
@@ -265,7 +281,7 @@ class LoraModel(metaclass=Told):
         """
         unmerge(self.model, self._state)
 
-    @_whole
+    @_changing
     def unload(self, *, dequantize: bool | None = None) -> nn.Module:
         """Removes all adapters and returns the model as it was before, bit for bit.
 
@@ -302,7 +318,7 @@ class LoraModel(metaclass=Told):
         merge_and_unload(self.model, self._state, max_error, dequantize=dequantize)
         return self.model
 
-    @_whole
+    @_changing
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -502,7 +518,7 @@ class LoraModel(metaclass=Told):
         handle._add_packed(packed, saved_name(packed) if adapter_name is None else adapter_name, changed)
         return handle
 
-    @_whole
+    @_changing
     def swap_adapter(
         self,
         adapter_name: str,
@@ -537,7 +553,7 @@ class LoraModel(metaclass=Told):
         new = unpacked.stored
         swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, new)
 
-    @_whole
+    @_changing
     def _add_packed(
         self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None = None
     ) -> None:

@@ -7,7 +7,6 @@ from torch import nn
 
 from lora_plugins import ConfigError, StateError
 from lora_plugins.adapter import model_state
-from lora_plugins.errors import listing
 from lora_plugins.formats import COMPONENTS
 from lora_plugins.inplace import unwrapped
 
@@ -20,7 +19,7 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
 
     Raises:
         ConfigError: If it is no pipeline of diffusers, or has none of the parts.
-        StateError: If a part was replaced while it had adapters, has adapters of its own, or has fused projections.
+        StateError: If a part was replaced while it had adapters, or has adapters of its own.
     """
     if isinstance(pipe, nn.ModuleDict):
         return pipe
@@ -31,12 +30,6 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
         raise StateError(
             f"{', '.join(alone)} of the {type(pipe).__name__} has adapters of its own: go on with LoraModel for it, or "
             "unload them first."
-        )
-    fused = [f"{part}.{name}" for part in found for name, inner in found[part].named_modules() if _is_fused(inner)]
-    if fused:
-        raise StateError(
-            f"{listing(fused, 3)} of the {type(pipe).__name__} compute with fused copies of their projections, which "
-            "no adapter changes: unfuse_qkv_projections() first. Fuse them when adapters are merged for good."
         )
     if parts is not None and not _same(parts, found) and model_state(parts) is not None:
         raise StateError(
@@ -61,14 +54,6 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     if not found:
         raise ConfigError(f"{type(pipe).__name__} has none of the parts that are adapted: {', '.join(COMPONENTS)}.")
     return found
-
-
-def _is_fused(module: nn.Module) -> bool:
-    """Whether a module is an attention that computes with fused copies of its projections."""
-    if not getattr(module, "fused_projections", False):
-        return False
-    # Older classes are still marked when they are unfused, and have another processor then.
-    return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
 def _same(parts: nn.ModuleDict, found: Mapping[str, nn.Module]) -> bool:

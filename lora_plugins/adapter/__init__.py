@@ -19,7 +19,7 @@ from lora_plugins.adapter.content import (
     slot_matrix,
     to_store,
 )
-from lora_plugins.adapter.elsewhere import check_here, check_not_sharded
+from lora_plugins.adapter.elsewhere import check_here, check_not_fused, check_not_sharded
 from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
@@ -69,6 +69,7 @@ __all__ = [
     "check_names",
     "check_new",
     "check_norms",
+    "check_not_fused",
     "check_not_nested",
     "check_not_owned",
     "check_not_sharded",

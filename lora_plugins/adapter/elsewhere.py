@@ -1,7 +1,8 @@
 """Models whose tensors are elsewhere: such a model computes as ever, and what needs its tensors is refused by name.
 
 FSDP and tensor parallelism of torch split them over processes. accelerate keeps them in other memory or in files, and
-leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk.
+leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk, and
+computes with copies of projections that were fused.
 """
 
 from collections.abc import Iterable
@@ -9,8 +10,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from lora_plugins.adapter.lifecycle import CALLS
+from lora_plugins.adapter.state import adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensors
+
+_FUSED = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
+"""The layers of an attention of diffusers that are not called once they are fused."""
 
 
 def check_here(model: nn.Module, call: str) -> None:
@@ -44,6 +49,30 @@ def _is_on_disk(module: nn.Module) -> bool:
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     group = getattr(hooks.get("group_offloading"), "group", None)
     return getattr(group, "offload_to_disk_path", None) is not None
+
+
+def check_not_fused(model: nn.Module) -> None:
+    """Refuses a change of adapters on layers that are not called, as copies of their weights were made.
+
+    Raises:
+        StateError: If an adapted projection of an attention was fused with others.
+    """
+    fused = {entry.name for entry in model_modules(model) if _is_fused(entry.module)}
+    adapted = [name.rpartition(".") for name in adapted_layers(model)] if fused else []
+    owners = dict.fromkeys(owner for owner, _, own in adapted if owner in fused and own in _FUSED)
+    if owners:
+        raise StateError(
+            f"{listing(owners, 3)} compute with fused copies of their projections, which no adapter changes: "
+            "unfuse_qkv_projections() first. Fuse them when adapters are merged for good."
+        )
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module is an attention that computes with fused copies of its projections."""
+    if not vars(module).get("fused_projections"):
+        return False
+    # Older classes are still marked when they are unfused, and have another processor then.
+    return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
 def check_not_sharded(model: nn.Module, call: str) -> None:

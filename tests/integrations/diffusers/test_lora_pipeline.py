@@ -247,18 +247,76 @@ def test_a_compiled_part_is_the_part_that_it_compiles(format, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion", "Stable Diffusion 3", "Flux"])
-def test_fused_projections_are_refused_until_adapters_are_merged(name):
-    """`fuse_qkv_projections` computes with copies of the weights, which were made when it was called."""
+def test_projections_are_fused_when_adapters_are_merged(name):
     pipe = build(name)
     denoiser = parts_of(pipe)[family_of(pipe).denoiser]
-    denoiser.fuse_qkv_projections()
-    with pytest.raises(StateError, match=r"fused copies of their projections.*unfuse_qkv_projections\(\) first"):
-        LoraPipeline(pipe, LoraConfig(r=2))
-    denoiser.unfuse_qkv_projections()
     moved(LoraPipeline(pipe, config(pipe))).merge_and_unload()
     expected = drawn(pipe)
     denoiser.fuse_qkv_projections()
     assert distance(drawn(pipe), expected) <= TOLERANCE
+
+
+parts_or_one = pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "part"])
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])
+class TestFusedProjections:
+    """`fuse_qkv_projections` computes with copies of the weights, which were made when it was called."""
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda lora: lora.set_adapter("default", weights=[0.5]),
+            lambda lora: lora.add_adapter("other", LoraConfig(r=2, target_modules=["to_out.0"])),
+            lambda lora: lora.delete_adapter("default"),
+            lambda lora: lora.disable_adapter(),
+            lambda lora: lora.mixed_batch(["default"]),
+            lambda lora: lora.merge_adapter(),
+            lambda lora: lora.unload(),
+        ],
+        ids=["set", "add", "delete", "disable", "mixed_batch", "merge", "unload"],
+    )
+    def test_a_change_of_adapters_is_refused_until_they_are_unfused(self, name, call):
+        pipe = build(name)
+        base = drawn(pipe)
+        lora = moved(LoraPipeline(pipe, config(pipe)))
+        expected = drawn(pipe)
+        denoiser = getattr(pipe, family_of(pipe).denoiser)
+        denoiser.fuse_qkv_projections()
+        with pytest.raises(
+            StateError, match=r"attn.*fused copies of their projections.*unfuse_qkv_projections\(\) first"
+        ):
+            call(lora)
+        assert distance(drawn(pipe), expected) <= TOLERANCE
+        denoiser.unfuse_qkv_projections()
+        assert distance(drawn(pipe), expected) == 0
+        lora.unload()
+        assert distance(drawn(pipe), base) == 0
+
+    @parts_or_one
+    def test_an_adapter_on_them_is_refused(self, name, whole):
+        pipe = build(name)
+        getattr(pipe, family_of(pipe).denoiser).fuse_qkv_projections()
+        before = bits(pipe)
+        model, kind = (pipe, LoraPipeline) if whole else (getattr(pipe, family_of(pipe).denoiser), LoraModel)
+        with pytest.raises(StateError, match="fused copies of their projections"):
+            kind(model, LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+        assert same_bits(pipe, before)
+
+    @parts_or_one
+    def test_one_on_other_layers_is_not(self, name, whole):
+        pipe = build(name)
+        denoiser = getattr(pipe, family_of(pipe).denoiser)
+        denoiser.fuse_qkv_projections()
+        base = drawn(pipe)
+        model, kind = (pipe, LoraPipeline) if whole else (denoiser, LoraModel)
+        lora = moved(kind(model, LoraConfig(r=2, target_modules=["to_out.0"])))
+        expected = drawn(pipe)
+        assert distance(expected, base) > 1e-4
+        lora.merge_adapter()
+        assert distance(drawn(pipe), expected) <= TOLERANCE
+        lora.unload()
+        assert distance(drawn(pipe), base) == 0
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn], ids=str)
