@@ -146,9 +146,11 @@ def _misfit(model: nn.Module, planned: PlannedLayer, layer: PortableLayer) -> st
         )
     rows, columns = planned.shapes[0]
     weight = detached_weight(module, planned.slots[0].tensor)
-    kernel = tuple(weight.shape[2:]) if layer.A.dim() > 2 else ()
+    # Where one release of a model has a convolution of one pixel, another has a linear layer.
+    A = layer.A.flatten(1) if weight.dim() == 2 and {*layer.A.shape[2:]} == {1} else layer.A
+    kernel = tuple(weight.shape[2:]) if A.dim() > 2 else ()
     expected = [(layer.r, columns // math.prod(kernel), *kernel), (rows, layer.r)]
-    found = [tuple(layer.A.shape), tuple(layer.B.flatten(1).shape)]
+    found = [tuple(A.shape), tuple(layer.B.flatten(1).shape)]
     if found != expected:
         return f"{name!r} has A {found[0]} and B {found[1]}, and this model needs {expected[0]} and {expected[1]}"
     lacks_magnitude = planned.variant is not None and layer.magnitude is None

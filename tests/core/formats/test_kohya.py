@@ -79,6 +79,19 @@ def test_what_lycoris_writes_is_read(options, marks, tmp_path):
     assert UNET.difference(model, theirs) <= TOLERANCE
 
 
+def test_linear_layers_are_convolutions_of_one_pixel_and_the_other_way_round(tmp_path):
+    """Releases of one model differ in which of the two its projections are, as kohya's scripts know."""
+    lora = ours(UNET, target_modules=["to_q", "proj_in"], rank_pattern={"to_q": 4})
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    tensors = load_file(path)
+    assert {tensor.dim() for tensor in tensors.values()} == {0, 2, 4}
+    forms = {0: lambda alpha: alpha, 2: lambda factor: factor[..., None, None], 4: lambda factor: factor.flatten(1)}
+    save_file({key: forms[tensor.dim()](tensor).contiguous() for key, tensor in tensors.items()}, path)
+    model = UNET.build()
+    LoraModel.load_adapter(model, path)
+    assert UNET.difference(model, lora.model) <= TOLERANCE
+
+
 class TestRefused:
     def refused(self, path, untouched, match, part=UNET):
         model = part.build()
