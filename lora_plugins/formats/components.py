@@ -27,6 +27,9 @@ COMPONENTS = (
 _DENOISER, _SECOND = "transformer", "transformer_2"
 """The two transformers of Wan 2.2. A file is of one of them, by the name of the first; who loads it says which."""
 
+_OTHERS = (_SECOND, "transformer_ref")
+"""The transformers that files which name the first one are loaded into, where that is said or there is no first one."""
+
 ORIGINAL = "diffusion_model"
 """What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
@@ -47,8 +50,9 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     """
     check_name(asked)
     children = _children(model)
-    is_second = asked == _SECOND or (_SECOND in children and _DENOISER not in children)
-    renamed = {_DENOISER: _SECOND} if is_second and _SECOND not in found else {}
+    alone = [each for each in _OTHERS if each in children and _DENOISER not in children]
+    other = asked if asked in _OTHERS else next(iter(alone), None)
+    renamed = {_DENOISER: other} if other is not None and other not in found else {}
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
         raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")

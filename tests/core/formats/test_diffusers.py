@@ -254,6 +254,22 @@ class TestParts:
         assert "connectors.0" in adapted
         assert DIT.difference(model["transformer"], lora.model["transformer"]) == 0
 
+    @pytest.mark.parametrize("other", ["transformer_2", "transformer_ref"])
+    @pytest.mark.parametrize("keys", ["transformer.", "diffusion_model."])
+    def test_a_file_of_the_first_transformer_goes_into_another(self, other, keys, tmp_path):
+        """As diffusers does it by `load_into_transformer_ref=True`, or where a pipeline has no first one."""
+        theirs = with_peft(DIT, lora_alpha=2)  # as the rank is, which is what a file without metadata means
+        saved_by_diffusers(tmp_path, metadata=False, transformer=theirs)
+        tensors = load_file(tmp_path / FILE)
+        save_file({key.replace("transformer.", keys, 1): tensor for key, tensor in tensors.items()}, tmp_path / FILE)
+        alone = nn.ModuleDict({other: DIT.build(), "text_encoder": TEXT.build()})
+        both = nn.ModuleDict({"transformer": DIT.build(), other: DIT.build()})
+        LoraModel.load_adapter(alone, tmp_path)
+        LoraModel.load_adapter(both, tmp_path, format_options={"component": other})
+        assert DIT.difference(alone[other], theirs) <= TOLERANCE
+        assert DIT.difference(both[other], theirs) <= TOLERANCE
+        assert DIT.difference(both["transformer"], DIT.build()) == 0
+
     def test_one_that_the_file_does_not_have(self, both):
         folder, _ = both
         with pytest.raises(AdapterFileError, match="no part 'transformer'"):
