@@ -1,14 +1,16 @@
 """Models with all that PEFT adapts, and adapters of PEFT and of ours on them."""
 
 import copy
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from tests.core.libraries import Conv1D
 
 TOLERANCE = 1e-9
@@ -65,6 +67,16 @@ class Repeated(nn.Module):
 
     def forward(self, x):
         return self.inner["more"]["fc"](self.inner["fc"](self.fc(x).tanh()).tanh())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(torch.tanh(self.first(x)))
 
 
 class Lookalikes(nn.Module):
@@ -284,3 +296,30 @@ def difference(case, first, second):
 def effect(case, model):
     """How much an adapter changes the output: what a test of it has to be far above."""
     return difference(case, model, copy.deepcopy(case.build()))
+
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BY_ID = {case.id: case for case in CASES}
+LINEAR, ATTENTION = BY_ID["linear"], BY_ID["attention"]
+SINGLE = replace(LINEAR, dtype=torch.float32)
+"""For starts that PEFT computes in single precision, and refuses on a base in double."""
+
+
+def edit_config(folder, **fields):
+    """Changes fields of a config; None takes one out."""
+    content = {**json.loads((folder / CONFIG).read_text()), **fields}
+    (folder / CONFIG).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_tensors(folder, change):
+    """Lets a function change the tensors of a file by key."""
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+
+
+def refused(case, folder, untouched, match, **options):
+    """Checks that reading a folder into a model of the case is refused, and leaves it untouched."""
+    model = case.build()
+    with untouched(model), pytest.raises(AdapterFileError, match=match):
+        LoraModel.load_adapter(model, folder, **options)

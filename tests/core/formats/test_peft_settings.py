@@ -1,0 +1,298 @@
+"""Settings, folders and hostile content of files of PEFT, against PEFT itself where it has an answer."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from tests.core.formats.peft_cases import (
+    ATTENTION,
+    BY_ID,
+    CONFIG,
+    LINEAR,
+    SINGLE,
+    TENSORS,
+    TOLERANCE,
+    Case,
+    difference,
+    edit_config,
+    moved,
+    read_by_peft,
+    refused,
+    with_ours,
+    with_peft,
+)
+
+
+class TestAttention:
+    """PEFT up to 0.21.2 applies the update of `out_proj` twice, before merging and after."""
+
+    def test_the_product_counts_twice(self, tmp_path):
+        with_peft(ATTENTION).save_pretrained(tmp_path)
+        B = load_file(tmp_path / TENSORS)["base_model.model.mha.base_layer.out_proj.lora_B.weight"]
+        model = ATTENTION.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert torch.equal(model.mha.out_proj.lora_B["default"], 2 * B)
+
+    def test_merged_too(self, tmp_path):
+        theirs = with_peft(ATTENTION)
+        theirs.save_pretrained(tmp_path)
+        model = ATTENTION.build()
+        LoraModel.load_adapter(model, tmp_path).merge_adapter()
+        assert difference(ATTENTION, model, theirs.merge_and_unload()) <= TOLERANCE
+
+    def test_a_later_version_has_to_be_explained(self, tmp_path, untouched):
+        with_peft(ATTENTION).save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version="0.99.0")
+        refused(ATTENTION, tmp_path, untouched, r"0\.99\.0.*format_options=\{'out_proj': 'once'\}")
+        outputs = {}
+        for times in ("once", "twice"):
+            model = ATTENTION.build()
+            LoraModel.load_adapter(model, tmp_path, format_options={"out_proj": times})
+            outputs[times] = model.mha.out_proj.lora_B["default"]
+        assert torch.equal(outputs["twice"], 2 * outputs["once"])
+
+    @pytest.mark.parametrize("version", [None, "0.15.0", "0.21.2"])
+    def test_older_versions_are_known(self, tmp_path, version):
+        theirs = with_peft(ATTENTION)
+        theirs.save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version=version)
+        model = ATTENTION.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(ATTENTION, model, theirs) <= TOLERANCE
+
+    def test_an_unknown_reading_is_refused(self, tmp_path):
+        with_peft(ATTENTION).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"out_proj is 'two'\. Did you mean"):
+            LoraModel.load_adapter(ATTENTION.build(), tmp_path, format_options={"out_proj": "two"})
+
+    def test_out_proj_alone_has_two_meanings(self, tmp_path, untouched):
+        case = Case("out_proj alone", ATTENTION.model, {"target_modules": ["out_proj"]})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        assert difference(case, theirs, case.build()) == 0  # the trap: it is ignored
+        refused(case, tmp_path, untouched, r"'mha\.out_proj' has two meanings.*format_options=\{'out_proj': 'once'\}")
+        model = case.build()
+        LoraModel.load_adapter(model, tmp_path, format_options={"out_proj": "once"})
+        assert difference(case, model, theirs.merge_and_unload()) <= TOLERANCE
+
+
+class TestStarts:
+    """`pissa` and `olora` look like plain adapters, and are adapters of another base."""
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_they_are_computed_again(self, init, tmp_path):
+        theirs = with_peft(SINGLE, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        model = SINGLE.build()
+        lora = LoraModel.load_adapter(model, tmp_path)
+        assert difference(SINGLE, model, theirs) <= 1e-6  # float32: outputs around 1 have steps of 1e-7
+        lora.unload()
+        assert difference(SINGLE, model, SINGLE.build()) == 0
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_read_naively_they_are_far_off(self, init, tmp_path):
+        theirs = with_peft(SINGLE, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        edit_config(tmp_path, init_lora_weights=True)
+        model = SINGLE.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(SINGLE, model, theirs) > 1e-2
+
+    @pytest.mark.parametrize("use_rslora", [False, True])
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_ours_are_written_as_a_difference(self, init, use_rslora, tmp_path):
+        lora = with_ours(LINEAR, init=init, use_rslora=use_rslora)
+        lora.save_adapter(tmp_path, format="peft")
+        assert json.loads((tmp_path / CONFIG).read_text())["r"] == 4  # [A; A0], [B, -B0]
+        assert difference(LINEAR, read_by_peft(LINEAR, tmp_path), lora.model) <= TOLERANCE
+
+    def test_loftq_cannot_be_written(self, tmp_path):
+        lora = with_ours(LINEAR, init="loftq")
+        with pytest.raises(AdapterFileError, match=r"'inner\.fc': the init 'loftq', whose base is no low-rank change"):
+            lora.save_adapter(tmp_path / "new", format="peft")
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("init", ["pissa_niter_4", "loftq", "lora_ga", "corda"])
+    def test_what_cannot_be_computed_again_is_refused(self, init, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        edit_config(tmp_path, init_lora_weights=init)
+        refused(LINEAR, tmp_path, untouched, f"started by '{init}'.*path_initial_model_for_weight_conversion")
+
+    @pytest.mark.parametrize("init", [False, "gaussian", "orthogonal", "mica"])
+    def test_the_others_are_plain(self, init, tmp_path):
+        case = SINGLE if init == "mica" else LINEAR
+        theirs = with_peft(case, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        model = case.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(case, model, theirs) <= (1e-6 if init == "mica" else TOLERANCE)
+
+
+class TestPatterns:
+    """The first pattern that matches counts, and PEFT sorts them when it saves."""
+
+    PATTERNS = Case("", LINEAR.model, {"target_modules": ["fc"], "alpha_pattern": {"inner.fc": 5, "fc": 7}})
+
+    def test_a_lost_order_has_to_be_explained(self, tmp_path, untouched):
+        theirs = with_peft(self.PATTERNS)
+        theirs.save_pretrained(tmp_path)
+        refused(self.PATTERNS, tmp_path, untouched, r"alpha_pattern says \[7, 5\] of 'inner\.fc'")
+        first, longest = self.PATTERNS.build(), self.PATTERNS.build()
+        LoraModel.load_adapter(first, tmp_path, format_options={"patterns": "first"})
+        LoraModel.load_adapter(longest, tmp_path, format_options={"patterns": "longest"})
+        assert difference(self.PATTERNS, first, read_by_peft(self.PATTERNS, tmp_path)) <= TOLERANCE
+        assert difference(self.PATTERNS, longest, theirs) <= TOLERANCE  # as it was trained
+        assert difference(self.PATTERNS, longest, first) > 1e-3
+
+    def test_what_we_write_survives_being_saved_by_peft(self, tmp_path):
+        case = BY_ID["patterns"]
+        lora = with_ours(case)
+        lora.save_adapter(tmp_path / "ours", format="peft")
+        read_by_peft(case, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+        assert difference(case, read_by_peft(case, tmp_path / "theirs"), lora.model) <= TOLERANCE
+
+    def test_a_rank_that_the_config_does_not_say(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        edit_config(tmp_path, r=4)
+        refused(LINEAR, tmp_path, untouched, "has rank 2 in the tensors and 4 in the config")
+
+
+class TestSeveral:
+    """A file is read onto a model that has adapters already, whose own values are not the base's."""
+
+    def test_a_second_adapter(self, tmp_path):
+        case = BY_ID["heads with statistics"]
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        model = with_ours(case).model
+        lora = LoraModel.load_adapter(model, tmp_path, "second")
+        lora.set_adapter("second")
+        assert difference(case, model, theirs) <= TOLERANCE
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_a_start_from_the_base_while_another_has_changed_it(self, init, tmp_path):
+        theirs = with_peft(SINGLE, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        model = with_ours(SINGLE, init="pissa").model
+        lora = LoraModel.load_adapter(model, tmp_path, "second")
+        lora.set_adapter("second")
+        assert difference(SINGLE, model, theirs) <= 1e-6  # float32
+        lora.unload()
+        assert difference(SINGLE, model, SINGLE.build()) == 0
+
+    def test_both_are_written_against_the_base(self, tmp_path):
+        lora = with_ours(LINEAR, init="pissa")
+        lora.add_adapter("second", LoraConfig(r=2, target_modules=["fc"], init="olora"))
+        for name in ("default", "second"):
+            lora.set_adapter(name)
+            lora.save_adapter(tmp_path / name, format="peft")
+            assert difference(LINEAR, read_by_peft(LINEAR, tmp_path / name), lora.model) <= TOLERANCE
+
+    def test_not_while_something_is_merged(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        lora = with_ours(LINEAR)
+        lora.merge_adapter()
+        with pytest.raises(StateError, match="is merged"):
+            LoraModel.load_adapter(lora.model, tmp_path, "second")
+        with pytest.raises(StateError, match="is merged"):
+            lora.save_adapter(tmp_path / "new", format="peft")
+
+
+class TestFolders:
+    def test_named_adapters_are_in_subfolders(self, tmp_path, untouched):
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(LINEAR.build(), peft.LoraConfig(r=2, target_modules=["fc"]), "night")
+        model.add_adapter("rain", peft.LoraConfig(r=3, target_modules=["inner.fc"]))
+        moved(model)
+        model.save_pretrained(tmp_path)
+        refused(LINEAR, tmp_path, untouched, "holds 2 adapters of PEFT: 'night', 'rain'")
+        for name in ("night", "rain"):
+            ours = LINEAR.build()
+            LoraModel.load_adapter(ours, tmp_path / name)
+            model.set_adapter(name)
+            assert difference(LINEAR, ours, model.eval()) <= TOLERANCE
+
+    def test_a_single_subfolder_is_found(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        peft.get_peft_model(LINEAR.build(), peft.LoraConfig(target_modules=["fc"]), "night").save_pretrained(tmp_path)
+        assert LoraModel.load_adapter(LINEAR.build(), tmp_path).active_adapters == ("night",)
+
+    def test_the_file_of_tensors_means_its_folder(self, tmp_path):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        assert LoraModel.load_adapter(LINEAR.build(), tmp_path / TENSORS).active_adapters == ("default",)
+
+    def test_a_pickle_is_refused(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        torch.save(load_file(tmp_path / TENSORS), tmp_path / "adapter_model.bin")
+        (tmp_path / TENSORS).unlink()
+        refused(LINEAR, tmp_path, untouched, r"adapter_model\.bin is a pickle.*save it again")
+
+    def test_missing_tensors_are_said(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        (tmp_path / TENSORS).unlink()
+        refused(LINEAR, tmp_path, untouched, f"{CONFIG} and no {TENSORS}")
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        ("fields", "match"),
+        [
+            pytest.param({"peft_type": "LOHA"}, "PEFT's method 'LOHA'", id="method"),
+            pytest.param({"lora_bias": True}, "lora_bias", id="lora_bias"),
+            pytest.param({"trainable_token_indices": [1]}, "trainable_token_indices", id="tokens"),
+            pytest.param({"layer_replication": [[0, 2]]}, "layer_replication", id="replication"),
+            pytest.param({"kasa_config": {"a": 1}}, "kasa_config.*not known here", id="a field of a later version"),
+        ],
+    )
+    def test_a_field_without_a_meaning_here_is_refused(self, fields, match, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        edit_config(tmp_path, **fields)
+        refused(LINEAR, tmp_path, untouched, match)
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"peft_type": "LORA"', b"\xff\xfe"])
+    def test_a_config_that_is_none(self, content, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        (tmp_path / CONFIG).write_bytes(content)
+        refused(LINEAR, tmp_path, untouched, CONFIG)
+
+
+class TestHostileFiles:
+    """Nothing is allocated that the file does not have."""
+
+    def header(self, path, size, content=b"{}"):
+        path.write_bytes(struct.pack("<Q", size) + content)
+
+    def test_a_header_of_100_megabytes(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        with (tmp_path / TENSORS).open("wb") as file:
+            file.write(struct.pack("<Q", 100 << 20))
+            file.truncate(200 << 20)  # sparse
+        refused(LINEAR, tmp_path, untouched, "its header would have 104,857,600 bytes")
+
+    def test_a_header_longer_than_the_file(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        self.header(tmp_path / TENSORS, 1 << 60)
+        refused(LINEAR, tmp_path, untouched, "its header would have")
+
+    def test_an_index_of_100_gigabytes(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        shape = [100 << 30]
+        entry = {"base_model.model.fc.lora_A.weight": {"dtype": "U8", "shape": shape, "data_offsets": [0, 100 << 30]}}
+        content = json.dumps(entry).encode()
+        self.header(tmp_path / TENSORS, len(content), content)
+        refused(LINEAR, tmp_path, untouched, "damaged")
+
+    def test_a_config_of_100_megabytes(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        with (tmp_path / CONFIG).open("wb") as file:
+            file.truncate(100 << 20)
+        refused(LINEAR, tmp_path, untouched, "at most 16,777,216 are read")
+
+    def test_deeply_nested_json(self, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        (tmp_path / CONFIG).write_text("[" * 100_000)
+        refused(LINEAR, tmp_path, untouched, "cannot be read as JSON")
