@@ -153,7 +153,9 @@ def test_data_on_disk(name, request, capsys):
     check_outcome(name, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize(
+    "name", [name if name == "scene_parse_segformer" else pytest.param(name, marks=pytest.mark.slow) for name in HUB]
+)
 def test_data_of_the_hub(name, request, capsys):
     pytest.importorskip("datasets")
     data, changes = HUB[name]

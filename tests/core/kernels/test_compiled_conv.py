@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels import disabled_kernels, lora_conv
-from tests.core.kernels.conv_cases import CASES, Case, cases, formats, without_dropout
+from tests.core.kernels.conv_cases import CASES, Case, formats, without_dropout
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
 
@@ -20,6 +20,14 @@ ONE_OF_EACH_PATH = [
     for first in (False, True)
     for small in (False, True)
 ]
+
+
+one_of_each_path = pytest.mark.parametrize(
+    "case",
+    [case if case in ONE_OF_EACH_PATH else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.id,
+)
+"""All are in the slow tests."""
 
 
 def call(case: Case):
@@ -44,7 +52,7 @@ def test_outputs_and_gradients_are_those_of_eager_mode(case, last):
     assert compiled[1].stride() == inputs[0].stride()
 
 
-@cases
+@one_of_each_path
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 def test_under_autocast(case, base):
     x, weight, bias, A, B = case.tensors(torch.float32)
@@ -52,29 +60,15 @@ def test_under_autocast(case, base):
     check_in_half_precision(case, [x, weight, bias, A, B], torch.bfloat16)
 
 
-needed = pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
-
-
-@pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
-@needed
+@one_of_each_path
+@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
 def test_one_gradient_alone(case, needed):
-    check_one_gradient(case, needed)
-
-
-@pytest.mark.slow
-@cases
-@needed
-def test_one_gradient_alone_of_any_convolution(case, needed):
-    check_one_gradient(case, needed)
-
-
-def check_one_gradient(case: Case, needed: int) -> None:
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
     found = both(call(case), inputs, [needed], expected=operators(case))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@cases
+@one_of_each_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_wide_factors_of_a_base_in_half_precision(case, dtype):
     x, weight, bias, *factors = case.tensors(torch.float32)

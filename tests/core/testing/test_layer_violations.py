@@ -239,6 +239,7 @@ def test_every_check_has_a_violation():
     assert set(VIOLATIONS) == set(LAYER_CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_a_violation_is_found_by_its_check_and_by_no_other(name):
     cls, _ = VIOLATIONS[name]
