@@ -45,9 +45,9 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
 
 
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
-    """Names the adapters in a folder that is none, or the one that a file is a part of."""
-    near_by = sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else [path.parent]
-    found = [str(each) for each in near_by if any(known.recognizes(each) for known in formats)]
+    """Names the adapters in a folder that is none or in those of its runs, or the one that a file is a part of."""
+    below = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else [path.parent]
+    found = [str(each) for each in below if each.is_dir() and any(known.recognizes(each) for known in formats)]
     return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""
 
 
