@@ -266,7 +266,7 @@ class LoraCallback(Callback):
         if stage == "fit":
             check_callbacks(trainer)
             check_distinct(_places_of_results(trainer))
-            if _writes(trainer):
+            if writes_files(trainer):
                 check_places(self.adapter_files, self.export_to)
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
@@ -311,15 +311,14 @@ class LoraCallback(Callback):
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
-        if _writes(trainer):
+        if writes_files(trainer):
             check_room(self.adapter_files, self.export_to, plan)
         forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
         if not is_sharded(trainer):
             warn_of_left_out(pl_module, forgotten)
-        lora = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
-        if lora[0] is self:
+        if lora_callbacks(trainer)[0] is self:
             self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
         if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
             self._restore_random_numbers(trainer)
@@ -420,7 +419,7 @@ class LoraCallback(Callback):
                 carry(trainer, self.state_key, merge_as_bytes(merge))
             for callback in group:
                 callback._remove_names()
-        if _writes(trainer):
+        if writes_files(trainer):
             tell_written(trainer, files, loading_lines(trainer, pl_module))
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -576,8 +575,7 @@ class LoraCallback(Callback):
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""
-        found = trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in found if isinstance(callback, LoraCallback) and callback.target == self.target]
+        return [callback for callback in lora_callbacks(trainer) if callback.target == self.target]
 
     def _check_group(self, trainer: Trainer) -> None:
         for name in ("merge_on_fit_end", "merge_source"):
@@ -615,10 +613,14 @@ class LoraCallback(Callback):
         self._restored, self._merge.undone, self._sums = None, False, {}
 
 
+def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
+    """Returns those of the callbacks of a trainer that apply LoRA, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
+
+
 def _places_of_results(trainer: Trainer) -> list[str]:
     """Returns where callbacks write: adapters, and the merged model of each target."""
-    found = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks = [callback for callback in found if isinstance(callback, LoraCallback)]
+    callbacks = lora_callbacks(trainer)
     merged = {(each.target, each.export_to) for each in callbacks if each.export_to is not None}
     return [file.path for each in callbacks for file in each.adapter_files] + [path for _, path in merged]
 
@@ -635,6 +637,6 @@ def _load_best(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def _writes(trainer: Trainer) -> bool:
-    """Whether this process writes the files of a run."""
+def writes_files(trainer: Trainer) -> bool:
+    """Returns whether this process writes the files of a run."""
     return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]

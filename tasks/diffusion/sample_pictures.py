@@ -16,6 +16,7 @@ from PIL.Image import Image
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
@@ -68,7 +69,7 @@ class SamplePictures(Callback):
         """
         if not isinstance(pl_module, TextToImageTask):
             raise ConfigError(f"SamplePictures needs a TextToImageTask; {type(pl_module).__name__} is none.")
-        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+        if stage == "fit" and writes_files(trainer):
             check_writable_folder(self.folder, "folder of SamplePictures")
         self._reset()
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
-from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.callback import lora_callbacks, writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.writable import check_writable_folder
@@ -38,10 +38,9 @@ class SavePipeline(Callback):
             raise ConfigError(f"SavePipeline needs a TextToImageTask; {type(pl_module).__name__} is none.")
         if stage != "fit":
             return
-        callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack, as is fast_dev_run
-        if any(isinstance(each, LoraCallback) and not each.merge_on_fit_end for each in callbacks):
+        if not all(each.merge_on_fit_end for each in lora_callbacks(trainer)):
             raise ConfigError(_NOT_MERGED)
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+        if writes_files(trainer):
             check_writable_folder(self.folder, "folder of SavePipeline")
 
     @rank_zero_only
@@ -51,7 +50,7 @@ class SavePipeline(Callback):
         Raises:
             ConfigError: If an adapter is not merged: its layers would be written without it.
         """
-        if stage != "fit" or cast(Any, trainer).fast_dev_run:
+        if stage != "fit" or cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
             return
         task = cast(TextToImageTask, pl_module)
         if model_state(task.parts) is not None:

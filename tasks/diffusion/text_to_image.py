@@ -16,7 +16,8 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
-from lora_plugins.integrations.lightning import LoraCallback, LoraCheckpointMixin
+from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
@@ -300,8 +301,9 @@ class TextToImageTask(LoraCheckpointMixin):
 
     def next_commands(self, trainer: Any) -> dict[str, str]:
         """Commands that can be pasted, by what they do: pictures from what a run has left."""
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]
-        adapters = [file.path for callback in callbacks for file in callback.adapter_files if file.is_ours]
+        adapters = [
+            file.path for callback in lora_callbacks(trainer) for file in callback.adapter_files if file.is_ours
+        ]
         stored = getattr(trainer.checkpoint_callback, "best_model_path", "")
         left = [f"--adapter {shlex.quote(path)}" for path in adapters]
         left += [f"--checkpoint {shlex.quote(stored)}"] if stored else []

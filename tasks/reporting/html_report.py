@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
-from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
@@ -93,7 +93,7 @@ class HtmlReport(Callback):
         """
         if stage == "fit" and not isinstance(pl_module, VisionTask):
             raise ConfigError(f"HtmlReport reports on tasks of lora_plugins; {type(pl_module).__name__} is not one.")
-        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+        if stage == "fit" and writes_files(trainer):
             check_writable_file(self.path, "path of HtmlReport")
         self._reset()
 
@@ -102,7 +102,7 @@ class HtmlReport(Callback):
         self._start = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        for callback in _lora_callbacks(trainer):
+        for callback in lora_callbacks(trainer):
             target = pl_module.get_submodule(callback.target or "")
             self._plans.append(LoraModel(target).plans[callback.adapter_name])
 
@@ -187,7 +187,7 @@ class HtmlReport(Callback):
                 self._history[name].append((at, float(value)))
 
     def _run(self, trainer: Trainer, task: VisionTask, judged: Judged) -> RunRecord:
-        callbacks, per_pixel = _lora_callbacks(trainer), task.main_metric == "mean_iou"
+        callbacks, per_pixel = lora_callbacks(trainer), task.main_metric == "mean_iou"
         data, labels = cast(Any, trainer).datamodule, task.class_labels
         confusion, costs = judged.confusion, self._costs(callbacks)
         results = class_results(labels, confusion, self._confusion_before, self._counts, per_pixel=per_pixel)
@@ -243,7 +243,7 @@ class HtmlReport(Callback):
         memory = {"peak memory": f"{costs.process_mib:,.0f} MiB"}
         if costs.gpu_mib is not None:
             memory["peak memory of the GPU"] = f"{costs.gpu_mib:,.0f} MiB"
-        files = {what: str(path) for what, path in _files(_lora_callbacks(trainer)).items()}
+        files = {what: str(path) for what, path in _files(lora_callbacks(trainer)).items()}
         length = {"epochs": str(self._epoch + 1), "steps": f"{trainer.global_step:,}"}
         groups = {
             "Model": model_facts(task, task.provenance()["image_size"]),
@@ -293,11 +293,6 @@ def _files(callbacks: list[LoraCallback]) -> dict[str, Path]:
     files = {each.title: Path(each.path) for callback in callbacks for each in callback.adapter_files}
     merged = [Path(callback.export_to) for callback in callbacks if callback.export_to]
     return files | {f"merged model{'' if not at else f' {at + 1}'}": path for at, path in enumerate(merged)}
-
-
-def _lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
-    callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack
-    return [callback for callback in callbacks if isinstance(callback, LoraCallback)]
 
 
 def _process_mebibytes() -> float:

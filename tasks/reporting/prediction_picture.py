@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
@@ -74,7 +75,7 @@ class PredictionPicture(Callback):
             raise ConfigError(
                 f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
             )
-        if stage == "fit" and trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+        if stage == "fit" and writes_files(trainer):
             check_writable_file(Path(self.path), "path of PredictionPicture")
 
     @rank_zero_only

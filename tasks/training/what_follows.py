@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
-from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.tasks.command_lines import lacking_for_onnx
 from lora_plugins.tasks.models import NONE, ModelConfig
 
@@ -37,7 +37,7 @@ def next_commands(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
 
 def note_on_the_base(trainer: Trainer, config: ModelConfig) -> str | None:
     """What to say when training starts, if its adapter will be of no use; it is for a base that is in no file."""
-    callbacks = _lora_callbacks(trainer)
+    callbacks = lora_callbacks(trainer)
     if (
         config.weights != NONE
         or not any(each.adapter_files for each in callbacks)
@@ -50,17 +50,13 @@ def note_on_the_base(trainer: Trainer, config: ModelConfig) -> str | None:
     )
 
 
-def _lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
-    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, LoraCallback)]
-
-
 def _file(trainer: Trainer, config: ModelConfig) -> Path | None:
     """The smallest file that the run left and `load_task` takes: an adapter, a merged model, a checkpoint.
 
     Adapters, and checkpoints of a `LoraCallback`, need the base that they are of: random weights cannot be had again.
     """
     run = cast(Any, trainer)  # whose types lack some attributes
-    callbacks = _lora_callbacks(trainer)
+    callbacks = lora_callbacks(trainer)
     merged, checkpoint = [callback.export_to for callback in callbacks], run.checkpoint_callback
     stored = [getattr(checkpoint, name, None) for name in ("best_model_path", "last_model_path")]
     if callbacks and config.weights == NONE:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.console import FitConsole
 
 PROGRAM = "lora-plugins"
@@ -64,6 +64,7 @@ def _commands(files: dict[str, Any], configs: Sequence[str]) -> list[str]:
 
 
 def _inspection(trainer: Trainer) -> list[str]:
-    callbacks = [each for each in cast(Any, trainer).callbacks if isinstance(each, LoraCallback)]
-    paths = [file.path for callback in callbacks for file in callback.adapter_files if Path(file.path).exists()]
+    paths = [
+        file.path for callback in lora_callbacks(trainer) for file in callback.adapter_files if Path(file.path).exists()
+    ]
     return [f"{PROGRAM} inspect {shlex.quote(path)}" for path in paths[:1]]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.cli import TERMINATED, without_collections
-from lora_plugins.integrations.lightning.callback import LoraCallback
+from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained
@@ -169,7 +169,7 @@ class PlanCLI(LoraCLI):
             TargetError: If the configuration does not fit the model.
             ConfigError: If nothing is to be adapted.
         """
-        callbacks = [c for c in self.trainer.callbacks if isinstance(c, LoraCallback)]  # type: ignore[attr-defined]
+        callbacks = lora_callbacks(self.trainer)
         if not callbacks:
             raise ConfigError("There is nothing to plan: no `lora:` section and no LoraCallback among the callbacks.")
         model.configure_model()
