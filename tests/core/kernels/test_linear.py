@@ -8,13 +8,19 @@ from torch.nn import functional as F
 from lora_plugins.kernels import disabled_kernels, lora_linear
 from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, seeded, shapes, tensors
 
+# Whole Jacobians take seconds each; the fast tests look at products with random vectors.
+jacobians = pytest.mark.parametrize(
+    "projected", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "whole"]
+)
+
 
 @shapes
 @drops
-def test_gradients_of_first_and_second_order(lead, outputs, r, dropout):
+@jacobians
+def test_gradients_of_first_and_second_order(lead, outputs, r, dropout, projected):
     inputs = tensors(lead, outputs, r)
-    assert torch.autograd.gradcheck(seeded(dropout), inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(seeded(dropout), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(seeded(dropout), inputs, fast_mode=projected)
+    assert torch.autograd.gradgradcheck(seeded(dropout), inputs, fast_mode=projected)
 
 
 @shapes
@@ -29,7 +35,8 @@ def test_it_is_the_law(lead, outputs, r):
 @shapes
 @drops
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_inputs_may_be_at_another_axis(lead, outputs, r, dropout, last):
+@jacobians
+def test_inputs_may_be_at_another_axis(lead, outputs, r, dropout, last, projected):
     _, *others = tensors(lead, outputs, r)
     image = torch.randn(lead[0], 6, lead[1], 1, dtype=torch.float64)
     image = image.contiguous(memory_format=torch.channels_last) if last else image
@@ -39,7 +46,7 @@ def test_inputs_may_be_at_another_axis(lead, outputs, r, dropout, last):
         return lora_linear(*inputs, 1.7, dropout, axis=1)
 
     inputs = [image.requires_grad_(), *others]
-    assert torch.autograd.gradcheck(compute, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(compute, inputs, fast_mode=projected)
     assert torch.autograd.gradgradcheck(compute, inputs, fast_mode=True)
     if not dropout:
         expected = law(image.movedim(1, -1), *others).movedim(-1, 1)
