@@ -67,9 +67,7 @@ def _changing(method: Method) -> Method:
     @functools.wraps(method)
     def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
         check_not_fused(self.model)
-        result = method(self, *args, **kwargs)
-        check_not_fused(self.model)  # with an adapter that was added
-        return result
+        return method(self, *args, **kwargs)
 
     return _whole(cast(Method, changed))
 
@@ -607,15 +605,13 @@ class LoraModel(metaclass=Told):
 
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:
-        """Checks that an adapter can be added, and shows the base's own values to whoever makes it."""
+        """Checks that an adapter can be added and computes, and shows the base's own values to whoever makes it."""
         state = model_state(self.model)
         check_new(state, adapter_name)
         check_not_sharded(self.model, "add_adapter")
-        if state is None:
+        with nullcontext() if state is None else base_in_place(self.model, state):
             yield
-            return
-        with base_in_place(self.model, state):
-            yield
+        check_not_fused(self.model)
 
     def _calibrated(self, plan: Plan, data: InitData | Calibration | None) -> Mapping[tuple[str, str], SlotCalibration]:
         if plan.init.needs is None:

@@ -208,10 +208,10 @@ def _weights(state: ModelState, adapters: Sequence[str], weights: Sequence[float
     """Returns the weights that are not 1, by adapter."""
     if weights is None:
         return {}
-    numbers = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=False)]
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
-    given = {name: weight for name, weight in zip(adapters, numbers, strict=True) if weight != 1}
+    numbers = {name: finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)}
+    given = {name: number for name, number in numbers.items() if number != 1}
     for name in given:
         if own := state.values.of(name):
             raise StateError(
