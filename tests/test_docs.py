@@ -158,8 +158,9 @@ def test_public_names_are_documented(module: str, package):
     assert not bare
 
 
+@pytest.mark.slow
 def test_the_site_is_built_strictly(tmp_path: Path):
-    """A broken link, a page that the navigation lacks or a name that cannot be found fails."""
+    """A broken link, a page that the navigation lacks or a name that cannot be found fails, as in `make lint`."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     silent = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=silent, capture_output=True, text=True, timeout=120, check=False)

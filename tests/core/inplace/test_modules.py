@@ -44,7 +44,7 @@ def named_model(paths, seed=0):
 
 
 class TestModuleNames:
-    @settings(QUICK, max_examples=150)
+    @settings(QUICK)
     @given(st.lists(st.lists(module_names, min_size=1, max_size=3), min_size=1, max_size=6), module_names)
     @example([["a"], ["a/lora_A"], ["a", "q"], ["a/", "q"]], "q")
     @example([["weight"], ["lora", "default", "base_layer"], ["lora_A", "lora_B"]], "lora")

@@ -83,14 +83,28 @@ CASES = [
     Case("update-dropout-tiny", False, False, groups=2, size=(31, 30), dropout=0.3),
 ]
 
+WITHOUT_DROPOUT = [case for case in CASES if not case.dropout]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+ONE_OF_EACH_PATH = [
+    next(case for case in CASES if case.effective_weight_first == first and case.small_products == small)
+    for first in (False, True)
+    for small in (False, True)
+]
 
 
-def _in_both_formats(cases: list[Case]) -> pytest.MarkDecorator:
-    pairs = [(case, last) for case in cases for last in (False, True) if not last or len(case.size) == 2]
-    ids = [f"{case.id}-{'channels_last' if last else 'contiguous'}" for case, last in pairs]
-    return pytest.mark.parametrize(("case", "last"), pairs, ids=ids)
-
-
-formats = _in_both_formats(CASES)
-without_dropout = _in_both_formats([case for case in CASES if not case.dropout])
+def in_both_formats(cases: list[Case], fast: list[Case] = CASES) -> pytest.MarkDecorator:
+    """Parametrises a test by cases and the order of the input in memory; all but `fast` are slow tests."""
+    return pytest.mark.parametrize(
+        ("case", "last"),
+        [
+            pytest.param(
+                case,
+                last,
+                id=f"{case.id}-{'channels_last' if last else 'contiguous'}",
+                marks=[] if case in fast else pytest.mark.slow,
+            )
+            for case in cases
+            for last in (False, True)
+            if not last or len(case.size) == 2
+        ],
+    )

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels import disabled_kernels, lora_conv
-from tests.core.kernels.conv_cases import CASES, Case, formats, without_dropout
+from tests.core.kernels.conv_cases import CASES, ONE_OF_EACH_PATH, WITHOUT_DROPOUT, Case, in_both_formats
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
 
@@ -14,20 +14,15 @@ pytestmark = [
     pytest.mark.usefixtures("compiler_as_new"),
 ]
 
-
-ONE_OF_EACH_PATH = [
-    next(case for case in CASES if case.effective_weight_first == first and case.small_products == small)
-    for first in (False, True)
-    for small in (False, True)
-]
-
-
 one_of_each_path = pytest.mark.parametrize(
     "case",
     [case if case in ONE_OF_EACH_PATH else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=lambda case: case.id,
 )
 """All are in the slow tests."""
+
+formats = in_both_formats(CASES, fast=ONE_OF_EACH_PATH)
+without_dropout = in_both_formats(WITHOUT_DROPOUT, fast=ONE_OF_EACH_PATH)
 
 
 def call(case: Case):

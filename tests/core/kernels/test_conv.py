@@ -3,10 +3,10 @@
 import torch
 
 from lora_plugins.kernels import disabled_kernels
-from tests.core.kernels.conv_cases import Case, cases, formats, without_dropout
+from tests.core.kernels.conv_cases import CASES, WITHOUT_DROPOUT, Case, cases, in_both_formats
 
 
-@formats
+@in_both_formats(CASES)
 def test_gradients(case: Case, last: bool):
     assert torch.autograd.gradcheck(case.compute, case.tensors(channels_last=last), fast_mode=True)
 
@@ -38,7 +38,7 @@ def test_autocast_agrees_with_float32(case: Case):
         assert (got - wanted).norm() < 0.03 * wanted.norm()
 
 
-@formats
+@in_both_formats(CASES)
 def test_a_graph_of_the_gradients_has_the_same_gradients(case: Case, last: bool):
     inputs = case.tensors(channels_last=last)
     found = [
@@ -47,13 +47,13 @@ def test_a_graph_of_the_gradients_has_the_same_gradients(case: Case, last: bool)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
-@without_dropout
+@in_both_formats(WITHOUT_DROPOUT)
 def test_it_is_the_law(case: Case, last: bool):
     inputs = case.tensors(channels_last=last)
     torch.testing.assert_close(case.compute(*inputs), case.law(*inputs), rtol=1e-12, atol=1e-12)
 
 
-@without_dropout
+@in_both_formats(WITHOUT_DROPOUT)
 def test_ordinary_operations_are_the_law(case: Case, last: bool):
     found = []
     for compute in (case.compute, case.law):

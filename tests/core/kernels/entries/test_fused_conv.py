@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lora_plugins.kernels import Geometry, lora_conv
 from lora_plugins.kernels import dropout as masks
 from lora_plugins.kernels.conv_geometry import pointwise
-from tests.core.kernels.conv_cases import Case, cases, formats
+from tests.core.kernels.conv_cases import CASES, Case, cases, in_both_formats
 from tests.core.kernels.needs import needs
 
 fused_conv = pytest.importorskip("lora_plugins.kernels.entries.fused_conv")
@@ -32,7 +32,7 @@ def test_a_case_takes_the_path_it_says(case: Case):
     assert path == (case.effective_weight_first, case.small_products)
 
 
-@formats
+@in_both_formats(CASES)
 def test_images_may_be_dropped_one_by_one(case: Case, last: bool, monkeypatch):
     inputs = case.tensors(channels_last=last)
     found = []
@@ -70,7 +70,7 @@ def test_nothing_small_is_kept_where_the_input_is_computed_again(dropout: float)
     assert counts == [5, 3]  # input, weight, A, B and something small; weight, A, B
 
 
-@formats
+@in_both_formats(CASES)
 def test_it_is_the_law_in_the_format_of_its_input(case: Case, last: bool):
     inputs = case.tensors(channels_last=last)
     output = case.compute(*inputs)
