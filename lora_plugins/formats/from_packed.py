@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import recipe_prefix, tensor_key, value_key
-from lora_plugins.formats.places import modules_by_name, tensor_names
+from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import detached_weight, model_modules, submodule
@@ -67,7 +67,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     source = _Source(packed, plan, model)
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
     _warn_of_stored(manifest.get("stored") or {})
-    places = modules_by_name(model)
+    places = places_by_name(model)
     adapted = {layer.name: places[layer.name] for layer in plan.layers}
     warn_of_second_paths(adapted, "With this file it computes what the model does here once it has merged.")
     keys = {name: value_key(name) for name in (*plan.trained, *plan.saved_buffers)}

@@ -21,7 +21,7 @@ from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fie
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
 from lora_plugins.formats.peft_values import values_for_peft
-from lora_plugins.formats.places import modules_by_name
+from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_json, write_tensors
@@ -51,7 +51,7 @@ class PeftFormat(PortableFormat):
         folder = _only_folder(path)
         config = PeftConfig(read_json(folder / CONFIG), options["patterns"])
         tensors, _ = read_tensors(_tensor_file(folder))
-        found = sorted_tensors(tensors, modules_by_name(model) if model is not None else ())
+        found = sorted_tensors(tensors, places_by_name(model) if model is not None else ())
         times = _times(config, options["out_proj"]) if found.in_attention else 1
         layers: dict[str, PortableLayer] = {}
         for name, factors in found.factors.items():

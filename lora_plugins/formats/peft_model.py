@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
-from lora_plugins.formats.places import modules_by_name, tensor_names
+from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import LAYERS, warn_of_second_paths
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
@@ -38,7 +38,7 @@ def for_model(
         AdapterFileError: If a layer that the config targets, or a head or bias that it trains, is missing, an unchanged
             weight in the file is not the model's, or a layer means one thing merged and another unmerged.
     """
-    places = modules_by_name(model)
+    places = places_by_name(model)
     modules = {name: entry.module for name, entry in places.items()}
     names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
     adapter = replace(
@@ -63,7 +63,7 @@ def for_model(
 
 def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Returns the present name of each module of a file, by the name in the file."""
-    known = modules_by_name(model)
+    known = places_by_name(model)
     lost = [name for name in names if name not in known]
     current = current_name(model) if lost else str
     return {name: name if name in known else current(name) for name in names}
@@ -150,7 +150,7 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
         AdapterFileError: If some are missing.
     """
     former = former_names(model) if renamed else {}
-    places = modules_by_name(model)
+    places = places_by_name(model)
     present = {places[name].name for name in layers if name in places}
     lacking = [
         entry.name

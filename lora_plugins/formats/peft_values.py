@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_keys import WRAPPER
-from lora_plugins.formats.places import modules_by_name, own_values, tensor_names
+from lora_plugins.formats.places import own_values, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.inplace import NamedModule
 
@@ -46,7 +46,7 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     Raises:
         AdapterFileError: If a value is neither of a module nor a bias, naming it.
     """
-    modules_of = modules_by_name(model) if model is not None else {}
+    modules_of = places_by_name(model) if model is not None else {}
     modules = tuple(_that_peft_can_wrap(adapter.saved_modules, modules_of))
     values = _by_each_name(adapter.values, model)
     single = [name for name in values if not any(name.startswith(f"{module}.") for module in modules)]

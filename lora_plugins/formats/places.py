@@ -13,8 +13,8 @@ from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tens
 Entry = TypeVar("Entry")
 
 
-def modules_by_name(model: nn.Module) -> dict[str, NamedModule]:
-    """Returns the modules of a model by each of their names."""
+def places_by_name(model: nn.Module) -> dict[str, NamedModule]:
+    """Returns where each module of a model is, by each of its names."""
     return {name: entry for entry in model_modules(model) for name in entry.names}
 
 
@@ -24,7 +24,7 @@ def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict
     Raises:
         AdapterFileError: If the model lacks one, or two that differ are one layer of the model.
     """
-    names = {name: entry.name for name, entry in modules_by_name(model).items()}
+    names = {name: entry.name for name, entry in places_by_name(model).items()}
     return _placed("layer", layers, names, _same_layer)
 
 

@@ -12,7 +12,7 @@ from lora_plugins.adapter import changed_bases, initialize
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listing
 from lora_plugins.files import checksum, described, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
-from lora_plugins.formats.places import modules_by_name, placed_layers, placed_values
+from lora_plugins.formats.places import placed_layers, placed_values, places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight, model_modules, own_tensors, submodule
 from lora_plugins.plan import Plan, contains, exact_expression, exact_pattern, make_plan
@@ -34,7 +34,7 @@ def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | 
             cannot be expressed here, naming it.
     """
     layers, values = placed_layers(model, adapter.layers), placed_values(model, adapter.values)
-    places = modules_by_name(model)
+    places = places_by_name(model)
     saved = [places[name].name if name in places else name for name in adapter.saved_modules]
     adapter = replace(adapter, layers=layers, values=values, saved_modules=saved)
     plan = _plan(model, adapter, registry)
