@@ -2,6 +2,9 @@
 
 `self.weight.data *= self.mask` acts on the tensor that this reading gives, and the next reading would give a new one.
 So all readings inside of one call of a forward that torch did not write give the same tensor.
+
+Nor need such a forward read the weight by its name at all: `dict(self.named_parameters())["weight"]`, as in layers for
+meta-learning, is the base's own.
 """
 
 import functools
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace.layer_state import layer_state, state_of
+from lora_plugins.errors import StateError, listing
+from lora_plugins.inplace.layer_state import LayerState, layer_state, state_of
 
 Held = tuple[dict[str, Tensor], bool]
 """What the weights of a layer gave in a call of its forward, by name; and whether the call records gradients.
@@ -39,11 +43,15 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         state, thread = state_of(layer), _thread()
         if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
             return base.forward(layer, *args, **kwargs)
-        state.held[thread] = {}, torch.is_grad_enabled()
+        given: dict[str, Tensor] = {}
+        state.held[thread] = given, torch.is_grad_enabled()
         try:
-            return base.forward(layer, *args, **kwargs)
+            result = base.forward(layer, *args, **kwargs)
         finally:
             del state.held[thread]
+        if not (state.is_read or torch.compiler.is_compiling()):
+            _check_read(state, given)
+        return result
 
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
         if name in weights:
@@ -55,11 +63,30 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
     return {"forward": forward, "__setattr__": set_attribute}
 
 
+def _check_read(state: LayerState, given: dict[str, Tensor]) -> None:
+    """Checks that the first call of a layer has read its weights from where its adapter acts.
+
+    Raises:
+        StateError: If it has computed with something else.
+    """
+    missed = dict.fromkeys(slot.tensor for _, _, slot in state.active_slots() if slot.tensor not in given)
+    if missed:
+        raise StateError(
+            f"The forward of {state.name!r} ({state.base_class.__name__}) does not read {listing(missed)} as an "
+            "attribute of the layer, but from its parameters or from a reference that it keeps: these are the base's, "
+            "and an adapter would do nothing there. Let it read the attribute, or add the layer to exclude_modules."
+        )
+    state.is_read = True
+
+
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
     """Returns the weight that a running forward has read before, or a new one that `make` gives."""
-    calls = layer_state(layer).held
+    state = layer_state(layer)
+    calls = state.held
     now: Held | None = calls.get(_thread()) if calls else None
     if now is None:
+        if calls and torch.compiler.is_dynamo_compiling():  # the forward has a compiled part, which knows no threads
+            state.is_read = True
         return make(layer, name)
     weights, with_gradients = now
     if name not in weights:

@@ -59,6 +59,7 @@ class LayerState:
             that no forward copies it there.
         meanwhile: In which condition the model has other values in the place of its own, and will put these back.
         held: By thread, what the weights of the layer gave in a call that goes on; see `held_weights`.
+        is_read: Whether a call of the layer's own forward has read its weights by their names.
     """
 
     name: str
@@ -72,6 +73,7 @@ class LayerState:
     index: Tensor | None = None
     meanwhile: Literal["", "in a block", "merged"] = ""
     held: dict[int, Any] = field(default_factory=dict)
+    is_read: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self.meanwhile == "in a block":
