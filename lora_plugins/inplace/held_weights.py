@@ -2,9 +2,6 @@
 
 `self.weight.data *= self.mask` acts on the tensor that this reading gives, and the next reading would give a new one.
 So all readings inside of one call of a forward that torch did not write give the same tensor.
-
-Nor need such a forward read the weight by its name at all: `dict(self.named_parameters())["weight"]`, as in layers for
-meta-learning, is the base's own.
 """
 
 import functools
@@ -15,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace.layer_state import LayerState, layer_state, state_of
+from lora_plugins.inplace.base_reads import check_reads
+from lora_plugins.inplace.layer_state import layer_state, state_of
 
 Held = tuple[dict[str, Tensor], bool]
 """What the weights of a layer gave in a call of its forward, by name; and whether the call records gradients.
@@ -46,12 +43,12 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         given: dict[str, Tensor] = {}
         state.held[thread] = given, torch.is_grad_enabled()
         try:
-            result = base.forward(layer, *args, **kwargs)
+            output = base.forward(layer, *args, **kwargs)
         finally:
             del state.held[thread]
         if not (state.is_read or torch.compiler.is_compiling()):
-            _check_read(state, given)
-        return result
+            check_reads(state, given, (*args, *kwargs.values()), output)
+        return output
 
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
         if name in weights:
@@ -61,22 +58,6 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         base.__setattr__(layer, name, value)
 
     return {"forward": forward, "__setattr__": set_attribute}
-
-
-def _check_read(state: LayerState, given: dict[str, Tensor]) -> None:
-    """Checks that the first call of a layer has read its weights from where its adapter acts.
-
-    Raises:
-        StateError: If it has computed with something else.
-    """
-    missed = dict.fromkeys(slot.tensor for _, _, slot in state.active_slots() if slot.tensor not in given)
-    if missed:
-        raise StateError(
-            f"The forward of {state.name!r} ({state.base_class.__name__}) does not read {listing(missed)} as an "
-            "attribute of the layer, but from its parameters or from a reference that it keeps: these are the base's, "
-            "and an adapter would do nothing there. Let it read the attribute, or add the layer to exclude_modules."
-        )
-    state.is_read = True
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ class LayerState:
             that no forward copies it there.
         meanwhile: In which condition the model has other values in the place of its own, and will put these back.
         held: By thread, what the weights of the layer gave in a call that goes on; see `held_weights`.
-        is_read: Whether a call of the layer's own forward has read its weights by their names.
+        is_read: Whether a call of the layer's own forward has read all its weights by their names; see `base_reads`.
     """
 
     name: str

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, normalize
 
-from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins import LoraConfig, LoraModel
 
 
 class Masked(nn.Conv2d):
@@ -246,49 +246,3 @@ def test_threads_write_into_weights_of_their_own():
     first.start()
     written.wait(10)
     assert torch.equal(model(x), expected)
-
-
-class ByParameters(nn.Linear):
-    """As in torchmeta."""
-
-    def forward(self, x, params=None):
-        params = dict(self.named_parameters()) if params is None else params
-        return linear(x, params["weight"], params["bias"])
-
-
-class ByReference(nn.Linear):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.kept = [self.weight]
-
-    def forward(self, x):
-        return linear(x, self.kept[0], self.bias)
-
-
-@pytest.mark.parametrize("cls", [ByParameters, ByReference])
-def test_forward_that_reads_the_weight_of_the_base_is_refused(cls):
-    model, x = nn.Sequential(nn.Linear(4, 4), cls(4, 3)), torch.randn(2, 4)
-    lora = LoraModel(model, LoraConfig(r=2))
-    with pytest.raises(StateError, match=rf"'1' \({cls.__name__}\) does not read 'weight'.* exclude_modules"):
-        model(x)
-    with lora.disable_adapter():
-        base = model(x)
-    assert torch.equal(lora.unload()(x), base)
-
-
-class InPart(nn.Linear):
-    """Has a part that is compiled."""
-
-    @torch.compile(backend="eager")
-    def part(self, x):
-        return linear(x, self.weight)
-
-    def forward(self, x):
-        return self.part(x) + self.bias
-
-
-def test_weight_that_a_compiled_part_of_a_forward_reads():
-    model, x = nn.Sequential(InPart(4, 3)), torch.randn(2, 4)
-    LoraModel(model, LoraConfig(r=2, init="none"))
-    for _ in range(2):
-        torch.testing.assert_close(model(x), linear(x, model[0].weight, model[0].bias))
