@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial, wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import ParamSpec, TypeVar
 
 from torch import nn
@@ -31,6 +32,9 @@ _OPENED: ContextVar[tuple[Block, ...]] = ContextVar("opened", default=())
 _OPENING = threading.RLock()
 """Held while a block is opened."""
 
+_LATER = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
+"""Which functions run later than they are called."""
+
 
 class Within(ExitStack):
     """The `with` statement of a block, or a decorator that opens one for each call of a function.
@@ -49,7 +53,17 @@ class Within(ExitStack):
         self._inside: Block | None = None
 
     def __call__(self, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        """Returns a function that is called inside a block of its own."""
+        """Returns a function that is called inside a block of its own.
+
+        Raises:
+            StateError: If calling it only makes a generator or a coroutine, which would run outside of the block.
+        """
+        if any(kind(function) for kind in _LATER):
+            name, call = getattr(function, "__qualname__", repr(function)), self._opened.call
+            raise StateError(
+                f"{call}() cannot decorate {name}, which runs after its call, and the block, have ended. Open the "
+                f"block inside of it: with lora.{call}(...)."
+            )
 
         @wraps(function)
         def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

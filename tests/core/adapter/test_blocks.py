@@ -55,6 +55,24 @@ def test_a_block_is_a_decorator():
     assert not torch.equal(lora.model(X), base)
 
 
+def generator():
+    yield 1
+
+
+async def coroutine():
+    return 1
+
+
+async def generator_of_a_coroutine():
+    yield 1
+
+
+@pytest.mark.parametrize("function", [generator, coroutine, generator_of_a_coroutine], ids=lambda each: each.__name__)
+def test_what_runs_after_its_call_is_not_decorated(function):
+    with pytest.raises(StateError, match=rf"disable_adapter\(\) cannot decorate {function.__name__}, which runs after"):
+        headed().disable_adapter()(function)
+
+
 def test_a_decorated_function_that_calls_itself_stays_inside():
     lora = headed()
     with lora.disable_adapter():
