@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
+from lora_plugins.plugins import PLAIN
 from lora_plugins.testing.check import (
     MODES,
     Check,
@@ -20,6 +21,7 @@ from lora_plugins.testing.check import (
     tensors_of,
 )
 from lora_plugins.testing.layer_case import (
+    VARIANT,
     Holder,
     LayerCase,
     batched,
@@ -27,6 +29,7 @@ from lora_plugins.testing.layer_case import (
     config_like,
     lawful,
     mapped,
+    moved,
     runs,
 )
 from lora_plugins.testing.layer_dtypes import HALVES, NEAR, cancelling
@@ -94,14 +97,7 @@ def _sees_what_changes(case: LayerCase, model: Holder) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.25).add_(0.03)
-    state = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
-    reference = case.model().train(model.training)
-    reference.load_state_dict(state)
-    inputs = case.arguments(model.layer)
-    for name, value in lawful(case, model).layer.__dict__.items():
-        if isinstance(value, Tensor):
-            delattr(reference.layer, name)
-            setattr(reference.layer, name, value)
+    inputs, reference = case.arguments(model.layer), lawful(case, model)
     for name, context in MODES.items():
         with context():
             got, expected = call(model, inputs), call(reference, inputs)
@@ -160,11 +156,15 @@ def _base(case: LayerCase) -> None:
 def _mixed(case: LayerCase) -> None:
     if not case.can_mix:
         return
-    for parts in case.selections():
+    ways: list[dict[str, Any]] = [{"fused_parts": parts} for parts in case.selections()]
+    if case.plugin.branch_takes_rescaling:
+        ways.append({"variant": VARIANT})
+    for fields in ways:
         model = case.model().eval()
-        lora = case.adapt(model, fused_parts=parts, dropout=0.0 if case.plugin.lookup else 0.5)
+        lora = case.adapt(model, **fields, dropout=0.0 if case.plugin.lookup else 0.5)
         lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
-        lora.add_adapter("third", config_like(lora, r=1, alpha=2.0))
+        lora.add_adapter("third", config_like(lora, r=1, alpha=2.0, variant=PLAIN))
+        moved(model)
         references = _references(case, model, ("default", "second", "third"))
         for what, inputs, named in [
             ("of rows", case.arguments(model.layer), {}),
@@ -277,7 +277,7 @@ CALL_CHECKS: tuple[Check[LayerCase], ...] = (
         "mixed",
         _mixed,
         "in a mixed batch, each row has the output of its own adapter or of the base, if the plugin has mixed",
-        "adapters.index is left out, the last adapter is not the zero of the base, or the scaling, which is in B, "
-        "is applied again.",
+        "adapters.index is left out, the last adapter is not the zero of the base, the scaling, which is in B, is "
+        "applied again, or adapters.factors, which branch_takes_rescaling=True promises to take, are not.",
     ),
 )

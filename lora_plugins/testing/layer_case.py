@@ -15,6 +15,9 @@ from lora_plugins.testing.check import CPU, require
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
+VARIANT = "dora"
+"""The variant that layer types are checked with: its update is no product of two factors."""
+
 
 class Holder(nn.Module):
     """A model of one layer, whose name there is `layer`."""
@@ -57,11 +60,13 @@ class LayerCase:
         return registry_with(LAYERS, self.plugin)
 
     def model(self, dtype: torch.dtype = torch.float64) -> Holder:
-        """Builds a model of one layer, with the same values each time."""
+        """Builds a model of one layer, all of which is trained, with the same values each time."""
         with own_randomness(0):
             layer = self.build(**self.options)
         complex_ = [name for name, parameter in layer.named_parameters() if parameter.is_complex()]
         require(not complex_, f"the layer has the complex parameters {complex_}, and weights that are adapted are real")
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         return Holder(layer).to(self.device, dtype)
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
@@ -193,11 +198,21 @@ def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, fl
 
 
 def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None = None) -> Holder:
-    """Builds the untouched model again with the updated weights of an adapted one, in its mode and type."""
+    """Builds the untouched model again with the updated weights of an adapted one, and all else that it has now.
+
+    Args:
+        case: What is checked.
+        model: The adapted model.
+        weights: Which adapters act, as `updated` takes them; `default` if not given, and none if empty.
+    """
     layer = model.layer
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
-    reference = case.model(dtype).train(model.training)
-    for name, value in updated(case.plugin, layer, weights or {"default": 1.0}).items():
+    reference = case.model(dtype)
+    reference.load_state_dict(model.state_dict(), strict=False)
+    modules = dict(model.named_modules())
+    for name, module in reference.named_modules():  # of which an adapter may have frozen a norm in the layer
+        module.training = modules[name].training
+    for name, value in updated(case.plugin, layer, {"default": 1.0} if weights is None else weights).items():
         delattr(reference.layer, name)
         setattr(reference.layer, name, value)
     return reference

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_plugins.errors import TargetError
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
-from lora_plugins.plugins import RowMajorPlugin
+from lora_plugins.plugins import PLAIN, RowMajorPlugin
 from lora_plugins.testing.check import (
     Check,
     random_states,
@@ -20,11 +20,23 @@ from lora_plugins.testing.check import (
     require_unmoved,
     tensors_of,
 )
-from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, lawful, mapped, moved
+from lora_plugins.testing.layer_case import (
+    VARIANT,
+    Holder,
+    LayerCase,
+    adapter_leaves,
+    call,
+    config_like,
+    lawful,
+    mapped,
+    moved,
+    named_leaves,
+)
+from lora_plugins.testing.layer_law import compare_gradients
 from lora_plugins.utils import own_randomness
 
-_VARIANT = "dora"
-"""The variant that layer types are checked with: its update is no product of two factors."""
+_BARELY = 1e-9
+"""A dropout with which a branch does all that it does for dropout, and drops nothing."""
 
 _SMALL, _ALIKE = 1e-5, 1e-3
 """The size of an update to whose effect its square adds nothing, and how much effects may differ then."""
@@ -39,9 +51,32 @@ def _dropout(case: LayerCase) -> None:
         for parameter in adapter_leaves(idle.layer):
             parameter.zero_()
     inputs = case.arguments(idle.layer)
-    untouched = tensors_of(call(case.model().train(), inputs))[0]
-    require_close("the output with dropout=0.5 and an update of zero", tensors_of(call(idle, inputs))[0], untouched)
+    untouched = _values(call(lawful(case, idle, {}), inputs))
+    require_close("the output with dropout=0.5 and an update of zero", _values(call(idle, inputs)), untouched)
+    for first, second in ((0.5, 0.0), (0.0, 0.5)):
+        _drops_of_its_own(case, first, second)
     _drops_the_input(case)
+
+
+def _values(output: Any) -> Tensor:
+    """Returns the floating numbers of all tensors of an output, one after another."""
+    return torch.cat([tensor.flatten() for tensor in tensors_of(output) if tensor.is_floating_point()])
+
+
+def _drops_of_its_own(case: LayerCase, first: float, second: float) -> None:
+    """Requires that one adapter, whose update is zero, drops nothing of the input of another one without dropout."""
+    model = case.model().train()
+    lora = case.adapt(model, dropout=first)
+    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, dropout=second))
+    lora.set_adapter(["default", "second"])
+    drops, other = ("default", "second") if first else ("second", "default")
+    with torch.no_grad():
+        for name, parameter in named_leaves(model.layer).items():
+            if name.endswith(f".{drops}"):
+                parameter.zero_()
+    inputs, reference = case.arguments(model.layer), lawful(case, model, {other: 1.0})
+    what = "the output without dropout, beside an update of zero with dropout=0.5"
+    require_all_close(what, call(model, inputs), call(reference, inputs))
 
 
 def _is_refused(case: LayerCase, **fields: Any) -> None:
@@ -58,6 +93,8 @@ def _drops_the_input(case: LayerCase, **fields: Any) -> None:
     """Requires that dropout drops single elements of each branch's input in training, and nothing in eval mode."""
     for at in range(len(case.slots())):
         _drops_for(case, at, **fields)
+    model = moved(case.adapted(dropout=_BARELY, **fields)).train()
+    compare_gradients(case, model, lawful(case, model), _ALIKE)
     model = moved(case.adapted(dropout=0.5, **fields)).eval()
     inputs = case.arguments(model.layer)
     require_all_close("the output in eval mode", call(model, inputs), call(lawful(case, model), inputs))
@@ -74,10 +111,10 @@ def _drops_for(case: LayerCase, at: int, **fields: Any) -> None:
             own.mul_(1 + _SMALL)
     inputs = case.arguments(model.layer)
     _draws_from_torch(model, inputs)
-    outputs = [tensors_of(call(model, inputs, seed))[0].detach() for seed in range(300)]
+    outputs = [_values(call(model, inputs, seed)).detach() for seed in range(300)]
     require(any(not torch.equal(outputs[0], other) for other in outputs), "with dropout=0.5 every output is the same")
     branch = _update(case, model, inputs)
-    mean = torch.stack(outputs).mean(0) - tensors_of(call(case.model().train(), inputs))[0].detach()
+    mean = torch.stack(outputs).mean(0) - _values(call(lawful(case, model, {}), inputs)).detach()
     size = float(branch.abs().mean())
     error = float((mean - branch).abs().mean())
     # Dropping is linear in the branch's input, so its mean over many draws is the branch; 0.25 is over four deviations.
@@ -96,8 +133,8 @@ def _draws_from_torch(model: Holder, inputs: Sequence[Any]) -> None:
 
 def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
     """Returns what the update adds to the output if nothing is dropped."""
-    untouched = tensors_of(call(case.model().train(), inputs))[0]
-    return (tensors_of(call(lawful(case, model), inputs))[0] - untouched).detach()
+    untouched = _values(call(lawful(case, model, {}), inputs))
+    return (_values(call(lawful(case, model), inputs)) - untouched).detach()
 
 
 def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> None:
@@ -105,14 +142,14 @@ def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]
     for first, second in _pairs(inputs):
         both = _only(inputs, (first, second))
         one, other = (_update(case, model, _only(inputs, (each,))) for each in (first, second))
-        untouched = tensors_of(call(case.model().train(), both))[0].detach()
+        untouched = _values(call(lawful(case, model, {}), both)).detach()
         if not _add_up(_update(case, model, both), one, other):
             continue  # the update is no sum over these two, as with the products of a bilinear layer
         seen = set()
         outcomes = {kept: 2 * (kept[0] * one + kept[1] * other) for kept in product((0, 1), repeat=2)}
         size = max(float(outcome.abs().max()) for outcome in outcomes.values())
         for seed in range(64):  # all four outcomes are missing one with a probability of 4e-8
-            got = tensors_of(call(model, both, seed))[0].detach() - untouched
+            got = _values(call(model, both, seed)).detach() - untouched
             fits = [kept for kept, outcome in outcomes.items() if float((got - outcome).abs().max()) <= _ALIKE * size]
             require(
                 bool(fits),
@@ -158,15 +195,28 @@ def _variant(case: LayerCase) -> None:
     if not isinstance(case.plugin, RowMajorPlugin):
         return  # refused by name when it is planned
     for parts in case.selections():
-        model = moved(case.adapted(variant=_VARIANT, fused_parts=parts))
+        model = moved(case.adapted(variant=VARIANT, fused_parts=parts))
         inputs = case.arguments(model.layer)
         for training in (False, True):
             model.train(training)
-            require_all_close(f"the output with {_VARIANT}", call(model, inputs), call(lawful(case, model), inputs))
+            require_all_close(f"the output with {VARIANT}", call(model, inputs), call(lawful(case, model), inputs))
+        compare_gradients(case, model, lawful(case, model))
     if case.has_branch and case.plugin.branch_takes_delta and not case.plugin.lookup:
-        _drops_the_input(case, variant=_VARIANT)
+        _drops_the_input(case, variant=VARIANT)
     else:
-        _is_refused(case, variant=_VARIANT)
+        _is_refused(case, variant=VARIANT)
+    for first, second in ((VARIANT, PLAIN), (PLAIN, VARIANT)):
+        _beside_another(case, first, second)
+
+
+def _beside_another(case: LayerCase, first: str, second: str) -> None:
+    """Requires that a variant's update and a plain one add up, whichever comes first."""
+    model = case.model()
+    lora = case.adapt(model, variant=first)
+    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, variant=second))
+    lora.set_adapter(["default", "second"])
+    inputs, reference = case.arguments(model.layer), lawful(case, moved(model), {"default": 1.0, "second": 1.0})
+    require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
 
 
 DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
@@ -175,14 +225,15 @@ DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
         _dropout,
         "in training mode dropout drops single elements of the branch's input and nothing else, by a mask from torch's "
         "generator; in eval mode nothing; a layer without a branch for its class refuses it",
-        "branch does not call term.drop(x), drops the input of the base as well, or drops something other than x, such "
-        "as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
+        "branch does not call term.drop(x) for each term, drops the input of the base as well, or drops something "
+        "other than x, such as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
     ),
     Check(
         "variant",
         _variant,
         "with a variant, whose update is any matrix, the layer computes W + that matrix, with dropout too if the "
         "plugin says branch_takes_delta=True",
-        "branch does not add term.delta where a term has one, or drops nothing of its input then.",
+        "branch does not add term.delta where a term has one and only there, detaches it, or drops nothing of its "
+        "input then.",
     ),
 )

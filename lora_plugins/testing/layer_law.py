@@ -12,7 +12,7 @@ from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
-from lora_plugins.testing.check import MODES, Check, require, require_all_close, require_close, tensors_of
+from lora_plugins.testing.check import MODES, TIGHT, Check, require, require_all_close, require_close, tensors_of
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -115,10 +115,10 @@ def _gradients(case: LayerCase) -> None:
     for parts in case.selections():
         for fields in _SETTINGS:
             model = case.adapted(fused_parts=parts, **fields).train()
-            _compare_gradients(case, model, lawful(case, model))
+            compare_gradients(case, model, lawful(case, model))
 
 
-def _compare_gradients(case: LayerCase, model: Holder, reference: Holder) -> None:
+def compare_gradients(case: LayerCase, model: Holder, reference: Holder, tolerance: float = TIGHT) -> None:
     """Requires the gradients of the law, whether the inputs need some or not."""
     inputs = case.arguments(model.layer)
     leaves = named_leaves(model.layer)
@@ -129,7 +129,7 @@ def _compare_gradients(case: LayerCase, model: Holder, reference: Holder) -> Non
         expected = _gradients_of(reference, inputs, [*leaves.values(), *(same[name] for name in others), *free])
         got = _gradients_of(model, inputs, [*leaves.values(), *others.values(), *free])
         for name, first, second in zip(names, got, expected, strict=True):
-            require_close(f"the gradient of {name}", first, second)
+            require_close(f"the gradient of {name}", first, second, tolerance)
         for name, gradient in zip(leaves, got, strict=False):
             require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
 
@@ -173,7 +173,7 @@ def _several(case: LayerCase) -> None:
     inputs = case.arguments(model.layer)
     reference = lawful(case, model, every)
     require_all_close("the output with three adapters", call(model, inputs), call(reference, inputs))
-    _compare_gradients(case, model.train(), lawful(case, model, every))
+    compare_gradients(case, model.train(), lawful(case, model, every))
     lora.add_weighted_adapter(["default", "second"], [0.5, 2.0], "combined")
     reference = lawful(case, model, {"default": 0.5, "second": 2.0})
     lora.set_adapter("combined")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import PluginError, near
+from lora_plugins.errors import ConfigError, PluginError, near
 from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin
+from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin, default_registry
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
     CPU,
@@ -83,17 +83,20 @@ class VariantCase:
         return move(self.adapt(self.model(dtype), init="none", **fields))
 
     def expected(self, lora: LoraModel) -> Tensor:
-        """Returns the output of the untouched layer with the weight that the variant makes of it."""
+        """Returns the output of the untouched layer with the weight that the variant makes of it, with gradients."""
         layer = lora.model[0]  # type: ignore[index]
         reference: Any = self.model()
-        planned = lora.plans["default"].layers[0]
+        plugin = lora.plans["default"].layers[0].plugin
         weight = detached_weight(layer, "weight")
-        matrix = planned.plugin.to_matrix(weight).clone()
-        for each in deltas(lora).values():
-            matrix += each.delta_weight().detach()
-        with torch.no_grad():
-            reference[0].weight.copy_(planned.plugin.from_matrix(matrix, weight.shape))
+        matrix = plugin.to_matrix(weight) + sum(each.delta_weight() for each in deltas(lora).values())
+        del reference[0].weight
+        reference[0].weight = plugin.from_matrix(matrix, weight.shape)
         return self.run(reference)
+
+    def refusal(self) -> str | None:
+        """Returns why the variant cannot serve the layer; None if it can."""
+        found = default_registry(allow=()).layer_for(type(LAYERS[self.layer]()))
+        return None if found is None else self.variant.refusal(found)
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns the output for one batch."""
@@ -175,12 +178,18 @@ def _identity(case: VariantCase) -> None:
 
 def _gradients(case: VariantCase) -> None:
     lora = case.trained()
-    layer = lora.model.get_submodule(lora.plans["default"].layers[0].name)
-    case.run(lora.model).sin().sum().backward()  # type: ignore[no-untyped-call]
-    for slot in lora.plans["default"].layers[0].slots:
-        for name, tensor in slot_tensors(layer, "default", slot).items():
-            moved = tensor.grad is not None and bool(tensor.grad.abs().max() > 0)
-            require(moved, f"{name!r} gets no gradient")
+    planned = lora.plans["default"].layers[0]
+    layer = lora.model.get_submodule(planned.name)
+    tensors = [pair for slot in planned.slots for pair in slot_tensors(layer, "default", slot).items()]
+    leaves = [tensor for _, tensor in tensors]
+    got, expected = (
+        torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)
+        for output in (case.run(lora.model), case.expected(lora))
+    )
+    for (name, _), one, wanted in zip(tensors, got, expected, strict=True):
+        moved = one is not None and wanted is not None and bool(one.any())
+        require(moved, f"{name!r} gets no gradient")
+        require_close(f"the gradient of {name!r}", one, wanted)
 
 
 def _scaling(case: VariantCase) -> None:
@@ -355,8 +364,9 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
     Check(
         "gradients",
         _gradients,
-        "A, B and the variant's own tensors get gradients",
-        "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad().",
+        "A, B and the variant's own tensors get gradients, which are those of delta_weight",
+        "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
+        "hold constant what row_factors holds constant.",
     ),
     Check(
         "scaling",
@@ -443,15 +453,19 @@ def check_variant_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name, or torch cannot use the device here.
+        ConfigError: If there is no check of a name, or torch cannot use the device here, or the variant refuses all of
+            these layers; those that it refuses are left out.
 
     Example:
         >>> from lora_plugins.variants.dora import DoraVariant
         >>> check_variant_plugin(DoraVariant())
     """
     selected, place = chosen(VARIANT_CHECKS, only, skip), usable_device(device)
-    for layer in LAYERS:
-        case = VariantCase(variant, layer, place)
-        for check in selected:
+    cases = [VariantCase(variant, layer, place) for layer in LAYERS]
+    refusals = [case.refusal() for case in cases]
+    if None not in refusals:
+        raise ConfigError(f"{type(variant).__name__} refuses all layers of the kit, as the first one: {refusals[0]}.")
+    for case, refusal in zip(cases, refusals, strict=True):
+        for check in selected if refusal is None else ():
             told = replace(check, run=partial(_telling_names, check.run))
-            checks.run(told, case, f"{type(variant).__name__} on {layer}")
+            checks.run(told, case, f"{type(variant).__name__} on {case.layer}")

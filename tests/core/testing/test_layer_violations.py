@@ -204,10 +204,10 @@ ALSO = {
     - {"registration", "layout", "inputs", "biases", "variant", "mixed", "unload", "keys", "files", "stateless"},
     # Merging views the weight as a matrix.
     "layout": {"merge", "aliases", "base"},
-    # Two adapters have gradients too, those in half precision are gradients, and a layer under two names is merged.
-    "gradients": {"several", "dtype"},
-    # One of two adapters is merged.
-    "several": {"base"},
+    # Two adapters have gradients too, and so have half precision and dropout.
+    "gradients": {"several", "dtype", "dropout"},
+    # One of two adapters is merged, or has dropout.
+    "several": {"base", "dropout"},
     "merge": {"aliases", "base"},
     # What was remembered of a whole batch is no output of a part of it.
     "aliases": {"calls", "pure"},

@@ -82,6 +82,42 @@ def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     assert caught.value.check == "registration"
 
 
+class Counting(nn.Module):
+    """A frozen layer with a normalization in it, which counts its calls and gives its output last."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4), requires_grad=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += self.training
+        return x.argmax(-1), x.sum(-1), self.norm(F.linear(x, self.weight))
+
+
+class CountingPlugin(RowMajorPlugin):
+    name = "counting"
+    module_type = Counting
+    branch_types = (Counting,)
+    branch_use = "dropout"
+
+    def biases(self, layer):
+        return []
+
+    def branch(self, layer, base, terms, x):
+        layer.calls += layer.training
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            low = F.linear(term.drop(x).to(term.A.dtype), term.A)
+            y = y + (term.scaling * F.linear(low, term.B)).to(y.dtype)
+        return x.argmax(-1), x.sum(-1), layer.norm(y)
+
+
+def test_a_layer_that_counts_its_calls_and_has_a_norm_passes():
+    check_layer_plugin(CountingPlugin(), Counting, lambda layer: torch.randn(5, 4))
+
+
 class Glu(nn.Module):
     """y = sigmoid(G x + b) * U x: two weights, and one of them inside a curve."""
 
@@ -158,10 +194,13 @@ def test_a_branch_for_dropout_alone_passes():
 
 
 @pytest.mark.parametrize(
-    ("plugin", "check"),
-    [(RarelyWithoutGradient(), "gradients"), (RarelyInItsOwnType(), "dtype")],
+    ("plugin", "said"),
+    [
+        (RarelyWithoutGradient(), "the gradient of an input differs"),
+        (RarelyInItsOwnType(), "with its branch in each call fails the check 'dtype'"),
+    ],
     ids=["gradients", "dtype"],
 )
-def test_a_branch_for_dropout_alone_is_checked_as_any_other(plugin, check):
-    with pytest.raises(CheckError, match=f"with its branch in each call fails the check '{check}'"):
+def test_a_branch_for_dropout_alone_is_checked_as_any_other(plugin, said):
+    with pytest.raises(CheckError, match=said):
         check_layer_plugin(plugin, Glu, lambda layer: torch.randn(5, 4))

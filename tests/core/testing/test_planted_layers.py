@@ -391,6 +391,52 @@ class MixesTwo(Complete):
         return super().mixed(layer, base, replace(adapters, index=index), x)
 
 
+class OneMaskForAllTerms(Complete):
+    """Drops as the first adapter says, for all of them."""
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        dropped = terms[0].drop(x)
+        for term in terms:
+            y = y + self.placed(term, self.update(replace(term, training=False), dropped)).to(y.dtype)
+        return y
+
+
+class KindOfTheFirst(Complete):
+    """Takes all adapters for those of a variant where the first one is of one."""
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"], layer.bias)
+        for term in terms:
+            update = self.update if terms[0].delta is not None else self.low_rank
+            y = y + self.placed(term, update(term, term.drop(x).to(term.A.dtype))).to(y.dtype)
+        return y
+
+
+class DetachesADelta(Complete):
+    def update(self, term, x):
+        return super().update(replace(term, delta=None if term.delta is None else term.delta.detach()), x)
+
+
+class DetachesARescaling(LinearPlugin):
+    def branch(self, layer, base, terms, x):
+        if (how := terms[0].rescaling) is not None:
+            terms = [replace(terms[0], rescaling=replace(how, own=[each.detach() for each in how.own]))]
+        return super().branch(layer, base, terms, x)
+
+
+class DetachesWhatItDrops(Complete):
+    def update(self, term, x):
+        return super().update(replace(term, A=term.A.detach()) if term.dropout else term, x)
+
+
+class MixedWithoutFactors(LinearPlugin):
+    """Takes an adapter of a variant for a plain one."""
+
+    def mixed(self, layer, base, adapters, x):
+        return super().mixed(layer, base, replace(adapters, factors=None), x)
+
+
 PLANTED = {
     MixedFirstOnly: "mixed",
     MixedWithoutBaseRows: "mixed",
@@ -439,6 +485,12 @@ PLANTED = {
     FirstTwo: "several",
     MixesTwo: "mixed",
     FailsOnChannelsThatDoNotNeedGradients: "law",
+    OneMaskForAllTerms: "dropout",
+    KindOfTheFirst: "variant",
+    DetachesADelta: "variant",
+    DetachesARescaling: "variant",
+    DetachesWhatItDrops: "dropout",
+    MixedWithoutFactors: "mixed",
 }
 """By defect, the check that is about it; others may find it too."""
 
@@ -477,5 +529,5 @@ def test_nothing_is_found_where_nothing_is_wrong():
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)
 def test_a_planted_defect_is_found(cls):
-    with pytest.raises(CheckError):
+    with pytest.raises(CheckError, match=f"fails the check '{PLANTED[cls]}'"):
         check(cls(), PLANTED[cls])

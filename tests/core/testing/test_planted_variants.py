@@ -117,6 +117,25 @@ class OnDefaultDevice(DoraVariant):
         return super().delta_weight(weight, A, B, scaling, own) * torch.ones(weight.shape, dtype=weight.dtype)
 
 
+class OtherGradient(DoraVariant):
+    """Differentiates the norm, which row_factors holds constant."""
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        direction = weight + scaling * B @ A
+        return own["magnitude"][:, None] * direction / direction.norm(dim=1, keepdim=True) - weight
+
+
+class HalfAGradient(DoraVariant):
+    """What is right in delta_weight is wrong in row_factors."""
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return DoraVariant().delta_weight(weight, A, B, scaling, own)
+
+    def row_factors(self, direction, own):
+        factors = super().row_factors(direction, own)
+        return (factors + factors.detach()) / 2
+
+
 PLANTED = {
     NoScaling: "scaling",
     DrawsFromTheProcess: "pure",
@@ -133,12 +152,14 @@ PLANTED = {
     KeepsTensors: "pure",
     DetachedA: "gradients",
     OnDefaultDevice: "device",
+    OtherGradient: "gradients",
+    HalfAGradient: "gradients",
 }
 
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)
 def test_a_planted_defect_is_found(cls):
-    with pytest.raises(CheckError):
+    with pytest.raises(CheckError, match=f"fails the check '{PLANTED[cls]}'"):
         check_variant_plugin(cls(), only=[PLANTED[cls]])
 
 

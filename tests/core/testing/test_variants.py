@@ -118,6 +118,22 @@ def test_a_violation_fails_its_check(name):
         assert part in str(caught.value)
 
 
+class LinearOnly(DoraVariant):
+    def refusal(self, plugin):
+        return None if plugin.name == "linear" else "it serves linear layers only"
+
+
+class Nothing(DoraVariant):
+    def refusal(self, plugin):
+        return "it serves nothing"
+
+
+def test_layers_that_a_variant_refuses_are_left_out():
+    check_variant_plugin(LinearOnly(), only=["shapes", "branch"])
+    with pytest.raises(ConfigError, match="Nothing refuses all layers of the kit, as the first one: it serves nothing"):
+        check_variant_plugin(Nothing())
+
+
 def test_an_unknown_check_is_refused():
     with pytest.raises(ConfigError, match=r"no check 'merge'.*merging"):
         check_variant_plugin(DoraVariant(), only=["merge"])
