@@ -19,6 +19,16 @@ from lora_plugins.testing.check import Check, by_name, chosen, require, require_
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "use_rslora": {"use_rslora": True},
+    "a variant": {"variant": "dora"},
+    "a head": {"modules_to_save": ["last"]},
+    "biases": {"bias": "lora_only"},
+    "a part of a layer": {"fused_parts": {"to_q": ["q"]}},
+    "a changed base": {"init": "pissa"},
+}
+"""Adapters that have more than an A and a B for each layer, by what that is."""
+
 
 class Block(nn.Module):
     """Two layers with names of several components, and one that no adapter touches."""
@@ -61,10 +71,15 @@ class FormatCase:
         with own_randomness(0):
             return Block(width).double().eval()
 
-    def trained(self) -> LoraModel:
+    def trained(self, **fields: Any) -> LoraModel:
         """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
         config = LoraConfig(
-            r=2, alpha=3.0, target_modules=["to_q", "to_out"], rank_pattern={"to_out": 3}, alpha_pattern={"to_q": 5.0}
+            r=2,
+            alpha=3.0,
+            target_modules=["to_q", "to_out"],
+            rank_pattern={"to_out": 3},
+            alpha_pattern={"to_q": 5.0},
+            **fields,
         )
         lora = LoraModel(self.model(), config, registry=self.registry())
         with torch.no_grad(), own_randomness(1):
@@ -121,6 +136,22 @@ def _bits(case: FormatCase) -> None:
         with tempfile.TemporaryDirectory() as folder:
             case.load(second, case.write(case.load(first, path), Path(folder)))
         require_same_state("the model after reading, writing and reading", second.state_dict(), first.state_dict())
+
+
+def _whole(case: FormatCase) -> None:
+    for what, fields in ADAPTERS.items():
+        lora, model = case.trained(**fields), case.model()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = case.write(lora, Path(folder))
+            except AdapterFileError:
+                left = [each.name for each in Path(folder).iterdir()]
+                require(not left, f"an adapter with {what} was refused, and {left} was written")
+                continue
+            case.load(model, path)
+        require_close(
+            f"the output of the loaded model, of an adapter with {what},", case.run(model), case.run(lora.model)
+        )
 
 
 def _untouched(case: FormatCase) -> None:
@@ -190,6 +221,13 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         _bits,
         "what was read, written and read again has the same keys and bits",
         "the scaling is multiplied into A or B, or tensors are cast.",
+    ),
+    Check(
+        "whole",
+        _whole,
+        "an adapter that is more than an A and a B for each layer (use_rslora, a variant, a head, biases, a part of a "
+        "layer, a changed base) is written whole, or refused with an AdapterFileError before anything is written",
+        "what the format has no place for is left out, as refusals() names nothing.",
     ),
     Check(
         "untouched",

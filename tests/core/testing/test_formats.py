@@ -67,6 +67,26 @@ class Scaled(PeftFormat):
         return super().save(path, scaled, model, options)
 
 
+class LeavesOut(PeftFormat):
+    """Writes A and B, and nothing else that an adapter may have."""
+
+    def refusals(self, adapter):
+        return ()
+
+    def save(self, path, adapter, model, options):
+        alone = changed(adapter, lambda layer: replace(layer, magnitude=None))
+        return super().save(path, replace(alone, values={}), model, options)
+
+
+class WritesFirst(PeftFormat):
+    def write(self, path, packed, model, registry, options):
+        path.mkdir()
+        return super().write(path, packed, model, registry, options)
+
+    def refusals(self, adapter):
+        return ["everything"] if adapter.values else ()
+
+
 class InPlace(PeftFormat):
     def save(self, path, adapter, model, options):
         next(model.parameters()).data.mul_(2)
@@ -100,6 +120,7 @@ VIOLATIONS = {
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
     "output": [OneAlpha],
     "bits": [Scaled],
+    "whole": [LeavesOut, WritesFirst],
     "untouched": [InPlace],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
