@@ -176,11 +176,16 @@ class InitPlugin(ABC):
 
 
 def _contradiction(plugin: InitPlugin) -> str:
-    says_how = type(plugin).changed_base is not InitPlugin.changed_base
-    if plugin.changes_base and not says_how:
+    if plugin.changes_base and type(plugin).changed_base is InitPlugin.changed_base:
         return "says changes_base=True and has no changed_base"
-    if says_how and not plugin.changes_base:
-        return "has a changed_base and says changes_base=False, so it is never used"
+    unused = {
+        "changed_base": "" if plugin.changes_base else "changes_base=False",
+        "base_to_store": "" if plugin.changes_base else "changes_base=False",
+        "allocate": "" if plugin.needs else "needs=None",
+    }
+    for method, says in unused.items():
+        if says and getattr(type(plugin), method) is not getattr(InitPlugin, method):
+            return f"has a method {method} and says {says}, so it is never called"
     return ""
 
 

@@ -53,6 +53,17 @@ def _filled(case: InitCase) -> None:
             )
 
 
+def _device(case: InitCase) -> None:
+    there, elsewhere = _started(case, 0), case.contexts(case.model())
+    # A tensor that is made without saying where lands on the default device, which is none here.
+    with torch.no_grad(), torch.device("meta"):
+        for context in elsewhere:
+            case.init.fill(context)
+    for one, other in zip(there, elsewhere, strict=True):
+        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
+            require_close(f"{name} of {one.layer!r} with another default device", factor, expected, 0)
+
+
 def _trainable(case: InitCase) -> None:
     for context in case.contexts(case.model()):
         with torch.no_grad():
@@ -312,6 +323,12 @@ _CHECKS: tuple[Check[InitCase], ...] = (
         _dtype,
         "A and B are float32 on a base in half precision and float64 on float64, with finite values",
         "a constant of a fixed type, as torch.eye(r) where torch.eye(r, dtype=context.A.dtype) is meant.",
+    ),
+    Check(
+        "device",
+        _device,
+        "what fill makes is where A and B are, whatever torch's default device is",
+        "torch.randn(shape) where torch.randn(shape, device=context.A.device) is meant.",
     ),
     Check(
         "ranks",

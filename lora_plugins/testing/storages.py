@@ -162,6 +162,19 @@ def _rows(case: StorageCase) -> None:
             require_close(f"rows of the dense weight of shape {tuple(weight.shape)}", rows, dense[index], 0)
 
 
+def _device(case: StorageCase) -> None:
+    for weight in case.weights():
+        index = torch.arange(len(weight), device=case.device)
+        stored = case.store(weight)
+        expected = _made_dense(case, stored, index, weight.shape)
+        # A tensor that is made without saying where lands on the default device, which is none here.
+        with torch.device("meta"):
+            again, got = case.store(weight), _made_dense(case, stored, index, weight.shape)
+        require_same_state("what is stored with another default device", again, stored)
+        for what, dense in got.items():
+            require_close(f"{what} with another default device", dense, expected[what], 0)
+
+
 def _size(case: StorageCase) -> None:
     weight = torch.randn(256, 256).to(case.device)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in case.store(weight).values())
@@ -217,6 +230,12 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         _rows,
         "rows gives the rows of what restore gives, bit for bit, for any shape of indices",
         "the columns of a row are counted in the first dimension only, where a kernel has several.",
+    ),
+    Check(
+        "device",
+        _device,
+        "what is made is where the weight is, or what is stored of it",
+        "torch.arange(16) where torch.arange(16, device=codes.device) is meant.",
     ),
     Check(
         "size",

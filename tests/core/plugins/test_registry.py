@@ -24,6 +24,10 @@ class Layer(RowMajorPlugin):
     module_type = nn.Bilinear
 
 
+UNUSED = {"changed_base": "changes_base=False", "base_to_store": "changes_base=False", "allocate": "needs=None"}
+"""Methods that are never called, by what the init says of itself."""
+
+
 def variant(base, **attributes):
     return type("Variant", (base,), attributes)()
 
@@ -51,6 +55,13 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
             pytest.param(LAYERS, variant(Layer, slots=["it"]), "'slots' to ['it']. It has to be a method", id="slots"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
+            pytest.param(INITS, variant(Init, changes_base=True), "and has no changed_base", id="no base"),
+            *(
+                pytest.param(
+                    INITS, variant(Init, **{method: print}), f"has a method {method} and says {says}", id=method
+                )
+                for method, says in UNUSED.items()
+            ),
         ],
     )
     def test_anything_else_is_refused_by_the_name_of_its_plugin(self, kind, plugin, words):

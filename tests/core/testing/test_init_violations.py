@@ -123,6 +123,13 @@ class FixedType(Plain):
         return {}
 
 
+class OnDefaultDevice(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.mul_(torch.full((len(context.A), 1), 2.0))
+        return {}
+
+
 class NeedsRank(Plain):
     def fill(self, context):
         U, _, _ = torch.linalg.svd(context.weight.float(), full_matrices=False)
@@ -144,6 +151,7 @@ VIOLATIONS = {
     "recipe": (SharesItsRecipe, "the recipe is A or B itself"),
     "files": (Remembers, "could not compute the changed base"),
     "dtype": (FixedType, "expected m1 and m2 to have the same dtype"),
+    "device": (OnDefaultDevice, "A of 'embedding' with another default device differs"),
     "ranks": (NeedsRank, "r=40 ended in IndexError"),
 }
 """By check: a plugin that breaks it, and what the message says came."""
@@ -153,13 +161,27 @@ ALSO = {
     # What everything else stands on.
     "registration": set(INIT_CHECKS) - {"ranks"},
     # Garbage in a factor is neither reproducible nor finite, and has no rank.
-    "filled": {"trainable", "reproducible", "recipe", "base", "dtype", "ranks", "files", "identity", "scaling"},
+    "filled": {
+        "device",
+        "trainable",
+        "reproducible",
+        "recipe",
+        "base",
+        "dtype",
+        "ranks",
+        "files",
+        "identity",
+        "scaling",
+    },
     # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
     "identity": {"scaling"},
     "base": {"identity", "scaling", "files", "pure"},
     "recipe": {"files"},
     # The start is compared in float64.
-    "dtype": {"identity", "scaling"},
+    "dtype": {"identity", "scaling", "device"},
+    # Numbers of the process are others each time, and an index is made like any tensor.
+    "reproducible": {"device"},
+    "ranks": {"device"},
 }
 """The other checks that a violation cannot but break."""
 

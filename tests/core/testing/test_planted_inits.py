@@ -185,7 +185,7 @@ class OneRowAndAllColumns(Plain):
 
     def fill(self, context):
         nn.init.normal_(context.B, generator=context.generator)
-        row = torch.randn(1, context.A.shape[1], generator=context.generator)
+        row = torch.empty_like(context.A[:1]).normal_(generator=context.generator)
         context.A.copy_(row.expand_as(context.A))
         return {}
 

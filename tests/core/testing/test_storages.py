@@ -122,6 +122,21 @@ class WrongRows(NF4Storage):
         return super().rows(tensors, index, torch.Size((shape[0], shape[-1])), options)
 
 
+class TableOnDefaultDevice(Int8Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options) * torch.ones(shape)
+
+
+class StoredOnDefaultDevice(Int8Storage):
+    def store(self, weight, options):
+        return super().store(weight * torch.tensor(1.0), options) | {"largest": torch.zeros(1)}
+
+
+class RowsOnDefaultDevice(NF4Storage):
+    def rows(self, tensors, index, shape, options):
+        return super().rows(tensors, index, shape, options) + torch.zeros(shape[1:])
+
+
 class Unpacked(NF4Storage):
     def packed(self, codes):
         return codes.long()
@@ -143,6 +158,7 @@ VIOLATIONS = {
     "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
+    "device": [TableOnDefaultDevice, StoredOnDefaultDevice, RowsOnDefaultDevice],
     "size": [Unpacked],
 }
 
