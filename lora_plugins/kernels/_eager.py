@@ -62,11 +62,17 @@ def applies_in_eager_mode(
 ) -> bool:
     """The checker of a kernel that computes any call in plain eager mode that torch's own layer computes as well.
 
-    Not a layer without inputs or outputs. Not dropout that is recorded in a CUDA graph: masks come from a seed of the
-    host, which every replay would share.
+    Not a layer without inputs or outputs, nor an input without dimensions, or with empty rows. Not dropout that is
+    recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
     """
     recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return is_eager(x) and types_agree(x, weight, bias) and weight.numel() > 0 and x.ndim > 0 and not recorded
+    return (
+        is_eager(x)
+        and types_agree(x, weight, bias)
+        and weight.numel() > 0
+        and min(x.shape[1:] or x.shape, default=0) > 0
+        and not recorded
+    )
 
 
 def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -36,6 +36,8 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "empty": lambda x: x[:0],
     "one_row": lambda x: x[0],
     "narrow": lambda x: x[..., :-1],
+    "no_columns": lambda x: x[..., :0],
+    "no_channels": lambda x: x[:, :0],
     "number": lambda x: torch.tensor(1.0, dtype=x.dtype),
     "jagged": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
     "sparse": lambda x: x.to_sparse(),
