@@ -39,7 +39,7 @@ def input_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    _check_read(read)
+    _check_read(torch.tensor(read, device=next(iter(sums.values())).device))
     moments = {key: total.reduced() for key, total in sums.items()}
     unseen = [key[0] for key, (count, _, _) in moments.items() if not count]
     if unseen:
@@ -135,10 +135,10 @@ def mean_gradients(
                 sums[key] += gradient.to_dense()
                 used[key] += 1
         read += 1
-    _check_read(read)
     device = next(iter(sums.values())).device
     counts = torch.tensor([read, *used.values()], device=device)
-    for tensor in (counts, *sums.values()):
+    _check_read(counts)
+    for tensor in sums.values():
         _add_up(tensor)
     unused = [key[0] for key, count in zip(weights, counts[1:].tolist(), strict=True) if not count]
     if unused:
@@ -170,8 +170,10 @@ def _loss(output: Any) -> Tensor:
     return loss.sum()
 
 
-def _check_read(read: int) -> None:
-    if not read:
+def _check_read(counts: Tensor) -> None:
+    """Adds counts up over all processes, so that all of them go on or none, and checks that something was read."""
+    _add_up(counts)
+    if not counts.any():
         raise ConfigError("init_data has no batches, so there is nothing to learn the first A and B from.")
 
 

@@ -353,6 +353,14 @@ class TestRefusals:
     def test_no_batches(self, config, untouched):
         self.refused(config, InitData([], loss), ConfigError, "no batches", untouched)
 
+    @needs
+    def test_batches_of_another_process_will_do(self, config, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(1))
+        model = net()
+        LoraModel(model, config, init_data=InitData([], loss))
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
     def test_observations_of_something_else(self, untouched):
         model = net()
         seen = calibrate(model, LoraModel.plan(model, CONFIGS["inputs"]), InitData(batches()))
