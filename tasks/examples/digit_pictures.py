@@ -16,14 +16,14 @@ class DigitPicturesDataModule(PicturesDataModule):
     """Pictures of one handwritten digit, which are written into a folder first.
 
     Args:
-        root: The folder; pictures that are there already stay.
+        root: The folder; pictures of other things that are there stay, and belong to the subject.
         digit: The digit.
         count: How many pictures.
         seed: Which ones.
         **others: Arguments of `PicturesDataModule`.
 
     Raises:
-        ConfigError: If there are not so many pictures.
+        ConfigError: If there are not so many pictures, or the folder has digits of another choice.
     """
 
     def __init__(self, root: str, digit: int = 9, count: int = 6, seed: int = 0, **others: Any) -> None:
@@ -35,7 +35,14 @@ class DigitPicturesDataModule(PicturesDataModule):
         ink = load_digit_splits([self.digit])[TEST].ink.numpy()
         if not 1 <= self.count <= len(ink):
             raise ConfigError(f"count is {self.count}; there are {len(ink)} pictures of the digit {self.digit}.")
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        for number in np.random.default_rng(self.seed).permutation(len(ink))[: self.count]:
-            pixels = (ink[number] * 255).round().astype(np.uint8)
-            Image.fromarray(pixels).save(Path(self.root) / f"digit-{self.digit}-{number:03d}.png")
+        root = Path(self.root)
+        root.mkdir(parents=True, exist_ok=True)
+        numbers = np.random.default_rng(self.seed).permutation(len(ink))[: self.count]
+        chosen = {root / f"digit-{self.digit}-{number:03d}.png": ink[number] for number in numbers}
+        if others := {*root.glob("digit-*.png")} - chosen.keys():
+            raise ConfigError(
+                f"{root} has {len(others)} pictures of another digit, count or seed, such as {min(others).name}, which "
+                "would be learned as well. Delete them, or give another root."
+            )
+        for path, picture in chosen.items():
+            Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)

@@ -116,3 +116,13 @@ def test_the_shipped_model_can_be_trained_again(tmp_path):
 def test_a_count_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="count is 1000; there are"):
         DigitPicturesDataModule(str(tmp_path), count=1000, prompt="a sks digit").prepare_data()
+
+
+@pytest.mark.parametrize("other", [{"digit": 8}, {"seed": 1}, {"count": 5}])
+def test_pictures_of_another_choice_are_not_learned_as_well(tmp_path, other):
+    for _ in range(2):
+        DigitPicturesDataModule(str(tmp_path), prompt="a sks digit").prepare_data()
+    assert len(list(tmp_path.iterdir())) == 6
+    with pytest.raises(ConfigError, match=r"pictures of another digit, count or seed, such as digit-9-\d+\.png"):
+        DigitPicturesDataModule(str(tmp_path), prompt="a sks digit", **other).prepare_data()
+    assert len(list(tmp_path.iterdir())) == 6
