@@ -28,10 +28,11 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         for own in (*entry.module._parameters.keys(), *stored_weights(entry.module)):
             key = weight_key(entry.module, own)
             if key in changing and own not in weights.get(entry.name, ()):
+                layer = changing[key].rpartition(".")[0]
                 raise MergeError(
                     f"{changing[key]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
-                    f"adapter does not adapt and which would change with it. Add {entry.name!r} to target_modules, or "
-                    "untie the two."
+                    "adapter does not adapt and which would change with it. Target that too, if it is of a layer that "
+                    f"a plugin adapts; or add {layer!r} to exclude_modules, or untie the two."
                 )
 
 

@@ -1,6 +1,6 @@
 """Which modules a configuration means: those to adapt, those to train in full, and those that "all" leaves out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing
+from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
@@ -65,6 +66,11 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     targets = [site for site in targets if site.plugin is not None]
     if not targets:
         others = "".join(f" {each}." for each in left_out(config, survey, saved))
+        if not any(site.plugin for site in survey.sites):
+            raise TargetError(
+                f"target_modules: the model has no layer of a type that a plugin adapts.{others} A plugin for a type "
+                f"of your own is a few lines, which `lora-plugins new-plugin` writes.{registry.absent()}"
+            ) from registry.cause()
         raise TargetError(
             "target_modules: nothing is left to adapt after exclude_modules, layers_to_transform and "
             f"modules_to_save. Layers that could be adapted: {listing(sorted(handled)) or 'none'}.{others}"
@@ -126,8 +132,10 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftO
     free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
     excluded = _excluded(config, survey.sites, free, {name for site in free if site.plugin for name in site.names})
     found: dict[tuple[str, str], list[str]] = {}
+    free = [site for site in free if not excluded & set(site.names)]
+    adapted = _weights_of_layers(free, survey)
     for site in free:
-        if site.matrices and not excluded & set(site.names) and (reason := _reason(site)):
+        if site.matrices and (reason := _reason(site, adapted)):
             found.setdefault((_title(site), reason), []).append(site.name or "the model itself")
     return tuple(LeftOut(cls, tuple(names), reason) for (cls, reason), names in found.items())
 
@@ -138,12 +146,25 @@ def _title(site: Site) -> str:
     return site.class_path if of_others else site.class_name
 
 
-def _reason(site: Site) -> str:
+def _weights_of_layers(sites: Iterable[Site], survey: Survey) -> dict[str, str]:
+    """Returns the name that a layer with a plugin has for a parameter, by all full names of those with several."""
+    weights = {full_name(site.name, slot.tensor) for site in sites if site.plugin for slot in site.slots}
+    found: dict[str, str] = {}
+    for first, parameter in survey.parameters.items():
+        names = (first, *parameter.aliases)
+        if parameter.aliases and (of_layers := [name for name in names if name in weights]):
+            found |= dict.fromkeys(names, of_layers[0])
+    return found
+
+
+def _reason(site: Site, adapted: Mapping[str, str]) -> str:
     if site.foreign_adapter:
         return "they belong to an adapter of another library; merge it into the base, or name them"
-    if site.plugin is None:
-        return f"no plugin adapts this type, which has {listing(site.matrices, 3)}"
-    return ""
+    if site.plugin is not None:
+        return ""
+    shared = [adapted[name] for key in site.matrices if (name := full_name(site.name, key)) in adapted]
+    reads = f". It reads {listing(shared, 3)} without the update, which cannot be merged" if shared else ""
+    return f"no plugin adapts this type, which has {listing(site.matrices, 3)}{reads}"
 
 
 def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str]) -> set[str]:

@@ -33,7 +33,7 @@ class TestTypesWithoutAPlugin:
 
     def test_they_are_named_where_nothing_could_be_adapted(self):
         model = nn.Sequential(nn.Bilinear(4, 4, 2), Bank())
-        with pytest.raises(TargetError, match=r"none\. not adapted: Bilinear \('0'\): no plugin.*Bank \('1'\)"):
+        with pytest.raises(TargetError, match=r"adapts\. not adapted: Bilinear \('0'\): no plugin.*Bank \('1'\)"):
             plan(model)
 
     def test_only_matrices_of_numbers_could_be_adapted(self):
@@ -78,6 +78,28 @@ class TestTypesWithoutAPlugin:
                 self.up = nn.Linear(4, 4)
 
         assert plan(Model()).left_out[0].layers == ("the model itself",)
+
+
+class Reader(nn.Module):
+    """Reads the weight of a layer under a name of its own, as the scales of quantized layers do."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+
+def test_weights_of_layers_that_others_hold():
+    own = Reader(nn.Parameter(torch.ones(2, 2)))
+    model = nn.ModuleDict({"up": nn.Linear(4, 4), "bare": nn.Linear(4, 4), "own": own})
+    model["list"] = nn.ParameterList([model["bare"].weight])
+    model["reader"] = Reader(model["up"].weight)
+    others = [str(each) for each in plan(model, exclude_modules=["bare"]).left_out]
+    assert others == [
+        "not adapted: Reader ('own'): no plugin adapts this type, which has 'weight'",
+        "not adapted: ParameterList ('list'): no plugin adapts this type, which has '0'",
+        "not adapted: Reader ('reader'): no plugin adapts this type, which has 'weight'. It reads 'up.weight' without "
+        "the update, which cannot be merged",
+    ]
 
 
 class TestAdaptersOfOthers:
