@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_plugins.plugins import default_registry
 from tests.core.file_cases import adapt, build, output
 
 TESTS = Path(__file__).parent.parent
@@ -69,6 +70,7 @@ def installed(tmp_path_factory):
 @pytest.fixture
 def with_plugins(installed, monkeypatch):
     """Makes installed plugin distributions visible to this process, for the time of one test."""
+    default_registry()  # which the process keeps, is made without them
     loaded = set(sys.modules)
 
     def add(*names):
