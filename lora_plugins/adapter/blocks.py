@@ -61,7 +61,7 @@ class Within(ExitStack):
         if any(kind(function) for kind in _LATER):
             name, call = getattr(function, "__qualname__", repr(function)), self._opened.call
             raise StateError(
-                f"{call}() cannot decorate {name}, which runs after its call, and the block, have ended. Open the "
+                f"{call}() cannot decorate {name}, which runs after its call and the block have ended. Open the "
                 f"block inside of it: with lora.{call}(...)."
             )
 
