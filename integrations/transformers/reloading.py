@@ -1,13 +1,12 @@
 """Gives the adapter of a model the values that a checkpoint has for it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.files import MANIFEST, PackedAdapter, read, same
+from lora_plugins.files import MANIFEST, PackedAdapter, differing_base, differing_config, read
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -32,7 +31,11 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """
     saved = read(folder)
     own = LoraModel(model).pack(adapter_name)
-    _check_config(folder, own.manifest["config"], saved.manifest["config"])
+    if details := differing_config(own, saved):
+        raise AdapterFileError(
+            f"{folder} has an adapter of another configuration: {details}. Use the configuration of the file, or start "
+            "without resume_from_checkpoint."
+        )
     if _fits(own, saved):
         with torch.no_grad():
             for key, tensor in own.tensors.items():
@@ -51,19 +54,7 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
             parameter.requires_grad_(required.get(name, parameter.requires_grad))  # what the user froze stays frozen
 
 
-def _check_config(folder: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
-    different = [name for name in here if here[name] != there.get(name)]
-    if different:
-        details = "; ".join(f"{name} is {there.get(name)!r} in the file and {here[name]!r} here" for name in different)
-        raise AdapterFileError(
-            f"{folder} has an adapter of another configuration: {details}. Use the configuration of the file, or start "
-            "without resume_from_checkpoint."
-        )
-
-
 def _fits(own: PackedAdapter, saved: PackedAdapter) -> bool:
     """Whether the tensors of one can take the values of the other, on the same base."""
-    if own.manifest["changed"] != saved.manifest["changed"] or own.manifest["tensors"] != saved.manifest["tensors"]:
-        return False
-    base, found = saved.manifest["base"], own.manifest["base"]
-    return all(key in base and same(found[key], base[key]) for key in found)
+    alike = all(own.manifest[part] == saved.manifest[part] for part in ("changed", "tensors"))
+    return alike and not differing_base(own, saved)

@@ -4,6 +4,7 @@ Nothing is pickled, and nothing is half written.
 """
 
 from lora_plugins.files.base_files import load_quantized
+from lora_plugins.files.differences import differing_base, differing_config
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import add_entry, read, write
 from lora_plugins.files.manifest import TENSOR_FILE, recipe_prefix, tensor_key, value_key
@@ -23,6 +24,8 @@ __all__ = [
     "add_entry",
     "checksum",
     "described",
+    "differing_base",
+    "differing_config",
     "fingerprint",
     "fingerprints",
     "format_of",

@@ -8,7 +8,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter, same
+from lora_plugins.files import PackedAdapter, differing_base, differing_config
 from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, state_key
@@ -82,10 +82,7 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
     Raises:
         AdapterFileError: If configuration, tensors or base differ, naming what does.
     """
-    mine, theirs = own.manifest["config"], packed.manifest["config"]
-    different = [key for key in mine if mine[key] != theirs.get(key)]
-    if different:
-        details = "; ".join(f"{key} is {theirs.get(key)!r} in the file and {mine[key]!r} here" for key in different)
+    if details := differing_config(own, packed):
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
             "file, or start without ckpt_path."
@@ -102,14 +99,11 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
                 f"The checkpoint's adapter {name!r} belongs to another model: {key!r} is "
                 f"{there[key]['shape']} in the file and {about['shape']} here."
             )
-    base, found = packed.manifest["base"], own.manifest["base"]
-    wrong = [key for key in found if key not in base or not same(found[key], base[key])]
-    stored, present = packed.manifest.get("stored", {}), own.manifest.get("stored", {})
-    wrong += [key for key in {**stored, **present} if stored.get(key) != present.get(key)]
-    if wrong:
+    if wrong := differing_base(own, packed):
+        count = len(own.manifest["base"]) + len(own.manifest.get("stored", {}))
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} was trained on another base: {listing(wrong)} differ from the weights "
-            f"it was made for ({len(wrong)} of {len(found) + len(present)}). Load the same pretrained weights first, "
+            f"it was made for ({len(wrong)} of {count}). Load the same pretrained weights first, "
             "unmerged."
         )
 

@@ -16,6 +16,7 @@ from lora_plugins.integrations.transformers import LoraTrainer
 from tests.integrations.transformers.toys import (
     CENTERED,
     SEGFORMER,
+    STORED,
     VIT,
     Centered,
     arguments,
@@ -231,11 +232,12 @@ class TestResume:
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
 
-    def test_another_base_is_refused(self, tmp_path):
-        trainer(tmp_path).train()
+    @pytest.mark.parametrize("config", [pytest.param(VIT, id="float"), pytest.param(STORED, id="nf4")])
+    def test_another_base_is_refused(self, tmp_path, config):
+        trainer(tmp_path, config=config).train()
         other = vit()
         nn.init.normal_(other.vit.layers[0].attention.q_proj.weight)
-        run = trainer(tmp_path, other)
+        run = trainer(tmp_path, other, config)
         before = values(run.model)
         with pytest.raises(AdapterFileError, match=r"q_proj"):
             run.train(resume_from_checkpoint=True)
@@ -271,13 +273,12 @@ class TestMerging:
         assert torch.equal(logits(again), logits(other.model))
 
     def test_a_stored_base_becomes_dense(self, tmp_path):
-        config = dataclasses.replace(VIT, quantize="nf4", quantize_options={"min_size": 0})
         with pytest.raises(StateError, match=r"stored in fewer bytes.* dequantize=True.* merge_on_train_end=False"):
-            trainer(tmp_path, model=(model := vit()), config=config, merge_on_train_end=True)
+            trainer(tmp_path, model=(model := vit()), config=STORED, merge_on_train_end=True)
         assert not differing(values(model), values(vit()))
-        run = trainer(tmp_path / "a", config=config)
+        run = trainer(tmp_path / "a", config=STORED)
         run.train()
-        other = trainer(tmp_path / "b", config=config, merge_on_train_end=True, dequantize=True)
+        other = trainer(tmp_path / "b", config=STORED, merge_on_train_end=True, dequantize=True)
         other.train()
         assert values(other.model).keys() == values(vit()).keys()
         torch.testing.assert_close(logits(other.model), logits(run.model))

@@ -1,5 +1,7 @@
 """Small models of transformers, data for them, and runs of the trainer; nothing is downloaded."""
 
+from dataclasses import replace
+
 import torch
 import transformers
 from torch import nn
@@ -12,6 +14,7 @@ SEGFORMER = LoraConfig(
     r=2, target_modules=["q_proj", "v_proj", "fc1"], modules_to_save=["decode_head.classifier", "batch_norm"]
 )
 
+STORED = replace(VIT, quantize="nf4", quantize_options={"min_size": 0})
 CENTERED = LoraConfig(r=2, target_modules=["hidden", "out"])
 
 

@@ -1,0 +1,29 @@
+"""In what an adapter of a model and one of a file differ, where the file's values shall take the place of the model's."""
+
+from lora_plugins.files.fingerprint import same
+from lora_plugins.plugins import PackedAdapter
+
+
+def differing_config(own: PackedAdapter, saved: PackedAdapter) -> str:
+    """Says which fields of the configurations differ, with both values; empty where none does.
+
+    Args:
+        own: The adapter of the model.
+        saved: That of the file.
+    """
+    here, there = own.manifest["config"], saved.manifest["config"]
+    different = [name for name in here if here[name] != there.get(name)]
+    return "; ".join(f"{name} is {there.get(name)!r} in the file and {here[name]!r} here" for name in different)
+
+
+def differing_base(own: PackedAdapter, saved: PackedAdapter) -> list[str]:
+    """Returns the names of the adapted weights, and of all stored ones, that are not those of the file's base.
+
+    Args:
+        own: The adapter of the model.
+        saved: That of the file.
+    """
+    here, there = own.manifest["base"], saved.manifest["base"]
+    wrong = [name for name in here if name not in there or not same(here[name], there[name])]
+    mine, theirs = own.manifest.get("stored", {}), saved.manifest.get("stored", {})
+    return wrong + [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
