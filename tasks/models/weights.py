@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Size, Tensor, nn
 
+from lora_plugins.files import PICKLED
 from lora_plugins.tasks.errors import WeightsError, listed, unknown
 from lora_plugins.tasks.models.installed_weights import INSTALLED, installed_file
 from lora_plugins.tasks.models.network import is_inside
 
 NONE, PRETRAINED, PACKAGE = "none", "pretrained", "package:"
 FOLDER_FILE = "model.safetensors"
-PICKLED = frozenset({".pth", ".pt", ".bin", ".ckpt"})
 STATE_DICTS = ("state_dict", "model_state_dict", "model")
 """Where a file of `torch.save` holds its state dict, if not at the top."""
 

@@ -187,10 +187,11 @@ class TestFilesOfTorchSave:
         ],
         ids=["plain", "in a checkpoint", "of distributed training"],
     )
-    def test_are_read(self, tmp_path, wrapped):
+    @pytest.mark.parametrize("ending", ["pth", "pkl"])
+    def test_are_read(self, tmp_path, wrapped, ending):
         state = build(tiny_vit(5)).module.state_dict()
-        torch.save(wrapped(state), tmp_path / "w.pth")
-        built = build(tiny_vit(5, str(tmp_path / "w.pth")))
+        torch.save(wrapped(state), tmp_path / f"w.{ending}")
+        built = build(tiny_vit(5, str(tmp_path / f"w.{ending}")))
         assert all(torch.equal(tensor, state[key]) for key, tensor in built.module.state_dict().items())
 
     @pytest.mark.parametrize(
