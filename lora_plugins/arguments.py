@@ -1,4 +1,4 @@
-"""What methods are called with: arguments that are swapped, of another type or of another library."""
+"""Checks the arguments of methods: swapped ones, those of a wrong type, and configs of another library."""
 
 import dataclasses
 import functools
@@ -163,7 +163,7 @@ def _remedy(parameter: str, value: Any) -> str:
 
 
 def _translated(config: Any) -> str:
-    """Returns what a config of PEFT is here: the fields that it sets."""
+    """Returns our fields that correspond to what a config of PEFT sets."""
     ours = {each.name for each in dataclasses.fields(LoraConfig)}
     same: dict[str, Any] = {}
     others: list[str] = []

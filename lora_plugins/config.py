@@ -170,7 +170,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What a config comes to for one layer.
+    """The settings of one layer that follow from a config.
 
     Args:
         r: Rank.
@@ -188,7 +188,7 @@ class LayerSettings:
 
     @classmethod
     def of(cls, config: LoraConfig, r: int, alpha: float) -> "LayerSettings":
-        """Returns the settings of a layer with a rank and an alpha of its own."""
+        """Returns the settings of a layer that has its own rank and alpha."""
         scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
         return cls(r, alpha, scaling, config.dropout, config.memory == "low")
 

@@ -55,7 +55,7 @@ def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
 
 
 def near_matches(name: str, candidates: Iterable[str]) -> list[str]:
-    """Returns what a name may be a slip for, the likeliest first."""
+    """Returns the names that a misspelt one may stand for, the likeliest first."""
     alike = sorted((-_likeness(name, each), len(each), each) for each in candidates)
     return [each for away, _, each in alike if -away >= max(ALIKE, -alike[0][0] - BEHIND)]
 
@@ -69,7 +69,7 @@ def _likeness(name: str, candidate: str) -> float:
 
 
 def no_folder(path: Path) -> str:
-    """Returns what is wrong with the path of a folder that is none: where its way breaks off, and what is near it."""
+    """Explains why a path is no folder: which part of it does not exist, and what has a similar name."""
     parent, missing = _break(path)
     if (parent / missing).exists():
         return f"{parent / missing} is a file, and a folder is expected."
@@ -78,13 +78,13 @@ def no_folder(path: Path) -> str:
 
 
 def nothing_there(path: Path) -> str:
-    """Returns where the way of a path breaks off at which there is nothing, and what is near it."""
+    """Explains which part of a path does not exist, and what has a similar name."""
     parent, missing = _break(path)
     return _lacking(parent, missing, parent.iterdir())
 
 
 def _break(path: Path) -> tuple[Path, str]:
-    """Returns the last folder on the way of a path, and what it lacks."""
+    """Returns the innermost existing folder of a path, and the name that is missing in it."""
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     return parent, path.absolute().relative_to(parent).parts[0]
 

@@ -208,7 +208,7 @@ class LoraModel(metaclass=Told):
         set_active(self.model, self._state, _names(adapter_names), weights, trainable=trainable)
 
     def disable_adapter(self) -> AbstractContextManager[nn.Module]:
-        """Gives the base model for the time of a `with` block, bit for bit, trained heads and biases included.
+        """Restores the base model inside a `with` block, bit for bit, trained heads and biases included.
 
         Raises:
             StateError: If something is merged.
@@ -217,7 +217,7 @@ class LoraModel(metaclass=Told):
         return without_adapters(self.model)
 
     def mixed_batch(self, adapter_names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
-        """Lets each row of a batch have an adapter of its own for the time of a `with` block; for inference.
+        """Gives each row of a batch its own adapter inside a `with` block; for inference.
 
         All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.
 
@@ -298,7 +298,7 @@ class LoraModel(metaclass=Told):
 
     @outside_inference
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR, dequantize: bool = False) -> nn.Module:
-        """Writes the updates of all active adapters into the weights for good, and removes the adapters.
+        """Writes the updates of all active adapters into the weights permanently, and removes the adapters.
 
         Trained heads and biases stay. The model has its own classes and state-dict keys again, but for weights that a
         parametrization or a hook computed, such as weight norm: those are plain parameters from now on. Everything is
@@ -596,7 +596,7 @@ class LoraModel(metaclass=Told):
             raise AttributeError(f"LoraModel has no attribute {name!r}. {said}".rstrip())
 
         def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            """A habit from PEFT that is told."""
+            """Refuses a call, which is usual with PEFT's models."""
             raise TypeError("LoraModel is a handle and computes nothing; call the model itself: lora.model(...)")
 
     @property
@@ -605,7 +605,7 @@ class LoraModel(metaclass=Told):
 
     @contextmanager
     def _adding(self, adapter_name: str) -> Iterator[None]:
-        """Checks that an adapter can be added and computes, and shows the base's own values to whoever makes it."""
+        """Checks that an adapter can be added and will act, and restores the base's own values inside the block."""
         state = model_state(self.model)
         check_new(state, adapter_name)
         check_not_sharded(self.model, "add_adapter")

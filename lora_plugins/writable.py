@@ -1,4 +1,4 @@
-"""Looks before a training whether its results can be written when it has ended."""
+"""Checks before training that its results can be written afterwards."""
 
 import shutil
 import tempfile
@@ -70,5 +70,5 @@ def _check_place(path: Path, folder: Path, setting: str) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The path itself, or the innermost folder (or file) on its way that is there."""
+    """Returns the path itself, or its innermost parent that exists."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())

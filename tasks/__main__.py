@@ -1,4 +1,4 @@
-"""What our own examples are made with: `python -m lora_plugins.tasks compare`, and others."""
+"""Commands behind our own examples: `python -m lora_plugins.tasks compare`, and others."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Runs a command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
         room, function, _ = COMMANDS[given[0]]

@@ -134,7 +134,7 @@ def serve_parser() -> Parser:
 
 
 def _within(least: int, most: int, takes: Callable[[str], float] = float) -> Callable[[str], float]:
-    """A number of a range; `takes` says what is none."""
+    """Returns a parser of numbers within a range; `takes` makes the number from a text."""
 
     def checked(text: str) -> float:
         value = takes(text)

@@ -37,7 +37,7 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _is_complete() -> bool:
-    """Whether all is there that the commands need; where it is not, their imports say so, before anything else is."""
+    """Whether everything that the commands need is installed; otherwise their imports say so first."""
     return all(map(find_spec, _NEEDS))
 
 

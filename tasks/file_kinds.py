@@ -1,4 +1,4 @@
-"""What files of weights begin with, which costs nothing to see."""
+"""The first bytes of files of weights, which are cheap to check."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub where it cannot be reached: nothing waits for it."""
+"""The Hugging Face hub when it cannot be reached: nothing waits for it."""
 
 import urllib.error
 import urllib.request
@@ -26,7 +26,7 @@ def hub_answers() -> bool:
 
 @contextmanager
 def cache_where_unreachable() -> Iterator[None]:
-    """Lets what is loaded inside come from the cache alone where the hub cannot be reached.
+    """Loads from the cache alone inside the block if the hub cannot be reached.
 
     Its library asks six times for each file otherwise, half a minute, and prints each try.
     """

@@ -62,7 +62,7 @@ class MergedModels:
 
 @contextmanager
 def served(engine: Any) -> Iterator[str]:
-    """Runs a server for the time of a block; gives its address."""
+    """Runs a server for the duration of a block; gives its address."""
     server = uvicorn.Server(uvicorn.Config(make_app(engine), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

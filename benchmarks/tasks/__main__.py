@@ -113,7 +113,7 @@ FACTORS = (1 / 3, 1, 3)
 
 
 def main() -> None:
-    """Make all runs, print each, and write the table."""
+    """Makes all runs, prints each, and writes the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks")
     parser.add_argument("data", type=Path, help="folder with cifar-mini and camvid-mini")
     parser.add_argument("--out", type=Path, help="a .md file for the table; runs are kept in the .jsonl beside it")

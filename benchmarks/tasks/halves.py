@@ -7,7 +7,7 @@ PARTS = ("train", "val")
 
 
 def write_halves(data: Path, folder: Path) -> list[Path]:
-    """Write two folders of links, laid out like DATA, that have the train split alone.
+    """Writes two folders of links, laid out like DATA, that have the train split alone.
 
     Every second image (of its class, in the order of names) trains in one half and validates in the other, so that the
     mean over both is of every training image once.

@@ -157,7 +157,7 @@ class Watch(Callback):
         self.trained, self.total, self.seconds = 0, 0, []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count."""
+        """Counts."""
         parameters = list(pl_module.network.parameters())
         self.total = sum(p.numel() for p in parameters)
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -167,13 +167,13 @@ class Watch(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop it after the last batch."""
+        """Stops it after the last batch."""
         if trainer.is_last_batch:
             self.seconds.append(time.perf_counter() - self._start)
 
 
 def run(root: Path, case: str, method: Method, seed: int, epochs: int | None = None) -> Outcome:
-    """Run once in a process of its own, whose peak memory is then that of the run.
+    """Runs once in a process of its own, whose peak memory is then that of the run.
 
     Args:
         root: The folder of data sets.

@@ -1,4 +1,4 @@
-"""The families of pipelines that are served, and which of their layers are adapted if a config names none.
+"""The supported families of pipelines, and which of their layers are adapted if a config names none.
 
 The layers are those that the training scripts of diffusers adapt, without those whose output is not used: they would
 have no gradient.
@@ -143,7 +143,7 @@ def family_of(pipe: Any) -> Family:
 def default_targets(
     family: Family, parts: nn.ModuleDict, layers: Sequence[str] = ("attention",), *, text_encoder: bool = False
 ) -> str:
-    """Returns the layers that are worth adapting, as a regular expression for `target_modules`.
+    """Returns a regular expression for `target_modules` that matches the layers worth adapting.
 
     Args:
         family: The family of the pipeline.

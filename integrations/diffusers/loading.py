@@ -13,7 +13,7 @@ INDEX = "model_index.json"
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, *, revision: str | None = None) -> Any:
-    """Loads a text-to-image pipeline of a family that is served.
+    """Loads a text-to-image pipeline of a supported family.
 
     Args:
         model: A folder that a pipeline's `save_pretrained` wrote, or a name on the Hugging Face Hub.

@@ -1,4 +1,4 @@
-"""Pictures of a pipeline, the same ones for the same seeds."""
+"""Samples pictures from a pipeline, the same ones for the same seeds."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class Sampling:
             raise ConfigError(f"height is {self.height} and width is {self.width}: give both, or neither.")
 
     def arguments(self, pipe: Any, count: int) -> dict[str, Any]:
-        """Returns the arguments of a pipeline's call for so many pictures."""
+        """Returns the arguments of a pipeline's call for a number of pictures."""
         given = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
@@ -99,7 +99,7 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
 
 @contextmanager
 def in_eval_mode(pipe: Any) -> Iterator[None]:
-    """Puts all parts of a pipeline into eval mode for the time of a `with` block."""
+    """Puts all parts of a pipeline into eval mode inside a `with` block."""
     modules = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
     training = [module for module in modules if module.training]
     for module in training:

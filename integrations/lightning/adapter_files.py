@@ -40,7 +40,7 @@ class AdapterFile:
         return "adapter" if self.is_ours else f"adapter for {self.format}"
 
     def write(self, target: nn.Module, adapter_name: str, path: Path | None = None) -> Path:
-        """Writes the adapter of a model, unmerged, by its names; to another path if one is given.
+        """Writes the unmerged adapter of a model under the model's names; to another path if one is given.
 
         Raises:
             AdapterFileError: If the format cannot express it.
@@ -68,7 +68,7 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
 
 
 def check_distinct(paths: Iterable[str]) -> None:
-    """Checks that no result of a run takes the place of another one.
+    """Checks that no result of a run would overwrite another one.
 
     Raises:
         ConfigError: If one would.
@@ -80,7 +80,7 @@ def check_distinct(paths: Iterable[str]) -> None:
 
 
 def check_expressible(files: Sequence[AdapterFile], target: nn.Module, adapter_name: str) -> None:
-    """Writes the adapter as it starts in each format, and forgets it: what cannot be written is told before training.
+    """Writes the initial adapter in each format and discards it: what cannot be written is known before training.
 
     Raises:
         AdapterFileError: If a format cannot express it.
@@ -93,7 +93,7 @@ def check_expressible(files: Sequence[AdapterFile], target: nn.Module, adapter_n
 
 
 def check_places(files: Sequence[AdapterFile], export_to: str | None) -> None:
-    """Checks before training that files can be written where they shall be.
+    """Checks before training that files can be written to their places.
 
     Raises:
         ConfigError: If one cannot.

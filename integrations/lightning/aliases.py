@@ -1,4 +1,4 @@
-"""Packages that import `pytorch_lightning` get the classes of `lightning.pytorch`, which are the same by other names.
+"""Lets `pytorch_lightning` be an alias of `lightning.pytorch`, so that packages that import it get the same classes.
 
 Both are built from one source, and a Trainer of the one refuses modules of the other.
 """
@@ -18,7 +18,7 @@ ALIASES = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightn
 
 
 def alias_pytorch_lightning() -> None:
-    """Lets every later `import pytorch_lightning`, by whomever, be an import of `lightning.pytorch`.
+    """Makes every later `import pytorch_lightning` an import of `lightning.pytorch`.
 
     Call it before the first package is imported that imports `pytorch_lightning`. Then modules of that package are
     LightningModules for `lightning.pytorch.Trainer` and for `LoraCallback`, without a change. Calling it again does
@@ -40,7 +40,7 @@ def alias_pytorch_lightning() -> None:
 
 @contextmanager
 def pytorch_lightning_aliased() -> Iterator[None]:
-    """Does it for the time of the block, unless `pytorch_lightning` is imported already or an alias."""
+    """Sets the alias for the duration of the block, unless `pytorch_lightning` is imported or aliased already."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path) or ALIASES.keys() & sys.modules.keys():
         yield
         return
@@ -78,6 +78,6 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives the module its own specification back, in whose place Python has put that of the alias."""
+        """Restores the module's own specification, which Python has replaced by that of the alias."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state

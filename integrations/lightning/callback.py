@@ -325,7 +325,7 @@ class LoraCallback(Callback):
         self._restored = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at averages before validation, in which callbacks exchange them with the module.
+        """Checks averages before validation, in which callbacks exchange them with the module.
 
         Raises:
             StateError: If another callback made its average before there were adapters.
@@ -367,7 +367,7 @@ class LoraCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Checks in the first steps that everything trainable gets a gradient and moves.
+        """Checks in the first steps that everything trainable gets a gradient and changes.
 
         Raises:
             StateError: If nothing does.
@@ -376,7 +376,7 @@ class LoraCallback(Callback):
             self._audit.after_batch(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at copies before validation, in which callbacks exchange the whole module.
+        """Checks copies before validation, in which callbacks exchange the whole module.
 
         Raises:
             StateError: If one was moved that does not follow the adapter of its origin.
@@ -386,7 +386,7 @@ class LoraCallback(Callback):
         self._keep_base(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets averages of the module have its frozen base."""
+        """Keeps the frozen base exact in averages of the module."""
         self._keep_base(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -454,7 +454,7 @@ class LoraCallback(Callback):
         end_run(trainer, stage)
 
     def undo_merge(self, module: nn.Module) -> bool:
-        """Undoes the merge where `module` has the very values that were merged, since an adapter is about to be loaded.
+        """Undoes the merge if `module` still has the merged values, since an adapter is about to be loaded.
 
         Elsewhere the weights that are there win, and a line says so if it is the module that was merged.
 
@@ -464,12 +464,12 @@ class LoraCallback(Callback):
         return self._merge.is_kept and self._merge.undo(self._target(module), type(module).__name__)
 
     def before_save(self) -> None:
-        """Takes note of what the module moved by hand, which the checkpoint has to hold."""
+        """Records what the module has changed by hand, which the checkpoint has to hold."""
         if self._audit is not None:
             self._audit.note_moved()
 
     def restored(self, trainer: Trainer, changed: bool) -> None:
-        """Takes note of the module with the adapters of a checkpoint; averages copy it before theirs is loaded."""
+        """Records the module with the adapters of a checkpoint; averages copy it before their own state is loaded."""
         module = trainer.lightning_module
         self._modes = modes_of_frozen_norms(module)
         if trainer.state.fn == "fit":
@@ -484,7 +484,7 @@ class LoraCallback(Callback):
         return {**self.__dict__, **none, **fresh}
 
     def _restore_random_numbers(self, trainer: Trainer) -> None:
-        """Sets those of the checkpoint, ahead of `estimated_stepping_batches` as well, which sets up the data."""
+        """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
         if self._restored is not None and trainer.world_size == 1:  # the file has those of the first process only
             set_random_numbers(self._restored)
 
@@ -498,7 +498,7 @@ class LoraCallback(Callback):
             check_averages(trainer, module)
 
     def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
-        """Takes rounding out of what callbacks have averaged, before they exchange it with the module."""
+        """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
         if trainer.state.fn == "fit" and not is_sharded(trainer):
             keep_base_of_averages(trainer, module)
 
@@ -591,7 +591,7 @@ class LoraCallback(Callback):
             collection.difference_update(added)
 
     def _files_of_the_adapter(self, target: nn.Module, config: LoraConfig) -> str | None:
-        """Returns the option by which an adapter is left that needs the pretrained base, if there is one."""
+        """Returns the option that leaves an adapter which needs the pretrained base, if there is one."""
         if self.adapter_files:
             return f"save_adapter_to={self.save_adapter_to!r}"
         return f"init={self.config.init!r}" if LoraModel.plan(target, config).init.changes_base else None
@@ -614,7 +614,7 @@ class LoraCallback(Callback):
 
 
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
-    """Returns those of the callbacks of a trainer that apply LoRA, in their order."""
+    """Returns the LoraCallbacks of a trainer, in their order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
 
 

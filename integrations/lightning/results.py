@@ -1,4 +1,4 @@
-"""What a run leaves when `fit` ends: the adapter in files, the merged model, and which checkpoint is the best."""
+"""The results of a run when `fit` ends: files of the adapter, the merged model, and which checkpoint is the best."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

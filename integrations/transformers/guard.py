@@ -1,4 +1,4 @@
-"""What a run is looked at for: that what is trained is in the optimizer, in the checkpoints and in the backward."""
+"""Checks of a run: what is trained is in the optimizer, in the checkpoints and in the backward."""
 
 import warnings
 from pathlib import Path
@@ -22,22 +22,22 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unheld(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Returns the names of the parameters that are to be trained, and that an optimizer does not hold."""
+    """Returns the names of the parameters that are to be trained and that an optimizer does not hold."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [name for name, parameter in trained(model).items() if id(parameter) not in held]
 
 
 def unsaved_buffers(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Returns the checksums of the buffers that a state dict has and the adapter is saved without, by name."""
+    """Returns by name the checksums of the buffers in a state dict that are not saved with the adapter."""
     buffers = persistent_buffers(model_modules(model))
     return {name: checksum(buffer) for name, buffer in buffers.items() if name not in plan.saved_buffers}
 
 
 def check_active(model: nn.Module, adapter_name: str) -> None:
-    """Refuses a model on which the adapter does not act, alone and unmerged.
+    """Refuses a model on which the adapter is not the only active one, or is merged.
 
     Raises:
-        StateError: If it does not.
+        StateError: If there is none, others are active, or it is merged.
     """
     state = model_state(model)
     if state is None:
@@ -54,7 +54,7 @@ def check_active(model: nn.Module, adapter_name: str) -> None:
 
 
 class TrainingGuard(TrainerCallback):
-    """Looks at the first steps of a run, at each epoch and save, and puts the adapter where a push takes it from.
+    """Checks the first steps of a run, each epoch and each save, and writes the adapter where a push takes it from.
 
     Args:
         adapter_name: The adapter that is trained.
@@ -68,7 +68,7 @@ class TrainingGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prints what is trained, once it is sure that it is in the optimizer and in the checkpoints.
+        """Prints what is trained, once it is known to be in the optimizer and in the checkpoints.
 
         Raises:
             StateError: If it is not.
@@ -89,7 +89,7 @@ class TrainingGuard(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks whether another callback has merged or switched the adapter, or unfrozen something else.
+        """Checks that no other callback has merged or switched the adapter, or unfrozen something else.
 
         Raises:
             StateError: If one has.
@@ -102,7 +102,7 @@ class TrainingGuard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at buffers once more: another callback may have merged the adapter by now.
+        """Checks buffers once more, unless another callback has merged the adapter by now.
 
         Raises:
             StateError: If some have changed that no checkpoint holds.
@@ -138,7 +138,7 @@ class TrainingGuard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the gradients of the first step, and at what its forward has changed.
+        """Checks the gradients of the first step, and what its forward has changed.
 
         Raises:
             StateError: If no tensor of the adapter has one, or if the forward changes what no checkpoint would hold.

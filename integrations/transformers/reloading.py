@@ -1,4 +1,4 @@
-"""Gives the adapter of a model the values that a checkpoint has for it."""
+"""Restores the adapter of a model from a checkpoint."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
-    """Gives an adapter the values of a saved one of the same configuration.
+    """Restores an adapter from a saved one of the same configuration.
 
     Its tensors stay the same objects, with which an optimizer goes on, unless its init has changed the base otherwise
     than in the file, or has given other ranks: then it is taken off and put on again.

@@ -133,7 +133,7 @@ class LoraTrainer(Trainer):
             write_card(folder, self.hub_model_id or folder.name, base, kwargs.get("license"), self.state)
 
     def _declare(self, model: Any) -> None:
-        """Lets the Trainer, while it is made, take a quantized model: it knows no adapters but those of PEFT."""
+        """Lets the Trainer's constructor accept a quantized model: it knows no adapters but PEFT's."""
         if self._declared is not None and getattr(model, "is_quantized", False) and _DECLARED not in model.__dict__:
             model.__dict__[_DECLARED] = True
             self._declared.append(model)
@@ -206,11 +206,11 @@ class LoraTrainer(Trainer):
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Gives the adapter the values of a checkpoint, before the optimizer is made."""
+        """Restores the adapter from a checkpoint, before the optimizer is made."""
         self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Gives the adapter the values of the best checkpoint."""
+        """Restores the adapter from the best checkpoint."""
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
     def _restore(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapters on a model: the state they leave it in, and what changes that state.
+"""The adapters of a model: their state, and the operations that change it.
 
 `lifecycle` is the table of which call is allowed when. Data for inits that learn, mixed batches and combinations of
 adapters are here too.

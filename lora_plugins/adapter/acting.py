@@ -1,4 +1,4 @@
-"""What acts: layers, values, norm statistics and gradients are made what the state of the adapters says."""
+"""Applies the state of the adapters to a model: to its layers, values, norm statistics and gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from lora_plugins.inplace import (
 
 
 def apply_state(model: nn.Module, state: ModelState) -> None:
-    """Makes layers, values, norm statistics and gradients what the state says, outside of blocks."""
+    """Applies the state outside of blocks to layers, values, norm statistics and gradients."""
     modules = model_modules(model)
     state.values.activate(model, state.active, lasting=True)
     let_act(modules, state)
@@ -31,7 +31,7 @@ def apply_state(model: nn.Module, state: ModelState) -> None:
 
 
 def let_act(modules: list[NamedModule], state: ModelState) -> None:
-    """Makes layers and norm statistics what acts now, in a block or outside."""
+    """Applies what acts now, in a block or outside, to layers and norm statistics."""
     acting = state.acting
     for entry in modules:
         unmix_rows(entry.module)
@@ -46,7 +46,7 @@ def let_act(modules: list[NamedModule], state: ModelState) -> None:
 
 
 def own_holders(modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Returns the modules that hold a tensor of which one of some adapters has its own value, by name."""
+    """Returns by name the modules with a tensor of which one of some adapters has a value of its own."""
     own = _own_values(modules, state, adapters)
     return holders({entry.name: entry.module for entry in modules}, {key for values in own.values() for key in values})
 
@@ -66,7 +66,7 @@ def _own_values(
 
 @contextmanager
 def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
-    """Puts the base's values of the model's own tensors in place for the time of the block."""
+    """Restores the base's values of the model's own tensors for the duration of the block."""
     state.values.activate(model, ())
     try:
         yield
@@ -80,12 +80,12 @@ def _owners(state: ModelState) -> tuple[str, ...]:
 
 
 def hold_norms(model: nn.Module) -> None:
-    """Keeps norms still as well that have taken the place of those which stand still."""
+    """Freezes the statistics of norms that have replaced frozen ones."""
     _apply_norms(model_modules(model), present_state(model))
 
 
 def still_norms(state: ModelState) -> set[str]:
-    """Returns the names of the normalization layers that stand still for what acts."""
+    """Returns the names of the normalization layers whose statistics are frozen for what acts."""
     frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
     return set.intersection(*frozen) if frozen else set()
 

@@ -1,4 +1,4 @@
-"""What inits and variants of others return, held to what they say, before anything is touched.
+"""Checks what the inits and variants of plugins return, before anything is touched.
 
 What is kept is a copy: a view of the base weight would be trained in it, or change with it.
 """
@@ -14,7 +14,7 @@ from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot
 
 
 def check_filled(init: InitPlugin, context: InitContext) -> None:
-    """Checks that an init gave A and B values, which are NaN before.
+    """Checks that an init has filled A and B, which hold NaN before.
 
     Raises:
         StateError: If torch's own inits do nothing here, since new modules are kept empty.

@@ -67,7 +67,7 @@ def activate(
     rows: tuple[str | None, ...] | None = None,
     weights: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """Makes those of `adapters` that a layer has its active ones, in this order.
+    """Activates, in this order, those of `adapters` that a layer has.
 
     Args:
         layer: An adapted layer.
@@ -83,7 +83,7 @@ def activate(
 
 
 def _index(layer: nn.Module, active: tuple[str, ...], rows: tuple[str | None, ...]) -> Tensor:
-    """Returns the place of each row's adapter among the active ones, and behind them for rows of none of them."""
+    """Returns for each row the index of its adapter among the active ones, or their number for a row without one."""
     places: dict[str | None, int] = {name: at for at, name in enumerate(active)}
     device = next(adapter_parameters(layer, active[0])).device
     with torch.inference_mode(False):

@@ -48,7 +48,7 @@ def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str,
 
 
 def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Lets a state dict of the base keep what adapters have their own values of, whose names its keys are given."""
+    """Adds to a state dict of the base the tensors of which adapters have their own values; `names` is by key."""
     known = {name: state_dict[key] for key, name in names.items()}
     _check_unchanged(state, {*known, *_first_names(model, known)})
     _keep_owned(model, state, known)
@@ -56,7 +56,7 @@ def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], 
 
 
 def _first_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """Yields the names that the model calls tensors by, which may be shared, of any names of them."""
+    """Yields the first name of each tensor in the model, where shared ones may be given by any of their names."""
     own = {id(tensor): name for name, tensor in named_tensors(model).items()}
     every = named_tensors(model, aliases=True)
     yield from (own[id(every[name])] for name in names if name in every)

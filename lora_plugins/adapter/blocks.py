@@ -1,4 +1,4 @@
-"""Blocks: other adapters act for the time of a `with` statement, and then all is what it was.
+"""Blocks: other adapters act inside a `with` statement, and afterwards everything is as before.
 
 A block changes the model itself, for every thread and task that calls it. So one of them has blocks at a time: where
 two had, each would compute what the block of the other says.
@@ -98,12 +98,12 @@ class Within(ExitStack):
 
 
 def without_adapters(model: nn.Module) -> Within:
-    """Makes the model the base for the time of a block."""
+    """Turns the model into its base for the duration of a block."""
     return Within(model, Block("disable_adapter"))
 
 
 def _check_opened_here(state: ModelState, call: str) -> None:
-    """Refuses a block inside one of another thread or task."""
+    """Refuses a block inside a block of another thread or task."""
     others = [block for block in state.blocks if block not in _OPENED.get()]
     if others:
         raise StateError(
@@ -146,7 +146,7 @@ def _step_outside(model: nn.Module, state: ModelState) -> Outside:
     if sharded:
         raise StateError(
             f"{listing(sharded)}: the active adapter has its own value, which is split over processes and cannot be "
-            "exchanged for the time of a block."
+            "exchanged for the duration of a block."
         )
     trained = {name: tensor for name, tensor in owned.items() if tensor.requires_grad}
     state.values.activate(model, ())

@@ -66,7 +66,7 @@ class InitData:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one pass over data showed of a model.
+    """What one pass over the data has shown about a model.
 
     Args:
         by_slot: By layer name and slot suffix.
@@ -75,7 +75,7 @@ class Calibration:
     by_slot: Mapping[tuple[str, str], SlotCalibration] = field(default_factory=dict)
 
     def of(self, plan: Plan) -> Mapping[tuple[str, str], SlotCalibration]:
-        """Returns what was seen of each slot of a plan.
+        """Returns what was seen at each slot of a plan.
 
         Raises:
             ConfigError: If a slot was not seen, or not what the plan's init needs.
@@ -93,7 +93,7 @@ class Calibration:
 
 
 def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
-    """Reads the data once and returns what the plan's init needs to know of each slot.
+    """Reads the data once and returns what the plan's init needs to know about each slot.
 
     The model is run without its adapters: in eval mode for `inputs`, and for `gradients` in training mode, with the
     normalization layers that the plan freezes in eval mode, as training will see them.
@@ -125,7 +125,7 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
 
 
 def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]) -> Plan:
-    """Returns the plan with the ranks that its init gives from what data showed.
+    """Returns the plan with the ranks that its init derives from the data.
 
     Raises:
         PluginError: If the init left no layer, or gave ranks to layers that are not there.
@@ -152,7 +152,7 @@ def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gives the modes, buffers and `requires_grad` of a model back as they were."""
+    """Restores the modes, buffers and `requires_grad` of a model after the block."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, key, buffer, buffer.data)

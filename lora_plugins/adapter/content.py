@@ -116,7 +116,7 @@ def _context(
 def _rounding(
     model: nn.Module, plan: Plan, layer: PlannedLayer, slot: Slot, weight: Tensor
 ) -> Callable[[Tensor], Tensor] | None:
-    """Returns what storing makes of the values of one slot, on the CPU; None where the weight is not stored anew."""
+    """Returns a function that rounds the values of one slot as storing does, on the CPU; None for other weights."""
     storage = plan.stored.get(full_name(layer.name, slot.tensor))
     if storage is None or stored_weight(submodule(model, layer.name), slot.tensor) is not None:
         return None
@@ -141,7 +141,7 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
 
 
 def to_store(model: nn.Module, plan: Plan) -> dict[str, Storage]:
-    """Returns the weights of a plan that are not stored yet, by full name, and how they are to be."""
+    """Returns by full name how those weights of a plan are to be stored that are not stored yet."""
     return {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
 
 
@@ -151,7 +151,7 @@ def new_stored_weights(
     content: AdapterContent,
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> dict[str, StoredWeight]:
-    """Stores the weights that the plan names, by full name, beside the model; tied ones are one and the same.
+    """Stores the weights that the plan names, by full name, outside of the model; tied ones share the result.
 
     Weights that are stored already are left out.
 

@@ -1,4 +1,4 @@
-"""Models whose tensors are elsewhere: such a model computes as ever, and what needs its tensors is refused by name.
+"""Models whose tensors are offloaded, fused or sharded: forwards work, and calls that need the tensors are refused.
 
 FSDP and tensor parallelism of torch split them over processes. accelerate keeps them in other memory or in files, and
 leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk, and
@@ -19,7 +19,7 @@ _FUSED = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_p
 
 
 def check_here(model: nn.Module, call: str) -> None:
-    """Refuses a call that needs the tensors of an adapted model, where they are elsewhere.
+    """Refuses a call that needs the tensors of an adapted model while they are offloaded.
 
     Args:
         model: The model.
@@ -45,14 +45,14 @@ def check_here(model: nn.Module, call: str) -> None:
 
 
 def _is_on_disk(module: nn.Module) -> bool:
-    """Whether group offloading of diffusers keeps the tensors of a module in a file, and a forward reads them there."""
+    """Whether diffusers' group offloading keeps the tensors of a module on disk until its forward."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     group = getattr(hooks.get("group_offloading"), "group", None)
     return getattr(group, "offload_to_disk_path", None) is not None
 
 
 def check_not_fused(model: nn.Module) -> None:
-    """Refuses a change of adapters on layers that are not called, as copies of their weights were made.
+    """Refuses to change adapters on layers whose weights were copied into a fused projection, which is called instead.
 
     Raises:
         StateError: If an adapted projection of an attention was fused with others.
@@ -76,7 +76,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def check_not_sharded(model: nn.Module, call: str) -> None:
-    """Refuses a call that needs whole tensors, of which each process has a part.
+    """Refuses a call that needs whole tensors where each process holds a part of them.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Which tensors require a gradient, such that none is lost in silence.
+"""Which tensors require a gradient, with guards so that no gradient is lost silently.
 
 A tensor that is frozen between a forward and its backward gets no gradient, and torch says nothing. Here it is guarded:
 a backward that reaches it ends in an error.
@@ -17,7 +17,7 @@ Guards = dict[int, RemovableHandle]
 
 
 def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) -> None:
-    """Freezes a tensor and guards it, or takes both back; does nothing where it is as wanted.
+    """Freezes and guards a tensor, or undoes both; does nothing where it is in the wanted state.
 
     Args:
         tensor: A leaf.
@@ -36,7 +36,7 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
 
 
 def _refuse(reference: weakref.ref[Tensor], name: str, _: Tensor) -> None:
-    """Ends a backward in an error where its gradient would be lost; the user may have thawed the tensor since."""
+    """Raises in a backward that would lose a gradient, unless the user has unfrozen the tensor since."""
     tensor = reference()
     if tensor is not None and not tensor.requires_grad:
         raise StateError(

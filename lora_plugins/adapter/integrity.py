@@ -1,4 +1,4 @@
-"""Whether an adapter is still on the model that it was added to: others may have replaced or thawed parts of it."""
+"""Whether an adapter is still intact on its model: other code may have replaced or unfrozen parts of it."""
 
 from torch import nn
 
@@ -52,7 +52,7 @@ def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]
 
 
 def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
-    """Checks that the norms which stand still are those of the base.
+    """Checks that the frozen norms are still those of the base.
 
     Raises:
         StateError: If others have taken their places.
@@ -68,7 +68,7 @@ def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
 
 
 def trained_besides(model: nn.Module, state: ModelState) -> list[str]:
-    """Returns the names of parameters that somebody has made require a gradient, and that no adapter holds."""
+    """Returns the names of parameters that require a gradient and belong to no adapter."""
     held = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
     own = own_tensors(model_modules(model), "_parameters")
     return [name for name, parameter in own.items() if parameter.requires_grad and name not in held]

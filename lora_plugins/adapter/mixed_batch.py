@@ -13,7 +13,7 @@ from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
 def mixed_batch(model: nn.Module, rows: tuple[str | None, ...]) -> Within:
-    """Gives each row of a batch its adapter for the time of the block.
+    """Gives each row of a batch its adapter for the duration of the block.
 
     Args:
         model: An adapted model.

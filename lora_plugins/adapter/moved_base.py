@@ -1,4 +1,4 @@
-"""Whether the base of an adapter still is what it was: layers move buffers, and others write into frozen weights."""
+"""Whether the base has changed since an adapter was added: layers update buffers, and other code writes weights."""
 
 import functools
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _ROUNDING = 16
 
 
 def base_marks(model: nn.Module, plan: Plan) -> dict[str, Mark]:
-    """Returns marks of the base's tensors that the adapter is saved without, by name.
+    """Returns by name a mark of each tensor of the base that is not saved with the adapter.
 
     Statistics of norms that stand still are not among them, and neither are tensors whose values are not here, or that
     another library keeps in a type of its own.
@@ -33,14 +33,14 @@ def base_marks(model: nn.Module, plan: Plan) -> dict[str, Mark]:
 
 
 def moved_base(model: nn.Module, state: ModelState, adapter: str) -> list[str]:
-    """Returns the names of tensors that have changed since an adapter was added, and that it does not hold."""
+    """Returns the names of tensors that have changed since an adapter was added and are not saved with it."""
     before = state.adapters[adapter].base
     left = _left_to_the_base(model, state.adapters[adapter].plan) if before else ()
     return [name for name, value in left if name in before and _differ(before[name], _mark(value), _share(value))]
 
 
 def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Yields the base's values by name, also of what an adapter has values of its own of."""
+    """Yields the base's values by name, including those for which an adapter has its own."""
     modules, state = model_modules(model), model_state(model)
     still = set(plan.frozen_norms)
     buffers = {n: t for n, t in persistent_buffers(modules).items() if n.rpartition(".")[0] not in still}
@@ -63,7 +63,7 @@ def _random_numbers() -> Tensor:
 
 
 def _share(tensor: Tensor) -> float:
-    """How much a tensor may differ; one of integers not at all."""
+    """Returns by how much a tensor may differ; integers must be equal."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0.0
     return max(_SHARE, _ROUNDING * torch.finfo(tensor.dtype).eps)

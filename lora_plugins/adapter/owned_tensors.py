@@ -31,7 +31,7 @@ class OwnedTensors:
     owner: dict[str, str] = field(default_factory=dict)
 
     def claim(self, model: nn.Module, adapter: str, values: Mapping[str, Tensor]) -> None:
-        """Takes note of an adapter's first values; nothing is put in place yet."""
+        """Records an adapter's first values; none is put in place yet."""
         for name in values:
             if name not in self.base:
                 self.base[name] = own_tensor(model, name).data
@@ -92,7 +92,7 @@ class OwnedTensors:
                 self.owner[name] = owner
 
     def follow_casts(self, model: nn.Module) -> None:
-        """Casts the values that were away while the model was cast.
+        """Casts the values that were not in place when the model was cast.
 
         A tensor of another type than the value that was put in its place tells so. Types may differ otherwise: a head
         that is trained on a base in half precision is of single precision.
@@ -105,7 +105,7 @@ class OwnedTensors:
                         values[name] = values[name].to(tensor.dtype)
 
     def forget_replaced(self, model: nn.Module) -> None:
-        """Forgets all values of tensors in whose place is none, or one of another shape, which is left alone."""
+        """Forgets the values of tensors that were removed, or replaced by ones of another shape."""
         for name in self._replaced(model):
             self.owner.pop(name, None)
             for values in (self.base, *self.values.values()):

@@ -65,7 +65,7 @@ def warn_on_save(model: nn.Module, acting: Callable[[], tuple[str, ...]]) -> Non
 
 
 def save_as_ever(model: nn.Module) -> None:
-    """Takes back what `warn_on_save` did."""
+    """Undoes `warn_on_save`."""
     for module in model.modules():
         if isinstance(vars(module).get(SAVE), WarnedSave):
             del vars(module)[SAVE]

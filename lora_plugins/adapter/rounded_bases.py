@@ -1,4 +1,4 @@
-"""A base that an init has changed has to be held as exactly as the one before: rounding grows with its size."""
+"""Checks that a base changed by an init keeps its precision: rounding errors grow with the size of the values."""
 
 from collections.abc import Mapping
 

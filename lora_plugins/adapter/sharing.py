@@ -1,4 +1,4 @@
-"""Weights that several layers share, where a change would reach a layer that is not adapted."""
+"""Weights that several layers share: no change may reach a layer that is not adapted."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -9,7 +9,7 @@ from lora_plugins.inplace import full_name, model_modules, stored_weights, submo
 
 
 def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
-    """Checks that nobody else uses the tensors that are about to change.
+    """Checks that no other layer uses the tensors that are about to change.
 
     Args:
         model: The model.

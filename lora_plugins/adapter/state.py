@@ -59,7 +59,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Outside:
-    """What there is outside of all blocks, and is put back when the last one ends.
+    """What is in place outside of all blocks, restored when the last one ends.
 
     Args:
         versions: The versions of the model's own tensors whose value depends on the active adapter.

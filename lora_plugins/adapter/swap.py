@@ -1,4 +1,4 @@
-"""Hot swap: the tensors of an adapter become those of another one, in the shapes that are there.
+"""Hot swap: an adapter takes over the tensors of another one, in its present shapes.
 
 A rank that is smaller is filled up with zeros, and another scaling goes into B, so that nothing of the model changes
 but values: what `torch.compile` has compiled and an optimizer go on as they are. The values get memory of their own, so
@@ -68,7 +68,7 @@ def swap(
 
 
 def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
-    """Refuses what the shapes that are there cannot hold."""
+    """Refuses what does not fit into the present shapes."""
     for plan in (own, other):
         if plan.init.changes_base:
             raise _unfit(f"the init {plan.init.name!r} has changed the base")
@@ -106,7 +106,7 @@ def _unfit(reason: str) -> AdapterFileError:
 def _fitted(
     tensors: Mapping[str, Tensor], layer: PlannedLayer, other: PlannedLayer | None, content: SlotTensors | None
 ) -> dict[str, Tensor]:
-    """Returns the other's tensors in the shapes and types of those that are there; zeros where it has none."""
+    """Returns the new tensors in the shapes and types of the present ones, filled up with zeros."""
     fitted = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in tensors.items()}
     if other is not None and content is not None:
         fitted["A"][: other.r].copy_(content.A)

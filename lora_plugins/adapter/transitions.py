@@ -1,4 +1,4 @@
-"""What changes the adapters of a model, but for merging: each call happens whole, or not at all.
+"""The operations that change the adapters of a model, except merging: each happens as a whole or not at all.
 
 `lifecycle` says which call is allowed when.
 """

@@ -1,4 +1,4 @@
-"""What is watched while a model reads data: the inputs of its layers, or the gradients of its weights."""
+"""Hooks that record, while a model reads data, the inputs of its layers or the gradients of its weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -171,7 +171,7 @@ def _loss(output: Any) -> Tensor:
 
 
 def _check_read(counts: Tensor) -> None:
-    """Adds counts up over all processes, so that all of them go on or none, and checks that something was read."""
+    """Sums counts over all processes, so that either all or none go on, and checks that something was read."""
     _add_up(counts)
     if not counts.any():
         raise ConfigError("init_data has no batches, so there is nothing to learn the first A and B from.")

@@ -1,4 +1,4 @@
-"""A change of a model happens whole or not at all, wherever it is stopped: by an error, Ctrl-C or missing memory."""
+"""Changes a model as a whole or not at all, wherever it is stopped: by an error, Ctrl-C or a lack of memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -38,7 +38,7 @@ def whole(model: nn.Module, change: Callable[[], T]) -> T:
 
 
 def leave_inference(model: nn.Module) -> None:
-    """Sees to it that torch leaves nothing broken behind once the value of a tensor is exchanged.
+    """Prepares a model for exchanging values of its tensors, which breaks tensors of inference mode.
 
     Raises:
         StateError: If parameters of the model were made in inference mode, naming them.
@@ -47,7 +47,7 @@ def leave_inference(model: nn.Module) -> None:
 
 
 def _leave_inference(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuses parameters of inference mode, and puts ordinary tensors in the place of such buffers.
+    """Refuses parameters of inference mode, and replaces such buffers by ordinary tensors.
 
     A forward in inference mode may leave buffers, such as a mask that the module keeps for the next batch.
     """
@@ -72,7 +72,7 @@ def _is_of_inference(tensor: Tensor) -> bool:
 
 
 class _Before:
-    """What a model was: the contents of its modules, the values of its tensors, what we know of it.
+    """A snapshot of a model: the contents of its modules, the values of its tensors, what we know about it.
 
     It keeps references, and copies no values.
     """
@@ -112,7 +112,7 @@ def _present(tensors: Mapping[str, Tensor | None]) -> Iterator[Tensor]:
 
 
 def _known(modules: list[nn.Module]) -> Iterator[Content]:
-    """Yields the dictionaries in which is written down what we know of models."""
+    """Yields the dictionaries that hold what we know about models."""
     for module in modules:
         if (state := vars(module).get(MODEL_STATE)) is not None:
             values = state.values

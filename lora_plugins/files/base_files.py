@@ -30,7 +30,7 @@ def load_quantized(
     registry: Registry | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Gives a model on the meta device its values, and stores those in fewer bytes that a config says.
+    """Loads values into a model on the meta device, and stores those in fewer bytes that a config names.
 
     Each tensor is read, stored and forgotten before the next one, so that memory peaks at the stored size and what one
     layer takes meanwhile. The same bits are stored as by `LoraModel(model, config)` on the float model, which may
@@ -118,7 +118,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read(path: Path, key: str) -> Tensor:
-    """Returns a tensor on the pages of its file, which it keeps in memory: what stays has to be a copy."""
+    """Returns a tensor that is mapped from its file: whatever is kept must be a copy."""
     # Opened anew for each tensor: the pages of a file that stays open stay in memory.
     with _opened(path) as file:
         tensor: Tensor = file.get_tensor(key)

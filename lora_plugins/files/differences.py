@@ -1,4 +1,4 @@
-"""In what an adapter of a model and one of a file differ, where values of the file shall take the place of its own."""
+"""Differences between an adapter of a model and one of a file, whose values are about to replace its own."""
 
 from lora_plugins.files.fingerprint import same
 from lora_plugins.plugins import PackedAdapter

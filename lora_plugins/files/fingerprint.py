@@ -86,7 +86,7 @@ def fingerprints(
 
 
 def _stamp(layer: nn.Module, tensor: str) -> object:
-    """Returns what is the same as long as nobody writes into a weight; nothing is, where the weight is computed."""
+    """Returns a value that stays equal until somebody writes into a weight; for a computed weight it never is."""
     parameter = layer._parameters.get(tensor)
     if parameter is None:
         parameter = normalized_parameter(layer, tensor)
@@ -94,7 +94,7 @@ def _stamp(layer: nn.Module, tensor: str) -> object:
 
 
 def _marked(layer: nn.Module, tensor: str) -> Tensor:
-    """Returns the tensor by which a layer is known: its weight, or what spectral norm computes it from."""
+    """Returns the tensor that identifies a layer: its weight, or what spectral norm computes it from."""
     source = normalized_parameter(layer, tensor)
     return detached_weight(layer, tensor) if source is None else source.detach()
 
@@ -106,6 +106,6 @@ def checksum(tensor: Tensor) -> str:
 
 
 def has_checksum(tensor: Tensor, expected: str) -> bool:
-    """Whether a tensor is the one of that sum, once it is cast as the model may have been since (`bf16-true`)."""
+    """Whether a tensor has that checksum in its type; the model may have been cast since (`bf16-true`)."""
     dtype = getattr(torch, expected.partition(":")[0], None)
     return isinstance(dtype, torch.dtype) and checksum(tensor.to(dtype)) == expected

@@ -43,7 +43,7 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
 
 
 def add_entry(folder: Path, key: str, value: Any) -> None:
-    """Adds an entry to the manifest of an adapter folder, for whoever keeps more with an adapter than it needs.
+    """Adds an entry to the manifest of an adapter folder, for callers that store more with an adapter.
 
     Raises:
         AdapterFileError: If the manifest is damaged.

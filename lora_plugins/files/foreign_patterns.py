@@ -1,4 +1,4 @@
-"""Regular expressions of a file, tried out in a process of their own: one can take longer than anyone lives."""
+"""Tries the regular expressions of a file in a process of their own first: one may take practically forever."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _REPEAT = re.compile(r"[*+}]")
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
-    """Checks that the regular expressions of a config that came with a file come to an end.
+    """Checks that the regular expressions of a config that came with a file terminate.
 
     Matching cannot be stopped from within Python. Expressions that repeat at most twice, and no group, are left to
     `make_plan` at once: they take at most a time that is cubic in the length of a name.

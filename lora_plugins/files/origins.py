@@ -1,4 +1,4 @@
-"""The plugins that an adapter was made with, and whether they are here."""
+"""The plugins that an adapter was made with, and whether they are installed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def whose(found: Origin) -> str:
 
 
 def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> None:
-    """Checks that the plugins of an adapter are here, and that its manifest is of one mind about them.
+    """Checks that the plugins of an adapter are installed, and that its manifest does not contradict itself about them.
 
     Raises:
         AdapterFileError: If one is missing, naming the distribution that brought it, or the manifest's entries are not
@@ -54,7 +54,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
 
 @contextmanager
 def versions_told(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> Iterator[None]:
-    """Adds to the error that an adapter does not fit which plugins of others were not those that are here.
+    """Adds to the error that an adapter does not fit which third-party plugins have changed since.
 
     Raises:
         AdapterFileError: The error of the block, with them.

@@ -1,4 +1,4 @@
-"""Which format an adapter file is of."""
+"""Which format an adapter file has."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
 
 
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
-    """Names the adapters in a folder that is none or in those of its runs, or the one that a file is a part of."""
+    """Names adapters near a path that is none: in a folder, in those of its runs, or the one that a file belongs to."""
     below = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else [path.parent]
     found = [str(each) for each in below if each.is_dir() and any(known.recognizes(each) for known in formats)]
     return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""

@@ -1,4 +1,4 @@
-"""What a manifest says of the base weights that are stored in fewer bytes, and the same weights of a model.
+"""How a manifest describes base weights that are stored in fewer bytes, compared with those of a model.
 
 An adapter was trained on the stored values. Its manifest holds, for each of them, how it is stored and a checksum of
 what is stored; the float weights, which every user of the adapter has, are stored again when it is loaded.
@@ -31,7 +31,7 @@ def stored_of(model: nn.Module) -> dict[str, StoredWeight]:
 
 
 def described(model: nn.Module, registry: Registry) -> dict[str, dict[str, Any]]:
-    """Returns what a manifest says of the stored weights of a model, by full name."""
+    """Returns by full name how a manifest describes the stored weights of a model."""
     return {name: _description(stored, registry) for name, stored in stored_of(model).items()}
 
 
@@ -69,7 +69,7 @@ def with_stored(plan: Plan, model: nn.Module, entries: Mapping[str, Mapping[str,
 def new_checked(
     model: nn.Module, plan: Plan, content: AdapterContent, entries: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, StoredWeight]:
-    """Stores the weights of a plan beside the model, bit for bit as they were where the adapter was trained.
+    """Stores the weights of a plan outside of the model, bit for bit as they were when the adapter was trained.
 
     Raises:
         AdapterFileError: If one differs in a bit, or cannot be stored.

@@ -1,4 +1,4 @@
-"""An adapter of a file, held against a model before anything is touched."""
+"""Checks an adapter of a file against a model, before anything is touched."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +87,7 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
 
 @contextmanager
 def _misfit_told() -> Iterator[None]:
-    """Makes an error of what a config asks for one of the file that asks for it."""
+    """Turns an error about a config into one about the file that the config came from."""
     try:
         yield
     except AdapterFileError:
@@ -97,7 +97,7 @@ def _misfit_told() -> Iterator[None]:
 
 
 def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
-    """Computes the weights that the adapter's init replaces, by full name, bit for bit as it was trained on them.
+    """Computes by full name the weights that the adapter's init replaces, bit for bit as in its training.
 
     Raises:
         AdapterFileError: If a recipe is damaged, or a weight differs in a bit.

@@ -70,7 +70,7 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
 
 
 def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) -> dict[str, tuple[str, str]]:
-    """Returns the part of a pipeline, as a file names it, and the name in it for each name of a layer that is written.
+    """Splits the name of each layer that is written into the part of the pipeline, as files name it, and the rest.
 
     Args:
         names: Full names in the model.
@@ -104,7 +104,7 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
 
 
 def denoiser_of(model: nn.Module) -> str:
-    """Returns the name of the part that is trained to take noise away, of a pipeline or as the model itself is one."""
+    """Returns the name of the denoiser, in a pipeline or where the model itself is one."""
     return "unet" if "unet" in _children(model) or _told(model) == "unet" else "transformer"
 
 
@@ -127,7 +127,7 @@ def _in_files(part: str) -> str:
 
 
 def _told(model: nn.Module | None) -> str | None:
-    """Returns which part a model is, by the names of its classes."""
+    """Returns which part a model is, inferred from the names of its classes."""
     if model is None:
         return None
     names = [cls.__name__ for cls in base_class_of(model).__mro__]

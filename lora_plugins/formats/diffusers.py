@@ -77,7 +77,7 @@ _DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
 
 @dataclass(frozen=True)
 class _Part:
-    """What a file has of one part of a pipeline: by name of a layer, its tensors."""
+    """The tensors of one part of a pipeline in a file, by name of the layer."""
 
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -216,7 +216,7 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
 
 
 def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: str | None) -> dict[str, PeftConfig]:
-    """Returns PEFT's config of each part that the header of a file has one of."""
+    """Returns PEFT's configs in the header of a file, by part."""
     if METADATA not in metadata:
         return {}
     said = parse_json(metadata[METADATA], f"The metadata {METADATA!r}")

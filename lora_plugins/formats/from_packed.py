@@ -1,4 +1,4 @@
-"""One of our adapters in the terms that the formats of others share; what has no such terms is refused by name."""
+"""Converts one of our adapters to the terms that foreign formats share, and refuses by name what has no such terms."""
 
 import math
 import warnings
@@ -84,7 +84,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
 
 
 def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Says what no other format can: how the base was stored that the adapter was trained on."""
+    """Warns that no other format records how the base was stored that the adapter was trained on."""
     if stored:
         kinds = listing(dict.fromkeys(str(entry.get("storage")) for entry in stored.values()))
         warnings.warn(

@@ -152,7 +152,7 @@ def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[s
 
 
 def _unknown_denoiser(places: Collection[tuple[str, str]], model: nn.Module | None) -> str | None:
-    """Returns the class of a denoiser whose names in diffusers nobody else knows; None if there is none."""
+    """Returns the class of a denoiser whose names in diffusers mean nothing elsewhere; None if there is none."""
     if model is None or all(part.startswith("text_encoder") for part, _ in places):
         return None
     children = dict(model.named_children())
@@ -163,7 +163,7 @@ def _unknown_denoiser(places: Collection[tuple[str, str]], model: nn.Module | No
 
 
 def _known_name(part: str, name: str) -> str:
-    """Returns the name that others know of a layer: transformers 5 has taken `text_model` from those of CLIP."""
+    """Returns the name by which other programs know a layer: transformers 5 has dropped `text_model` from CLIP's."""
     return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.layers.") else name
 
 

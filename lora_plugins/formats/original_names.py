@@ -144,7 +144,7 @@ def _of_unet(names: Collection[str]) -> Iterator[tuple[str, str]]:
 
 
 def _on_the_way(names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yields the blocks of a UNet on the way down and up, which are numbered through, and their original names."""
+    """Yields the down and up blocks of a UNet, numbered consecutively, with their original names."""
     down = count(1)
     for block in _counted("down_blocks", names):
         for n, _ in enumerate(_counted(f"{block}.resnets", names)):

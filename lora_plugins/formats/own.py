@@ -24,7 +24,7 @@ class OwnFormat(AdapterFormat):
     def read(
         self, path: Path, model: nn.Module, registry: Registry | None, options: Mapping[str, Any]
     ) -> PackedAdapter:
-        """Reads the folder; it is held against the model when it is loaded."""
+        """Reads the folder; it is checked against the model when it is loaded."""
         return read(path)
 
     def write(

@@ -26,7 +26,7 @@ WRITTEN_FOR = "0.21.2"
 
 
 def _anything(_name: str, _value: Any) -> None:
-    """What is only told, or looked at elsewhere."""
+    """A field that is only reported, or checked elsewhere."""
 
 
 def _check_expression(name: str, value: Any) -> None:
@@ -162,7 +162,7 @@ class PeftConfig:
 
     @property
     def init(self) -> str:
-        """Our name of the start; `kaiming` for all that leave the base alone.
+        """Our name of the init; `kaiming` for all that leave the base alone.
 
         Raises:
             AdapterFileError: If the start changed the base in a way that cannot be computed again.
@@ -180,7 +180,7 @@ class PeftConfig:
         return str(init).lower()
 
     def rank(self, name: str, A: Tensor, B: Tensor) -> int:
-        """Returns the rank that the scaling of a layer is told by: that of its tensors, or a higher one.
+        """Returns the rank by which the scaling of a layer is defined: that of its tensors, or a higher one.
 
         Args:
             name: Name of the layer.

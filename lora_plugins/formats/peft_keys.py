@@ -123,7 +123,7 @@ def _unwrapped(name: str, modules: Collection[str]) -> tuple[str, list[str]]:
 
 
 def _is_unknown(found: PeftTensors, name: str) -> bool:
-    """Whether a value is a tensor of an adapted layer's adapter that is not known here."""
+    """Whether a value belongs to the adapter of a layer and is of an unknown kind."""
     layer, lora, _ = name.rpartition(".lora_")
     return bool(lora) and layer in found.factors
 

@@ -1,4 +1,4 @@
-"""A file of PEFT, held against a model: former names, missing layers, and what PEFT would compute otherwise."""
+"""Checks a file of PEFT against a model: former names, missing layers, and what PEFT would compute differently."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,7 +25,7 @@ _ADAPTED = (*LAYERS, nn.MultiheadAttention)
 def for_model(
     model: nn.Module, adapter: PortableAdapter, config: PeftConfig, found: PeftTensors, out_proj: str | None
 ) -> PortableAdapter:
-    """Returns an adapter of a file with the names of a model, after it was found to be complete and to mean one thing.
+    """Returns an adapter of a file under the names of a model, once it is known to be complete and unambiguous.
 
     Args:
         model: The model, with the base's own values in place.
@@ -70,7 +70,7 @@ def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _differ(names: Mapping[str, str]) -> bool:
-    """Whether a file speaks of modules by former names."""
+    """Whether a file uses former names of modules."""
     return any(old != new for old, new in names.items())
 
 
@@ -125,7 +125,7 @@ def _saved_around(config: PeftConfig, owner: str) -> list[str]:
 def in_model(
     model: nn.Module, layers: Mapping[str, PortableLayer], config: PeftConfig | None
 ) -> dict[str, PortableLayer]:
-    """Returns layers of a file by the names of a model, after they were found to be complete.
+    """Returns layers of a file by the names of a model, once they are known to be complete.
 
     Raises:
         AdapterFileError: If a layer that the config targets is missing.

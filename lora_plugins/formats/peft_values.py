@@ -27,7 +27,7 @@ _PARAMETERS = (nn.ParameterDict, nn.ParameterList)
 
 @dataclass(frozen=True)
 class PeftValues:
-    """What stands beside the adapted layers in a file of PEFT.
+    """The values beside the adapted layers in a file of PEFT.
 
     Args:
         tensors: By full name.
@@ -41,7 +41,7 @@ class PeftValues:
 
 
 def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftValues:
-    """Returns what stands beside the adapted layers.
+    """Returns the values beside the adapted layers.
 
     Raises:
         AdapterFileError: If a value is neither of a module nor a bias, naming it.
@@ -70,7 +70,7 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
 
 
 def _that_peft_can_wrap(names: Iterable[str], modules: Mapping[str, NamedModule]) -> Iterator[str]:
-    """Returns modules that are trained in full; PEFT can wrap what is in containers, and no containers themselves."""
+    """Yields the modules that are trained in full; PEFT can wrap the members of containers, but no containers."""
     for name in names:
         module = modules[name].module if name in modules else None
         if isinstance(module, nn.ModuleDict | nn.ModuleList):
@@ -87,7 +87,7 @@ def _by_each_name(values: Mapping[str, Tensor], model: nn.Module | None) -> Mapp
 
 
 def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn.Module | None) -> dict[str, Tensor]:
-    """Returns the model's values of all modules that PEFT trains in full where it shall train some.
+    """Returns the model's values of all modules that PEFT trains in full when it is told to train `saved`.
 
     Raises:
         AdapterFileError: If PEFT could not read them: an adapted module is one of these, or one is inside another.
@@ -106,6 +106,6 @@ def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn
 
 
 def _taken_for(module: str, saved: tuple[str, ...]) -> list[str]:
-    """Returns the modules, of one and those around it, that PEFT takes for modules that are trained in full."""
+    """Returns those of a module and its parents that PEFT takes for modules to train in full."""
     parts = module.split(".")
     return [path for at in range(len(parts)) if (path := ".".join(parts[: at + 1])).endswith(saved)]

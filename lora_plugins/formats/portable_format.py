@@ -1,4 +1,4 @@
-"""The base of formats that know layers with an A and a B, by name: what they share with any model is done here."""
+"""The base class of formats that hold an A and a B for each layer name; what does not depend on the format is here."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where the path that other libraries put beside a layer is not the layer, as it leaves out what that does besides."""
+"""Layers of which a second path, as other libraries add it, leaves out a part of the computation."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _METHODS = ("forward", "_conv_forward")
 
 
 def warn_of_second_paths(modules: Mapping[str, NamedModule], outcome: str) -> None:
-    """Names the layers that PEFT, and what works like it, computes otherwise until the adapter is merged.
+    """Warns of the layers that PEFT and similar libraries compute differently until the adapter is merged.
 
     Args:
         modules: The adapted layers by name.

@@ -1,4 +1,4 @@
-"""A portable adapter, held against a model: it becomes one of ours, or is refused."""
+"""Converts a portable adapter to one of ours for a given model, or refuses it."""
 
 import math
 import warnings
@@ -78,7 +78,7 @@ def _plan(model: nn.Module, adapter: PortableAdapter, registry: Registry | None)
 
 
 def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registry | None) -> Plan:
-    """Plans by the adapter's own words, or else, where they mean other tensors here, by naming each tensor."""
+    """Plans by the adapter's own patterns or, where these match other tensors here, by naming each tensor."""
     plan = make_plan(model, _config(adapter, adapter.bias, adapter.saved_modules), registry)
     if {*plan.trained, *plan.saved_buffers} == adapter.values.keys():
         return plan
@@ -136,7 +136,7 @@ def _check_layers(model: nn.Module, plan: Plan, adapter: PortableAdapter) -> Non
 
 
 def _misfit(model: nn.Module, planned: PlannedLayer, layer: PortableLayer) -> str:
-    """Returns why A and B have no place in a layer; empty if they have."""
+    """Returns why A and B do not fit a layer; empty if they do."""
     module, name = submodule(model, planned.name), planned.name
     if len(planned.slots) > 1:
         return f"{name!r} has {len(planned.slots)} weights of its own, and the adapter has one A and B for it"

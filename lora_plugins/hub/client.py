@@ -1,4 +1,4 @@
-"""huggingface_hub, and what to do where it is missing or cannot do what it is asked for."""
+"""Access to huggingface_hub, with messages for where it is missing or fails."""
 
 import importlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def hub() -> Any:
 
 @contextmanager
 def errors_told(what: str) -> Iterator[None]:
-    """Makes errors of the client ours.
+    """Turns errors of the client into ours.
 
     Args:
         what: What is done, for the message.

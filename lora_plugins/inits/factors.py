@@ -1,4 +1,4 @@
-"""What several inits do with factors: ranks that a matrix does not have, and the changed base."""
+"""What several inits share: filling ranks that a matrix does not have, and the changed base."""
 
 import math
 from collections.abc import Mapping

@@ -98,7 +98,7 @@ def adapted_class(
 
 
 def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
-    """What the class of a layer has whose library reads the quantized weight under the name that answers densely."""
+    """Returns methods for layers whose library reads the quantized weight under the name that gives the dense one."""
 
     def save(layer: nn.Module, *args: Any) -> None:
         with as_its_own(layer, base):
@@ -162,7 +162,7 @@ def _weight_property(name: str) -> property:
 
 @dataclass(frozen=True)
 class _RefuseDropout:
-    """Stops a backward through a weight that was read past the layer's forward, where no dropout can act."""
+    """Stops a backward through a weight that was read outside of the layer's forward, where no dropout can act."""
 
     layer: str
 
@@ -182,7 +182,7 @@ def positional_names(base: type[nn.Module]) -> tuple[str, ...]:
 def by_position(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a call as a plugin gets them, whose own names for them may be others.
+    """Returns the arguments of a call by position where possible, as plugins may give them other names.
 
     Args:
         names: As `positional_names` gives them.

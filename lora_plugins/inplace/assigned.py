@@ -1,4 +1,4 @@
-"""Weights of an adapted layer that somebody replaces or makes anew past the model, such as by fusing a norm into them.
+"""Refuses to replace or recreate weights of an adapted layer, as fusing a norm into them would.
 
 What is read there is the base's weight and the updates together, and what is written would be the base's: the updates
 would count twice.
@@ -20,7 +20,7 @@ RESETS = ("reset_parameters", "_reset_parameters")
 
 
 def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the methods of the class of adapted layers that refuse it.
+    """Returns the methods of the class of adapted layers that refuse to replace weights.
 
     Args:
         base: The class of the untouched layer.
@@ -44,7 +44,7 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:
-    """Refuses what a weight is to be computed from, where it was read from the effective weight.
+    """Refuses to compute a weight from a tensor that was read as the effective weight.
 
     Pruning registers what it has read before it removes the parameter, `torch.nn.utils.weight_norm` after that.
     """

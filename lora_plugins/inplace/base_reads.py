@@ -1,4 +1,4 @@
-"""Layers whose own forward computes with the base's weight, where an adapter does nothing: refused when they do.
+"""Refuses layers whose own forward reads the base's weight directly, so that an adapter would do nothing.
 
 `dict(self.named_parameters())["weight"]`, as in layers for meta-learning, is the base's own, and so is a reference that
 a layer keeps.

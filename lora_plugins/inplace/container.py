@@ -15,12 +15,12 @@ class AdapterTensors(nn.Module):
     """The tensors of one factor of a layer, by adapter name; any name but those in `RESERVED` is allowed."""
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        # accelerate, which keeps tensors elsewhere, puts a forward here that has them for the time of a call.
+        # accelerate, which keeps tensors elsewhere, puts a forward here that has them for the duration of a call.
         return cast(nn.Parameter, self(adapter)) if "forward" in self.__dict__ else self.forward(adapter)
 
     def forward(self, adapter: str) -> nn.Parameter:
         """Returns the tensor of an adapter."""
-        # Where FSDP has put a whole tensor in a parameter's place, for the time of a forward, it is an attribute.
+        # Where FSDP has put a whole tensor in a parameter's place, for the duration of a forward, it is an attribute.
         parameter = self._parameters.get(adapter)
         return cast(nn.Parameter, self.__dict__[adapter] if parameter is None else parameter)
 

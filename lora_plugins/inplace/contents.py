@@ -1,4 +1,4 @@
-"""What modules consist of, apart from the values of their tensors, and putting it back."""
+"""A snapshot of modules, apart from the values of their tensors, that can be restored."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ Content = dict[Any, Any]
 
 
 class Contents:
-    """The classes of modules, and all that is written down in them and in what we know of them.
+    """The classes and attributes of modules, and what we know about them.
 
     Args:
         modules: The modules.
@@ -27,7 +27,7 @@ class Contents:
         self._contents = [(content, content.copy()) for content in contents]
 
     def put_back(self) -> None:
-        """Makes the modules what they were; may be done again from any step."""
+        """Restores the modules; safe to repeat if it is interrupted."""
         for content, copy in self._contents:
             content.clear()
             content.update(copy)

@@ -1,4 +1,4 @@
-"""Normalization layers with running statistics, which freezing of parameters alone does not keep still."""
+"""Normalization layers with running statistics, which go on changing when only parameters are frozen."""
 
 import functools
 from collections.abc import Callable

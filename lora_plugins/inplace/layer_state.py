@@ -121,7 +121,7 @@ class LayerState:
 
 
 def copy_in_block(name: str) -> str:
-    """Returns why a module cannot be copied or pickled for the time of a block."""
+    """Explains why a module cannot be copied or pickled inside a block."""
     return (
         f"{name!r} cannot be copied or pickled inside disable_adapter() or mixed_batch(): the copy would never leave "
         "the block. Leave the `with` block first."

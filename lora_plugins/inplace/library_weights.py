@@ -77,7 +77,7 @@ def foreign_problem(layer: nn.Module, name: str) -> str:
 
 
 def hold(layer: nn.Module) -> None:
-    """Keeps the library from what would make the weights of a layer unreadable while its model is adapted."""
+    """Keeps the library from making the weights of a layer unreadable while its model is adapted."""
     for kind in foreign_weights(layer).values():
         for name, value in kind.held:
             if name in layer.__dict__ and _held(name) not in layer.__dict__:
@@ -86,14 +86,14 @@ def hold(layer: nn.Module) -> None:
 
 
 def let_go(layer: nn.Module) -> None:
-    """Takes back what `hold` did."""
+    """Undoes `hold`."""
     for key in [key for key in layer.__dict__ if key.startswith(_HELD)]:
         layer.__dict__[key.removeprefix(_HELD)] = layer.__dict__.pop(key)
 
 
 @contextmanager
 def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
-    """Gives a layer a class that reads what it stores, as the one of its library, for the time of the block."""
+    """Gives a layer a class that reads what it stores, as the one of its library, for the duration of the block."""
     with ending(partial(setattr, layer, "__class__", type(layer))):
         layer.__class__ = base
         yield
@@ -224,7 +224,7 @@ _KINDS = {
 
 
 def put_dense_foreign(layer: nn.Module, name: str, value: Tensor | None = None) -> None:
-    """Puts a parameter in the place of a weight that another library quantized.
+    """Replaces a weight that another library quantized by a parameter.
 
     Args:
         layer: The layer, without adapters or about to lose them.
@@ -261,7 +261,7 @@ class LibraryWeight:
         return self.dense().shape
 
     def put(self, layer: nn.Module, name: str) -> None:
-        """Puts it back into a layer without adapters, in the place of a dense one, and on its device."""
+        """Puts it back into a layer without adapters, in place of a dense one and on its device."""
         dense = layer._parameters[name]
         assert dense is not None
         moved = self.weight if self.weight.device == dense.device else self.weight.to(dense.device)
@@ -284,7 +284,7 @@ Marks = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 
 def quantizer_marks(model: nn.Module) -> Marks:
-    """Returns what models of transformers and diffusers say of how bitsandbytes, torchao or GGUF has quantized them."""
+    """Returns what models of transformers and diffusers record about their quantization."""
 
     def of(held: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         return {name: held[name] for name in names if name in held}
@@ -298,7 +298,7 @@ def quantizer_marks(model: nn.Module) -> Marks:
 
 
 def put_marks(model: nn.Module, marks: Marks) -> None:
-    """Lets models of transformers and diffusers say again how they are quantized."""
+    """Restores what models of transformers and diffusers record about their quantization."""
     for name, (own, of_config) in marks.items():
         module: Any = submodule(model, name)
         module.__dict__.update(own)
@@ -308,7 +308,7 @@ def put_marks(model: nn.Module, marks: Marks) -> None:
 
 
 def forget_quantizers(model: nn.Module) -> None:
-    """Lets models of transformers and diffusers say that they are not quantized, so that they load as dense ones."""
+    """Removes what models of transformers and diffusers record about their quantization: they load as dense ones."""
     for name in quantizer_marks(model):
         module: Any = submodule(model, name)
         for mark in _MARKS:

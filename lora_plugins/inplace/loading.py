@@ -1,4 +1,4 @@
-"""State dicts that are loaded into a part of an adapted model, past the model itself."""
+"""State dicts that are loaded into a part of an adapted model instead of the model."""
 
 import weakref
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def watch_loading(model: nn.Module, part: nn.Module, accept: Accept) -> None:
 
 
 def let_load(part: nn.Module) -> None:
-    """Takes back what `watch_loading` did."""
+    """Undoes `watch_loading`."""
     hooks = part._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         if isinstance(getattr(hook, "hook", hook), _Watch):

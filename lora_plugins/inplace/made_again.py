@@ -1,4 +1,4 @@
-"""Dense values that a forward makes of stored weights: made again in the backward, and not kept in between.
+"""Recomputes in the backward the dense values that a forward made of stored weights, instead of keeping them.
 
 Whatever a layer's own forward saves for its backward passes through a hook of autograd. What lies in the memory of such
 a dense value is replaced by a note of how to make it. Everything else goes to the hook that acts around the layer, such
@@ -59,7 +59,7 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Passed:
-    """What the hooks around made of a tensor."""
+    """What surrounding hooks have packed a tensor into."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -101,7 +101,7 @@ class _MadeAgain(saved_tensors_hooks):
 
 
 def made_again() -> AbstractContextManager[object]:
-    """Lets dense values that are made inside be made again in the backward, and not kept."""
+    """Recomputes dense values that are made inside the block in the backward, instead of keeping them."""
     if is_compiling() or not torch.is_grad_enabled() or _top is None or not _enabled():
         return nullcontext()
     around = _top(True)
@@ -109,7 +109,7 @@ def made_again() -> AbstractContextManager[object]:
 
 
 def note(dense: Tensor, make: Make) -> Tensor:
-    """Takes note of a dense value, if it is made inside of `made_again`; returns it.
+    """Records a dense value that is made inside of `made_again`; returns it.
 
     Args:
         dense: The value.

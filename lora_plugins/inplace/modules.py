@@ -54,7 +54,7 @@ def model_modules(model: nn.Module) -> list[NamedModule]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module that `torch.compile` and its like have inserted others around; most have none."""
+    """Returns the module inside wrappers such as that of `torch.compile`; most have none."""
     for name, cls in INSERTED.items():  # a forward asks: torch.compile of 2.8 cannot trace `next` of a generator
         if name in module._modules and any(base.__name__ == cls for base in type(module).__mro__):
             return unwrapped(cast(nn.Module, module._modules[name]))

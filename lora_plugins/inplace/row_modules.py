@@ -25,7 +25,7 @@ Values = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class _Twins:
-    """What a module knows for the time of a mixed batch.
+    """What a module holds during a mixed batch.
 
     Args:
         name: Its full name, for messages.

@@ -40,7 +40,7 @@ def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def making_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the dense values that a forward makes be made again in the backward."""
+    """Recomputes in the backward the dense values that a forward makes."""
 
     @functools.wraps(forward)
     def wrapped(layer: Any, *args: Any, **kwargs: Any) -> Any:

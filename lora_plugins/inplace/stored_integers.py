@@ -1,4 +1,4 @@
-"""Integers of stored weights, which must stay what they are: an average of equal ones, cut off, is one less.
+"""Guards the integers of stored weights: a truncated average of equal ones can be one less.
 
 `torch.optim.swa_utils` and others average all parameters of a copy in place. So a copy takes note of its integers, and
 they are looked at again when the mode of the copy is set, never in a forward, and only if something wrote to them. An
@@ -22,14 +22,14 @@ _WHOLE = 0.01
 
 
 def take_note(parameters: Iterable[nn.Parameter | None]) -> None:
-    """Takes note of the integers among parameters, which does not wait for their device."""
+    """Records the integers among parameters, without waiting for their device."""
     for parameter in parameters:
         if type(parameter) is nn.Parameter and _is_integer(parameter) and not parameter.is_inference():
             setattr(parameter, _NOTE, (parameter._version, parameter.dtype, _sum(parameter)))
 
 
 def with_own_types(parameters: Iterable[nn.Parameter | None]) -> bool:
-    """Gives those that note was taken of the type that they had, and returns whether there are any."""
+    """Gives the recorded ones the type that they had, and returns whether there are any."""
     noted = [parameter for parameter in parameters if parameter is not None and hasattr(parameter, _NOTE)]
     for parameter in noted:
         parameter.data = parameter.to(getattr(parameter, _NOTE)[1])
@@ -37,7 +37,7 @@ def with_own_types(parameters: Iterable[nn.Parameter | None]) -> bool:
 
 
 def are_changed(parameters: Iterable[nn.Parameter | None]) -> bool:
-    """Whether any are others than those that were taken note of; waits for their device if they were written to."""
+    """Whether any differ from those recorded; waits for their device if they were written to."""
     return any(_is_changed(parameter) for parameter in parameters if hasattr(parameter, _NOTE))
 
 

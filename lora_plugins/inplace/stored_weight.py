@@ -1,4 +1,4 @@
-"""A weight that is stored in fewer bytes: a module of its tensors, in the place of a parameter.
+"""A weight that is stored in fewer bytes: a module of its tensors, in place of a parameter.
 
 The layer's own class is extended by one that answers with the dense value, made anew at each read; see `stored_class`.
 """
@@ -53,12 +53,12 @@ class StoredWeight(nn.Module):
 
     @property
     def successor(self) -> "nn.Parameter | StoredWeight | None":
-        """What takes its place in layers that share it, while it is replaced in one after the other."""
+        """What replaces it in layers that share it, while they are updated one after the other."""
         found: nn.Parameter | StoredWeight | None = self.__dict__["_successor"]
         return found
 
     def succeeded_by(self, new: "nn.Parameter | StoredWeight | None") -> None:
-        """Takes note of what takes its place."""
+        """Records what replaces it."""
         self.__dict__["_successor"] = new  # as no parameter or child of its own
 
     @property
@@ -86,12 +86,12 @@ class StoredWeight(nn.Module):
         return f"{self.storage.plugin.name}, {tuple(self.shape)} of {self.dtype}"
 
     def train(self, mode: bool = True) -> "StoredWeight":
-        """Sets the mode, which is when a copy is looked at that was averaged."""
+        """Sets the mode, and checks at that point a copy that was averaged."""
         self._check_integers()
         return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredWeight":
-        """Returns a copy that takes note of its integers."""
+        """Returns a copy with its own record of its integers."""
         self._check_integers()
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]

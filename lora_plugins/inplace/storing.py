@@ -1,4 +1,4 @@
-"""Puts stored weights in the place of parameters, and what was merged or made dense in the place of stored weights."""
+"""Replaces parameters by stored weights, and stored weights by merged or dense ones."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored,
 
 
 def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
-    """Puts a stored weight in the place of a parameter, or of another stored weight."""
+    """Replaces a parameter, or another stored weight, by a stored weight."""
     layer._parameters[name] = None  # keeps its place among the others
     layer._modules[name + SUFFIX] = stored.train(own_mode(layer))
     stored.succeeded_by(None)
@@ -20,7 +20,7 @@ def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
 
 
 def put_dense(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Puts a parameter in the place of a stored weight; may be done again from any step."""
+    """Replaces a stored weight by a parameter; safe to repeat if it is interrupted."""
     layer._parameters[name] = parameter
     layer._modules.pop(name + SUFFIX, None)
     _refresh(layer)

@@ -1,4 +1,4 @@
-"""Takes everything of ours off a layer."""
+"""Removes everything of ours from a layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from lora_plugins.inplace.storing import Replacing
 
 
 def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None:
-    """Takes all adapters off a layer, whose merged weights stay; may be done again from any step.
+    """Removes all adapters from a layer, whose merged weights stay; safe to repeat if it is interrupted.
 
     Args:
         layer: An adapted layer.

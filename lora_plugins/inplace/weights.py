@@ -52,7 +52,7 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 class LostWeightError(StateError, AttributeError):
-    """Something has taken the weight of an adapted layer away, to compute it from now on.
+    """Other code has removed the weight of an adapted layer, to compute it from now on.
 
     For `hasattr` the layer does not have it, as whoever shards parameters expects.
 
@@ -180,7 +180,7 @@ class LazyWeightsOf(LazyWeights):
         return len(self._names)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Makes these rows alone dense, where the weight is stored."""
+        """Returns these rows; of a stored weight, no others are made dense."""
         stored = stored_weight(self._layer, name)
         if stored is None or name in layer_state(self._layer).merged:
             return self[name][index]

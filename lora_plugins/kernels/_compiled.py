@@ -1,4 +1,4 @@
-"""When compilers are given an operator, which runs what plain eager mode runs, in place of ordinary operations.
+"""When compilers get an operator that runs the eager kernels, in place of ordinary operations.
 
 `torch.compile` has no better way on a CPU: products and convolutions are calls of a library there as well, the small
 products are added to the output, and autograd of the effective weight forms the gradient of the whole weight. An

@@ -52,7 +52,7 @@ def kernel_report() -> list[KernelStatus]:
 
 @contextmanager
 def disabled_kernels(*names: str) -> Iterator[None]:
-    """Switches kernels off for the time of a block, in the whole process; for tests and benchmarks.
+    """Switches kernels off for the duration of a block, in the whole process; for tests and benchmarks.
 
     Whole training steps belong into the block: what gradient checkpointing computes again after it may differ.
 

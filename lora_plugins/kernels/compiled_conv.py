@@ -126,7 +126,7 @@ def _call(
     dropout: float,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, ConvOptions]:
-    """What the images meet: a wide kernel is rounded to their type where the update is not added to it."""
+    """Prepares a call: a wide kernel is rounded to the type of the images where the update is not added to it."""
     path = choose_path(x, weight, A, dropout, geometry)
     if x.dtype != weight.dtype and not path.effective_weight_first:
         weight, A, B = weight.to(x.dtype), A.to(x.dtype), B.to(x.dtype)

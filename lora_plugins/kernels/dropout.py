@@ -42,7 +42,7 @@ def part_of(images: Tensor, part: Part) -> Tensor:
 
 
 def without_gaps(x: Tensor) -> Tensor:
-    """Returns a tensor of which nothing is in memory twice and nothing lies between, so that masks have an order."""
+    """Returns a tensor that is dense in memory, without overlaps or gaps, so that masks have a defined order."""
     if x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride():
         return x
     return x.clone()
@@ -101,7 +101,7 @@ class Dropout:
         return self._mask(x, dtype or x.dtype, self._numbers(x))
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Part, Tensor]]:
-        """Yields which images, and their mask: parts of the whole mask, each of them in the memory of the one before.
+        """Yields parts of the batch with their mask; each mask reuses the memory of the one before.
 
         Args:
             x: The tensor, `(images, channels, ...)`. On a GPU, or where images do not follow each other in memory, all
@@ -135,7 +135,7 @@ class Dropout:
 def dropped_parts(
     x: Tensor, dtype: torch.dtype, dropout: Dropout | None, *, masks: bool
 ) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
-    """Yields which images, these in a type without what is dropped, and the mask if there is one.
+    """Yields parts of the batch, the images in them cast and with dropout applied, and the mask if there is one.
 
     In parts, temporary tensors stay in the caches, and the C library does not give their memory back to the system.
     What is yielded is written over for the next part.

@@ -129,7 +129,7 @@ def _geometry(layer: Conv) -> Geometry | None:
 
 
 def _is_replaced(layer: Conv) -> bool:
-    """Whether somebody gave the layer a method of its own to convolve by, such as to pad as no option does."""
+    """Whether the layer has a method of its own to convolve by, for example with another padding."""
     return getattr(layer._conv_forward, "__func__", None) is not type(layer)._conv_forward
 
 

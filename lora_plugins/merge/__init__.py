@@ -1,4 +1,4 @@
-"""Merging: updates written into the weights, and taken back bit for bit, or for good.
+"""Merging: updates written into the weights, either permanently or reversibly bit for bit.
 
 What a merge loses to rounding is measured, and refused where it is too much and worth something.
 """

@@ -1,4 +1,4 @@
-"""Merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
+"""Reversible merging: the updates of active adapters are written into the weights, and taken back bit for bit."""
 
 import math
 from collections.abc import Mapping

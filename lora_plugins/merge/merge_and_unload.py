@@ -1,4 +1,4 @@
-"""Merging for good: the updates go into the weights, and the adapters off the model, one layer after the other."""
+"""Permanent merging: updates are written into the weights and adapters removed, one layer after the other."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
 @torch.no_grad()
 def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, dequantize: bool) -> None:
-    """Writes the updates of all active adapters into the weights and takes all adapters off the model.
+    """Writes the updates of all active adapters into the weights and removes all adapters from the model.
 
     One layer after the other, so that the model is not in memory twice, and such that it computes the same between any
     two steps. Stopped in the middle, it can be called again.
@@ -64,7 +64,7 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
 
 
 def _answer_with(layer: nn.Module, merged: Mapping[object, Tensor]) -> None:
-    """Makes a layer use merged weights in place of its updates, in one assignment."""
+    """Lets a layer use merged weights in place of its updates, by a single assignment."""
     state = layer_state(layer)
     own = {name: merged[place] for name in state.weight_names if (place := place_of(layer, name)) in merged}
     layer.__dict__[STATE] = replace(state, merged={**state.merged, **own}, active=(), branch=None)

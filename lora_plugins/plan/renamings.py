@@ -49,7 +49,7 @@ def current_name(model: nn.Module) -> Callable[[str], str]:
 
 
 def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> LoraConfig:
-    """Returns a config whose `target_modules` speaks of a model's present names, and warns where it did not.
+    """Returns a config whose `target_modules` uses a model's present names, and warns where it did not.
 
     Args:
         model: The model.
@@ -74,7 +74,7 @@ def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str
 
 
 def _meant(pattern: str, targets: list[str] | str, former: Mapping[str, str], names: list[str]) -> list[str]:
-    """Returns the modules that a pattern meant by their former names: the ends of their names, where these tell."""
+    """Returns the modules that a pattern meant by former names: as path ends, where these are unambiguous."""
     test = matcher("target_modules", targets if isinstance(targets, str) else [pattern])[pattern]
     meant = [name for name, old in former.items() if test(old)]
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in meant))

@@ -1,4 +1,4 @@
-"""What a layer type answers about a layer, held to what everything else counts on."""
+"""Checks what a layer type says about a layer against what the rest of the framework relies on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple
 
 
 def failure(plugin: LayerPlugin[Any], names: Iterable[str], class_name: str, error: Exception) -> PluginError:
-    """Returns the error that a layer type cannot speak of a layer, with what it raised as its cause."""
+    """Returns the error for a layer type that failed on a layer, with what it raised as its cause."""
     said = PluginError(
         f"The layer type {plugin.name!r} cannot serve {listing(names)}, a {class_name}: {_said(error)}. Exclude the "
         f"layer, or mend {type(plugin).__name__}."

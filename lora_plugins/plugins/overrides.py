@@ -1,4 +1,4 @@
-"""Who owns what several plugins claim: the one that overrides, or nobody."""
+"""Who owns what several plugins claim: the one that overrides, or none."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,7 @@ from lora_plugins.plugins.registry import Owned
 
 
 def replaced(kind: PluginKind[P], owned: Iterable[Owned[P]]) -> tuple[list[tuple[Owned[P], Owned[P]]], list[str]]:
-    """Settles who owns what.
+    """Decides which plugin owns what.
 
     Args:
         kind: The kind.

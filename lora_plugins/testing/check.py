@@ -158,7 +158,7 @@ def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIG
 
 
 class Named(dict[str, Tensor]):
-    """Tensors by name; who asks for a name that is not there is told those that are.
+    """Tensors by name; the error for an unknown name lists the known ones.
 
     Args:
         gives: What gives them, and that it does, as `store() gives`.

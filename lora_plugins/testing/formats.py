@@ -90,7 +90,7 @@ class FormatCase:
 
     @contextmanager
     def written(self) -> Iterator[tuple[LoraModel, Path]]:
-        """Gives an adapted model and the file that it was written to, for the time of the block."""
+        """Gives an adapted model and the file that it was written to, for the duration of the block."""
         lora = self.trained()
         with tempfile.TemporaryDirectory() as folder:
             yield lora, self.write(lora, Path(folder))

@@ -110,7 +110,7 @@ class LayerCase:
 
 
 def _placed(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Returns an input on a device, and if it is floating in a type; of several, as the state of an LSTM, each so."""
+    """Moves an input to a device and, if it is floating, to a type; nested ones, as an LSTM's state, as well."""
     if type(x) in (list, tuple):
         return type(x)(_placed(each, dtype, device) for each in x)
     if type(x) is dict:

@@ -141,7 +141,7 @@ def _own_names(case: VariantCase) -> None:
 
 
 def _telling_names(run: Callable[[VariantCase], None], case: VariantCase) -> None:
-    """Runs a check; where a name of the variant's own tensors is what it fails of, the message says which there are."""
+    """Runs a check; if it fails on an unknown name of the variant's own tensors, the message lists the known ones."""
     try:
         run(case)
     except (KeyError, PluginError):

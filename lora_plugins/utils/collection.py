@@ -9,7 +9,7 @@ from lora_plugins.utils.ending import ending
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Lets Python search for no garbage in cycles for the time of the block.
+    """Lets Python search for no garbage in cycles for the duration of the block.
 
     Where blocks of several threads overlap, the search goes on with the end of the first: none leaves it off.
     """

@@ -1,4 +1,4 @@
-"""Constants on the device that they are wanted on."""
+"""Constants, copied once to each device."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The end of a block, which Ctrl-C may hit as well."""
+"""Cleanup at the end of a block that Ctrl-C cannot cut short."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ending(put_back: Callable[[], object]) -> Iterator[None]:
-    """Calls at the end of a block what puts something back, twice: where the first call is stopped, the second is not.
+    """Runs a cleanup at the end of a block, and once more if the first call was stopped.
 
     Args:
         put_back: May be called again from any of its steps.

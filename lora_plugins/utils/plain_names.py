@@ -1,4 +1,4 @@
-"""Names without what is inserted around modules.
+"""Names of modules without the parts that wrappers insert.
 
 `self.net = torch.compile(self.net)` puts a module in between, `net.0` is called `net._orig_mod.0` then; and so do
 `checkpoint_wrapper` and FSDP of torch. A name of ours is that of the module without them, whenever they came.
@@ -17,7 +17,7 @@ INSERTED = {COMPILED: "OptimizedModule", **_OUT_OF_KEYS}
 
 
 def plain_name(name: str) -> str:
-    """Returns a name without what is inserted, as files and configurations have it."""
+    """Returns a name without the parts that wrappers insert, as files and configurations have it."""
     return _without(INSERTED, name)
 
 

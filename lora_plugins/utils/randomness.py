@@ -1,4 +1,4 @@
-"""Random numbers of one's own: what draws inside a block neither sees nor moves those of the run."""
+"""Isolated random numbers: what is drawn inside a block neither depends on nor changes those of the run."""
 
 import hashlib
 import random
@@ -16,7 +16,7 @@ from lora_plugins.utils.ending import ending
 
 @contextmanager
 def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None) -> Iterator[None]:
-    """Seeds every source of random numbers for the time of a block, and gives each its state back.
+    """Seeds every source of random numbers for the duration of a block, and gives each its state back.
 
     Those are torch's on the CPU and on the model's devices, Python's, NumPy's where it is in use, and the generators
     that a DataLoader and its samplers were given.

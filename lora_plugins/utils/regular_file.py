@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def check_regular(path: Path) -> None:
-    """Checks that a path is no pipe, device or socket, which may have no end, or none that comes; links are followed.
+    """Checks that a path is no pipe, device or socket, which may never end; links are followed.
 
     Raises:
         OSError: If it is one. What is not there at all is left to whoever opens it.

@@ -26,7 +26,7 @@ ADAPTER, MERGED, REPORT, PICTURE, CONFIG = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What flags say about training; None for what shall be inferred."""
+    """What flags say about training; None for what is to be inferred."""
 
     epochs: int | None = None
     rank: int | None = None
@@ -97,7 +97,7 @@ def lora_fields(recipe: Recipe, rank: int | None) -> dict[str, Any]:
 
 
 def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns what was inferred, in five lines: what about, what, and the flags that overrule it."""
+    """Returns what was inferred, in five lines: the subject, the finding, and the flags that overrule it."""
     trainer, data, model = made["trainer"], made["data"]["init_args"], made["model"]["init_args"]
     size = data.get("image_size") or choice.size
     shown = ", ".join(found.classes[:6]) + (", ..." if len(found.classes) > 6 else "")
@@ -133,7 +133,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
 
 
 def _left(paths: Sequence[Path]) -> str:
-    """Says how much is not read, with an example."""
+    """Tells how much is not read, with an example."""
     kind = "a folder" if paths and paths[0].is_dir() else "no image file here"
     return f"; {len(paths)} left out, such as {paths[0]}, which is {kind}" if paths else ""
 

@@ -18,7 +18,7 @@ MAX_SIDE, STEP = 512, 32
 
 @dataclass(frozen=True)
 class Flags:
-    """What flags say about the data; None for what shall be inferred."""
+    """What flags say about the data; None for what is to be inferred."""
 
     masks: Path | None = None
     classes: tuple[str, ...] | None = None

@@ -1,4 +1,4 @@
-"""Looks at a data set of Hugging Face `datasets`: by its name on the hub, or in a folder that `datasets` wrote."""
+"""Surveys a data set of Hugging Face `datasets`: by its name on the hub, or in a folder that `datasets` wrote."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def hub_name(data: str) -> str | None:
 
 
 def hub_survey(name: str, flags: Flags) -> Survey:
-    """Looks at a data set; reads its labels, or its masks.
+    """Surveys a data set; reads its labels, or its masks.
 
     Raises:
         ConfigError: If `datasets` is not installed.

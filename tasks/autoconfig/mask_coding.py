@@ -1,4 +1,4 @@
-"""What the values of masks stand for: indices, black and white, gray levels, or colors."""
+"""The meaning of the values of masks: indices, black and white, gray levels, or colors."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The settings that `train` takes where no flag says another one, by the name of `--recipe`.
+"""The settings that `train` takes unless a flag overrules them, by the name of `--recipe`.
 
 docs/settings.md has the runs that those of `auto` rest on.
 """

@@ -1,4 +1,4 @@
-"""The folder that a run leaves its results in: the one that is named, or a new one; of one run at a time."""
+"""The folder for the results of a run: the one that is named, or a new one; used by one run at a time."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +20,7 @@ LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs
 
 
 def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
-    """Yields the folders that a run may have, the first that is free being the one.
+    """Yields the folders that a run may use, of which it takes the first free one.
 
     Args:
         out: The one that was named.
@@ -41,7 +41,7 @@ def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def held(tried: Iterable[Path]) -> Iterator[Path]:
-    """Gives the first folder in which no other run goes on, and keeps others out for the time of the block.
+    """Yields the first folder that no other run uses, and keeps others out for the duration of the block.
 
     Raises:
         ConfigError: If there is none, or it cannot be made.
@@ -62,7 +62,7 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> FileLock | None:
-    """Locks a folder, which is made if it does not exist; None if another run has it, or has just had it."""
+    """Locks a folder, which is made if it does not exist; None if another run uses it, or has just used it."""
     lock = FileLock(path / LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def _available() -> int | None:
 
 
 def _left_of_group() -> int | None:
-    """What a container has left of the memory that it may use; of its use, files in the cache could be given back."""
+    """Returns the memory that a container may still use; cached files in its usage could be freed."""
     try:
         limit, used = ((GROUPS / name).read_text().strip() for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (GROUPS / "memory.stat").read_text().splitlines())

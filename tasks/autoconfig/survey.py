@@ -1,4 +1,4 @@
-"""Looks at a folder or a list of images: which task it is for, with which classes and splits."""
+"""Surveys a folder or a list of images: which task it is for, with which classes and splits."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ ORIENTATION, UPRIGHT = 0x0112, 1
 
 
 def survey(data: Path | str, flags: Flags) -> Survey:
-    """Looks at what is to be trained on; reads masks, and the headers of images.
+    """Surveys the training data; reads masks, and the headers of images.
 
     Args:
         data: A folder with a folder of images for each class, one with images and masks, a list (CSV, JSON lines), or a
@@ -200,7 +200,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _left_out(folders: Iterable[Path]) -> list[Path]:
-    """What lies in folders of images and is not read."""
+    """The files in folders of images that are not read."""
     found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
     return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
@@ -247,7 +247,7 @@ def _unreadable(paths: Sequence[Path]) -> list[str]:
 
 
 def _unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
-    """The masks that cannot be read, or have another size than their images, which are turned as their files say."""
+    """The masks that cannot be read, or differ in size from their images, which are rotated as their files say."""
     return [error for error in read_errors(pairs, _check_sizes) if error]
 
 

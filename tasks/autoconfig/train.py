@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _configuration(given: argparse.Namespace, arguments: Sequence[str], weights: str | None, out: Path) -> str:
-    """Returns the configuration of a run, and says what was found; writes it where a flag says."""
+    """Returns the configuration of a run, and prints what was found; writes it to a file if a flag names one."""
     with without_collections():  # most of its time is imports
         made, lines = (_example(given, out), []) if given.data is None else _inferred(given, weights, out)
     print(_table(given.data, lines), flush=True)
@@ -111,7 +111,7 @@ def _fit(config: Path) -> int:
 def _inferred(
     given: argparse.Namespace, weights: str | None, out: Path
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """The configuration for the data that are given, and what to say of it."""
+    """The configuration for the given data, and what to print about it."""
     found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
     choice = choose_model(found.task, given.model, weights, given.image_size)
     name = given.recipe or AUTO
@@ -236,7 +236,7 @@ def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _batch_size(given: argparse.Namespace, found: Survey, choice: Choice, recipe: Recipe) -> int:
-    """The batch size: what a flag says, or else what fits; a step is tried in any case."""
+    """The batch size: that of a flag, or else what fits; a step is tried in any case."""
     from lora_plugins.tasks.autoconfig.step_memory import fitting_batch, free_bytes, kept_bytes
 
     model = {**choice.arguments, "num_classes": len(found.classes)}

@@ -50,7 +50,7 @@ class ImageFolderDataModule(ImageDataModule):
         return {split: self._items(split, problems) for split in splits}, problems
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Read an image; its class is known from its folder."""
+        """Reads an image; its class is known from its folder."""
         return read_image(item.image), item.target
 
     def _folder(self, split: str) -> Path:

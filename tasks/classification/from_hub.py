@@ -64,5 +64,5 @@ class HubImageDataModule(ImageDataModule):
         return items, []
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Decode an image; its class is known from its row."""
+        """Decodes an image; its class is known from its row."""
         return as_rgb(self.hub_dataset.image(item, self.image_column), item.name), item.target

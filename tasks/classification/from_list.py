@@ -68,5 +68,5 @@ class ImageListDataModule(ImageDataModule):
         return items, problems
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Read an image; its class is known from its row."""
+        """Reads an image; its class is known from its row."""
         return read_image(item.image), item.target

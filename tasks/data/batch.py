@@ -29,7 +29,7 @@ class Batch:
 
     @classmethod
     def read(cls, batch: Any) -> Self:
-        """Read what a data loader gives: a dict as above, a tensor, or an (image, target) pair.
+        """Reads what a data loader gives: a dict as above, a tensor, or an (image, target) pair.
 
         Raises:
             DataError: For anything else.
@@ -49,7 +49,7 @@ class Batch:
 
 
 def check_targets(batch: Batch, num_classes: int, ignore_index: int) -> Tensor:
-    """Check that every target of a batch is in [0, num_classes) or equal to `ignore_index`, and return the targets.
+    """Checks that every target of a batch is in [0, num_classes) or equal to `ignore_index`, and returns the targets.
 
     Raises:
         DataError: If there are no targets, or with each label out of range and the file that holds it.

@@ -47,7 +47,7 @@ class HubDataset:
             self.tables = {split: table.cast_column(column, encoded) for split, table in self.tables.items()}
 
     def check_column(self, column: str) -> None:
-        """Check that a column exists.
+        """Checks that a column exists.
 
         Raises:
             ConfigError: If it does not, with near matches.
@@ -64,7 +64,7 @@ class HubDataset:
         return Item((split, row), target, f"row {row} of {self.name}, {split}")
 
     def image(self, item: Item, column: str) -> Image.Image:
-        """Decode an image of a row.
+        """Decodes an image of a row.
 
         Raises:
             DataError: If it cannot be decoded.

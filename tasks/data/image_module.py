@@ -74,7 +74,7 @@ class ImageDataModule(VisionDataModule):
 
     @abstractmethod
     def read(self, item: Item) -> tuple[Image.Image, Any]:
-        """Read a sample: its image, and its class index or mask (H, W).
+        """Reads a sample: its image, and its class index or mask (H, W).
 
         Raises:
             DataError: If it cannot be used.
@@ -91,7 +91,7 @@ class ImageDataModule(VisionDataModule):
         return item.target if isinstance(item.target, int) else 0
 
     def load(self) -> dict[str, Dataset[Any]]:
-        """Find the samples, check them, and split them.
+        """Finds the samples, checks them, and splits them.
 
         Raises:
             DataError: With a list of what cannot be used, or if nothing is left, or fewer than two classes to train on.

@@ -34,15 +34,15 @@ class Resizing:
     fill: Mapping[Any, float]
 
     def resize(self) -> Any:
-        """Resize without keeping the aspect ratio."""
+        """Resizes without keeping the aspect ratio."""
         return v2.Resize(self.size, interpolation=self.interpolation, antialias=True)
 
     def random_crop(self, min_area: float) -> Any:
-        """Crop at random, at least this share of the area, and resize the crop."""
+        """Crops at random, at least this share of the area, and resizes the crop."""
         return v2.RandomResizedCrop(self.size, scale=(min_area, 1.0), interpolation=self.interpolation, antialias=True)
 
     def rotate(self, degrees: float) -> Any:
-        """Rotate by a random angle of at most so many degrees."""
+        """Rotates by a random angle of at most so many degrees."""
         return v2.RandomRotation(degrees, interpolation=InterpolationMode.BILINEAR, fill=dict(self.fill))
 
 

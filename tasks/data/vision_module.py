@@ -48,14 +48,14 @@ class VisionDataModule(LightningDataModule):
 
     @abstractmethod
     def load(self) -> dict[str, Dataset[Any]]:
-        """Make the data sets by split, after all checks."""
+        """Makes the data sets by split, after all checks."""
 
     def size(self) -> Size | None:
         """Height and width of the images; None if they differ."""
         return None
 
     def setup(self, stage: str) -> None:
-        """Load the splits, once."""
+        """Loads the splits, once."""
         self.splits = self.splits or self.load()
 
     def train_dataloader(self) -> DataLoader[Any]:

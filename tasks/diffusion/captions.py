@@ -71,7 +71,7 @@ def _caption(path: Path) -> str | None:
 
 
 def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Captioned]:
-    """Read every picture once: what is wrong is told before anything is trained."""
+    """Reads every picture once, so that errors show before anything is trained."""
     errors = read_errors([path for path, _ in pairs], read_image)
     problems = [error for error in errors if error is not None]
     for path, prompt in pairs:

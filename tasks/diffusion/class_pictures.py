@@ -1,4 +1,4 @@
-"""Pictures of a subject's class, which the base model draws once: what it can draw is trained on again, and so kept.
+"""Pictures of a subject's class, which the base model draws once: training on them keeps what it can draw.
 
 Prior preservation, section 3.2 of Dreambooth (Ruiz et al., 2022, arXiv 2208.12242).
 """
@@ -52,7 +52,7 @@ class ClassPictures:
         return image_files(Path(self.folder)) if Path(self.folder).is_dir() else []
 
     def check(self) -> None:
-        """Check that there are enough pictures, or that the others can be drawn.
+        """Checks that there are enough pictures, or that the others can be drawn.
 
         Raises:
             DataError: If there are too few, or some were drawn for other prompts.
@@ -72,7 +72,7 @@ class ClassPictures:
             )
 
     def draw_missing(self, pipe: Any) -> int:
-        """Let a pipeline draw the pictures that are missing.
+        """Lets a pipeline draw the pictures that are missing.
 
         Returns:
             How many were drawn.

@@ -1,4 +1,4 @@
-"""How each family of pipelines is told a prompt, and asked for the noise in latents.
+"""How each family of pipelines encodes prompts and predicts the noise in latents.
 
 Prompts are encoded by the pipelines themselves, so that training and sampling see the same.
 """

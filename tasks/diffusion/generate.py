@@ -28,7 +28,7 @@ SHEET = "sheet.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw, and write pictures and a contact sheet; returns the exit code.
+    """Draws, and writes pictures and a contact sheet; returns the exit code.
 
     Raises:
         ConfigError: For arguments that do not go together, or a pipeline that is not served.
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Tell what is wrong before anything is loaded."""
+    """Checks the arguments before anything is loaded."""
     if any(not prompt.strip() for prompt in given.prompt):
         raise ConfigError("A prompt is empty. Say what is to be seen.")
     if given.pictures < 1:

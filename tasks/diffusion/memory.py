@@ -1,4 +1,4 @@
-"""What is computed once and kept: latents of pictures, and what is told of prompts."""
+"""A cache of what is computed once: latents of pictures and encodings of prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 

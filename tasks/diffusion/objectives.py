@@ -36,7 +36,7 @@ class Objective(Protocol):
     """Draws times and adds noise."""
 
     def __call__(self, latents: Tensor, noise: Tensor) -> Noised:
-        """Add noise (N, C, H, W) to latents (N, C, H, W) at random times."""
+        """Adds noise (N, C, H, W) to latents (N, C, H, W) at random times."""
         ...
 
 

@@ -148,7 +148,7 @@ class PicturesDataModule(LightningDataModule):
         self.pictures: list[Captioned] = []
 
     def setup(self, stage: str) -> None:
-        """Read and check all pictures.
+        """Reads and checks all pictures.
 
         Raises:
             DataError: For one that cannot be read, a prompt that is missing or empty, or too few class pictures.

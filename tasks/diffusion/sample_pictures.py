@@ -62,7 +62,7 @@ class SamplePictures(Callback):
         self._summary, self._trained, self._total, self._start = "", 0, 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task that draws, and a place to write to.
+        """Checks that there is a task that draws, and a place to write to.
 
         Raises:
             ConfigError: For another module, or a folder that cannot be written.
@@ -75,7 +75,7 @@ class SamplePictures(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the base model."""
+        """Samples the base model."""
         task = cast(TextToImageTask, pl_module)
         self._total = sum(p.numel() for p in task.parts.parameters())
         self._trained = sum(p.numel() for p in task.parts.parameters() if p.requires_grad)
@@ -90,7 +90,7 @@ class SamplePictures(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample, and record the losses of the epoch."""
+        """Samples, and records the losses of the epoch."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("train/"):
                 self._losses.setdefault(name, []).append((trainer.current_epoch, float(value)))
@@ -99,7 +99,7 @@ class SamplePictures(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample, and write the files, where something was trained."""
+        """Samples, and writes the files, where something was trained."""
         if cast(Any, trainer).fast_dev_run or BEFORE not in self._sheets:  # an attribute that its types lack
             return
         seconds = time.perf_counter() - self._start

@@ -29,7 +29,7 @@ class SavePipeline(Callback):
         self.folder = Path(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task with a pipeline, that its adapters will be merged, and a place to write to.
+        """Checks that there is a task with a pipeline, that its adapters will be merged, and a place to write to.
 
         Raises:
             ConfigError: For another module, adapters that stay, or a folder that cannot be written.
@@ -45,7 +45,7 @@ class SavePipeline(Callback):
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the folder, now that every callback has ended the fit, whatever their order.
+        """Writes the folder, now that every callback has ended the fit, whatever their order.
 
         Raises:
             ConfigError: If an adapter is not merged: its layers would be written without it.

@@ -169,7 +169,7 @@ class TextToImageTask(LoraCheckpointMixin):
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
-        """Check the sizes of pictures, and let the base model draw pictures of the class that are missing.
+        """Checks the sizes of pictures, and lets the base model draw pictures of the class that are missing.
 
         Raises:
             ConfigError: For sizes that the pipeline cannot take, or a precision that would cast a part of it.
@@ -204,7 +204,7 @@ class TextToImageTask(LoraCheckpointMixin):
 
     @contextmanager
     def on_device(self) -> Iterator[Any]:
-        """Gives the pipeline on the device of the training for the time of a `with` block.
+        """Puts the pipeline on the device of the training inside a `with` block.
 
         Before a training and after it, the trainer has the task elsewhere.
         """
@@ -214,7 +214,7 @@ class TextToImageTask(LoraCheckpointMixin):
             self.pipe.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Move the autoencoder, and check that no adapter is on a text encoder that is not trained.
+        """Moves the autoencoder, and checks that no adapter is on a text encoder that is not trained.
 
         Raises:
             ConfigError: If one is.
@@ -231,7 +231,7 @@ class TextToImageTask(LoraCheckpointMixin):
             )
 
     def on_train_start(self) -> None:
-        """Let each process draw noise of its own: they were seeded alike."""
+        """Lets each process draw noise of its own: they were seeded alike."""
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
@@ -268,7 +268,7 @@ class TextToImageTask(LoraCheckpointMixin):
         return scaled
 
     def condition_of(self, prompts: list[str]) -> Condition:
-        """What the denoiser is told of prompts."""
+        """What the denoiser is conditioned on, from prompts."""
         if self.train_text_encoder:
             return self._encode_prompts(prompts)
         with torch.no_grad(), in_eval_mode(self.pipe):  # T5 has dropout
@@ -311,7 +311,7 @@ class TextToImageTask(LoraCheckpointMixin):
         return {"Draw pictures": f"lora-plugins generate {left[0]} --prompt {shlex.quote(prompts[0])}"} if left else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the provenance into a checkpoint."""
+        """Writes the provenance into a checkpoint."""
         checkpoint[PROVENANCE_KEY] = self.provenance()
 
     def file_entries(self, target: str) -> dict[str, Any]:

@@ -65,11 +65,11 @@ class Outcome:
 
 
 def unchanged(task: VisionTask) -> None:
-    """Leave the task as it is."""
+    """Leaves the task as it is."""
 
 
 def freeze_backbone(task: VisionTask) -> None:
-    """Train the new head alone; frozen normalization layers keep their statistics, as with LoRA."""
+    """Trains the new head alone; frozen normalization layers keep their statistics, as with LoRA."""
     task.network.eval()
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{head}.") for head in task.head_modules))
@@ -91,12 +91,12 @@ class CountTrained(Callback):
         self.trained = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count."""
+        """Counts."""
         self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
 
 
 def run(configuration: str, method: Method, *more: str) -> Outcome:
-    """Train once.
+    """Trains once.
 
     Args:
         configuration: `cls` or `seg`, the shipped YAML file of that name.
@@ -118,7 +118,7 @@ def run(configuration: str, method: Method, *more: str) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all methods and print the table; returns the exit code."""
+    """Runs all methods and prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks compare")
     parser.add_argument("--seed", type=int, default=0, help="of the new head, the adapters and the order of the data")
     seed = f"--seed_everything={parser.parse_args(arguments).seed}"

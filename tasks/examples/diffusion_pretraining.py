@@ -133,7 +133,7 @@ def build_pipeline() -> Any:
 
 
 def train_autoencoder(vae: Any, steps: int) -> None:
-    """Teach an autoencoder that the latents of a picture are the picture; both are in [-1, 1]."""
+    """Teaches an autoencoder that the latents of a picture are the picture; both are in [-1, 1]."""
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -148,7 +148,7 @@ def train_autoencoder(vae: Any, steps: int) -> None:
 
 
 def train_denoiser(pipe: Any, steps: int) -> None:
-    """Train UNet and text encoder on pictures and prompts; the pipeline has their moving average then."""
+    """Trains UNet and text encoder on pictures and prompts; the pipeline has their moving average then."""
     pictures, prompts = _training_data(pipe.tokenizer)
     model = nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     average = AveragedModel(model, multi_avg_fn=cast(Any, get_ema_multi_avg_fn)(DECAY))
@@ -183,7 +183,7 @@ def _training_data(tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def pretrain_diffusion(folder: Path, steps: int = STEPS) -> Path:
-    """Train the pipeline and write it, in float16.
+    """Trains the pipeline and writes it, in float16.
 
     Args:
         folder: The folder of the pipeline.
@@ -205,14 +205,14 @@ def pretrain_diffusion(folder: Path, steps: int = STEPS) -> Path:
 
 
 def _without_surplus(path: Path) -> None:
-    """Remove what AutoencoderTiny writes into its configuration and warns of when it reads it."""
+    """Removes what AutoencoderTiny writes into its configuration and warns of when it reads it."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("block_out_channels", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the pipeline, into the package itself or into the folder that is given; returns the exit code."""
+    """Trains the pipeline, into the package itself or into the folder that is given; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks pretrain-diffusion")
     own = Path(str(files("lora_plugins.tasks") / "weights" / "digits_diffusion"))
     parser.add_argument("folder", type=Path, nargs="?", default=own, help="where to write; by default the package")

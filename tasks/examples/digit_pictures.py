@@ -31,7 +31,7 @@ class DigitPicturesDataModule(PicturesDataModule):
         self.digit, self.count, self.seed = digit, count, seed
 
     def prepare_data(self) -> None:
-        """Write the pictures."""
+        """Writes the pictures."""
         ink = load_digit_splits([self.digit])[TEST].ink.numpy()
         if not 1 <= self.count <= len(ink):
             raise ConfigError(f"count is {self.count}; there are {len(ink)} pictures of the digit {self.digit}.")

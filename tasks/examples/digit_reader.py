@@ -13,7 +13,7 @@ SIDE = 8
 
 
 class DigitReader:
-    """Reads digits; 99 % of those that it has not seen are read right."""
+    """Reads digits; 99 % of unseen ones correctly."""
 
     def __init__(self) -> None:
         from sklearn.svm import SVC

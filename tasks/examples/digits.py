@@ -47,7 +47,7 @@ class DigitsDataModule(VisionDataModule):
         return self.image_size, self.image_size
 
     def load(self) -> dict[str, Dataset[dict[str, Any]]]:
-        """Draw the digits of the three splits."""
+        """Draws the digits of the three splits."""
         return {split: self._draw_split(samples) for split, samples in load_digit_splits(self.digits).items()}
 
     def _draw_split(self, samples: DigitSamples) -> TensorSamples:

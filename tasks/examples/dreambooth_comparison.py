@@ -75,7 +75,7 @@ class _Clock(Callback):
 
 
 def run_dreambooth(seed: int, folder: str, *more: str) -> DreamboothOutcome:
-    """Train once.
+    """Trains once.
 
     Args:
         seed: The seed.
@@ -104,7 +104,7 @@ def run_dreambooth(seed: int, folder: str, *more: str) -> DreamboothOutcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everything and print the table; returns the exit code."""
+    """Runs everything and prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks compare-dreambooth")
     parser.add_argument("folder", nargs="?", default="runs/compare-dreambooth", help="where to write")
     folder = parser.parse_args(arguments).folder

@@ -73,7 +73,7 @@ def architecture(configuration: str, *, num_classes: int, weights: str) -> Model
 
 
 def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
-    """Train one backbone and write it.
+    """Trains one backbone and writes it.
 
     Args:
         name: A name in `RECIPES`.
@@ -105,7 +105,7 @@ def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train all backbones, into the package itself or into the folder that is given; returns the exit code."""
+    """Trains all backbones, into the package itself or into the folder that is given; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_plugins.tasks pretrain")
     own = Path(str(files("lora_plugins.tasks") / "weights"))
     parser.add_argument(

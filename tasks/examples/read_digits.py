@@ -1,4 +1,4 @@
-"""A callback that tells what a classifier reads in samples, before a fit, after it, and after a reset."""
+"""A callback that reports what a classifier reads in samples, before a fit, after it, and after a reset."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -55,14 +55,14 @@ class ReadDigits(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the base model."""
+        """Samples the base model."""
         task = cast(TextToImageTask, pl_module)
         with nullcontext() if model_state(task.parts) is None else LoraModel(task.parts).disable_adapter():
             self._before = self._sampled(task)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the trained model, and the base model again; write and print."""
+        """Samples the trained model, and the base model again; writes and prints."""
         task, reader = cast(TextToImageTask, pl_module), DigitReader()
         found = {BEFORE: self._before}
         if self.adapter is None:

@@ -76,7 +76,7 @@ class DigitScenesDataModule(VisionDataModule):
         return self.canvas, self.canvas
 
     def load(self) -> dict[str, Dataset[dict[str, Any]]]:
-        """Compose the scenes of the three splits."""
+        """Composes the scenes of the three splits."""
         splits = load_digit_splits(self.digits)
         return {
             split: self._compose_split(splits[split], split, count) for split, count in self.scenes.items() if count > 0

@@ -1,4 +1,4 @@
-"""Images, lists of samples and splits on disk, read without what training needs, so that mistakes are told at once.
+"""Images, lists of samples and splits on disk, read without the imports of training, so that mistakes show at once.
 
 Data modules are in `data`; `autoconfig` looks at files through this room before anything heavy is imported.
 """

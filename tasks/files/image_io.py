@@ -1,4 +1,4 @@
-"""Find and read image files."""
+"""Finds and reads image files."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ Source = TypeVar("Source")
 
 
 def check_folder(folder: Path) -> Path:
-    """Check that a folder exists, and return it.
+    """Checks that a folder exists, and returns it.
 
     Raises:
         DataError: If it does not, with the folders beside it.
@@ -60,7 +60,7 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
 
 
 def named_by_text(paths: Sequence[Path]) -> list[Path]:
-    """Check that paths are texts, so that they can be printed and written into tables and reports, and return them.
+    """Checks that paths are texts, so that they can be printed and written into tables and reports, and returns them.
 
     Raises:
         DataError: With those that are not, as of archives that were packed with another encoding.
@@ -85,7 +85,7 @@ def _is_text(name: str) -> bool:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB.
+    """Reads an image file as RGB.
 
     Raises:
         DataError: If it cannot be read, with its path.
@@ -94,7 +94,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, name: object) -> Image.Image:
-    """Convert an image to RGB. Of 16 bits, the upper 8 are taken; Pillow by itself makes white of all above 255.
+    """Converts an image to RGB. Of 16 bits, the upper 8 are taken; Pillow by itself makes white of all above 255.
 
     Args:
         image: The image.
@@ -118,7 +118,7 @@ def as_rgb(image: Image.Image, name: object) -> Image.Image:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image file in the mode in which it is stored.
+    """Reads an image file in the mode in which it is stored.
 
     Raises:
         DataError: If it cannot be read, with its path.
@@ -127,7 +127,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
-    """Decode an image and rotate it as its EXIF orientation says.
+    """Decodes an image and rotates it as its EXIF orientation says.
 
     Args:
         source: The encoded image.
@@ -156,7 +156,7 @@ def decoding(name: object) -> Iterator[None]:
 
 
 def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> list[str | None]:
-    """Read all sources, in several threads, and return the error message of each; None if it can be read."""
+    """Reads all sources, in several threads, and returns the error message of each; None if it can be read."""
 
     def error_of(source: Source) -> str | None:
         try:

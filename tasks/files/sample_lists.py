@@ -47,7 +47,7 @@ READERS: Mapping[str, Callable[[str, Path], list[Row]]] = MappingProxyType(
 
 
 def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Read the rows of a CSV or JSON lines file, and check that each has the required columns.
+    """Reads the rows of a CSV or JSON lines file, and checks that each has the required columns.
 
     Raises:
         DataError: If the file is missing, of another kind or empty, or if a row lacks a column.
@@ -67,7 +67,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text in UTF-8, with or without a mark in front.
+    """Reads a text in UTF-8, with or without a byte order mark.
 
     Raises:
         DataError: If it cannot be read.

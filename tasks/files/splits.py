@@ -13,7 +13,7 @@ Sample = TypeVar("Sample")
 
 
 def check_shares(val_share: float, test_share: float) -> None:
-    """Check that the shares leave something to train on.
+    """Checks that the shares leave something to train on.
 
     Raises:
         ConfigError: If they do not.
@@ -30,7 +30,7 @@ def hold_out(
     name: Callable[[Sample], str],
     stratum: Callable[[Sample], Hashable],
 ) -> dict[str, list[Sample]]:
-    """Take missing splits out of the train split, stratified.
+    """Takes missing splits out of the train split, stratified.
 
     Each stratum (each class, say) gives its share, rounded, to every missing split. Within a stratum, samples are drawn
     in the order of a hash of their names and the seed, so a split is the same on every machine. Samples of one name, as

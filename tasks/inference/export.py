@@ -1,4 +1,4 @@
-"""Export a merged network for other runtimes: `lora-plugins export MODEL OUT.pt2` (or `OUT.onnx`).
+"""Exports a merged network for other runtimes: `lora-plugins export MODEL OUT.pt2` (or `OUT.onnx`).
 
 The exported network takes images (N, channels, H, W) in [0, 1] of one size, by default the size that the task was
 trained with, normalizes them, and returns logits; N is dynamic. What is written was loaded again first, and its logits
@@ -63,7 +63,7 @@ class _ExportedNetwork(nn.Module):
 
 
 def export_task(task: VisionTask, path: str | Path, size: Size | None = None) -> float:
-    """Export a task with plain layers, in the format that the suffix of the file says.
+    """Exports a task with plain layers, in the format that the suffix of the file says.
 
     Args:
         task: The task, see `merged_task`.
@@ -103,7 +103,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     options = export_parser().parse_args(arguments)
     size = None if options.size is None else (options.size[0], options.size[1])
     try:
@@ -125,7 +125,7 @@ def _checked(path: str | Path) -> Path:
 
 
 def _write_weights(task: VisionTask, path: Path) -> float:
-    """Write the plain state dict of the network, with its task and classes in the metadata, and read it again."""
+    """Writes the plain state dict of the network, with its task and classes in the metadata, and reads it again."""
     tensors = plain_state_dict(task.network)
     write_safetensors(path, tensors, {PROVENANCE_KEY: task.provenance()})
     found = load_task(path).network.state_dict()

@@ -1,4 +1,4 @@
-"""Load a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file.
+"""Loads a task from the files of a fit: a checkpoint, an adapter folder, or a merged safetensors file.
 
 A merged file and a checkpoint without adapters hold all weights, and nothing is read of their base.
 """
@@ -30,7 +30,7 @@ REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
 
 
 def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
-    """Load a task with its weights, ready to predict.
+    """Loads a task with its weights, ready to predict.
 
     Args:
         path: A checkpoint (`.ckpt`), an adapter folder, or a merged file (`.ckpt`, `.safetensors`) of one of our tasks.
@@ -104,7 +104,7 @@ class AdapterTask:
 
 
 def task_of_adapter(path: Path) -> AdapterTask:
-    """Read which task an adapter folder is of.
+    """Reads which task an adapter folder is of.
 
     Raises:
         WeightsError: If it is none, or does not say.
@@ -124,7 +124,7 @@ def merged_task(path: str | Path, weights: str | Path | None = None) -> VisionTa
 
 @contextmanager
 def _building(path: Path) -> Iterator[None]:
-    """Names the file whose words cannot be built: edited by hand, or of another version."""
+    """Names the file from which no task can be built: edited by hand, or of another version."""
     try:
         yield
     except LoraError:

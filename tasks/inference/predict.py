@@ -1,4 +1,4 @@
-"""Predict labels or masks for images: `lora-plugins predict MODEL IMAGES... --out OUT`.
+"""Predicts labels or masks for images: `lora-plugins predict MODEL IMAGES... --out OUT`.
 
 MODEL is a checkpoint, an adapter folder or a merged file of a task; IMAGES are images, folders of images, or patterns
 such as `"photos/*/*.jpg"`. A classifier writes `OUT/labels.csv`, a segmenter `OUT/masks/NAME.png`, 8-bit indices with a
@@ -63,7 +63,7 @@ def predict_folder(
     flips: bool = False,
     on_problem: str = ERROR,
 ) -> list[Path]:
-    """Predict for images on disk, and write the predictions.
+    """Predicts for images on disk, and writes the predictions.
 
     Args:
         task: The task, in eval mode.
@@ -97,7 +97,7 @@ def predict_folder(
 
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     options = predict_parser().parse_args(arguments)
     try:
         device = device_to_use(options.device)
@@ -127,7 +127,7 @@ def device_to_use(name: str | None) -> torch.device:
 
 
 def _told(files: Sequence[Path], out: Path) -> str:
-    """Says what was written, and where."""
+    """Prints what was written, and where."""
     if files[0] == out / LABELS:
         with files[0].open(newline="", encoding="utf-8") as stream:
             labels = Counter(label for _, label, *_ in islice(csv.reader(stream), 1, None))
@@ -155,7 +155,7 @@ def _found(images: str) -> list[Path]:
 
 
 def _below(folder: Path) -> str:
-    """Says which pattern finds the images in the folders of a folder."""
+    """Suggests a pattern for the images in the subfolders of a folder."""
     pattern = str(Path(glob.escape(str(folder))) / "**" / "*")
     count = len(_matching(pattern)) if folder.is_dir() else 0
     return f" In the folders below there {'is' if count == 1 else 'are'} {count}: {pattern!r}." if count else ""

@@ -86,7 +86,7 @@ def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
 
 
 def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Tensor:
-    """Resize an image as the data of a task were.
+    """Resizes an image as the data of a task were.
 
     Args:
         image: (channels, H, W) in [0, 1].

@@ -21,7 +21,7 @@ ENCODER = "encoder"
 
 
 def build_segmenter(config: ModelConfig) -> Network:
-    """Build a decoder over an encoder, with `config.num_classes` output channels.
+    """Builds a decoder over an encoder, with `config.num_classes` output channels.
 
     Raises:
         ConfigError: For an unknown decoder or encoder, or for options that the decoder does not take.
@@ -36,7 +36,7 @@ def build_segmenter(config: ModelConfig) -> Network:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Call the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
+    """Calls the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
     return cast(Tensor, network(images))
 
 

@@ -12,7 +12,7 @@ from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, rea
 
 
 def build_classifier(config: ModelConfig) -> Network:
-    """Build a timm classifier with `config.num_classes` outputs.
+    """Builds a timm classifier with `config.num_classes` outputs.
 
     Raises:
         ConfigError: For a name that timm does not know, or options that the architecture does not take.
@@ -26,12 +26,12 @@ def build_classifier(config: ModelConfig) -> Network:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Call the network: images (N, channels, H, W) to logits (N, classes)."""
+    """Calls the network: images (N, channels, H, W) to logits (N, classes)."""
     return cast(Tensor, network(images))
 
 
 def check_name(name: str) -> None:
-    """Check that timm knows a model name. Names with a scheme (`hf-hub:...`, `local-dir:...`) are left to timm.
+    """Checks that timm knows a model name. Names with a scheme (`hf-hub:...`, `local-dir:...`) are left to timm.
 
     Raises:
         ConfigError: If it does not, with near matches.

@@ -18,7 +18,7 @@ HEAD, BACKBONE, AUXILIARY = "classifier", "backbone", "aux_classifier"
 
 
 def build_segmenter(config: ModelConfig) -> Network:
-    """Build a segmenter of torchvision with `config.num_classes` output channels.
+    """Builds a segmenter of torchvision with `config.num_classes` output channels.
 
     Raises:
         ConfigError: For an unknown name, options that the architecture does not take, or weights out of reach.
@@ -36,7 +36,7 @@ def build_segmenter(config: ModelConfig) -> Network:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Call the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
+    """Calls the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
     return cast(Tensor, network(images)["out"])
 
 

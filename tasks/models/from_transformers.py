@@ -33,7 +33,7 @@ RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
 def build_classifier(config: ModelConfig) -> Network:
-    """Build a model of `AutoModelForImageClassification` with `config.num_classes` labels.
+    """Builds a model of `AutoModelForImageClassification` with `config.num_classes` labels.
 
     Raises:
         ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
@@ -45,7 +45,7 @@ def build_classifier(config: ModelConfig) -> Network:
 
 
 def build_segmenter(config: ModelConfig) -> Network:
-    """Build a model of `AutoModelForSemanticSegmentation` with `config.num_classes` labels.
+    """Builds a model of `AutoModelForSemanticSegmentation` with `config.num_classes` labels.
 
     Raises:
         ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
@@ -57,7 +57,7 @@ def build_segmenter(config: ModelConfig) -> Network:
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Call the network: images (N, channels, H, W) to logits (N, classes) or (N, classes, h, w)."""
+    """Calls the network: images (N, channels, H, W) to logits (N, classes) or (N, classes, h, w)."""
     return cast(Tensor, network(pixel_values=images).logits)
 
 
@@ -228,7 +228,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Silence the library's progress bar and load report, which say less than the errors raised here."""
+    """Silences the library's progress bar and load report, which say less than the errors raised here."""
     from transformers.utils import logging as library_logging
 
     logging: Any = library_logging  # has no types

@@ -1,4 +1,4 @@
-"""Weights that packages of the registry bring along, under the names that timm has for their tensors.
+"""Weights that packages of the registry contain, under the names that timm has for their tensors.
 
 They are there once `lora-plugins[vision]` is installed, whether or not a model hub can be reached, and are the same
 everywhere: a file with another checksum is refused.

@@ -18,7 +18,7 @@ Build = Callable[[ModelConfig], Network]
 
 
 def with_head(build: Build, config: ModelConfig) -> Network:
-    """Build a network and treat its head as `config.head` says.
+    """Builds a network and treats its head as `config.head` says.
 
     Raises:
         ConfigError: If a head is asked for and nothing in the network depends on the number of classes.
@@ -42,7 +42,7 @@ def with_head(build: Build, config: ModelConfig) -> Network:
 
 
 def _init_small(module: nn.Module, names: Sequence[str], classes: int) -> None:
-    """Initialize new classifiers over pretrained features so that logits start near zero, at the loss of a guess.
+    """Initializes new classifiers over pretrained features so that logits start near zero, at the loss of a guess.
 
     The initialization of some networks is made for training from scratch: that of timm's EfficientNet gives a loss of
     16 on ten classes, and the fastest descent from there ruins the features. See docs/tasks.md, "On real pictures".

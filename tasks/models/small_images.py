@@ -1,4 +1,4 @@
-"""Images that are too small for a network: a pixel is left of them where it goes on to look at neighborhoods."""
+"""Detects images that are too small for a network: they shrink to a pixel before layers that look at neighborhoods."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ _DIMS = 4
 
 @contextmanager
 def refusing_small_images(network: nn.Module, name: str, made_for: tuple[int, int] | None) -> Iterator[None]:
-    """Looks at the maps that layers are given while the block runs, and says at its end where nothing is left of them.
+    """Watches the feature maps inside the block, and reports at its end the layer where nothing was left of them.
 
     Such a network computes, and is trained without an error; what it learns has next to nothing to do with the images.
 

@@ -46,7 +46,7 @@ SEGMENTERS: Mapping[str, Source] = MappingProxyType(
 
 
 def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network:
-    """Build the network that a configuration describes, with its head as the configuration says.
+    """Builds the network that a configuration describes, with its head as the configuration says.
 
     Raises:
         ConfigError: For unknown names, or options that do not fit.

@@ -1,4 +1,4 @@
-"""Find weights and load them strictly.
+"""Finds weights and loads them strictly.
 
 A new head is the only thing that a file may lack. Which modules can be a head is known before the file is opened;
 every other key that is missing, unexpected or of another shape is an error that lists it.
@@ -46,7 +46,7 @@ class Difference:
 
     @classmethod
     def between(cls, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> "Difference":
-        """Compare a file's tensors with a network's own."""
+        """Compares a file's tensors with a network's own."""
         pairs = ((key, tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state)
         return cls(
             missing=frozenset(own.keys() - state.keys()),
@@ -100,7 +100,7 @@ def new_modules(
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], *, heads: Sequence[str], base: str | None, where: str
 ) -> tuple[str, ...]:
-    """Load a state dict into a network, except for a new head.
+    """Loads a state dict into a network, except for a new head.
 
     Returns:
         The names of the modules that stay newly initialized, see `new_modules`.
@@ -116,7 +116,7 @@ def load_strict(
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
-    """Read the tensors that `weights` names: a file, a folder with a `model.safetensors`, or `package:NAME`.
+    """Reads the tensors that `weights` names: a file, a folder with a `model.safetensors`, or `package:NAME`.
 
     A file of a whole task, whose keys all start with `network.`, is read as that of its network. Files of `torch.save`
     are read with `weights_only=True`.

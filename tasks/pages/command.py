@@ -13,7 +13,7 @@ from lora_plugins.tasks.pages.run_record import RunRecord, read_run, report_file
 
 
 def report_main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code.
+    """Runs the command; returns the exit code.
 
     Raises:
         ReportError: If a report is missing or damaged, or the runs are of different tasks.

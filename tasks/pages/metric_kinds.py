@@ -1,4 +1,4 @@
-"""What metrics are called for people, and how their numbers are written."""
+"""The display names of metrics, and how their numbers are written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,5 +63,5 @@ KINDS: Mapping[str, MetricKind] = MappingProxyType(
 
 
 def kind_of(name: str) -> MetricKind:
-    """How a metric is shown; one of another's task is written as a number, under its name."""
+    """How a metric is shown; one of a third-party task is written as a number, under its name."""
     return KINDS.get(name) or MetricKind(name.replace("_", " ").capitalize())

@@ -207,7 +207,7 @@ def _size(number: float) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """A time, in the units that people would use."""
+    """A time, in convenient units."""
     if seconds is None:
         return BLANK
     if seconds < 60:

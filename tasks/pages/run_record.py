@@ -133,7 +133,7 @@ def run_as_json(run: RunRecord) -> str:
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Read a run.
+    """Reads a run.
 
     Args:
         path: The folder that its report is in, its HTML file, or the JSON file beside that.

@@ -25,7 +25,7 @@ class BeforeAfter(Callback):
         self.after: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before training, that there will be something to compare with.
+        """Checks before training that there will be something to compare with.
 
         Raises:
             ConfigError: If the sanity check covers only a part of the split.
@@ -41,7 +41,7 @@ class BeforeAfter(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the metrics."""
+        """Stores the metrics."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(PREFIX)}
         if trainer.sanity_checking:
             self.before = metrics
@@ -50,7 +50,7 @@ class BeforeAfter(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
+        """Prints the table."""
         table = Table(title="Metrics on val")
         table.add_column("metric")
         table.add_column("before", justify="right")

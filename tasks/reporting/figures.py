@@ -42,7 +42,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG in print quality, cut to what is drawn."""
+    """Writes a figure as a PNG in print quality, cut to what is drawn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
 
@@ -142,7 +142,7 @@ def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 def has_validated(trainer: Trainer, what: str) -> bool:
-    """Whether a fit has seen the val split; a warning says where it has not, as where it was over already.
+    """Whether a fit has validated; warns if it has not, as when it was over already.
 
     Args:
         trainer: The trainer.
@@ -160,7 +160,7 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 
 @contextmanager
 def eval_mode(task: VisionTask) -> Iterator[None]:
-    """Has a task in eval mode; the mode of every module is restored."""
+    """Puts a task into eval mode inside a `with` block; the mode of every module is restored."""
     training = {module: module.training for module in task.modules()}
     task.eval()
     try:

@@ -86,7 +86,7 @@ class HtmlReport(Callback):
         self._start = self._epoch_start = self._took = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task to report on, and a place to write to.
+        """Checks that there is a task to report on, and a place to write to.
 
         Raises:
             ConfigError: For another module, or a path that cannot be written.
@@ -98,7 +98,7 @@ class HtmlReport(Callback):
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the plan: at the end of the fit, adapters may be merged."""
+        """Records the plan: at the end of the fit, adapters may be merged."""
         self._start = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -107,7 +107,7 @@ class HtmlReport(Callback):
             self._plans.append(LoraModel(target).plans[callback.adapter_name])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what is trained, and how."""
+        """Records what is trained, and how."""
         task = cast(VisionTask, pl_module)
         parameters = list(task.network.parameters())
         self._total = sum(p.numel() for p in parameters)
@@ -117,7 +117,7 @@ class HtmlReport(Callback):
         self._counts = torch.zeros(task.model_config.num_classes, dtype=torch.long)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metrics of the last epoch, which a task logs after its callbacks ran, and start the clock."""
+        """Records the metrics of the last epoch, which a task logs after its callbacks ran, and starts the clock."""
         if self._seconds:
             self._record(trainer, "train/", self._epoch + 1)
         self._epoch, self._batches, self._epoch_start = trainer.current_epoch, 0, time.perf_counter()
@@ -125,7 +125,7 @@ class HtmlReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the labels of the first epoch."""
+        """Counts the labels of the first epoch."""
         self._batches = batch_idx + 1
         targets = Batch.read(batch).targets
         if self._counts is not None and not self._seconds and targets is not None:
@@ -133,15 +133,15 @@ class HtmlReport(Callback):
             self._counts += torch.bincount(counted.flatten(), minlength=len(self._counts)).cpu()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the time of the epoch, with its validation."""
+        """Records the time of the epoch, with its validation."""
         self._seconds.append(time.perf_counter() - self._epoch_start)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metrics of the last epoch."""
+        """Records the metrics of the last epoch."""
         self._record(trainer, "train/", self._epoch + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metrics; those before training only if they are of the whole split."""
+        """Records the metrics; those before training only if they are of the whole split."""
         if trainer.state.fn != "fit":
             return
         if not trainer.sanity_checking:
@@ -152,12 +152,12 @@ class HtmlReport(Callback):
             self._confusion_before = cast(VisionTask, pl_module).confusion.get("val")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stops the clock."""
         self._took = time.perf_counter() - self._start
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the page and its numbers.
+        """Writes the page and its numbers.
 
         Every callback has ended the fit by now, whatever their order: weights and files are those that it leaves.
         """

@@ -29,7 +29,7 @@ from lora_plugins.writable import check_writable_file
 def draw_predictions(
     task: SemanticSegmentationTask, loader: DataLoader[Any], indices: Sequence[int], path: str | Path
 ) -> Path:
-    """Write a PNG with a row for each of the given samples: image, true mask, predicted mask, overlay.
+    """Writes a PNG with a row for each of the given samples: image, true mask, predicted mask, overlay.
 
     Args:
         task: The task; it predicts in eval mode, and its mode is restored.
@@ -66,7 +66,7 @@ class PredictionPicture(Callback):
         self.path, self.samples = path, samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before training, that there will be masks to draw.
+        """Checks before training that there will be masks to draw.
 
         Raises:
             ConfigError: For a module that does not segment.
@@ -80,7 +80,7 @@ class PredictionPicture(Callback):
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the picture for samples of the first val loader, by the weights that the callbacks leave."""
+        """Writes the picture for samples of the first val loader, by the weights that the callbacks leave."""
         if stage != "fit" or cast(Any, trainer).fast_dev_run or not has_validated(trainer, "picture of predictions"):
             return
         task, loader = cast(SemanticSegmentationTask, pl_module), first_val_loader(trainer)

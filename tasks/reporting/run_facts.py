@@ -1,4 +1,4 @@
-"""Facts about a run, for people: how it was trained, on what data, with which software, on which device."""
+"""Facts about a run for its report: how it was trained, on what data, with which software, on which device."""
 
 import os
 import platform
@@ -54,7 +54,7 @@ def data_name(data: Any) -> str:
 
 
 def training_facts(trainer: Trainer, task: VisionTask) -> Facts:
-    """How a run is trained; asked when it starts."""
+    """How a run is trained; collected when it starts."""
     data = cast(Any, trainer).datamodule
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     own = getattr(task.lr_scheduler, "__name__", None)

@@ -52,7 +52,7 @@ class Judged:
 
 @contextmanager
 def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
-    """Has the task in eval mode on the device that it was trained on, which Lightning takes it from when a fit ends."""
+    """Puts the task into eval mode and back on the device of its training, which it leaves when a fit ends."""
     home = task.device
     task.to(trainer.strategy.root_device)
     try:
@@ -63,7 +63,7 @@ def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
 
 
 def judge(task: VisionTask, loader: DataLoader[Any]) -> Judged:
-    """Judge the samples of a loader, in the order of its data set."""
+    """Judges the samples of a loader, in the order of its data set."""
     classes, ignored = task.model_config.num_classes, task.ignore_index
     confusion = torch.zeros(classes, classes, dtype=torch.long)
     losses: list[Tensor] = []

@@ -34,7 +34,7 @@ class TensorBoardImages(Callback):
         self.samples, self.every, self._validations = samples, every, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a task to draw and a TensorBoard to draw in.
+        """Checks that there is a task to draw and a TensorBoard to draw in.
 
         Raises:
             ConfigError: If one of the two is missing.
@@ -51,7 +51,7 @@ class TensorBoardImages(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figures and add them."""
+        """Draws the figures and adds them."""
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.state.fn != "fit" or trainer.sanity_checking or not writers:
             return

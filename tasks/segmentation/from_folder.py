@@ -50,7 +50,7 @@ class MaskFolderDataModule(MaskDataModule):
         return {split: self._pairs(split, problems) for split in splits}, problems
 
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Open the two files."""
+        """Opens the two files."""
         return open_image(item.image), open_image(item.target)
 
     def _flat(self) -> bool:

@@ -48,5 +48,5 @@ class HubMaskDataModule(MaskDataModule):
         return {split: source.items(split, [None] * len(table)) for split, table in source.tables.items()}, []
 
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Decode the two images of a row."""
+        """Decodes the two images of a row."""
         return self.hub_dataset.image(item, self.image_column), self.hub_dataset.image(item, self.mask_column)

@@ -47,5 +47,5 @@ class MaskListDataModule(MaskDataModule):
         return items, []
 
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Open the two files."""
+        """Opens the two files."""
         return open_image(item.image), open_image(item.target)

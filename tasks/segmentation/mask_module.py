@@ -51,7 +51,7 @@ class MaskDataModule(ImageDataModule):
         """The image and the mask of a sample, as they are stored."""
 
     def read(self, item: Item) -> tuple[Image.Image, np.ndarray[Any, Any]]:
-        """Read a sample.
+        """Reads a sample.
 
         Raises:
             DataError: If an image cannot be read, the two differ in size, or the mask holds an unknown class.

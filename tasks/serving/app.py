@@ -1,4 +1,4 @@
-"""The application: adapters are listed, and an image that is sent to one of them is answered.
+"""The application: it lists adapters, and answers images that are sent to one of them.
 
 GET  /adapters                  the names, tasks and classes of all
 POST /adapters/NAME/predict     an encoded image as the body; labels as JSON, or a mask as PNG
@@ -55,7 +55,7 @@ TRIES = 10
 
 
 def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 50_000_000) -> FastAPI:
-    """Makes the application; when its server stops, the engine answers what waits, and closes.
+    """Makes the application; when its server stops, the engine answers waiting requests and closes.
 
     Args:
         engine: What computes.

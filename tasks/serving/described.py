@@ -1,4 +1,4 @@
-"""What an adapter folder says, all of it of one version: folders are replaced while they are read."""
+"""What an adapter folder says, all from one version: folders may be replaced while they are read."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""One thread that computes: it takes the requests that wait, and runs those of one base and size as a batch."""
+"""One thread that computes: it takes the waiting requests, and runs those of one base and size as a batch."""
 
 import queue
 import threading
@@ -70,7 +70,7 @@ class Engine:
         return request.answer
 
     def close(self) -> None:
-        """Answers what waits, takes nothing more, and ends the thread."""
+        """Answers waiting requests, refuses new ones, and ends the thread."""
         with self._entry:
             first = not self._closed.is_set()
             self._closed.set()
@@ -91,7 +91,7 @@ class Engine:
                 return
 
     def _gathered(self, first: _Request) -> tuple[list[_Request], bool]:
-        """The requests that wait, or come soon, and whether the end was among them."""
+        """Returns the requests that wait or come soon, and whether the end was among them."""
         found, until = [first], time.monotonic() + self._wait
         while len(found) < self._max_batch:
             try:
@@ -104,7 +104,7 @@ class Engine:
         return found, False
 
     def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
-        """Groups requests by base, size and number of adapters, and loads these; one that cannot be is answered."""
+        """Groups requests by base, size and number of adapters; answers those whose adapter cannot be loaded."""
         groups: dict[tuple[str, torch.Size], list[list[_Request]]] = {}
         for request in requests:
             batches = groups.setdefault((request.described.base, request.image.shape), [[]])
@@ -142,6 +142,6 @@ class Engine:
 
 
 def _fail(request: _Request, error: Exception) -> None:
-    """Tells an error to whoever waits for a request, if it is neither answered nor given up."""
+    """Passes an error to whoever waits for a request that is neither answered nor abandoned."""
     with suppress(InvalidStateError):
         request.answer.set_exception(error)

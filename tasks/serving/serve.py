@@ -1,4 +1,4 @@
-"""Serve adapters over HTTP: `lora-plugins serve ADAPTERS`."""
+"""Serves adapters over HTTP: `lora-plugins serve ADAPTERS`."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lora_plugins.tasks.serving.shelf import Shelf
 
 @exit_on_closed_output
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command until it is interrupted; returns the exit code."""
+    """Runs the command until it is interrupted; returns the exit code."""
     options = serve_parser().parse_args(arguments)
     import uvicorn
 

@@ -78,7 +78,7 @@ class Shelf:
         return sum(parameter.nbytes for task in self._bases.values() for parameter in task.parameters())
 
     def describe(self, name: str) -> Described:
-        """What an adapter says of itself; read anew each time.
+        """What an adapter says about itself; read anew each time.
 
         Raises:
             UnknownAdapterError: If there is none of that name, with near ones. A path is no name.

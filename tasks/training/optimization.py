@@ -75,7 +75,7 @@ def configured_optimizer(
 def check_optimizer(
     optimizer: object, *, lr: float, weight_decay: float, default: tuple[float, float] = (LR, WEIGHT_DECAY)
 ) -> None:
-    """Check the argument `optimizer` of a task, whose default optimizer has `default` as rate and decay.
+    """Checks the argument `optimizer` of a task, whose default optimizer has `default` as rate and decay.
 
     Raises:
         ConfigError: If it is not callable, or if arguments of the default optimizer are given beside it.

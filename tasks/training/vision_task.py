@@ -193,11 +193,11 @@ class VisionTask(LoraCheckpointMixin):
         return self.build_metrics()
 
     def preds(self, logits: Tensor) -> Tensor:
-        """What metrics take of logits (N, classes, ...): by default the predicted labels (N, ...)."""
+        """What metrics compute with, from logits (N, classes, ...): by default the predicted labels (N, ...)."""
         return logits.argmax(1)
 
     def raw_logits(self, images: Tensor) -> Tensor:
-        """Normalize images (N, channels, H, W) in [0, 1] and call the network on them."""
+        """Normalizes images (N, channels, H, W) in [0, 1] and calls the network on them."""
         images = (images - self.mean) / self.std
         return self.network_logits(self.network, images.flip(1) if self.bgr else images)
 
@@ -214,7 +214,7 @@ class VisionTask(LoraCheckpointMixin):
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
-        """Check that data and model agree on the classes, and adopt the names of the classes.
+        """Checks that data and model agree on the classes, and adopts the names of the classes.
 
         Raises:
             ConfigError: If they do not agree.
@@ -246,11 +246,11 @@ class VisionTask(LoraCheckpointMixin):
         return self._step(batch, "train", self.train_metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the metrics of the val split."""
+        """Updates the metrics of the val split."""
         self._step(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the metrics of the test split."""
+        """Updates the metrics of the test split."""
         self._step(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -259,23 +259,23 @@ class VisionTask(LoraCheckpointMixin):
         return logits.argmax(1)
 
     def on_train_epoch_end(self) -> None:
-        """Log and reset the metrics of the train split."""
+        """Logs and resets the metrics of the train split."""
         self._log(self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log and reset the metrics of the val split."""
+        """Logs and resets the metrics of the val split."""
         self._log(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Log and reset the metrics of the test split."""
+        """Logs and resets the metrics of the test split."""
         self._log(self.test_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the provenance into a checkpoint."""
+        """Writes the provenance into a checkpoint."""
         checkpoint[PROVENANCE_KEY] = self.provenance()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the classes of a checkpoint are those of the data: another order would be another label.
+        """Checks that the classes of a checkpoint are those of the data: another order would be another label.
 
         Raises:
             ConfigError: If they are not.
@@ -290,7 +290,7 @@ class VisionTask(LoraCheckpointMixin):
         super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
-        """Say if what the fit will leave is of no use later."""
+        """Warns if what the fit will leave is of no use later."""
         if note := note_on_the_base(self.trainer, self.model_config):
             rank_zero_info(note)
 
@@ -349,7 +349,7 @@ class VisionTask(LoraCheckpointMixin):
         return loss
 
     def _logits_told(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The logits; where the network refuses the size of the images, which libraries do in many ways, this is said.
+        """The logits; turns the many errors by which networks refuse the size of images into one message.
 
         Raises:
             ConfigError: If it does.
@@ -369,7 +369,7 @@ class VisionTask(LoraCheckpointMixin):
             ) from error
 
     def _first_images_checked(self) -> AbstractContextManager[None]:
-        """Of each fit, once, refuses images that are too small; what is compiled would keep the hooks."""
+        """Refuses images that are too small, once in each fit; a compiled network would keep the hooks."""
         network = self.network
         compiled = torch.compiler.is_compiling() or any(each._compiled_call_impl for each in network.modules())
         if self._images_seen or compiled:

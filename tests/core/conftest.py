@@ -69,7 +69,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def with_plugins(installed, monkeypatch):
-    """Makes installed plugin distributions visible to this process, for the time of one test."""
+    """Makes installed plugin distributions visible to this process, for the duration of one test."""
     default_registry()  # which the process keeps, is made without them
     loaded = set(sys.modules)
 

@@ -197,7 +197,7 @@ class TestNorm:
         ids=["linear", "convolution", "embedding"],
     )
     def test_a_method_that_hooks_of_others_have_kept_is_that_of_the_layer(self, layer, x, end):
-        """As those of accelerate and diffusers that move weights for the time of a call."""
+        """As those of accelerate and diffusers that move weights for the duration of a call."""
         model = nn.Sequential(copy.deepcopy(layer))
         lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"))
         model[0].forward = model[0].forward

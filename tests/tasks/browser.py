@@ -50,20 +50,20 @@ class Page:
         self.resize(size)
 
     def open(self, url):
-        """Load a page, and wait until it has loaded."""
+        """Loads a page, and waits until it has loaded."""
         self._send("Page.navigate", url=url)
         while self._read().get("method") != "Page.loadEventFired":
             pass
 
     def resize(self, size):
-        """Set the size of the window, in CSS pixels."""
+        """Sets the size of the window, in CSS pixels."""
         width, height = size
         self._send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
 
     def prefer(self, scheme):
-        """Let the system prefer `light` or `dark`."""
+        """Lets the system prefer `light` or `dark`."""
         self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def run(self, script):
@@ -73,7 +73,7 @@ class Page:
         return answer["result"].get("value")
 
     def move(self, x, y, pressed=False):
-        """Move the mouse, with its button pressed or not."""
+        """Moves the mouse, with its button pressed or not."""
         self._send(
             "Input.dispatchMouseEvent",
             type="mouseMoved",
@@ -103,7 +103,7 @@ class Page:
         )
 
     def picture(self, path, whole=False):
-        """Write what is seen, or the whole page, as a PNG."""
+        """Writes what is seen, or the whole page, as a PNG."""
         shot = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         path.write_bytes(base64.b64decode(shot["data"]))
         return path

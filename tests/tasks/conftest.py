@@ -101,7 +101,7 @@ def trainer(tmp_path):
 
 
 def write_image(path: Path, pixels: np.ndarray) -> Path:
-    """Write pixels as a picture, making its folder."""
+    """Writes pixels as a picture, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path

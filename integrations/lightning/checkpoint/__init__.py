@@ -1,4 +1,4 @@
-"""Small checkpoints: what Lightning writes, without the frozen base, and how it is put back onto the base.
+"""Small checkpoints: what Lightning writes without the frozen base, and how it is restored onto the base.
 
 Depends on `module`. The format is described in `entry.py`.
 """

@@ -48,7 +48,7 @@ def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapp
 def locate_adapter(
     module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> tuple[nn.Module, PackedAdapter]:
-    """Returns the target of an adapter of a checkpoint, and the adapter with its tensors from all over the file.
+    """Returns the target of an adapter of a checkpoint, and the adapter with its tensors collected from the file.
 
     Args:
         module: The module.

@@ -43,7 +43,7 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
 
 
 def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint that also has what the module has of the frozen base, for a hook that looks at it."""
+    """Returns a checkpoint that also has the module's frozen base, for a hook that reads it."""
     rename, current = name_mapper(module), module.state_dict()
     base = {key: current[key] for key in map(rename, checked_entry(checkpoint)["left_out"]) if key in current}
     return map_state_dicts(
@@ -58,7 +58,7 @@ def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict
 
 
 def put_base(module: LightningModule, complete: Mapping[str, Any]) -> None:
-    """Gives layers that a hook of the module has built again the frozen base that they had, as a full file would.
+    """Restores the frozen base of layers that a hook of the module has rebuilt, as a full file would.
 
     Args:
         module: The module.

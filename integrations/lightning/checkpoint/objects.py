@@ -51,7 +51,7 @@ def allowed(given: Sequence[Global] = ()) -> Iterator[None]:
 
 
 def not_allowed(path: object) -> list[str]:
-    """Returns the import paths of what a checkpoint holds and nobody has allowed; none where the file is damaged."""
+    """Returns the import paths of the types in a checkpoint that are not allowed; none where the file is damaged."""
     with torch.serialization.safe_globals([*HARMLESS]):
         try:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def not_allowed(path: object) -> list[str]:
 
 
 def is_archive(path: object) -> bool:
-    """Whether a file is a whole archive of torch, as far as it says what it holds."""
+    """Whether a file is a complete archive of torch, judged by its table of contents."""
     try:
         torch.serialization.get_unsafe_globals_in_checkpoint(path)  # type: ignore[arg-type]
     except Exception:  # a third of Python's errors, by what is damaged

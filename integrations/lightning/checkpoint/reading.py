@@ -1,4 +1,4 @@
-"""Reads checkpoints without unpickling objects, and says of a damaged file that it is damaged."""
+"""Reads checkpoints without unpickling objects, and recognizes damaged files."""
 
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -64,14 +64,14 @@ def reading_errors(path: object) -> Iterator[None]:
 
 
 def _reason(error: UnpicklingError) -> str:
-    """Returns the sentences of torch's long message that say what it stopped at."""
+    """Returns the sentences of torch's long message that say why it failed."""
     said = str(error)
     lines = [line.strip() for line in said[max(said.find("WeightsUnpickler error"), 0) :].splitlines() if line.strip()]
     return " ".join(line for line in lines[:2] if "Check the documentation" not in line)
 
 
 def damaged(path: object, error: Exception) -> AdapterFileError:
-    """Returns the error that says of a file that it cannot be read."""
+    """Returns the error for a file that cannot be read."""
     said = (_reason(error) if isinstance(error, UnpicklingError) else str(error)).strip().rstrip(".")
     return AdapterFileError(
         f"{path} cannot be read as a checkpoint: {type(error).__name__}: {said}. It may be truncated or damaged, or of "

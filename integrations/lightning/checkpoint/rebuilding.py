@@ -1,4 +1,4 @@
-"""What it takes to build the module of a checkpoint again: the line that does it.
+"""The line of Python that rebuilds the module of a checkpoint.
 
 `YourModule.load_from_checkpoint` of Lightning cannot load a small file, and would list every key of the base. It looks
 first at a hyperparameter `_instantiator`, and refuses one that it does not know with an error that shows it. So the
@@ -32,7 +32,7 @@ _ONE_ARGUMENT = LightningModule.CHECKPOINT_HYPER_PARAMS_NAME
 
 
 def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a checkpoint that tells Lightning's own loader how it is loaded, and what its entry says of that."""
+    """Returns a checkpoint with which Lightning's own loader tells how to load it, and what to record in its entry."""
     saved = checkpoint.get(HYPERPARAMETERS, {})
     if type(saved) is not dict or not isinstance(module, LightningModule):
         return dict(checkpoint), {}
@@ -83,7 +83,7 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
 
 
 def _module_of(cls: type[LightningModule]) -> str:
-    """Returns what a class is imported from; for one of the program itself, what another program says for it."""
+    """Returns what a class is imported from; for a class of `__main__`, what another program would import."""
     program = sys.modules.get(cls.__module__)
     if cls.__module__ not in ("__main__", "__mp_main__") or program is None:
         return cls.__module__

@@ -1,4 +1,4 @@
-"""Puts the adapters of a checkpoint on a module, and completes its state dicts with the base."""
+"""Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -37,7 +37,7 @@ class LoraCheckpointMixin(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loads a checkpoint, with adapters or without; see `LightningModule.load_from_checkpoint`."""
+        """Loads a checkpoint with or without adapters; see `LightningModule.load_from_checkpoint`."""
         options = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
         with TemporaryDirectory() as folder:
             small = _as_written(checkpoint_path, Path(folder))

@@ -11,7 +11,7 @@ from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
 def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> list[str]:
-    """Writes short flags out, and looks for mistakes while nothing heavy is imported but torch, which plugins need."""
+    """Expands short flags, and looks for mistakes before anything heavy but torch, which plugins need, is imported."""
     for name in _NEEDS:
         _look_for(name)
     from lora_plugins.integrations.lightning.cli.preflight import check  # noqa: PLC0415
@@ -93,7 +93,7 @@ _NEEDS = ("lightning", "jsonargparse", "rich", "yaml")  # yaml comes with jsonar
 
 
 def _look_for(name: str) -> None:
-    """Raises the error of an import, without the time that it takes."""
+    """Raises the error that an import would raise, without the time that it takes."""
     if (name in sys.modules and sys.modules[name] is None) or (name not in sys.modules and find_spec(name) is None):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 

@@ -1,4 +1,4 @@
-"""Says in one sentence what jsonargparse says in many lines about an argument that it cannot use."""
+"""Explains in one sentence what jsonargparse says in many lines about a wrong argument."""
 
 import difflib
 import importlib
@@ -45,7 +45,7 @@ def explained(message: str, flags: Iterable[str] = ()) -> str:
 
 @contextmanager
 def explained_run() -> Iterator[None]:
-    """Turns errors of Lightning about arguments, and of a memory that is too small, into one message.
+    """Turns errors of Lightning about arguments, and those of too little memory, into one message.
 
     Raises:
         ConfigError: Of such an error.

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends a fit as if it were over, and what there is is saved; the second one ends at once."""
+"""Ctrl-C: the first one ends a fit as if it were over and saves what there is; the second one ends at once."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interruption(Callback):
-    """Answers Ctrl-C while it is `listening`.
+    """Handles Ctrl-C while it is `listening`.
 
     Processes that train together stop together, which a signal to each of them cannot promise: there Ctrl-C stays
     Lightning's, which saves nothing.
@@ -36,12 +36,12 @@ class Interruption(Callback):
         self._process = os.getpid()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on there is something to save."""
+        """Notes that from now on there is something to save."""
         self._trainer = trainer
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Answers Ctrl-C in place of Python, where this is the main thread of a single process."""
+        """Handles Ctrl-C in place of Python, in the main thread of a single process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -73,7 +73,7 @@ class Interruption(Callback):
 
 
 def _say(line: str) -> None:
-    """Writes a line at once, whatever the process is writing: over the line of a bar, which comes again below it."""
+    """Writes a line at once, even during another write: over the line of a bar, which is drawn again below it."""
     terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
     text = f"\r\x1b[2K{line}{_SHOW_CURSOR}\n" if terminal else f"{line}\n"
     os.write(2, text.encode())

@@ -56,7 +56,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             super().__init__(*args, **kwargs)
 
     def instantiate_classes(self) -> None:
-        """Builds trainer, model and data; what is done with them makes garbage."""
+        """Builds trainer, model and data, after which garbage is collected again."""
         super().instantiate_classes()
         self._starting.close()
 
@@ -108,7 +108,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Fits, answers Ctrl-C, and says where everything is.
+        """Fits, handles Ctrl-C, and prints where everything is.
 
         Raises:
             SystemExit: After SIGTERM, with the code of shells; that of Lightning's own says that all went well.

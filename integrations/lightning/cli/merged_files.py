@@ -158,7 +158,7 @@ def _import_class(path: str) -> type[LightningModule]:
 
 
 def _near_class(module: ModuleType | None, name: str) -> str:
-    """Names the classes of a module that may be meant, those too that it imports when they are asked for."""
+    """Suggests classes of a module, including those that it imports lazily."""
     known = getattr(module, "__all__", None) or dir(module)
     found = [
         each

@@ -1,4 +1,4 @@
-"""What libraries say in every run, and what nobody can do anything about."""
+"""Silences what libraries print in every run, and what nobody can do anything about."""
 
 import logging
 import re
@@ -42,7 +42,7 @@ _LOGGERS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves these lines and warnings out, and prints other warnings in one line each."""
+    """Drops these lines and warnings, and prints other warnings in one line each."""
     said, warned = (re.compile("|".join(patterns)) for patterns in (LINES, WARNED_LINES))
 
     def is_news(record: logging.LogRecord) -> bool:

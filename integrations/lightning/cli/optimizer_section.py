@@ -1,4 +1,4 @@
-"""A change of `LightningCLI._add_configure_optimizers_method_to_model` of Lightning 2.6.6: it does not warn in vain.
+"""A change of `LightningCLI._add_configure_optimizers_method_to_model` of Lightning 2.6.6: no needless warning.
 
 Without it, every run of one of our tasks with a section `optimizer:` warns that the section replaces the task's own.
 """

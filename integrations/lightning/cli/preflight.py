@@ -1,4 +1,4 @@
-"""Looks through the arguments of a command before what takes seconds is imported: most mistakes are in them.
+"""Checks the arguments of a command, where most mistakes are, before the imports that take seconds.
 
 What is found here is answered at once. Everything else is found by LightningCLI, after its imports, and said by
 `explained`.

@@ -1,4 +1,4 @@
-"""One line of a terminal that shows how far something is; what is printed meanwhile stands above it."""
+"""One line of a terminal that shows progress; what is printed meanwhile appears above it."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ class Bar:
             self._drawn = time.monotonic()
 
     def stop(self) -> None:
-        """Ends the display, with its last picture left as a line."""
+        """Ends the display and leaves its last state as a line."""
         self._streams.__exit__(None, None, None)
         self._progress.stop()
 
@@ -78,7 +78,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def _logging_through_stderr() -> Iterator[None]:
-    """Lets handlers of `logging` that took the terminal's stream write to what stands in its place now."""
+    """Lets handlers of `logging` that hold the terminal's stream write to its present replacement."""
     known = [logging.root, *logging.Logger.manager.loggerDict.values()]
     handlers = [handler for logger in known for handler in getattr(logger, "handlers", ())]
     replaced = [

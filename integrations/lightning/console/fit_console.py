@@ -16,7 +16,7 @@ _UNLIMITED = -1
 
 
 class FitConsole(Callback):
-    """Shows a run in one line of a terminal: how far it is, the time that is left, the metric that matters.
+    """Shows a run in one line of a terminal: its progress, the time that is left, the main metric.
 
     Where the output is no terminal, each epoch is a plain line.
 
@@ -54,7 +54,7 @@ class FitConsole(Callback):
         self._show_training(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells of the epoch before: its metrics are whole now."""
+        """Prints the epoch before, whose metrics are complete now."""
         self._end_epoch(trainer)
         self._epoch = _epoch(trainer)
         self._line = f"epoch {self._epoch}"
@@ -126,11 +126,11 @@ class FitConsole(Callback):
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the terminal back."""
+        """Restores the terminal."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the terminal back."""
+        """Restores the terminal."""
         self._stop()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class FitConsole(Callback):
             bar.stop()
 
     def _left(self, done: float, total: float | None) -> str:
-        """The time that is left if the rest goes as what was done since training started; validation included."""
+        """Estimates the time that is left from the time since training started, validation included."""
         since = done - self._first_step
         if total is None or since <= 0 or done >= total:
             return ""
@@ -174,7 +174,7 @@ class FitConsole(Callback):
 
 
 def tell_written(trainer: Trainer, files: Mapping[str, Path], to_paste: Sequence[str] = ()) -> None:
-    """Tells where files are that a callback wrote: at the end of the run with all others, or else at once.
+    """Reports the files that a callback wrote: at the end of the run with all others, or else at once.
 
     Args:
         trainer: The trainer.
@@ -196,12 +196,12 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _steps_done(trainer: Trainer) -> int:
-    """Batches of training that are done, those of a run that goes on included."""
+    """Returns the number of training batches done, including those of a resumed run."""
     return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
 
 def _progress(trainer: Trainer) -> tuple[float, float | None]:
-    """How much of the training is done, and how much there is: batches, or optimizer steps if these are limited."""
+    """Returns how much of the training is done, of how much: batches, or optimizer steps if these are limited."""
     done, per_epoch, epochs = float(_steps_done(trainer)), float(trainer.num_training_batches), trainer.max_epochs
     if trainer.max_steps != _UNLIMITED:
         return float(trainer.global_step), float(trainer.max_steps)

@@ -1,4 +1,4 @@
-"""Which of the metrics that a module logs says how well it does."""
+"""Which of the metrics that a module logs is the main one."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 
 
 def shown_metrics(trainer: Trainer) -> dict[str, float]:
-    """Returns what the module logs for the progress bar, or else all that it logs, the metric that matters first.
+    """Returns what the module logs for the progress bar, or else all that it logs, the main metric first.
 
     That is what a ModelCheckpoint or EarlyStopping monitors, or else one of the val split that is no loss, the loss of
     the val split, one of the train split, its loss.
@@ -24,5 +24,5 @@ def shown_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def as_text(name: str, value: float) -> str:
-    """Returns a metric as it is shown, with three digits that count."""
+    """Returns a metric as it is shown, with three significant digits."""
     return f"{name} {value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{name} {value:.2e}"

@@ -42,7 +42,7 @@ def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibrat
 
 
 def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
-    """Makes an adapter that the module has ready for training: unmerged and active.
+    """Prepares an adapter of the module for training: unmerged and active.
 
     Raises:
         StateError: If its configuration is another, or its layers were replaced.
@@ -63,7 +63,7 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def lost_layers(target: nn.Module, name: str) -> list[str]:
-    """Returns the names of layers that an adapter was put on, and that are not in the module any more."""
+    """Returns the names of adapted layers that are no longer in the module."""
     found = {entry.name: entry.module for entry in model_modules(target)}
     return [
         layer.name

@@ -14,7 +14,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Returns a check sum of a tensor's bits: two sums of its words, so that exchanged values are noticed too.
+    """Returns a checksum of a tensor's bits: two sums of its words, so that swapped values are noticed as well.
 
     Both wrap around, which is harmless. The device makes no difference. Of a tensor that consists of others, as those
     of torchao do, it is that of their sums.
@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns the check sum of each tensor."""
+    """Returns the checksum of each tensor."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 

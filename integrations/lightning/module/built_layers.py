@@ -10,7 +10,7 @@ from lora_plugins.utils import own_randomness
 
 
 def built(module: LightningModule) -> LightningModule:
-    """Returns a module as `fit` adapts it: itself, or a copy whose `setup` and `configure_model` were called.
+    """Returns a module as `fit` adapts it: the module itself, or a copy with its `setup` and `configure_model` called.
 
     Where they cannot be called without a Trainer, a warning says what is missing, and the module is returned as it is.
     """

@@ -1,4 +1,4 @@
-"""A merge as bytes, for the way from the process in which `fit` ran to the one that called it."""
+"""A merge as bytes, to be sent from the process in which `fit` ran to the one that called it."""
 
 import io
 import weakref
@@ -27,7 +27,7 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
 
 
 def merge_from_bytes(data: bytes, target: nn.Module) -> ReversibleMerge:
-    """Returns the merge of a module that has got the merged weights."""
+    """Returns the merge of a module that has received the merged weights."""
     parts = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     parts["adapters"] = {name: PackedAdapter(*packed) for name, packed in parts["adapters"].items()}
     return ReversibleMerge(**parts, stored={}, foreign={}, quantizers={}, target=weakref.ref(target))

@@ -45,7 +45,7 @@ class NetworkCopy:
 
     @property
     def is_directed(self) -> bool:
-        """Whether it is known which part follows the other; of two equal ones that may be trained, it is not."""
+        """Whether it is known which part follows the other; for two equal trainable ones it is not."""
         return self.frozen or self.shares or not self.equal
 
     @property
@@ -135,7 +135,7 @@ def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
 
 
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin, unless an init made them of the base.
+    """Gives a copy that is adapted alike the A and B of its origin, unless an init derived them from the base.
 
     Args:
         module: The module.
@@ -215,7 +215,7 @@ def _sharing(module: nn.Module) -> list[NetworkCopy]:
 
 
 def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
-    """Yields what two names of one module are below, as long as they have the same name there."""
+    """Yields the pairs of parents of two names of one module, as long as it has the same name below them."""
     while True:
         (first, _, own), (second, _, other) = first.rpartition("."), second.rpartition(".")
         if own != other or not first or not second or first == second:
@@ -224,7 +224,7 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
 
 
 def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
-    """Returns the second part as a copy of the first, or the other way round if the author froze what the first has."""
+    """Returns the second part as a copy of the first, or the reverse if the author froze that of the first."""
     tensors = [own_tensors(model_modules(submodule(module, part)), "_parameters") for part in (first, second)]
     layouts = [[(name, _shape(t), t.dtype) for name, t in own.items()] for own in tensors]
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
@@ -268,7 +268,7 @@ def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
 
 
 def _is_left_out(part: nn.Module, held: Collection[int] | None) -> bool:
-    """Whether a part is adapted, and optimizers have nothing of it."""
+    """Whether a part is adapted and in no optimizer."""
     return held is not None and bool(adapter_tensors(part)) and not any(id(p) in held for p in part.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Copies of weights that a module keeps in lists, dicts, buffers and hidden modules, as hand-written averages do.
+"""Finds copies of weights in lists, dicts, buffers and hidden modules, as hand-written averages keep them.
 
 They were made before there were adapters, so they have no A and B: an average of them would never learn.
 """
@@ -55,7 +55,7 @@ def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a collection, and of modules in it; they are none of the module that holds it, then."""
+    """Yields the tensors of a collection, and of modules in it that the holder does not register."""
     members = values.values() if isinstance(values, Mapping) else values
     for value in members if isinstance(members, list | tuple | ValuesView) else [values]:
         if isinstance(value, nn.Module) and not adapted_layers(value):

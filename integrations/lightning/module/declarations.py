@@ -52,7 +52,7 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
 
 
 def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
-    """Returns what a module wants to be in the files of its adapter, as JSON by name; empty if it says nothing.
+    """Returns what a module adds to the files of its adapter, as JSON by name; empty if it declares nothing.
 
     Args:
         module: The module; its optional method `file_entries` takes the name of the target.
@@ -63,7 +63,7 @@ def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
 
 
 def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:
-    """Returns the suggestions but for those that mean nothing else than what is trained in full."""
+    """Returns the suggestions except those that match only modules that are trained in full."""
     saved = [name for name in names if any(ends_with(each, name) for each in config.modules_to_save)]
     matches = {each: [name for name in names if ends_with(each, name)] for each in suggested}
     # One without a match is a mistake, to be told.

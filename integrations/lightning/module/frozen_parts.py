@@ -42,12 +42,12 @@ class _Built:
         return tensor.dtype == self.dtype and checksum(tensor) == self.total
 
     def was_converted_to(self, tensor: Tensor) -> bool:
-        """Whether the values are the same in another type, as a precision plugin leaves them."""
+        """Whether the values are the same in another type, as after a conversion by a precision plugin."""
         return tensor.dtype != self.dtype and same(self.fingerprint, _fingerprint(tensor))
 
 
 def note_built(module: nn.Module, names: Collection[str] | None = None) -> None:
-    """Takes note, on the module, of the values that it was built with outside of its targets.
+    """Records, on the module, the values outside of its targets that it was built with.
 
     What is noted already stays, since the module may have been trained since, unless it was converted to another type.
 
@@ -82,7 +82,7 @@ def frozen_as_built(module: nn.Module) -> dict[str, Fingerprint]:
 
 
 def not_as_built(module: nn.Module, expected: Mapping[str, Fingerprint]) -> list[str]:
-    """Returns the names of tensors that are missing, have other fingerprints, or have changed since they were noted."""
+    """Returns the names of tensors that are missing, have other fingerprints, or have changed since."""
     found, notes = outside(module), _notes(module)
     return [
         name

@@ -1,4 +1,4 @@
-"""The merge that `fit` ends with, as long as it may be taken back: by a later fit, or to load an adapter."""
+"""The merge at the end of `fit`, kept as long as it may be undone: by a later fit, or to load an adapter."""
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -30,11 +30,11 @@ class KeptMerge:
         return self._merge is not None
 
     def keep(self, merge: ReversibleMerge) -> None:
-        """Takes note of a merge."""
+        """Records a merge."""
         self._merge = merge
 
     def undo(self, target: nn.Module, module_name: str) -> bool:
-        """Undoes the merge where the target has the very values that were merged, and returns whether it has.
+        """Undoes the merge if the target still has the merged values, and returns whether it does.
 
         Elsewhere the weights that are there win, and a line says so if it is the target that was merged.
         """
@@ -55,7 +55,7 @@ class KeptMerge:
         return False
 
     def make_again(self, target: nn.Module, max_error: float, *, dequantize: bool) -> None:
-        """Merges again what was undone, so that other weights that are loaded next meet a plain module."""
+        """Repeats a merge that was undone, so that weights that are loaded next find a plain module."""
         if model_state(target) is None:
             return
         try:

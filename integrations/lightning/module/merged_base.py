@@ -21,27 +21,27 @@ Marks = dict[str, dict[str, int]]
 
 
 def mark_merged(target: nn.Module, names: Iterable[str]) -> None:
-    """Lets layers remember that these of their weights, as they are now, are merged ones."""
+    """Marks these weights of layers, with their present values, as merged ones."""
     for name in names:
         layer, key = holder_of(target, name)
         layer.__dict__.setdefault(_MERGED, {})[key] = checksum(own_tensor(target, name))
 
 
 def merged_weights(target: nn.Module) -> list[str]:
-    """Returns the names of weights that are merged ones, and have been since."""
+    """Returns the names of weights that are marked as merged and have not changed since."""
     marks = {full_name(name, key): total for name, own in marks_of(target).items() for key, total in own.items()}
     weights = named_parameters(target, aliases=True) if marks else {}
     return [name for name, total in marks.items() if name in weights and checksum(weights[name]) == total]
 
 
 def marks_of(target: nn.Module) -> Marks:
-    """Returns what the layers of a module remember."""
+    """Returns the marks of the layers of a module."""
     layers = {entry.name: entry.module for entry in model_modules(target)}
     return {name: dict(layer.__dict__[_MERGED]) for name, layer in layers.items() if _MERGED in layer.__dict__}
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:
-    """Lets the layers of a module remember this, and nothing else."""
+    """Gives the layers of a module these marks and no others."""
     for layer in target.modules():
         layer.__dict__.pop(_MERGED, None)
     for name, own in marks.items():
@@ -49,7 +49,7 @@ def set_marks(target: nn.Module, marks: Marks) -> None:
 
 
 def check_merged_base(target: nn.Module, name: str, files: str | None) -> None:
-    """Tells that a new adapter would be one of weights that an earlier one was merged into.
+    """Warns that a new adapter would be one of weights that an earlier one was merged into.
 
     Args:
         target: What is about to be adapted.

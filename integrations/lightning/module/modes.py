@@ -51,7 +51,7 @@ def modes_of_frozen_norms(module: nn.Module) -> dict[str, bool]:
 
 
 def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Gives them back the mode that they had before validation.
+    """Restores the mode that they had before validation.
 
     Lightning reads the mode of every layer before validation and writes it back after, which for these is always eval
     mode: after the adapters are gone, their statistics would stand still for ever.
@@ -62,7 +62,7 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
 
 
 def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, nn.Module]:
-    """Returns the parts below the target itself that their author put into eval mode for good, by name."""
+    """Returns by name the parts below the target that their author put into eval mode permanently."""
     required = state_of_adapters(target).requires_grad
     parts: dict[str, nn.Module] = {}
     for entry in model_modules(target)[1:]:

@@ -46,7 +46,7 @@ Fingerprints = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class ReversibleMerge:
-    """A module whose adapters are merged into plain layers, and what is needed to have them back.
+    """A module whose adapters are merged into plain layers, and what is needed to restore them.
 
     Args:
         base: The raw value of every tensor that merging or training in place changed, by full name.
@@ -76,7 +76,7 @@ class ReversibleMerge:
     marks: Marks
 
     def replaced(self, target: nn.Module) -> list[str]:
-        """Returns the names of merged tensors that are not in `target`, or whose values are no more the merged ones."""
+        """Returns the names of merged tensors that are not in `target`, or no longer have the merged values."""
         own = named_tensors(target, aliases=True)
         return [
             name
@@ -88,7 +88,7 @@ class ReversibleMerge:
         return next(kind[name].shape for kind in (self.base, self.stored, self.foreign) if name in kind)
 
     def is_of(self, target: nn.Module) -> bool:
-        """Whether `target` has the very values of the merge: the module that was merged, or a copy of it."""
+        """Whether `target` has exactly the values of the merge: it is the module that was merged, or a copy."""
         if model_state(target) is not None or self.replaced(target):
             return False
         # Where nothing was learned, an untouched module has these values too, and no adapter to go on with.
@@ -234,7 +234,7 @@ def check_mergeable(target: nn.Module, *, dequantize: bool, planned: Iterable[st
 def temporarily_merged(
     target: nn.Module, max_error: float = DEFAULT_MAX_ERROR, *, dequantize: bool = False
 ) -> Iterator[ReversibleMerge]:
-    """Merges for the time of a `with` block."""
+    """Merges inside a `with` block."""
     result = merge_reversibly(target, max_error, dequantize=dequantize)
     try:
         yield result
@@ -249,7 +249,7 @@ def _unload_with_norms(
     normed: Mapping[str, NormedWeight],
     in_place: Iterable[str],
 ) -> None:
-    """Takes merged adapters off and leaves their weights, where `merge_and_unload` would end weight norm for good."""
+    """Removes merged adapters and keeps their weights, without ending weight norm as `merge_and_unload` does."""
     with torch.no_grad():
         layers = {name: (target.get_submodule(layer), tensor) for name, (layer, tensor) in effective.items()}
         merged = {name: getattr(layer, tensor).detach().clone() for name, (layer, tensor) in layers.items()}
@@ -303,7 +303,7 @@ def _changed_by_init(target: nn.Module, state: ModelState, name: str) -> dict[st
 
 
 def _copied(packed: PackedAdapter) -> PackedAdapter:
-    """Copies what the merged module goes on using: heads, biases and statistics."""
+    """Copies what the merged module continues to use: heads, biases and statistics."""
     values = {key: t.clone() if key.startswith("value/") else t for key, t in packed.tensors.items()}
     return PackedAdapter(packed.manifest, values)
 

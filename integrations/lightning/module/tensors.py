@@ -66,13 +66,13 @@ def _frozen_names(module: nn.Module) -> set[str]:
 
 
 def moved_by_hand(module: nn.Module) -> frozenset[str]:
-    """Returns the names of tensors that no adapter changes, and that the module itself has moved: see `mark_moved`."""
+    """Returns the names of tensors that no adapter changes and the module itself has changed: see `mark_moved`."""
     found: frozenset[str] = module.__dict__.get(_MOVED, frozenset())
     return found
 
 
 def adapted_layers_moved(module: nn.Module) -> list[str]:
-    """Returns the adapted weights, by name, that the module has moved by hand."""
+    """Returns the adapted weights, by name, that the module has changed by hand."""
     return sorted(moved_by_hand(module).intersection(adapted_weights(module)))
 
 
@@ -87,7 +87,7 @@ def adapted_weights(module: nn.Module) -> list[str]:
 
 
 def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = MappingProxyType({})) -> None:
-    """Takes note, on the module, that it moved tensors of a teacher by hand: checkpoints hold them from now on.
+    """Records, on the module, that it changes tensors of a teacher by hand: checkpoints hold them from now on.
 
     Args:
         module: The module.
@@ -125,7 +125,7 @@ def known_fingerprints(module: nn.Module) -> Fingerprints:
 
 
 def take_fingerprints(module: nn.Module) -> None:
-    """Takes fingerprints of what adapters are trained on, where none are known since it was loaded.
+    """Takes fingerprints of what adapters are trained on, where none have been taken since it was loaded.
 
     They have to be taken before the module moves any of it by hand; those that are known are of the values it had when
     it was built, which is how it will be built again.
@@ -183,7 +183,7 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_by_others(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters of active adapters that somebody has frozen since they were added, by name."""
+    """Returns by name the parameters of active adapters that other code has frozen since they were added."""
     return {name: p for name, p in _meant_to_be_trained(module).items() if not p.requires_grad}
 
 

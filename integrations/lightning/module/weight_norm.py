@@ -29,7 +29,7 @@ class NormedWeight:
     dim: int
 
     def put(self, target: nn.Module, weight: Tensor) -> None:
-        """Lets the two parameters compute this weight; what has no length keeps its direction."""
+        """Sets the two parameters so that they give this weight; entries without length keep their direction."""
         length, direction = own_tensor(target, self.length), own_tensor(target, self.direction)
         found = torch.norm_except_dim(weight, 2, self.dim)
         direction.data = torch.where(found == 0, direction.data, weight)

@@ -1,4 +1,4 @@
-"""Where Lightning has no hook: functions that stand in for methods of one object, and uses of its private parts.
+"""Workarounds where Lightning has no hook: functions that stand in for methods, and uses of its private parts.
 
 Each private part is used in one file, which says what is lost without it. Depends on no other room.
 """

@@ -12,7 +12,7 @@ Averaging = WeightAveraging | StochasticWeightAveraging
 
 
 def drop_average(callback: Averaging) -> None:
-    """Makes an averaging callback what it is before `fit`."""
+    """Resets an averaging callback to its state before `fit`."""
     callback._average_model = None
 
 

@@ -11,11 +11,11 @@ _ATTRIBUTE = "lora_merges"
 
 
 def carry(trainer: Trainer, key: str, data: bytes) -> None:
-    """Lets the trainer of the calling process have bytes under a key, if this one was started by it."""
+    """Sends bytes under a key to the trainer of the calling process, if that started this one."""
     vars(trainer.state).setdefault(_ATTRIBUTE, {})[key] = data
 
 
 def carried(trainer: Trainer, key: str) -> bytes | None:
-    """Returns what was carried under a key; None if nothing was."""
+    """Returns what was sent under a key; None if nothing was."""
     found: bytes | None = vars(trainer.state).get(_ATTRIBUTE, {}).get(key)
     return found

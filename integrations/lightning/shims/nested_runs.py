@@ -12,13 +12,13 @@ _FITS = "_lora_plugins_fits"
 
 
 def begin_run(trainer: Trainer, stage: str) -> None:
-    """Takes note of a run that begins."""
+    """Records that a run begins."""
     if stage == "fit":
         setattr(trainer, _FITS, True)
 
 
 def end_run(trainer: Trainer, stage: str) -> None:
-    """Takes note of a run that has ended; after one inside of `fit`, the trainer goes on with that."""
+    """Records that a run has ended; after one inside of `fit`, the trainer continues with that."""
     if stage == "fit":
         vars(trainer).pop(_FITS, None)
     elif hasattr(trainer, _FITS):

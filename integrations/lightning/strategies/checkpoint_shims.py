@@ -73,7 +73,7 @@ class CheckpointShims:
 
     @classmethod
     def install(cls, trainer: Trainer, owner: Owner) -> "CheckpointShims":
-        """Returns the shims of a trainer's strategy, installed at the first call, with one more owner."""
+        """Returns the shims of a trainer's strategy, installed at the first call, and adds an owner."""
         present = getattr(trainer.strategy.save_checkpoint, "lora_shims", None)
         shims = cast(CheckpointShims, present) if present is not None else cls(trainer)
         if owner not in shims._owners:
@@ -138,7 +138,7 @@ class CheckpointShims:
         return complete
 
     def _read(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads it as the strategy does; where that is not possible, on the CPU by name, which means the same.
+        """Reads it as the strategy does or, where that is not possible, onto the CPU by name.
 
         Lightning says so by a function, which torch does not take for tensors of other types, such as the optimizer
         states of torchao.
@@ -152,7 +152,7 @@ class CheckpointShims:
         return files.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
     def _prepare(self, checkpoint_path: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Puts the adapters of a checkpoint on the module, and returns it complete."""
+        """Restores the adapters of a checkpoint on the module, and returns the complete checkpoint."""
         if KEY not in checkpoint:
             self._prepare_for_plain(checkpoint_path)
             return checkpoint

@@ -1,4 +1,4 @@
-"""Adapters of a module whose own hooks build layers again that are adapted already.
+"""Adapters of a module whose own hooks rebuild adapted layers.
 
 `setup` runs at the start of each fit, validate, test and predict, and a module may build its layers there each time,
 with the values that they had. The adapters go onto the new layers.
@@ -38,7 +38,7 @@ class _Kept:
     active: Mapping[str, float]
 
     def put_back(self, module: nn.Module, hook: str) -> None:
-        """Puts the adapters onto layers that were built again.
+        """Puts the adapters onto rebuilt layers.
 
         Raises:
             StateError: If a new layer has other values than the one that the adapter was trained on.
@@ -61,7 +61,7 @@ class _Kept:
 
 
 def follow_building(shims: MethodShims, module: LightningModule) -> None:
-    """Lets the adapters of a module follow onto layers that its own hooks build again.
+    """Moves the adapters of a module onto layers that its own hooks rebuild.
 
     Args:
         shims: The shims of the module.

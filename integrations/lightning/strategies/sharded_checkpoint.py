@@ -164,7 +164,7 @@ def _check(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any], saved: s
 
 
 def _check_optimizers(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses states of parameters by other numbers than Lightning gives them here, where it counts the frozen ones."""
+    """Refuses optimizer states whose parameters are numbered differently than here, where frozen ones count."""
     numbers = {id(parameter): number for number, parameter in enumerate(_model(trainer).parameters())}
     for optimizer, state in zip(trainer.strategy.optimizers, checkpoint.get("optimizer_states", []), strict=False):
         saved = [number for group in state["param_groups"] for number in group["params"] if isinstance(number, int)]

@@ -14,7 +14,7 @@ from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
 
 def check_trainer(trainer: object) -> None:
-    """Checks that a Trainer is not one of the package `pytorch_lightning`, whose classes are others of the same names.
+    """Checks that a Trainer is not one of the package `pytorch_lightning`, whose classes only have the same names.
 
     Raises:
         StateError: If it is.
@@ -28,7 +28,7 @@ def check_trainer(trainer: object) -> None:
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Checks that no other callback takes apart what an adapter acts on.
+    """Checks that no other callback removes what an adapter acts on.
 
     Raises:
         StateError: If one does, naming it.
@@ -89,7 +89,7 @@ def check_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
 
 
 def warn_if_spawned(trainer: Trainer) -> None:
-    """Warns that processes which multiprocessing starts do not bring their adapter back to the main process."""
+    """Warns that processes started by multiprocessing do not return their adapter to the main process."""
     if starts_by_multiprocessing(trainer):
         rank_zero_warn(
             "With this strategy, fit runs in other processes, and Lightning copies only the base's tensors back into "

@@ -1,4 +1,4 @@
-"""Training: optimizers, learning rates, the data of inits, averages, and an audit of what moves.
+"""Training: optimizers, learning rates, the data of inits, averages, and an audit of what changes.
 
 Depends on `module`, `shims` and `strategies`.
 """

@@ -1,4 +1,4 @@
-"""Checks during a run that every trainable tensor gets a gradient and moves, and that nothing else does."""
+"""Checks during a run that every trainable tensor gets a gradient and changes, and that nothing else does."""
 
 import math
 import weakref
@@ -44,7 +44,7 @@ Sums = Mapping[str, tuple[torch.dtype, int]]
 
 @dataclass(frozen=True)
 class Start:
-    """What a module was when it was adapted.
+    """The state of a module when it was adapted.
 
     Args:
         sums: Of each tensor that no adapter may change.
@@ -56,7 +56,7 @@ class Start:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Start":
-        """Takes note of a module as it is now."""
+        """Records the present state of a module."""
         return cls(_frozen_sums(module), known_fingerprints(module))
 
 
@@ -163,7 +163,7 @@ class Audit:
             self._first.before_step()
 
     def after_batch(self, outputs: Any) -> None:
-        """Checks in the first steps that everything trainable gets a gradient and moves, and nothing else.
+        """Checks in the first steps that everything trainable gets a gradient and changes, and nothing else does.
 
         Args:
             outputs: What Lightning has of the module's `training_step`.
@@ -184,22 +184,22 @@ class Audit:
             self._check_unchanged()
 
     def before_validation(self) -> None:
-        """Looks at copies before validation, in which callbacks exchange the whole module."""
+        """Checks copies before validation, in which callbacks exchange the whole module."""
         self._by_hand.check()
         self._by_hand.forget()
 
     def note_moved(self) -> None:
-        """Takes note of what the module moved by hand, for the checkpoint that is about to be written."""
+        """Records what the module has changed by hand, for the checkpoint that is about to be written."""
         mark_moved(self._module, changed(self._frozen, self._may_be_moved(frozen_tensors(self._module))))
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns those that are of a teacher, of a copy, or new: what the author moves beside the optimizer."""
+        """Returns those of a teacher, of a copy, or new ones: what the author may change without the optimizer."""
         own, copies = frozen_by_author(self._module), [name for copy in self._copies for name in copy.followers]
         new = self._put_in_place(tensors)
         return {n: t for n, t in tensors.items() if n in own or n in new or any(is_within(n, c) for c in copies)}
 
     def _put_in_place(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Returns the names of tensors that the module has put in the place of others, and that nobody trains.
+        """Returns the names of tensors by which the module has replaced others, and that nobody trains.
 
         So are results that a module keeps as parameters, such as quantiles in an `nn.ParameterDict`.
         """
@@ -240,12 +240,12 @@ class Audit:
 
 
 def _frozen_sums(module: nn.Module) -> Sums:
-    """Returns type and check sum of each tensor that no adapter of a module may change."""
+    """Returns type and checksum of each tensor that no adapter of a module may change."""
     return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
 
 
 class FirstSteps:
-    """Watches parameters until each has had a gradient and has moved.
+    """Watches parameters until each has had a gradient and has changed.
 
     Args:
         trained: The parameters by name.
@@ -271,7 +271,7 @@ class FirstSteps:
         }
 
     def after_step(self, learning_rates: Iterable[float]) -> bool:
-        """Looks at what a batch with a step has done; returns whether there is more to watch.
+        """Checks what a batch with a step has changed; returns whether there is more to watch.
 
         Args:
             learning_rates: Of all parameter groups, as the batch found them.
@@ -347,7 +347,7 @@ def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def changed(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of tensors whose bits are others than before."""
+    """Returns the names of tensors whose bits have changed."""
     return [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
 
 

@@ -28,7 +28,7 @@ def copy_into_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Lets averages have the frozen base as it is: that of equal values differs from them by rounding.
+    """Restores the frozen base in averages: the average of equal values differs from them by rounding.
 
     Callbacks exchange their average with the module in validation and when training ends, so this is called before.
     """
@@ -45,7 +45,7 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
-    """Puts back what SWA has cleared of norms that stand still: they do not count its pass over the data."""
+    """Restores statistics of frozen norms that SWA has cleared: its pass over the data would not renew them."""
     if not renews_statistics(trainer):
         return
     frozen = _frozen(module)
@@ -56,7 +56,7 @@ def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Checks that callbacks of others made their averages of adapted parts when there were adapters.
+    """Checks that third-party callbacks made their averages of adapted parts after these were adapted.
 
     What averages pairs parameters by position: without A and B in the copy, they do not belong together.
 
@@ -75,13 +75,13 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def drop_averages(trainer: Trainer) -> None:
-    """Lets averaging callbacks forget their copies when `fit` ends: the module has the average, or what is best."""
+    """Drops the copies of averaging callbacks when `fit` ends: the module has the average, or the best weights."""
     for callback in _averaging(trainer):
         drop_average(callback)
 
 
 def renews_statistics(trainer: Trainer) -> bool:
-    """Whether the epoch trains nothing: after averaging, SWA passes over the data for the statistics of norms alone."""
+    """Whether the epoch trains nothing: after averaging, SWA passes over the data only for the statistics of norms."""
     found = trainer.callbacks  # type: ignore[attr-defined]
     swa = [callback for callback in found if isinstance(callback, StochasticWeightAveraging)]
     return any(trainer.current_epoch == callback.swa_end + 1 for callback in swa)
@@ -104,7 +104,7 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
 
 
 def _averaged_by(value: Any) -> Iterator[nn.Module]:
-    """Yields the modules of which something keeps an average, as AveragedModel, ModelEmaV3 and others do.
+    """Yields the averages that an object keeps, as AveragedModel, ModelEmaV3 and others do.
 
     They have a module and a method that updates it; a teacher has none, and a metric updates something else.
     """
@@ -117,7 +117,7 @@ def _averaged_by(value: Any) -> Iterator[nn.Module]:
 
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
-    """Returns the averages of adapted parts that callbacks of others hold, each with the name of its part."""
+    """Returns the averages of adapted parts that third-party callbacks hold, each with the name of its part."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     held = [value for callback in callbacks for value in vars(callback).values() if isinstance(value, AveragedModel)]
     found = [(each.module, _name_of_original(each.module, module)) for each in held]
@@ -125,17 +125,17 @@ def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple
 
 
 def _name_of_original(average: nn.Module, module: LightningModule) -> str | None:
-    """Returns the name of the part that something is the average of; None if it is of none."""
+    """Returns the name of the part that a module is the average of; None if it is of none."""
     return next((plain_name(name) for name, part in module.named_modules() if _is_average(average, part)), None)
 
 
 def _is_average(average: nn.Module, part: nn.Module) -> bool:
-    """Whether one has the class of the other, the same names, and what is frozen but for rounding: a twin has not."""
+    """Whether one has the class, names and, up to rounding, frozen values of the other, which a mere twin has not."""
     return type(average) is type(part) and _agree(average, named_parameters(part))
 
 
 def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
-    """Whether a module has parameters of these names and shapes, and what is frozen of them but for rounding."""
+    """Whether a module has parameters of these names and shapes, and the frozen ones up to rounding."""
     its = named_parameters(copy)
     return its.keys() == own.keys() and all(
         its[name].shape == tensor.shape

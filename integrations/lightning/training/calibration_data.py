@@ -131,7 +131,7 @@ def _replica(trainer: Trainer, module: LightningModule) -> LightningModule:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Replaces `log` of the copy: there is no step that a value could belong to."""
+    """Replaces `log` of the copy, as there is no step that a value could belong to."""
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def parameter_groups(
 
 @dataclass(frozen=True)
 class LearningRates:
-    """How far learning rates differ from what `configure_optimizers` says.
+    """The ratios of learning rates to those of `configure_optimizers`.
 
     Args:
         loraplus_lr_ratio: Learning rate of B, as a multiple of that of A.
@@ -71,7 +71,7 @@ class LearningRates:
             check_factor(name, value)
 
     def check_restored(self, saved: Mapping[str, float]) -> None:
-        """Checks that a run goes on with the ratios that it was started with.
+        """Checks that a run is resumed with the ratios that it was started with.
 
         Its optimizer's state has the parameter groups and the learning rates that these made.
 
@@ -134,7 +134,7 @@ def _scaled(group: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _extend(scheduler: LRScheduler, index: int, factor: float) -> None:
-    """Lets a scheduler know of a new group, which follows the one at `index` at a multiple of its rate."""
+    """Adds to a scheduler a new group, which follows the one at `index` at a multiple of its rate."""
     for part in _parts(scheduler):
         for name in (*_SCHEDULER_RATES, *_SCHEDULER_ENTRIES):
             entries = getattr(part, name, None)
@@ -169,7 +169,7 @@ def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, lis
 
 
 def _check_schedulers(configured: Any) -> None:
-    """Checks that all schedulers are those of torch: others have numbers for each group where only they know."""
+    """Checks that all schedulers are torch's: others keep numbers for each group in unknown places."""
     steppers = [leaf for leaf in flatten(configured) if hasattr(leaf, "step")]
     unknown = [type(leaf).__name__ for leaf in steppers if not isinstance(leaf, Optimizer | LRScheduler)]
     if unknown:
@@ -180,7 +180,7 @@ def _check_schedulers(configured: Any) -> None:
 
 
 def _check_rates(configured: Any) -> None:
-    """Checks that each optimizer has learning rates: of one that finds its own, there is no multiple."""
+    """Checks that each optimizer has learning rates: those that find their own cannot be scaled."""
     for leaf in flatten(configured):
         if isinstance(leaf, Optimizer) and any("lr" not in group for group in leaf.param_groups):
             raise StateError(

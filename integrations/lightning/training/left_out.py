@@ -1,4 +1,4 @@
-"""What a fit leaves out, told before it starts: new layers that nothing trains, and copies that no average reaches."""
+"""Warns before a fit of what it leaves out: new layers that nothing trains, and copies that no average reaches."""
 
 from collections.abc import Sequence
 

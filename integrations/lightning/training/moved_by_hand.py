@@ -1,4 +1,4 @@
-"""Copies of adapted networks that a module moves by hand: they follow their origin, or the run stops at once.
+"""Copies of adapted networks that a module changes by hand: they follow their origin, or the run stops at once.
 
 What is written into a tensor outside of an optimizer is seen by the tensor's version, by its memory, or by its values.
 Only what happens within a batch counts: between batches, validation exchanges whole models.
@@ -48,13 +48,13 @@ class MovedByHand:
         self._all: list[_Unlike | _Alike] = [*self._unlike, *alike]
 
     def before_batch(self) -> None:
-        """Looks at what happened since the last batch, and then takes note of what there is."""
+        """Checks what has changed since the last batch, and records the present state."""
         self.check()
         for each in self._all:
             each.note()
 
     def check(self) -> None:
-        """Looks at what happened since `before_batch`.
+        """Checks what has changed since `before_batch`.
 
         Raises:
             StateError: If a copy is moved that does not follow the adapter of its origin.
@@ -63,12 +63,12 @@ class MovedByHand:
             each.check()
 
     def forget(self) -> None:
-        """Ignores what happens from now on until the next batch."""
+        """Ignores changes from now on until the next batch."""
         for each in self._all:
             each.forget()
 
     def finish(self) -> None:
-        """Looks at the values of what must not have moved.
+        """Checks the values of what must not have changed.
 
         Raises:
             StateError: If it has.
@@ -77,7 +77,7 @@ class MovedByHand:
             each.compare()
 
     def explain(self, error: BaseException) -> None:
-        """Adds a note to an error that may come of pairs that do not belong together."""
+        """Adds a note to an error that pairs which do not belong together may have caused."""
         of_pairs = isinstance(error, KeyError | ValueError | IndexError) or (
             isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_PAIRS)
         )
@@ -99,7 +99,7 @@ class _Watched:
         self._marks = None
 
     def written(self) -> bool:
-        """Whether something was written into them, or other memory was put in their place."""
+        """Whether they were written to, or moved to other memory."""
         return self._marks is not None and self._marks != self._now()
 
     def written_in_place(self) -> bool:
@@ -110,7 +110,7 @@ class _Watched:
 
 
 class _Unlike:
-    """A copy that is not adapted as its origin is, and so must not be moved."""
+    """A copy that is not adapted as its origin is, and so must not be changed."""
 
     def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
         self._module, self._copy = module, copy
@@ -165,7 +165,7 @@ def _named(part: str, layers: Collection[str]) -> str:
 
 
 class _Alike:
-    """A copy that is adapted as its origin is: its adapter follows, and what averages equal values stays as it is.
+    """A copy that is adapted as its origin is: its adapter follows, and averages of equal values stay exact.
 
     These are the base of an equal copy, which is that of the origin, and what a copy shares with its origin: a copy of
     the latter's values is kept, since it is averaged with itself.
@@ -214,7 +214,7 @@ class _Alike:
         self.note()
 
     def _origin_is_moved(self) -> bool:
-        """Whether of two equal parts, both of which may be trained, it is the origin that follows the other."""
+        """Whether of two equal trainable parts it is the origin that follows the other."""
         own, origin = self._watched.written(), self._watched_origin.written()
         if own or origin:
             return origin and not own
@@ -228,7 +228,7 @@ class _Alike:
         self._factors, self._sums = _Watched(self._own.values()), checksums(self._own)
 
     def _start_alike(self) -> None:
-        """Gives the copy the A of its origin: its B is an average already, and then that of the product as well."""
+        """Gives the copy the A of its origin: with one A, an average of B is one of the product."""
         for adapter in {name.rpartition(".")[2] for name in self._own}:
             copy_factors(self._module, self._copy, adapter, but="lora_B")
         self._sums = checksums(self._own)
@@ -237,7 +237,7 @@ class _Alike:
         return any(not torch.equal(local(own), local(origin)) for own, origin in self._base)
 
     def _settle(self) -> None:
-        """Takes rounding out of a base that averages equal values; what differs by more is the module's own doing."""
+        """Removes rounding errors from a base that averages equal values; larger differences are the module's own."""
         with torch.no_grad():
             for own, origin in self._base:
                 if not own.is_floating_point():

@@ -1,4 +1,4 @@
-"""Completes optimizers that were built before the adapters existed, and respects all others."""
+"""Completes optimizers that were built before the adapters existed, and leaves all others alone."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

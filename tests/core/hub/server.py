@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running_hub() -> Iterator[ThreadingHTTPServer]:
-    """A Hub on a free port of the loopback, for the time of the block; `repositories` is what it has."""
+    """A Hub on a free port of the loopback, for the duration of the block; `repositories` is what it has."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories, server.asked, server.messages = {}, [], []
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
