@@ -31,7 +31,7 @@ def closing_lines(
     files = {**console.written, **_files_of_lightning(trainer), **_last("Configuration", configs)}
     own = getattr(module, "next_commands", None)
     commands: list[str] = list(own(trainer).values()) if callable(own) else []
-    head = "Stopped by Ctrl-C. Left:" if stopped else "Left:"
+    head = "Stopped by Ctrl-C. Saved:" if stopped else "Saved:"
     lines = ["", head, *(f"  {what}: {path}" for what, path in files.items())] if files else []
     validated = _commands(files, configs) if trainer.enable_validation else []
     following = (commands or validated) + _inspection(trainer)

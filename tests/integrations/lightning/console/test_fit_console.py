@@ -100,7 +100,7 @@ def test_ctrl_c_saves_what_there_is_and_says_where(config, tmp_path):
     text = "\n".join(seen.lines)
     assert seen.cursor
     assert "Stopping, to save what there is" in text
-    assert "Stopped by Ctrl-C. Left:" in text
+    assert "Stopped by Ctrl-C. Saved:" in text
     assert "said: at the end of fit" in text
     assert "Traceback" not in text
     assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").active_adapters == ("default",)
