@@ -101,7 +101,7 @@ class LoraConfig:
         use_rslora: Rank-stabilized scaling (Kalajdzievski, arXiv 2312.03732).
         memory: `low` keeps less for the backward: the input of an adapted layer is computed again where it is the
             output of a normalization or an activation. `normal` keeps the input of each adapted layer, once.
-        norm: `freeze` keeps frozen normalization layers in eval mode, so that their running statistics stand still;
+        norm: `freeze` keeps frozen normalization layers in eval mode, so that their running statistics do not change;
             `track` lets the statistics move and saves them with the adapter.
         allow_plugins: Names of the only installed plugins to load, besides the built-in ones; None for all.
         block_plugins: Names of installed plugins not to load; `distribution:name` where several have a name.

@@ -51,7 +51,7 @@ FIELDS: Mapping[str, str] = {
         "That method is not here; a plugin can bring it.",
     ),
 }
-"""By the name of a field in a LoraConfig of others, what to write here."""
+"""What to write here, by the name of a field in another library's LoraConfig."""
 
 MEMBERS: Mapping[str, str] = {
     "from_pretrained": "Call LoraModel.load_adapter(model, path).",
@@ -79,7 +79,7 @@ MEMBERS: Mapping[str, str] = {
     "load_lora_weights": "Call LoraModel.load_adapter(model, path).",
     "save_lora_weights": "Call save_adapter(path, format='diffusers').",
 }
-"""By the name of a method or attribute of an adapted model of others, what to write here."""
+"""What to write here, by the name of a method or attribute of another library's adapted model."""
 
 _NO_CONFIG_OF_PEFT = "This is no configuration of PEFT's: write LoraModel(model, config) in place of get_peft_model."
 READ_OF_CONFIGS: Mapping[str, str] = {
@@ -88,7 +88,7 @@ READ_OF_CONFIGS: Mapping[str, str] = {
     "save_pretrained": "It is saved with its adapter: lora.save_adapter(path).",
     "from_pretrained": "It is loaded with its adapter: LoraModel.load_adapter(model, path).",
 }
-"""By the name of an attribute of configurations of others, what to write here."""
+"""What to write here, by the name of an attribute of another library's configurations."""
 
 FUNCTIONS: Mapping[str, str] = {
     **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "PeftMixedModel"), "Write LoraModel(model, config)."),
@@ -140,7 +140,7 @@ ARGUMENTS: Mapping[str, str] = {
         "Leave it out.",
     ),
 }
-"""By the name of an argument of methods of others, what to write here."""
+"""What to write here, by the name of an argument of another library's methods."""
 
 
 STORAGES: Mapping[str, str] = {

@@ -57,7 +57,7 @@ CALLS: Mapping[str, Call] = {
     "merge_adapter": Call("Merging for now", _OUTSIDE, "Writes updates of active adapters into the weights."),
     "unmerge_adapter": Call("Unmerging", _OUTSIDE, "Takes merged updates out again, bit for bit."),
     "unload": Call("Unloading", _OUTSIDE, "Removes all adapters: the untouched model, bit for bit."),
-    "merge_and_unload": Call("Merging for good", ("in a block",), "A plain model with the active updates."),
+    "merge_and_unload": Call("Merging permanently", ("in a block",), "A plain model with the active updates."),
     "save_adapter": Call("Saving an adapter", _UNMERGED, "Changes nothing."),
     "calibrate": Call("Calibrating on the model", _UNMERGED, "Changes nothing."),
     "load_state_dict": Call("Loading a state dict", _ALWAYS, "Loads a state dict of the base, or of the model itself."),

@@ -26,7 +26,7 @@ _ROUNDING = 16
 def base_marks(model: nn.Module, plan: Plan) -> dict[str, Mark]:
     """Returns by name a mark of each tensor of the base that is not saved with the adapter.
 
-    Statistics of norms that stand still are not among them, and neither are tensors whose values are not here, or that
+    Statistics of frozen norms are not among them, and neither are tensors whose values are not here, or that
     another library keeps in a type of its own.
     """
     return {name: _mark(value) for name, value in _left_to_the_base(model, plan)}

@@ -42,7 +42,7 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
         return
     given = json.dumps([risky, list(names)]).encode()
     try:
-        # Without anything of the user's: no site packages, no environment. An error in an expression is told later.
+        # Without anything of the user's: no site packages, no environment. An error in an expression is reported later.
         subprocess.run(
             [sys.executable, "-I", "-S", "-c", _PROGRAM],
             input=given,

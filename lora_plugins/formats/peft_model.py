@@ -19,7 +19,7 @@ from lora_plugins.plan import current_name, former_names
 Entry = TypeVar("Entry")
 
 _ADAPTED = (*LAYERS, nn.MultiheadAttention)
-"""The layers that PEFT adapts where its config names them; `Conv1D` of transformers is told by its name."""
+"""The layers that PEFT adapts where its config names them; `Conv1D` of transformers is recognized by its name."""
 
 
 def for_model(

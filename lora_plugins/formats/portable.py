@@ -1,4 +1,4 @@
-"""An adapter in the terms that the formats of others share: layers by name, each with A, B and an alpha."""
+"""An adapter in the terms that foreign formats share: layers by name, each with A, B and an alpha."""
 
 import math
 from collections import Counter

@@ -1,6 +1,6 @@
 """An adapted layer in place: the user's own module, of a class that answers with the effective weight.
 
-The names and modules of a model, normalization layers that stand still, weights that something else computes, and those
+The names and modules of a model, frozen normalization layers, weights that something else computes, and those
 that are stored in fewer bytes are here too.
 """
 

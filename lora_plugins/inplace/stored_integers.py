@@ -1,6 +1,6 @@
 """Guards the integers of stored weights: a truncated average of equal ones can be one less.
 
-`torch.optim.swa_utils` and others average all parameters of a copy in place. So a copy takes note of its integers, and
+`torch.optim.swa_utils` and others average all parameters of a copy in place. So a copy records its integers, and
 they are looked at again when the mode of the copy is set, never in a forward, and only if something wrote to them. An
 average of state dicts has floating numbers, which are rounded when they are loaded.
 """

@@ -6,7 +6,7 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
-from lora_plugins.plan.patterns import contains, ends_with, exact_expression, exact_pattern, is_risky
+from lora_plugins.plan.patterns import contains, ends_with, exact_expression, exact_pattern, is_risky, shortest_ends
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
@@ -26,6 +26,7 @@ __all__ = [
     "is_risky",
     "make_plan",
     "named_plugins",
+    "shortest_ends",
     "weights_to_store",
     "within",
 ]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lora_plugins.errors import listing
-from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, nearest
+from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, nearest, shortest_ends
 from lora_plugins.plan.survey import Site
 
 _PART_NAMES = {
@@ -64,27 +64,6 @@ def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str
     """
     close = nearest(pattern, names)
     return close if close.startswith("Did") or not layers else f"The last layer of the model is {layers[-1]!r}."
-
-
-def shortest_ends(wanted: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
-
-    Args:
-        wanted: The names to match.
-        names: All names, the wanted ones included.
-    """
-    wanted = set(wanted)
-    others = [name for name in names if name not in wanted]
-    ends: list[str] = []
-    for name in names:
-        if name in wanted and not any(ends_with(end, name) for end in ends):
-            parts = name.split(".")
-            tails = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-            end = next((end for end in tails if not any(ends_with(end, other) for other in others)), None)
-            if end is None:
-                return []
-            ends.append(end)
-    return ends
 
 
 def _every_layer(pattern: str, sites: Sequence[Site], names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Matching of module names: whole path components, regular expressions, and blocks."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from lora_plugins.errors import ConfigError, TargetError, near
@@ -28,6 +28,34 @@ def ends_with(pattern: str, name: str) -> bool:
 def contains(pattern: str, name: str) -> bool:
     """Whether the path components of `pattern` stand next to each other somewhere in `name`."""
     return any(f".{each}." in f".{name}." for each in _spellings(pattern))
+
+
+def shortest_ends(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
+
+    None of them begins with a number, but for names that are nothing else.
+
+    Args:
+        wanted: The names to match.
+        names: All names, the wanted ones included.
+    """
+    every, wanted = list(names), set(wanted)
+    others = [name for name in every if name not in wanted]
+    ends: list[str] = []
+    for name in every:
+        if name in wanted and not any(ends_with(end, name) for end in ends):
+            end = next((end for end in _ends(name) if not any(ends_with(end, other) for other in others)), None)
+            if end is None:
+                return []
+            ends.append(end)
+    return ends
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for start in range(len(parts) - 1, -1, -1):
+        if start == 0 or not parts[start].isdigit():
+            yield ".".join(parts[start:])
 
 
 def compiled(field: str, pattern: str) -> re.Pattern[str]:

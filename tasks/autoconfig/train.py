@@ -57,7 +57,7 @@ ELSEWHERE: Mapping[str, str] = {
         "Write the configuration (--save-config FILE), change it there, and run: lora-plugins fit --config FILE.",
     ),
 }
-"""By flags of `fit`, and of programs of others, what to write here."""
+"""What to write here, by flags of `fit` and of other programs."""
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 

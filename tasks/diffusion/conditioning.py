@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Condition = Mapping[str, Tensor]
-"""What a denoiser is told of the prompts; every tensor has a row for each prompt."""
+"""What a denoiser is conditioned on; every tensor has a row for each prompt."""
 
 
 @dataclass(frozen=True)

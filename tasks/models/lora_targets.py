@@ -7,10 +7,11 @@ weights per channel saves little, and they break first at a high rate.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
+from lora_plugins.plan import exact_expression, shortest_ends
 from lora_plugins.tasks.models.network import is_inside
 
 OF_POSITIONS = re.compile(
@@ -19,7 +20,7 @@ OF_POSITIONS = re.compile(
 """Layers that compute position biases, from coordinates and not from images."""
 
 
-def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
+def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str] | str:
     """Names for `target_modules`, relative to the network, as short as they can be without matching more.
 
     Args:
@@ -27,11 +28,12 @@ def default_targets(network: nn.Module, heads: Sequence[str]) -> list[str]:
         heads: Names of the modules that are trained in full.
 
     Returns:
-        The names; none for a network without dense layers.
+        The names, or an expression where no names match them alone; empty for a network without dense layers.
     """
     layers = {name: layer for name, layer in network.named_modules() if name and not is_inside(f"{name}.", heads)}
     chosen = [name for name, layer in layers.items() if _is_dense(layer) and not OF_POSITIONS.search(name)]
-    return _shortest_endings(chosen, layers)
+    ends = shortest_ends(chosen, layers)
+    return ends or "|".join(map(exact_expression, chosen))
 
 
 def _is_dense(layer: nn.Module) -> bool:
@@ -40,18 +42,3 @@ def _is_dense(layer: nn.Module) -> bool:
         return False
     is_convolution = isinstance(layer, nn.Conv2d) and layer.groups == 1
     return is_convolution or isinstance(layer, nn.Linear | nn.MultiheadAttention)
-
-
-def _shortest_endings(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
-    """The shortest endings, in whole components, that match what was chosen and nothing else."""
-    others = set(names) - set(chosen)
-    endings: dict[str, None] = {}
-    for name in chosen:
-        parts = name.split(".")
-        for start in range(len(parts) - 1, -1, -1):
-            ending = ".".join(parts[start:])
-            readable = not parts[start].isdigit()
-            if readable and not any(other == ending or other.endswith(f".{ending}") for other in others):
-                break
-        endings[ending] = None
-    return list(endings)

@@ -54,7 +54,7 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
     """Restores the mode that they had before validation.
 
     Lightning reads the mode of every layer before validation and writes it back after, which for these is always eval
-    mode: after the adapters are gone, their statistics would stand still for ever.
+    mode: after the adapters are gone, their statistics would never change again.
     """
     for entry in model_modules(module):
         if entry.name in modes and is_frozen(entry.module):

@@ -1,9 +1,11 @@
 """The layers that are adapted if a configuration names none."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.models import SEGMENTERS, build_network, default_targets
@@ -43,3 +45,12 @@ def test_targets_of_a_configuration_come_first(trainer):
     assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"fc1"}
     callback = LoraCallback(LoraConfig(r=2), target="network")
     assert {layer.name.rpartition(".")[2] for layer in callback.plan(task).layers} == {"proj", "qkv", "fc1", "fc2"}
+
+
+def test_names_that_are_the_ends_of_others_are_targeted_in_full():
+    """`proj` alone would match the layer of positions too."""
+    linear = partial(torch.nn.Linear, 2, 2)
+    positions = torch.nn.ModuleDict({"proj": linear()})
+    network = torch.nn.ModuleDict({"proj": linear(), "fc": linear(), "pos": positions})
+    plan = LoraModel.plan(network, LoraConfig(r=1, target_modules=default_targets(network, [])))
+    assert [layer.name for layer in plan.layers] == ["proj", "fc"]
