@@ -14,6 +14,7 @@ from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
 from lora_plugins.files.origins import check_origins, versions_told
+from lora_plugins.files.other_root import check_root
 from lora_plugins.files.stored_base import new_checked, with_stored
 from lora_plugins.inplace import StoredWeight, model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
@@ -64,7 +65,9 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
 def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, registry: Registry) -> UnpackedAdapter:
     manifest = packed.manifest
     with _misfit_told():
-        check_patterns(config, [name for entry in model_modules(model) for name in entry.names])
+        names = [name for entry in model_modules(model) for name in entry.names]
+        check_root(manifest["layers"], set(names))
+        check_patterns(config, names)
         plan = make_plan(model, config, registry, restoring=True)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
         plan = with_stored(plan, model, manifest.get("stored") or {}, registry)

@@ -1,0 +1,40 @@
+"""Adapters that are loaded onto a part of their model, or onto a model that holds theirs."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+
+
+class Task(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+
+@pytest.mark.parametrize("targets", [["0"], ["1.0", "1.1"], "all"], ids=["numbers", "paths", "all"])
+def test_the_part_is_named(tmp_path, targets):
+    part = network()
+    LoraModel(part, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path)
+    whole = Task()
+    with pytest.raises(
+        AdapterFileError, match=r"a part of this model, 'net'.*load_adapter\(model\.get_submodule\('net'\), path\)"
+    ):
+        LoraModel.load_adapter(whole, tmp_path)
+    LoraModel.load_adapter(whole.net, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["0"], ["net.1.0", "net.1.1"], "all"], ids=["numbers", "paths", "all"])
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, nn.Sequential], ids=["parallel", "nested"])
+def test_the_model_around_is_named(tmp_path, targets, wrapped):
+    whole = wrapped(Task())
+    LoraModel(whole, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path)
+    (name,) = (name for name, _ in whole.named_children())
+    with pytest.raises(AdapterFileError, match=rf"holds this one as '{name}\.net'.* Load it onto that model"):
+        LoraModel.load_adapter(network(), tmp_path)
