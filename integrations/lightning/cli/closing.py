@@ -14,7 +14,13 @@ PROGRAM = "lora-plugins"
 
 
 def closing_lines(
-    trainer: Trainer, module: LightningModule, console: FitConsole, configs: Sequence[str], stopped: bool
+    trainer: Trainer,
+    module: LightningModule,
+    console: FitConsole,
+    configs: Sequence[str],
+    *,
+    stopped: bool,
+    alone: bool,
 ) -> list[str]:
     """Returns what is printed at the end of a fit.
 
@@ -27,13 +33,17 @@ def closing_lines(
         console: What callbacks have written.
         configs: Paths of the configurations.
         stopped: Whether Ctrl-C ended the fit.
+        alone: Whether one configuration said everything, and no flag.
     """
-    files = {**console.written, **_files_of_lightning(trainer), **_last("Configuration", configs)}
+    files = {**console.written, **_files_of_lightning(trainer)}
+    whole = Path(str(files.get("Log", ""))) / "config.yaml"  # what Lightning saves, with all that was given
+    saved = [str(whole)] if whole.is_file() else configs
+    files |= _last("Configuration", configs if alone else saved)
     own = getattr(module, "next_commands", None)
     commands: list[str] = list(own(trainer).values()) if callable(own) else []
     head = "Stopped by Ctrl-C. Saved:" if stopped else "Saved:"
     lines = ["", head, *(f"  {what}: {path}" for what, path in files.items())] if files else []
-    validated = _commands(files, configs) if trainer.enable_validation else []
+    validated = _commands(files, saved) if trainer.enable_validation else []
     following = (commands or validated) + _inspection(trainer)
     following = (following + console.to_paste)[:3]
     return [*lines, *(["Next:", *(f"  {line}" for line in following)] if following else [])]
@@ -58,8 +68,7 @@ def _last(what: str, paths: Sequence[Any]) -> dict[str, Any]:
 def _commands(files: dict[str, Any], configs: Sequence[str]) -> list[str]:
     if "Checkpoint" not in files or not configs:
         return []
-    whole = Path(str(files.get("Log", ""))) / "config.yaml"  # with what flags said
-    given = " ".join(f"--config {shlex.quote(str(path))}" for path in ([whole] if whole.is_file() else configs))
+    given = " ".join(f"--config {shlex.quote(path)}" for path in configs)
     return [f"{PROGRAM} validate {given} --ckpt_path {shlex.quote(str(files['Checkpoint']))}"]
 
 

@@ -49,6 +49,8 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # without a logger, runs share one folder
         self.interruption = Interruption()
         given, commands = kwargs.get("args"), super().subcommands()
+        words = given if isinstance(given, list) else sys.argv[1:]
+        self._flags = [each for each in words if each.startswith("--") and each.partition("=")[0] != "--config"]
         if isinstance(given, list) and given and given[0] in commands:  # each parser takes time
             self.subcommands = lambda: {given[0]: commands[given[0]]}  # type: ignore[method-assign]
         with ExitStack() as self._starting:
@@ -123,8 +125,8 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
                 raise SystemExit(TERMINATED) from error
             if self.trainer.is_global_zero:
                 configs = [str(path) for path in self._section("config") or []]
-                stopped = self.interruption.asked
-                print_lines(closing_lines(self.trainer, model, self.console, configs, stopped))
+                stopped, alone = self.interruption.asked, len(configs) == 1 and not self._flags
+                print_lines(closing_lines(self.trainer, model, self.console, configs, stopped=stopped, alone=alone))
 
     def _shown(self) -> dict[str, Any]:
         """Arguments of the trainer for what a command shows, where the configuration does not say otherwise."""

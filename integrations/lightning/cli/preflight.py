@@ -7,11 +7,12 @@ What is found here is answered at once. Everything else is found by LightningCLI
 import ast
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lora_plugins import ConfigError, LoraConfig
-from lora_plugins.errors import near, no_folder
+from lora_plugins.errors import near, near_matches, no_folder
 from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
 from lora_plugins.writable import check_writable_file, check_writable_folder
@@ -46,6 +47,7 @@ def check(
     """
     given = read_arguments(arguments, flags, command)
     _check_trainer(given)
+    _check_sections(given)
     lora = _lora_of(given)
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
@@ -57,12 +59,26 @@ def _check_model(given: Mapping[str, Any]) -> None:
         raise ConfigError("the configuration has no `model:`, and needs it.")
 
 
+def _check_sections(given: Mapping[str, Any]) -> None:
+    """Refuses what is in one of our two sections and belongs into the other."""
+    config = [field.name for field in fields(LoraConfig)]
+    callback = _arguments_in(Path(__file__).parent.parent / "callback.py")
+    for section, own, other, others in (
+        ("lora", config, "lora_callback", callback),
+        ("lora_callback", callback, "lora", config),
+    ):
+        for name in given[section] if isinstance(given.get(section), Mapping) else ():
+            if name not in own and name in others:
+                alike = f" {near(name, own)}" if near_matches(name, own) else ""
+                raise ConfigError(f"{section} has no field {name!r}; {other} has: {other}.{name}.{alike}")
+
+
 def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:
-    fields = given.get("lora")
-    if not isinstance(fields, Mapping) or "class_path" in fields:
+    section = given.get("lora")
+    if not isinstance(section, Mapping) or "class_path" in section:
         return None
     try:
-        return LoraConfig(**fields)
+        return LoraConfig(**section)
     except TypeError as error:
         raise ConfigError(f"lora: {error}") from error
 
@@ -186,11 +202,13 @@ def _check_trainer(given: Mapping[str, Any]) -> None:
 
 
 def _trainer_options() -> list[str]:
-    """The arguments of Lightning's Trainer, read from its source, as importing it takes seconds."""
     package = importlib.util.find_spec("lightning")
     path = Path(str(package.origin)).parent / "pytorch/trainer/trainer.py" if package else Path()
-    if not path.is_file():
-        return []
+    return _arguments_in(path) if path.is_file() else []
+
+
+def _arguments_in(path: Path) -> list[str]:
+    """The arguments of the constructor in a Python file, read from its source, as importing it takes seconds."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             return [each.arg for each in (*node.args.args[1:], *node.args.kwonlyargs)]

@@ -168,10 +168,21 @@ class TestConfig:
             ({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0."),
             ({"lora": {"bias": "some"}}, "bias is 'some'"),
             ({"lora_callback": {"adaptername": "x"}}, "adaptername"),
+            ({"lora": {"dequantize": True}}, "lora_callback has: lora_callback.dequantize."),
+            ({"lora_callback": {"r": 2}}, "lora_callback has no field 'r'; lora has: lora.r."),
             ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'"),
             ({"loraa": {"r": 2}}, "has the key 'loraa'. Did you mean 'lora'"),
         ],
-        ids=["unknown_field", "rank_0", "choice", "callback_option", "export_name", "section"],
+        ids=[
+            "unknown_field",
+            "rank_0",
+            "choice",
+            "callback_option",
+            "of_the_callback",
+            "of_the_config",
+            "export_name",
+            "section",
+        ],
     )
     def test_wrong_value_is_one_message_with_its_name(self, config, capsys, changes, message):
         assert main(["fit", "--config", config(**changes)]) == 1

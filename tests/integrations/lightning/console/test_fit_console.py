@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -79,6 +80,16 @@ def test_what_was_not_validated_is_not_to_be(config, capsys):
     out = capsys.readouterr().out
     assert "lora-plugins inspect" in out
     assert "lora-plugins validate" not in out
+
+
+@pytest.mark.filterwarnings("ignore:said")
+@pytest.mark.parametrize("flags", [[], ["--lora.r", "3"]], ids=["alone", "with_a_flag"])
+def test_the_configuration_is_the_whole_one(config, capsys, flags):
+    path = config()
+    assert main(["fit", "--config", path, *flags]) == 0
+    (said,) = re.findall(r"Configuration: (\S+)", capsys.readouterr().out)
+    assert (said == path) == (not flags)
+    assert not flags or yaml.safe_load(Path(said).read_text())["lora"]["r"] == 3
 
 
 def test_a_file_has_plain_lines(config):
