@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import ConfigError, LoraError, near
+from lora_plugins.errors import ConfigError, LoraError, near, nothing_there
 from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
     ERROR,
@@ -148,6 +148,8 @@ def _found(images: str) -> list[Path]:
         raise DataError("A name of images is empty, as a variable of the shell is that was not set.")
     path = Path(images)
     is_pattern = glob.has_magic(images) and not path.exists()  # the name of a folder may have brackets
+    if not is_pattern and not path.exists():
+        raise DataError(f"There is no file or folder {path}: {nothing_there(path)}")
     paths = _matching(images) if is_pattern else [path] if path.is_file() else image_files(path)
     if not paths:
         raise DataError(f"{path.absolute()} {'matches' if is_pattern else 'holds'} {NO_IMAGE}.{_below(path)}")
