@@ -29,6 +29,7 @@ class Family:
         name: Its usual name.
         pipelines: The classes of diffusers that are of it.
         denoiser: The part that removes noise.
+        denoiser_class: The class of diffusers that this part is of.
         layers: By word, a regular expression for the layers of that kind, over full names in the parts.
         text_layers: By text encoder that can be trained, one for its attention projections. `{last}` stands for the
             number of its last block.
@@ -37,6 +38,7 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     denoiser: str
+    denoiser_class: str
     layers: Mapping[str, str]
     text_layers: Mapping[str, str]
 
@@ -67,6 +69,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Stable Diffusion",
                 ("StableDiffusionPipeline",),
                 "unet",
+                "UNet2DConditionModel",
                 _unet(_PROJECTIONS),
                 {"text_encoder": _WHOLE_CLIP},
             ),
@@ -74,6 +77,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Stable Diffusion XL",
                 ("StableDiffusionXLPipeline",),
                 "unet",
+                "UNet2DConditionModel",
                 _unet(_PROJECTIONS),
                 {  # of the first encoder, the last block but one is what is used
                     "text_encoder": rf"text_encoder\..*layers\.(?!{{last}}\.)\d+\..*({_CLIP})",
@@ -84,6 +88,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Stable Diffusion 3",
                 ("StableDiffusion3Pipeline",),
                 "transformer",
+                "SD3Transformer2DModel",
                 # `add_q_proj` of the last block has no use.
                 _transformer(
                     rf"transformer\..*\.attn2?\.({_JOINT})|transformer\.transformer_blocks\.(?!{{last}}\.)\d+\.attn\."
@@ -100,6 +105,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Flux",
                 ("FluxPipeline",),
                 "transformer",
+                "FluxTransformer2DModel",
                 _transformer(
                     rf"transformer\..*\.attn\.({_JOINT}|add_q_proj)",
                     r"transformer\..*\.(ff\.net\.(0\.proj|2)|proj_mlp)",
@@ -110,6 +116,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "PixArt",
                 ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
                 "transformer",
+                "PixArtTransformer2DModel",
                 _transformer(
                     rf"transformer\..*\.attn[12]\.({_PROJECTIONS})",
                     r"transformer\..*\.ff\.net\.(0\.proj|2)",
@@ -138,6 +145,18 @@ def family_of(pipe: Any) -> Family:
             return family
     served = [each for family in FAMILIES.values() for each in family.pipelines]
     raise ConfigError(f"Pipelines of the kind {name} are not served. {near(name, served)}")
+
+
+def denoising_family(parts: nn.ModuleDict) -> Family | None:
+    """Returns a family whose denoiser is of the class of a pipeline's, such as one that inpaints; None without one.
+
+    Args:
+        parts: The parts of the pipeline.
+    """
+    for family in FAMILIES.values():
+        if family.denoiser in parts and type(parts[family.denoiser]).__name__ == family.denoiser_class:
+            return family
+    return None
 
 
 def default_targets(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
-from lora_plugins.integrations.diffusers.families import default_targets, family_of
+from lora_plugins.integrations.diffusers.families import default_targets, denoising_family
 from lora_plugins.integrations.diffusers.parts import parts_of
 
 
@@ -29,7 +29,8 @@ class LoraPipeline(LoraModel):
         init_data: As in `LoraModel`.
 
     Raises:
-        ConfigError: If it is no pipeline, or of a kind whose usual layers are not known while the config names none.
+        ConfigError: If it is no pipeline, or its denoiser is of a class whose usual layers are not known while the
+            config names none.
         TargetError: As in `LoraModel`.
         StateError: As in `LoraModel`.
     """
@@ -88,11 +89,10 @@ def _completed(pipe: Any, config: LoraConfig) -> LoraConfig:
     parts = parts_of(pipe)
     if config.target_modules is not None or parts is pipe:
         return config
-    try:
-        family = family_of(pipe)
-    except ConfigError as error:
+    family = denoising_family(parts)
+    if family is None:
         raise ConfigError(
             f"It is not known which layers of a {type(pipe).__name__} are worth adapting. Name them: target_modules="
             "['to_q', 'to_k', 'to_v', 'to_out.0'] are the attention of most denoisers."
-        ) from error
+        )
     return replace(config, target_modules=default_targets(family, parts))

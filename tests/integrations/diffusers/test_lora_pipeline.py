@@ -1,6 +1,7 @@
 """One adapter over the parts of a pipeline: files, weights, merging, and every bit as before."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import diffusers
@@ -111,6 +112,24 @@ def test_a_config_without_layers_has_those_of_the_family():
     plan = LoraPipeline.plan(pipe, LoraConfig(r=2))
     assert {layer.name.rpartition("attn")[2][2:] for layer in plan.layers} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert LoraPipeline(pipe, LoraConfig(r=2)).plans["default"].layers == plan.layers
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Stable Diffusion", "StableDiffusionInpaintPipeline"),
+        ("Stable Diffusion XL", "StableDiffusionXLImg2ImgPipeline"),
+        ("Stable Diffusion 3", "StableDiffusion3Img2ImgPipeline"),
+        ("Flux", "FluxImg2ImgPipeline"),
+        ("PixArt", "PixArtSigmaPipeline"),
+    ],
+)
+def test_a_pipeline_with_the_denoiser_of_a_family_has_its_layers(name, kind):
+    pipe = build(name)
+    expected = LoraPipeline.plan(pipe, LoraConfig(r=2))
+    takes = inspect.signature(getattr(diffusers, kind)).parameters
+    other = getattr(diffusers, kind)(**{part: value for part, value in pipe.components.items() if part in takes})
+    assert LoraPipeline.plan(other, LoraConfig(r=2)).layers == expected.layers
 
 
 def test_several_are_tried_with_weights_and_reset():
