@@ -38,7 +38,7 @@ def closing_lines(
     files = {**console.written, **_files_of_lightning(trainer)}
     whole = Path(str(files.get("Log", ""))) / "config.yaml"  # what Lightning saves, with all that was given
     saved = [str(whole)] if whole.is_file() else configs
-    files |= _last("Configuration", configs if alone else saved)
+    files |= _last("Configuration", configs if alone else saved) if files else {}
     own = getattr(module, "next_commands", None)
     commands: list[str] = list(own(trainer).values()) if callable(own) else []
     head = "Stopped by Ctrl-C. Saved:" if stopped else "Saved:"

@@ -69,6 +69,8 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
             _merge(given, _configuration(value, command))
         elif flag.endswith(".help"):
             given["print_config"] = ""  # it prints and does nothing, too
+        elif value is None and "." in flag:
+            raise ConfigError(f"{flag} takes a value: {flag} VALUE.")
         elif value is not None or section == "print_config":
             keys, parsed = flag.lstrip("-").rstrip("+").split("."), _parsed(value or "")
             _put(given, keys, _added(value_at(given, *keys), parsed) if flag.endswith("+") else parsed)
@@ -83,25 +85,36 @@ def value_at(given: Any, *keys: str) -> Any:
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yields the flags with their values, if they have one."""
+    """Yields the flags with their values, if they have one.
+
+    Raises:
+        ConfigError: Of a value without a flag.
+    """
     waiting: str | None = None
     for argument in arguments:
         is_flag = argument.startswith("-") and not _is_number(argument)
-        if not is_flag and waiting is not None:
+        if not is_flag:
+            if waiting is None:
+                raise ConfigError(_stray(argument))
             yield waiting, argument
             waiting = None
             continue
         if waiting is not None:
             yield waiting, None
             waiting = None
-        if is_flag:
-            flag, equals, value = argument.partition("=")
-            if equals:
-                yield flag, value
-            else:
-                waiting = flag
+        flag, equals, value = argument.partition("=")
+        if equals:
+            yield flag, value
+        else:
+            waiting = flag
     if waiting is not None:
         yield waiting, None
+
+
+def _stray(argument: str) -> str:
+    if Path(argument).suffix in (".yaml", ".yml") or argument.startswith("recipe:"):
+        return f"{argument!r} has no flag before it. A configuration is given by --config {argument}."
+    return f"{argument!r} has no flag before it. Several values of one flag are a list: '[a, b]'."
 
 
 def _is_number(argument: str) -> bool:

@@ -106,7 +106,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
         except LoraError:
             raise
-        except (TypeError, ValueError) as error:  # Lightning's, about one of its arguments
+        except (TypeError, ValueError, ImportError) as error:  # Lightning's, about one of its arguments
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:

@@ -39,6 +39,10 @@ AT_ONCE = {
     ),
     "field": (["--config", "recipe:cls", "--lora.dropot", "0.1"], "Did you mean 'dropout'"),
     "trainer": (["--config", "recipe:cls", "--trainer.max_epochz", "3"], "Did you mean 'max_epochs'"),
+    "no value": (["--config", "recipe:cls", "--lora.r"], "--lora.r takes a value: --lora.r VALUE."),
+    "no flag": (["recipe:cls"], "A configuration is given by --config recipe:cls."),
+    "two values": (["--config", "recipe:cls", "--lora.target_modules", "a", "b"], "'b' has no flag before it."),
+    "other section": (["--config", "recipe:cls", "--lora.export_to", "x"], "has: lora_callback.export_to."),
     "flag": (["--config", "recipe:cls", "--epoch", "3"], "There is no flag --epoch. Did you mean '--epochs'"),
     "section": (["--config", "recipe:cls", "--tainer.max_epochs", "3"], "Did you mean '--trainer'"),
     "batch size 0": (
@@ -104,6 +108,7 @@ AT_ONCE = {
 }
 
 LATER = {
+    "device": (["--trainer.accelerator", "tpu"], "error: trainer: Requirement 'torch_xla"),
     "argument of the model": (
         ["--model.init_args.cutmx", "0.5"],
         "ImageClassificationTask has no 'cutmx'. Did",
