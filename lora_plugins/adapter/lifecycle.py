@@ -5,7 +5,7 @@ A model with adapters is in none, one or several of these conditions:
 - `merged`: the update of some adapters is in the weights;
 - `in a block`: inside `disable_adapter` or `mixed_batch`, which are taken back when the block ends;
 - `in a mixed batch`: the innermost block is a `mixed_batch`;
-- `leaving`: `merge_and_unload` was stopped when some layers were merged for good.
+- `leaving`: `merge_and_unload` was stopped when some layers were merged permanently.
 
 A call that is refused raises a StateError and changes nothing. Everything else about a call (that an adapter of that
 name exists, that two adapters do not both train one head) is checked by the call itself.
@@ -18,7 +18,7 @@ from typing import Literal
 Condition = Literal["leaving", "in a block", "in a mixed batch", "merged"]
 
 CONDITIONS: Mapping[Condition, str] = {
-    "leaving": "{doing} is not possible: merge_and_unload() was stopped when some layers were merged for good. Call it "
+    "leaving": "{doing} is not possible: merge_and_unload() was stopped when some layers were merged permanently. Call it "
     "again to merge the others.",
     "in a block": "{doing} is not possible inside {block}. Leave the `with` block first.",
     "in a mixed batch": "{doing} is not possible inside mixed_batch(), which is for inference. Call model.eval() "

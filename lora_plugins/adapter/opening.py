@@ -77,8 +77,8 @@ def check_not_nested(model: nn.Module) -> None:
     inner = [entry.name for entry in model_modules(model) if model_state(entry.module) is not None]
     if inner:
         raise StateError(
-            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} a LoraModel already. Give the "
-            "whole model one, or its parts, side by side; unload() takes adapters off."
+            f"{listing(inner)} in this model {'has' if len(inner) == 1 else 'have'} adapters already, whose handle is "
+            f"LoraModel(model.get_submodule({inner[0]!r})). For adapters of the whole model, unload() those first."
         )
     if any(state_of(module) is not None for module in model.modules()):
         raise StateError(

@@ -378,9 +378,9 @@ class TestNested:
     def test_a_model_with_an_adapted_part(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
         part = LoraModel(model[1], LoraConfig(r=2))
-        with pytest.raises(StateError, match="'1' in this model has a LoraModel already"):
+        with pytest.raises(StateError, match=r"'1' in this model has adapters already.*get_submodule\('1'\)"):
             LoraModel(model, LoraConfig(r=2), "b")
-        with pytest.raises(StateError, match="'1' in this model has a LoraModel already"):
+        with pytest.raises(StateError, match=r"'1' in this model has adapters already.*get_submodule\('1'\)"):
             LoraModel(model)
         assert all(parameter.requires_grad for parameter in model[0].parameters())
         LoraModel(model[0], LoraConfig(r=2))  # side by side

@@ -112,7 +112,7 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
         return
     if path == "best":
         raise ConfigError(
-            "ckpt_path: which checkpoint is the best is known to the process that trained alone. Name its file, which "
+            "ckpt_path: only the process that trained knows which checkpoint is the best. Name its file, which "
             "fit prints at its end, or write 'last' for that of ModelCheckpoint(save_last=True)."
         )
     if not Path(path).exists():
