@@ -43,8 +43,14 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
         return []
     names = list(layers)
     last = max(names.index(name) for name in adapted if name in layers)
-    trained = {name.rpartition(".")[0] for name in plan.trained}
-    return [name for name in names[last + 1 :] if name not in trained and _looks_new(layers[name])]
+    served = adapted | {name.rpartition(".")[0] for name in plan.trained}
+    held = {id(each) for name in served & layers.keys() for each in layers[name].parameters(recurse=False)}
+    rest = {name: layers[name] for name in names[last + 1 :]}
+    return [
+        name
+        for name, layer in rest.items()
+        if held.isdisjoint(map(id, layer.parameters(recurse=False))) and _looks_new(layer)  # tied ones are trained too
+    ]
 
 
 def _own(layer: nn.Module, name: str) -> Tensor:

@@ -75,6 +75,19 @@ def test_another_head_is_not(head):
     assert forgotten(head()) == []
 
 
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["body.2"]}], ids=["adapted", "saved"])
+def test_one_that_is_tied_to_another_is_not(fields):
+    """As box heads of detectors are in transformers, whose decoder has them under a second name."""
+    torch.manual_seed(0)
+    body, head = [*(trained(nn.Linear(16, 16)) for _ in range(3)), nn.Linear(16, 16)], nn.Linear(16, 16)
+    tied = body[2] if fields else body[3]
+    nn.init.zeros_(tied.bias)
+    head.weight, head.bias = tied.weight, tied.bias
+    model = nn.ModuleDict({"body": nn.Sequential(*body), "head": head})
+    config = LoraConfig(r=1, target_modules=r"body\.[013]", **fields)
+    assert forgotten_layers(model, LoraModel.plan(model, config)) == []
+
+
 def test_of_several_layers_those_that_are_new_are_named():
     assert forgotten(nn.Linear(16, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 4)) == ["head.0", "head.2"]
 
