@@ -1,7 +1,7 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -554,8 +554,7 @@ class LoraCallback(Callback):
         check_not_nested(module, self.target)
         if is_sharded(trainer):
             check_shardable(target, config, trainer)
-        if config.quantize is not None:
-            self._check_mergeable(trainer, target, LoraModel.plan(target, config).stored)
+        self._check_mergeable(trainer, target, config)
         if merged_weights(target):
             check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
         data = None
@@ -569,9 +568,10 @@ class LoraCallback(Callback):
             start_alike(module, find_copies(module), self.adapter_name)
         copy_into_averages(trainer, module)
 
-    def _check_mergeable(self, trainer: Trainer, target: nn.Module, planned: Iterable[str] = ()) -> None:
+    def _check_mergeable(self, trainer: Trainer, target: nn.Module, planned: LoraConfig | None = None) -> None:
         if trainer.state.fn == "fit" and (self.merge_on_fit_end or self.export_to is not None):
-            check_mergeable(target, dequantize=self.dequantize, planned=planned)
+            plan = None if planned is None else LoraModel.plan(target, planned)
+            check_mergeable(target, dequantize=self.dequantize, plan=plan)
 
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""

@@ -6,7 +6,6 @@ models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lora_plugins.errors import listing
 from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
-from lora_plugins.merge import check_dense
+from lora_plugins.merge import check_merge_later
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
@@ -55,6 +54,7 @@ class LoraTrainer(Trainer):
         StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
             FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter; or if weights that are stored in
             fewer bytes are to be merged without `dequantize`.
+        MergeError: If weights are to be merged that a layer which is not adapted has too.
     """
 
     model: nn.Module
@@ -147,22 +147,23 @@ class LoraTrainer(Trainer):
                     f"The model has no adapter {self.adapter_name!r}. Give LoraTrainer a lora_config, or adapt the "
                     "model before: LoraModel(model, config)."
                 )
-            if self.lora_config.quantize is not None:
-                self._check_dense(model, LoraModel.plan(model, self.lora_config).stored)
+            self._check_merge_later(model, self.lora_config)
             if state is None:
                 LoraModel(model, self.lora_config, self.adapter_name)
             else:
                 LoraModel(model).add_adapter(self.adapter_name, self.lora_config)
                 LoraModel(model).set_adapter(self.adapter_name)
-        elif self.lora_config is not None:
-            self._check_same(LoraModel(model).adapters[self.adapter_name])
+        else:
+            if self.lora_config is not None:
+                self._check_same(LoraModel(model).adapters[self.adapter_name])
+            self._check_merge_later(model)
         check_active(model, self.adapter_name)
-        self._check_dense(model)
         return model
 
-    def _check_dense(self, model: nn.Module, planned: Iterable[str] = ()) -> None:
+    def _check_merge_later(self, model: nn.Module, planned: LoraConfig | None = None) -> None:
         if self.merge_on_train_end:
-            check_dense(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False", planned=planned)
+            plan = None if planned is None else LoraModel.plan(model, planned)
+            check_merge_later(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False", plan=plan)
 
     def _check_same(self, present: LoraConfig) -> None:
         assert self.lora_config is not None

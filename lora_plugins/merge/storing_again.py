@@ -1,20 +1,17 @@
 """What is lost where a merged weight is stored again in fewer bytes: with 4 bits, mostly all of the update."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter import adapted_layers
-from lora_plugins.errors import MergeError, StateError, listing
+from lora_plugins.errors import MergeError, listing
 from lora_plugins.inplace import (
     StoredWeight,
     foreign_weights,
     full_name,
     layer_state,
-    model_modules,
     stored_weight,
-    stored_weights,
 )
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
@@ -50,32 +47,6 @@ def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], ma
             f"than {max_error:.0%} in {len(too_much)} of {len(lost)} stored weights. Merge into dense ones: "
             "merge_and_unload(dequantize=True); leave the adapter unmerged; or allow it with max_error."
         )
-
-
-def check_dense(model: nn.Module, *, dequantize: bool, otherwise: str, planned: Iterable[str] = ()) -> list[str]:
-    """Checks, before a training, that what is merged after it need not be stored in fewer bytes again.
-
-    Args:
-        model: The adapted model, or one that is about to be.
-        planned: Full names of weights that the adapter will store.
-        dequantize: Whether the merged model will have dense weights.
-        otherwise: The arguments without which nothing is merged.
-
-    Returns:
-        The names of the layers whose weights are stored in fewer bytes, by us or by another library.
-
-    Raises:
-        StateError: If there are some and they stay so.
-    """
-    stored = [entry.name for entry in model_modules(model) if stored_weights(entry.module)]
-    foreign = [name for name, layer in adapted_layers(model).items() if foreign_weights(layer)]
-    names = [*dict.fromkeys([*stored, *foreign, *(name.rpartition(".")[0] for name in planned)])]
-    if names and not dequantize:
-        raise StateError(
-            f"The weights of {listing(names)} are stored in fewer bytes, which cannot hold a merged update. Set "
-            f"dequantize=True, so that the merged model has dense weights; or {otherwise}."
-        )
-    return names
 
 
 def _merged(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[tuple[str, StoredWeight, Tensor]]:

@@ -29,7 +29,7 @@ ARROWS = {
     "inplace": {"plugins", *BASIS},
     "plan": {"inplace", "plugins", "config", *BASIS},
     "adapter": {"plan", "inplace", "plugins", "config", "field_checks", *BASIS},
-    "merge": {"adapter", "inplace", "plugins", "kernels", *BASIS},
+    "merge": {"adapter", "plan", "inplace", "plugins", "kernels", *BASIS},
     "files": {"adapter", "plan", "inplace", "plugins", "config", "field_checks", *BASIS},
     "hub": {"plugins", *BASIS},
     "model": {"arguments", "words", "hub", "files", "merge", "adapter", "plan", "plugins", "config", *BASIS},

@@ -36,7 +36,8 @@ from lora_plugins.integrations.lightning.module.bitwise import checksum, checksu
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight, normed_weights, sources
-from lora_plugins.merge import DEFAULT_MAX_ERROR, check_dense
+from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
+from lora_plugins.plan import Plan
 from lora_plugins.utils import replace_file
 
 Weight = TypeVar("Weight")
@@ -202,19 +203,20 @@ def _of_all_layers(target: nn.Module, weights: Callable[[nn.Module], Mapping[str
     }
 
 
-def check_mergeable(target: nn.Module, *, dequantize: bool, planned: Iterable[str] = ()) -> None:
-    """Checks that every adapted weight is a parameter of its layer, or becomes one.
+def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = None) -> None:
+    """Checks that every adapted weight is a parameter of adapted layers alone, or becomes one.
 
     Args:
         target: The module, adapted or about to be.
-        planned: Full names of weights that the adapter will store in fewer bytes.
         dequantize: Whether weights that are stored in fewer bytes become dense.
+        plan: What is about to be adapted, if it is not yet.
 
     Raises:
         StateError: If some are computed from other tensors, or stored, naming their layers.
+        MergeError: If a layer that is not adapted has one of them too.
     """
     otherwise = "merge_on_fit_end=False and export_to=None"
-    stored = check_dense(target, dequantize=dequantize, otherwise=otherwise, planned=planned)
+    stored = check_merge_later(target, dequantize=dequantize, otherwise=otherwise, plan=plan)
     normed = normed_weights(target)
     computed = [
         name

@@ -12,9 +12,11 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError
+from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import BASE, CONFIG, Classifier, differing, loader, lora, trainer, values
 
@@ -58,6 +60,23 @@ class Sized(Classifier):
         return torch.utils.data.DataLoader(loader().dataset, batch_size=self.batch_size)
 
     val_dataloader = train_dataloader
+
+
+class Tied(Classifier):
+    """Another layer has a weight of its network too."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 16)
+        self.decoder.weight = self.net[0].weight
+
+
+def test_a_weight_of_two_layers_is_refused_before_training(tmp_path):
+    module = Tied()
+    with pytest.raises(MergeError, match=r"'net\.0\.weight' is the same tensor as 'decoder\.weight'"):
+        trainer(tmp_path, [LoraCallback(CONFIG, print_plan=False)]).fit(module, loader())
+    assert model_state(module) is None
+    trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False, print_plan=False)]).fit(module, loader())
 
 
 def test_early_stopping_merges(tmp_path):

@@ -10,7 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, InitData, LoraConfig, LoraModel, StateError, TargetError
+from lora_plugins import (
+    AdapterFileError,
+    ConfigError,
+    InitData,
+    LoraConfig,
+    LoraModel,
+    MergeError,
+    StateError,
+    TargetError,
+)
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
 from tests.integrations.transformers.toys import (
@@ -277,6 +286,10 @@ class TestMerging:
         with pytest.raises(StateError, match=r"stored in fewer bytes.* dequantize=True.* merge_on_train_end=False"):
             trainer(tmp_path, model=(model := vit()), config=STORED, merge_on_train_end=True)
         assert not differing(values(model), values(vit()))
+        LoraModel(model, STORED, "first")
+        with pytest.raises(StateError, match="stored in fewer bytes"):
+            trainer(tmp_path, model=model, config=VIT, merge_on_train_end=True)
+        assert [*LoraModel(model).adapters] == ["first"]
         run = trainer(tmp_path / "a", config=STORED)
         run.train()
         other = trainer(tmp_path / "b", config=STORED, merge_on_train_end=True, dequantize=True)
@@ -301,7 +314,10 @@ class TestMerging:
         def build():
             return kind.from_pretrained(tmp_path / "base", quantization_config=quantized)
 
-        fields = {"model": build()} if given == "model" else {"model_init": build}
+        with pytest.raises(StateError, match="stored in fewer bytes"):
+            trainer(tmp_path / "run", model := build(), merge_on_train_end=True)
+        assert model_state(model) is None
+        fields = {"model": model} if given == "model" else {"model_init": build}
         run = trainer(tmp_path / "run", merge_on_train_end=True, dequantize=True, **fields)
         run.train()
         other = build()
@@ -309,6 +325,20 @@ class TestMerging:
         assert not differing(values(other), values(run.model))
         run.save_model(tmp_path / "whole")
         assert torch.equal(logits(kind.from_pretrained(tmp_path / "whole")), logits(run.model))
+
+    def test_a_weight_of_two_layers_is_refused_before_training(self, tmp_path):
+        config = LoraConfig(r=2, target_modules=["hidden"])
+
+        def tied():
+            model = Centered()
+            model.out = nn.Linear(192, 4)
+            model.out.weight = model.hidden.weight
+            return model
+
+        with pytest.raises(MergeError, match=r"'hidden\.weight' is the same tensor as 'out\.weight'"):
+            trainer(tmp_path, model := tied(), config, merge_on_train_end=True)
+        assert model_state(model) is None
+        trainer(tmp_path, model, config)
 
     def test_a_merged_model_is_not_trained_on(self, tmp_path):
         run = trainer(tmp_path, merge_on_train_end=True)
