@@ -6,6 +6,7 @@ models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
+from lora_plugins.field_checks import Check, check_flag, check_name
 from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
@@ -26,6 +28,13 @@ from lora_plugins.merge import check_merge_later
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
+
+_CHECKS: Mapping[str, Check] = {
+    "adapter_name": check_name,
+    "merge_on_train_end": check_flag,
+    "dequantize": check_flag,
+}
+"""What the arguments of a LoraTrainer can be, by name."""
 
 
 class LoraTrainer(Trainer):
@@ -49,7 +58,7 @@ class LoraTrainer(Trainer):
         **kwargs: As in `transformers.Trainer`.
 
     Raises:
-        ConfigError: If `lora_config` is of another library.
+        ConfigError: If `lora_config` is of another library, or another argument is invalid.
         TargetError: If it does not fit the model.
         StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
             FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter; or if weights that are stored in
@@ -78,6 +87,8 @@ class LoraTrainer(Trainer):
         self.adapter_name = adapter_name
         self.merge_on_train_end = merge_on_train_end
         self.dequantize = dequantize
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
         self._declared: list[nn.Module] | None = []
         self._declare(args[0] if args else kwargs.get("model"))
         try:

@@ -623,6 +623,15 @@ class TestRefused:
         with pytest.raises(ConfigError, match="has its config by name"):
             LoraTrainer(vit(), VIT)
 
+    @pytest.mark.parametrize("argument", ["merge_on_train_end", "dequantize"])
+    def test_a_word_that_is_no_flag(self, tmp_path, argument):
+        with pytest.raises(ConfigError, match=f"^{argument} is True or False, not 'no'"):
+            trainer(tmp_path, **{argument: "no"})
+
+    def test_a_number_that_is_no_name(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"^adapter_name holds 1, which is not a name"):
+            trainer(tmp_path, adapter_name=1)
+
     def test_a_config_of_another_kind(self, tmp_path):
         with pytest.raises(ConfigError, match=r"^LoraTrainer: config is a dict"):
             trainer(tmp_path, config={"r": 4})
