@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import adapter_tensors, model_state
+from lora_plugins.adapter import adapter_tensors, check_in_place, model_state
 from lora_plugins.errors import listing
 from lora_plugins.files import checksum
 from lora_plugins.inplace import model_modules, named_parameters, persistent_buffers
@@ -34,10 +34,10 @@ def unsaved_buffers(model: nn.Module, plan: Plan) -> dict[str, str]:
 
 
 def check_active(model: nn.Module, adapter_name: str) -> None:
-    """Refuses a model on which the adapter is not the only active one, or is merged.
+    """Refuses a model on which the adapter is not the only active one, is merged, or has lost a layer.
 
     Raises:
-        StateError: If there is none, others are active, or it is merged.
+        StateError: If there is none, others are active, it is merged, or one of its layers was replaced.
     """
     state = model_state(model)
     if state is None:
@@ -45,12 +45,19 @@ def check_active(model: nn.Module, adapter_name: str) -> None:
             "The model has no adapter any more: it was merged or unloaded. Make the model and the trainer again; "
             "an adapter that is trained on a merged base fits no other."
         )
-    if state.active != (adapter_name,) or state.merged:
+    state.check("train")
+    acting = state.acting.adapters
+    if acting != (adapter_name,):
         raise StateError(
-            f"LoraTrainer trains the adapter {adapter_name!r}, and {listing(state.active) or 'none'} "
-            f"{'is merged' if state.merged else 'is active'}. Call LoraModel(model).set_adapter("
-            f"{adapter_name!r}) first{', after unmerge_adapter()' if state.merged else ''}."
+            f"LoraTrainer trains the adapter {adapter_name!r}, and {listing(acting) or 'none'} is active. Call "
+            f"LoraModel(model).set_adapter({adapter_name!r}) first, outside of disable_adapter()."
         )
+    if state.weights:
+        raise StateError(
+            f"The adapter {adapter_name!r} acts with the weight {state.weights[adapter_name]}, which no checkpoint "
+            f"would hold. Call LoraModel(model).set_adapter({adapter_name!r}) first; a factor belongs into alpha."
+        )
+    check_in_place(model, state, adapter_name)
 
 
 class TrainingGuard(TrainerCallback):
@@ -113,6 +120,11 @@ class TrainingGuard(TrainerCallback):
     def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_active(model, self.adapter_name)
         plan = LoraModel(model).plans[self.adapter_name]
+        if not trained(model):
+            raise StateError(
+                f"Nothing of the model requires a gradient, so that nothing would be trained. Call LoraModel(model)."
+                f"set_adapter({self.adapter_name!r}), and freeze no more than is to stay as it is."
+            )
         lost = trained(model).keys() - adapter_tensors(model).keys() - set(plan.trained)
         if lost:
             raise StateError(

@@ -613,9 +613,30 @@ class TestModelsThatAreAdaptedAlready:
         with pytest.raises(StateError, match=r"trains the adapter 'default', and none is active"):
             run.train()
         LoraModel(model).set_adapter("default")
-        LoraModel(model).merge_adapter()
-        with pytest.raises(StateError, match=r"'default' is merged.*after unmerge_adapter"):
+        with LoraModel(model).disable_adapter(), pytest.raises(StateError, match=r"outside of disable_adapter\(\)"):
             run.train()
+        LoraModel(model).merge_adapter()
+        with pytest.raises(StateError, match=r"Training is not possible while 'default' is merged"):
+            run.train()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(lambda lora: lora.set_adapter(["default"], weights=[0.5]), r"the weight 0\.5", id="weighted"),
+            pytest.param(lambda lora: lora.set_adapter("default", trainable=False), "Nothing .* gradient", id="frozen"),
+            pytest.param(
+                lambda lora: setattr(lora.model.vit.layers[0].attention, "q_proj", nn.Linear(16, 16)),
+                r"update of .*layers\.0\.attention\.q_proj.* is gone",
+                id="replaced",
+            ),
+        ],
+    )
+    def test_what_no_training_and_no_checkpoint_would_reach(self, tmp_path, change, message):
+        run = trainer(tmp_path, vit(), LoraConfig(r=2, target_modules=["q_proj"]))
+        change(LoraModel(run.model))
+        with pytest.raises(StateError, match=message):
+            run.train()
+        assert run.state.global_step == 0
 
 
 class TestRefused:
