@@ -44,13 +44,19 @@ class LoraPipeline(LoraModel):
         registry: Registry | None = None,
         init_data: InitData | Calibration | None = None,
     ) -> None:
-        config = None if config is None else _completed(pipe, config)
+        self._pipe = pipe
         super().__init__(parts_of(pipe), config, adapter_name, registry=registry, init_data=init_data)
 
     @staticmethod
     def plan(pipe: Any, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
         """Returns what would be adapted in a pipeline; touches nothing. See `LoraModel.plan`."""
         return LoraModel.plan(parts_of(pipe), _completed(pipe, config), registry=registry)
+
+    def add_adapter(
+        self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
+    ) -> None:
+        """Adds an adapter, by default to the layers that a first one would have. See `LoraModel.add_adapter`."""
+        super().add_adapter(adapter_name, _completed(self._pipe, config), init_data=init_data)
 
     @classmethod
     def load_adapter(

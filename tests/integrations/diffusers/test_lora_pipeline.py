@@ -111,7 +111,10 @@ def test_a_config_without_layers_has_those_of_the_family():
     pipe = build("Stable Diffusion")
     plan = LoraPipeline.plan(pipe, LoraConfig(r=2))
     assert {layer.name.rpartition("attn")[2][2:] for layer in plan.layers} == {"to_q", "to_k", "to_v", "to_out.0"}
-    assert LoraPipeline(pipe, LoraConfig(r=2)).plans["default"].layers == plan.layers
+    lora = LoraPipeline(pipe, LoraConfig(r=2))
+    assert lora.plans["default"].layers == plan.layers
+    lora.add_adapter("other", LoraConfig(r=2))
+    assert lora.plans["other"].layers == plan.layers
 
 
 @pytest.mark.parametrize(
