@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
+from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.integrations.diffusers.families import default_targets, denoising_family
 from lora_plugins.integrations.diffusers.parts import parts_of
 
 
+@with_checked_arguments
 class LoraPipeline(LoraModel):
     """A handle to a pipeline of diffusers and its adapters, each over the denoiser and the text encoders.
 

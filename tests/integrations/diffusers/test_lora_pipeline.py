@@ -224,6 +224,21 @@ def test_what_is_no_pipeline_is_named(thing):
         LoraPipeline(thing, LoraConfig(r=2))
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda pipe: LoraPipeline(pipe, {"r": 2}), r"LoraPipeline: config is a dict.*Write LoraConfig\(\*\*values\)"),
+        (lambda pipe: LoraPipeline.plan(pipe, LoraConfig), r"LoraPipeline\.plan: config is the class LoraConfig"),
+        (lambda pipe: LoraPipeline(pipe, peft_config=LoraConfig()), "no argument 'peft_config'. It is 'config' here"),
+        (lambda pipe: LoraPipeline.load_adapter("folder", pipe), r"Write LoraPipeline\.load_adapter\(pipe, path\)"),
+    ],
+    ids=["a dict", "a class", "a word of PEFT", "swapped"],
+)
+def test_arguments_of_another_kind_are_told(call, said):
+    with pytest.raises(ConfigError, match=said):
+        call(build("Stable Diffusion"))
+
+
 def test_a_part_with_adapters_of_its_own_is_refused():
     pipe = build("Stable Diffusion")
     LoraModel(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
