@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
@@ -219,7 +219,14 @@ class LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores the adapter from a checkpoint, before the optimizer is made."""
-        self._restore(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        if holds_adapter(folder) and not (folder / TRAINER_STATE_NAME).is_file():  # which is written last
+            raise StateError(
+                f"{folder} has no {TRAINER_STATE_NAME}: a run was stopped while it wrote this checkpoint, or it was "
+                "written by save_model. Resume from an earlier checkpoint; or go on with the adapter alone: "
+                "LoraModel.load_adapter(model, folder), then LoraTrainer without lora_config and train()."
+            )
+        self._restore(folder)
 
     def _load_best_model(self) -> None:
         """Restores the adapter from the best checkpoint."""

@@ -264,6 +264,15 @@ class TestResume:
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
 
+    def test_a_checkpoint_that_was_not_written_whole_is_refused(self, tmp_path):
+        trainer(tmp_path).train()
+        (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+        run = trainer(tmp_path)
+        before = values(run.model)
+        with pytest.raises(StateError, match=r"checkpoint-6 has no trainer_state.json: a run was stopped"):
+            run.train(resume_from_checkpoint=True)
+        assert not differing(before, values(run.model))
+
     def test_a_checkpoint_of_a_whole_model_is_refused(self, tmp_path):
         transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images()).train()
         with pytest.raises(StateError, match="holds no adapter"):
