@@ -141,7 +141,8 @@ class LoraTrainer(Trainer):
             LoraModel(self.model).save_adapter(folder, self.adapter_name)
             source = str(getattr(getattr(self.model, "config", None), "_name_or_path", None) or "")
             base = kwargs.get("finetuned_from") or (None if Path(source).exists() else source)  # a path says nothing
-            write_card(folder, self.hub_model_id or folder.name, base, kwargs.get("license"), self.state)
+            name, best = self.hub_model_id or folder.name, self.args.load_best_model_at_end
+            write_card(folder, name, base, kwargs.get("license"), self.state, best=best)
 
     def _declare(self, model: Any) -> None:
         """Lets the Trainer's constructor accept a quantized model: it knows no adapters but PEFT's."""
