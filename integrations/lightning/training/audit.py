@@ -120,8 +120,8 @@ class Audit:
             self._rates = [float(group.get("lr", math.inf)) for group in groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
-            self._by_hand.forget()  # callbacks may have exchanged the whole module
             self.note_moved()
+            self._by_hand.forget()  # callbacks may have exchanged the whole module
             frozen = frozen_tensors(self._module)
             check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
             self._name_frozen_adapters()
@@ -190,6 +190,7 @@ class Audit:
 
     def note_moved(self) -> None:
         """Records what the module has changed by hand, for the checkpoint that is about to be written."""
+        self._by_hand.settle()
         mark_moved(self._module, changed(self._frozen, self._may_be_moved(frozen_tensors(self._module))))
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ class MovedByHand:
         self._unlike = [_Unlike(module, copy) for copy in copies if not is_adapted_alike(module, copy)]
         alike = [_Alike(module, copy) for copy in copies if is_adapted_alike(module, copy)]
         self._all: list[_Unlike | _Alike] = [*self._unlike, *alike]
+        self._alike = alike
 
     def before_batch(self) -> None:
         """Checks what has changed since the last batch, and records the present state."""
@@ -62,6 +63,11 @@ class MovedByHand:
         for each in self._all:
             each.check()
 
+    def settle(self) -> None:
+        """Takes rounding out of copies that hooks after ours have moved, ahead of whatever reads the module."""
+        for each in self._alike:
+            each.settle()
+
     def forget(self) -> None:
         """Ignores changes from now on until the next batch."""
         for each in self._all:
@@ -73,6 +79,7 @@ class MovedByHand:
         Raises:
             StateError: If it has.
         """
+        self.settle()
         for each in self._unlike:
             each.compare()
 
@@ -212,6 +219,12 @@ class _Alike:
         if moves and self._moved == 1 and self._is_new and not self._copy.equal:
             self._start_alike()
         self.note()
+
+    def settle(self) -> None:
+        """Checks once more; only looks of batches count."""
+        looks = self._looks
+        self.check()
+        self._looks = looks
 
     def _origin_is_moved(self) -> bool:
         """Whether of two equal trainable parts it is the origin that follows the other."""

@@ -151,16 +151,20 @@ class TestFollows:
     @pytest.mark.parametrize("when", WHEN)
     @pytest.mark.parametrize("update", [by_data, by_data_in_place])
     @pytest.mark.parametrize("order", [{}, {"frozen": False, "first": True}], ids=["after", "before"])
-    def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when, order):
+    @pytest.mark.parametrize("validated", [1, 0])
+    def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when, order, validated):
+        options = {"limit_val_batches": validated}
         straight = Teacher(update, when, **order)
-        fit(tmp_path, straight, max_epochs=4)
+        fit(tmp_path, straight, max_epochs=4, **options)
+        assert not differing(base_of(Teacher()), base_of(straight))
         torch.manual_seed(1)
         saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        trainer(tmp_path, [lora(BOTH), saver], max_epochs=2).fit(Teacher(update, when, **order), loader(), loader())
+        run = trainer(tmp_path, [lora(BOTH), saver], max_epochs=2, **options)
+        run.fit(Teacher(update, when, **order), loader(), loader())
         path = tmp_path / "epoch=1.ckpt"
         assert all(".lora_" in key for key in load(path)["state_dict"])
         resumed = Teacher(update, when, **order)
-        trainer(tmp_path, [lora(BOTH)], max_epochs=4).fit(resumed, loader(), loader(), ckpt_path=path)
+        trainer(tmp_path, [lora(BOTH)], max_epochs=4, **options).fit(resumed, loader(), loader(), ckpt_path=path)
         assert not differing(values(straight), values(resumed))
 
     @updates
