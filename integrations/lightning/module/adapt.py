@@ -42,7 +42,7 @@ def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibrat
 
 
 def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
-    """Prepares an adapter of the module for training: unmerged and active.
+    """Makes an adapter that the module has ready for training: unmerged, active, and its base frozen again.
 
     Raises:
         StateError: If its configuration is another, or its layers were replaced.
@@ -57,8 +57,9 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
         )
     if lora.merged_adapters:
         lora.unmerge_adapter()
-    if name not in lora.active_adapters:
-        lora.set_adapter((*lora.active_adapters, name), weights=(*lora.active_weights.values(), 1.0))
+    active = lora.active_weights
+    active.setdefault(name, 1.0)
+    lora.set_adapter([*active], weights=[*active.values()])  # a former run may have left gradients switched on
     check_not_replaced(target, name)
 
 

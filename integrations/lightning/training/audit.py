@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,8 @@ class Audit:
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._frozen_by_others: set[str] = set()
+        self._base: dict[str, nn.Parameter] = {}
+        self._thawed: set[str] = set()
         self._late: list[str] | None = None
         frozen = frozen_tensors(module)
         self._frozen = checksums(frozen)
@@ -109,10 +111,10 @@ class Audit:
         self._scale = 1.0
 
     def before_batch(self, *, first_of_epoch: bool) -> None:
-        """Checks once an epoch that the base is still frozen, and notes the learning rates of the first batches.
+        """Lets the base be frozen, and notes the learning rates of the first batches.
 
         Raises:
-            StateError: If something made it trainable.
+            StateError: If something trains the base.
         """
         if self._first is not None:  # before a scheduler changes them at the batch's end
             # An optimizer that finds its own rate (A2Grad, AliG) has none in its groups.
@@ -122,10 +124,28 @@ class Audit:
         if first_of_epoch:
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
-            frozen = frozen_tensors(self._module)
-            check_frozen({name: p for name, p in frozen.items() if isinstance(p, nn.Parameter)})
+            self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
             self._name_frozen_adapters()
+        self._freeze_base()
         self._by_hand.before_batch()
+
+    def _freeze_base(self) -> None:
+        """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once."""
+        thawed = {name: p for name, p in self._base.items() if p.requires_grad}
+        if not thawed:
+            return
+        check_in_no_optimizer(thawed, parameters_of(self._trainer.optimizers))
+        for parameter in thawed.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None  # nobody else would, and clip_grad_norm_ of all parameters counts it
+        new = sorted(thawed.keys() - self._thawed)
+        self._thawed.update(new)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
+                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch. "
+                "If they are to be trained, list their modules in modules_to_save, or leave them out of `target`."
+            )
 
     def _name_frozen_adapters(self) -> None:
         ours = [copy.name for copy in self._copies if copy.frozen and copy.equal]
@@ -135,8 +155,9 @@ class Audit:
         if new:
             rank_zero_warn(
                 f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
-                f"trained: {listing(new)}. on_fit_start or configure_optimizers of the module, or a callback such as "
-                "finetuning-scheduler, does that. If it is meant, leave their layers out with exclude_modules."
+                f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
+                "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
+                "exclude_modules."
             )
 
     def _check_late_layers(self) -> None:
@@ -329,20 +350,21 @@ def loss_scale(trainer: Trainer) -> float:
     return float(scaler.get_scale()) if isinstance(scaler, torch.amp.GradScaler) else 1.0
 
 
-def check_frozen(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Checks that tensors are still frozen.
+def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:
+    """Checks that nobody trains tensors of the base.
 
     Args:
-        parameters: The tensors that have to stay frozen, by name.
+        thawed: Those that require a gradient, by name.
+        held: The parameters that optimizers have, by `id`.
 
     Raises:
-        StateError: If some were made trainable, naming them.
+        StateError: If some are among them, naming them.
     """
-    unfrozen = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    if unfrozen:
+    trained = [name for name, parameter in thawed.items() if id(parameter) in held]
+    if trained:
         raise StateError(
-            f"{len(unfrozen)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
-            f"does that) or by the module: {listing(unfrozen)}. An adapter's checkpoint does not hold them. To train "
+            f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
+            f"does that) or by the module: {listing(trained)}. An adapter's checkpoint does not hold them. To train "
             "them, list their modules in modules_to_save; to keep them frozen, remove the callback."
         )
 

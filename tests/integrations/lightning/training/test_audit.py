@@ -115,6 +115,42 @@ def test_base_unfrozen_by_another_callback_is_refused_by_name(tmp_path):
         trainer(tmp_path, [lora(), finetuning], max_epochs=3).fit(WithBackbone(), loader())
 
 
+class Switches(WithBackbone):
+    """Switches the gradients of its part off and on, as GANs do with their discriminator."""
+
+    def training_step(self, batch, batch_idx):
+        assert all(p.grad is None for name, p in self.net.named_parameters() if "lora" not in name)
+        for on in (False, True):
+            self.net.requires_grad_(on)
+        return super().training_step(batch, batch_idx)
+
+
+def test_base_whose_gradients_the_module_switches_stays_frozen(tmp_path):
+    """No optimizer has it: the run is that of a module that does not switch, and a line names the tensors once."""
+    found, expected = Switches(), WithBackbone()
+    with pytest.warns(UserWarning, match=r"frozen base were made trainable.*net\.0\.") as said:
+        fit(tmp_path, found, max_epochs=3)
+    assert sum("made trainable" in str(each.message) for each in said) == 1
+    fit(tmp_path, expected, max_epochs=3)
+    assert not differing(values(found), values(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*frozen base were made trainable:UserWarning")
+def test_base_that_a_run_leaves_switched_on_is_frozen_in_the_next(tmp_path):
+    module = Switches()
+    for _ in range(2):
+        fit(tmp_path, module, max_epochs=2)
+
+
+def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
+    class HasAll(Switches):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(StateError, match=r"(made trainable|frozen tensors changed).*net\.0\.weight"):
+        fit(tmp_path, HasAll())
+
+
 class Writes(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         with torch.no_grad():
