@@ -407,6 +407,7 @@ class LoraCallback(Callback):
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
+        lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         group = self._group(trainer)
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             # A debugging run of a few batches is not stopped by what they did not learn.
@@ -420,7 +421,7 @@ class LoraCallback(Callback):
             for callback in group:
                 callback._remove_names()
         if writes_files(trainer):
-            tell_written(trainer, files, loading_lines(trainer, pl_module))
+            tell_written(trainer, files, lines)
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses the Trainer of transformers, which calls this when it is made; Lightning's has no such hook.
@@ -629,7 +630,7 @@ def _load_best(trainer: Trainer, module: LightningModule) -> None:
     """Loads the best checkpoint into the module; without one, the last weights stay."""
     path = best_checkpoint(trainer)
     if path:
-        module.load_state_dict(trainer.strategy.load_checkpoint(path)["state_dict"])
+        module.load_state_dict(CheckpointShims.load_own(trainer, path)["state_dict"])
     elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
         rank_zero_warn(
             "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError
+from lora_plugins.adapter import adapter_tensors
 from lora_plugins.errors import listing, near
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.objects import (
@@ -56,6 +57,21 @@ def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, HYPERPARAMETERS: saved} if about["hyperparameters"] else result
 
 
+def without_networks(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint whose hyperparameters have no adapted networks, which would bring their base along."""
+    saved = checkpoint.get(HYPERPARAMETERS)
+    left_out = _adapted_networks(saved)
+    if not left_out:
+        return dict(checkpoint)
+    return {**checkpoint, HYPERPARAMETERS: {key: value for key, value in saved.items() if key not in left_out}}
+
+
+def _adapted_networks(hyperparameters: Any) -> set[str]:
+    """Returns the names of hyperparameters that are adapted networks: those that the module has as its parts."""
+    named = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
+    return {name for name, value in named if isinstance(value, nn.Module) and adapter_tensors(value)}
+
+
 def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a small checkpoint with the hyperparameters of the module that it was made of."""
     with entry_errors():
@@ -75,6 +91,7 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     name, objects = cls.__qualname__, [] if path is None else not_allowed(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
+    given = {name: None for name in given if name not in _adapted_networks(module.hparams)}
     arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
     arguments += [f"allow_globals={objects!r}"] if objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
@@ -135,5 +152,6 @@ def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], g
     if missing:
         raise AdapterFileError(
             f"{cls.__name__} needs {listing(missing)}, which the checkpoint does not have: its save_hyperparameters() "
-            f"left them out. Give them to load_from_checkpoint: {', '.join(f'{name}=...' for name in missing)}."
+            "left them out, or they are adapted networks, which would bring the base along. Give them to "
+            f"load_from_checkpoint: {', '.join(f'{name}=...' for name in missing)}."
         )

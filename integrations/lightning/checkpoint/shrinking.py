@@ -8,7 +8,7 @@ from torch import nn
 from lora_plugins import LoraModel
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
 from lora_plugins.integrations.lightning.checkpoint.objects import with_plain_dicts
-from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line, without_networks
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, map_state_dicts, state_key
 from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin
@@ -45,7 +45,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     )
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
-    small, dicts = with_plain_dicts(small)
+    small, dicts = with_plain_dicts(without_networks(small))
     small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
     merged = merged_weights(module)
     about = {"base": merged, "outside": {key: values for key, values in parts.items() if key in set(left_out)}}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lightning.fabric.utilities.data import AttributeDict
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lora_plugins import AdapterFileError, ConfigError, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
 from lora_plugins.integrations.lightning.cli import export_checkpoint, merge_checkpoint
@@ -158,6 +159,55 @@ def test_an_argument_that_the_file_lacks_is_named(tmp_path):
     with pytest.raises(AdapterFileError, match=r"WithNetwork needs 'net'.*load_from_checkpoint: net=\.\.\."):
         load_from_checkpoint(WithNetwork, path)
     assert LoraModel(load_from_checkpoint(WithNetwork, path, net=Classifier().net)).active_adapters == ("default",)
+
+
+class SavesNetwork(Classifier):
+    """Has its network among its hyperparameters, as Lightning warns of and many do."""
+
+    def __init__(self, net, mode: Mode = Mode.SMALL) -> None:
+        super().__init__()
+        LightningModule.save_hyperparameters(self, {"net": net, "mode": mode})
+        self.net = net
+
+    def save_hyperparameters(self, *_):
+        """Those of its own are all."""
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance:UserWarning")
+class TestNetworkAmongHyperparameters:
+    """It is adapted in place, and would bring the whole base into the file."""
+
+    @pytest.mark.parametrize("options", [{}, {"target": "net"}], ids=["whole", "target"])
+    def test_is_left_out_and_asked_for(self, tmp_path, capsys, options):
+        module, saver = SavesNetwork(Classifier().net), ModelCheckpoint(tmp_path, filename="it")
+        trainer(tmp_path, [lora(LoraConfig(r=2), **options), saver], max_epochs=1).fit(module, loader())
+        assert "net=..." in capsys.readouterr().out
+        path = tmp_path / "it.ckpt"
+        with pytest.raises(AdapterFileError, match=r"SavesNetwork needs 'net'.*net=\.\.\."):
+            load_from_checkpoint(SavesNetwork, path, allow_globals=[Mode])
+        again = load_from_checkpoint(SavesNetwork, path, allow_globals=[Mode], net=Classifier().net)
+        assert not differing(values(again), values(module))
+
+    def test_merged_module_has_it(self, tmp_path):
+        module = SavesNetwork(Classifier().net)
+        run = trainer(tmp_path, [lora(merge_on_fit_end=True)], max_epochs=1)
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        again = SavesNetwork.load_from_checkpoint(tmp_path / "it.ckpt", weights_only=False)
+        assert not differing(values(again), values(module))
+
+    def test_is_no_copy_of_weights_that_somebody_averages(self, tmp_path, recwarn):
+        trainer(tmp_path, [lora()], max_epochs=1).fit(SavesNetwork(Classifier().net), loader())
+        assert not [each for each in recwarn if "copies of weights" in str(each.message)]
+
+
+def test_best_checkpoint_of_the_run_itself_is_read_whatever_it_holds(tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val/loss")
+    best = lora(merge_source="best", save_adapter_to=str(tmp_path / "adapter"))
+    module = Configured(Mode.LARGE)
+    trainer(tmp_path, [best, saver]).fit(module, loader(), loader())
+    again = load_from_checkpoint(Configured, saver.best_model_path, allow_globals=[Mode])
+    assert not differing(values(again), values(module))
 
 
 @pytest.mark.parametrize("write", [merge_checkpoint, export_checkpoint], ids=["merge", "export"])
