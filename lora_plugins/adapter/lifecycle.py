@@ -18,8 +18,8 @@ from typing import Literal
 Condition = Literal["leaving", "in a block", "in a mixed batch", "merged"]
 
 CONDITIONS: Mapping[Condition, str] = {
-    "leaving": "{doing} is not possible: merge_and_unload() was stopped when some layers were merged permanently. Call it "
-    "again to merge the others.",
+    "leaving": "{doing} is not possible: merge_and_unload() was stopped when some layers were merged permanently. Call "
+    "it again to merge the others.",
     "in a block": "{doing} is not possible inside {block}. Leave the `with` block first.",
     "in a mixed batch": "{doing} is not possible inside mixed_batch(), which is for inference. Call model.eval() "
     "first.",
