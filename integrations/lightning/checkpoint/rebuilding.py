@@ -61,7 +61,7 @@ def without_networks(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint whose hyperparameters have no adapted networks, which would bring their base along."""
     saved = checkpoint.get(HYPERPARAMETERS)
     left_out = _adapted_networks(saved)
-    if not left_out:
+    if not left_out or not isinstance(saved, dict):
         return dict(checkpoint)
     return {**checkpoint, HYPERPARAMETERS: {key: value for key, value in saved.items() if key not in left_out}}
 
@@ -91,7 +91,8 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     name, objects = cls.__qualname__, [] if path is None else not_allowed(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
-    given = {name: None for name in given if name not in _adapted_networks(module.hparams)}
+    for network in _adapted_networks(module.hparams):
+        del given[network]
     arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
     arguments += [f"allow_globals={objects!r}"] if objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"

@@ -42,7 +42,7 @@ def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibrat
 
 
 def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
-    """Makes an adapter that the module has ready for training: unmerged, active, and its base frozen again.
+    """Prepares an adapter of the module for training: unmerged and active, with its base frozen again.
 
     Raises:
         StateError: If its configuration is another, or its layers were replaced.
