@@ -24,7 +24,7 @@ from lora_plugins.formats.peft_values import values_for_peft
 from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
-from lora_plugins.formats.tensor_file import read_json, read_tensors, write_json, write_tensors
+from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -106,8 +106,7 @@ class PeftFormat(PortableFormat):
             fan_in_fan_out=types == {"transformers_conv1d"},
         )
         tensors = layer_keys(layers) | value_keys(values.tensors, layers)
-        write_tensors(path / TENSORS, tensors, {"format": "pt"})
-        write_json(path / CONFIG, fields)
+        write_described_tensors(path / TENSORS, tensors, {"format": "pt"}, path / CONFIG, fields)
         return path
 
 

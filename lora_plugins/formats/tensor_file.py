@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import replace_file, replace_files
 
 LARGEST_HEADER = 16 << 20
 """Bytes of JSON that a file may hold: a hundred times those of an adapter for the largest models."""
@@ -109,12 +109,26 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file; the old one stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, _as_safetensors(tensors, metadata))
+
+
+def write_described_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Path, content: Mapping[str, Any]
+) -> None:
+    """Writes a safetensors file and the JSON file that describes it, of which no old and new one come together.
+
+    Args:
+        path: The file of tensors.
+        tensors: The tensors.
+        metadata: What its header holds besides.
+        config: The JSON file, in the same folder.
+        content: What it holds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: _as_safetensors(tensors, metadata), config: json.dumps(content, indent=2).encode()})
+
+
+def _as_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # Copies, since safetensors refuses tensors that share memory, and one A may stand for two layers.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    replace_file(path, safetensors.torch.save(own, dict(metadata)))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file; the old one stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(content, indent=2).encode())
+    return safetensors.torch.save(own, dict(metadata))

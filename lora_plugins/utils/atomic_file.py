@@ -5,6 +5,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
@@ -22,19 +23,47 @@ def replace_file(path: Path, data: bytes) -> None:
     What processes left that were killed on their way to this file is removed. An error of a write, which has no name of
     a file, gets this one.
     """
-    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    replace_files({path: data})
+
+
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """Writes files that belong together so that a process killed at any moment leaves no mixture of old and new ones.
+
+    While they are exchanged, the last one, without which nobody reads the others, is not there.
+
+    Args:
+        files: The contents by path, in one folder.
+    """
+    temporary = {path: _temporary(path) for path in files}
+    try:
+        for path, data in files.items():
+            _write(temporary[path], data, path)
+        *others, last = files
+        if others:
+            last.unlink(missing_ok=True)
+        for path in files:
+            os.replace(temporary[path], path)
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    for path in files:
+        remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _write(temporary: Path, data: bytes, path: Path) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
-    remove_leftovers(path.parent, re.compile(re.escape(path.name)))
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:

@@ -1,0 +1,50 @@
+"""PEFT's two files of an adapter, which are replaced by those of another one and stopped on the way."""
+
+import os
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
+
+X = torch.ones(2, 4)
+
+
+def adapted(alpha):
+    torch.manual_seed(0)
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, alpha=alpha, init="none"))
+    with torch.no_grad():
+        lora.model[0].lora_B["default"].mul_(alpha)
+    return lora
+
+
+def loaded(folder):
+    torch.manual_seed(0)
+    return LoraModel.load_adapter(nn.Sequential(nn.Linear(4, 4)), folder).model(X)
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "unlink"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_file_of_one_adapter_is_read_with_that_of_another(tmp_path, monkeypatch, call, count):
+    old, new = adapted(2.0), adapted(16.0)
+    old.save_adapter(tmp_path, format="peft")
+    run, calls = getattr(os, call), []
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(os, call, stopped)
+    with suppress(KeyboardInterrupt):
+        new.save_adapter(tmp_path, format="peft")
+    monkeypatch.undo()
+    outputs = [each.model(X) for each in (old, new)]
+    try:
+        found = loaded(tmp_path)
+    except AdapterFileError:
+        return
+    assert any(torch.equal(found, output) for output in outputs)
