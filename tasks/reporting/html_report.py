@@ -36,7 +36,7 @@ from lora_plugins.tasks.reporting.run_facts import (
 from lora_plugins.tasks.reporting.sample_choice import Judged, choose, example, judge, on_device_of
 from lora_plugins.tasks.segmentation import IGNORED
 from lora_plugins.tasks.training import VisionTask, next_steps
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import replace_files
 from lora_plugins.writable import check_writable_file
 
 VAL = "val/"
@@ -172,8 +172,8 @@ class HtmlReport(Callback):
         run = as_stored(self._run(trainer, task, judged))
         void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, render_report(run, examples, void).encode())
-        replace_file(self.path.with_suffix(".json"), run_as_json(run).encode())
+        page, numbers = render_report(run, examples, void).encode(), run_as_json(run).encode()
+        replace_files({self.path: page, self.path.with_suffix(".json"): numbers})
         tell_written(trainer, {"Report": self.path})
 
     def _share_of_epoch(self, trainer: Trainer) -> float:
