@@ -46,6 +46,7 @@ from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
 from lora_plugins.utils import outside_inference
 from lora_plugins.words import MEMBERS, Told, said_of_member
+from lora_plugins.writable import check_writable_place
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -371,11 +372,13 @@ class LoraModel(metaclass=Told):
             StateError: If something is merged, no name is given and not exactly one adapter is active, or tensors are
                 split over processes.
             AdapterFileError: If the format cannot express the adapter. Nothing is written.
+            ConfigError: If nothing can be written there, or the path is a file where the format has folders.
             PluginError: If there is no such format.
         """
         state = self._state
         state.check("save_adapter")
         check_here(self.model, "save_adapter")
+        check_writable_place(Path(path), "path")
         if adapter_name is None:
             if len(state.active) != 1:
                 raise StateError(f"{len(state.active)} adapters are active. Say which one to save: adapter_name=...")

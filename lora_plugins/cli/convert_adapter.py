@@ -40,17 +40,12 @@ def run(arguments: Sequence[str]) -> int:
     source = registry.get(FORMATS, given.source_format) if given.source_format else format_of(found)
     target = registry.get(FORMATS, given.to)
     read, write = options_of(source, _options(given.read_option)), options_of(target, _options(given.write_option))
-    try:
-        if given.model is None:
-            path = convert(found, source, read, given.target, target, write)
-        else:
-            model = _model(given.model, given.weights)
-            lora = LoraModel.load_adapter(model, found, format=source.name, format_options=read)
-            path = lora.save_adapter(given.target, format=target.name, format_options=write)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"The target is {given.target}, which is a file, and the format {target.name!r} is a folder. Name another."
-        ) from error
+    if given.model is None:
+        path = convert(found, source, read, given.target, target, write)
+    else:
+        model = _model(given.model, given.weights)
+        lora = LoraModel.load_adapter(model, found, format=source.name, format_options=read)
+        path = lora.save_adapter(given.target, format=target.name, format_options=write)
     print(f"Wrote {path} in the format {target.name!r}, from {given.source} in the format {source.name!r}.")
     if target.name == OWN_FORMAT:
         print("It will load on a base with the weights that this model had, which it compares.")

@@ -21,13 +21,19 @@ from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_wri
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import check_regular, remove_leftovers, replace_file
+from lora_plugins.writable import check_writable_folder
 
 _WRITTEN = re.compile(f"{TENSOR_FILE.pattern}|{re.escape(MANIFEST)}")
 """The names of the files in an adapter folder."""
 
 
 def write(folder: Path, packed: PackedAdapter) -> Path:
-    """Writes an adapter into a folder, replacing the one that is there; returns the folder."""
+    """Writes an adapter into a folder, replacing the one that is there; returns the folder.
+
+    Raises:
+        ConfigError: If the path is a file, or nothing can be written there.
+    """
+    check_writable_folder(folder, "path")
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in packed.tensors.items()})
     digest = hashlib.sha256(data).hexdigest()

@@ -25,6 +25,7 @@ from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
+from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -87,6 +88,7 @@ class PeftFormat(PortableFormat):
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
         """Writes a folder; see `PortableFormat`."""
+        check_writable_folder(path, "path")
         layers = with_attention(adapter)
         values = values_for_peft(adapter, model)
         r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())

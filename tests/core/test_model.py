@@ -385,3 +385,13 @@ class TestNested:
         assert all(parameter.requires_grad for parameter in model[0].parameters())
         LoraModel(model[0], LoraConfig(r=2))  # side by side
         part.unload()
+
+
+@pytest.mark.parametrize("format", ["lora_plugins", "peft"])
+def test_a_file_is_no_place_for_a_folder(tmp_path, format):
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2))
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"path is .*file.* Name a(nother place| folder)\."):
+            lora.save_adapter(path, format=format)
+    assert (tmp_path / "file").read_text() == "kept"

@@ -86,7 +86,7 @@ class TestConvert:
         assert main(["convert", str(path), str(tmp_path / "file" / "b"), "--to", "peft"]) == 1
         assert f"{tmp_path / 'file'} is a file. Name another place." in capsys.readouterr().err
         assert main(["convert", str(path), str(tmp_path / "file"), "--to", "peft"]) == 1
-        assert "which is a file, and the format 'peft' is a folder" in capsys.readouterr().err
+        assert "which is a file. Name a folder." in capsys.readouterr().err
 
     def test_without_a_model(self, lora, tmp_path):
         lora.save_adapter(tmp_path / "a", format="peft")
