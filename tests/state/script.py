@@ -64,6 +64,7 @@ _LINES: dict[str, Callable[..., str]] = {
         f"# a new model with the base of slot {slot}\n"
         f"lora = LoraModel.load_adapter(model, folder + '/{slot}', registry=registry())"
     ),
+    "swap": lambda slot, name: f"lora.swap_adapter({name!r}, folder + '/{slot}')",
     "load_base": lambda seed: f"model.load_state_dict(build(model_blocks, model_dtype, seed={seed}).state_dict())",
     "snap": lambda: "kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}",
     "load_own": lambda: "model.load_state_dict(kept if 'kept' in globals() else model.state_dict())",

@@ -59,6 +59,18 @@ SEQUENCES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"modules_to_save": ["head"]}], ids=["bias", "head"])
+def test_what_is_saved_in_a_block_after_a_cast_is_what_is_saved_after_the_block(fields):
+    """The adapter's own values were not in place when the model was cast."""
+    lora = LoraModel(Net(), LoraConfig(r=2, target_modules=["a"], **fields))
+    with lora.disable_adapter():
+        lora.model.to(torch.bfloat16)
+        inside = lora.pack("default").tensors
+    outside = lora.pack("default").tensors
+    assert {key: tensor.dtype for key, tensor in inside.items()} == {key: t.dtype for key, t in outside.items()}
+    assert all(torch.equal(inside[key], tensor) for key, tensor in outside.items())
+
+
 def test_a_base_that_is_loaded_after_a_cast_keeps_all_its_digits():
     model = adapted("float", torch.bfloat16).float()
     base = {name: tensor + (1e-4 if tensor.is_floating_point() else 0) for name, tensor in Net().state_dict().items()}
