@@ -17,6 +17,26 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 
 
+class _Shim:
+    """Stands in for a method; a pickle or a copy of the object has the method itself in its place.
+
+    Lightning tells by `__code__` that a method is overridden, and looks at what `functools.wraps` points to instead.
+    """
+
+    lora_removed = False
+
+    def __init__(self, owner: object, name: str, call: Any) -> None:
+        self._owner, self._name, self._call = owner, name, call
+        self.lora_below = vars(owner).get(name)
+        self.__code__ = call.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+        return getattr, (self._owner, self._name)
+
+
 class MethodShims:
     """Functions that stand in for methods of one object, a module or a strategy, until they are removed.
 
@@ -28,14 +48,10 @@ class MethodShims:
         self._shims: list[tuple[str, Any]] = []
 
     def after(self, name: str, then: Callable[[Any], None], before: Callable[[], None] | None = None) -> None:
-        """Calls `then` with what the method returned, and `before` ahead of it.
-
-        The shim is a plain function: Lightning regards a method as not overridden where `functools.wraps` points to one
-        that is not.
-        """
+        """Calls `then` with what the method returned, and `before` ahead of it."""
         original = getattr(self._owner, name)
 
-        def shim(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if (name, shim) not in self._shims:  # removed, while another one still calls it
                 return original(*args, **kwargs)
             if before is not None:
@@ -44,7 +60,7 @@ class MethodShims:
             then(result)
             return result
 
-        shim.lora_below = self._owner.__dict__.get(name)  # type: ignore[attr-defined]
+        shim = _Shim(self._owner, name, call)
         self._shims.append((name, shim))
         self._owner.__dict__[name] = shim
 

@@ -1,6 +1,8 @@
 """The full order of hooks and of what stands in for them, and what is left when a run is over."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 from lightning.pytorch import Callback, LightningModule
@@ -9,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lora_plugins import LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning import LoraCallback
-from tests.integrations.lightning.toys import CONFIG, Classifier, loader, trainer
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
 
 
 class Recorder(Callback):
@@ -150,3 +152,25 @@ def test_module_that_overrides_nothing_keeps_its_own_methods_after_fit(tmp_path)
     trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)]).fit(module, loader())
     assert module.configure_optimizers is own
     assert LoraModel(module).active_adapters == ("default",)
+
+
+class Copies(Callback):
+    """Copies the module while it is fitted, as pickled hyperparameters do that hold a callback of its Trainer."""
+
+    def __init__(self, copied):
+        self.copied, self.copies = copied, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.copies.append(self.copied(pl_module))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_module_is_copied_while_it_is_fitted(tmp_path, copied):
+    """The copy has the methods of its own."""
+    copies, module = Copies(copied), Classifier()
+    trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False), copies], max_epochs=1).fit(module, loader())
+    last = copies.copies[-1]
+    assert not differing(values(last), values(module))
+    (optimizer,), _ = last.configure_optimizers()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held <= {id(p) for p in last.parameters()}
