@@ -27,6 +27,7 @@ def warn_of_left_out(module: LightningModule, forgotten: Sequence[str]) -> None:
         rank_zero_warn(
             f"{listing(kept, 3)} of {type(module).__name__} has copies of weights, made before there were "
             "adapters: what averages them, or measures the distance to them, does not see A and B, and pairs of "
-            "parameters and copies may not belong together. Make the copies in on_fit_start, or let "
-            "EMAWeightAveraging average."
+            "parameters and copies may not belong together. After a merge they are still the pretrained weights: a "
+            "module that puts them in place of its own, to validate say, is the pretrained one then. Make the copies "
+            "in on_fit_start, or let EMAWeightAveraging average."
         )

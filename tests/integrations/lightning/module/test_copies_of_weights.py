@@ -64,7 +64,7 @@ def fit(tmp_path, module):
 def test_copies_that_were_made_before_are_named(tmp_path, keep, name):
     module = Classifier()
     keep(module)
-    with pytest.warns(UserWarning, match=rf"'{name}' of Classifier has copies of weights.*on_fit_start"):
+    with pytest.warns(UserWarning, match=rf"'{name}' of Classifier has copies of weights.*After a merge.*on_fit_start"):
         fit(tmp_path, module)
 
 
