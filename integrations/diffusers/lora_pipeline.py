@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
 from lora_plugins.arguments import with_checked_arguments
@@ -52,13 +52,14 @@ class LoraPipeline(LoraModel):
     @staticmethod
     def plan(pipe: Any, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
         """Returns what would be adapted in a pipeline; touches nothing. See `LoraModel.plan`."""
-        return LoraModel.plan(parts_of(pipe), _completed(pipe, config), registry=registry)
+        parts = parts_of(pipe)
+        return LoraModel.plan(parts, _completed(pipe, parts, config), registry=registry)
 
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
         """Adds an adapter, by default to the layers that a first one would have. See `LoraModel.add_adapter`."""
-        super().add_adapter(adapter_name, _completed(self._pipe, config), init_data=init_data)
+        super().add_adapter(adapter_name, _completed(self._pipe, self.model, config), init_data=init_data)
 
     @classmethod
     def load_adapter(
@@ -92,9 +93,8 @@ class LoraPipeline(LoraModel):
         return cls(pipe, registry=registry)
 
 
-def _completed(pipe: Any, config: LoraConfig) -> LoraConfig:
+def _completed(pipe: Any, parts: nn.Module, config: LoraConfig) -> LoraConfig:
     """Returns a config that names its layers."""
-    parts = parts_of(pipe)
     if config.target_modules is not None or parts is pipe:
         return config
     family = denoising_family(parts)
@@ -103,4 +103,4 @@ def _completed(pipe: Any, config: LoraConfig) -> LoraConfig:
             f"It is not known which layers of a {type(pipe).__name__} are worth adapting. Name them: target_modules="
             "['to_q', 'to_k', 'to_v', 'to_out.0'] are the attention of most denoisers."
         )
-    return replace(config, target_modules=default_targets(family, parts))
+    return replace(config, target_modules=default_targets(family, cast(nn.ModuleDict, parts)))
