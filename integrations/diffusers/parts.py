@@ -33,8 +33,9 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
         )
     if parts is not None and not _same(parts, found) and model_state(parts) is not None:
         raise StateError(
-            f"A part of the {type(pipe).__name__} was replaced while it had adapters: LoraModel(parts).unload() first. "
-            f"It had {', '.join(parts)}, and has {', '.join(found)}."
+            f"A part of the {type(pipe).__name__} was replaced or taken out while it had adapters: it had "
+            f"{', '.join(parts)}, and has {', '.join(found)}. Put it back and call LoraPipeline(pipe).unload() first; "
+            "parts that are not needed are taken out before adapters are put on."
         )
     if parts is None or not _same(parts, found):
         parts = nn.ModuleDict(found)

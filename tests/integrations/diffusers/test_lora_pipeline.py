@@ -260,7 +260,10 @@ def test_a_part_that_is_replaced_under_adapters_is_refused():
     pipe = build("Stable Diffusion")
     LoraPipeline(pipe, LoraConfig(r=2))
     own, pipe.text_encoder = pipe.text_encoder, build("Stable Diffusion").text_encoder
-    with pytest.raises(StateError, match="was replaced while it had adapters"):
+    with pytest.raises(StateError, match=r"was replaced or taken out while it had adapters.*Put it back"):
+        LoraPipeline(pipe)
+    pipe.text_encoder = None
+    with pytest.raises(StateError, match=r"had unet, text_encoder, and has unet\."):
         LoraPipeline(pipe)
     pipe.text_encoder = own
     LoraPipeline(pipe).unload()
