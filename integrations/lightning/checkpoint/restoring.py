@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.adapter import model_state
+from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import named_parameters, own_tensor
@@ -115,15 +115,19 @@ def _attach_or_overwrite(
     name = str(packed.manifest.get("adapter_name"))
     state = model_state(target)
     present = state is not None and name in state.adapters
-    if present and (lost_layers(target, name) or not _same_changed_base(target, name, packed)):
-        LoraModel(target).delete_adapter(name)
-        present = False
-    if present:
-        _overwrite(target, name, packed)
-    else:
+    if not present:
         LoraModel.load_packed(target, packed, name)
+    elif lost_layers(target, name) or not _same_changed_base(target, name, packed):
+        whole(target, lambda: _put_anew(target, name, packed))
+    else:
+        _overwrite(target, name, packed)
     _set_active(target, name, adapter["active"], adapter.get("weight", 1.0))
     return [] if present else [(target, name)]
+
+
+def _put_anew(target: nn.Module, name: str, packed: PackedAdapter) -> None:
+    LoraModel(target).delete_adapter(name)
+    LoraModel.load_packed(target, packed, name)
 
 
 def _same_changed_base(target: nn.Module, name: str, packed: PackedAdapter) -> bool:

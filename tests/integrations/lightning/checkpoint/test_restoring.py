@@ -87,6 +87,21 @@ class TestRefused:
     def test_other_base_of_the_same_shape(self, tmp_path):
         self.refused(tmp_path, by_trainer(tmp_path), "another base", Classifier(base_seed=1))
 
+    @pytest.mark.parametrize("init", ["kaiming", "pissa"])
+    def test_an_adapter_that_was_trained_stays(self, tmp_path, init):
+        """Whether its init changed the base, so that it is put on anew, or not."""
+        config, other = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init), Classifier(base_seed=1)
+        run = trainer(tmp_path, [callback(config=config)])
+        run.fit(other, loader())
+        run.save_checkpoint(tmp_path / "other.ckpt")
+        module = Classifier()
+        trainer(tmp_path, [callback(config=config)]).fit(module, loader())
+        parameters = dict(module.named_parameters())
+        self.refused(tmp_path, tmp_path / "other.ckpt", "another base", module, config=config)
+        now = dict(module.named_parameters())
+        assert now.keys() == parameters.keys()
+        assert all(now[name] is parameter for name, parameter in parameters.items())
+
     def test_other_model(self, tmp_path):
         self.refused(tmp_path, by_trainer(tmp_path), "another model", Classifier(width=8))
 
