@@ -82,11 +82,7 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
     Raises:
         AdapterFileError: If configuration, tensors or base differ, naming what does.
     """
-    if details := differing_config(own, packed):
-        raise AdapterFileError(
-            f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
-            "file, or start without ckpt_path."
-        )
+    check_same_config(name, own, packed)
     here, there = own.manifest["tensors"], packed.manifest["tensors"]
     if set(here) != set(there):
         odd = sorted(set(here) ^ set(there))
@@ -105,6 +101,19 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
             f"The checkpoint's adapter {name!r} was trained on another base: {listing(wrong)} differ from the weights "
             f"it was made for ({len(wrong)} of {count}). Load the same pretrained weights first, "
             "unmerged."
+        )
+
+
+def check_same_config(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:
+    """Checks that an adapter of a checkpoint has the configuration of that of the module; arguments as above.
+
+    Raises:
+        AdapterFileError: If it differs, naming in what.
+    """
+    if details := differing_config(own, packed):
+        raise AdapterFileError(
+            f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
+            "file, or start without ckpt_path."
         )
 
 

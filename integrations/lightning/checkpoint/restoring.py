@@ -14,6 +14,7 @@ from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
+    check_same_config,
     locate_adapter,
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
@@ -55,9 +56,11 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with entry_errors():
             _put_base(module, entry.get("base", []), state, replaced)
+            check_no_surplus(module, entry)
+            for adapter in entry["adapters"]:  # all of them, before one is overwritten
+                _check_present(module, adapter, state)
             for adapter in entry["adapters"]:
                 added += _attach_or_overwrite(module, adapter, state)
-            check_no_surplus(module, entry)
             _check_outside(module, entry.get("outside", {}))
             take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.
@@ -115,12 +118,15 @@ def _attach_or_overwrite(
     name = str(packed.manifest.get("adapter_name"))
     state = model_state(target)
     present = state is not None and name in state.adapters
+    own = _overwritable(target, name, packed) if present else None
     if not present:
         LoraModel.load_packed(target, packed, name)
-    elif lost_layers(target, name) or not _same_changed_base(target, name, packed):
+    elif own is None:
         whole(target, lambda: _put_anew(target, name, packed))
     else:
-        _overwrite(target, name, packed)
+        with torch.no_grad():
+            for key, tensor in own.tensors.items():
+                tensor.copy_(packed.tensors[key])
     _set_active(target, name, adapter["active"], adapter.get("weight", 1.0))
     return [] if present else [(target, name)]
 
@@ -130,17 +136,26 @@ def _put_anew(target: nn.Module, name: str, packed: PackedAdapter) -> None:
     LoraModel.load_packed(target, packed, name)
 
 
-def _same_changed_base(target: nn.Module, name: str, packed: PackedAdapter) -> bool:
-    """Whether the adapter's init changed the base as it did in the checkpoint (LoftQ changes the base)."""
-    return bool(LoraModel(target).pack(name).manifest["changed"] == packed.manifest["changed"])
+def _check_present(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Checks an adapter that the module has, and that is overwritten or put on anew."""
+    target, packed = locate_adapter(module, adapter, saved)
+    name, state = str(packed.manifest.get("adapter_name")), model_state(target)
+    if state is None or name not in state.adapters:
+        return
+    config = state.adapters[name].plan.config.to_dict()
+    check_same_config(name, PackedAdapter({"config": config}, {}), packed)
+    own = _overwritable(target, name, packed)
+    if own is not None:
+        check_same_adapter(name, own, packed)
 
 
-def _overwrite(target: nn.Module, name: str, packed: PackedAdapter) -> None:
-    own = LoraModel(target).pack(name)
-    check_same_adapter(name, own, packed)
-    with torch.no_grad():
-        for key, tensor in own.tensors.items():
-            tensor.copy_(packed.tensors[key])
+def _overwritable(target: nn.Module, name: str, packed: PackedAdapter) -> PackedAdapter | None:
+    """Returns an adapter whose tensors can take other values; None where its layers, or the base, have to change.
+
+    LoftQ changes the base, otherwise than in the file on another machine.
+    """
+    own = None if lost_layers(target, name) else LoraModel(target).pack(name)
+    return own if own is not None and own.manifest["changed"] == packed.manifest["changed"] else None
 
 
 def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> None:

@@ -1,5 +1,7 @@
 """A small file goes back onto the base, in a Trainer, or is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -9,7 +11,7 @@ from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.checkpoint import KEY
 from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS, Late, by_trainer, callback
-from tests.integrations.lightning.toys import Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 
 @pytest.mark.parametrize("save", PATHS.values(), ids=PATHS.keys())
@@ -76,10 +78,33 @@ class TestRefused:
         run.save_checkpoint(tmp_path / "plain.ckpt")
         self.refused(tmp_path, tmp_path / "plain.ckpt", "holds no adapter")
 
-    def test_other_rank(self, tmp_path):
-        self.refused(tmp_path, by_trainer(tmp_path), "r is 2 in the file and 3 here", config=LoraConfig(
-            r=3, target_modules=["net.0", "net.3"]
-        ))  # fmt: skip
+    @pytest.mark.parametrize("init", ["kaiming", "pissa"])
+    def test_other_rank(self, tmp_path, init):
+        config = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init)
+        run = trainer(tmp_path, [callback(config=config)])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        module = Classifier()
+        with pytest.raises(AdapterFileError, match="r is 2 in the file and 3 here"):
+            trainer(tmp_path, [callback(config=replace(config, r=3))], max_epochs=4).fit(
+                module, loader(), ckpt_path=tmp_path / "it.ckpt"
+            )
+        LoraModel(module).unload()
+        assert not differing(values(module), values(Classifier()))
+
+    def test_the_second_of_two_leaves_the_first(self, tmp_path):
+        def callbacks(**second):
+            return [callback(adapter_name="a"), callback(adapter_name="b", config=replace(CONFIG, **second))]
+
+        run = trainer(tmp_path, callbacks(r=3))
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        module = Classifier()
+        trainer(tmp_path, callbacks(), max_epochs=3).fit(module, loader())
+        before = values(module)
+        with pytest.raises(AdapterFileError, match="adapter 'b' has another configuration"):
+            trainer(tmp_path, callbacks(), max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "it.ckpt")
+        assert not differing(before, values(module))
 
     def test_other_adapter(self, tmp_path):
         self.refused(tmp_path, by_trainer(tmp_path), "other.*adapter_name", adapter_name="other")
