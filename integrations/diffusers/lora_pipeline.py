@@ -59,7 +59,8 @@ class LoraPipeline(LoraModel):
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
         """Adds an adapter, by default to the layers that a first one would have. See `LoraModel.add_adapter`."""
-        super().add_adapter(adapter_name, _completed(self._pipe, self.model, config), init_data=init_data)
+        completed = _completed(self._pipe, cast(nn.ModuleDict, self.model), config)
+        super().add_adapter(adapter_name, completed, init_data=init_data)
 
     @classmethod
     def load_adapter(
@@ -93,7 +94,7 @@ class LoraPipeline(LoraModel):
         return cls(pipe, registry=registry)
 
 
-def _completed(pipe: Any, parts: nn.Module, config: LoraConfig) -> LoraConfig:
+def _completed(pipe: Any, parts: nn.ModuleDict, config: LoraConfig) -> LoraConfig:
     """Returns a config that names its layers."""
     if config.target_modules is not None or parts is pipe:
         return config
@@ -103,4 +104,4 @@ def _completed(pipe: Any, parts: nn.Module, config: LoraConfig) -> LoraConfig:
             f"It is not known which layers of a {type(pipe).__name__} are worth adapting. Name them: target_modules="
             "['to_q', 'to_k', 'to_v', 'to_out.0'] are the attention of most denoisers."
         )
-    return replace(config, target_modules=default_targets(family, cast(nn.ModuleDict, parts)))
+    return replace(config, target_modules=default_targets(family, parts))
