@@ -3,7 +3,7 @@
 Depends on `module`, `shims` and `strategies`.
 """
 
-from lora_plugins.integrations.lightning.training.audit import Audit, Start
+from lora_plugins.integrations.lightning.training.audit import Audit
 from lora_plugins.integrations.lightning.training.averages import (
     check_averages,
     copy_into_averages,
@@ -16,6 +16,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     calibrate_on_train_batches,
     needs_data,
 )
+from lora_plugins.integrations.lightning.training.frozen_base import Start
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
 from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers, parameters_of

@@ -2,8 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,51 +18,26 @@ from lora_plugins.integrations.lightning.module import (
     adapted_weights,
     built_since,
     built_too_late,
-    checksum,
     checksums,
     frozen_by_author,
     frozen_by_others,
     frozen_tensors,
     is_adapted_alike,
     is_within,
-    known_fingerprints,
-    local,
     mark_moved,
     trained_parameters,
 )
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
+from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
+from lora_plugins.integrations.lightning.training.frozen_base import (
+    Start,
+    changed,
+    check_in_no_optimizer,
+    check_unchanged,
+    frozen_sums,
+)
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
-
-STEPS = 2
-"""Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
-
-Sums = Mapping[str, tuple[torch.dtype, int]]
-"""Type and check sum of tensors by name."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The state of a module when it was adapted.
-
-    Args:
-        sums: Of each tensor that no adapter may change.
-        fingerprints: Of what adapters are trained on.
-    """
-
-    sums: Sums = field(default_factory=dict)
-    fingerprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Start":
-        """Records the present state of a module."""
-        return cls(_frozen_sums(module), known_fingerprints(module))
-
-
-_NO_GRADIENT = (
-    "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
-    "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
-)
 
 _OF_WEIGHTS = "differentiated Tensor"
 """What torch says of a gradient with respect to a tensor that is frozen, or on no way to the loss."""
@@ -88,7 +62,7 @@ class Audit:
 
     def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
-        now = _frozen_sums(module)
+        now = frozen_sums(module)
         # In another type they cannot be compared: a precision plugin has converted them.
         alike = [name for name, (dtype, _) in start.sums.items() if name in now and now[name][0] == dtype]
         mark_moved(module, [name for name in alike if now[name] != start.sums[name]], start.fingerprints)
@@ -261,133 +235,7 @@ class Audit:
         return {name: self._frozen[name] for name in frozen_tensors(self._module) if name in self._frozen}
 
 
-def _frozen_sums(module: nn.Module) -> Sums:
-    """Returns type and checksum of each tensor that no adapter of a module may change."""
-    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
-
-
-class FirstSteps:
-    """Watches parameters until each has had a gradient and has changed.
-
-    Args:
-        trained: The parameters by name.
-        copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
-    """
-
-    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]] = ()) -> None:
-        self._trained, self._copies = trained, copies
-        self._without = set(trained)
-        self._start = {name: local(p).clone() for name, p in trained.items()}
-        self._steps = 0
-        self._checked = False
-
-    def before_step(self) -> None:
-        """Notes which parameters have a gradient, ahead of a step of an optimizer.
-
-        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
-        """
-        self._without -= {
-            name
-            for name in self._without
-            if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
-        }
-
-    def after_step(self, learning_rates: Iterable[float]) -> bool:
-        """Checks what a batch with a step has changed; returns whether there is more to watch.
-
-        Args:
-            learning_rates: Of all parameter groups, as the batch found them.
-
-        Raises:
-            StateError: If no trainable tensor got a gradient.
-        """
-        self._check_gradients()
-        self._steps += min(learning_rates, default=0.0) > 0
-        if self._steps < STEPS:
-            return True
-        self._check_moved()
-        return False
-
-    def _check_gradients(self) -> None:
-        if self._checked:
-            return
-        self._checked = True
-        self._without = {name for name in self._without if self._trained[name].requires_grad}
-        for parts in self._copies:
-            insides = [{name for name in self._trained if is_within(name, part)} for part in parts]
-            inside = next((inside for inside in insides if inside <= self._without), set())
-            self._start = {name: start for name, start in self._start.items() if name not in inside}
-            self._without -= inside
-        if self._without and len(self._without) == len(self._start):
-            raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
-        if self._without:
-            rank_zero_warn(
-                f"{len(self._without)} of {len(self._start)} trainable tensors got no gradient in the first step: "
-                f"{listing(sorted(self._without))}. {_NO_GRADIENT} If that is meant, leave them out of the "
-                "adapter with exclude_modules."
-            )
-
-    def _check_moved(self) -> None:
-        unmoved = [
-            name
-            for name, start in self._start.items()
-            if name not in self._without
-            and start.numel()
-            and self._trained[name].requires_grad
-            and torch.equal(local(self._trained[name]), start)
-        ]
-        if unmoved:
-            rank_zero_warn(
-                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
-                f"have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
-                "gradients that are exactly zero."
-            )
-
-
 def loss_scale(trainer: Trainer) -> float:
     """Returns the factor of the loss in `16-mixed`, which falls when a step is skipped; 1 elsewhere."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if isinstance(scaler, torch.amp.GradScaler) else 1.0
-
-
-def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:
-    """Checks that nobody trains tensors of the base.
-
-    Args:
-        thawed: Those that require a gradient, by name.
-        held: The parameters that optimizers have, by `id`.
-
-    Raises:
-        StateError: If some are among them, naming them.
-    """
-    trained = [name for name, parameter in thawed.items() if id(parameter) in held]
-    if trained:
-        raise StateError(
-            f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
-            f"does that) or by the module: {listing(trained)}. An adapter's checkpoint does not hold them. To train "
-            "them, list their modules in modules_to_save; to keep them frozen, remove the callback."
-        )
-
-
-def changed(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of tensors whose bits have changed."""
-    return [name for name, tensor in tensors.items() if name in before and checksum(tensor) != before[name]]
-
-
-def check_unchanged(moved: Sequence[str]) -> None:
-    """Checks that none of the frozen base has changed.
-
-    Args:
-        moved: The names of frozen tensors that have.
-
-    Raises:
-        StateError: If there are some, naming them.
-    """
-    if moved:
-        raise StateError(
-            f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
-            "hold them and would be put onto another base. Likely causes: a module that unfreezes a part of itself, "
-            "such as its head, which belongs into modules_to_save; a callback or a training step that writes into "
-            "weights, which those of a teacher may do: freeze it with requires_grad_(False); or a layer that updates "
-            "statistics in a buffer while frozen."
-        )

@@ -1,0 +1,97 @@
+"""Checks in the first steps that every trainable tensor gets a gradient and changes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lora_plugins import StateError
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.module import is_within, local
+
+STEPS = 2
+"""Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
+
+_NO_GRADIENT = (
+    "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
+    "whose input needs no gradient (pass use_reentrant=False to torch.utils.checkpoint)."
+)
+
+
+class FirstSteps:
+    """Watches parameters until each has had a gradient and has changed.
+
+    Args:
+        trained: The parameters by name.
+        copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]] = ()) -> None:
+        self._trained, self._copies = trained, copies
+        self._without = set(trained)
+        self._start = {name: local(p).clone() for name, p in trained.items()}
+        self._steps = 0
+        self._checked = False
+
+    def before_step(self) -> None:
+        """Notes which parameters have a gradient, ahead of a step of an optimizer.
+
+        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
+        """
+        self._without -= {
+            name
+            for name in self._without
+            if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
+        }
+
+    def after_step(self, learning_rates: Iterable[float]) -> bool:
+        """Checks what a batch with a step has changed; returns whether there is more to watch.
+
+        Args:
+            learning_rates: Of all parameter groups, as the batch found them.
+
+        Raises:
+            StateError: If no trainable tensor got a gradient.
+        """
+        self._check_gradients()
+        self._steps += min(learning_rates, default=0.0) > 0
+        if self._steps < STEPS:
+            return True
+        self._check_moved()
+        return False
+
+    def _check_gradients(self) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        self._without = {name for name in self._without if self._trained[name].requires_grad}
+        for parts in self._copies:
+            insides = [{name for name in self._trained if is_within(name, part)} for part in parts]
+            inside = next((inside for inside in insides if inside <= self._without), set())
+            self._start = {name: start for name, start in self._start.items() if name not in inside}
+            self._without -= inside
+        if self._without and len(self._without) == len(self._start):
+            raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
+        if self._without:
+            rank_zero_warn(
+                f"{len(self._without)} of {len(self._start)} trainable tensors got no gradient in the first step: "
+                f"{listing(sorted(self._without))}. {_NO_GRADIENT} If that is meant, leave them out of the "
+                "adapter with exclude_modules."
+            )
+
+    def _check_moved(self) -> None:
+        unmoved = [
+            name
+            for name, start in self._start.items()
+            if name not in self._without
+            and start.numel()
+            and self._trained[name].requires_grad
+            and torch.equal(local(self._trained[name]), start)
+        ]
+        if unmoved:
+            rank_zero_warn(
+                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
+                f"have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
+                "gradients that are exactly zero."
+            )
