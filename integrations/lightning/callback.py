@@ -342,10 +342,10 @@ class LoraCallback(Callback):
         self._expected_warnings.close()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the audit, after all hooks of the module in which it may load a teacher; checks once an epoch.
+        """Starts the audit, after all hooks of the module in which it may load a teacher; keeps the base frozen.
 
         Raises:
-            StateError: If another callback made the base trainable.
+            StateError: If an optimizer trains the base.
         """
         first = batch_idx == 0 or self._audit is None
         if first and not is_sharded(trainer):
