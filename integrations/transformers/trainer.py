@@ -20,11 +20,11 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
-from lora_plugins.field_checks import Check, check_flag, check_name
+from lora_plugins.field_checks import Check, check_flag, check_name, check_share
 from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
-from lora_plugins.merge import check_merge_later
+from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
@@ -33,6 +33,7 @@ _CHECKS: Mapping[str, Check] = {
     "adapter_name": check_name,
     "merge_on_train_end": check_flag,
     "dequantize": check_flag,
+    "max_error": check_share,
 }
 """What the arguments of a LoraTrainer can be, by name."""
 
@@ -55,6 +56,7 @@ class LoraTrainer(Trainer):
         merge_on_train_end: Whether `train` ends with `merge_and_unload`, after the best checkpoint was loaded if one
             was asked for. The trainer then holds an ordinary model.
         dequantize: Whether the merged model has dense weights where those of the base are stored in fewer bytes.
+        max_error: Share of an update that this merge may lose to rounding, as in `LoraModel.merge_and_unload`.
         **kwargs: As in `transformers.Trainer`.
 
     Raises:
@@ -75,6 +77,7 @@ class LoraTrainer(Trainer):
         adapter_name: str = "default",
         merge_on_train_end: bool = False,
         dequantize: bool = False,
+        max_error: float = DEFAULT_MAX_ERROR,
         **kwargs: Any,
     ) -> None:
         if "peft_config" in kwargs:
@@ -87,6 +90,7 @@ class LoraTrainer(Trainer):
         self.adapter_name = adapter_name
         self.merge_on_train_end = merge_on_train_end
         self.dequantize = dequantize
+        self.max_error = max_error
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         self._declared: list[nn.Module] | None = []
@@ -125,7 +129,7 @@ class LoraTrainer(Trainer):
             check_active(self.model, self.adapter_name)
         output = super().train(*args, **kwargs)
         if self.merge_on_train_end:
-            LoraModel(self.model).merge_and_unload(dequantize=self.dequantize)
+            LoraModel(self.model).merge_and_unload(max_error=self.max_error, dequantize=self.dequantize)
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

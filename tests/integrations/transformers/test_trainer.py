@@ -306,6 +306,17 @@ class TestMerging:
         assert values(other.model).keys() == values(vit()).keys()
         torch.testing.assert_close(logits(other.model), logits(run.model))
 
+    def test_what_rounding_may_lose_of_an_update(self, tmp_path):
+        """A rate that moves little beside the rounding of weights in bfloat16."""
+        options = {"merge_on_train_end": True, "learning_rate": 1e-6, "config": VIT}
+        with pytest.raises(MergeError, match="max_error"):
+            trainer(tmp_path / "a", vit().bfloat16(), **options).train()
+        run = trainer(tmp_path / "b", vit().bfloat16(), max_error=1.0, **options)
+        run.train()
+        assert model_state(run.model) is None
+        with pytest.raises(ConfigError, match=r"^max_error is a share, a number of at least 0, not -1"):
+            trainer(tmp_path / "c", max_error=-1)
+
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of bitsandbytes
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")

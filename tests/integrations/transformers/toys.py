@@ -95,6 +95,7 @@ def trainer(folder, model=None, config=VIT, data=None, **fields):
     own = {
         "merge_on_train_end",
         "dequantize",
+        "max_error",
         "adapter_name",
         "optimizers",
         "compute_metrics",
