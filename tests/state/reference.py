@@ -429,10 +429,11 @@ class Reference:
         if adapter.spec.variant == "dora":
             matrix = slot.matrix(weight)
             direction = matrix + product
-            factor = (get["magnitude"] / row_norms(direction.detach()))[:, None]
+            norms = row_norms(direction.detach())[:, None]
             terms = slot.scaling * get["B"].abs() @ get["A"].abs() + matrix.abs()
-            self.magnified = max(self.magnified, float((factor.abs() * terms).detach().max()))
-            return factor * direction - matrix
+            growth = get["magnitude"].abs().clamp(min=1)[:, None] / norms  # 1: of the magnitude's own gradient
+            self.magnified = max(self.magnified, float((growth * terms).detach().max()))
+            return get["magnitude"][:, None] / norms * direction - matrix
         return product
 
     def deltas(self, names: tuple[str, ...], weighted: bool = False) -> dict[str, Tensor]:
