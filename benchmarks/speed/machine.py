@@ -29,4 +29,6 @@ def _processor() -> str:
     facts = {key.strip(): value.strip() for key, value in lines.items()}
     flags = facts.get("flags", "").split()
     has = [name for flag, name in _UNITS.items() if flag in flags]
-    return f"{facts.get('model name', platform.machine())} ({', '.join(has)})"
+    # The name alone may be that of several generations: Zen 4 is family 25, Zen 5 family 26.
+    generation = f"family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}"
+    return f"{facts.get('model name', platform.machine())} ({', '.join([generation, *has])})"
