@@ -293,7 +293,6 @@ def _values(
 ) -> dict[str, Tensor]:
     """Combines what the adapters trained in place, as differences from the base."""
     values: dict[str, Tensor] = {}
-    state.values.follow_casts(model)
     for name in state.values.base:
         device = own_tensor(model, name).device  # values that are not in place may still be where the model was
         owned = [

@@ -98,11 +98,16 @@ class OwnedTensors:
         that is trained on a base in half precision is of single precision.
         """
         for name in self.base:
-            tensor = own_tensor(model, name)
-            if tensor.dtype != self._values(self.owner.get(name))[name].dtype:
-                for values in (self.base, *self.values.values()):
-                    if name in values:
-                        values[name] = values[name].to(tensor.dtype)
+            self._followed(model, name)
+
+    def _followed(self, model: nn.Module, name: str) -> Tensor:
+        """Returns the tensor that is in place, after its values have followed a cast of it."""
+        tensor = own_tensor(model, name)
+        if name in self.base and tensor.dtype != self._values(self.owner.get(name))[name].dtype:
+            for values in (self.base, *self.values.values()):
+                if name in values:
+                    values[name] = values[name].to(tensor.dtype)
+        return tensor
 
     def forget_replaced(self, model: nn.Module) -> None:
         """Forgets the values of tensors that were removed, or replaced by ones of another shape."""
@@ -121,11 +126,13 @@ class OwnedTensors:
 
     def value(self, model: nn.Module, adapter: str, name: str) -> Tensor:
         """Returns an adapter's value of a tensor, in place or not."""
-        return own_tensor(model, name).data if self.owner.get(name) == adapter else self.values[adapter][name]
+        tensor = self._followed(model, name)
+        return tensor.data if self.owner.get(name) == adapter else self.values[adapter][name]
 
     def base_value(self, model: nn.Module, name: str) -> Tensor:
         """Returns the base's value of a tensor, in place or not."""
-        return self.base[name] if name in self.owner else own_tensor(model, name).data
+        tensor = self._followed(model, name)
+        return self.base[name] if name in self.owner else tensor.data
 
     def release(self, model: nn.Module, adapter: str) -> None:
         """Forgets an adapter that is not active, and the base's copies that nobody else needs."""

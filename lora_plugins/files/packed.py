@@ -34,7 +34,6 @@ def pack(
     """
     check_in_place(model, state, adapter_name)
     check_norms(model, state, adapter_name)
-    state.values.follow_casts(model)
     adapter = state.adapters[adapter_name]
     plan = adapter.plan
     registry = registry or registry_of(plan.config)
