@@ -32,7 +32,7 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """
     saved = read(folder)
     own = LoraModel(model).pack(adapter_name)
-    if details := differing_config(own, saved):
+    if details := differing_config(own.manifest["config"], saved.manifest["config"]):
         raise AdapterFileError(
             f"{folder} has an adapter of another configuration: {details}. Use the configuration of the file, or start "
             "without resume_from_checkpoint."

@@ -1,17 +1,19 @@
 """Differences between an adapter of a model and one of a file, whose values are about to replace its own."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lora_plugins.files.fingerprint import same
 from lora_plugins.plugins import PackedAdapter
 
 
-def differing_config(own: PackedAdapter, saved: PackedAdapter) -> str:
-    """Says which fields of the configurations differ, with both values; empty where none does.
+def differing_config(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """Says which fields of two configurations differ, with both values; empty where none does.
 
     Args:
-        own: The adapter of the model.
-        saved: That of the file.
+        here: The configuration of the model's adapter, as a manifest has it.
+        there: That of the file's.
     """
-    here, there = own.manifest["config"], saved.manifest["config"]
     different = [name for name in here if here[name] != there.get(name)]
     return "; ".join(f"{name} is {there.get(name)!r} in the file and {here[name]!r} here" for name in different)
 

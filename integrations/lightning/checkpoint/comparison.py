@@ -82,7 +82,7 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
     Raises:
         AdapterFileError: If configuration, tensors or base differ, naming what does.
     """
-    check_same_config(name, own, packed)
+    check_same_config(name, own.manifest["config"], packed)
     here, there = own.manifest["tensors"], packed.manifest["tensors"]
     if set(here) != set(there):
         odd = sorted(set(here) ^ set(there))
@@ -99,18 +99,22 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
         count = len(own.manifest["base"]) + len(own.manifest.get("stored", {}))
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} was trained on another base: {listing(wrong)} differ from the weights "
-            f"it was made for ({len(wrong)} of {count}). Load the same pretrained weights first, "
-            "unmerged."
+            f"it was made for ({len(wrong)} of {count}). Load the same pretrained weights first, unmerged."
         )
 
 
-def check_same_config(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:
-    """Checks that an adapter of a checkpoint has the configuration of that of the module; arguments as above.
+def check_same_config(name: str, own: Mapping[str, Any], packed: PackedAdapter) -> None:
+    """Checks that an adapter of a checkpoint has the configuration of that of the module.
+
+    Args:
+        name: The adapter's name.
+        own: The configuration of the module's adapter, as a manifest has it.
+        packed: The adapter of the checkpoint.
 
     Raises:
         AdapterFileError: If it differs, naming in what.
     """
-    if details := differing_config(own, packed):
+    if details := differing_config(own, packed.manifest["config"]):
         raise AdapterFileError(
             f"The checkpoint's adapter {name!r} has another configuration: {details}. Use the configuration of the "
             "file, or start without ckpt_path."

@@ -1,6 +1,7 @@
 """Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,10 +58,10 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         with entry_errors():
             _put_base(module, entry.get("base", []), state, replaced)
             check_no_surplus(module, entry)
-            for adapter in entry["adapters"]:  # all of them, before one is overwritten
-                _check_present(module, adapter, state)
-            for adapter in entry["adapters"]:
-                added += _attach_or_overwrite(module, adapter, state)
+            located = [_located(module, adapter, state) for adapter in entry["adapters"]]  # before one is overwritten
+            for adapter, place in zip(entry["adapters"], located, strict=True):
+                added += _attach_or_overwrite(place)
+                _set_active(place.target, place.name, adapter["active"], adapter.get("weight", 1.0))
             _check_outside(module, entry.get("outside", {}))
             take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.
@@ -110,52 +111,57 @@ def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) 
     note_built(module, expected)
 
 
-def _attach_or_overwrite(
-    module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]
-) -> list[tuple[nn.Module, str]]:
-    """Attaches one adapter to its target, or overwrites the values of the present one; returns what was attached."""
-    target, packed = locate_adapter(module, adapter, saved)
-    name = str(packed.manifest.get("adapter_name"))
-    state = model_state(target)
-    present = state is not None and name in state.adapters
-    own = _overwritable(target, name, packed) if present else None
-    if not present:
-        LoraModel.load_packed(target, packed, name)
-    elif own is None:
-        whole(target, lambda: _put_anew(target, name, packed))
-    else:
-        with torch.no_grad():
-            for key, tensor in own.tensors.items():
-                tensor.copy_(packed.tensors[key])
-    _set_active(target, name, adapter["active"], adapter.get("weight", 1.0))
-    return [] if present else [(target, name)]
+@dataclass(frozen=True)
+class _Located:
+    """An adapter of a checkpoint, held against the module.
+
+    Args:
+        target: Where it belongs.
+        name: Its name.
+        packed: The adapter.
+        is_present: Whether the target has it already.
+        own: That of the target, if its tensors can take the values; None where its layers, or the base, have to change.
+    """
+
+    target: nn.Module
+    name: str
+    packed: PackedAdapter
+    is_present: bool
+    own: PackedAdapter | None
 
 
-def _put_anew(target: nn.Module, name: str, packed: PackedAdapter) -> None:
-    LoraModel(target).delete_adapter(name)
-    LoraModel.load_packed(target, packed, name)
-
-
-def _check_present(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Checks an adapter that the module has, and that is overwritten or put on anew."""
+def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> _Located:
+    """Finds the place of an adapter, and checks it against the one that is there."""
     target, packed = locate_adapter(module, adapter, saved)
     name, state = str(packed.manifest.get("adapter_name")), model_state(target)
     if state is None or name not in state.adapters:
-        return
-    config = state.adapters[name].plan.config.to_dict()
-    check_same_config(name, PackedAdapter({"config": config}, {}), packed)
-    own = _overwritable(target, name, packed)
+        return _Located(target, name, packed, is_present=False, own=None)
+    check_same_config(name, state.adapters[name].plan.config.to_dict(), packed)
+    own = None if lost_layers(target, name) else LoraModel(target).pack(name)
+    if own is not None and own.manifest["changed"] != packed.manifest["changed"]:
+        own = None  # LoftQ changes the base, otherwise than in the file on another machine
     if own is not None:
         check_same_adapter(name, own, packed)
+    return _Located(target, name, packed, is_present=True, own=own)
 
 
-def _overwritable(target: nn.Module, name: str, packed: PackedAdapter) -> PackedAdapter | None:
-    """Returns an adapter whose tensors can take other values; None where its layers, or the base, have to change.
+def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
+    """Attaches an adapter to its target, or overwrites the values of the present one; returns what was attached."""
+    if not place.is_present:
+        LoraModel.load_packed(place.target, place.packed, place.name)
+        return [(place.target, place.name)]
+    if place.own is None:
+        whole(place.target, lambda: _put_anew(place))
+        return []
+    with torch.no_grad():
+        for key, tensor in place.own.tensors.items():
+            tensor.copy_(place.packed.tensors[key])
+    return []
 
-    LoftQ changes the base, otherwise than in the file on another machine.
-    """
-    own = None if lost_layers(target, name) else LoraModel(target).pack(name)
-    return own if own is not None and own.manifest["changed"] == packed.manifest["changed"] else None
+
+def _put_anew(place: _Located) -> None:
+    LoraModel(place.target).delete_adapter(place.name)
+    LoraModel.load_packed(place.target, place.packed, place.name)
 
 
 def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> None:

@@ -85,7 +85,7 @@ class Audit:
         self._scale = 1.0
 
     def before_batch(self, *, first_of_epoch: bool) -> None:
-        """Lets the base be frozen, and notes the learning rates of the first batches.
+        """Keeps the base frozen, and notes the learning rates of the first batches.
 
         Raises:
             StateError: If something trains the base.
