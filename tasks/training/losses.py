@@ -13,7 +13,8 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
 
 CROSS_ENTROPY = "cross_entropy"
-TERM = re.compile(r"\s*(?:([0-9.eE+-]+)\s*\*)?\s*(\w+)\s*")
+TERM = re.compile(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*)?\s*(\w+)\s*")
+"""A name, and what stands before it: a factor of at least 0, as a decimal."""
 
 
 def _focal(ignore_index: int) -> Any:
@@ -111,7 +112,10 @@ def _parsed(text: str, allowed: Collection[str]) -> dict[str, float]:
     for part in text.split("+"):
         match = TERM.fullmatch(part)
         if match is None:
-            raise ConfigError(f"The loss {text!r} cannot be read; join names by +, such as cross_entropy + dice.")
+            raise ConfigError(
+                f"The loss {text!r} cannot be read; join names by +, with a factor if there is one, such as "
+                "cross_entropy + 0.5 * dice."
+            )
         factor, name = match.groups()
         if name not in allowed:
             raise unknown("loss", name, allowed)

@@ -74,6 +74,9 @@ def test_balanced_weights_make_up_for_counts():
         ("dice + dice", "dice twice"),
         ("dice +", "cannot be read"),
         ("2 dice", "cannot be read"),
+        ("-1 * dice", "cannot be read"),
+        (". * dice", "cannot be read"),
+        ("1.2.3 * dice", "cannot be read"),
     ],
 )
 def test_wrong_sums(text, message):
