@@ -30,7 +30,7 @@ from lora_plugins.errors import ConfigError, StateError, listing, near
 from lora_plugins.field_checks import finite
 from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
-from lora_plugins.plugins import PLAIN, PlannedLayer, Registry
+from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
 from lora_plugins.utils import low_rank
 
 Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
@@ -113,39 +113,37 @@ def combine(
     weights = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
     sources = [state.adapter(name).plan for name in adapters]
     for name, source in zip(adapters, sources, strict=True):
-        if source.init.changes_base:
-            raise StateError(
-                f"The adapter {name!r} has a base of its own ({source.config.init}); it cannot be combined."
-            )
-        if source.config.variant != PLAIN:
-            raise StateError(
-                f"The adapter {name!r} is of the variant {source.config.variant!r}, whose updates do not add up; it "
-                "cannot be combined."
-            )
+        _check_source(name, source)
         check_in_place(model, state, name)
     _check_alike(sources)
+    terms = [_Terms.of(*each) for each in zip(adapters, weights, sources, strict=True)]
+    layers: dict[str, PlannedLayer] = {}
+    for layer in (layer for source in sources for layer in source.layers):
+        layers.setdefault(layer.name, layer)
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     error = 0.0
-    layers: dict[str, PlannedLayer] = {}
-    for source in sources:
-        for layer, slot, _ in source.slots():
-            layers.setdefault(layer.name, layer)
-            if (layer.name, slot.suffix) in results:
-                continue
-            module = submodule(model, layer.name)
-            terms = [
-                _Term(A.detach().double(), B.detach().double() * found.scaling, weight)
-                for name, weight, plan in zip(adapters, weights, sources, strict=True)
-                if (found := next((item for item in plan.layers if item.name == layer.name), None))
-                for A, B in [factors(module, name, slot)]
-            ]
-            A, B, relative = _combined(terms, combination_type, options)
+    for layer in layers.values():
+        module = submodule(model, layer.name)
+        for slot in layer.slots:
+            found = [each.term(module, layer.name, slot) for each in terms if layer.name in each.scalings]
+            A, B, relative = _combined(found, combination_type, options)
             largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
             _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
     plan = make_plan(model, _config(model, sources, layers, results), registry)
     return Combination(plan, _padded(results, plan), _values(model, state, adapters, weights), error)
+
+
+def _check_source(name: str, plan: Plan) -> None:
+    """Checks that the updates of an adapter can be added up."""
+    if plan.init.changes_base:
+        raise StateError(f"The adapter {name!r} has a base of its own ({plan.config.init}); it cannot be combined.")
+    if plan.config.variant != PLAIN:
+        raise StateError(
+            f"The adapter {name!r} is of the variant {plan.config.variant!r}, whose updates do not add up; it cannot "
+            "be combined."
+        )
 
 
 def _check_alike(sources: Sequence[Plan]) -> None:
@@ -177,9 +175,36 @@ def _check_alike(sources: Sequence[Plan]) -> None:
 
 @dataclass(frozen=True)
 class _Term:
+    """The update `weight * B @ A` of a slot, the scaling in `B`."""
+
     A: Tensor
     B: Tensor
     weight: float
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What one adapter adds.
+
+    Args:
+        adapter: Its name.
+        weight: Its weight.
+        scalings: Its scaling in each layer that it adapts, by name.
+    """
+
+    adapter: str
+    weight: float
+    scalings: Mapping[str, float]
+
+    @classmethod
+    def of(cls, adapter: str, weight: float, plan: Plan) -> "_Terms":
+        """Returns the terms of an adapter."""
+        return cls(adapter, weight, {layer.name: layer.scaling for layer in plan.layers})
+
+    def term(self, module: nn.Module, layer: str, slot: Slot) -> _Term:
+        """Returns what it adds to a slot of a layer."""
+        A, B = factors(module, self.adapter, slot)
+        return _Term(A.detach().double(), B.detach().double() * self.scalings[layer], self.weight)
 
 
 def _check(
@@ -253,7 +278,9 @@ def _config(
     results: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
 ) -> LoraConfig:
     """A config that names every layer in full, with its rank, and gives a scaling of 1."""
-    ranks = {name: max(A.shape[0] for (owner, _), (A, _) in results.items() if owner == name) for name in layers}
+    ranks: dict[str, int] = {}
+    for (name, _), (A, _) in results.items():
+        ranks[name] = max(ranks.get(name, 0), len(A))
     configs = [source.config for source in sources]
     biases = {config.bias for config in configs}
     targets = [*layers, *(tie.layer for layer in layers.values() for tie in layer.ties)]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
+from torch import Tensor
+
 from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.field_checks import MAX_RANK
@@ -31,6 +33,16 @@ def tensor_key(layer: PlannedLayer, slot: Slot, factor: str) -> str:
 def recipe_prefix(layer: PlannedLayer, slot: Slot) -> str:
     """Returns what the keys of a slot's recipe start with."""
     return f"recipe/{layer.name}/{slot.part}/"
+
+
+def recipes(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns every recipe among the tensors of an adapter, by what `recipe_prefix` says of its slot."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("recipe/"):
+            prefix, slash, name = key.rpartition("/")
+            found.setdefault(prefix + slash, {})[name] = tensor
+    return found
 
 
 def value_key(name: str) -> str:

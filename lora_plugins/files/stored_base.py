@@ -16,7 +16,15 @@ from lora_plugins.adapter import AdapterContent, check_not_owned, new_stored_wei
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import checksum
 from lora_plugins.files.origins import origin, whose
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, modules_by_name, state_of, stored_weights
+from lora_plugins.inplace import (
+    StoredWeight,
+    found_tensor,
+    full_name,
+    holder_of,
+    model_modules,
+    state_of,
+    stored_weights,
+)
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import STORAGES, Registry, Storage, storage_options
 
@@ -130,14 +138,12 @@ def _storage(entry: Mapping[str, Any], registry: Registry) -> Storage:
 
 
 def _check_float(model: nn.Module, name: str, storage: Storage) -> None:
-    path, _, key = name.rpartition(".")
-    layer = modules_by_name(model).get(path)
-    parameter = None if layer is None else layer._parameters.get(key)
-    if layer is None or parameter is None or not parameter.is_floating_point() or parameter.is_meta:
+    parameter = found_tensor(model, name)
+    if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point() or parameter.is_meta:
         raise AdapterFileError(
             f"The adapter was trained on {name!r} stored as {storage}; this model has no such float parameter."
         )
-    if state_of(layer) is not None:
+    if state_of(holder_of(model, name)[0]) is not None:
         raise AdapterFileError(
             f"The adapter was trained on {name!r} stored as {storage}; here another adapter acts on its float value. "
             "Load the quantized adapter first, or onto a model of its own."

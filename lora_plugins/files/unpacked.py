@@ -12,13 +12,13 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
-from lora_plugins.files.manifest import checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.origins import check_origins, versions_told
 from lora_plugins.files.other_root import check_root
 from lora_plugins.files.stored_base import new_checked, with_stored
 from lora_plugins.inplace import StoredWeight, model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot, registry_of
+from lora_plugins.plugins import PackedAdapter, Registry, registry_of
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
     _compare_layers(manifest["layers"], plan)
     _compare_keys(model, plan, packed.tensors)
     _compare_base(manifest["base"], fingerprints(model, plan))
+    found = _recipes(plan, packed.tensors)
     content = {
         (layer.name, slot.suffix): SlotTensors(
             A=packed.tensors[tensor_key(layer, slot, "A")],
             B=packed.tensors[tensor_key(layer, slot, "B")],
-            recipe=_recipe(plan, layer, slot, packed.tensors),
+            recipe=found.get(recipe_prefix(layer, slot), {}),
             own={name: packed.tensors[tensor_key(layer, slot, name)] for name in layer.own_shapes(slot)},
         )
         for layer, slot, _ in plan.slots()
@@ -128,12 +129,8 @@ def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter)
     return changed
 
 
-def _recipe(plan: Plan, layer: PlannedLayer, slot: Slot, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not plan.init.changes_base:
-        return {}
-    prefix = recipe_prefix(layer, slot)
-    found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    return {key: tensor for key, tensor in found.items() if "/" not in key}
+def _recipes(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return recipes(tensors) if plan.init.changes_base else {}
 
 
 def _compare_tensors(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -172,12 +169,10 @@ def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     for name in (*plan.trained, *plan.saved_buffers):
         tensor = own_tensor(model, name)
         needed[value_key(name)] = list(tensor.shape), tensor.is_floating_point()
-    recipes = {
-        recipe_prefix(layer, slot) + key
-        for layer, slot, _ in plan.slots()
-        for key in _recipe(plan, layer, slot, tensors)
-    }
-    _difference("tensor", {*needed, *recipes}, tensors, "this model", "the adapter")
+    found = _recipes(plan, tensors)
+    prefixes = [prefix for layer, slot, _ in plan.slots() if (prefix := recipe_prefix(layer, slot)) in found]
+    of_recipes = {prefix + name for prefix in prefixes for name in found[prefix]}
+    _difference("tensor", {*needed, *of_recipes}, tensors, "this model", "the adapter")
     for key, (expected, floating) in needed.items():
         tensor = tensors[key]
         if list(tensor.shape) != expected:

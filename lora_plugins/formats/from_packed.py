@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.files import recipe_prefix, tensor_key, value_key
+from lora_plugins.files import recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import detached_weight, model_modules, submodule
-from lora_plugins.plan import Plan, ends_with, make_plan
+from lora_plugins.plan import Plan, make_plan, matches
 from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
+from lora_plugins.utils import path_starts
 
 LAYER_TYPES = frozenset(
     {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
@@ -30,18 +31,18 @@ _WEIGHTS = frozenset({"weight", "in_proj_weight"})
 
 @dataclass(frozen=True)
 class _Source:
-    """What is read: an adapter, its plan, and the model that both are of."""
+    """What is read: an adapter, its plan, the model that both are of, and what the init left of every slot."""
 
     packed: PackedAdapter
     plan: Plan
     model: nn.Module
+    recipes: Mapping[str, Mapping[str, Tensor]]
 
     def tensor(self, layer: PlannedLayer, slot: Slot, factor: str) -> Tensor:
         return self.packed.tensors[tensor_key(layer, slot, factor)]
 
     def recipe(self, layer: PlannedLayer, slot: Slot) -> Mapping[str, Tensor]:
-        prefix = recipe_prefix(layer, slot)
-        return {k.removeprefix(prefix): v for k, v in self.packed.tensors.items() if k.startswith(prefix)}
+        return self.recipes.get(recipe_prefix(layer, slot), {})
 
 
 def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | None = None) -> PortableAdapter:
@@ -64,7 +65,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
     # The model may have got layers since, which the config would mean as well.
     plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name in manifest["layers"]))
-    source = _Source(packed, plan, model)
+    source = _Source(packed, plan, model, recipes(packed.tensors))
     check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
     _warn_of_stored(manifest.get("stored") or {})
     places = places_by_name(model)
@@ -97,14 +98,13 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _saved_modules(model: nn.Module, patterns: Sequence[str], values: Collection[str]) -> list[str]:
     """Returns the full names of the modules that are trained in full, without those inside another one."""
-    trained = [name for name, first in tensor_names(model).items() if first in values]
-    names = [
-        entry.name
-        for entry in model_modules(model)
-        if any(ends_with(pattern, name) for pattern in patterns for name in entry.names)
-        and any(name.startswith(f"{entry.name}.") for name in trained)
-    ]
-    return sorted({name for name in names if not any(name.startswith(f"{other}.") for other in names)})
+    trained = {name for name, first in tensor_names(model).items() if first in values}
+    around = {start for name in trained for start in path_starts(name)[1:]}
+    entries = model_modules(model)
+    meant = matches("modules_to_save", patterns, [name for entry in entries for name in entry.names])
+    found = {name for names in meant.values() for name in names}
+    names = {entry.name for entry in entries if entry.name in around and not found.isdisjoint(entry.names)}
+    return sorted(name for name in names if names.isdisjoint(path_starts(name)[1:]))
 
 
 def check_expressible(refusals: Sequence[str]) -> None:

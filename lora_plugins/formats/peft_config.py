@@ -1,7 +1,8 @@
 """PEFT's `adapter_config.json`: what it says of each layer, and the fields that have no meaning here."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from lora_plugins.field_checks import (
     map_of,
     shown,
 )
+from lora_plugins.utils import path_ends
 
 WRITTEN_FOR = "0.21.2"
 """The version of PEFT whose files are written, and the newest that is known to apply `out_proj` twice."""
@@ -240,25 +242,40 @@ class PeftConfig:
     def is_target(self, name: str) -> bool:
         """Whether a module is one that the config targets, by PEFT's rules."""
         targets = self.fields.get("target_modules", [])
-        excluded = self.fields.get("exclude_modules", [])
-        if _matches(excluded, name) or any(
-            re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in self.fields.get("modules_to_save", [])
-        ):
+        if self._is_excluded(name) or any(saved.match(name) for saved in self._around):
             return False
-        if isinstance(targets, str):
-            return re.fullmatch(targets, name) is not None
-        return _matches(targets, name) and (name in targets or self._in_block(name))
+        return self._is_meant(name) and (isinstance(targets, str) or name in targets or self._in_block(name))
 
     def is_saved(self, name: str) -> bool:
         """Whether a module is one that is trained in full, by PEFT's rules."""
-        return any(name.endswith(saved) for saved in self.fields.get("modules_to_save", []))
+        return name.endswith(tuple(self.fields.get("modules_to_save", [])))
 
     def _by_pattern(self, field: str, name: str) -> list[Any]:
         """Returns the values of all patterns that match a layer, the one that counts first."""
-        patterns = self.fields.get(field, {}).items()
+        return [value for expression, value in self._by_field[field] if expression.match(name)]
+
+    @cached_property
+    def _by_field(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
+        """The patterns of each field and their values, the ones that count first."""
+        items = {field: list(self.fields.get(field, {}).items()) for field in ("rank_pattern", "alpha_pattern")}
         if self._patterns == "longest":
-            patterns = sorted(patterns, key=lambda item: -len(item[0]))
-        return [value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)]
+            items = {field: sorted(some, key=lambda item: -len(item[0])) for field, some in items.items()}
+        return {
+            field: [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in some] for field, some in items.items()
+        }
+
+    @cached_property
+    def _is_meant(self) -> Callable[[str], bool]:
+        return _test(self.fields.get("target_modules", []))
+
+    @cached_property
+    def _is_excluded(self) -> Callable[[str], bool]:
+        return _test(self.fields.get("exclude_modules", []))
+
+    @cached_property
+    def _around(self) -> list[re.Pattern[str]]:
+        """What matches a module that is trained in full, and all inside of it."""
+        return [re.compile(rf"(^|.*\.){saved}($|\..*)") for saved in self.fields.get("modules_to_save", [])]
 
     def _in_block(self, name: str) -> bool:
         blocks = self.fields.get("layers_to_transform")
@@ -297,11 +314,14 @@ def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     PEFT lets a pattern match the end of a name, the first one that does counts, and it loses their order when it saves.
     So a pattern that is the end of another layer's name is anchored at the start.
     """
-    others = {name: any(other.endswith(f".{name}") for other in values) for name in values}
-    return {("^" if others[name] else "") + re.escape(name): each for name, each in values.items() if each != default}
+    ends = {end for name in values for end in path_ends(name)[:-1]}
+    return {("^" if name in ends else "") + re.escape(name): each for name, each in values.items() if each != default}
 
 
-def _matches(patterns: Sequence[str] | str, name: str) -> bool:
+def _test(patterns: Sequence[str] | str) -> Callable[[str], bool]:
+    """Returns whether a name is one that a field means, by PEFT's rules."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+        expression = re.compile(patterns)
+        return lambda name: expression.fullmatch(name) is not None
+    ends = set(patterns)
+    return lambda name: not ends.isdisjoint(path_ends(name))

@@ -15,6 +15,7 @@ from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import LAYERS, warn_of_second_paths
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
 from lora_plugins.plan import current_name, former_names
+from lora_plugins.utils import path_starts
 
 Entry = TypeVar("Entry")
 
@@ -170,13 +171,14 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
 def _check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, *, renamed: bool) -> None:
     """Checks that every module that the config trains in full has a value in the file."""
     former = former_names(model) if renamed else {}
+    around = {start for value in adapter.values for start in path_starts(value)[1:]}
     lacking = [
         entry.name
         for entry in model_modules(model)
         if entry.name
         and config.is_saved(former.get(entry.name, entry.name))
         and any(True for _ in entry.module.parameters())
-        and not any(value.startswith(f"{entry.name}.") for value in adapter.values)
+        and entry.name not in around
     ]
     if lacking:
         raise AdapterFileError(

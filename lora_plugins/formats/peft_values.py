@@ -16,6 +16,7 @@ from lora_plugins.formats.peft_keys import WRAPPER
 from lora_plugins.formats.places import own_values, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.inplace import NamedModule
+from lora_plugins.utils import within
 
 _FACTORS = ("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _INSIDE = (WRAPPER, *_FACTORS, *(f"{factor}.default" for factor in _FACTORS))
@@ -49,7 +50,8 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     modules_of = places_by_name(model) if model is not None else {}
     modules = tuple(_that_peft_can_wrap(adapter.saved_modules, modules_of))
     values = _by_each_name(adapter.values, model)
-    single = [name for name in values if not any(name.startswith(f"{module}.") for module in modules)]
+    saved = set(modules)
+    single = [name for name in values if not within(name, saved)]
     biases = [name for name in single if "bias" in name.rpartition(".")[2]]
     others = [name for name in single if name not in biases]
     # PEFT loads every bias that a file has; of those, "all" lets it train the ones called `bias` (0.21.2).

@@ -15,8 +15,9 @@ from lora_plugins.files import checksum, described, fingerprints, manifest_of, r
 from lora_plugins.formats.places import placed_layers, placed_values, places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight, model_modules, own_tensors, submodule
-from lora_plugins.plan import Plan, contains, exact_expression, exact_pattern, make_plan
+from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PackedAdapter, PlannedLayer, Registry, registry_of
+from lora_plugins.utils import path_runs, within
 
 Value = TypeVar("Value")
 
@@ -82,13 +83,10 @@ def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registr
     plan = make_plan(model, _config(adapter, adapter.bias, adapter.saved_modules), registry)
     if {*plan.trained, *plan.saved_buffers} == adapter.values.keys():
         return plan
+    saved = set(adapter.saved_modules)
     parameters = own_tensors(model_modules(model), "_parameters")
-    single = [name for name in adapter.values if name in parameters and not _within(name, adapter.saved_modules)]
+    single = [name for name in adapter.values if name in parameters and not within(name, saved)]
     return make_plan(model, _config(adapter, "none", [*adapter.saved_modules, *single]), registry)
-
-
-def _within(name: str, modules: Sequence[str]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _config(adapter: PortableAdapter, bias: Literal["none", "all", "lora_only"], saved: Sequence[str]) -> LoraConfig:
@@ -113,12 +111,8 @@ def _config(adapter: PortableAdapter, bias: Literal["none", "all", "lora_only"],
 
 def _patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
     """Returns the values of layers that differ, and of those whose name has the name of such a layer in it."""
-    differing = [name for name, value in values.items() if value != default]
-    return {
-        exact_pattern(name): value
-        for name, value in values.items()
-        if any(contains(other, name) for other in differing)
-    }
+    differing = {name for name, value in values.items() if value != default}
+    return {exact_pattern(name): value for name, value in values.items() if not differing.isdisjoint(path_runs(name))}
 
 
 def _check_layers(model: nn.Module, plan: Plan, adapter: PortableAdapter) -> None:

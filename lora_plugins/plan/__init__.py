@@ -6,17 +6,23 @@ One walk over the model (`survey`) gives frozen records, and the plan is a funct
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
-from lora_plugins.plan.patterns import contains, ends_with, exact_expression, exact_pattern, is_risky, shortest_ends
+from lora_plugins.plan.patterns import (
+    ends_with,
+    exact_expression,
+    exact_pattern,
+    is_risky,
+    matches,
+    shortest_ends,
+)
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
-from lora_plugins.plan.targets import LeftOut, within
+from lora_plugins.plan.targets import LeftOut
 
 __all__ = [
     "LayerGroup",
     "LeftOut",
     "Plan",
-    "contains",
     "current_name",
     "ends_with",
     "exact_expression",
@@ -25,8 +31,8 @@ __all__ = [
     "former_names",
     "is_risky",
     "make_plan",
+    "matches",
     "named_plugins",
     "shortest_ends",
     "weights_to_store",
-    "within",
 ]

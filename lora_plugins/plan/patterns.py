@@ -1,11 +1,11 @@
 """Matching of module names: whole path components, regular expressions, and blocks."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from lora_plugins.errors import ConfigError, TargetError, near
-from lora_plugins.utils import plain_name
+from lora_plugins.utils import path_ends, path_runs, plain_name
 
 Value = TypeVar("Value")
 
@@ -25,11 +25,6 @@ def ends_with(pattern: str, name: str) -> bool:
     return any(f".{name}".endswith(f".{each}") for each in _spellings(pattern))
 
 
-def contains(pattern: str, name: str) -> bool:
-    """Whether the path components of `pattern` stand next to each other somewhere in `name`."""
-    return any(f".{each}." in f".{name}." for each in _spellings(pattern))
-
-
 def shortest_ends(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
 
@@ -44,18 +39,12 @@ def shortest_ends(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     ends: list[str] = []
     for name in every:
         if name in wanted and not any(ends_with(end, name) for end in ends):
-            end = next((end for end in _ends(name) if not any(ends_with(end, other) for other in others)), None)
+            telling = (end for end in path_ends(name) if end == name or not end.partition(".")[0].isdigit())
+            end = next((end for end in telling if not any(ends_with(end, other) for other in others)), None)
             if end is None:
                 return []
             ends.append(end)
     return ends
-
-
-def _ends(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        if start == 0 or not parts[start].isdigit():
-            yield ".".join(parts[start:])
 
 
 def compiled(field: str, pattern: str) -> re.Pattern[str]:
@@ -112,12 +101,27 @@ def select(
         TargetError: If a pattern matches none of the names.
     """
     names = list(names)
-    found = {pattern: [name for name in names if test(name)] for pattern, test in matcher(field, patterns).items()}
-    for pattern, matches in found.items():
-        if not matches:
+    found = matches(field, patterns, names)
+    for pattern, matched in found.items():
+        if not matched:
             meant = hint(pattern) if hint else nearest(pattern, names)
             raise TargetError(f"{field}: {pattern!r} matches no module of the model. {meant}")
     return found
+
+
+def matches(field: str, patterns: Sequence[str] | str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the names that each pattern of a `target_modules`-like field matches, in their order."""
+    if isinstance(patterns, str):
+        return {pattern: [*filter(test, names)] for pattern, test in matcher(field, patterns).items()}
+    by_end: dict[str, dict[str, None]] = {}  # so that a model of many layers may be given a list of as many names
+    for name in names:
+        for end in path_ends(name):
+            by_end.setdefault(end, {})[name] = None
+    at = {name: position for position, name in enumerate(names)}
+    return {
+        pattern: sorted({name for each in _spellings(pattern) for name in by_end.get(each, ())}, key=at.__getitem__)
+        for pattern in patterns
+    }
 
 
 def nearest(pattern: str, names: Iterable[str]) -> str:
@@ -143,13 +147,28 @@ class PatternMap(Generic[Value]):
         self._field = field
         self._values = values
         names = list(names)
-        self._tests = {
-            key: _ends_with(key) if at_end and any(map(_ends_with(key), names)) else _key_test(field, key)
-            for key in values
-        }
-        for key, test in self._tests.items():
-            if not any(test(name) for name in names):
+        ends = {end for name in names for end in path_ends(name)} if at_end else set()
+        self._at_end: dict[str, list[str]] = {}
+        self._inside: dict[str, list[str]] = {}
+        self._expressions: dict[str, re.Pattern[str]] = {}
+        for key in values:
+            is_end = not ends.isdisjoint(_spellings(key))
+            if is_end or _LITERAL.fullmatch(key):
+                for each in _spellings(key):
+                    (self._at_end if is_end else self._inside).setdefault(each, []).append(key)
+            else:
+                self._expressions[key] = compiled(field, key if key.startswith("^") else rf"(?:.*\.)?(?:{key})")
+        matched = {key for name in names for key in self._keys(name)}
+        for key in values:
+            if key not in matched:
                 raise TargetError(f"{field}: {key!r} matches none of the adapted layers. {nearest(key, names)}")
+
+    def _keys(self, name: str) -> set[str]:
+        """Returns the patterns that match a name."""
+        found = {key for key, expression in self._expressions.items() if expression.fullmatch(name)}
+        for index, parts in ((self._at_end, path_ends(name)), (self._inside, path_runs(name))):
+            found.update(key for part in parts for key in index.get(part, ()))
+        return found
 
     def get(self, names: Sequence[str], default: Value) -> Value:
         """Returns the value of the most specific pattern that matches a layer.
@@ -161,10 +180,10 @@ class PatternMap(Generic[Value]):
         Raises:
             TargetError: If two patterns match equally well.
         """
-        matches = sorted((-_specificity(key), key) for key, test in self._tests.items() if any(map(test, names)))
-        if not matches:
+        found = sorted((-_specificity(key), key) for key in {key for name in names for key in self._keys(name)})
+        if not found:
             return default
-        best = [key for specificity, key in matches if specificity == matches[0][0]]
+        best = [key for specificity, key in found if specificity == found[0][0]]
         if len(best) > 1:
             raise TargetError(
                 f"{self._field}: {best[0]!r} and {best[1]!r} match the layer {names[0]!r} equally well. "
@@ -191,7 +210,9 @@ class BlockFilter:
         containers: Sequence[str] | str | None,
         names: Iterable[str],
     ) -> None:
-        self._blocks = [blocks] if isinstance(blocks, int | str) else list(blocks)
+        chosen = [blocks] if isinstance(blocks, int | str) else list(blocks)
+        self._numbers = [block for block in chosen if isinstance(block, int)]
+        self._paths = {each for block in chosen if isinstance(block, str) for each in _spellings(block)}
         self._containers = [containers] if isinstance(containers, str) else containers
         names = list(names)
         numbered = {parts[at] for parts in (name.split(".") for name in names) for at in _numbered(parts)}
@@ -200,8 +221,9 @@ class BlockFilter:
                 raise TargetError(
                     f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, numbered)}"
                 )
-        for block in self._blocks:
-            if not any(self._in_block(block, name) for name in names):
+        found = {block for name in names for block in self._blocks_of(name)}
+        for block in chosen:
+            if found.isdisjoint({block} if isinstance(block, int) else _spellings(block)):
                 raise TargetError(
                     f"layers_to_transform: there is no block {block!r} in "
                     f"{self._containers or 'the usual block containers'} that holds a target. "
@@ -210,19 +232,21 @@ class BlockFilter:
 
     def __call__(self, name: str) -> bool:
         """Whether the layer called `name` is in one of the blocks."""
-        return any(self._in_block(block, name) for block in self._blocks)
+        return bool(self._blocks_of(name))
 
-    def _in_block(self, block: int | str, name: str) -> bool:
-        if isinstance(block, str):
-            return contains(block, name)
+    def _blocks_of(self, name: str) -> set[int | str]:
+        """Returns the numbers and paths, of those that were chosen, of the blocks that a layer is in."""
+        paths: set[int | str] = {*self._paths.intersection(path_runs(name))}
+        if not self._numbers:
+            return paths
         found = _indices(name, self._containers or BLOCK_CONTAINERS)
         if self._containers is None and len(found) > 1:
             raise TargetError(
-                f"layers_to_transform: the number {block} could count in {found[0][0]!r} or in {found[1][0]!r} of "
-                f"{name!r}. Name blocks by their path instead, such as '{found[1][0]}.{found[1][1]}', or choose the "
-                "container with layers_pattern."
+                f"layers_to_transform: the number {self._numbers[0]} could count in {found[0][0]!r} or in "
+                f"{found[1][0]!r} of {name!r}. Name blocks by their path instead, such as "
+                f"'{found[1][0]}.{found[1][1]}', or choose the container with layers_pattern."
             )
-        return any(index == block for _, index in found)
+        return paths | ({index for _, index in found} & {*self._numbers})
 
     def _known(self, names: list[str]) -> str:
         containers = self._containers or BLOCK_CONTAINERS
@@ -232,13 +256,6 @@ class BlockFilter:
 
 def _ends_with(pattern: str) -> Callable[[str], bool]:
     return lambda name: ends_with(pattern, name)
-
-
-def _key_test(field: str, key: str) -> Callable[[str], bool]:
-    if _LITERAL.fullmatch(key):
-        return lambda name: contains(key, name)
-    expression = compiled(field, rf"(?:.*\.)?(?:{key})" if not key.startswith("^") else key)
-    return lambda name: expression.fullmatch(name) is not None
 
 
 def _spellings(pattern: str) -> set[str]:

@@ -17,7 +17,7 @@ from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
 from lora_plugins.plan.stored import stored_weights
 from lora_plugins.plan.survey import Site, Survey, survey
-from lora_plugins.plan.targets import left_out, saved_modules, target_sites, within
+from lora_plugins.plan.targets import left_out, saved_modules, target_sites
 from lora_plugins.plan.ties import Target, grouped
 from lora_plugins.plugins import (
     InitPlugin,
@@ -28,6 +28,7 @@ from lora_plugins.plugins import (
     VariantPlugin,
     registry_of,
 )
+from lora_plugins.utils import within
 
 
 def make_plan(

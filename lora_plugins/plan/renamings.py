@@ -17,7 +17,7 @@ from torch import nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
 from lora_plugins.inplace import model_modules
-from lora_plugins.plan.patterns import ends_with, matcher
+from lora_plugins.plan.patterns import ends_with, matcher, matches
 
 _TENSOR = ".weight"
 """What stands behind the name of a module in the keys that transformers renames."""
@@ -61,7 +61,7 @@ def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str
     targets = config.target_modules
     assert targets is not None
     names = list(names)
-    lost = [pattern for pattern, test in matcher("target_modules", targets).items() if not any(map(test, names))]
+    lost = [pattern for pattern, matched in matches("target_modules", targets, names).items() if not matched]
     former = former_names(model) if lost else {}
     found = {pattern: _meant(pattern, targets, former, names) for pattern in lost}
     if not any(found.values()):

@@ -7,8 +7,8 @@ from lora_plugins.errors import TargetError, listing
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.survey import Site, Survey, Weight
-from lora_plugins.plan.targets import within
 from lora_plugins.plugins import Storage
+from lora_plugins.utils import within
 
 
 def stored_weights(
@@ -64,11 +64,10 @@ def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:
 
 
 def _refuse_trained(wanted: Sequence[str] | str, adaptable: Sequence[Site], free: Sequence[Site]) -> None:
-    names = [name for site in free for name in site.names]
-    trained = [name for site in adaptable if site not in free for name in site.names]
-    for pattern, matches in patterns.matcher("quantize_modules", wanted).items():
-        found = [name for name in trained if matches(name)]
-        if found and not any(map(matches, names)):
+    names = {name for site in free for name in site.names}
+    everywhere = [name for site in adaptable for name in site.names]
+    for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
+        if found and names.isdisjoint(found):
             raise TargetError(
                 f"quantize_modules: {pattern!r} matches {listing(found)}, which modules_to_save trains in full and so "
                 "keeps dense. Take it out of one of the two."

@@ -13,6 +13,7 @@ from lora_plugins.plan import patterns
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
+from lora_plugins.utils import within
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"not adapted: {self.class_name} ({listing(self.layers, 3)}): {self.reason}"
-
-
-def within(name: str, roots: Iterable[str]) -> bool:
-    """Whether a module or tensor is one of `roots` or lies below one of them."""
-    return any(not root or name == root or name.startswith(root + ".") for root in roots)
 
 
 def saved_modules(config: LoraConfig, survey: Survey) -> set[str]:

@@ -10,6 +10,7 @@ from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
+from lora_plugins.utils.paths import path_ends, path_runs, path_starts, within
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
 from lora_plugins.utils.precision import common_type, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
@@ -37,6 +38,9 @@ __all__ = [
     "on_device",
     "outside_inference",
     "own_randomness",
+    "path_ends",
+    "path_runs",
+    "path_starts",
     "plain_name",
     "quantize_dequantize",
     "remove_leftovers",
@@ -47,5 +51,6 @@ __all__ = [
     "single_at_least",
     "truncated_svd",
     "version",
+    "within",
     "without_collection",
 ]

@@ -23,7 +23,6 @@ from lora_plugins.integrations.lightning.module.copies import (
     find_copies,
     freeze_alike,
     is_adapted_alike,
-    is_within,
     start_alike,
 )
 from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
@@ -101,7 +100,6 @@ __all__ = [
     "frozen_keys",
     "frozen_tensors",
     "is_adapted_alike",
-    "is_within",
     "kept_copies",
     "known_fingerprints",
     "layers_of_factors",

@@ -22,7 +22,7 @@ from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, state_of, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, state_of_adapters
-from lora_plugins.utils import plain_name
+from lora_plugins.utils import path_starts, plain_name, within
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Part:
     required: bool
 
     def is_disjoint_from(self, other: "_Part") -> bool:
-        return not is_within(self.name, other.name) and not is_within(other.name, self.name)
+        return not within(self.name, [other.name]) and not within(other.name, [self.name])
 
     def equals(self, other: "_Part") -> bool:
         """Whether the values are the same, but for what is trained in place, and more than constants."""
@@ -89,13 +89,15 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
     _, trained = _of_the_author(module)
     layers = [entry.name for entry in model_modules(module) if state_of(entry.module) is not None]
     layers += [name.rpartition(".")[0] for name in trained]
+    around = {start for layer in layers for start in (*path_starts(layer), "")}
     alike: dict[object, list[_Part]] = {}
     for part in _parts(module, held):
         alike.setdefault(part.layout, []).append(part)
-    found = [copy for copy in _sharing(module) if any(is_within(layer, copy.origin) for layer in layers)]
+    found = [copy for copy in _sharing(module) if copy.origin in around]
     for parts in alike.values():  # in the order of the module: outer parts first
-        free = [part for part in parts if not any(is_within(part.name, copy.name) for copy in found)]
-        adapted = [part for part in free if any(is_within(layer, part.name) for layer in layers)]
+        copied = {copy.name for copy in found}
+        free = [part for part in parts if not within(part.name, copied)]
+        adapted = [part for part in free if part.name in around]
         if len(free) < 2 or not adapted:
             continue
         origin = next((part for part in adapted if part.required), adapted[0])
@@ -187,11 +189,6 @@ def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tens
     for name, tensor in own.items():
         if id(origin[name]) not in in_place:
             yield full_name(copy.name, name), tensor, origin[name]
-
-
-def is_within(name: str, part: str) -> bool:
-    """Whether a name is that of a part of a module, or of something in it."""
-    return not part or name == part or name.startswith(f"{part}.")
 
 
 def _are_repeated(module: nn.Module, first: str, second: str) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import listing
 from lora_plugins.inplace import model_modules, named_parameters
-from lora_plugins.plan import ends_with, within
+from lora_plugins.plan import matches
+from lora_plugins.utils import within
 
 
 def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
@@ -64,8 +65,8 @@ def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
 
 def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:
     """Returns the suggestions except those that match only modules that are trained in full."""
-    saved = [name for name in names if any(ends_with(each, name) for each in config.modules_to_save)]
-    matches = {each: [name for name in names if ends_with(each, name)] for each in suggested}
+    saved = {name for found in matches("modules_to_save", config.modules_to_save, names).values() for name in found}
+    meant = matches("target_modules", suggested, names)
     # One without a match is a mistake, to be told.
-    kept = [each for each, found in matches.items() if not found or not all(within(name, saved) for name in found)]
+    kept = [each for each, found in meant.items() if not found or not all(within(name, saved) for name in found)]
     return kept or suggested

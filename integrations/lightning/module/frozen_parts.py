@@ -18,7 +18,7 @@ from lora_plugins.files import fingerprint, same
 from lora_plugins.inplace import model_modules, named_tensors, own_tensors
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
-from lora_plugins.utils import plain_name
+from lora_plugins.utils import plain_name, within
 
 _BUILT = "_lora_built"
 """Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""
@@ -110,14 +110,14 @@ def _notes(module: nn.Module) -> dict[str, _Built]:
 
 def _frozen(module: nn.Module) -> Iterator[str]:
     """Yields the names of parameters that require no gradient, and of buffers of frozen modules."""
-    parts: list[str] = []
+    parts: set[str] = set()
     for name, part in module.named_modules(remove_duplicate=False):  # outer ones first
-        if any(name.startswith(f"{frozen}.") for frozen in parts):
+        if within(name, parts):
             continue
         own = [*part.named_parameters(name, remove_duplicate=False)]
         yield from (full for full, parameter in own if not parameter.requires_grad)
         if own and not any(parameter.requires_grad for _, parameter in own):
-            parts.append(name)
+            parts.add(name)
             yield from (full for full, _ in part.named_buffers(name, remove_duplicate=False))
 
 

@@ -7,9 +7,8 @@ from torch import nn
 
 from lora_plugins.errors import listing
 from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
-from lora_plugins.integrations.lightning.module.copies import is_within
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
-from lora_plugins.utils import plain_name
+from lora_plugins.utils import path_starts, plain_name, within
 
 
 def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -> None:
@@ -27,7 +26,7 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -
     target.train()
     named = [(plain_name(n), child) for n, child in target.named_modules() if not isinstance(child, AdapterTensors)]
     for name, child in named:  # outer ones first, since `train` goes down
-        if any(is_within(name, part) for part in kept):
+        if within(name, kept):
             child.train(modes[child])
     changed = dict.fromkeys(name for name, child in named if child.training and not modes[child])
     if changed:
@@ -35,9 +34,9 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -
             f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
             "LoraCallback(train_mode=False) to keep their mode."
         )
-    own = [name for name, part in kept.items() if part not in averages]
+    own = dict.fromkeys(name for name, part in kept.items() if part not in averages)
     layers = [name for name, child in named if state_of(child) is not None]
-    adapted = [name for name in layers if any(is_within(name, part) for part in own)]
+    adapted = [name for name in layers if within(name, own)]
     if adapted:
         rank_zero_info(
             f"{listing(own, 3)} arrived frozen and in eval mode, and stay so, though {len(adapted)} layers in it are "
@@ -63,12 +62,15 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
 
 def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, nn.Module]:
     """Returns by name the parts below the target that their author put into eval mode permanently."""
-    required = state_of_adapters(target).requires_grad
+    required: dict[str, list[bool]] = {}
+    for name, value in state_of_adapters(target).requires_grad.items():
+        for start in path_starts(name):
+            required.setdefault(start, []).append(value)
     parts: dict[str, nn.Module] = {}
     for entry in model_modules(target)[1:]:
-        if own_mode(entry.module) or any(is_within(entry.name, part) for part in parts):
+        if own_mode(entry.module) or within(entry.name, parts):
             continue
-        own = [required[name] for name in required if is_within(name, entry.name)]
+        own = required.get(entry.name, ())
         if own and (not any(own) or entry.module in averages):
             parts[entry.name] = entry.module
     return parts

@@ -23,7 +23,6 @@ from lora_plugins.integrations.lightning.module import (
     frozen_by_others,
     frozen_tensors,
     is_adapted_alike,
-    is_within,
     mark_moved,
     trained_parameters,
 )
@@ -38,6 +37,7 @@ from lora_plugins.integrations.lightning.training.frozen_base import (
 )
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
+from lora_plugins.utils import within
 
 _OF_WEIGHTS = "differentiated Tensor"
 """What torch says of a gradient with respect to a tensor that is frozen, or on no way to the loss."""
@@ -123,7 +123,7 @@ class Audit:
 
     def _name_frozen_adapters(self) -> None:
         ours = [copy.name for copy in self._copies if copy.frozen and copy.equal]
-        frozen = {name for name in frozen_by_others(self._module) if not any(is_within(name, part) for part in ours)}
+        frozen = {name for name in frozen_by_others(self._module) if not within(name, ours)}
         new = sorted(frozen - self._frozen_by_others)
         self._frozen_by_others.update(new)
         if new:
@@ -192,7 +192,7 @@ class Audit:
         """Returns those of a teacher, of a copy, or new ones: what the author may change without the optimizer."""
         own, copies = frozen_by_author(self._module), [name for copy in self._copies for name in copy.followers]
         new = self._put_in_place(tensors)
-        return {n: t for n, t in tensors.items() if n in own or n in new or any(is_within(n, c) for c in copies)}
+        return {n: t for n, t in tensors.items() if n in own or n in new or within(n, copies)}
 
     def _put_in_place(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """Returns the names of tensors by which the module has replaced others, and that nobody trains.

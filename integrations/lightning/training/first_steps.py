@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import is_within, local
+from lora_plugins.integrations.lightning.module import local
+from lora_plugins.utils import within
 
 STEPS = 2
 """Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
@@ -67,7 +68,7 @@ class FirstSteps:
         self._checked = True
         self._without = {name for name in self._without if self._trained[name].requires_grad}
         for parts in self._copies:
-            insides = [{name for name in self._trained if is_within(name, part)} for part in parts]
+            insides = [{name for name in self._trained if within(name, [part])} for part in parts]
             inside = next((inside for inside in insides if inside <= self._without), set())
             self._start = {name: start for name, start in self._start.items() if name not in inside}
             self._without -= inside

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import find_copies, is_within, layers_of_factors, trained_parameters
+from lora_plugins.integrations.lightning.module import find_copies, layers_of_factors, trained_parameters
+from lora_plugins.utils import within
 
 _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
@@ -58,7 +59,7 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
         missing = _add_to_group(missing, module, groups)
     if missing:
         teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand
-        missing = {name: p for name, p in missing.items() if not any(is_within(name, part) for part in teachers)}
+        missing = {name: p for name, p in missing.items() if not within(name, teachers)}
     if missing:
         rank_zero_warn(
             f"{len(missing)} trainable tensors of adapters are in no optimizer, which has others of them, so they are "

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
-from lora_plugins.plan.patterns import BlockFilter, PatternMap, contains, ends_with, nearest, select
+from lora_plugins.plan.patterns import BlockFilter, PatternMap, ends_with, nearest, select
 
 VIT = [f"blocks.{block}.{layer}" for block in range(12) for layer in ("attn.qkv", "attn.proj", "mlp.fc1")]
 SWIN = [f"layers.{s}.blocks.{b}.attn.qkv" for s in range(3) for b in range(2)]
@@ -21,37 +21,23 @@ path = st.lists(component, min_size=1, max_size=5)
 
 class TestWholeComponents:
     @pytest.mark.parametrize(
-        ("pattern", "name", "ends", "inside"),
+        ("pattern", "name", "ends"),
         [
-            ("qkv", "blocks.0.attn.qkv", True, True),
-            ("attn.qkv", "blocks.0.attn.qkv", True, True),
-            ("blocks.0.attn.qkv", "blocks.0.attn.qkv", True, True),
-            ("kv", "blocks.0.attn.qkv", False, False),
-            ("tn.qkv", "blocks.0.attn.qkv", False, False),
-            ("attn", "blocks.0.attn.qkv", False, True),
-            ("blocks.0", "blocks.0.attn.qkv", False, True),
-            ("blocks.1", "blocks.10.attn.qkv", False, False),
-            ("locks.0", "blocks.0.attn.qkv", False, False),
-            ("a.blocks.0.attn.qkv", "blocks.0.attn.qkv", False, False),
+            ("qkv", "blocks.0.attn.qkv", True),
+            ("attn.qkv", "blocks.0.attn.qkv", True),
+            ("blocks.0.attn.qkv", "blocks.0.attn.qkv", True),
+            ("kv", "blocks.0.attn.qkv", False),
+            ("tn.qkv", "blocks.0.attn.qkv", False),
+            ("attn", "blocks.0.attn.qkv", False),
+            ("a.blocks.0.attn.qkv", "blocks.0.attn.qkv", False),
         ],
     )
-    def test_a_pattern_matches_no_part_of_a_component(self, pattern, name, ends, inside):
+    def test_a_pattern_matches_no_part_of_a_component(self, pattern, name, ends):
         assert ends_with(pattern, name) is ends
-        assert contains(pattern, name) is inside
-
-    @given(path, st.data())
-    def test_every_run_of_components_is_inside_and_every_tail_ends(self, parts, data):
-        start = data.draw(st.integers(0, len(parts) - 1))
-        stop = data.draw(st.integers(start + 1, len(parts)))
-        assert contains(".".join(parts[start:stop]), ".".join(parts))
-        assert ends_with(".".join(parts[start:]), ".".join(parts))
 
     @given(path, path)
     def test_matching_is_that_of_the_lists_of_components(self, pattern, parts):
-        length = len(pattern)
-        runs = [parts[at : at + length] for at in range(len(parts) - length + 1)]
-        assert contains(".".join(pattern), ".".join(parts)) == (pattern in runs)
-        assert ends_with(".".join(pattern), ".".join(parts)) == (parts[-length:] == pattern)
+        assert ends_with(".".join(pattern), ".".join(parts)) == (parts[-len(pattern) :] == pattern)
 
 
 class TestSelect:

@@ -1,0 +1,31 @@
+"""Paths of modules and tensors in a model: components with dots between.
+
+What is asked of many names about many others takes a set of the others, and the few parts of each name.
+"""
+
+from collections.abc import Container
+
+
+def path_starts(name: str) -> list[str]:
+    """Returns the name and those of what it lies in, the longest first, without the model itself."""
+    starts = [name] if name else []
+    while (name := name.rpartition(".")[0]) != "":
+        starts.append(name)
+    return starts
+
+
+def path_ends(name: str) -> list[str]:
+    """Returns the path ends of a name, the shortest first, the name itself last."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def path_runs(name: str) -> list[str]:
+    """Returns all components of a name that stand next to each other, joined."""
+    parts = name.split(".")
+    return [".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)]
+
+
+def within(name: str, roots: Container[str]) -> bool:
+    """Whether a module or tensor is one of `roots` or lies below one of them, as all does below the model, `""`."""
+    return "" in roots or any(start in roots for start in path_starts(name))
