@@ -31,7 +31,7 @@ from lora_plugins.field_checks import finite
 from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
-from lora_plugins.utils import low_rank
+from lora_plugins.utils import in_float64, low_rank
 
 Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 """Computes one update `(out, in)` from updates `(n, out, in)`, weights `(n, 1, 1)`, a density and a generator."""
@@ -204,7 +204,7 @@ class _Terms:
     def term(self, module: nn.Module, layer: str, slot: Slot) -> _Term:
         """Returns what it adds to a slot of a layer."""
         A, B = factors(module, self.adapter, slot)
-        return _Term(A.detach().double(), B.detach().double() * self.scalings[layer], self.weight)
+        return _Term(in_float64(A.detach()), in_float64(B.detach()) * self.scalings[layer], self.weight)
 
 
 def _check(
@@ -334,10 +334,10 @@ def _values(
             values[name] = owned[0][0].clone()
             continue
         # In float64, so that a single adapter of weight 1 gives its own value back.
-        total = base.double()
+        total = in_float64(base)
         for value, weight in owned:
-            total = total + weight * (value.double() - base.double())
-        values[name] = total.to(owned[0][0].dtype)
+            total = total + weight * (in_float64(value) - in_float64(base))
+        values[name] = total.to(owned[0][0])
         _check_range(name, values[name].dtype, values[name])
         if name.rpartition(".")[2] == _VARIANCE and bool((values[name] < 0).any()):
             raise ConfigError(

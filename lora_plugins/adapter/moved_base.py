@@ -52,7 +52,7 @@ def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tenso
 
 def _mark(tensor: Tensor) -> Mark:
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().flatten()
-    some = flat[:: -(-flat.numel() // _MOST) or 1].cpu().double().nan_to_num()
+    some = flat[:: -(-flat.numel() // _MOST) or 1].cpu().to(torch.float64).nan_to_num()
     return float(some.norm()), float(some @ _random_numbers()[: len(some)])
 
 

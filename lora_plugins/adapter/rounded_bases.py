@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import TargetError, listing
 from lora_plugins.inplace import StoredWeight, full_name, own_tensor
 from lora_plugins.plan import Plan
+from lora_plugins.utils import in_float64
 
 _LOST = 0.01
 """The share of a weight that may be lost: several times what rounding to bfloat16 loses of any weight."""
@@ -55,5 +56,5 @@ def _largest(dtype: torch.dtype, is_stored: bool) -> float:
 
 def _growth(former: Tensor, new: Tensor) -> float:
     """Returns how many times as large a weight becomes; one of zeros has nothing to lose."""
-    size = float(former.detach().double().norm())
-    return float(new.double().norm()) / size if size else 0.0
+    size = float(in_float64(former.detach()).norm())
+    return float(in_float64(new).norm()) / size if size else 0.0

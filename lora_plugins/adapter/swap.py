@@ -19,6 +19,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PlannedLayer
+from lora_plugins.utils import in_float64
 
 
 def swap(
@@ -110,7 +111,7 @@ def _fitted(
     fitted = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in tensors.items()}
     if other is not None and content is not None:
         fitted["A"][: other.r].copy_(content.A)
-        fitted["B"][:, : other.r].copy_(content.B.double() * (other.scaling / layer.scaling))
+        fitted["B"][:, : other.r].copy_(in_float64(content.B) * (other.scaling / layer.scaling))
         for name, value in content.own.items():
             if value.shape != fitted[name].shape:
                 raise _unfit(

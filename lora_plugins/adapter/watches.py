@@ -12,6 +12,7 @@ from lora_plugins.errors import ConfigError, TargetError, listing
 from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
+from lora_plugins.utils import in_float64
 
 Step = Callable[[nn.Module, Any], Any]
 """What is done with one batch."""
@@ -74,7 +75,7 @@ class _Sums:
                 f"{self.layer.name!r}: its inputs came as {list(x.shape)}, where its weight needs (n, {self.width}). "
                 "Add it to exclude_modules, or choose another init."
             )
-        x = x.double()
+        x = in_float64(x)
         total, gram = x.sum(0), x.T @ x
         self.count += len(x)
         self.total = total if self.total is None else self.total + total
@@ -92,10 +93,9 @@ class _Sums:
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns count, sum and outer products over all processes."""
-        total = torch.zeros(self.width, dtype=torch.float64, device=self.device) if self.total is None else self.total
-        gram = self.gram
-        if gram is None:
-            gram = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+        nothing = in_float64(torch.zeros(self.width, device=self.device))
+        total = nothing if self.total is None else self.total
+        gram = torch.outer(nothing, nothing) if self.gram is None else self.gram
         sums = (torch.tensor(self.count, device=total.device), total, gram)
         for tensor in sums:
             _add_up(tensor)

@@ -56,7 +56,7 @@ def print_any_text() -> None:
 
 
 def _output_is_closed() -> bool:
-    if sys.stdout is None:
+    if sys.stdout is None or not hasattr(select, "poll"):  # Windows has none
         return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lora_plugins.inplace import detached_weight, full_name, is_shard, normalized_parameter, stored_weight, submodule
 from lora_plugins.plan import Plan
-from lora_plugins.utils import version
+from lora_plugins.utils import in_float64, version
 
 TOLERANCE = 1e-2
 """Distance, relative to the norm, up to which two weights count as the same: rounding to bfloat16 is below it."""
@@ -33,7 +33,7 @@ def fingerprint(weight: Tensor) -> dict[str, float]:
     """
     # In parts, since each is made wider: of a large weight as a whole, most of the time went into new memory.
     flat = weight.detach().flatten()
-    parts = (part.double() for part in flat.split(_PERIOD * _ROWS))  # type: ignore[no-untyped-call]
+    parts = map(in_float64, flat.split(_PERIOD * _ROWS))  # type: ignore[no-untyped-call]
     squares, sums = zip(*((part @ part, _sums(part)) for part in parts), strict=True)
     norm = functools.reduce(torch.add, squares).sqrt()
     dots = (_signs() * functools.reduce(torch.add, sums).cpu()).sum(1).tolist()
@@ -48,7 +48,7 @@ def _sums(flat: Tensor) -> Tensor:
 @functools.cache
 def _signs() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (len(KEYS) - 1, _PERIOD), device="cpu", generator=generator).double() * 2 - 1
+    return torch.randint(0, 2, (len(KEYS) - 1, _PERIOD), device="cpu", generator=generator).to(torch.float64) * 2 - 1
 
 
 def same(first: dict[str, float], second: dict[str, float]) -> bool:

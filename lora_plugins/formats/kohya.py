@@ -170,7 +170,7 @@ def _known_name(part: str, name: str) -> str:
 def _number(value: float) -> Tensor:
     """Returns a number as a tensor, in single precision where that has it."""
     single = torch.tensor(value, dtype=torch.float32, device="cpu")
-    return single if float(single) == value else single.double().fill_(value)
+    return single if float(single) == value else single.to(torch.float64).fill_(value)
 
 
 def _split(key: str) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_plugins.plugins import InitContext
+from lora_plugins.utils import in_float64
 
 
 def fill_rest(context: InitContext, kept: int) -> None:
@@ -34,7 +35,7 @@ def without_product(weight: Tensor, recipe: Mapping[str, Tensor], scaling: float
         recipe: A `(r, in)` and B `(out, r)`.
         scaling: The factor of the product.
     """
-    rest = weight.double()
-    for row, column in zip(recipe["A"].double(), (scaling * recipe["B"].double()).T, strict=True):
+    rest = in_float64(weight)
+    for row, column in zip(in_float64(recipe["A"]), (scaling * in_float64(recipe["B"])).T, strict=True):
         rest = rest - column[:, None] * row
     return rest.to(weight.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
 from lora_plugins.kernels import effective_weight, linear_2d, transposed_product
 from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
-from lora_plugins.utils import common_type, in_full
+from lora_plugins.utils import common_type, in_float64, in_full
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -127,10 +127,14 @@ def _norm(term: Term) -> float:
     """
     if term.delta is not None:
         return float(torch.linalg.vector_norm(term.delta))
-    for dtype in (torch.promote_types(term.A.dtype, torch.float32), torch.float64):
-        A, B = term.A.to(dtype), term.B.to(dtype)
+    for widened in (_in_single_at_least, in_float64):
+        A, B = widened(term.A), widened(term.B)
         of_A, of_B = linear_2d(A, A), transposed_product(B, B)
         square = float((of_A * of_B).sum())
         if square > _NEARLY_ORTHOGONAL * float(torch.linalg.vector_norm(of_A) * torch.linalg.vector_norm(of_B)):
             break
     return abs(term.scaling) * math.sqrt(max(square, 0.0))
+
+
+def _in_single_at_least(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, near
-from lora_plugins.utils import own_randomness
+from lora_plugins.utils import in_float64, own_randomness
 
 Case = TypeVar("Case")
 
@@ -129,7 +129,7 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = T
     require(found == wanted, f"{what} is {found} instead of {wanted}")
     if torch.equal(got, expected) or not expected.numel():
         return
-    difference = float((got.double() - expected.double()).abs().max())
+    difference = float((in_float64(got) - in_float64(expected)).abs().max())
     largest = float(expected.abs().max())
     # Written so that NaN fails.
     require(

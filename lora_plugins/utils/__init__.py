@@ -12,7 +12,7 @@ from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.paths import path_ends, path_runs, path_starts, within
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
-from lora_plugins.utils.precision import common_type, single_at_least
+from lora_plugins.utils.precision import common_type, in_float64, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
@@ -28,6 +28,7 @@ __all__ = [
     "check_regular",
     "common_type",
     "ending",
+    "in_float64",
     "in_full",
     "levels",
     "loaded_key",

@@ -1,6 +1,10 @@
 """The precision that values of adapters have at least, and that two types have in common."""
 
 import torch
+from torch import Tensor
+
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of devices that have no float64: GPUs of Apple."""
 
 
 def single_at_least(dtype: torch.dtype) -> torch.dtype:
@@ -11,3 +15,8 @@ def single_at_least(dtype: torch.dtype) -> torch.dtype:
 def common_type(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     """Returns the type that two floating types are computed in; one of 8 bits, for which it has none, is as float32."""
     return torch.promote_types(*(torch.float32 if dtype.itemsize == 1 else dtype for dtype in (first, second)))
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float64; on the CPU where its own device has no such type."""
+    return (tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor).double()

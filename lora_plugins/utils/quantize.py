@@ -29,7 +29,7 @@ def levels(bits: int) -> Tensor:
     negative = -torch.special.ndtri(_linspace(quantile, count // 2))
     table = torch.cat([negative, torch.zeros(1, dtype=torch.float64, device="cpu"), positive.flip(0)])
     # Rounded once, so that no platform's last bit of ndtri matters.
-    return (table / table.abs().max()).float().double()
+    return (table / table.abs().max()).float().to(torch.float64)
 
 
 def blocks_of(values: Tensor, block_size: int) -> Tensor:

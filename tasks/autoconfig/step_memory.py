@@ -107,7 +107,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def _available() -> int | None:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 2**10 if found else None
 

@@ -70,7 +70,7 @@ class Costs:
         total: All parameters of the network, with those of adapters.
         seconds: Time of the fit.
         epoch_seconds: Time of an epoch with its validation, the median.
-        process_mib: Peak memory of the process.
+        process_mib: Peak memory of the process; None where the system does not tell it.
         gpu_mib: Peak memory allocated on the GPU.
         sizes: Bytes of the files that the fit wrote, by what they are.
     """
@@ -79,7 +79,7 @@ class Costs:
     total: int
     seconds: float
     epoch_seconds: float | None
-    process_mib: float
+    process_mib: float | None
     gpu_mib: float | None
     sizes: Mapping[str, int] = field(default_factory=dict)
 

@@ -1,7 +1,6 @@
 """A report of a fit: one HTML file to read and to show, and its numbers as JSON beside it."""
 
 import math
-import resource
 import statistics
 import sys
 import time
@@ -240,9 +239,8 @@ class HtmlReport(Callback):
         )
 
     def _facts(self, trainer: Trainer, task: VisionTask, costs: Costs) -> dict[str, Facts]:
-        memory = {"peak memory": f"{costs.process_mib:,.0f} MiB"}
-        if costs.gpu_mib is not None:
-            memory["peak memory of the GPU"] = f"{costs.gpu_mib:,.0f} MiB"
+        peaks = {"peak memory": costs.process_mib, "peak memory of the GPU": costs.gpu_mib}
+        memory = {of: f"{peak:,.0f} MiB" for of, peak in peaks.items() if peak is not None}
         files = {what: str(path) for what, path in _files(lora_callbacks(trainer)).items()}
         length = {"epochs": str(self._epoch + 1), "steps": f"{trainer.global_step:,}"}
         groups = {
@@ -295,7 +293,12 @@ def _files(callbacks: list[LoraCallback]) -> dict[str, Path]:
     return files | {f"merged model{'' if not at else f' {at + 1}'}": path for at, path in enumerate(merged)}
 
 
-def _process_mebibytes() -> float:
+def _process_mebibytes() -> float | None:
+    """The peak memory of this process; None on Windows, which does not tell it in this way."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MEBIBYTE if sys.platform == "darwin" else peak / 2**10
 

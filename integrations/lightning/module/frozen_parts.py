@@ -18,7 +18,7 @@ from lora_plugins.files import fingerprint, same
 from lora_plugins.inplace import model_modules, named_tensors, own_tensors
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
-from lora_plugins.utils import plain_name, within
+from lora_plugins.utils import in_float64, plain_name, within
 
 _BUILT = "_lora_built"
 """Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""
@@ -124,4 +124,4 @@ def _frozen(module: nn.Module) -> Iterator[str]:
 def _fingerprint(tensor: Tensor) -> Fingerprint:
     """Returns the fingerprint of a tensor of any type."""
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return fingerprint(numbers if numbers.is_floating_point() else numbers.double())
+    return fingerprint(numbers if numbers.is_floating_point() else in_float64(numbers))

@@ -28,7 +28,7 @@ def available() -> str:
 def _processor() -> str:
     """Returns what names the maker of the processor."""
     file = Path("/proc/cpuinfo")
-    return file.read_text() if file.is_file() else platform.processor()
+    return file.read_text(encoding="utf-8") if file.is_file() else platform.processor()
 
 
 def _suits(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
