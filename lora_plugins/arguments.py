@@ -170,7 +170,8 @@ def _translated(config: Any) -> str:
     for each in dataclasses.fields(config):
         value, word = getattr(config, each.name), FIELDS.get(each.name, "")
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
-        if value == default or not value:
+        # Without elements, a field says nothing; 0 is a block, and False a start.
+        if value == default or (not value and not isinstance(value, int)):
             continue
         name = _RENAMED.get(each.name, each.name)
         if name in ours:

@@ -212,6 +212,19 @@ class TestConfigsOfPeft:
         ):
             lora().add_adapter("b", theirs)
 
+    @pytest.mark.parametrize(
+        ("field", "said"),
+        [
+            pytest.param({"layers_to_transform": 0}, r"layers_to_transform=0\)", id="the first block"),
+            pytest.param(
+                {"init_lora_weights": False}, "'init_lora_weights': It is 'init'.*'none' for False", id="False"
+            ),
+        ],
+    )
+    def test_values_that_are_false_are_told(self, peft, field, said):
+        with pytest.raises(ConfigError, match=said):
+            LoraModel(net(), peft.LoraConfig(target_modules=["0"], **field))
+
     def test_other_methods_are_not_translated(self, peft):
         with pytest.raises(ConfigError, match=r"config is a LoHaConfig.*'LOHA' is none that is here") as caught:
             LoraModel(net(), peft.LoHaConfig(r=4))
