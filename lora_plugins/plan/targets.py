@@ -15,6 +15,11 @@ from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
 from lora_plugins.utils import within
 
+_ADAPTED_BY_OTHERS = (
+    "Another library has adapted the model. Take its adapter off or merge it first, and adapt the model that this "
+    "returns; in PEFT: model = peft_model.unload(), or merge_and_unload()."
+)
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -59,6 +64,7 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
         chosen = {name for name in chosen if keep(name)}
     targets = [site for site in free if chosen & set(site.names)]
     _check_served([site for site in targets if site.plugin is None], registry)
+    _check_unwrapped(targets, [site for site in free if site.plugin and not site.foreign_adapter])
     targets = [site for site in targets if site.plugin is not None]
     if not targets:
         others = "".join(f" {each}." for each in left_out(config, survey, saved))
@@ -105,10 +111,7 @@ def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
     adapters = [name for site in free if site.foreign_adapter for name in site.names]
     if not any(within(name, matches) for name in adapters):
         return ""
-    return (
-        "Another library has adapted the model. Take its adapter off or merge it first, and adapt the model that this "
-        "returns; in PEFT: model = peft_model.unload(), or merge_and_unload()."
-    )
+    return _ADAPTED_BY_OTHERS
 
 
 def _means_all(config: LoraConfig) -> bool:
@@ -185,3 +188,16 @@ def _check_served(sites: list[Site], registry: Registry) -> None:
             f"target_modules matches layers that no plugin adapts: {listing(owners)}. Make the pattern narrower, "
             f"or add them to exclude_modules.{registry.absent()}"
         ) from registry.cause()
+
+
+def _check_unwrapped(targets: Iterable[Site], layers: Sequence[Site]) -> None:
+    """Refuses wrappers of another library that are matched among layers, where the layers in them are not."""
+    chosen = {site.name for site in targets}
+    wrappers = [site for site in targets if site.foreign_adapter and site.plugin is None]
+    inner = {each.name: next((s.name for s in layers if within(s.name, each.names)), None) for each in wrappers}
+    passed = {name: layer for name, layer in inner.items() if layer and layer not in chosen}
+    if passed:
+        raise TargetError(
+            f"target_modules matches {listing(passed)}, and not the layers in them. {_ADAPTED_BY_OTHERS} To adapt them "
+            f"beside its adapter, name them, such as {listing(passed.values(), 2)}, or write 'all'."
+        )

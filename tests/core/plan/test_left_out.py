@@ -118,6 +118,17 @@ class TestAdaptersOfOthers:
             "not adapted: Linear ('up.lora_A.default', 'up.lora_B.default'): they belong to an adapter"
         )
 
+    @pytest.mark.parametrize("targets", [["up", "head", "2"], r"up|head|other\.2"], ids=["ends", "expression"])
+    def test_a_wrapper_among_layers_is_refused(self, targets):
+        model = self.make()
+        model["other"] = nn.ModuleDict({"up": nn.Linear(4, 4), "2": nn.Linear(4, 4)})
+        with pytest.raises(TargetError, match=r"matches 'up', and not the layers in them.*such as 'up\.base_layer'"):
+            plan(model, target_modules=targets)
+
+    def test_a_wrapper_that_is_matched_with_its_layer(self):
+        found = plan(self.make(), target_modules=r"up|up\.base_layer|head")
+        assert [layer.name for layer in found.layers] == ["up.base_layer", "head"]
+
     def test_a_head_that_peft_trains(self):
         peft = pytest.importorskip("peft")
         model = nn.ModuleDict({"up": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
