@@ -12,8 +12,18 @@ from lora_plugins.kernels.matmul import transposed_product
 
 
 def channels_last(image: Tensor) -> bool:
-    """Whether channels are innermost in memory, and would not be so in a contiguous image."""
-    return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
+    """Whether channels are innermost in memory, as torch's convolutions see it, and would not be so if contiguous.
+
+    A dimension of 1, as a batch of one image, can have any step behind views. Where that is less than what is inside
+    of it, torch takes the image for contiguous; a gradient with its channels last would end as one of such steps at the
+    other end of the views, with which torch's batch normalization (2.13, on a CPU) is wrong without a word.
+    """
+    if image.is_contiguous():
+        return False
+    inner = image.movedim(1, -1)
+    steps = inner.stride()
+    whole = zip(steps, steps[1:], inner.shape[1:], strict=False)
+    return inner.is_contiguous() and all(outer >= step * size for outer, step, size in whole)
 
 
 def as_rows(tensor: Tensor, axis: int = 1) -> Tensor:

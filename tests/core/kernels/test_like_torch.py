@@ -98,3 +98,32 @@ def test_a_bias_may_change_before_the_backward(make, variant):
     with torch.no_grad():
         layer.bias.add_(1)
     torch.testing.assert_close(torch.autograd.grad(loss, trained), expected)
+
+
+class OneWindow(nn.Module):
+    """A network that looks at an image in windows, of which there is one, as mobile transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.pointwise = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.norm(x).view(1, 8, 1, 2, 1, 2).permute(0, 3, 5, 2, 4, 1).contiguous()
+        image = windows.view(1, 4, 1, 8).view(1, 2, 2, 1, 1, 8).permute(0, 5, 3, 1, 4, 2).reshape(1, 8, 2, 2)
+        return self.pointwise(image)
+
+
+@pytest.mark.parametrize("fields", [{}, {"memory": "low"}, {"variant": "dora"}], ids=["plain", "low_memory", "dora"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_batch_normalization_before_one_window_gets_the_gradient_of_torch(training, fields):
+    plain = OneWindow().double()
+    adapted = copy.deepcopy(plain)
+    LoraModel(adapted, LoraConfig(r=2, target_modules=["pointwise"], norm="track", **fields))
+    x = torch.randn(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for model in (plain, adapted):
+        model.train(training)
+        (gradient,) = torch.autograd.grad(model(x).sin().sum(), x)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

@@ -94,3 +94,12 @@ def test_a_pointwise_convolution_has_the_format_of_torch(dimensions: int, last: 
     output = lora_conv(x, weight, None, A, B, 1.0, dropout, pointwise(dimensions))
     assert output.stride() == expected.stride()
     assert (output.grad_fn.name() == "_LoraLinearBackward") == (last and dimensions == 2)
+
+
+@pytest.mark.parametrize("step", [16, 64], ids=["of_a_position", "of_the_image"])
+def test_a_single_image_has_the_format_of_torch_behind_views(step: int):
+    x = torch.randn(64).as_strided((1, 16, 2, 2), (step, 1, 32, 16)).requires_grad_()
+    weight, A, B = torch.randn(24, 16, 1, 1), torch.randn(1, 16), torch.randn(24, 1)
+    outputs = F.conv2d(x, weight), lora_conv(x, weight, None, A, B, 1.0, 0.0, pointwise(2))
+    strides = [(y.stride(), torch.autograd.grad(y.sum(), x)[0].stride()) for y in outputs]
+    assert strides[0] == strides[1]
