@@ -2,6 +2,9 @@
 
 Convolutions with few channels are slow, and what a low-rank update needs of them are small matrix products. Images are
 `(batch, channels, *positions)`, either contiguous or with their channels last.
+
+Gradients have the format in memory that those of torch's own layers have: operations take it from each other, and
+torch's normalizations (2.13, on a CPU) are wrong without a word for some pairs of formats of input and gradient.
 """
 
 import torch
@@ -14,9 +17,8 @@ from lora_plugins.kernels.matmul import transposed_product
 def channels_last(image: Tensor) -> bool:
     """Whether channels are innermost in memory, as torch's convolutions see it, and would not be so if contiguous.
 
-    A dimension of 1, as a batch of one image, can have any step behind views. Where that is less than what is inside
-    of it, torch takes the image for contiguous; a gradient with its channels last would end as one of such steps at the
-    other end of the views, with which torch's batch normalization (2.13, on a CPU) is wrong without a word.
+    A dimension of 1, as a batch of one image, can have any step behind views. Where it is less than what is inside of
+    it, torch takes the image for contiguous.
     """
     if image.is_contiguous():
         return False
@@ -32,13 +34,14 @@ def as_rows(tensor: Tensor, axis: int = 1) -> Tensor:
     return innermost.reshape(-1, tensor.shape[axis])
 
 
-def laid_out_like(x: Tensor, gradient: Tensor) -> Tensor:
-    """Returns a gradient in the memory format of its tensor.
+def gradient_of_image(image: Tensor, gradient: Tensor) -> Tensor:
+    """Returns the gradient of an image as torch's convolutions lay it out: with its channels last, or contiguous."""
+    return gradient.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(image) else gradient.contiguous()
 
-    Operations take it from each other, and torch's batch normalization (2.13, on a CPU) is wrong without a word where
-    input and gradient are of two formats and a dimension is 1.
-    """
-    return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)
+
+def gradient_of_rows(rows: Tensor, gradient: Tensor) -> Tensor:
+    """Returns the gradient of rows as torch's product lays it out: by columns where they are so, or contiguous."""
+    return gradient.T.contiguous().T if rows.stride() == (1, len(rows)) else gradient
 
 
 def mix_channels(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:

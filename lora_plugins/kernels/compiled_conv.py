@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels._channels import laid_out_like
+from lora_plugins.kernels._channels import gradient_of_image
 from lora_plugins.kernels._compiled import operands, takes_operator
 from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path, gradients, output
 from lora_plugins.kernels._path import may_form_effective_weight
@@ -104,7 +104,7 @@ def _conv_gradients(
         small = kept if kept.numel() else None
         dx, dA, dB = gradients(dy, State(x, weight, left, right, small, options), needed)
     return (
-        laid_out_like(x, dx) if dx is not None and needed[0] else x.new_empty(0),
+        gradient_of_image(x, dx) if dx is not None and needed[0] else x.new_empty(0),
         dA.to(A.dtype).contiguous() if dA is not None and needed[1] else A.new_empty(0),
         dB.to(B.dtype).contiguous() if dB is not None and needed[2] else B.new_empty(0),
     )
@@ -154,7 +154,7 @@ def _(
 def _(dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, (of_x, of_A, of_B) = others
     return (
-        torch.empty_like(x) if of_x else x.new_empty(0),
+        gradient_of_image(x, x.new_empty(x.shape)) if of_x else x.new_empty(0),
         A.new_empty(A.shape if of_A else 0),
         B.new_empty(B.shape if of_B else 0),
     )

@@ -20,7 +20,7 @@ from lora_plugins.kernels._autograd import (
     save,
     saved,
 )
-from lora_plugins.kernels._channels import as_rows, laid_out_like
+from lora_plugins.kernels._channels import as_rows, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
@@ -89,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
 
         dx, dA, dB = gradients(rows, dy, matrix, A, B, options, (needed[0], *needed[3:]))
         return (
-            None if dx is None else laid_out_like(x, _from_rows(dx, x, options.axis)),
+            None if dx is None else _with_dimensions_of(x, gradient_of_rows(rows, dx), options.axis),
             transposed_product(dy, rows) if needed[1] else None,
             dy.sum(0) if needed[2] else None,
             dA,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
-from lora_plugins.kernels._channels import as_rows
+from lora_plugins.kernels._channels import as_rows, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
@@ -122,7 +122,7 @@ class _Rescaled(torch.autograd.Function):
         products = linear_2d(G, A)
         of_factors = (G * weight.flatten(1)).sum(1).add_((products * B).sum(1), alpha=options.scaling)
         return (
-            None if dx is None else layer.laid_out_like(x, dx),
+            None if dx is None else layer.input_gradient(x, dx),
             _weight_gradient(dy, inputs, weight, G, factors, options) if needed[1] else None,
             layer.bias_gradient(dy) if needed[2] else None,
             scaled_product(A, (B * factors[:, None]).T, G, options.scaling) if needed[3] else None,
@@ -155,9 +155,8 @@ class _Linear:
     def of_input(self, dy: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         return matmul(dy, weight)
 
-    def laid_out_like(self, x: Tensor, gradient: Tensor) -> Tensor:
-        gradient = gradient.view(x.shape)
-        return gradient if gradient.stride() == x.stride() else torch.empty_like(x).copy_(gradient)
+    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        return gradient_of_rows(self.flat(x), gradient).view(x.shape)
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         return dy.sum(0)
@@ -188,7 +187,7 @@ class _Convolution:
         assert dx is not None
         return dx
 
-    def laid_out_like(self, x: Tensor, gradient: Tensor) -> Tensor:
+    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         return gradient
 
     def bias_gradient(self, dy: Tensor) -> Tensor:

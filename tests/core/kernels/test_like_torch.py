@@ -100,26 +100,39 @@ def test_a_bias_may_change_before_the_backward(make, variant):
     torch.testing.assert_close(torch.autograd.grad(loss, trained), expected)
 
 
-class OneWindow(nn.Module):
-    """A network that looks at an image in windows, of which there is one, as mobile transformers do."""
+def one_window(image: Tensor) -> Tensor:
+    """Cuts an image into windows, of which there is one, as mobile transformers do, and puts it together again."""
+    windows = image.view(1, 8, 1, 2, 1, 2).permute(0, 3, 5, 2, 4, 1).contiguous().view(1, 4, 1, 8)
+    return windows.view(1, 2, 2, 1, 1, 8).permute(0, 5, 3, 1, 4, 2).reshape(1, 8, 2, 2)
 
-    def __init__(self) -> None:
+
+def batch_inside(image: Tensor) -> Tensor:
+    """Gives an image the memory of a sequence of positions, and its own dimensions."""
+    return image.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+
+
+class BehindViews(nn.Module):
+    """A normalization, views, and a layer that changes the channels of each position."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(8)
-        self.pointwise = nn.Conv2d(8, 8, 1)
+        self.norm, self.view, self.layer = nn.BatchNorm2d(8), view, layer
 
     def forward(self, x: Tensor) -> Tensor:
-        windows = self.norm(x).view(1, 8, 1, 2, 1, 2).permute(0, 3, 5, 2, 4, 1).contiguous()
-        image = windows.view(1, 4, 1, 8).view(1, 2, 2, 1, 1, 8).permute(0, 5, 3, 1, 4, 2).reshape(1, 8, 2, 2)
-        return self.pointwise(image)
+        image = self.view(self.norm(x))
+        if isinstance(self.layer, nn.Linear):
+            return self.layer(image.movedim(1, -1)).movedim(-1, 1)
+        return self.layer(image)
 
 
 @pytest.mark.parametrize("fields", [{}, {"memory": "low"}, {"variant": "dora"}], ids=["plain", "low_memory", "dora"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_a_batch_normalization_before_one_window_gets_the_gradient_of_torch(training, fields):
-    plain = OneWindow().double()
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(8, 8, 1), lambda: nn.Linear(8, 8)], ids=["pointwise", "linear"])
+@pytest.mark.parametrize("view", [one_window, batch_inside], ids=["one_window", "batch_inside"])
+def test_a_normalization_before_views_gets_the_gradient_of_torch(view, make, training, fields):
+    plain = BehindViews(view, make()).double()
     adapted = copy.deepcopy(plain)
-    LoraModel(adapted, LoraConfig(r=2, target_modules=["pointwise"], norm="track", **fields))
+    LoraModel(adapted, LoraConfig(r=2, target_modules=["layer"], norm="track", **fields))
     x = torch.randn(1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
     gradients = []
     for model in (plain, adapted):
