@@ -13,7 +13,7 @@ from lora_plugins.plan import patterns
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
-from lora_plugins.utils import within
+from lora_plugins.utils import path_starts, within
 
 _ADAPTED_BY_OTHERS = (
     "Another library has adapted the model. Take its adapter off or merge it first, and adapt the model that this "
@@ -193,8 +193,12 @@ def _check_served(sites: list[Site], registry: Registry) -> None:
 def _check_unwrapped(targets: Iterable[Site], layers: Sequence[Site]) -> None:
     """Refuses wrappers of another library that are matched among layers, where the layers in them are not."""
     chosen = {site.name for site in targets}
+    first_in: dict[str, str] = {}
+    for layer in layers:
+        for start in path_starts(layer.name):
+            first_in.setdefault(start, layer.name)
     wrappers = [site for site in targets if site.foreign_adapter and site.plugin is None]
-    inner = {each.name: next((s.name for s in layers if within(s.name, each.names)), None) for each in wrappers}
+    inner = {each.name: next((first_in[name] for name in each.names if name in first_in), None) for each in wrappers}
     passed = {name: layer for name, layer in inner.items() if layer and layer not in chosen}
     if passed:
         raise TargetError(
