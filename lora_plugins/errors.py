@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+_HALF = 100
+"""Characters that are shown of either end of a long text."""
+
 
 class LoraError(Exception):
     """Base class of every error that lora_plugins raises on purpose."""
@@ -95,9 +98,15 @@ def _lacking(parent: Path, missing: str, there: Iterable[Path]) -> str:
     return f"{parent} has no {missing!r}.{hint}"
 
 
+def quoted(text: str) -> str:
+    """Returns a text in quotation marks, without the middle of a long one, as an expression that names every layer."""
+    said = repr(text)
+    return said if len(said) <= 2 * _HALF else f"{said[:_HALF]} ... {said[-_HALF:]}"
+
+
 def listing(names: Iterable[str], most: int = 8) -> str:
     """Returns quoted names joined by commas; those beyond `most` are counted instead."""
-    quoted = [repr(name) for name in names]
-    if len(quoted) > most:
-        quoted = [*quoted[:most], f"... ({len(quoted) - most} more)"]
-    return ", ".join(quoted)
+    listed = [repr(name) for name in names]
+    if len(listed) > most:
+        listed = [*listed[:most], f"... ({len(listed) - most} more)"]
+    return ", ".join(listed)

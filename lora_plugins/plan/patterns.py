@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from lora_plugins.errors import ConfigError, TargetError, near
+from lora_plugins.errors import ConfigError, TargetError, near, quoted
 from lora_plugins.utils import path_ends, path_runs, plain_name
 
 Value = TypeVar("Value")
@@ -57,7 +57,7 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         shell = " Where '*' stands for any text, write '.*'." if "*" in pattern else ""
-        raise ConfigError(f"{field} {pattern!r} is not a regular expression: {error}.{shell}") from error
+        raise ConfigError(f"{field} {quoted(pattern)} is not a regular expression: {error}.{shell}") from error
 
 
 def is_risky(expression: str) -> bool:
@@ -105,7 +105,7 @@ def select(
     for pattern, matched in found.items():
         if not matched:
             meant = hint(pattern) if hint else nearest(pattern, names)
-            raise TargetError(f"{field}: {pattern!r} matches no module of the model. {meant}")
+            raise TargetError(f"{field}: {quoted(pattern)} matches no module of the model. {meant}")
     return found
 
 

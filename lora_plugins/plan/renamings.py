@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import listing
+from lora_plugins.errors import listing, quoted
 from lora_plugins.inplace import model_modules
 from lora_plugins.plan.patterns import ends_with, matcher, matches
 
@@ -66,7 +66,7 @@ def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str
     found = {pattern: _meant(pattern, targets, former, names) for pattern in lost}
     if not any(found.values()):
         return config
-    said = "; ".join(f"{pattern!r} is {listing(meant)} now" for pattern, meant in found.items() if meant)
+    said = "; ".join(f"{quoted(pattern)} is {listing(meant)} now" for pattern, meant in found.items() if meant)
     warnings.warn(f"target_modules: transformers has renamed modules of this model. {said}.", stacklevel=2)
     patterns = [targets] if isinstance(targets, str) else targets
     present = [name for pattern in patterns for name in (found.get(pattern) or [pattern])]

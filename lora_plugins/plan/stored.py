@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import TargetError, listing
+from lora_plugins.errors import TargetError, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.survey import Site, Survey, Weight
@@ -69,8 +69,8 @@ def _refuse_trained(wanted: Sequence[str] | str, adaptable: Sequence[Site], free
     for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
         if found and names.isdisjoint(found):
             raise TargetError(
-                f"quantize_modules: {pattern!r} matches {listing(found)}, which modules_to_save trains in full and so "
-                "keeps dense. Take it out of one of the two."
+                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which modules_to_save trains in full "
+                "and so keeps dense. Take it out of one of the two."
             )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import TargetError, listing
+from lora_plugins.errors import TargetError, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
@@ -94,12 +94,12 @@ def _targeted(
     for pattern, matches in found.items():
         if not matches:
             raise TargetError(
-                f"target_modules: {pattern!r} matches {listing(matched[pattern])}, which modules_to_save trains in "
-                "full. Take it out of one of the two."
+                f"target_modules: {quoted(pattern)} matches {listing(matched[pattern])}, which modules_to_save trains "
+                "in full. Take it out of one of the two."
             )
         if not handled & set(matches):
             raise TargetError(
-                f"target_modules: {pattern!r} matches {listing(matches)}, which no plugin adapts. "
+                f"target_modules: {quoted(pattern)} matches {listing(matches)}, which no plugin adapts. "
                 f"{_of_others(matches, free) or inner_hint(matches, handled) or patterns.nearest(pattern, handled)}"
                 f"{registry.absent()}"
             ) from registry.cause()
@@ -173,8 +173,8 @@ def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], h
         excluded = [site for site in free if set(site.names) & set(matches)]
         if not any(site.plugin or site.has_parameters for site in excluded):
             raise TargetError(
-                f"exclude_modules: {pattern!r} matches {listing(matches)}, which is no layer and excludes none. Name "
-                f"the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
+                f"exclude_modules: {quoted(pattern)} matches {listing(matches)}, which is no layer and excludes none. "
+                f"Name the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
             )
         names |= {name for site in excluded for name in site.names}
     return names

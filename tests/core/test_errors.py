@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_plugins.errors import near
+from lora_plugins.errors import near, quoted
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gcvit_tiny", "davit_tiny", "resnet18", "resnet61q"]
 
@@ -25,3 +25,11 @@ def test_what_is_near(name, said):
 
 def test_nothing_there():
     assert near("a", []) == "There are none."
+
+
+def test_a_long_text_is_quoted_without_its_middle():
+    assert quoted("blocks.0") == "'blocks.0'"
+    long = quoted("|".join(f"blocks.{at}" for at in range(300)))
+    assert len(long) < 250
+    assert long.startswith("'blocks.0|")
+    assert long.endswith("blocks.299'")
