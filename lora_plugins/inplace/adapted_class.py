@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
+from lora_plugins.inplace.tensor_subclasses import as_one_operation
 from lora_plugins.inplace.weights import LazyWeightsOf, weights_of
 from lora_plugins.plugins import LayerPlugin
 
@@ -222,10 +224,10 @@ def _forward(
                     "model.eval() first."
                 )
             adapters = stacked_adapters(layer, state, state.rows, args[0])
-            return branch.plugin.mixed(layer, weights, adapters, *args, **kwargs)
+            return as_one_operation(partial(branch.plugin.mixed, layer, weights, adapters), *args, **kwargs)
         term = rescaled_term if branch.rescales else term_of
         terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
-        return branch.plugin.branch(layer, weights, terms, *args, **kwargs)
+        return as_one_operation(partial(branch.plugin.branch, layer, weights, terms), *args, **kwargs)
 
     return forward
 

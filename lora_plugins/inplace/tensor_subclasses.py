@@ -1,0 +1,37 @@
+"""Inputs of classes that extend `torch.Tensor`, as those of MONAI, torchvision and fastai do.
+
+The untouched layer is one operation for such a class: its `__torch_function__` is called once, and its own methods,
+which it may have replaced, not at all. The many operations of an adapted layer are none of its business either.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+_NO_DISPATCH = Tensor.__torch_dispatch__
+
+
+def as_one_operation(compute: Callable[..., Any], x: Any, *others: Any, **options: Any) -> Any:
+    """Computes with the plain tensor of `x`; its class, if it has one of its own, makes what it likes of the result.
+
+    Classes that act below autograd, by `__torch_dispatch__`, are no plain tensors underneath, and get each operation.
+    """
+    if type(x) is Tensor or not _is_extended(x):
+        return compute(x, *others, **options)
+
+    def adapted_layer(x: Tensor, *others: Any, **options: Any) -> Any:
+        return compute(x.as_subclass(Tensor), *others, **options)
+
+    return handle_torch_function(adapted_layer, (x,), x, *others, **options)
+
+
+def _is_extended(x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and not is_compiling()  # compilers know such classes, and see through plain calls only
+        and has_torch_function_unary(x)
+        and type(x).__torch_dispatch__ is _NO_DISPATCH
+    )
