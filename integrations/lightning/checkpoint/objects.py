@@ -31,6 +31,9 @@ HARMLESS: tuple[Callable[..., Any], ...] = (
 )
 """Types that do nothing when they are made of what a file has."""
 
+_ANY_ATTRIBUTE = "builtins.getattr"
+"""What pickles call for a class inside of another one, and for a method. Who may call it may do anything."""
+
 HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 WRITTEN_AS_DICT = "attribute_dicts"
 
@@ -57,6 +60,28 @@ def not_allowed(path: object) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))  # type: ignore[arg-type]
         except Exception:  # of a file that is no archive of torch, or not whole
             return []
+
+
+def need_unpickling(objects: Sequence[str]) -> bool:
+    """Whether what `not_allowed` has found cannot be allowed by name."""
+    return _ANY_ATTRIBUTE in objects
+
+
+def argument_for_objects(path: object) -> str:
+    """Returns the argument that a reader of a checkpoint needs for the objects in it; empty if it needs none.
+
+    Args:
+        path: The file, which this process has written: what it may call is called.
+    """
+    objects = not_allowed(path)
+    if not objects:
+        return ""
+    try:
+        with allowed([] if need_unpickling(objects) else objects):
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[arg-type]
+    except Exception:  # such as a dictionary of another class, whose items torch does not put into it
+        return "weights_only=False"
+    return f"allow_globals={objects!r}"
 
 
 def is_archive(path: object) -> bool:

@@ -13,7 +13,13 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import LoraError, listing
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
-from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed, is_archive, not_allowed
+from lora_plugins.integrations.lightning.checkpoint.objects import (
+    Global,
+    allowed,
+    is_archive,
+    need_unpickling,
+    not_allowed,
+)
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import original
 from lora_plugins.utils import check_regular
 
@@ -45,7 +51,7 @@ def reading_errors(path: object) -> Iterator[None]:
         ) from error
     except UnpicklingError as error:
         objects = not_allowed(path)
-        if objects:
+        if objects and not need_unpickling(objects):
             raise AdapterFileError(
                 f"{path} holds objects that are not read without being allowed: "
                 f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
@@ -53,10 +59,12 @@ def reading_errors(path: object) -> Iterator[None]:
                 "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."
             ) from error
         if is_archive(path):
+            nested = f"among them a class inside of another one, or a method: {listing(objects)}."
+            reason = nested if objects else f"though their types are allowed: {_reason(error)}"
             raise AdapterFileError(
-                f"{path} holds objects that are not read without unpickling them, though their types are allowed: "
-                f"{_reason(error)} Where the file is from somebody you trust, load_from_checkpoint"
-                ", merge_checkpoint, export_checkpoint and a Trainer, beside ckpt_path, take weights_only=False."
+                f"{path} holds objects that are not read without unpickling them, {reason} Where the file is from "
+                "somebody you trust, load_from_checkpoint, merge_checkpoint, export_checkpoint and a Trainer, beside "
+                "ckpt_path, take weights_only=False."
             ) from error
         raise damaged(path, error) from error
     except Exception as error:  # a flipped bit in a pickle ends in almost any of them

@@ -22,7 +22,7 @@ from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_erro
 from lora_plugins.integrations.lightning.checkpoint.objects import (
     HYPERPARAMETERS,
     WRITTEN_AS_DICT,
-    not_allowed,
+    argument_for_objects,
     with_attribute_dicts,
 )
 
@@ -88,13 +88,13 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
         path: Its checkpoint, which is there; None while it is written.
     """
     cls = type(module)
-    name, objects = cls.__qualname__, [] if path is None else not_allowed(path)
+    name, objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
     for network in _adapted_networks(module.hparams):
         del given[network]
     arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
-    arguments += [f"allow_globals={objects!r}"] if objects else []
+    arguments += [objects] if objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]
     return "; ".join([*imports, f"module = load_from_checkpoint({', '.join(arguments)})"])

@@ -146,6 +146,25 @@ def test_what_cannot_be_read_without_unpickling_needs_trust(tmp_path):
     assert merge_checkpoint(Configured, path, tmp_path / "out.ckpt", weights_only=False).is_file()
 
 
+class Outer:
+    @dataclass(frozen=True)
+    class Inner:
+        """A class that pickles find by `getattr`."""
+
+        width: int = 24
+
+    def method(self):
+        """A method, which they find likewise."""
+
+
+@pytest.mark.parametrize("option", [Outer.Inner(), Outer().method], ids=["nested-class", "method"])
+def test_what_cannot_be_allowed_by_name_needs_trust(option, tmp_path):
+    path = written(tmp_path, Configured(option))
+    with pytest.raises(AdapterFileError, match=r"or a method: 'builtins\.getattr', .*Outer'\. .* weights_only=False"):
+        load_from_checkpoint(Configured, path)
+    assert type(load_from_checkpoint(Configured, path, weights_only=False).option) is type(option)
+
+
 def test_classes_themselves_and_old_names_are_allowed_too(tmp_path):
     path = written(tmp_path, Configured(Mode.LARGE))
     for given in ([Mode], [(Mode, f"{HERE}.Mode")]):
@@ -256,6 +275,24 @@ class TestLine:
         found = {}
         exec(line.replace("width=...", "width=24"), found)
         assert not differing(values(found["module"]), values(module))
+
+    @pytest.mark.parametrize(
+        ("option", "argument"),
+        [
+            (Options(a=1), "weights_only=False"),
+            (Outer.Inner(), "weights_only=False"),
+            (Sizes(), f"allow_globals=['{HERE}.Sizes']"),
+            (pathlib.Path("a"), ""),
+        ],
+        ids=["dictionary", "nested-class", "dataclass", "harmless"],
+    )
+    def test_it_reads_the_objects_in_the_file(self, option, argument, tmp_path, capsys):
+        trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path)], max_epochs=1).fit(Configured(option), loader())
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert argument in line
+        found = {}
+        exec(line, found)
+        assert found["module"].option == option
 
     @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"enable_checkpointing": False}], ids=str)
     def test_without_a_file_there_is_none(self, options, tmp_path, capsys):
