@@ -4,20 +4,21 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import ModelState, adapted_layers, base_in_place, model_state, whole
+from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, base_in_place, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import (
+    AdapterTensors,
     LibraryWeight,
     StoredWeight,
     full_name,
@@ -62,6 +63,7 @@ class ReversibleMerge:
         merged: The check sum of each of these tensors after the merge, by full name.
         target: The module.
         marks: Which weights were merged ones before.
+        parameters: A and B of the target by full name, for an optimizer that outlives the fit and has them.
     """
 
     base: dict[str, Tensor]
@@ -75,6 +77,7 @@ class ReversibleMerge:
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
     marks: Marks
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     def replaced(self, target: nn.Module) -> list[str]:
         """Returns the names of merged tensors that are not in `target`, or no longer have the merged values."""
@@ -119,6 +122,18 @@ class ReversibleMerge:
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
         set_marks(target, self.marks)
+        if self.target() is target:
+            self._put_parameters(target)
+
+    def _put_parameters(self, target: nn.Module) -> None:
+        """Puts the parameters that were there in place of those that were made of their values."""
+        for name, made in adapter_tensors(target).items():
+            if name in self.parameters:
+                own = self.parameters[name]
+                own.data, own.grad = made.data, None
+                own.requires_grad_(made.requires_grad)
+                holder, key = holder_of(target, name)
+                cast(AdapterTensors, holder)[key] = own
 
 
 def merge_reversibly(
@@ -150,7 +165,7 @@ def merge_reversibly(
 def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Mapping[str, int]) -> ReversibleMerge:
     lora = LoraModel(target)
     state = state_of_adapters(target)
-    adapters = _packed(lora, state)
+    adapters, parameters = _packed(lora, state), adapter_tensors(target)
     changed_by_init = {name: _changed_by_init(target, state, name) for name in adapters}
     kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
     active = lora.active_weights
@@ -191,6 +206,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         merged,
         weakref.ref(target),
         marks,
+        parameters,
     )
 
 

@@ -118,7 +118,36 @@ class TestWhatIsThereWins:
         assert not differing(fit(tmp_path, Classifier(lr=0.3), callback), alone(tmp_path, Classifier(lr=0.3)))
 
 
+class KeepsOptimizer(Classifier):
+    """Has one optimizer for all of its fits."""
+
+    optimizer = None
+
+    def configure_optimizers(self):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+        return self.optimizer
+
+
 class TestTakenBack:
+    @CONFIGS
+    def test_an_optimizer_that_outlives_the_fit_goes_on(self, tmp_path, config):
+        """Momentum goes on, and a file of the second fit fits an optimizer of a new module."""
+        ends = []
+        for merge in (True, False):
+            callback, module = LoraCallback(config, merge_on_fit_end=merge), KeepsOptimizer()
+            fit(tmp_path, module, callback)
+            size = sum(len(group["params"]) for group in module.optimizer.param_groups)
+            run = trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, filename=f"{merge}")], max_epochs=1)
+            run.fit(module, loader())
+            assert sum(len(group["params"]) for group in module.optimizer.param_groups) == size
+            resumed = KeepsOptimizer()
+            trainer(tmp_path, [LoraCallback(config)], max_epochs=2).fit(
+                resumed, loader(), ckpt_path=tmp_path / f"{merge}.ckpt"
+            )
+            ends.append(values(resumed))
+        assert not differing(*ends)
+
     @pytest.mark.parametrize("between", ["nothing", "test", "file", "same_values", "to_float64_and_back", "copy"])
     def test_same_values_go_on(self, tmp_path, between):
         """A file of the merged module is read by tuners too, which put back what they have tried on."""
