@@ -9,7 +9,6 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -224,10 +223,10 @@ def _forward(
                     "model.eval() first."
                 )
             adapters = stacked_adapters(layer, state, state.rows, args[0])
-            return as_one_operation(partial(branch.plugin.mixed, layer, weights, adapters), *args, **kwargs)
+            return as_one_operation(functools.partial(branch.plugin.mixed, layer, weights, adapters), *args, **kwargs)
         term = rescaled_term if branch.rescales else term_of
         terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
-        return as_one_operation(partial(branch.plugin.branch, layer, weights, terms), *args, **kwargs)
+        return as_one_operation(functools.partial(branch.plugin.branch, layer, weights, terms), *args, **kwargs)
 
     return forward
 

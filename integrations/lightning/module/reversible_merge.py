@@ -128,12 +128,12 @@ class ReversibleMerge:
     def _put_parameters(self, target: nn.Module) -> None:
         """Puts the parameters that were there in place of those that were made of their values."""
         for name, made in adapter_tensors(target).items():
-            if name in self.parameters:
-                own = self.parameters[name]
-                own.data, own.grad = made.data, None
-                own.requires_grad_(made.requires_grad)
-                holder, key = holder_of(target, name)
-                cast(AdapterTensors, holder)[key] = own
+            own = self.parameters.get(name)
+            if own is None or not _takes_data(own, made):
+                continue
+            own.requires_grad_(made.requires_grad)
+            holder, key = holder_of(target, name)
+            cast(AdapterTensors, holder)[key] = own
 
 
 def merge_reversibly(
@@ -312,6 +312,15 @@ def _packed(lora: LoraModel, state: ModelState) -> dict[str, PackedAdapter]:
         )
         for name, each in packed.items()
     }
+
+
+def _takes_data(parameter: nn.Parameter, made: Tensor) -> bool:
+    """Gives a parameter the values of another one; False between kinds of devices where modules make new ones too."""
+    try:
+        parameter.data, parameter.grad = made.data, None
+    except RuntimeError:
+        return False
+    return True
 
 
 def _changed_by_init(target: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
