@@ -22,6 +22,9 @@ _FULL_RANGE = -(2**63)
 SEEDS = 2**62
 """How many seeds there are."""
 
+_WITHOUT_WORDS = frozenset({"mps"})
+"""Kinds of devices whose generators draw 32 bits at most, and refuse the whole range of 64: GPUs of Apple."""
+
 _CHUNK_ELEMENTS = 2**20
 """Elements of a mask in memory at a time, on a CPU."""
 
@@ -32,6 +35,9 @@ Part = slice | None
 @operation
 def random_words(count: int, generator: torch.Generator) -> Tensor:
     """Returns `count` random numbers of 64 bits, which depend on the state of the generator only."""
+    if generator.device.type in _WITHOUT_WORDS:
+        single = torch.empty(8 * count, dtype=torch.uint8, device=generator.device)
+        return single.random_(0, 2**8, generator=generator).view(torch.int64)
     words = torch.empty(count, dtype=torch.int64, device=generator.device)
     return words.random_(_FULL_RANGE, None, generator=generator)
 

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-_WITHOUT_FLOAT64 = frozenset({"mps"})
-"""Kinds of devices that have no float64: GPUs of Apple."""
-
 
 def single_at_least(dtype: torch.dtype) -> torch.dtype:
     """Returns a floating type, or float32 for a narrower one: torch knows no common type of it and one of 8 bits."""
@@ -18,5 +15,8 @@ def common_type(first: torch.dtype, second: torch.dtype) -> torch.dtype:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Returns a tensor in float64; on the CPU where its own device has no such type."""
-    return (tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor).double()
+    """Returns a tensor in float64; on the CPU where its own device has no such type, as GPUs of Apple."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()

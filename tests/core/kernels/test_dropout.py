@@ -1,6 +1,7 @@
 """Masks are drawn again from their seed, element by element, in the memory format of their input."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@pytest.fixture(params=["shift register", "words", "bytes"])
+def generated(request, monkeypatch):
+    """Draws the random numbers in each of the ways that there are, whichever this processor takes."""
+    if request.param == "bytes":
+        monkeypatch.setattr(dropout, "_WITHOUT_WORDS", frozenset({"cpu"}))
+    with nullcontext() if request.param == "shift register" else disabled_kernels("shift_register"):
+        yield
+
+
+@pytest.mark.usefixtures("generated")
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
 def test_the_share_that_is_dropped(p: float):
     torch.manual_seed(0)
@@ -28,6 +39,7 @@ def test_the_share_that_is_dropped(p: float):
     assert abs(dropped - exact) < 5 * (exact * (1 - exact) / count) ** 0.5  # five standard deviations
 
 
+@pytest.mark.usefixtures("generated")
 def test_elements_are_independent():
     torch.manual_seed(1)
     mask = Dropout.draw(0.3).mask_like(torch.empty(80_000, dtype=torch.float64))
@@ -37,6 +49,7 @@ def test_elements_are_independent():
         assert abs(correlation) < 5 / 80_000**0.5
 
 
+@pytest.mark.usefixtures("generated")
 def test_every_part_of_a_large_mask_has_its_share():
     torch.manual_seed(4)
     draw, size = Dropout.draw(0.1), 8 * 9842
@@ -59,6 +72,7 @@ def test_parts_make_up_the_whole_mask(p: float, at_once: int, layout: Callable[[
     assert [len(mask) for _, mask in draw.parts(images[:0], torch.float32)] == [0]
 
 
+@pytest.mark.usefixtures("generated")
 def test_a_mask_has_the_format_of_its_input():
     image = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     mask = Dropout.draw(0.5).mask_like(image)
