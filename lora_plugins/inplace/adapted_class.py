@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
+from lora_plugins.inplace.described_tensor import described_tensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import layer_state, state_of
@@ -23,7 +24,7 @@ from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_we
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
 from lora_plugins.inplace.tensor_subclasses import as_one_operation
-from lora_plugins.inplace.weights import LazyWeightsOf, weights_of
+from lora_plugins.inplace.weights import LazyWeightsOf, weight_with_merged, weights_of
 from lora_plugins.plugins import LayerPlugin
 
 
@@ -142,9 +143,10 @@ def _weight_property(name: str) -> property:
     def get(layer: nn.Module) -> Tensor:
         state = layer_state(layer)
         if state.rows is not None:
-            raise StateError(
+            return described_tensor(
+                weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
-                "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter."
+                "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter.",
             )
         weight = held(layer, name, effective_weight)
         if own_mode(layer) and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):

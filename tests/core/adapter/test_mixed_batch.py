@@ -320,6 +320,41 @@ def test_a_weight_read_past_its_layer_is_refused():
     refused(adapted(Reader), "The weight of 'layer' is used by another module")
 
 
+class Asking(nn.Module):
+    """Asks what weights are like and computes with none, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.body, self.head):
+            weight = layer.weight
+            assert weight.shape == (layer.out_features, 6) == (weight.size(0), weight.size(-1))
+            assert (weight.ndim, weight.dim(), len(weight)) == (2, 2, layer.out_features)
+            assert weight.numel() == 6 * layer.out_features
+            assert weight.is_floating_point()
+            x = layer(x.to(device=weight.device, dtype=weight.dtype))
+        return x
+
+
+def test_what_a_weight_is_like_can_be_asked():
+    lora, x = two(Asking()), torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad(), lora.mixed_batch(["a", None, "b"]) as model:
+        mixed = model(x)
+    for at, name in enumerate(["a", None, "b"]):
+        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+
+
+@pytest.mark.parametrize("use", [torch.sum, torch.clone, list, bool, lambda w: w.to(torch.float32), lambda w: w + 1])
+def test_no_value_of_a_weight_is_given(use):
+    lora = two(Asking())
+    with lora.mixed_batch(["a", "b"]) as model:
+        for layer in (model.body, model.head):
+            with pytest.raises(StateError, match="without calling"):
+                use(layer.weight)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_large_layers_take_single_precision_and_autocast(autocast: bool):
     lora = adapted(lambda: nn.Sequential(nn.Linear(300, 200)))
