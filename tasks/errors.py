@@ -19,7 +19,7 @@ class ReportError(LoraError, ValueError):
     """A report of a run is not there, damaged, or of another kind than those it is compared with."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """The error for an unknown name, with near matches; the caller raises it.
 
     Args:
@@ -27,7 +27,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
         name: The unknown name.
         known: The known names.
     """
-    return ConfigError(f"Unknown {kind} {name!r}. {near(name, known)}")
+    return ConfigError(f"Unknown {kind} {name!r}. {near(name if isinstance(name, str) else repr(name), known)}")
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The data module that all data modules over image files inherit from: find, check, split and transform images."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import listing, near
+from lora_plugins.errors import listing
+from lora_plugins.field_checks import Check, check_flag, choice_of, optional
+from lora_plugins.tasks.argument_checks import check_arguments, check_size, check_whole, number_from
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
@@ -21,6 +23,16 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, r
 
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)
+
+_CHECKS: Mapping[str, Check] = {
+    "image_size": optional(check_size),
+    "val_share": number_from(0, below=1),
+    "test_share": number_from(0, below=1),
+    "split_seed": check_whole,
+    "check_files": check_flag,
+    "on_problem": choice_of(*PROBLEM_POLICIES),
+}
+"""What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
 class ImageDataModule(VisionDataModule):
@@ -60,9 +72,9 @@ class ImageDataModule(VisionDataModule):
         sampler: str = "shuffle",
     ) -> None:
         super().__init__(batch_size, num_workers, sampler)
+        given = {"image_size": image_size, "split_seed": split_seed, "check_files": check_files}
+        check_arguments({**given, "on_problem": on_problem, "val_share": val_share, "test_share": test_share}, _CHECKS)
         check_shares(val_share, test_share)
-        if on_problem not in PROBLEM_POLICIES:
-            raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEM_POLICIES)}")
         self.image_size, self.interpolation, self.augmentation = image_size, interpolation, augmentation
         self.shares, self.split_seed = {VAL: val_share, TEST: test_share}, split_seed
         self.check_files, self.on_problem = check_files, on_problem

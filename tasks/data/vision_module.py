@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_count, choice_of
+from lora_plugins.tasks.argument_checks import whole_from
 from lora_plugins.tasks.data.transforms import Size
-from lora_plugins.tasks.errors import DataError, unknown
+from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import TEST, TRAIN, VAL
 
 SHUFFLE, BALANCED = "shuffle", "balanced"
@@ -36,8 +38,9 @@ class VisionDataModule(LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int = 0, sampler: str = SHUFFLE) -> None:
         super().__init__()
-        if sampler not in SAMPLERS:
-            raise unknown("sampler", sampler, SAMPLERS)
+        check_count("batch_size", batch_size)
+        whole_from(0)("num_workers", num_workers)
+        choice_of(*SAMPLERS)("sampler", sampler)
         self.batch_size, self.num_workers, self.sampler = batch_size, num_workers, sampler
         self.splits: dict[str, Dataset[Any]] = {}
 

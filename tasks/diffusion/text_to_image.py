@@ -15,15 +15,16 @@ from torch import Tensor
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
+from lora_plugins.field_checks import Check, check_factor, check_flag, check_name, check_names, choice_of, optional
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.callback import lora_callbacks
+from lora_plugins.tasks.argument_checks import check_arguments, check_callable, number_from
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
-from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.training import (
     PROVENANCE_KEY,
     OptimizerCallable,
@@ -39,6 +40,24 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 LR, WEIGHT_DECAY = 1e-4, 0.01
 """Of the default optimizer, AdamW."""
+
+_CHECKS: Mapping[str, Check] = {
+    "model": check_name,
+    "layers": check_names,
+    "train_text_encoder": check_flag,
+    "min_snr_gamma": optional(check_factor),
+    "offset_noise": number_from(0),
+    "prior_weight": number_from(0),
+    "cache": check_flag,
+    "gradient_checkpointing": check_flag,
+    "lr": number_from(0),
+    "weight_decay": number_from(0),
+    "lr_scheduler": optional(check_callable),
+    "ema": number_from(0, below=1),
+    "dtype": choice_of(*DTYPES),
+    "revision": optional(check_name),
+}
+"""What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
 class TextToImageTask(LoraCheckpointMixin):
@@ -95,32 +114,25 @@ class TextToImageTask(LoraCheckpointMixin):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            {
-                "model": model,
-                "layers": list(layers),
-                "train_text_encoder": train_text_encoder,
-                "prediction": prediction,
-                "min_snr_gamma": min_snr_gamma,
-                "offset_noise": offset_noise,
-                "prior_weight": prior_weight,
-                "cache": cache,
-                "gradient_checkpointing": gradient_checkpointing,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "ema": ema,
-                "dtype": dtype,
-                "revision": revision,
-            }
-        )
+        given = {
+            "model": model,
+            "layers": layers,
+            "train_text_encoder": train_text_encoder,
+            "prediction": prediction,
+            "min_snr_gamma": min_snr_gamma,
+            "offset_noise": offset_noise,
+            "prior_weight": prior_weight,
+            "cache": cache,
+            "gradient_checkpointing": gradient_checkpointing,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "ema": ema,
+            "dtype": dtype,
+            "revision": revision,
+        }
+        check_arguments({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=(LR, WEIGHT_DECAY))
-        for name, value in {"offset_noise": offset_noise, "prior_weight": prior_weight}.items():
-            if not value >= 0:
-                raise ConfigError(f"{name} is {value}; it is at least 0.")
-        if not 0 <= ema < 1:
-            raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        self.save_hyperparameters({**given, "layers": list(layers)})
         self.model, self.train_text_encoder, self.ema = model, train_text_encoder, ema
         self.offset_noise, self.prior_weight, self.cache = offset_noise, prior_weight, cache
         self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler

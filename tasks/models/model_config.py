@@ -1,10 +1,13 @@
 """Which network a task trains, in values that a YAML file can hold."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import near
+from lora_plugins.field_checks import Check, check_count, check_name, check_options, choice_of, optional, shown
+from lora_plugins.tasks.argument_checks import check_arguments, number_from
 
 AUTO, TRAIN, NEW = "auto", "train", "new"
 HEADS = (AUTO, TRAIN, NEW)
@@ -46,13 +49,30 @@ class ModelConfig:
     head: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ConfigError(f"num_classes is {self.num_classes}; a model needs at least one class.")
-        if self.head not in HEADS:
-            raise ConfigError(f"head is {self.head!r}. {near(self.head, HEADS)}")
+        check_arguments(vars(self), _CHECKS)
         if (self.mean is None) != (self.std is None):
             raise ConfigError(f"mean is {self.mean} and std is {self.std}: give both, or neither.")
         if self.std is not None and (len(self.std) != len(self.mean or ()) or min(self.std) <= 0):
             raise ConfigError(
                 f"std is {self.std}: it needs one positive number a channel, as many as mean {self.mean}."
             )
+
+
+def _check_channels(name: str, value: Any) -> None:
+    """A number for each channel."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is a list of numbers, one a channel, not {shown(value)}.")
+    for channel, number in enumerate(value):
+        number_from(-math.inf)(f"{name}[{channel}]", number)
+
+
+_CHECKS: Mapping[str, Check] = {
+    "name": check_name,
+    "num_classes": check_count,
+    "weights": check_name,
+    "options": check_options,
+    "mean": optional(_check_channels),
+    "std": optional(_check_channels),
+    "head": choice_of(*HEADS),
+}
+"""What the fields can be, by name; that there is such a source is checked by whoever builds the network."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_name
+from lora_plugins.tasks.argument_checks import number_from
 from lora_plugins.tasks.errors import unknown
 
 CROSS_ENTROPY = "cross_entropy"
@@ -53,10 +55,10 @@ class Objective:
     """
 
     def __init__(self, text: str, allowed: Collection[str], *, ignore_index: int, label_smoothing: float = 0.0) -> None:
+        check_name("loss", text)
+        number_from(0, below=1)("label_smoothing", label_smoothing)
         self.factors = _parsed(text, allowed)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it is a share, from 0 to below 1.")
         if label_smoothing and CROSS_ENTROPY not in self.factors:
             raise ConfigError(f"label_smoothing is for cross_entropy, which the loss {text!r} does not hold.")
         self._terms = {name: SMP_LOSSES[name](ignore_index) for name in self.factors if name != CROSS_ENTROPY}

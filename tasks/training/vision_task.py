@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError, LoraError
+from lora_plugins.field_checks import Check, check_flag, check_names, optional, shown
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.tasks.argument_checks import check_arguments, check_callable, check_whole, number_from
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -43,6 +45,16 @@ from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_
 
 CONFUSION = "confusion"
 
+_CHECKS: Mapping[str, Check] = {
+    "lr": number_from(0),
+    "weight_decay": number_from(0),
+    "lr_scheduler": optional(check_callable),
+    "ema": number_from(0, below=1),
+    "gradient_checkpointing": check_flag,
+    "ignore_index": check_whole,
+    "class_names": optional(check_names),
+}
+"""What the arguments of a task can be, by name; the others are checked by whoever takes them."""
 
 OF_SIZES = re.compile("height|width|shape|size", re.IGNORECASE)
 """Is in what libraries say of images that have no size for a network."""
@@ -119,28 +131,27 @@ class VisionTask(LoraCheckpointMixin):
         super().__init__()
         if is_earlier_file(optimizer, retired):
             optimizer = None
+        given = {
+            "loss": loss,
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "ema": ema,
+            "gradient_checkpointing": gradient_checkpointing,
+            "ignore_index": ignore_index,
+            "class_names": class_names,
+        }
+        check_arguments({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
+        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
         model = ModelConfig(**model) if isinstance(model, Mapping) else model
         names = None if class_names is None else list(class_names)
-        self.save_hyperparameters(
-            {
-                "model": asdict(model),
-                "loss": loss,
-                "label_smoothing": label_smoothing,
-                "class_weights": class_weights,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "ema": ema,
-                "gradient_checkpointing": gradient_checkpointing,
-                "ignore_index": ignore_index,
-                "class_names": names,
-            }
-        )
-        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
-        if names is not None and len(names) != model.num_classes:
-            raise ConfigError(f"{len(names)} class_names ({', '.join(names)}) for num_classes={model.num_classes}.")
-        if not 0 <= ema < 1:
-            raise ConfigError(f"ema is {ema}; it is a decay from 0, for none, to below 1.")
+        self.save_hyperparameters({"model": asdict(model), **given, "class_names": names})
+        if names is not None and len({*names}) != model.num_classes:
+            raise ConfigError(
+                f"{len({*names})} different class_names ({', '.join(names)}) for num_classes={model.num_classes}."
+            )
         self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
         self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
@@ -159,12 +170,16 @@ class VisionTask(LoraCheckpointMixin):
         self.class_weights, classes = class_weights, self.model_config.num_classes
         if class_weights is not None and not self.objective.takes_class_weights:
             raise ConfigError("class_weights are for cross_entropy, which the loss does not hold.")
-        if isinstance(class_weights, str) and class_weights != BALANCED:
-            raise ConfigError(f"class_weights is {class_weights!r}; it is a list of {classes} numbers, or 'balanced'.")
-        numbers = class_weights if isinstance(class_weights, list) else None
-        if numbers is not None and (len(numbers) != classes or min(numbers) < 0):
-            raise ConfigError(f"class_weights holds {numbers}; it takes {classes} numbers of at least 0.")
-        self.register_buffer("weights", None if numbers is None else torch.tensor(numbers), persistent=False)
+        numbers = None
+        if class_weights is not None and not (isinstance(class_weights, str) and class_weights == BALANCED):
+            if not isinstance(class_weights, list | tuple) or len(class_weights) != classes:
+                raise ConfigError(
+                    f"class_weights is {shown(class_weights)}; it is a list of {classes} numbers, or 'balanced'."
+                )
+            for name, weight in enumerate(class_weights):
+                number_from(0)(f"class_weights[{name}]", weight)
+            numbers = torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("weights", numbers, persistent=False)
 
     def _build_network(self, model: ModelConfig) -> None:
         built = build_network(model, self.sources)

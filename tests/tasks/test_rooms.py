@@ -13,6 +13,7 @@ PACKAGE = "lora_plugins.tasks"
 ROOT = Path(lora_plugins.tasks.__file__).parent
 MAY_IMPORT = {
     "command_lines": {"errors", "file_kinds"},
+    "argument_checks": set(),
     "errors": set(),
     "file_kinds": set(),
     "hub": set(),
@@ -20,20 +21,20 @@ MAY_IMPORT = {
     "pages": {"errors"},
     "autoconfig": {"classification", "data", "errors", "file_kinds", "files", "hub", "models", "segmentation"},
     "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
-    "data": {"errors", "files"},
-    "models": {"errors", "hub"},
-    "training": {"command_lines", "data", "errors", "models"},
-    "classification": {"data", "errors", "models", "training"},
+    "data": {"argument_checks", "errors", "files"},
+    "models": {"argument_checks", "errors", "hub"},
+    "training": {"argument_checks", "command_lines", "data", "errors", "models"},
+    "classification": {"argument_checks", "data", "errors", "models", "training"},
     "segmentation": {"data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
     "inference": {"command_lines", "data", "errors", "file_kinds", "models", "segmentation", "training"},
     "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},
-    "diffusion": {"command_lines", "data", "errors", "pages", "training"},
+    "diffusion": {"argument_checks", "command_lines", "data", "errors", "pages", "training"},
     "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""
 
-SINGLE = ("errors", "file_kinds", "hub", "command_lines", "command_table")
+SINGLE = ("argument_checks", "errors", "file_kinds", "hub", "command_lines", "command_table")
 """The rooms that are files."""
 
 FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *(ROOT / f"{name}.py" for name in SINGLE)])

@@ -164,8 +164,8 @@ def test_captions_beside_a_prompt_for_all_are_named(picture_folder):
     [
         ({"prompt": " "}, "`prompt` is empty"),
         ({"prompt": "a", "samples": "list.csv"}, "Give one"),
-        ({"repeats": 0}, "repeats is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"repeats": 0}, "repeats is a whole number of at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size is a whole number of at least 1, not 0"),
     ],
     ids=["empty prompt", "two sources", "repeats", "batch size"],
 )

@@ -90,7 +90,7 @@ def test_an_adapter_whose_model_is_not_here_is_not_called_unknown(adapters, serv
 
 def test_an_adapter_whose_words_cannot_be_built(adapters, serve):
     provenance = json.loads((adapters / "birds" / MANIFEST).read_text())[PROVENANCE_KEY]
-    provenance["arguments"]["class_names"] = 3
+    provenance["arguments"]["of_tomorrow"] = 3
     add_entry(adapters / "birds", PROVENANCE_KEY, provenance)
     (answer,) = ask(serve(adapters), [(to("birds"), encoded(picture()))])
     assert (answer.status_code, "says of its task what cannot be built" in answer.text) == (422, True)

@@ -112,7 +112,7 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"class_weights": [1.0, 2.0]}, "takes 3 numbers"),
+            ({"class_weights": [1.0, 2.0]}, "a list of 3 numbers"),
             ({"class_weights": "balance"}, "'balanced'"),
             ({"class_weights": "balanced", "loss": "focal"}, "for cross_entropy"),
         ],
