@@ -61,3 +61,10 @@ def check_callable(name: str, value: Any) -> None:
             f"{name} is {shown(value)}. It is called to make one: a class, or functools.partial of it. In YAML, give "
             "its class_path."
         )
+
+
+def check_texts(name: str, value: Any) -> None:
+    """A list of texts, one at least."""
+    texts = value if isinstance(value, list | tuple) else ()
+    if not texts or any(not isinstance(text, str) or not text.strip() for text in texts):
+        raise ConfigError(f"{name} is {shown(value)}; give a list of at least one text, and no empty one.")

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import nn
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_count, finite, optional
 
 _PLAIN: Mapping[str, bool] = MappingProxyType({"use_resolution_binning": False, "clean_caption": False})
 """Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
@@ -41,9 +42,11 @@ class Sampling:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        finite("guidance", self.guidance)
+        optional(check_count)("height", self.height)
+        optional(check_count)("width", self.width)
         if (self.height is None) != (self.width is None):  # pipelines of Stable Diffusion would ignore the one
             raise ConfigError(f"height is {self.height} and width is {self.width}: give both, or neither.")
 

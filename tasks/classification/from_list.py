@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.data import ImageDataModule, Item, read_image, read_list, row_split
 from lora_plugins.tasks.errors import unknown
 
@@ -35,6 +36,7 @@ class ImageListDataModule(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        optional(check_names)("classes", classes)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
         self.columns = (image_column, label_column, split_column)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_count, check_flag, check_name
 from lora_plugins.integrations.diffusers import Sampling, sample
+from lora_plugins.tasks.argument_checks import check_texts
 from lora_plugins.tasks.data import image_files
 from lora_plugins.tasks.diffusion.captions import CAPTION_SUFFIX, Captioned, captioned_folder
 from lora_plugins.tasks.errors import DataError
@@ -42,10 +43,10 @@ class ClassPictures:
     seed: int = 1_000_000
 
     def __post_init__(self) -> None:
-        if not self.prompts or any(not prompt.strip() for prompt in self.prompts):
-            raise ConfigError(f"The prompts of the class are {self.prompts}; give at least one, and no empty one.")
-        if self.count < 1:
-            raise ConfigError(f"The count of class pictures is {self.count}; it is at least 1.")
+        check_name("folder", self.folder)
+        check_texts("prompts", self.prompts)
+        check_count("count", self.count)
+        check_flag("generate", self.generate)
 
     def present(self) -> list[Path]:
         """The pictures that are there."""

@@ -15,10 +15,12 @@ from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
+from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
 from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
+from lora_plugins.tasks.argument_checks import check_texts
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
@@ -47,10 +49,9 @@ class SamplePictures(Callback):
     def __init__(
         self, folder: str, prompts: list[str], pictures: int = 4, sampling: Sampling | None = None, every: int = 1
     ) -> None:
-        if not prompts or any(not prompt.strip() for prompt in prompts):
-            raise ConfigError(f"The prompts of SamplePictures are {prompts}; give at least one, and no empty one.")
-        if pictures < 1 or every < 1:
-            raise ConfigError(f"pictures is {pictures} and every {every}; both are at least 1.")
+        check_texts("prompts", prompts)
+        check_count("pictures", pictures)
+        check_count("every", every)
         self.folder, self.prompts, self.pictures, self.every = Path(folder), prompts, pictures, every
         self.sampling = sampling or Sampling()
         self._reset()

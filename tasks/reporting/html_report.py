@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
+from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
@@ -65,8 +66,7 @@ class HtmlReport(Callback):
     """
 
     def __init__(self, path: str, samples: int = 8) -> None:
-        if samples < 1:
-            raise ConfigError(f"samples is {samples}; a report shows at least one.")
+        check_count("samples", samples)
         if Path(path).suffix.lower() not in (".html", ".htm"):
             raise ConfigError(f"path is {path!r}. A report is an HTML file: name one that ends in .html.")
         self.path, self.samples = Path(path), samples

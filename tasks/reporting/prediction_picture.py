@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.data import Batch
@@ -61,8 +62,7 @@ class PredictionPicture(Callback):
     """
 
     def __init__(self, path: str, samples: int = 4) -> None:
-        if samples < 1:
-            raise ConfigError(f"samples is {samples}; a picture shows at least one.")
+        check_count("samples", samples)
         self.path, self.samples = path, samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

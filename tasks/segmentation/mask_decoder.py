@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_flag, check_names, check_options, optional
+from lora_plugins.tasks.argument_checks import check_whole
 from lora_plugins.tasks.data import as_rgb
 from lora_plugins.tasks.errors import DataError
 
@@ -39,6 +41,10 @@ class MaskDecoder:
         colors: Mapping[str, Sequence[int]] | None = None,
         reduce_labels: bool = False,
     ) -> None:
+        optional(check_names)("classes", classes)
+        optional(check_options)("colors", colors)
+        check_whole("ignore_index", ignore_index)
+        check_flag("reduce_labels", reduce_labels)
         if classes is None and colors is None:
             raise ConfigError("Name the `classes`, or give the `colors` that stand for them.")
         self.classes = list(colors or {}) if classes is None else list(classes)

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks import ImageClassificationTask, ImageFolderDataModule
+from lora_plugins.integrations.diffusers import Sampling
+from lora_plugins.tasks import (
+    ClassPictures,
+    HtmlReport,
+    ImageClassificationTask,
+    ImageFolderDataModule,
+    ImageListDataModule,
+    MaskFolderDataModule,
+    PredictionPicture,
+    SamplePictures,
+)
 
 from .conftest import tiny_vit
 
@@ -47,10 +57,28 @@ OF_DATA = {
     "check_files": ["yes", None],
     "on_problem": ["ignore", None],
 }
+OF_LISTS = {"classes": ["abc", [1, 2], 3]}
+OF_MASKS = {
+    "classes": ["abc", [1, 2], 3],
+    "colors": ["red", [(0, 0, 0)]],
+    "ignore_index": ["255", None],
+    "reduce_labels": ["no", 1],
+}
+OF_SAMPLES = {"prompts": ["a dog", [], [" "], [3]], "pictures": ["2", 0, 1.5], "every": [None, 0]}
+OF_CLASS_PICTURES = {"prompts": ["a dog", [], [" "]], "count": [0, "3", 2.5], "generate": ["no"], "folder": [None]}
+OF_SAMPLING = {"steps": ["20", 0], "guidance": ["5", float("nan")], "height": [0, "64"], "batch_size": [None, 0]}
+OF_REPORTS = {"samples": ["3", 0, 2.5]}
 MAKERS = {
     "task": (OF_TASKS, lambda **given: ImageClassificationTask(tiny_vit(), **given)),
     "model": (OF_MODELS, lambda **given: ImageClassificationTask(replace(tiny_vit(), **given))),
     "data": (OF_DATA, lambda **given: ImageFolderDataModule("pictures", **given)),
+    "list": (OF_LISTS, lambda **given: ImageListDataModule("list.csv", **given)),
+    "masks": (OF_MASKS, lambda **given: MaskFolderDataModule("pictures", **{"classes": ["a", "b"], **given})),
+    "samples": (OF_SAMPLES, lambda **given: SamplePictures("out", **{"prompts": ["a dog"], **given})),
+    "class": (OF_CLASS_PICTURES, lambda **given: ClassPictures(**{"folder": "dogs", "prompts": ["a dog"], **given})),
+    "sampling": (OF_SAMPLING, lambda **given: Sampling(**{"width": 64, "height": 64, **given})),
+    "report": (OF_REPORTS, lambda **given: HtmlReport("report.html", **given)),
+    "picture": (OF_REPORTS, lambda **given: PredictionPicture("masks.png", **given)),
 }
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "models": {"argument_checks", "errors", "hub"},
     "training": {"argument_checks", "command_lines", "data", "errors", "models"},
     "classification": {"argument_checks", "data", "errors", "models", "training"},
-    "segmentation": {"data", "errors", "models", "training"},
+    "segmentation": {"argument_checks", "data", "errors", "models", "training"},
     "reporting": {"data", "errors", "pages", "segmentation", "training"},
     "inference": {"command_lines", "data", "errors", "file_kinds", "models", "segmentation", "training"},
     "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},

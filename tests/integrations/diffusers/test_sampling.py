@@ -31,7 +31,7 @@ def test_bad_input_is_named():
         sample(pipe, ["a dog", " "], [0, 1])
     with pytest.raises(ConfigError, match="3 prompts and 1 seeds"):
         sample(pipe, PROMPTS, [0])
-    with pytest.raises(ConfigError, match="steps is 0"):
+    with pytest.raises(ConfigError, match="steps is a whole number of at least 1, not 0"):
         Sampling(steps=0)
     with pytest.raises(ConfigError, match="height is 16 and width is None: give both"):
         Sampling(height=16)

@@ -283,7 +283,7 @@ def test_bad_input_is_named_before_anything_is_trained(folders, pictures, tmp_pa
             TextToImageTask(folder, **arguments)
     with pytest.raises(ConfigError, match="no layers of the kind 'attentions'"):
         TextToImageTask(folder, layers=["attentions"])
-    with pytest.raises(ConfigError, match="at least one, and no empty one"):
+    with pytest.raises(ConfigError, match="at least one text, and no empty one"):
         SamplePictures("out", ["a dog", ""])
     for callback in (SamplePictures("out", ["a dog"]), SavePipeline("out")):
         with pytest.raises(ConfigError, match="needs a TextToImageTask; Other is none"):

@@ -82,5 +82,5 @@ class TestPicture:
             run.fit(ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2]))
 
     def test_it_shows_at_least_one_sample(self):
-        with pytest.raises(ConfigError, match="at least one"):
+        with pytest.raises(ConfigError, match="at least 1"):
             PredictionPicture("p.png", samples=0)
