@@ -61,7 +61,7 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     entries = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     files = tuple(AdapterFile(str(entry)) if isinstance(entry, str | Path) else entry for entry in entries)
     for file in files:
-        if not isinstance(file, AdapterFile):
+        if not isinstance(file, AdapterFile) or not isinstance(file.path, str | Path):
             raise ConfigError(f"save_adapter_to holds {file!r}. An entry is a path, or an AdapterFile(path, format).")
     check_distinct([file.path for file in files])
     return files

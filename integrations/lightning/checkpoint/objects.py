@@ -16,6 +16,7 @@ from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_some
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 
 Global = str | Callable[..., Any] | tuple[Callable[..., Any], str]
@@ -46,8 +47,9 @@ def allowed(given: Sequence[Global] = ()) -> Iterator[None]:
     """Lets `torch.load(weights_only=True)` read harmless types and those that are given.
 
     Raises:
-        ConfigError: If an import path leads nowhere.
+        ConfigError: If no list is given, or an import path leads nowhere.
     """
+    check_some("allow_globals", given)
     found: list[Any] = [_resolved(each) if isinstance(each, str) else each for each in given]
     with torch.serialization.safe_globals([*HARMLESS, *found]):
         yield

@@ -112,6 +112,7 @@ def test_an_unknown_format_is_told_before_training(tmp_path):
         pytest.param(["a", "a"], r"Two results of a run would be written to \S+/a\.", id="twice"),
         pytest.param([Path("a"), AdapterFile("./b/../a/", "peft")], "Two results", id="twice, in other words"),
         pytest.param(3, r"holds 3\. An entry is a path, or an AdapterFile", id="a number alone"),
+        pytest.param([AdapterFile(3)], r"holds AdapterFile\(path=3, .*An entry is a path", id="a number in a file"),
         pytest.param([3], r"holds 3\. An entry is a path, or an AdapterFile", id="a number"),
     ],
 )

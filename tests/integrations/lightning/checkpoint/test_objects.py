@@ -171,6 +171,8 @@ def test_classes_themselves_and_old_names_are_allowed_too(tmp_path):
         assert load_from_checkpoint(Configured, path, allow_globals=given).option is Mode.LARGE
     with pytest.raises(ConfigError, match=r"allow_globals names 'package\.Mode', which cannot be imported"):
         load_from_checkpoint(Configured, path, allow_globals=["package.Mode"])
+    with pytest.raises(ConfigError, match=r"allow_globals is a list, not 'package\.Mode'"):
+        load_from_checkpoint(Configured, path, allow_globals="package.Mode")
 
 
 def test_an_argument_that_the_file_lacks_is_named(tmp_path):
