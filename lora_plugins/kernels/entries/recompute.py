@@ -21,7 +21,7 @@ Rule = Callable[[Any, Tensor], Recompute | None]
 
 
 def _available() -> str:
-    return missing_from_torch("_C._autograd._top_saved_tensors_default_hooks")
+    return missing_from_torch("_C._autograd._top_saved_tensors_default_hooks", "_C._autograd.SavedTensor.unpack_hook")
 
 
 def _has_history(x: Tensor) -> bool:
@@ -37,12 +37,24 @@ def _recomputation(x: Tensor) -> Recompute | None:
 def _is_checkpointed() -> bool:
     """Whether gradient checkpointing saves nothing here anyway; what it computes again may be read once only."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return bool(hooks) and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    return bool(hooks) and _is_of_checkpointing(hooks[0])
+
+
+def _was_checkpointed(node: Any) -> bool:
+    """Whether an operation ran where gradient checkpointing saved nothing."""
+    saved = getattr(node, "_raw_saved_self", None) or node._raw_saved_input
+    return saved.unpack_hook is not None and _is_of_checkpointing(saved.unpack_hook)
+
+
+def _is_of_checkpointing(hook: Callable[..., Any]) -> bool:
+    return hook.__module__ == torch.utils.checkpoint.__name__
 
 
 def _of_node(node: Any, x: Tensor) -> Recompute | None:
     rule = _RULES.get(node.name())
-    return None if rule is None or (rule is not _view and _is_written(node, x)) else rule(node, x)
+    if rule is None or (rule is not _view and (_was_checkpointed(node) or _is_written(node, x))):
+        return None
+    return rule(node, x)
 
 
 def _is_written(node: Any, x: Tensor) -> bool:

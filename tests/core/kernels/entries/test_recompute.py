@@ -115,6 +115,20 @@ def test_under_gradient_checkpointing():
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "source", [SOURCES["gelu"], SOURCES["layer_norm"], SOURCES["view"]], ids=["gelu", "norm", "view"]
+)
+def test_behind_a_checkpointed_part_whose_tensors_may_be_read_once(source):
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    model = network(source, "low")
+    plain = run(model, x)
+    part = model[:2]
+    behind = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    again = torch.autograd.grad(model[2](behind).sin().sum(), wanted)
+    torch.testing.assert_close(list(again), plain, rtol=1e-12, atol=1e-12)
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     with pytest.raises(StateError, match="memory='low' has no second derivative"):
