@@ -39,9 +39,16 @@ def gradient_of_image(image: Tensor, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(image) else gradient.contiguous()
 
 
-def gradient_of_rows(rows: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient of rows as torch's product lays it out: by columns where they are so, or contiguous."""
-    return gradient.T.contiguous().T if rows.stride() == (1, len(rows)) else gradient
+def gradient_of_rows(steps: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """Returns the gradient of rows as torch's product lays it out: by columns where they were so, or contiguous.
+
+    Args:
+        steps: Those that the rows had in memory when they were multiplied, before hooks of saved tensors.
+        gradient: It is contiguous.
+    """
+    if steps != (1, len(gradient)):
+        return gradient
+    return gradient.new_empty(gradient.shape[::-1]).T.copy_(gradient)  # of one row or column, too
 
 
 def mix_channels(matrix: Tensor, image: Tensor, spare: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_fo
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Part, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, factor_gradients
+from lora_plugins.utils import laid_out_like
 
 SMALL_SHARE = 0.4
 """Share of the arithmetic of the kernel's gradient up to which small products are faster (measured on ResNet-50)."""
@@ -191,8 +192,7 @@ def _kernel(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
 
 def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Returns the kernel with its update, in the memory format of the kernel, rounded to a type once."""
-    matrix = effective_weight(weight.flatten(1), A, B, scale, dtype).view(weight.shape)
-    return matrix if weight.is_contiguous() else torch.empty_like(weight, dtype=dtype).copy_(matrix)
+    return laid_out_like(weight, effective_weight(weight.flatten(1), A, B, scale, dtype).view(weight.shape))
 
 
 def is_small(size: int, x: Tensor, options: ConvOptions) -> bool:

@@ -23,6 +23,7 @@ from lora_plugins.plugins import (
     StackedAdapters,
     Term,
     add_delta,
+    add_updates,
     joined,
 )
 from lora_plugins.utils import in_full
@@ -70,11 +71,9 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         if not any(term.dropout for term in terms):
             y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
             return y
-        y = layer._conv_forward(x, weight, layer.bias)
-        for term in terms:
-            kernel = self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype)
-            y = y + layer._conv_forward(term.drop(x), kernel, None)
-        return y
+        kernels = [self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
+        updates = [layer._conv_forward(term.drop(x), kernel, None) for term, kernel in zip(terms, kernels, strict=True)]
+        return add_updates(layer._conv_forward(x, weight, layer.bias), updates)
 
     def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Convolves each image with its own update, all at once as groups of one image with many channels.
@@ -89,16 +88,17 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
             )
         weight = base["weight"]
         bias = layer.bias if adapters.factors is None else None  # which has no factor
-        y: Tensor = layer._conv_forward(x, weight, bias)
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
         padded = _padded(layer, x).to(A.dtype)
         kernels = B @ A if layer.groups > 1 else A  # A does not fit the input of all groups
         each = Geometry(layer.stride, (0,) * len(layer.stride), layer.dilation, layer.groups * len(x))
         update = each.convolve(padded.flatten(0, 1)[None], kernels.reshape(-1, *weight.shape[1:]))
-        update = update.view(len(x), -1, *y.shape[2:])
+        positions = update.shape[2:]
+        update = update.view(len(x), -1, *positions)
         if layer.groups == 1:
-            update = torch.bmm(B, update.flatten(2)).view(y.shape)
-        return adapters.rescale(y + update.to(y.dtype), layer.bias, 1)
+            update = torch.bmm(B, update.flatten(2)).view(len(x), -1, *positions)
+        y = add_updates(layer._conv_forward(x, weight, bias), [update])
+        return adapters.rescale(y, layer.bias, 1)
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
         with in_full(weight):
@@ -188,11 +188,9 @@ class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
             layer.dilation,  # type: ignore[arg-type]
         )
         options = (layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-        y: Tensor = convolve(x, weight, layer.bias, *options)
-        for term in terms:
-            kernel = self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype)
-            y = y + convolve(term.drop(x), kernel, None, *options)
-        return y
+        kernels = [self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
+        updates = [convolve(term.drop(x), kernel, None, *options) for term, kernel in zip(terms, kernels, strict=True)]
+        return add_updates(convolve(x, weight, layer.bias, *options), updates)
 
 
 class ConvTranspose1dPlugin(_ConvTransposePlugin):

@@ -9,7 +9,16 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_plugins.kernels import linear_2d, lora_linear, lora_rescaled
-from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, RowMajorPlugin, Slot, StackedAdapters, Term, joined
+from lora_plugins.plugins import (
+    BranchUse,
+    ColumnMajorPlugin,
+    RowMajorPlugin,
+    Slot,
+    StackedAdapters,
+    Term,
+    add_updates,
+    joined,
+)
 from lora_plugins.utils import autocast_dtype
 
 
@@ -21,28 +30,17 @@ def thirds(tensor: str, rows: int) -> dict[str, Slot]:
     return {part: Slot(tensor, part, (i * size, (i + 1) * size, rows)) for i, part in enumerate("qkv")}
 
 
-def add_linear(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Adds `scaling * dropout(x) Aᵀ Bᵀ` of each term to `y`.
-
-    Args:
-        y: `(..., out)`, the output of the untouched layer.
-        x: `(..., in)`, its input.
-        terms: The updates.
-    """
-    autocast = autocast_dtype(x) is not None
-    for term in terms:
-        x_term = term.drop(x)
-        # A half-precision base keeps its adapter in float32; autocast, where active, chooses the type itself.
-        x_term = x_term if autocast else x_term.to(term.A.dtype)
-        if term.delta is not None:
-            update = F.linear(x_term, term.delta)
-        else:
-            update = F.linear(F.linear(x_term, term.A), term.B) * term.scaling
-        if term.slot.rows is not None:
-            start, stop, total = term.slot.rows
-            update = F.pad(update, (start, total - stop))
-        y = y + update.to(y.dtype)
-    return y
+def _update(x: Tensor, term: Term) -> Tensor:
+    """Returns `scaling * dropout(x) Aᵀ Bᵀ`, of an `x` of `(..., in)`."""
+    x = term.drop(x)
+    # A half-precision base keeps its adapter in float32; autocast, where active, chooses the type itself.
+    x = x.to(term.A.dtype) if autocast_dtype(x) is None else x
+    delta = term.delta
+    update = F.linear(F.linear(x, term.A), term.B) * term.scaling if delta is None else F.linear(x, delta)
+    if term.slot.rows is None:
+        return update
+    start, stop, total = term.slot.rows
+    return F.pad(update, (start, total - stop))
 
 
 class LinearPlugin(RowMajorPlugin[nn.Linear]):
@@ -83,19 +81,22 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
             return lora_linear(
                 x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory
             )
-        return add_linear(F.linear(x, weight, layer.bias), x, terms)
+        rows = x.flatten(0, -2) if x.dim() > 2 and not x.is_nested else x  # whose gradients are no views
+        updates = [_update(rows, term) for term in terms]
+        y = add_updates(F.linear(rows, weight, layer.bias), updates)
+        return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], len(weight))
 
     def mixed(self, layer: nn.Linear, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
         weight = base["weight"]
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
-        rows = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        update = torch.bmm(torch.bmm(A, rows.view(len(x), -1, x.shape[-1]).to(A.dtype).mT).mT, B.mT)
         bias = layer.bias if adapters.factors is None else None  # which has no factor
         if autocast_dtype(x) is None:
-            y = linear_2d(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+            y = linear_2d(rows, weight, bias).view(*x.shape[:-1], len(weight))
         else:
             y = F.linear(x, weight, bias)
-        update = torch.bmm(torch.bmm(A, rows.mT).mT, B.mT)
         return adapters.rescale(y.add_(update.view(y.shape)), layer.bias, -1)
 
 

@@ -32,7 +32,7 @@ from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
 from lora_plugins.plugins.slot import Slot
 from lora_plugins.plugins.storage import STORAGES, Storage, StoragePlugin, storage_options
-from lora_plugins.plugins.term import Rescaling, StackedAdapters, Term, add_delta, joined, sum_of_deltas
+from lora_plugins.plugins.term import Rescaling, StackedAdapters, Term, add_delta, add_updates, joined, sum_of_deltas
 from lora_plugins.plugins.variant import PLAIN, VARIANTS, VariantPlugin
 
 __all__ = [
@@ -83,6 +83,7 @@ __all__ = [
     "VariantPlugin",
     "VariantRegistrar",
     "add_delta",
+    "add_updates",
     "build_registry",
     "class_path",
     "default_registry",

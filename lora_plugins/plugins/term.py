@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lora_plugins.config import LayerSettings
 from lora_plugins.plugins.slot import Slot
-from lora_plugins.utils import common_type
+from lora_plugins.utils import common_type, laid_out_like
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,24 @@ def _factors(terms: Sequence[Term], weight: Callable[[], Tensor]) -> Tensor:
     return torch.stack([*found, torch.ones_like(found[0])])
 
 
+def add_updates(y: Tensor, updates: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of a layer's own output and updates of it, in type and layout of the output.
+
+    Updates are to be computed before the layer's own output. Then the gradient of the layer's own input is the first to
+    arrive in the backward, and its layout is that of the sum: torch's normalizations (2.13, on a CPU) are wrong without
+    a word for some others.
+
+    Args:
+        y: The output of the layer itself.
+        updates: What is added to it.
+    """
+    for update in updates:
+        y = laid_out_like(y, y + update.to(y.dtype))
+    return y
+
+
 def add_delta(base: Tensor, delta: Tensor) -> Tensor:
     """Returns `base + delta` in type and layout of the base, computed in the wider of both types and rounded once."""
     wide = common_type(base.dtype, delta.dtype)
-    found = (base.to(wide) + delta.to(wide)).to(base.dtype)
-    if found.stride() == base.stride():
-        return found
-    # As where a dimension is 1, of which torch's transposed convolutions make another layout, and wrong outputs.
-    return found.new_empty_strided(base.shape, base.stride()).copy_(found)
+    # Of another layout where a dimension is 1, torch's transposed convolutions make wrong outputs.
+    return laid_out_like(base, (base.to(wide) + delta.to(wide)).to(base.dtype))

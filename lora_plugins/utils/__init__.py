@@ -10,6 +10,7 @@ from lora_plugins.utils.constants import on_device
 from lora_plugins.utils.ending import ending
 from lora_plugins.utils.inference import outside_inference
 from lora_plugins.utils.low_rank import low_rank, truncated_svd
+from lora_plugins.utils.memory_format import laid_out_like
 from lora_plugins.utils.paths import path_ends, path_runs, path_starts, within
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
 from lora_plugins.utils.precision import common_type, in_float64, single_at_least
@@ -30,6 +31,7 @@ __all__ = [
     "ending",
     "in_float64",
     "in_full",
+    "laid_out_like",
     "levels",
     "loaded_key",
     "low_rank",

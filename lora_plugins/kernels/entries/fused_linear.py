@@ -70,7 +70,9 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: LinearOptions
     ) -> Tensor:
-        y, matrix = output(as_rows(x, options.axis), weight, bias, A, B, options)
+        rows = as_rows(x, options.axis)
+        y, matrix = output(rows, weight, bias, A, B, options)
+        ctx.steps = rows.stride()
         kept = ctx.needs_input_grad[0] and x.dtype != weight.dtype and not options.low_memory
         save(ctx, options, x, bias, weight, A, B, matrix if kept else None)
         return _from_rows(y, x, options.axis)
@@ -89,7 +91,7 @@ class _LoraLinear(torch.autograd.Function):
 
         dx, dA, dB = gradients(rows, dy, matrix, A, B, options, (needed[0], *needed[3:]))
         return (
-            None if dx is None else _with_dimensions_of(x, gradient_of_rows(rows, dx), options.axis),
+            None if dx is None else _with_dimensions_of(x, gradient_of_rows(ctx.steps, dx), options.axis),
             transposed_product(dy, rows) if needed[1] else None,
             dy.sum(0) if needed[2] else None,
             dA,

@@ -23,7 +23,7 @@ from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
-from lora_plugins.utils import common_type
+from lora_plugins.utils import common_type, laid_out_like
 
 _WHOLE = Path(effective_weight_first=True, small_products=False)
 """Under autocast, weight and factors keep their types: what they make of each other is rounded, once."""
@@ -100,6 +100,7 @@ class _Rescaled(torch.autograd.Function):
         keeps = options.dropout is None and x.dtype != weight.dtype and not options.low_memory
         keeps = keeps and ctx.needs_input_grad[0]
         save(ctx, options, x, bias, weight, A, B, matrix if keeps else None, *own)
+        ctx.steps = inputs.stride()
         return layer.outputs(y, x)
 
     @staticmethod
@@ -122,7 +123,7 @@ class _Rescaled(torch.autograd.Function):
         products = linear_2d(G, A)
         of_factors = (G * weight.flatten(1)).sum(1).add_((products * B).sum(1), alpha=options.scaling)
         return (
-            None if dx is None else layer.input_gradient(x, dx),
+            None if dx is None else layer.input_gradient(x, dx, ctx.steps),
             _weight_gradient(dy, inputs, weight, G, factors, options) if needed[1] else None,
             layer.bias_gradient(dy) if needed[2] else None,
             scaled_product(A, (B * factors[:, None]).T, G, options.scaling) if needed[3] else None,
@@ -155,8 +156,8 @@ class _Linear:
     def of_input(self, dy: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         return matmul(dy, weight)
 
-    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        return gradient_of_rows(self.flat(x), gradient).view(x.shape)
+    def input_gradient(self, x: Tensor, gradient: Tensor, steps: tuple[int, ...]) -> Tensor:
+        return gradient_of_rows(steps, gradient).view(x.shape)
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         return dy.sum(0)
@@ -187,7 +188,7 @@ class _Convolution:
         assert dx is not None
         return dx
 
-    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+    def input_gradient(self, x: Tensor, gradient: Tensor, steps: tuple[int, ...]) -> Tensor:
         return gradient
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
@@ -221,13 +222,7 @@ def _matrix(direction: Tensor, factors: Tensor, weight: Tensor, options: Rescale
     rescaled = direction.mul_(factors[:, None])
     if options.dropout is not None:
         rescaled.sub_(weight.flatten(1)).mul_(options.dropout.scale)
-    return _like(weight, rescaled, x)
-
-
-def _like(weight: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
-    """Returns a matrix in the shape and memory format of the weight, and in the type of the input."""
-    shaped = matrix.to(x.dtype).view(weight.shape)
-    return shaped if weight.is_contiguous() else torch.empty_like(weight, dtype=x.dtype).copy_(shaped)
+    return laid_out_like(weight, rescaled.to(x.dtype).view(weight.shape))
 
 
 def _whole_gradients(

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -140,3 +141,82 @@ def test_a_normalization_before_views_gets_the_gradient_of_torch(view, make, tra
         (gradient,) = torch.autograd.grad(model(x).sin().sum(), x)
         gradients.append(gradient)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def last(layer: nn.Module) -> nn.Module:
+    return layer.to(memory_format=torch.channels_last)
+
+
+FORMATS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "pointwise": (lambda: last(nn.Conv2d(8, 4, 1)), torch.ones(2, 8, 3, 5)),
+    "pointwise-grouped": (lambda: last(nn.Conv2d(8, 4, 1, groups=2)), torch.ones(2, 8, 3, 5)),
+    "depthwise": (lambda: last(nn.Conv2d(8, 8, 3, groups=8)), torch.ones(2, 8, 3, 5)),
+    "one_channel": (lambda: last(nn.Conv2d(1, 4, 3)), torch.ones(2, 1, 3, 5)),
+    "reflected": (lambda: last(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")), torch.ones(1, 1, 3, 5)),
+    "transposed_convolution": (lambda: nn.ConvTranspose2d(8, 8, 1, groups=8), torch.ones(2, 1, 1, 8).movedim(-1, 1)),
+    "linear-by_columns": (lambda: nn.Linear(8, 4), torch.ones(1, 8, 5).mT),
+}
+
+
+def several(model: nn.Module) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], init="none", dropout=0.3)
+    lora = LoraModel(model, config)
+    lora.add_adapter("second", config)
+    lora.set_adapter(["default", "second"])
+
+
+ADAPTED: dict[str, Callable[[nn.Module], object]] = {
+    "one": lambda model: LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none")),
+    "dropout": lambda model: LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", dropout=0.3)),
+    "dora": lambda model: LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", variant="dora")),
+    "several": several,
+}
+
+
+@pytest.mark.parametrize("adapt", ADAPTED.values(), ids=ADAPTED)
+@pytest.mark.parametrize(("make", "x"), FORMATS.values(), ids=FORMATS)
+def test_outputs_and_gradients_have_the_format_of_torch(make, x, adapt):
+    model = nn.Sequential(make())
+    if adapt is ADAPTED["dora"] and isinstance(model[0], nn.ConvTranspose2d):
+        pytest.skip("the variant needs outputs first")
+    x = x.clone().requires_grad_()
+    strides = []
+    for change in (None, adapt):
+        if change is not None:
+            change(model)
+        output = model(x)
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+        strides.append((output.stride(), gradient.stride()))
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize(("make", "x"), [FORMATS[name] for name in ("pointwise", "depthwise")], ids=["1x1", "3x3"])
+def test_a_mixed_batch_has_the_format_of_torch(make, x):
+    model = nn.Sequential(make()).eval()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    strides = []
+    for adapted in (False, True):
+        lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none")) if adapted else None
+        with nullcontext() if lora is None else lora.mixed_batch(["default"] * len(x)):
+            output = model(x)
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+        strides.append((output.stride(), gradient.stride()))
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda saved: saved, torch.clone, Tensor.contiguous], ids=["kept", "copied", "rows"]
+)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("inputs", [1, 8], ids=["one_column", "columns"])
+def test_the_gradient_of_columns_has_the_format_of_torch_whatever_hooks_make_of_them(inputs, variant, change):
+    model = nn.Sequential(nn.Linear(inputs, 4))
+    x = torch.randn(inputs, 5).T.requires_grad_()
+    strides = []
+    for adapted in (False, True):
+        if adapted:
+            LoraModel(model, LoraConfig(r=2, target_modules=["0"], variant=variant))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: change(tensor.detach()), lambda kept: kept):
+            output = model(x)
+        strides.append(torch.autograd.grad(output.sum(), x)[0].stride())
+    assert strides[0] == strides[1]
