@@ -130,7 +130,8 @@ def _geometry(layer: Conv) -> Geometry | None:
 
 def _is_replaced(layer: Conv) -> bool:
     """Whether the layer has a method of its own to convolve by, for example with another padding."""
-    return getattr(layer._conv_forward, "__func__", None) is not type(layer)._conv_forward
+    own = layer.__dict__.get("_conv_forward")  # compilers find no function of a method that is of the class
+    return own is not None and getattr(own, "__func__", None) is not type(layer)._conv_forward
 
 
 class Conv1dPlugin(_ConvPlugin):

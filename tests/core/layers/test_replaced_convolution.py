@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.functional import conv2d, pad
 
 from lora_plugins import LoraConfig, LoraModel, StateError
+from tests.core.kernels.graphs import compiled
+from tests.core.kernels.needs import needs
 
 
 def seamless(x, weight, bias):
@@ -75,3 +77,29 @@ def test_rows_with_adapters_of_their_own_are_refused(when):
     lora.model.eval()
     with lora.mixed_batch(["default", None]), pytest.raises(StateError, match="Somebody replaced _conv_forward"):
         lora.model(torch.randn(2, 3, 6, 6).double())
+
+
+def given_back(layer):
+    layer._conv_forward = seamless
+    layer._conv_forward = nn.Conv2d._conv_forward.__get__(layer)
+
+
+KEPT = {"never": lambda layer: None, "given_back": given_back}
+
+
+@needs("fused_conv")
+@pytest.mark.usefixtures("compiler_as_new")
+@pytest.mark.parametrize("change", KEPT.values(), ids=KEPT)
+def test_one_that_was_not_replaced_is_compiled_as_the_operator(change):
+    model = build()
+    LoraModel(model, LoraConfig(r=2, dropout=0.3, init="none"))
+    change(model[0])
+    output = compiled(model, expected=1)(torch.randn(2, 3, 6, 6).double())
+    assert output.shape == (2, 4, 6, 6)
+
+
+@pytest.mark.usefixtures("compiler_as_new")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_is_used_by_compilers(when):
+    model, x = adapted(when).model, torch.randn(2, 3, 6, 6).double()
+    torch.testing.assert_close(compiled(model, expected=0)(x), model(x), rtol=0, atol=1e-12)
