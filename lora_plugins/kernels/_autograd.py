@@ -116,7 +116,7 @@ def rounded(
 def law_gradients(
     law: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
-    """Returns the gradients of a law written in ordinary operations, themselves differentiable.
+    """Returns the gradients of a law written in ordinary operations, themselves differentiable where they have to be.
 
     Args:
         law: Computes the output from `inputs`.
@@ -124,8 +124,9 @@ def law_gradients(
         needed: Which of them need a gradient.
         gradient: Of the output.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         output = law(*inputs)
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
-        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
     return [next(found) if need else None for need in needed]

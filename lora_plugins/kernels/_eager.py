@@ -20,6 +20,7 @@ def eager_is_unknown() -> str:
         "_C._are_functorch_transforms_active",
         "autograd.forward_ad._current_level",
         "utils._python_dispatch._get_current_dispatch_mode",
+        "_C._functorch.is_legacy_batchedtensor",
     )
 
 
@@ -40,6 +41,15 @@ def is_eager(x: Tensor) -> bool:
 def transforms_are_active() -> bool:
     """Whether functions are transformed, as by `torch.func`, or numbers dual; compilers can trace the question."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_law(gradient: Tensor) -> bool:
+    """Whether a backward is to be made of ordinary operations: it is differentiated, or of many gradients at once.
+
+    Args:
+        gradient: Of the output; with `is_grads_batched`, as of vectorized Jacobians, torch gives many in one tensor.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def types_agree(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

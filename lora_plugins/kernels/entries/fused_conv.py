@@ -20,7 +20,7 @@ from lora_plugins.kernels._conv_products import (
     is_small,
     output,
 )
-from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout
@@ -81,7 +81,7 @@ class _LoraConv(torch.autograd.Function):
         x, weight, A, B, small = saved(ctx)
         options: ConvOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
+        if needs_law(gradient):
             return *law_gradients(_law(options), (x, weight, ctx.bias, A, B), needed, gradient), None
         dx, dA, dB = gradients(gradient, State(x, weight, A, B, small, options), (needed[0], *needed[3:]))
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None

@@ -21,7 +21,7 @@ from lora_plugins.kernels._autograd import (
     saved,
 )
 from lora_plugins.kernels._channels import as_rows, gradient_of_rows
-from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
@@ -82,7 +82,7 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, A, B, rounded = saved(ctx)
         options: LinearOptions = ctx.options
         needed = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
+        if needs_law(gradient):
             return *law_gradients(_law(options), (x, weight, ctx.bias, A, B), needed, gradient), None
         rows, dy = as_rows(x, options.axis), as_rows(gradient, options.axis)
 

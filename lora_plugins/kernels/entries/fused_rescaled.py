@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_rows
-from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, raw_apply
+from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.conv_geometry import Geometry
@@ -108,7 +108,7 @@ class _Rescaled(torch.autograd.Function):
         x, weight, A, B, matrix, *own = saved(ctx)
         options: RescaledOptions = ctx.options
         needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:])
-        if torch.is_grad_enabled():
+        if needs_law(gradient):
             found = law_gradients(_law(options), (x, weight, ctx.bias, A, B, *own), needed, gradient)
             return (*found[:5], None, *found[5:])
         layer, factors = _layer(options), ctx.factors.detach()

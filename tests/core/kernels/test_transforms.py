@@ -134,3 +134,16 @@ def test_a_copy_trains_apart(name):
     twin(x).sum().backward()
     assert all(p.grad is None for p in trained(model).values())
     assert all(p.grad is not None for p in trained(twin).values())
+
+
+@floating
+@pytest.mark.parametrize("fields", [{}, {"variant": "dora"}], ids=["plain", "dora"])
+def test_many_gradients_at_once(name, fields):
+    model, x = adapted(name, **fields)
+    output = model(x.requires_grad_())
+    wanted = [x, *trained(model).values()]
+    many = torch.randn(3, *output.shape, dtype=x.dtype)
+    at_once = torch.autograd.grad(output, wanted, many, is_grads_batched=True, retain_graph=True)
+    assert not any(gradient.requires_grad for gradient in at_once)
+    one_by_one = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in many]
+    same(list(at_once), [torch.stack(each) for each in zip(*one_by_one, strict=True)])
