@@ -180,7 +180,8 @@ class LazyWeightsOf(LazyWeights):
         return len(self._names)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Returns these rows; of a stored weight, no others are made dense."""
+        """Returns these rows, contiguous as lookups of torch are; of a stored weight, no others are made dense."""
+        index = index.contiguous()
         stored = stored_weight(self._layer, name)
         if stored is None or name in layer_state(self._layer).merged:
             return self[name][index]

@@ -476,3 +476,11 @@ def test_a_conv1d_of_transformers_is_stored_as_it_lies():
     model = nn.Sequential(Conv1D(5, 64)).double()
     LoraModel(model, config())
     assert model[0].weight_stored.shape == (64, 5)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_rows_looked_up_by_a_transposed_index_are_contiguous(storage):
+    model = nn.Sequential(nn.Embedding(64, 64))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", quantize=storage))
+    index = torch.arange(12).view(3, 4)
+    torch.testing.assert_close(model(index.T).view(12, 64), model(index.T.contiguous()).view(12, 64), rtol=0, atol=0)
