@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
 from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
-from lora_plugins.inplace.described_tensor import described_tensor
+from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import layer_state, state_of
@@ -140,10 +140,10 @@ def _apply_to(base: Any) -> Callable[..., nn.Module]:
 
 
 def _weight_property(name: str) -> property:
-    def get(layer: nn.Module) -> Tensor:
+    def get(layer: nn.Module) -> Tensor | DescribedTensor:
         state = layer_state(layer)
         if state.rows is not None:
-            return described_tensor(
+            return DescribedTensor(
                 weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter.",

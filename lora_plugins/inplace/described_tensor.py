@@ -1,11 +1,10 @@
-"""Tensors that tell their type and shape and nothing else: where each row of a batch has values of its own.
+"""What stands for a tensor where each row of a batch has values of its own: it tells type and shape, and no value.
 
 Models ask for them without computing with the values, as those of transformers, which cast images to the type of the
-first projection.
+first projection. It is no tensor, so that compilers follow what is asked.
 """
 
-import functools
-from typing import Any, ClassVar
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -13,33 +12,38 @@ from lora_plugins.errors import StateError
 
 _TELLING = frozenset(
     {
-        *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "requires_grad", "shape")),
-        *(getattr(Tensor, name) for name in ("dim", "element_size", "is_floating_point", "numel", "size", "__len__")),
+        *("device", "dtype", "is_cpu", "is_cuda", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape"),
+        *("dim", "element_size", "get_device", "is_floating_point", "numel", "size"),
     }
 )
-"""What can be asked."""
 
 
-def described_tensor(tensor: Tensor, refusal: str) -> Tensor:
-    """Returns a tensor that tells what another one is like, and raises a `StateError` if it is computed with.
+class DescribedTensor:
+    """Tells what a tensor is like, and raises a `StateError` if it is computed with.
 
     Args:
-        tensor: The other one.
+        tensor: The tensor.
         refusal: The message of the error.
     """
-    return tensor.detach().as_subclass(_class_with(refusal))
 
+    def __init__(self, tensor: Tensor, refusal: str) -> None:
+        self._tensor, self._refusal = tensor, refusal
 
-class _DescribedTensor(Tensor):
-    refusal: ClassVar[str]
+    def __getattr__(self, name: str) -> Any:
+        if name in _TELLING:
+            return getattr(self._tensor, name)
+        if name.startswith("_"):  # what Python and its libraries look for in any object
+            raise AttributeError(name)
+        raise StateError(self._refusal)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _TELLING:
-            raise StateError(cls.refusal)
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+    def __len__(self) -> int:
+        return len(self._tensor)
 
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise StateError(self._refusal)
 
-@functools.cache
-def _class_with(refusal: str) -> type[Tensor]:
-    return type("DescribedTensor", (_DescribedTensor,), {"refusal": refusal})
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise StateError(self._refusal)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __pow__ = __getitem__ = __iter__ = __bool__ = __float__ = _refuse

@@ -338,15 +338,21 @@ class Asking(nn.Module):
         return x
 
 
-def test_what_a_weight_is_like_can_be_asked():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_a_weight_is_like_can_be_asked(compiled: bool):
     lora, x = two(Asking()), torch.randn(3, 6, dtype=torch.float64)
     with torch.no_grad(), lora.mixed_batch(["a", None, "b"]) as model:
-        mixed = model(x)
+        run = torch.compile(model, backend="eager") if compiled else model
+        mixed = run(x)
     for at, name in enumerate(["a", None, "b"]):
         torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
 
 
-@pytest.mark.parametrize("use", [torch.sum, torch.clone, list, bool, lambda w: w.to(torch.float32), lambda w: w + 1])
+@pytest.mark.parametrize(
+    "use",
+    [torch.sum, torch.clone, list, bool, lambda w: w.to(torch.float32), lambda w: w + 1, lambda w: torch.ones(6) @ w.T],
+    ids=["sum", "clone", "list", "bool", "cast", "add", "product"],
+)
 def test_no_value_of_a_weight_is_given(use):
     lora = two(Asking())
     with lora.mixed_batch(["a", "b"]) as model:
