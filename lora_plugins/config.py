@@ -13,6 +13,7 @@ from lora_plugins.field_checks import (
     check_alpha,
     check_blocks,
     check_dropout,
+    check_fields,
     check_flag,
     check_name,
     check_names,
@@ -135,8 +136,8 @@ class LoraConfig:
     block_plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
+        check_fields(vars(self), _CHECKS)
+        for name in _CHECKS:
             object.__setattr__(self, name, _listed(getattr(self, name)))
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")

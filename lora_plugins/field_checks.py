@@ -20,6 +20,16 @@ _MAX_ALPHA = 2.0**127
 """The largest alpha: a float32 holds it."""
 
 
+def check_fields(given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Checks values by name.
+
+    Raises:
+        ConfigError: For the first one that is wrong.
+    """
+    for name, check in checks.items():
+        check(name, given[name])
+
+
 def shown(value: Any) -> str:
     """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits."""
     try:
@@ -73,10 +83,33 @@ def check_share(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is a share, a number of at least 0, not {shown(value)}.")
 
 
-def check_count(name: str, value: Any) -> None:
-    """How many of something."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is a whole number of at least 1, not {shown(value)}.")
+def number_from(least: float, below: float = math.inf) -> Check:
+    """A finite number, at least one and below another."""
+
+    def check_number(name: str, value: Any) -> None:
+        if not _is_number(value) or not math.isfinite(value) or not least <= value < below:
+            upper = "" if below == math.inf else f", below {below:g}"
+            raise ConfigError(f"{name} is a finite number{_from(least)}{upper}, not {shown(value)}.")
+
+    return check_number
+
+
+def whole_from(least: float) -> Check:
+    """A whole number, at least one."""
+
+    def check_whole_number(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is a whole number{_from(least)}, not {shown(value)}.")
+
+    return check_whole_number
+
+
+def _from(least: float) -> str:
+    return "" if least == -math.inf else f" of at least {least:g}"
+
+
+check_whole = whole_from(-math.inf)
+check_count = whole_from(1)
 
 
 def check_flag(name: str, value: Any) -> None:

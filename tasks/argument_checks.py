@@ -1,50 +1,9 @@
 """What arguments of tasks and data modules can hold: checks beside those that a `LoraConfig` has as well."""
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import Check, shown
-
-
-def check_arguments(given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Checks arguments by name.
-
-    Raises:
-        ConfigError: For the first one that is wrong.
-    """
-    for name, check in checks.items():
-        check(name, given[name])
-
-
-def number_from(least: float, below: float = math.inf) -> Check:
-    """A finite number, at least one and below another."""
-
-    def check_number(name: str, value: Any) -> None:
-        number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or not least <= number < below:
-            upper = "" if below == math.inf else f", below {below:g}"
-            raise ConfigError(f"{name} is a finite number{_from(least)}{upper}, not {shown(value)}.")
-
-    return check_number
-
-
-def whole_from(least: float) -> Check:
-    """A whole number, at least one."""
-
-    def check_whole(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} is a whole number{_from(least)}, not {shown(value)}.")
-
-    return check_whole
-
-
-def _from(least: float) -> str:
-    return "" if least == -math.inf else f" of at least {least:g}"
-
-
-check_whole = whole_from(-math.inf)
+from lora_plugins.field_checks import shown
 
 
 def check_size(name: str, value: Any) -> None:

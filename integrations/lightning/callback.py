@@ -18,6 +18,7 @@ from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
     Check,
     check_count,
+    check_fields,
     check_flag,
     check_name,
     check_share,
@@ -207,8 +208,7 @@ class LoraCallback(Callback):
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)
         self.max_error = max_error
         self.init_batches = init_batches
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
+        check_fields(vars(self), _CHECKS)
         self._merge = KeptMerge(adapter_name)
         self._modes: dict[str, bool] = {}
         self._start = Start()

@@ -20,7 +20,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing
-from lora_plugins.field_checks import Check, check_flag, check_name, check_share
+from lora_plugins.field_checks import Check, check_fields, check_flag, check_name, check_share
 from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
@@ -91,8 +91,7 @@ class LoraTrainer(Trainer):
         self.merge_on_train_end = merge_on_train_end
         self.dequantize = dequantize
         self.max_error = max_error
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
+        check_fields(vars(self), _CHECKS)
         self._declared: list[nn.Module] | None = []
         self._declare(args[0] if args else kwargs.get("model"))
         try:

@@ -334,9 +334,9 @@ def _values(
             values[name] = owned[0][0].clone()
             continue
         # In float64, so that a single adapter of weight 1 gives its own value back.
-        total = in_float64(base)
+        wide = total = in_float64(base)
         for value, weight in owned:
-            total = total + weight * (in_float64(value) - in_float64(base))
+            total = total + weight * (in_float64(value) - wide)
         values[name] = total.to(owned[0][0])
         _check_range(name, values[name].dtype, values[name])
         if name.rpartition(".")[2] == _VARIANCE and bool((values[name] < 0).any()):

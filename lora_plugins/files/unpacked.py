@@ -72,9 +72,9 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
         plan = with_stored(plan, model, manifest.get("stored") or {}, registry)
     _compare_layers(manifest["layers"], plan)
-    _compare_keys(model, plan, packed.tensors)
+    found = recipes(packed.tensors) if plan.init.changes_base else {}
+    _compare_keys(model, plan, packed.tensors, found)
     _compare_base(manifest["base"], fingerprints(model, plan))
-    found = _recipes(plan, packed.tensors)
     content = {
         (layer.name, slot.suffix): SlotTensors(
             A=packed.tensors[tensor_key(layer, slot, "A")],
@@ -129,10 +129,6 @@ def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter)
     return changed
 
 
-def _recipes(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return recipes(tensors) if plan.init.changes_base else {}
-
-
 def _compare_tensors(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     _difference("tensor", expected, tensors, "the manifest", "the file")
     for key, tensor in tensors.items():
@@ -159,7 +155,10 @@ def _compare_layers(expected: Mapping[str, Any], plan: Plan) -> None:
                 )
 
 
-def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+def _compare_keys(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Compares keys, shapes and kinds of all tensors, the recipes that were found among them included."""
     needed: dict[str, tuple[list[int], bool]] = {}
     for layer, slot, (rows, columns) in plan.slots():
         needed[tensor_key(layer, slot, "A")] = [layer.r, columns], True
@@ -169,7 +168,6 @@ def _compare_keys(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -
     for name in (*plan.trained, *plan.saved_buffers):
         tensor = own_tensor(model, name)
         needed[value_key(name)] = list(tensor.shape), tensor.is_floating_point()
-    found = _recipes(plan, tensors)
     prefixes = [prefix for layer, slot, _ in plan.slots() if (prefix := recipe_prefix(layer, slot)) in found]
     of_recipes = {prefix + name for prefix in prefixes for name in found[prefix]}
     _difference("tensor", {*needed, *of_recipes}, tensors, "this model", "the adapter")

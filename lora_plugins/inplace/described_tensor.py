@@ -16,6 +16,7 @@ _TELLING = frozenset(
         *("dim", "element_size", "get_device", "is_floating_point", "numel", "size"),
     }
 )
+"""Attributes and methods that give no value."""
 
 
 class DescribedTensor:

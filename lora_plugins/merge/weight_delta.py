@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
 from lora_plugins.kernels import effective_weight, linear_2d, transposed_product
 from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
-from lora_plugins.utils import common_type, in_float64, in_full
+from lora_plugins.utils import common_type, in_float64, in_full, single_at_least
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -137,4 +137,4 @@ def _norm(term: Term) -> float:
 
 
 def _in_single_at_least(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(single_at_least(tensor.dtype))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from lora_plugins.inplace import NamedModule, full_name
+from lora_plugins.utils import within
 
 _ADAPTER = re.compile(r"loras|lora_(A|B|E|a|b|up|down|mid|layer|embedding_[AB]|magnitude_vector)")
 """Components of a path that mean an adapter."""
@@ -36,12 +37,9 @@ def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
         for name in entry.names
     }
     wrappers = [entry for entry in modules if hasattr(type(entry.module), _CHILDREN) and _BASE in entry.module._modules]
-    within = {name for entry in modules for name in entry.names if _is_within(name, roots)}
-    return within | {name for entry in wrappers for name in entry.names}
+    inner = {name for entry in modules for name in entry.names if _is_of_adapter(name) or within(name, roots)}
+    return inner | {name for entry in wrappers for name in entry.names}
 
 
-def _is_within(name: str, roots: set[str]) -> bool:
-    parts = name.split(".")
-    if any(_ADAPTER.fullmatch(part) for part in parts):
-        return True
-    return any(".".join(parts[: at + 1]) in roots for at in range(len(parts)))
+def _is_of_adapter(name: str) -> bool:
+    return any(_ADAPTER.fullmatch(part) for part in name.split("."))

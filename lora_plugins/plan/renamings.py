@@ -18,6 +18,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing, quoted
 from lora_plugins.inplace import model_modules
 from lora_plugins.plan.patterns import ends_with, matcher, matches
+from lora_plugins.utils import within
 
 _TENSOR = ".weight"
 """What stands behind the name of a module in the keys that transformers renames."""
@@ -88,12 +89,11 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     base: Any = getattr(library, "PreTrainedModel", None)
     if base is None:
         return []
-    found: list[tuple[str, nn.Module]] = []
-    for entry in model_modules(model):
-        inside = any(not outer or entry.name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(entry.module, base) and not inside:
-            found.append((entry.name, entry.module))
-    return found
+    found: dict[str, nn.Module] = {}
+    for entry in model_modules(model):  # outer ones first
+        if isinstance(entry.module, base) and not within(entry.name, found):
+            found[entry.name] = entry.module
+    return [*found.items()]
 
 
 def _renamings(part: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from torchmetrics.classification import (
 from torchvision.transforms import v2
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.argument_checks import check_arguments, number_from
+from lora_plugins.field_checks import check_fields, number_from
 from lora_plugins.tasks.classification.metrics import OccurringAUROC
 from lora_plugins.tasks.models import CLASSIFIERS, ModelConfig, Source
 from lora_plugins.tasks.training import CONFUSION, CROSS_ENTROPY, VisionTask
@@ -45,7 +45,7 @@ class ImageClassificationTask(VisionTask):
     def __init__(self, model: ModelConfig, *, mixup: float = 0.0, cutmix: float = 0.0, **options: Any) -> None:
         super().__init__(model, **options)
         self.save_hyperparameters({"mixup": mixup, "cutmix": cutmix})
-        check_arguments({"mixup": mixup, "cutmix": cutmix}, dict.fromkeys(("mixup", "cutmix"), number_from(0)))
+        check_fields({"mixup": mixup, "cutmix": cutmix}, dict.fromkeys(("mixup", "cutmix"), number_from(0)))
         if (mixup or cutmix) and not self.objective.takes_soft_targets:
             raise ConfigError("mixup and cutmix make soft targets of two classes, which only cross_entropy takes.")
         classes = self.model_config.num_classes

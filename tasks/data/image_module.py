@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
 from lora_plugins.errors import listing
-from lora_plugins.field_checks import Check, check_flag, choice_of, optional
-from lora_plugins.tasks.argument_checks import check_arguments, check_size, check_whole, number_from
+from lora_plugins.field_checks import Check, check_fields, check_flag, check_whole, choice_of, number_from, optional
+from lora_plugins.tasks.argument_checks import check_size
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
@@ -73,7 +73,7 @@ class ImageDataModule(VisionDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, sampler)
         given = {"image_size": image_size, "split_seed": split_seed, "check_files": check_files}
-        check_arguments({**given, "on_problem": on_problem, "val_share": val_share, "test_share": test_share}, _CHECKS)
+        check_fields({**given, "on_problem": on_problem, "val_share": val_share, "test_share": test_share}, _CHECKS)
         check_shares(val_share, test_share)
         self.image_size, self.interpolation, self.augmentation = image_size, interpolation, augmentation
         self.shares, self.split_seed = {VAL: val_share, TEST: test_share}, split_seed

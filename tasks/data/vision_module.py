@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_count, choice_of
-from lora_plugins.tasks.argument_checks import whole_from
+from lora_plugins.field_checks import check_count, choice_of, whole_from
 from lora_plugins.tasks.data.transforms import Size
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import TEST, TRAIN, VAL

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_count, check_flag
-from lora_plugins.tasks.argument_checks import check_arguments, whole_from
+from lora_plugins.field_checks import check_count, check_fields, check_flag, whole_from
 from lora_plugins.tasks.data import Size, read_image
 from lora_plugins.tasks.diffusion.buckets import BucketBatchSampler, bucket_sizes, fit, nearest_bucket
 from lora_plugins.tasks.diffusion.captions import Captioned, captioned_folder, captioned_list
@@ -139,9 +138,9 @@ class PicturesDataModule(LightningDataModule):
         if prompt is not None and not prompt.strip():
             raise ConfigError("`prompt` is empty. Say what is to be learned, such as 'a photo of a sks dog'.")
         counts = {"repeats": repeats, "batch_size": batch_size, "resolution": resolution, "bucket_step": bucket_step}
-        check_arguments(counts, dict.fromkeys(counts, check_count))
+        check_fields(counts, dict.fromkeys(counts, check_count))
         flags = {"buckets": buckets, "random_flip": random_flip}
-        check_arguments(flags, dict.fromkeys(flags, check_flag))
+        check_fields(flags, dict.fromkeys(flags, check_flag))
         whole_from(0)("num_workers", num_workers)
         self.root, self.prompt, self.samples = Path(root), prompt, samples
         self.resolution, self.buckets, self.bucket_step = resolution, buckets, bucket_step

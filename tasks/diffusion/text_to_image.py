@@ -15,11 +15,21 @@ from torch import Tensor
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing
-from lora_plugins.field_checks import Check, check_factor, check_flag, check_name, check_names, choice_of, optional
+from lora_plugins.field_checks import (
+    Check,
+    check_factor,
+    check_fields,
+    check_flag,
+    check_name,
+    check_names,
+    choice_of,
+    number_from,
+    optional,
+)
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.callback import lora_callbacks
-from lora_plugins.tasks.argument_checks import check_arguments, check_callable, number_from
+from lora_plugins.tasks.argument_checks import check_callable
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
@@ -130,7 +140,7 @@ class TextToImageTask(LoraCheckpointMixin):
             "dtype": dtype,
             "revision": revision,
         }
-        check_arguments({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
+        check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=(LR, WEIGHT_DECAY))
         self.save_hyperparameters({**given, "layers": list(layers)})
         self.model, self.train_text_encoder, self.ema = model, train_text_encoder, ema

@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import Check, check_count, check_name, check_options, choice_of, optional, shown
-from lora_plugins.tasks.argument_checks import check_arguments, number_from
+from lora_plugins.field_checks import (
+    Check,
+    check_count,
+    check_fields,
+    check_name,
+    check_options,
+    choice_of,
+    number_from,
+    optional,
+    shown,
+)
 
 AUTO, TRAIN, NEW = "auto", "train", "new"
 HEADS = (AUTO, TRAIN, NEW)
@@ -49,7 +58,7 @@ class ModelConfig:
     head: str = AUTO
 
     def __post_init__(self) -> None:
-        check_arguments(vars(self), _CHECKS)
+        check_fields(vars(self), _CHECKS)
         if (self.mean is None) != (self.std is None):
             raise ConfigError(f"mean is {self.mean} and std is {self.std}: give both, or neither.")
         if self.std is not None and (len(self.std) != len(self.mean or ()) or min(self.std) <= 0):

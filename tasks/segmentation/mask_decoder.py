@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_flag, check_names, check_options, optional
-from lora_plugins.tasks.argument_checks import check_whole
+from lora_plugins.field_checks import check_flag, check_names, check_options, check_whole, optional
 from lora_plugins.tasks.data import as_rgb
 from lora_plugins.tasks.errors import DataError
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_name
-from lora_plugins.tasks.argument_checks import number_from
+from lora_plugins.field_checks import check_name, number_from, shown
 from lora_plugins.tasks.errors import unknown
 
 CROSS_ENTROPY = "cross_entropy"
@@ -107,6 +106,19 @@ def balanced_weights(counts: Tensor) -> Tensor:
     occurs = counts > 0
     weights = counts.sum() / (occurs.sum() * counts.clamp(min=1))
     return torch.where(occurs, weights, 1.0)
+
+
+def given_weights(weights: object, classes: int) -> Tensor:
+    """Class weights that are given as numbers, (classes,).
+
+    Raises:
+        ConfigError: If they are no list of as many numbers of at least 0.
+    """
+    if not isinstance(weights, list | tuple) or len(weights) != classes:
+        raise ConfigError(f"class_weights is {shown(weights)}; it is a list of {classes} numbers, or 'balanced'.")
+    for index, weight in enumerate(weights):
+        number_from(0)(f"class_weights[{index}]", weight)
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _parsed(text: str, allowed: Collection[str]) -> dict[str, float]:

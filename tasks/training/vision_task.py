@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError, LoraError
-from lora_plugins.field_checks import Check, check_flag, check_names, optional, shown
+from lora_plugins.field_checks import (
+    Check,
+    check_fields,
+    check_flag,
+    check_names,
+    check_whole,
+    number_from,
+    optional,
+)
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.argument_checks import check_arguments, check_callable, check_whole, number_from
+from lora_plugins.tasks.argument_checks import check_callable
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -31,7 +39,7 @@ from lora_plugins.tasks.models import (
     source_of,
 )
 from lora_plugins.tasks.training.compat import is_earlier_file
-from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights
+from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights, given_weights
 from lora_plugins.tasks.training.optimization import (
     LR,
     WEIGHT_DECAY,
@@ -142,7 +150,7 @@ class VisionTask(LoraCheckpointMixin):
             "ignore_index": ignore_index,
             "class_names": class_names,
         }
-        check_arguments({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
+        check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
         model = ModelConfig(**model) if isinstance(model, Mapping) else model
@@ -170,16 +178,8 @@ class VisionTask(LoraCheckpointMixin):
         self.class_weights, classes = class_weights, self.model_config.num_classes
         if class_weights is not None and not self.objective.takes_class_weights:
             raise ConfigError("class_weights are for cross_entropy, which the loss does not hold.")
-        numbers = None
-        if class_weights is not None and not (isinstance(class_weights, str) and class_weights == BALANCED):
-            if not isinstance(class_weights, list | tuple) or len(class_weights) != classes:
-                raise ConfigError(
-                    f"class_weights is {shown(class_weights)}; it is a list of {classes} numbers, or 'balanced'."
-                )
-            for name, weight in enumerate(class_weights):
-                number_from(0)(f"class_weights[{name}]", weight)
-            numbers = torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("weights", numbers, persistent=False)
+        counted = class_weights is None or (isinstance(class_weights, str) and class_weights == BALANCED)
+        self.register_buffer("weights", None if counted else given_weights(class_weights, classes), persistent=False)
 
     def _build_network(self, model: ModelConfig) -> None:
         built = build_network(model, self.sources)

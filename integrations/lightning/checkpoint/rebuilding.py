@@ -88,13 +88,13 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
         path: Its checkpoint, which is there; None while it is written.
     """
     cls = type(module)
-    name, objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
+    name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
     for network in _adapted_networks(module.hparams):
         del given[network]
     arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
-    arguments += [objects] if objects else []
+    arguments += [for_objects] if for_objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]
     return "; ".join([*imports, f"module = load_from_checkpoint({', '.join(arguments)})"])
