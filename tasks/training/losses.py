@@ -14,8 +14,8 @@ from lora_plugins.field_checks import check_name, number_from, shown
 from lora_plugins.tasks.errors import unknown
 
 CROSS_ENTROPY = "cross_entropy"
-TERM = re.compile(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*)?\s*(\w+)\s*")
-"""A name, and what stands before it: a factor of at least 0, as a decimal."""
+TERM = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*)?\s*(\w+)\s*")
+"""A name, and what stands before it: a factor of at least 0."""
 
 
 def _focal(ignore_index: int) -> Any:

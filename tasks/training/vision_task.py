@@ -156,7 +156,7 @@ class VisionTask(LoraCheckpointMixin):
         model = ModelConfig(**model) if isinstance(model, Mapping) else model
         names = None if class_names is None else list(class_names)
         self.save_hyperparameters({"model": asdict(model), **given, "class_names": names})
-        if names is not None and len({*names}) != model.num_classes:
+        if names is not None and not len(names) == len({*names}) == model.num_classes:
             raise ConfigError(
                 f"{len({*names})} different class_names ({', '.join(names)}) for num_classes={model.num_classes}."
             )

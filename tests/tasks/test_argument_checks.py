@@ -31,7 +31,7 @@ OF_TASKS = {
     "ema": ["0.9", None, 1.0, float("nan")],
     "gradient_checkpointing": ["yes", 1, None],
     "ignore_index": ["255", 2.5, None],
-    "class_names": ["abc", ["a", "a", "b"], [1, 2, 3], ["a", "b"]],
+    "class_names": ["abc", ["a", "a", "b"], ["a", "a", "b", "c"], [1, 2, 3], ["a", "b"]],
     "mixup": ["0.2", -1, float("nan")],
     "cutmix": ["1", -1],
 }

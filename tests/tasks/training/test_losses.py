@@ -55,6 +55,14 @@ def test_a_sum_adds_up_with_its_factors():
     assert float(objective("cross_entropy + 0.5 * dice")(logits, masks)) == pytest.approx(parts[0] + 0.5 * parts[1])
 
 
+def test_a_factor_may_have_an_exponent():
+    assert objective("cross_entropy + 5e-1 * dice + .25E0*focal").factors == {
+        "cross_entropy": 1.0,
+        "dice": 0.5,
+        "focal": 0.25,
+    }
+
+
 def test_weights_and_smoothing_are_those_of_torch():
     logits, masks = maps()
     weights = torch.tensor([0.5, 2.0, 1.0])
