@@ -1,7 +1,7 @@
 """Linear layers: y = x Wᵀ + b, with W of shape (out, in); and their transposed twin in transformers."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,36 @@ def _update(x: Tensor, term: Term) -> Tensor:
     return F.pad(update, (start, total - stop))
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`, W is `(out, in)`."""
+    if (rescaled := terms[0].rescaling) is not None:
+        term = terms[0]
+        return lora_rescaled(
+            x, weight, bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors, None,
+            low_memory=term.low_memory,
+        )  # fmt: skip
+    joint = joined(terms)
+    if joint is not None:
+        return lora_linear(x, weight, bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory)
+    rows = x.flatten(0, -2) if x.dim() > 2 and not x.is_nested else x  # whose gradients are no views
+    updates = [_update(rows, term) for term in terms]
+    y = add_updates(F.linear(rows, weight, bias), updates)
+    return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], len(weight))
+
+
+def _mixed_product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: StackedAdapters) -> Tensor:
+    """Multiplies each row of a batch with its own small matrices, all rows at once; x is `(batch, ..., in)`."""
+    A, B = adapters.A[adapters.index], adapters.B[adapters.index]
+    rows = x.reshape(-1, x.shape[-1])
+    update = torch.bmm(torch.bmm(A, rows.view(len(x), -1, x.shape[-1]).to(A.dtype).mT).mT, B.mT)
+    added = bias if adapters.factors is None else None  # which has no factor
+    if autocast_dtype(x) is None:
+        y = linear_2d(rows, weight, added).view(*x.shape[:-1], len(weight))
+    else:
+        y = F.linear(x, weight, added)
+    return adapters.rescale(y.add_(update.view(y.shape)), bias, -1)
+
+
 class LinearPlugin(RowMajorPlugin[nn.Linear]):
     """`torch.nn.Linear` and its subclasses."""
 
@@ -69,43 +99,35 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
 
     def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
-        weight = base["weight"]
-        if (rescaled := terms[0].rescaling) is not None:
-            term = terms[0]
-            return lora_rescaled(
-                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors, None,
-                low_memory=term.low_memory,
-            )  # fmt: skip
-        joint = joined(terms)
-        if joint is not None:
-            return lora_linear(
-                x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory
-            )
-        rows = x.flatten(0, -2) if x.dim() > 2 and not x.is_nested else x  # whose gradients are no views
-        updates = [_update(rows, term) for term in terms]
-        y = add_updates(F.linear(rows, weight, layer.bias), updates)
-        return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], len(weight))
+        return _product(x, base["weight"], layer.bias, terms)
 
     def mixed(self, layer: nn.Linear, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
-        weight = base["weight"]
-        A, B = adapters.A[adapters.index], adapters.B[adapters.index]
-        rows = x.reshape(-1, x.shape[-1])
-        update = torch.bmm(torch.bmm(A, rows.view(len(x), -1, x.shape[-1]).to(A.dtype).mT).mT, B.mT)
-        bias = layer.bias if adapters.factors is None else None  # which has no factor
-        if autocast_dtype(x) is None:
-            y = linear_2d(rows, weight, bias).view(*x.shape[:-1], len(weight))
-        else:
-            y = F.linear(x, weight, bias)
-        return adapters.rescale(y.add_(update.view(y.shape)), layer.bias, -1)
+        return _mixed_product(x, base["weight"], layer.bias, adapters)
 
 
-class TransformersConv1DPlugin(ColumnMajorPlugin[nn.Module]):
+class TransformersConv1DPlugin(ColumnMajorPlugin[Any]):
     """`Conv1D` of transformers: a linear layer whose weight is `(in, out)`."""
 
     name = "transformers_conv1d"
     module_type = "transformers.pytorch_utils.Conv1D"
+    branch_types: ClassVar = ("transformers.pytorch_utils.Conv1D",)
+    branch_use: ClassVar[BranchUse] = "always"
+    branch_takes_delta = True
+    branch_takes_rescaling = True
 
-    def inputs(self, layer: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+    def parts(self, layer: Any) -> Mapping[str, Slot]:
+        """Equal thirds of the outputs, as attention layers split them."""
+        return thirds("weight", layer.nf)
+
+    def inputs(self, layer: Any, slot: Slot, x: Tensor) -> Tensor:
         """The rows of `x`, which is `(..., in)`."""
-        return x.flatten(0, -2)
+        return x.reshape(-1, x.shape[-1])
+
+    def branch(self, layer: Any, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
+        """Computes `x W + b` and adds the terms; x is `(..., in)`."""
+        return _product(x, base["weight"].T, layer.bias, terms)
+
+    def mixed(self, layer: Any, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
+        """Multiplies each row with its own small matrices, all rows at once."""
+        return _mixed_product(x, base["weight"].T, layer.bias, adapters)

@@ -91,7 +91,7 @@ LAYER_CASES = [
     LayerCase("linear", lambda: nn.Linear(6, 5), _values(2, 3, 6), rows),
     LayerCase("linear-no_bias", lambda: nn.Linear(6, 5, bias=False), _values(4, 6), rows),
     LayerCase("linear-doubled_input", DoubledInput, _values(4, 6), rows, dropout=False),
-    LayerCase("transformers_conv1d", lambda: Conv1D(5, 6), _values(2, 3, 6), columns, dropout=False),
+    LayerCase("transformers_conv1d", lambda: Conv1D(5, 6), _values(2, 3, 6), columns),
     *_convolutions(),
     LayerCase("conv2d-same_padding", lambda: nn.Conv2d(3, 4, (5, 3), padding="same"), _values(2, 3, 6, 6), rows),
     LayerCase("conv2d-same-timm", lambda: Conv2dSame(3, 4, 3, stride=2), _values(2, 3, 7, 7), rows, dropout=False),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import LayerPlugin, LoraConfig, LoraModel, StateError
 from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
-from tests.core.libraries import create_model
+from tests.core.libraries import Conv1D, create_model
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -385,6 +385,7 @@ def test_any_number_of_dimensions_may_follow_the_rows(shape: tuple[int, ...]):
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (5, 3, 6)),
     "linear-rows": (lambda: nn.Linear(6, 8, bias=False), (5, 6)),
+    "transformers_conv1d": (lambda: Conv1D(8, 6), (5, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 8, 3), (5, 4, 9)),
     "conv1d-groups": (lambda: nn.Conv1d(4, 8, 3, groups=2), (5, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 8, 3, stride=2), (5, 4, 9, 9)),

@@ -50,7 +50,7 @@ TRANSPOSED = [{"groups": 2, "stride": 2, "padding": 1, "output_padding": 1}, {"d
 
 LAYERS = {
     "linear": (of(nn.Linear, 6, 9), values(2, 3, 6), [{}, {"bias": False}]),
-    "transformers_conv1d": (of(Conv1D, 5, 6), values(2, 3, 6), [{}]),
+    "transformers_conv1d": (of(Conv1D, 9, 6), values(2, 3, 6), [{}]),
     "conv1d": (of(nn.Conv1d, 4, 8, 3), values(2, 4, 9), CONV),
     "conv2d": (of(nn.Conv2d, 4, 8, 3), values(2, 4, 7, 7), CONV),
     "conv3d": (of(nn.Conv3d, 4, 8, 2), values(1, 4, 5, 5, 5), CONV[:1]),
