@@ -161,6 +161,7 @@ class Conv3dPlugin(_ConvPlugin):
 class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
     branch_use: ClassVar[BranchUse] = "dropout"
     branch_takes_delta = True
+    rows_are_outputs = False
     dimensions: ClassVar[int]
 
     def inputs(self, layer: ConvTranspose, slot: Slot, x: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, LazyWeights, StackedAdapters, Term, add_delta
+from lora_plugins.kernels import rescaled_weight
+from lora_plugins.plugins import (
+    BranchUse,
+    ColumnMajorPlugin,
+    LazyWeights,
+    Rescaling,
+    StackedAdapters,
+    Term,
+    add_delta,
+)
+from lora_plugins.utils import common_type, in_full
 
 
 class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
@@ -22,6 +32,8 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
     lookup = True
     branch_types: ClassVar = (nn.Embedding,)
     branch_use: ClassVar[BranchUse] = "always"
+    branch_takes_delta = True
+    branch_takes_rescaling = True
 
     def branch(self, layer: nn.Embedding, base: Mapping[str, Tensor], terms: Sequence[Term], input: Tensor) -> Tensor:
         """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`.
@@ -31,14 +43,14 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         if layer.max_norm is not None or layer.scale_grad_by_freq:
             return self._look_up_rows(layer, base["weight"], terms, input)
         y = _base_rows(layer, base, input)
-        for term in terms:
-            rows = F.embedding(input, term.A.T)
-            update = F.linear(rows, term.B) * term.scaling
-            if layer.padding_idx is not None:
-                # The padding row is looked up but never trained.
-                padding = (input == layer.padding_idx).unsqueeze(-1)
-                update = torch.where(padding, update.detach(), update)
-            y = y + update.to(y.dtype)
+        if (rescaling := terms[0].rescaling) is not None:
+            y = _rescaled_rows(self.to_matrix(base["weight"]), terms[0], rescaling, y, input)
+        else:
+            for term in terms:
+                y = y + _update_rows(term, input).to(y.dtype)
+        if layer.padding_idx is not None:
+            # The padding row is looked up but never trained.
+            y = torch.where((input == layer.padding_idx).unsqueeze(-1), y.detach(), y)
         return y
 
     def mixed(
@@ -50,11 +62,17 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         y = _base_rows(layer, base, input)
         indices = input.reshape(len(input), input.shape[1:].numel())
         rows = adapters.A.mT[adapters.index[:, None], indices]
-        return y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
+        y = y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
+        return adapters.rescale(y, None, -1)
 
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
         for term in terms:
-            weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
+            if (rescaling := term.rescaling) is not None:
+                matrix = self.to_matrix(weight)
+                whole = rescaled_weight(matrix, term.A, term.B, rescaling.own, rescaling.factors, term.scaling)
+                weight = self.from_matrix(whole, weight.shape).to(weight.dtype)
+            else:
+                weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         # Not sparse: the gradient goes on to A and B, through products that sparse tensors do not have.
         return F.embedding(input, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
 
@@ -64,3 +82,19 @@ def _base_rows(layer: nn.Embedding, base: Mapping[str, Tensor], input: Tensor) -
     if isinstance(base, LazyWeights):
         return base.rows("weight", input)
     return F.embedding(input, base["weight"], layer.padding_idx, sparse=layer.sparse)
+
+
+def _update_rows(term: Term, input: Tensor) -> Tensor:
+    """Looks `input` up in the columns of an update."""
+    if term.delta is not None:
+        return F.embedding(input, term.delta.T)
+    return F.linear(F.embedding(input, term.A.T), term.B) * term.scaling
+
+
+def _rescaled_rows(weight: Tensor, term: Term, rescaling: Rescaling, rows: Tensor, input: Tensor) -> Tensor:
+    """Adds an update to rows that were looked up, and rescales their sum by factors of the whole updated weight."""
+    with in_full(rows):
+        wide = common_type(rows.dtype, term.A.dtype)
+        direction = torch.addmm(weight.to(wide), term.B.to(wide), term.A.to(wide), alpha=term.scaling)
+        factors = rescaling.factors(direction.detach(), *rescaling.own)
+        return (factors * (rows.to(wide) + _update_rows(term, input))).to(rows.dtype)

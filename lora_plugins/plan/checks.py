@@ -2,7 +2,7 @@
 
 from lora_plugins.plan.survey import Site
 from lora_plugins.plan.ties import Target
-from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, RowMajorPlugin, Slot, VariantPlugin, class_path
+from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, Slot, VariantPlugin, class_path
 
 
 def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
@@ -15,7 +15,8 @@ def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
     if not plugin.branch_takes_delta:
         return "never"
     # A variant forms its update in full; adding it to the weight is then one convolution or product instead of two.
-    return "dropout" if plugin.branch_use == "always" else plugin.branch_use
+    # Rows that are looked up are fewer than those that would be added.
+    return "dropout" if plugin.branch_use == "always" and not plugin.lookup else plugin.branch_use
 
 
 def reasons(
@@ -105,6 +106,7 @@ def _input_reason(site: Site, init: InitPlugin) -> str:
 
 
 def _variant_reason(site: Site, variant: VariantPlugin) -> str:
-    if not isinstance(site.plugin, RowMajorPlugin):
-        return f"the variant {variant.name!r} needs a weight that has its outputs first; exclude the layer"
-    return variant.refusal(site.plugin) or ""
+    plugin = site.plugin
+    if plugin is None or not plugin.rows_are_outputs:
+        return f"the variant {variant.name!r} needs a row of the weight's matrix for each output; exclude the layer"
+    return variant.refusal(plugin) or ""

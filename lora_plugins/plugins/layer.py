@@ -40,6 +40,8 @@ class LayerPlugin(ABC, Generic[Layer]):
         branch_takes_rescaling: Whether `branch` computes with `term.rescaling` where its only term has one, which then
             covers all rows of the weight and has no `delta`; and whether `mixed`, if there is one, honors
             `adapters.factors`.
+        rows_are_outputs: Whether each row of the matrix belongs to one output. Variants such as DoRA need that; the
+            rows of a transposed convolution are an output at one place of the kernel.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
     """
@@ -51,6 +53,7 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_use: ClassVar[BranchUse] = "never"
     branch_takes_delta: ClassVar[bool] = False
     branch_takes_rescaling: ClassVar[bool] = False
+    rows_are_outputs: ClassVar[bool] = True
     class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -174,6 +177,7 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "branch_use": (lambda value: value in get_args(BranchUse), f"one of {get_args(BranchUse)}"),
         "branch_takes_delta": A_FLAG,
         "branch_takes_rescaling": A_FLAG,
+        "rows_are_outputs": A_FLAG,
         "class_attributes": (lambda value: isinstance(value, Mapping), "a mapping of attributes by name"),
     },
     claims={

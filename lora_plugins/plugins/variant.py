@@ -18,8 +18,8 @@ class VariantPlugin(ABC):
 
     A plugin is stateless. It sees the part of a weight that an adapter updates as a matrix `W`, `(out, in)`, and says
     by which matrix that weight changes; a layer then computes what it would compute with `W` plus that. It may have
-    tensors of its own, which are trained, saved, merged and removed with A and B. All layer types that have their
-    outputs as the rows of the matrix are served, with dropout where their branch honors it.
+    tensors of its own, which are trained, saved, merged and removed with A and B. All layer types whose
+    matrix has a row for each output are served, with dropout where their branch honors it.
 
     Attributes:
         name: What `LoraConfig(variant=...)` says.
@@ -84,7 +84,7 @@ class VariantPlugin(ABC):
         return type(self).row_factors is not VariantPlugin.row_factors
 
     def refusal(self, plugin: LayerPlugin[Any]) -> str | None:
-        """Returns why the variant cannot serve a layer type that has its outputs as rows; None if it can."""
+        """Returns why the variant cannot serve a layer type whose matrix has a row for each output; None if it can."""
         return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_plugins.errors import TargetError
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
-from lora_plugins.plugins import PLAIN, RowMajorPlugin
+from lora_plugins.plugins import PLAIN
 from lora_plugins.testing.check import (
     Check,
     random_states,
@@ -192,7 +192,7 @@ def _add_up(both: Tensor, one: Tensor, other: Tensor) -> bool:
 
 
 def _variant(case: LayerCase) -> None:
-    if not isinstance(case.plugin, RowMajorPlugin):
+    if not case.plugin.rows_are_outputs:
         return  # refused by name when it is planned
     for parts in case.selections():
         model = moved(case.adapted(variant=VARIANT, fused_parts=parts))

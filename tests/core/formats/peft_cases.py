@@ -179,6 +179,12 @@ CASES = [
     ),
     Case("dora", Repeated, {"target_modules": ["fc"], "use_dora": True}, {"variant": "dora"}),
     Case(
+        "dora of embedding and Conv1D",
+        Words,
+        {"target_modules": ["words", "mixer"], "use_dora": True},
+        {"target_modules": ["words", "mixer"], "variant": "dora"},
+    ),
+    Case(
         "dora of convolutions",
         Convolutions,
         {"target_modules": ALL_CONV, "use_dora": True},

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -11,20 +11,49 @@ from torch import Tensor, nn
 from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin, hookimpl
 from lora_plugins.plugins import build_registry
+from tests.core.libraries import Conv1D
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(4, 6)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 7, 7)),
+
+def values(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape, dtype=torch.float64)
+
+
+def indices() -> Tensor:
+    """Some rows more than once, that of a padding among them."""
+    return torch.tensor([[0, 3, 3, 1], [6, 0, 2, 3]])
+
+
+ROWS = {
+    "linear": (lambda: nn.Linear(6, 5), values(4, 6)),
+    "linear-no_bias": (lambda: nn.Linear(6, 5, bias=False), values(4, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), values(2, 4, 7, 7)),
     "conv2d-grouped": (
         lambda: nn.Conv2d(4, 6, 3, groups=2, padding_mode="reflect", padding=1),
-        lambda: torch.randn(2, 4, 7, 7),
+        values(2, 4, 7, 7),
     ),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda: torch.randn(2, 4, 7)),
+    "conv2d-no_bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), values(2, 4, 7, 7)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), values(2, 4, 7)),
 }
+"""Layers whose weight has its outputs first."""
 
-layers = pytest.mark.parametrize(("make", "inputs"), LAYERS.values(), ids=LAYERS)
+LOOKUPS = {
+    "embedding": (lambda: nn.Embedding(7, 5), indices),
+    "embedding-padding": (lambda: nn.Embedding(7, 5, padding_idx=3), indices),
+    "embedding-sparse": (lambda: nn.Embedding(7, 5, sparse=True), indices),
+    "embedding-scale_grad": (lambda: nn.Embedding(7, 5, padding_idx=0, scale_grad_by_freq=True), indices),
+}
+MAX_NORM = {"embedding-max_norm": (lambda: nn.Embedding(7, 5, max_norm=0.5), indices)}
+TRANSPOSED = {"transformers_conv1d": (lambda: Conv1D(5, 6), values(4, 6))}
+LAYERS = {**ROWS, **TRANSPOSED, **LOOKUPS, **MAX_NORM}
+
+
+def of(cases: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("make", "inputs"), cases.values(), ids=cases)
+
+
+layers = of(LAYERS)
 
 
 def adapted(make, **fields) -> LoraModel:
@@ -43,17 +72,19 @@ def by_the_formula(lora: LoraModel) -> nn.Module:
     layer = lora.model[0]
     A, B, m = (layer._modules[f"lora_{name}"]["default"] for name in ("A", "B", "magnitude"))
     W = layer._parameters["weight"].detach()
-    V = W + 1.5 * (B @ A).view_as(W)
-    norm = V.detach().flatten(1).norm(dim=1)
+    inputs_first = isinstance(layer, nn.Embedding) or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
+    V = (W.T if inputs_first else W.flatten(1)) + 1.5 * (B @ A)
+    updated = (m / V.detach().norm(dim=1))[:, None] * V
     plain = LoraModel(copy.deepcopy(lora.model)).unload()[0]
+    plain.sparse = False  # the weight of the formula is no leaf
     del plain.weight
-    plain.weight = (m / norm).view(-1, *[1] * (W.ndim - 1)) * V
+    plain.weight = updated.T if inputs_first else updated.view_as(W)
     return plain
 
 
 @layers
 def test_forward_and_gradients_follow_the_formula(make, inputs):
-    lora, x = adapted(make), inputs().double()
+    lora, x = adapted(make), inputs()
     leaves = [p for p in lora.model.parameters() if p.requires_grad]
     assert len(leaves) == 3
     expected, output = by_the_formula(lora)(x), lora.model(x)
@@ -67,7 +98,7 @@ def test_forward_and_gradients_follow_the_formula(make, inputs):
 @layers
 def test_it_starts_as_the_model_was(make, inputs):
     torch.manual_seed(0)
-    model, x = nn.Sequential(make()).double(), inputs().double()
+    model, x = nn.Sequential(make()).double(), inputs()
     before = model(x)
     LoraModel(model, LoraConfig(variant="dora"))
     torch.testing.assert_close(model(x), before, **TIGHT)
@@ -75,7 +106,7 @@ def test_it_starts_as_the_model_was(make, inputs):
 
 @layers
 def test_its_life(make, inputs, tmp_path):
-    lora, x = adapted(make), inputs().double()
+    lora, x = adapted(make), inputs()
     layer = lora.model[0]
     plain = {key: value.clone() for key, value in lora.model.state_dict().items() if "lora_" not in key}
     output = lora.model(x)
@@ -96,9 +127,9 @@ def test_its_life(make, inputs, tmp_path):
     torch.testing.assert_close(again.merge_and_unload()(x), output, **TIGHT)
 
 
-@layers
+@of(ROWS | TRANSPOSED)
 def test_dropout_acts_on_the_input_of_the_update(make, inputs):
-    lora, x = adapted(make, dropout=0.5), inputs().double()
+    lora, x = adapted(make, dropout=0.5), inputs()
     expected = lora.model.eval()(x)
     with lora.disable_adapter() as base:
         plain = base(x)
@@ -109,25 +140,42 @@ def test_dropout_acts_on_the_input_of_the_update(make, inputs):
     assert not torch.equal(lora.model(x), lora.model(x))
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def trained(layer: nn.Module) -> list[Tensor]:
+    return [layer._modules[f"lora_{name}"]["default"] for name in ("A", "B", "magnitude")]
+
+
+def trained_by_peft(layer: nn.Module) -> list[Tensor]:
+    if isinstance(layer.base_layer, nn.Embedding):
+        factors = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    else:
+        factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    return [*factors, layer.lora_magnitude_vector["default"].weight]
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transformers_conv1d", "embedding"])
 def test_peft_computes_the_same(name):
     peft = pytest.importorskip("peft")
     make, inputs = LAYERS[name]
-    lora, x = adapted(make), inputs().double()
+    lora, x = adapted(make), inputs()
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["0"],
+        use_dora=True,
+        init_lora_weights=False,
+        fan_in_fan_out=name in TRANSPOSED,
+    )
     theirs = peft.get_peft_model(nn.Sequential(make()).double(), config)
     layer, ours = theirs.base_model.model[0], lora.model[0]
     with torch.no_grad():
         layer.base_layer.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora_" not in k})
-        layer.lora_A["default"].weight.copy_(ours.lora_A["default"].view_as(layer.lora_A["default"].weight))
-        layer.lora_B["default"].weight.copy_(ours.lora_B["default"].view_as(layer.lora_B["default"].weight))
-        magnitude = layer.lora_magnitude_vector["default"].weight
-        magnitude.copy_(ours.lora_magnitude["default"].view_as(magnitude))
+        for mine, same in zip(trained(ours), trained_by_peft(layer), strict=True):
+            same.copy_(mine.view_as(same))
     output, expected = lora.model(x), theirs(x)
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)  # PEFT keeps its magnitude in float32
-    wanted = torch.autograd.grad(expected.sin().sum(), [layer.lora_A["default"].weight, magnitude])
-    got = torch.autograd.grad(output.sin().sum(), [ours.lora_A["default"], ours.lora_magnitude["default"]])
+    wanted = torch.autograd.grad(expected.sin().sum(), trained_by_peft(layer))
+    got = torch.autograd.grad(output.sin().sum(), trained(ours))
     for ours_, theirs_ in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours_.flatten(), theirs_.flatten().double(), rtol=1e-5, atol=1e-6)
 
@@ -149,8 +197,8 @@ def test_beside_a_plain_adapter():
     torch.testing.assert_close(lora.model(x), dora + plain - plain_output, **TIGHT)
 
 
-def test_a_layer_with_its_inputs_first_is_refused():
-    with pytest.raises(TargetError, match="'0': the variant 'dora' needs a weight that has its outputs first"):
+def test_a_layer_whose_matrix_has_other_rows_than_outputs_is_refused():
+    with pytest.raises(TargetError, match="'0': the variant 'dora' needs a row of the weight's matrix for each"):
         LoraModel(nn.Sequential(nn.ConvTranspose2d(4, 4, 2)), LoraConfig(variant="dora"))
 
 
@@ -160,18 +208,16 @@ def test_it_cannot_be_combined():
         lora.add_weighted_adapter(["default"], [0.5], "half")
 
 
-@layers
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@of(ROWS | TRANSPOSED | LOOKUPS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
-def test_rows_of_a_batch_have_adapters_of_their_own(make, inputs, bias, dtype):
+def test_rows_of_a_batch_have_adapters_of_their_own(make, inputs, dtype):
     lora = adapted(make)
-    if not bias:
-        lora.model[0].bias = None
     lora.add_adapter("plain", LoraConfig(r=3, alpha=5, init="none"))
     lora.add_adapter("other", LoraConfig(r=1, init="none", variant="dora"))
     lora.model.eval().to(dtype)
     names = ["other", None, "default", "plain", "default"]
-    x = torch.cat([inputs()] * 3)[: len(names)].to(dtype)
+    x = torch.cat([inputs()] * 3)[: len(names)]
+    x = x.to(dtype) if x.is_floating_point() else x
     with lora.mixed_batch(names):
         mixed = lora.model(x)
     for row, name in enumerate(names):
@@ -211,7 +257,7 @@ def test_it_keeps_what_plain_lora_keeps(memory, dropout, dtype):
 @layers
 def test_it_compiles_whole(make, inputs):
     torch._dynamo.reset()
-    lora, x = adapted(make, dropout=0.0), inputs().double()
+    lora, x = adapted(make), inputs()
     lora.model.train()
     leaves = [p for p in lora.model.parameters() if p.requires_grad]
     compiled = torch.compile(lora.model, backend="aot_eager", fullgraph=True)
