@@ -1,19 +1,23 @@
 """`nn.MultiheadAttention`: the projections of query, key and value that it keeps as bare weights.
 
 Its output projection is a Linear child of its own and is adapted as one: the attention reads `out_proj.weight`,
-which answers with the updated weight.
+which answers with the updated weight. Where dropout acts, it is called instead.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lora_plugins.layers.linear import thirds
-from lora_plugins.plugins import RowMajorPlugin, Slot
+from lora_plugins.layers.linear import product, thirds
+from lora_plugins.plugins import BranchUse, RowMajorPlugin, Slot, Term
 
 _SEPARATE = {"q": "q_proj_weight", "k": "k_proj_weight", "v": "v_proj_weight"}
+
+Attended = tuple[Tensor, Tensor | None]
+"""What an attention returns: its output, and its weights where they were asked for."""
 
 
 class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
@@ -21,6 +25,9 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
 
     name = "multihead_attention"
     module_type = nn.MultiheadAttention
+    branch_types: ClassVar = (nn.MultiheadAttention,)
+    branch_use: ClassVar[BranchUse] = "dropout"
+    branch_takes_delta = True
 
     def slots(self, layer: nn.MultiheadAttention) -> Sequence[Slot]:
         """One slot over the fused projection, or one for each separate projection."""
@@ -52,3 +59,69 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         given = {"q": query, "k": key, "v": value}
         seen = [given[slot.part]] if slot.part else list({id(x): x for x in given.values()}.values())
         return torch.cat([x.flatten(0, -2) for x in seen])
+
+    def branch(
+        self,
+        layer: nn.MultiheadAttention,
+        base: Mapping[str, Tensor],
+        terms: Sequence[Term],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Attended:
+        """Projects query, key and value with their updates, attends, and calls the output projection."""
+        if layer._qkv_same_embed_dim:
+            projected = _fused(layer, base["in_proj_weight"], terms, (query, key, value))
+        else:
+            projected = _separate(layer, base, terms, (query, key, value))
+        output, weights = _attend(layer, projected, *args, **kwargs)
+        return layer.out_proj(output), weights
+
+
+def _fused(
+    layer: nn.MultiheadAttention, weight: Tensor, terms: Sequence[Term], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Projects by one weight, an input that is given more than once only once, with one dropout."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for x in inputs:
+        if not any(x is seen for seen, _ in found):
+            found.append((x, product(x, weight, layer.in_proj_bias, terms)))
+    outputs = [next(y for seen, y in found if seen is x) for x in inputs]
+    return [y.narrow(-1, i * layer.embed_dim, layer.embed_dim) for i, y in enumerate(outputs)]
+
+
+def _separate(
+    layer: nn.MultiheadAttention, base: Mapping[str, Tensor], terms: Sequence[Term], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Projects by three weights, of which only those with an update are in `base`."""
+    biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+    outputs = []
+    for x, tensor, bias in zip(inputs, _SEPARATE.values(), biases, strict=True):
+        own = [term for term in terms if term.slot.tensor == tensor]
+        outputs.append(product(x, base[tensor], bias, own) if own else F.linear(x, getattr(layer, tensor), bias))
+    return outputs
+
+
+def _attend(
+    layer: nn.MultiheadAttention,
+    projected: Sequence[Tensor],
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Attended:
+    """Lets torch attend between projections, with all of its options: its own products are with the identity."""
+    swapped = layer.batch_first and projected[0].dim() == 3
+    query, key, value = (x.transpose(0, 1) if swapped else x for x in projected)
+    same = torch.eye(layer.embed_dim, dtype=query.dtype, device=query.device)
+    output, weights = F.multi_head_attention_forward(
+        query, key, value, layer.embed_dim, layer.num_heads, None, None, layer.bias_k, layer.bias_v,
+        layer.add_zero_attn, layer.dropout, same, None,
+        training=layer.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+        use_separate_proj_weight=True, q_proj_weight=same, k_proj_weight=same, v_proj_weight=same,
+        average_attn_weights=average_attn_weights, is_causal=is_causal,
+    )  # fmt: skip
+    return output.transpose(0, 1) if swapped else output, weights

@@ -43,7 +43,7 @@ def _update(x: Tensor, term: Term) -> Tensor:
     return F.pad(update, (start, total - stop))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`, W is `(out, in)`."""
     if (rescaled := terms[0].rescaling) is not None:
         term = terms[0]
@@ -99,7 +99,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
 
     def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`."""
-        return _product(x, base["weight"], layer.bias, terms)
+        return product(x, base["weight"], layer.bias, terms)
 
     def mixed(self, layer: nn.Linear, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
@@ -126,7 +126,7 @@ class TransformersConv1DPlugin(ColumnMajorPlugin[Any]):
 
     def branch(self, layer: Any, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
         """Computes `x W + b` and adds the terms; x is `(..., in)`."""
-        return _product(x, base["weight"].T, layer.bias, terms)
+        return product(x, base["weight"].T, layer.bias, terms)
 
     def mixed(self, layer: Any, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""

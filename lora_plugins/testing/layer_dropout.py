@@ -46,6 +46,8 @@ def _dropout(case: LayerCase) -> None:
     if not case.has_branch or case.plugin.lookup:
         _is_refused(case)
         return
+    if _draws_itself(case):
+        return
     idle = case.adapted(dropout=0.5).train()
     with torch.no_grad():
         for parameter in adapter_leaves(idle.layer):
@@ -56,6 +58,14 @@ def _dropout(case: LayerCase) -> None:
     for first, second in ((0.5, 0.0), (0.0, 0.5)):
         _drops_of_its_own(case, first, second)
     _drops_the_input(case)
+
+
+def _draws_itself(case: LayerCase) -> bool:
+    """Whether the untouched layer draws random numbers in training, among which a branch's own cannot be told."""
+    model = case.model().train()
+    inputs = case.arguments(model.layer)
+    first, second = (_values(call(model, inputs, seed)) for seed in (1, 2))
+    return not torch.equal(first, second)
 
 
 def _values(output: Any) -> Tensor:
@@ -138,10 +148,10 @@ def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
 
 
 def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> None:
-    """Requires that two elements of the input, all others zero, are dropped each by itself, and scaled if kept."""
-    for first, second in _pairs(inputs):
-        both = _only(inputs, (first, second))
-        one, other = (_update(case, model, _only(inputs, (each,))) for each in (first, second))
+    """Requires that two elements of an input, all others zero, are dropped each by itself, and scaled if kept."""
+    for at, first, second in _pairs(inputs):
+        both = _only(inputs, at, (first, second))
+        one, other = (_update(case, model, _only(inputs, at, (each,))) for each in (first, second))
         untouched = _values(call(lawful(case, model, {}), both)).detach()
         if not _add_up(_update(case, model, both), one, other):
             continue  # the update is no sum over these two, as with the products of a bilinear layer
@@ -160,21 +170,22 @@ def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]
         require(len(seen) == len(outcomes), "two elements of the input are always dropped together, or never")
 
 
-def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields positions that differ in one dimension of the first floating input."""
-    shape = next(x.shape for x in inputs if _is_values(x))
-    for axis, size in enumerate(shape):
-        if size > 1:
-            yield (0,) * len(shape), tuple(size - 1 if at == axis else 0 for at in range(len(shape)))
+def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Yields the place of each floating input, and two positions in it that differ in one dimension."""
+    for at, x in enumerate(inputs):
+        shape = x.shape if _is_values(x) else ()
+        for axis, size in enumerate(shape):
+            if size > 1:
+                yield at, (0,) * len(shape), tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
 
 
-def _only(inputs: Sequence[Any], positions: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
-    """Returns the inputs with zeros everywhere but at some positions, in each of them as far as it has them."""
+def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+    """Returns the inputs with zeros everywhere but at some positions of one, as each is dropped by itself."""
 
     def masked(x: Tensor) -> Tensor:
         mask = torch.zeros_like(x)
-        for position in positions:
-            mask[tuple(min(at, size - 1) for at, size in zip(position, x.shape, strict=False))] = 1
+        for position in positions if x is inputs[at] else ():
+            mask[position] = 1
         return x * mask
 
     return mapped(inputs, masked, [_is_values(x) for x in inputs])
@@ -201,10 +212,10 @@ def _variant(case: LayerCase) -> None:
             model.train(training)
             require_all_close(f"the output with {VARIANT}", call(model, inputs), call(lawful(case, model), inputs))
         compare_gradients(case, model, lawful(case, model))
-    if case.has_branch and case.plugin.branch_takes_delta and not case.plugin.lookup:
-        _drops_the_input(case, variant=VARIANT)
-    else:
+    if not case.has_branch or not case.plugin.branch_takes_delta or case.plugin.lookup:
         _is_refused(case, variant=VARIANT)
+    elif not _draws_itself(case):
+        _drops_the_input(case, variant=VARIANT)
     for first, second in ((VARIANT, PLAIN), (PLAIN, VARIANT)):
         _beside_another(case, first, second)
 

@@ -15,6 +15,101 @@ def adapt(model: nn.Module, **fields) -> LoraModel:
     return LoraModel(model, LoraConfig(**{"r": 3, "alpha": 5.0, "init": "none", **fields}))
 
 
+BARELY = 1e-9
+"""A dropout that drops next to nothing, and takes the way of one that does."""
+
+NEAR = {"rtol": 1e-3, "atol": 1e-4}
+"""Masks are drawn in steps of 2^-16, by which what is kept is scaled."""
+
+PADDED = torch.tensor([[False, False, True, False, True], [False, True, False, False, False]])
+CALLS = {
+    "plain": ({}, {}),
+    "no_weights": ({}, {"need_weights": False}),
+    "weights_of_heads": ({}, {"average_attn_weights": False}),
+    "padding": ({}, {"key_padding_mask": PADDED}),
+    "padding-no_weights": ({}, {"key_padding_mask": PADDED, "need_weights": False}),
+    "mask": ({}, {"attn_mask": torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()}),
+    "mask_of_numbers": ({}, {"attn_mask": torch.arange(15.0, dtype=torch.float64).view(3, 5) / 7}),
+    "mask_of_heads": ({}, {"attn_mask": torch.arange(60.0, dtype=torch.float64).view(4, 3, 5) / 30}),
+    "positions_first": ({"batch_first": False}, {}),
+    "widths": ({"kdim": 6, "vdim": 10}, {}),
+    "no_bias": ({"bias": False}, {}),
+    "no_bias-widths": ({"bias": False, "kdim": 6}, {}),
+    "more_keys": ({"add_bias_kv": True, "add_zero_attn": True}, {"key_padding_mask": PADDED}),
+}
+
+
+class TestDropout:
+    """Of the updates, not of the attention itself."""
+
+    def make(self, dropout: float, variant: str = "lora", **options) -> tuple[nn.Module, list[nn.Parameter]]:
+        torch.manual_seed(0)
+        options = {"batch_first": True, **options}
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, **options)}).double()
+        adapt(model, dropout=dropout, variant=variant)
+        return model["attention"], [p for p in model.parameters() if p.requires_grad]
+
+    def inputs(self, batch_first: bool = True, kdim: int = 8, vdim: int = 8, **_) -> list[Tensor]:
+        torch.manual_seed(1)
+        given = [torch.randn(2, n, size, dtype=torch.float64) for n, size in ((3, 8), (5, kdim), (5, vdim))]
+        return [(x if batch_first else x.transpose(0, 1)).requires_grad_() for x in given]
+
+    @pytest.mark.parametrize("variant", ["lora", "dora"])
+    @pytest.mark.parametrize(("options", "named"), CALLS.values(), ids=CALLS)
+    def test_all_else_is_as_without_it(self, options, named, variant):
+        found = []
+        for dropout in (0.0, BARELY):
+            attention, leaves = self.make(dropout, variant, **options)
+            inputs = self.inputs(**options)
+            outputs = [y for y in attention(*inputs, **named) if y is not None]
+            loss = sum(y.sin().sum() for y in outputs)
+            found.append([*outputs, *torch.autograd.grad(loss, [*inputs, *leaves])])
+        torch.testing.assert_close(found[1], found[0], **NEAR)
+
+    @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)], ids=["unbatched", "batched"])
+    def test_one_input_is_dropped_once(self, shape):
+        attention, _ = self.make(0.5)
+        x = torch.randn(shape, dtype=torch.float64)
+        projected = []
+        for inputs in ((x, x, x), (x, x.clone(), x.clone())):
+            torch.manual_seed(2)
+            projected.append(attention(*inputs, need_weights=False)[0])
+            assert projected[-1].shape == shape
+        assert not torch.equal(*projected)
+
+    def test_the_output_projection_is_dropped_by_itself(self):
+        attention, _ = self.make(0.5)
+        with torch.no_grad():
+            for name in ("lora_A", "lora_B"):
+                attention._modules[name]["default"].zero_()
+        x = self.inputs()[0].detach()
+        outputs = torch.stack([attention(x, x, x)[0].detach() for _ in range(4000)])
+        exact = attention.eval()(x, x, x)[0].detach()
+        assert outputs.std(0).min() > 0
+        assert (outputs.mean(0) - exact).abs().max() < 5 * outputs.std(0).max() / 4000**0.5
+
+    @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+    def test_an_encoder_trains_with_it(self, causal):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+        adapt(model, dropout=BARELY)
+        x, mask = torch.randn(2, 5, 8, dtype=torch.float64), nn.Transformer.generate_square_subsequent_mask(5).double()
+        asked = {"mask": mask, "is_causal": True} if causal else {}
+        trained = model(x, **asked)
+        torch.testing.assert_close(trained, model.eval()(x, **asked), **NEAR)
+
+    def test_it_compiles_whole(self):
+        torch._dynamo.reset()
+        attention, leaves = self.make(BARELY)
+        inputs = self.inputs()
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(2)
+        got, wanted = (
+            [y, *torch.autograd.grad(y.sin().sum(), leaves)] for y in (m(*inputs)[0] for m in (compiled, attention))
+        )
+        torch.testing.assert_close(got, wanted, **NEAR)
+
+
 class TestMultiheadAttention:
     WIDTHS = pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 10}], ids=["fused", "separate"])
 

@@ -65,7 +65,7 @@ LAYERS = {
     "multihead_attention": (
         of(nn.MultiheadAttention, 8, 2, batch_first=True),
         attended,
-        [{}, {"kdim": 6, "vdim": 10, "dropout": 0.1}],
+        [{}, {"kdim": 6, "vdim": 10}, {"kdim": 6, "vdim": 10, "dropout": 0.1}],
     ),
     "recurrent": (
         recurrent,
