@@ -42,20 +42,29 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
             f"Adapters have their own values of what {listing(shared)} holds, beside updates that go in by rows. Run "
             "one batch for each adapter, with set_adapter."
         )
-    unable = [
-        name
-        for name, layer in adapted_layers(model).items()
-        for adapter in names
-        if (planned := layer_state(layer).adapters.get(adapter)) is not None and not _mixes(planned)
-    ]
+    unable: dict[str, dict[str, None]] = {}
+    for name, layer in adapted_layers(model).items():
+        planned = layer_state(layer).adapters
+        for adapter in (each for each in names if each in planned):
+            if problem := _problem(planned[adapter], layer):
+                unable.setdefault(problem, {})[name] = None
     if unable:
+        problems = "; ".join(f"{listing(layers)}: {problem}" for problem, layers in unable.items())
         raise StateError(
-            f"The layers {listing(dict.fromkeys(unable))} are of a type or variant that cannot mix adapters in one "
-            "batch. Run one batch for each adapter, with set_adapter."
+            f"These layers cannot mix adapters in one batch: {problems}. Run one batch for each adapter, with "
+            "set_adapter."
         )
 
 
-def _mixes(planned: PlannedLayer) -> bool:
-    """Whether the rows of a batch may have adapters of their own on a layer."""
-    branches = planned.branch_use == "always" if planned.variant is None else planned.rescales
-    return branches and type(planned.plugin).mixed is not LayerPlugin.mixed and planned.branch_use != "never"
+def _problem(planned: PlannedLayer, layer: nn.Module) -> str:
+    """Returns why the rows of a batch cannot have adapters of their own on a layer; empty if they can."""
+    plugin, variant = planned.plugin, planned.variant
+    if type(plugin).mixed is LayerPlugin.mixed:
+        return f"the plugin {plugin.name!r} has no branch for that"
+    if variant is not None and not planned.rescales:
+        return f"the plugin {plugin.name!r} has no branch for the variant {variant.name!r}"
+    if planned.branch_use == "never":
+        return f"the plugin {plugin.name!r} has no branch for the class {layer_state(layer).base_class.__name__}"
+    if len({slot.tensor for slot in planned.slots}) > 1:
+        return f"{plugin.name!r} layers have updates of several weights"
+    return plugin.mixing_problem(layer)

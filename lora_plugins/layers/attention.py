@@ -4,15 +4,15 @@ Its output projection is a Linear child of its own and is adapted as one: the at
 which answers with the updated weight. Where dropout acts, it is called instead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.layers.linear import product, thirds
-from lora_plugins.plugins import BranchUse, RowMajorPlugin, Slot, Term
+from lora_plugins.layers.linear import mixed_product, product, thirds
+from lora_plugins.plugins import BranchUse, RowMajorPlugin, Slot, StackedAdapters, Term
 
 _SEPARATE = {"q": "q_proj_weight", "k": "k_proj_weight", "v": "v_proj_weight"}
 
@@ -72,22 +72,49 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         **kwargs: Any,
     ) -> Attended:
         """Projects query, key and value with their updates, attends, and calls the output projection."""
+        inputs = (query, key, value)
         if layer._qkv_same_embed_dim:
-            projected = _fused(layer, base["in_proj_weight"], terms, (query, key, value))
+            weight, bias = base["in_proj_weight"], layer.in_proj_bias
+            projected = _thirds_of(layer, inputs, lambda x: product(x, weight, bias, terms))
         else:
-            projected = _separate(layer, base, terms, (query, key, value))
+            projected = _separate(layer, base, terms, inputs)
         output, weights = _attend(layer, projected, *args, **kwargs)
         return layer.out_proj(output), weights
 
+    def mixed(
+        self,
+        layer: nn.MultiheadAttention,
+        base: Mapping[str, Tensor],
+        adapters: StackedAdapters,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Attended:
+        """Projects each row of the batch with its own small matrices, all rows at once."""
+        if query.dim() < 3:
+            raise NotImplementedError("An attention mixes the adapters of batches, and this input has no batch.")
+        weight, bias = base["in_proj_weight"], layer.in_proj_bias
+        projected = _thirds_of(layer, (query, key, value), lambda x: mixed_product(x, weight, bias, adapters))
+        output, weights = _attend(layer, projected, *args, **kwargs)
+        return layer.out_proj(output), weights
 
-def _fused(
-    layer: nn.MultiheadAttention, weight: Tensor, terms: Sequence[Term], inputs: Sequence[Tensor]
+    def mixing_problem(self, layer: nn.MultiheadAttention) -> str:
+        """The batch has to come first, and one weight has to project all three."""
+        if not layer.batch_first:
+            return "with batch_first=False, the first dimension is no batch"
+        return "" if layer._qkv_same_embed_dim else "query, key and value have a weight each"
+
+
+def _thirds_of(
+    layer: nn.MultiheadAttention, inputs: Sequence[Tensor], project: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Projects by one weight, an input that is given more than once only once, with one dropout."""
+    """Projects to all three at once, an input that is given more than once only once, and takes the part of each."""
     found: list[tuple[Tensor, Tensor]] = []
     for x in inputs:
         if not any(x is seen for seen, _ in found):
-            found.append((x, product(x, weight, layer.in_proj_bias, terms)))
+            found.append((x, project(x)))
     outputs = [next(y for seen, y in found if seen is x) for x in inputs]
     return [y.narrow(-1, i * layer.embed_dim, layer.embed_dim) for i, y in enumerate(outputs)]
 

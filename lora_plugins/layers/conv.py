@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.errors import StateError
 from lora_plugins.kernels import Geometry, lora_conv, lora_rescaled, rescaled_weight
 from lora_plugins.plugins import (
     BranchUse,
@@ -76,16 +75,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         return add_updates(layer._conv_forward(x, weight, layer.bias), updates)
 
     def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
-        """Convolves each image with its own update, all at once as groups of one image with many channels.
-
-        Raises:
-            StateError: If somebody gave the layer a convolution of its own.
-        """
-        if _is_replaced(layer):
-            raise StateError(
-                f"Somebody replaced _conv_forward of a {type(layer).__name__}, which takes one kernel for all rows. "
-                "Take that back, or run one batch for each adapter, with set_adapter."
-            )
+        """Convolves each image with its own update, all at once as groups of one image with many channels."""
         weight = base["weight"]
         bias = layer.bias if adapters.factors is None else None  # which has no factor
         A, B = adapters.A[adapters.index], adapters.B[adapters.index]
@@ -99,6 +89,10 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
             update = torch.bmm(B, update.flatten(2)).view(len(x), -1, *positions)
         y = add_updates(layer._conv_forward(x, weight, bias), [update])
         return adapters.rescale(y, layer.bias, 1)
+
+    def mixing_problem(self, layer: Conv) -> str:
+        """A convolution that somebody gave the layer takes one kernel for all rows."""
+        return "somebody replaced _conv_forward, which takes one kernel for all rows" if _is_replaced(layer) else ""
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
         with in_full(weight):

@@ -57,13 +57,15 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         self, layer: nn.Embedding, base: Mapping[str, Tensor], adapters: StackedAdapters, input: Tensor
     ) -> Tensor:
         """Looks `input` up in the columns of each row's own A."""
-        if layer.max_norm is not None:
-            raise NotImplementedError("Embedding with max_norm renormalizes one table; it cannot mix adapters.")
         y = _base_rows(layer, base, input)
         indices = input.reshape(len(input), input.shape[1:].numel())
         rows = adapters.A.mT[adapters.index[:, None], indices]
         y = y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
         return adapters.rescale(y, None, -1)
+
+    def mixing_problem(self, layer: nn.Embedding) -> str:
+        """`max_norm` is of whole rows of one table."""
+        return "" if layer.max_norm is None else "max_norm holds for the rows of one updated table"
 
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
         for term in terms:

@@ -60,7 +60,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term
     return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], len(weight))
 
 
-def _mixed_product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: StackedAdapters) -> Tensor:
+def mixed_product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: StackedAdapters) -> Tensor:
     """Multiplies each row of a batch with its own small matrices, all rows at once; x is `(batch, ..., in)`."""
     A, B = adapters.A[adapters.index], adapters.B[adapters.index]
     rows = x.reshape(-1, x.shape[-1])
@@ -103,7 +103,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
 
     def mixed(self, layer: nn.Linear, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
-        return _mixed_product(x, base["weight"], layer.bias, adapters)
+        return mixed_product(x, base["weight"], layer.bias, adapters)
 
 
 class TransformersConv1DPlugin(ColumnMajorPlugin[Any]):
@@ -130,4 +130,4 @@ class TransformersConv1DPlugin(ColumnMajorPlugin[Any]):
 
     def mixed(self, layer: Any, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Multiplies each row with its own small matrices, all rows at once."""
-        return _mixed_product(x, base["weight"].T, layer.bias, adapters)
+        return mixed_product(x, base["weight"].T, layer.bias, adapters)

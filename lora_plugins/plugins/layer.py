@@ -119,7 +119,8 @@ class LayerPlugin(ABC, Generic[Layer]):
     ) -> Any:
         """Computes the layer's output where each row of the batch has an update of its own; inference only.
 
-        Optional: without it, `LoraModel.mixed_batch` refuses the layer.
+        Optional: without it, `LoraModel.mixed_batch` refuses the layer. It is for updates of one weight, and may raise
+        a `NotImplementedError` for what only a call tells.
 
         Args:
             layer: The layer; read its options, not its weight.
@@ -129,6 +130,10 @@ class LayerPlugin(ABC, Generic[Layer]):
             **kwargs: Likewise.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot mix adapters in one batch.")
+
+    def mixing_problem(self, layer: Layer) -> str:
+        """Returns why `mixed` cannot serve a layer of this type, such as an option of it; empty if it can."""
+        return ""
 
 
 class RowMajorPlugin(LayerPlugin[Layer]):

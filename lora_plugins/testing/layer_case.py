@@ -102,7 +102,7 @@ class LayerCase:
     def can_mix(self) -> bool:
         """Whether rows of a batch of the layer can have adapters of their own."""
         mixes = type(self.plugin).mixed is not LayerPlugin.mixed
-        return mixes and self.has_branch and self.plugin.branch_use == "always"
+        return mixes and self.has_branch and not self.plugin.mixing_problem(self.model().layer)
 
     def selections(self) -> list[dict[str, list[str]]]:
         """Returns the values of `fused_parts` to check: the whole layer, and each of its parts alone."""

@@ -27,6 +27,18 @@ class Words(nn.Module):
         return self.head(self.table(x))
 
 
+class Attends(nn.Module):
+    """An attention of a sequence on itself, and on what is left without its first position."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(8, 2, **{"batch_first": True, **options})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weights = self.own(x, x, x)
+        return self.own(x, x[:, 1:], x[:, 1:], average_attn_weights=False)[0] + weights.sum()
+
+
 def images() -> Tensor:
     return torch.randn(5, 3, 16, 16, dtype=torch.float64)
 
@@ -41,6 +53,12 @@ MODELS = {
     ),
     "conv-circular": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), images),
     "embedding": (Words, lambda: torch.randint(9, (5, 7))),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        lambda: torch.randn(5, 3, 8),
+    ),
     "vit": (
         lambda: create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
@@ -305,7 +323,35 @@ def test_another_number_of_rows_is_refused():
 
 def test_a_layer_without_a_branch_is_refused():
     lora = adapted(lambda: nn.Sequential(nn.Linear(6, 6), nn.ConvTranspose1d(6, 4, 1)))
-    refused(lora, "The layers '1' are of a type or variant that cannot mix")
+    refused(lora, "'1': the plugin 'conv_transpose1d' has no branch for that")
+
+
+UNABLE = {
+    "positions_first": (lambda: nn.Sequential(Attends(batch_first=False)), "'0.own': with batch_first=False"),
+    "widths": (lambda: nn.Sequential(Attends(kdim=6)), "'0.own': 'multihead_attention' layers have updates of several"),
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(9, 6, max_norm=1.0)), "'0': max_norm holds for the rows"),
+    "subclass": (lambda: nn.Sequential(Scaled(6, 6)), "'0': the plugin 'linear' has no branch for the class Scaled"),
+}
+
+
+class Scaled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize(("make", "match"), UNABLE.values(), ids=UNABLE)
+def test_layers_that_cannot_mix_are_named_before_anything_is_run(make, match):
+    lora = adapted(make)
+    with pytest.raises(StateError, match=match), lora.mixed_batch(["a", "b"]):
+        raise AssertionError
+
+
+def test_one_of_three_weights_of_an_attention_is_refused():
+    lora = adapted(lambda: nn.Sequential(Attends(kdim=6)), target_modules=["own"], fused_parts={"own": ["q"]})
+    with pytest.raises(StateError, match="query, key and value have a weight each"), lora.mixed_batch(["a"]):
+        raise AssertionError
 
 
 def test_a_weight_read_past_its_layer_is_refused():
@@ -397,6 +443,7 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(4, 8, 2), (5, 4, 5, 5, 5)),
     "conv3d-groups": (lambda: nn.Conv3d(4, 8, 2, groups=2), (5, 4, 5, 5, 5)),
     "embedding": (lambda: nn.Embedding(9, 6), (5, 7)),
+    "multihead_attention": (Attends, (5, 3, 8)),
     "embedding-one_each": (lambda: nn.Embedding(9, 6, padding_idx=0), (5,)),
 }
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
