@@ -41,5 +41,6 @@ def _refuse(reference: weakref.ref[Tensor], name: str, _: Tensor) -> None:
     if tensor is not None and not tensor.requires_grad:
         raise StateError(
             f"This backward would give no gradient to {name!r}, which was trained in the forward and is frozen now. "
-            "Run the backward before what acts in the model is changed, or the forward again after it."
+            "Run the backward before what acts in the model is changed, or the forward again after it. A model that "
+            "keeps what it computes in eval mode, as LeViT its attention biases, forgets it in train()."
         )
