@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_plugins.kernels import linear_2d, lora_linear, lora_rescaled
 from lora_plugins.plugins import (
@@ -80,7 +79,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     module_type = nn.Linear
     branch_types: ClassVar = (
         nn.Linear,
-        NonDynamicallyQuantizableLinear,
+        "timm.layers.linear.Linear",
         "bitsandbytes.nn.modules.Linear4bit",
         "diffusers.quantizers.gguf.utils.GGUFLinear",
         "bitsandbytes.nn.modules.Linear8bitLt",

@@ -8,7 +8,7 @@ from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, Slot, Varia
 def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
     """Returns when the plugin's branch replaces the layer's own forward."""
     plugin = site.plugin
-    if plugin is None or site.class_path not in {class_path(cls) for cls in plugin.branch_types}:
+    if plugin is None or {class_path(cls) for cls in plugin.branch_types}.isdisjoint(site.computes_as):
         return "never"
     if variant is None:
         return plugin.branch_use
@@ -43,12 +43,12 @@ def reasons(
     found[site.name] = found[site.name] or _weight_reason(site, slots, init, restoring) or _input_reason(site, init)
     texts = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
     if dropout and not texts:
+        cannot = f"cannot honor dropout={dropout}{_of(variant)}; set dropout=0 or exclude"
+        if not _honors_dropout(site, variant):
+            texts.append(f"{site.name!r}: {site.class_name} {cannot} it")
+        # A tied layer forms the effective weight, which leaves no branch for dropout to act on.
         texts += [
-            f"{other.name!r}: {other.class_name} cannot honor dropout={dropout}{_of(variant)}; set dropout=0 or "
-            "exclude it"
-            for other in target.sites
-            # A tied layer forms the effective weight, which leaves no branch for dropout to act on.
-            if other is not site or not _honors_dropout(site, variant)
+            f"{other.name!r}: it shares the weight of {site.name!r}, and {cannot} both" for other, _ in target.ties
         ]
     if variant is not None and (reason := _variant_reason(site, variant)):
         texts.append(f"{site.name!r}: {reason}")

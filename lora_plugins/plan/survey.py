@@ -31,7 +31,7 @@ from lora_plugins.inplace import (
 )
 from lora_plugins.plan.other_libraries import foreign_names
 from lora_plugins.plan.served import check_slots, failure, matrix_shape, weight_of
-from lora_plugins.plugins import LayerPlugin, Registry, Slot, Storage, class_path
+from lora_plugins.plugins import LayerPlugin, Registry, Slot, Storage, class_path, computes_as
 
 WeightKey = int | tuple[str, str]
 """Identifies a weight: the same for all layers that share a parameter, of its own where it is computed."""
@@ -72,6 +72,7 @@ class Site:
         names: Its full names, the first one first; several where it stands in the model more than once.
         class_name: Name of its class, without adapters.
         class_path: Import path of its class, likewise.
+        computes_as: Import paths of its class and of the bases that compute the same.
         plugin: The layer type that serves it; None if there is none.
         slots: Where a whole-layer adapter goes.
         parts: The slots of the parts of a fused layer, by part.
@@ -91,6 +92,7 @@ class Site:
     names: tuple[str, ...]
     class_name: str
     class_path: str = ""
+    computes_as: tuple[str, ...] = ()
     plugin: LayerPlugin[Any] | None = None
     slots: tuple[Slot, ...] = ()
     parts: Mapping[str, Slot] = field(default_factory=dict)
@@ -184,6 +186,7 @@ def _site(entry: NamedModule, registry: Registry, foreign: bool) -> Site:
         names=entry.names,
         class_name=base.__name__,
         class_path=class_path(base),
+        computes_as=computes_as(base),
         plugin=plugin,
         has_parameters=bool(module._parameters) or bool(stored_weights(module)),
         matrices=tuple(name for name, tensor in module._parameters.items() if _is_matrix(tensor)),

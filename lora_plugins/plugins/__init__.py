@@ -4,6 +4,7 @@ Layer types, inits, variants, formats and storages come through it, ours and oth
 each kind once; whatever registers, lists, documents or checks plugins loops over it.
 """
 
+from lora_plugins.plugins.computing import computes_as
 from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, LOAD_VARIABLE, names_in
 from lora_plugins.plugins.format import (
     FORMATS,
@@ -86,6 +87,7 @@ __all__ = [
     "add_updates",
     "build_registry",
     "class_path",
+    "computes_as",
     "default_registry",
     "found_plugins",
     "hookimpl",

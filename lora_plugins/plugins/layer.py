@@ -31,7 +31,8 @@ class LayerPlugin(ABC, Generic[Layer]):
         lookup: True for layers that look rows of the weight up by index. There A starts at zero instead of B, and
             dropout is refused, as indices cannot be dropped.
         branch_types: The classes, or their import paths, whose `forward` is known to be what `branch` computes.
-            Subclasses are not included, as they may transform their weight or their input.
+            Subclasses are included only if they change nothing that their base has, as others may transform their
+            weight or their input.
         branch_use: When `branch` replaces the layer's own forward for `branch_types`: `always`, or only while
             `dropout` acts, or `never`.
         branch_takes_delta: Whether `branch` adds `term.delta` where a term has one, in place of `scaling * B @ A`.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path
+from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path, computes_as
 from lora_plugins.testing.check import CPU, require
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
@@ -96,7 +96,9 @@ class LayerCase:
     def has_branch(self) -> bool:
         """Whether the plugin has a branch for the class of the layer."""
         known = {class_path(cls) for cls in self.plugin.branch_types}
-        return self.plugin.branch_use != "never" and class_path(base_class_of(self.model().layer)) in known
+        return self.plugin.branch_use != "never" and not known.isdisjoint(
+            computes_as(base_class_of(self.model().layer))
+        )
 
     @property
     def can_mix(self) -> bool:

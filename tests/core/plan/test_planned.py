@@ -21,6 +21,7 @@ def site(name, key, shape=(8, 4), cls=nn.Linear, **about):
         "names": (name,),
         "class_name": cls.__name__,
         "class_path": class_path(cls),
+        "computes_as": (class_path(cls),),
         "plugin": plugin,
         "slots": (Slot("weight"),),
         "weights": {"weight": Weight(key, shape)},
@@ -61,6 +62,13 @@ def test_layers_that_share_a_weight_get_one_adapter():
     assert (layer.name, [tie.layer for tie in layer.ties]) == ("embed", ["head"])
 
 
+def test_dropout_is_refused_for_layers_that_share_a_weight():
+    with pytest.raises(
+        TargetError, match=r"'b': it shares the weight of 'a', and cannot honor dropout=0\.1; set dropout=0 or"
+    ):
+        plan(model(site("a", 1), site("b", 1)), dropout=0.1)
+
+
 def test_a_tied_layer_holds_the_same_settings_and_has_no_branch():
     (layer,) = plan(model(site("embed", 1), site("head", 1))).layers
     tied = layer.tied(layer.ties[0])
@@ -77,7 +85,7 @@ def test_a_tied_layer_holds_the_same_settings_and_has_no_branch():
         pytest.param(
             {"weights": {"weight": Weight(1, (8, 4), computed=True)}}, {"init": "pissa"}, "is computed", id="computed"
         ),
-        pytest.param({"class_path": "my.Linear"}, {"dropout": 0.1}, "cannot honor dropout=0.1", id="dropout"),
+        pytest.param({"computes_as": ("my.Linear",)}, {"dropout": 0.1}, "cannot honor dropout=0.1", id="dropout"),
     ],
 )
 def test_a_layer_that_cannot_be_adapted_is_refused_by_name(about, fields, words):
