@@ -5,8 +5,8 @@ a dense value is replaced by a note of how to make it. Everything else goes to t
 as that of gradient checkpointing; where there is none it is kept as it is, with the check for changes in place that
 torch makes itself where there is no hook.
 
-Compilers and transforms take no hooks, so there dense values are kept. torch has no public way of asking for hooks;
-without its private one, they are kept too.
+Compilers take no hooks, and what transforms and dual numbers compute with has no memory of its own, so there dense
+values are kept. torch has no public way of asking for hooks; without its private one, they are kept too.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
+
+from lora_plugins.utils import transforms_are_active
 
 _top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _enabled: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: False)
@@ -102,7 +104,7 @@ class _MadeAgain(saved_tensors_hooks):
 
 def made_again() -> AbstractContextManager[object]:
     """Recomputes dense values that are made inside the block in the backward, instead of keeping them."""
-    if is_compiling() or not torch.is_grad_enabled() or _top is None or not _enabled():
+    if _top is None or not _takes_hooks() or not torch.is_grad_enabled() or not _enabled():
         return nullcontext()
     around = _top(True)
     return nullcontext() if around and isinstance(around[0], _Pack) else _MadeAgain(around)
@@ -115,6 +117,10 @@ def note(dense: Tensor, make: Make) -> Tensor:
         dense: The value.
         make: Makes it again.
     """
-    if not is_compiling() and _top is not None and (hooks := _top(True)) and isinstance(hooks[0], _Pack):
+    if _top is not None and _takes_hooks() and (hooks := _top(True)) and isinstance(hooks[0], _Pack):
         hooks[0].made[dense.untyped_storage().data_ptr()] = make, dense
     return dense
+
+
+def _takes_hooks() -> bool:
+    return not is_compiling() and not transforms_are_active()

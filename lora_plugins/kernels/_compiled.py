@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 
 from lora_plugins.kernels._autograd import rounded
-from lora_plugins.kernels._eager import transforms_are_active, types_agree
+from lora_plugins.kernels._eager import types_agree
 from lora_plugins.kernels._path import may_form_effective_weight
 from lora_plugins.kernels._switches import active_kernels
 from lora_plugins.kernels.dropout import SEEDS
-from lora_plugins.utils import autocast_dtype
+from lora_plugins.utils import autocast_dtype, transforms_are_active
 
 _PLAIN = (Tensor, nn.Parameter)
 

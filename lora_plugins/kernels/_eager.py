@@ -1,6 +1,6 @@
 """Whether plain eager mode is at work, in which functions with a hand-written gradient may be used.
 
-torch has no public way of asking this: all of its private names for it are in this file.
+torch has no public way of asking this: its private names for it are in this file and in `utils.transforms`.
 """
 
 from collections.abc import Callable
@@ -8,10 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lora_plugins.kernels._kernel import missing_from_torch
-from lora_plugins.utils import autocast_dtype
+from lora_plugins.utils import autocast_dtype, transforms_are_active
 
 
 def eager_is_unknown() -> str:
@@ -36,11 +35,6 @@ def is_eager(x: Tensor) -> bool:
         or transforms_are_active()
         or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
     )
-
-
-def transforms_are_active() -> bool:
-    """Whether functions are transformed, as by `torch.func`, or numbers dual; compilers can trace the question."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def needs_law(gradient: Tensor) -> bool:

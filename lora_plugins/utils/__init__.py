@@ -17,6 +17,7 @@ from lora_plugins.utils.precision import common_type, in_float64, single_at_leas
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
+from lora_plugins.utils.transforms import transforms_are_active
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "run_seed",
     "seeded",
     "single_at_least",
+    "transforms_are_active",
     "truncated_svd",
     "version",
     "within",

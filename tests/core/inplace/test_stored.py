@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lora_plugins import (
@@ -284,6 +285,32 @@ def test_transforms_of_functions():
     got, wanted = torch.func.grad(loss(model))(factors), torch.func.grad(loss(dense))(factors)
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value)
+
+
+OF_TORCH_ITSELF = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+"""Torch scripts its rules for dual numbers when they are first used."""
+
+
+@OF_TORCH_ITSELF
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.hessian])
+def test_transforms_by_dual_numbers(transform):
+    model = adapted().model
+    dense = made_dense(model)
+    got, wanted = (transform(lambda values, net=net: net(values).sin().sum())(x()) for net in (model, dense))
+    torch.testing.assert_close(got, wanted)
+
+
+@OF_TORCH_ITSELF
+def test_dual_numbers():
+    model = adapted().model
+    derivatives = []
+    for net in (model, made_dense(model)):
+        with forward_ad.dual_level():
+            inputs = forward_ad.make_dual(x().requires_grad_(), x().sin())
+            output = net(inputs)
+            (gradient,) = torch.autograd.grad(output.sin().sum(), inputs)
+            derivatives.append([forward_ad.unpack_dual(each).tangent for each in (output, gradient)])
+    torch.testing.assert_close(*derivatives)
 
 
 def test_copies_pickles_and_state_dicts():
