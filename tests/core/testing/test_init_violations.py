@@ -116,6 +116,11 @@ class Remembers(Good):
         return super().changed_base(weight, {**recipe, "B": self.kept[weight.shape]}, scaling, options)
 
 
+class StoresTheUntouchedBase(Good):
+    def base_to_store(self, weight, recipe, scaling, options):
+        return weight
+
+
 class FixedType(Plain):
     def fill(self, context):
         super().fill(context)
@@ -150,6 +155,7 @@ VIOLATIONS = {
     "base": (WritesTheWeight, "changes_base=False, and"),
     "recipe": (SharesItsRecipe, "the recipe is A or B itself"),
     "files": (Remembers, "could not compute the changed base"),
+    "stored": (StoresTheUntouchedBase, "and the changed base alone by"),
     "dtype": (FixedType, "expected m1 and m2 to have the same dtype"),
     "device": (OnDefaultDevice, "A of 'embedding' with another default device differs"),
     "ranks": (NeedsRank, "r=40 ended in IndexError"),
@@ -175,8 +181,9 @@ ALSO = {
     },
     # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
     "identity": {"scaling"},
-    "base": {"identity", "scaling", "files", "pure"},
-    "recipe": {"files"},
+    "base": {"identity", "scaling", "files", "pure", "stored"},
+    "recipe": {"files", "stored"},
+    "files": {"stored"},
     # The start is compared in float64.
     "dtype": {"identity", "scaling", "device"},
     # Numbers of the process are others each time, and an index is made like any tensor.
