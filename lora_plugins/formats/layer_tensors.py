@@ -17,7 +17,7 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
             `(r, r, ...)`, `magnitude`, `scale`, and `alpha`, of one element.
 
     Raises:
-        AdapterFileError: If it lacks one, or they cannot belong together.
+        AdapterFileError: If it lacks one, they cannot belong together, or alpha is no scaling.
     """
     if not {"A", "B"} <= {*factors}:
         has = ", ".join(sorted(factors))
@@ -35,6 +35,13 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
         raise AdapterFileError(
             f"{name!r} has {shapes}: these are no A of (r, in, ...) and B of (out, r, ...) with what belongs to them. "
             "Copy the file again."
+        )
+    alpha = float(factors.get("alpha", 1))
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise AdapterFileError(
+            f"The alpha of {name!r} is {alpha:g}, where a positive, finite number belongs. Of 0 other programs make "
+            "different things: kohya's scripts the rank, the WebUI no update. Write what is meant into the file, or "
+            "leave the layer out."
         )
 
 
@@ -71,5 +78,5 @@ def _fit(
         and B.dim() > 1
         and (mid is None or (mid.dim() > 2 and mid.shape[:2] == (r, r)))
         and all(each is None or each.dim() > 0 for each in (magnitude, scale))
-        and (alpha is None or (alpha.numel() == 1 and math.isfinite(float(alpha))))
+        and (alpha is None or alpha.numel() == 1)
     )

@@ -139,6 +139,11 @@ class TestRefused:
         path = self.edited(tmp_path, lambda tensors: tensors.pop("lora_unet_conv_in.lora_up.weight"))
         self.refused(path, untouched, "'lora_unet_conv_in' of the adapter has only A, alpha")
 
+    @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+    def test_an_alpha_that_is_no_scaling(self, alpha, tmp_path, untouched):
+        path = self.edited(tmp_path, lambda tensors: tensors.update({"lora_unet_conv_in.alpha": torch.tensor(alpha)}))
+        self.refused(path, untouched, f"The alpha of 'lora_unet_conv_in' is {alpha:g}, where a positive")
+
     def test_a_name_with_two_meanings(self, tmp_path, untouched):
         model = nn.ModuleDict({"a_b": nn.Linear(3, 3), "a": nn.ModuleDict({"b": nn.Linear(3, 3)})})
         tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(1, 3), "lora_unet_a_b.lora_up.weight": torch.ones(3, 1)}
@@ -187,10 +192,11 @@ def test_names_that_others_do_not_know_are_said(name, build, alone, tmp_path):
     LoraModel.load_adapter(parts, path)
 
 
-def test_alphas_need_not_be_there(tmp_path):
+@pytest.mark.parametrize("without", [".alpha", "conv_in.alpha"], ids=["of all layers", "of one layer"])
+def test_alphas_need_not_be_there(without, tmp_path):
     lora = ours(UNET, alpha=2.0, rank_pattern={})
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
-    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(".alpha")}, path)
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(without)}, path)
     model = UNET.build()
     LoraModel.load_adapter(model, path)
     assert UNET.difference(model, lora.model) <= TOLERANCE
