@@ -7,13 +7,22 @@ from torch import nn
 from lora_plugins.errors import MergeError
 from lora_plugins.inplace import full_name, model_modules, stored_weights, submodule, weight_key
 
+_REMEDIES: Mapping[str, str] = {
+    "adapt": "Target that too, if it is of a layer that a plugin adapts; or add {layer!r} to exclude_modules, or untie "
+    "the two.",
+    "store": "Name both in quantize_modules, if both are of layers that plugins adapt; or name neither, or untie the "
+    "two.",
+}
+"""By what is done to a weight, what helps where another layer shares it."""
 
-def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> None:
+
+def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]], *, to: str = "adapt") -> None:
     """Checks that no other layer uses the tensors that are about to change.
 
     Args:
         model: The model.
         weights: By layer name, the attribute names of all weights that are about to change.
+        to: Why they change, for the message: to `adapt` them, or to `store` them in fewer bytes.
 
     Raises:
         MergeError: If one of them is also a weight that is not among them, naming both.
@@ -28,11 +37,10 @@ def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]]) -> No
         for own in (*entry.module._parameters.keys(), *stored_weights(entry.module)):
             key = weight_key(entry.module, own)
             if key in changing and own not in weights.get(entry.name, ()):
-                layer = changing[key].rpartition(".")[0]
                 raise MergeError(
-                    f"{changing[key]!r} is the same tensor as {full_name(entry.name, own)!r}, which the "
-                    "adapter does not adapt and which would change with it. Target that too, if it is of a layer that "
-                    f"a plugin adapts; or add {layer!r} to exclude_modules, or untie the two."
+                    f"{changing[key]!r} is the same tensor as {full_name(entry.name, own)!r}, which the adapter does "
+                    f"not {to} and which would change with it. "
+                    + _REMEDIES[to].format(layer=changing[key].rpartition(".")[0])
                 )
 
 

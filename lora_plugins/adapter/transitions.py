@@ -108,7 +108,7 @@ def add(
     if plan.init.changes_base:
         check_shared(model, plan.weights())
     if new := to_store(model, plan):
-        check_shared(model, by_layer(new))
+        check_shared(model, by_layer(new), to="store")
         check_not_owned(model, new)
     if stored is None:
         stored = new_stored_weights(model, plan, content)

@@ -57,7 +57,7 @@ def load_quantized(
     stored = weights_to_store(model, config, registry or registry_of(config))
     files = _files(Path(path))
     places = _places(model)
-    check_shared(model, by_layer(stored))
+    check_shared(model, by_layer(stored), to="store")
     storages = {id(_tensor(places[name])): storage for name, storage in stored.items()}
     _check_keys(model, places, files)
     made: dict[int, Tensor | StoredWeight] = {}

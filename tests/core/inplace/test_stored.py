@@ -400,8 +400,9 @@ def test_tied_weights_are_stored_once():
     assert torch.equal(model["head"].weight, model["embed"].weight)
     other = nn.ModuleDict({"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
     other["head"].weight = other["embed"].weight
-    with pytest.raises(MergeError, match=r"is the same tensor as 'head.weight'"):
-        LoraModel(other, config(target_modules=["embed"]))
+    for fields in ({"target_modules": ["embed"]}, {"quantize_modules": ["embed"]}):
+        with pytest.raises(MergeError, match=r"'head.weight', which the adapter does not store .* in quantize_modules"):
+            LoraModel(other, config(**fields))
     assert not stored_names(other)
 
 
