@@ -82,8 +82,9 @@ def check_not_nested(model: nn.Module) -> None:
         )
     if any(state_of(module) is not None for module in model.modules()):
         raise StateError(
-            "This model is a part of an adapted one, and shares its layers. Use the LoraModel of that one; unload() "
-            "takes its adapters off."
+            "This model is a part of an adapted one, and shares its layers, or it was copied from such a part. Use the "
+            "LoraModel of the whole model; unload() takes its adapters off. For a copy that can be changed, copy the "
+            "whole model and take the part of that."
         )
 
 
