@@ -109,7 +109,7 @@ def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
     own = foreign.forward or base.forward
     inner = _forward(base, own=own) if has_branch else own
 
-    def cast(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def cast(layer: nn.Module, /, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         name = next(iter(foreign_weights(layer)))
         dtype = foreign.dtype(layer, layer._parameters[name])
         return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
@@ -206,9 +206,9 @@ def _forward(
     read: Callable[..., Mapping[str, Tensor]] = weights_of,
     own: Callable[..., Any] | None = None,
 ) -> Any:
-    names, own = positional_names(base), own or base.forward
+    names, order, own = positional_names(base), [*inspect.signature(base.forward).parameters], own or base.forward
 
-    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         state = state_of(layer)
         if state is None:  # it was unloaded after a hook of others had kept this method
             return own(layer, *args, **kwargs)
@@ -224,7 +224,8 @@ def _forward(
                     f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call "
                     "model.eval() first."
                 )
-            adapters = stacked_adapters(layer, state, state.rows, args[0])
+            first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
+            adapters = stacked_adapters(layer, state, state.rows, first)
             return as_one_operation(functools.partial(branch.plugin.mixed, layer, weights, adapters), *args, **kwargs)
         term = rescaled_term if branch.rescales else term_of
         terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]

@@ -36,7 +36,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
     """
 
     @functools.wraps(base.forward)  # others ask for its signature
-    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         state, thread = state_of(layer), _thread()
         if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
             return base.forward(layer, *args, **kwargs)

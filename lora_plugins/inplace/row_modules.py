@@ -111,7 +111,7 @@ def _twin(module: nn.Module, values: Values, made: dict[int, nn.Module]) -> nn.M
     return made[id(module)]
 
 
-def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
     """Computes the rows of each twin by its forward; hooks of the module itself act around all of them."""
     twins: _Twins = module.__dict__[_STATE]
     count = len(twins.order)

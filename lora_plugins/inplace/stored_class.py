@@ -43,7 +43,7 @@ def making_again(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Recomputes in the backward the dense values that a forward makes."""
 
     @functools.wraps(forward)
-    def wrapped(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         with made_again():
             return forward(layer, *args, **kwargs)
 

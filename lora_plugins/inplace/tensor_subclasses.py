@@ -14,18 +14,18 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 _NO_DISPATCH = Tensor.__torch_dispatch__
 
 
-def as_one_operation(compute: Callable[..., Any], x: Any, *others: Any, **options: Any) -> Any:
-    """Computes with the plain tensor of `x`; its class, if it has one of its own, makes what it likes of the result.
+def as_one_operation(compute: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    """Computes with a plain tensor in place of the first argument; its class makes what it likes of the result.
 
     Classes that act below autograd, by `__torch_dispatch__`, are no plain tensors underneath, and get each operation.
     """
-    if type(x) is Tensor or not _is_extended(x):
-        return compute(x, *others, **options)
+    if not args or type(args[0]) is Tensor or not _is_extended(args[0]):
+        return compute(*args, **options)
 
-    def adapted_layer(x: Tensor, *others: Any, **options: Any) -> Any:
+    def adapted_layer(x: Tensor, /, *others: Any, **options: Any) -> Any:
         return compute(x.as_subclass(Tensor), *others, **options)
 
-    return handle_torch_function(adapted_layer, (x,), x, *others, **options)
+    return handle_torch_function(adapted_layer, args[:1], *args, **options)
 
 
 def _is_extended(x: Any) -> bool:
