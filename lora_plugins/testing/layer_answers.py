@@ -23,7 +23,7 @@ def _inputs(case: LayerCase) -> None:
     arguments = case.arguments(model.layer)
     output = _flat(call(model, arguments))
     for slot in case.slots():
-        vectors = case.plugin.inputs(model.layer, slot, *arguments).detach()
+        vectors = _vectors_of(case, model, slot, arguments)
         columns = case.plugin.to_matrix(detached_weight(model.layer, slot.tensor)).shape[1]
         require(
             vectors.dim() == 2 and vectors.shape[1] == columns,
@@ -38,6 +38,11 @@ def _inputs(case: LayerCase) -> None:
         )
         _of_each_row(case, model, slot, vectors)
         _size(case, model, slot, output, vectors)
+
+
+def _vectors_of(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any]) -> Tensor:
+    args, named = model.given(inputs)
+    return case.plugin.inputs(model.layer, slot, *args, **named).detach()
 
 
 def _flat(output: Any) -> Tensor:
@@ -59,7 +64,7 @@ def _of_each_row(case: LayerCase, model: Holder, slot: Slot, vectors: Tensor) ->
     single = [mapped(arguments, itemgetter(slice(at, at + 1)), batched(arguments)) for at in rows]
     if not single or not all(runs(model, each) for each in single):
         return
-    each = torch.cat([case.plugin.inputs(model.layer, slot, *row).detach() for row in single])
+    each = torch.cat([_vectors_of(case, model, slot, row) for row in single])
     require_close("the sum of the squares of the vectors that inputs() gave", vectors.T @ vectors, each.T @ each, 1e-8)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -20,15 +21,26 @@ VARIANT = "dora"
 
 
 class Holder(nn.Module):
-    """A model of one layer, whose name there is `layer`."""
+    """A model of one layer, whose name there is `layer`.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        layer: The layer.
+        keywords: The names by which it takes its inputs; none for one that takes them by position.
+    """
+
+    def __init__(self, layer: nn.Module, keywords: Sequence[str] = ()) -> None:
         super().__init__()
         self.layer = layer
+        self.keywords = tuple(keywords)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the layer."""
-        return self.layer(*inputs, **named)
+        args, by_name = self.given(inputs)
+        return self.layer(*args, **by_name, **named)
+
+    def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Returns inputs as the layer takes them, by position and by name."""
+        return ((), dict(zip(self.keywords, inputs, strict=False))) if self.keywords else (inputs, {})
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class LayerCase:
     Args:
         plugin: The plugin.
         build: Makes a layer, called with `options` as keywords.
-        inputs: Makes what the layer is called with, given the layer.
+        inputs: Makes what the layer is called with, given the layer: one input, or several in a tuple; by name for a
+            layer that takes keywords alone.
         options: The layer's options.
         backend: The backend of torch.compile; None leaves compiling out.
         device: Where layer and inputs are; their values are drawn on the CPU, the same for every device.
@@ -67,12 +80,21 @@ class LayerCase:
         require(not complex_, f"the layer has the complex parameters {complex_}, and weights that are adapted are real")
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        return Holder(layer).to(self.device, dtype)
+        return Holder(layer, self.keywords(layer)).to(self.device, dtype)
+
+    def keywords(self, layer: nn.Module) -> tuple[str, ...]:
+        """Returns the names of the inputs of a layer whose forward takes them by keyword alone; none for others."""
+        parameters = [*signature(base_class_of(layer).forward).parameters.values()][1:]
+        if not parameters or any(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in parameters):
+            return ()
+        with own_randomness(0):
+            return tuple(self.inputs(layer))
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
         """Makes inputs in the type of a layer, the same for the same seed."""
         with own_randomness(seed):
             made = self.inputs(layer)
+        made = tuple(made.values()) if self.keywords(layer) else made
         dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
         inputs = made if isinstance(made, list | tuple) else (made,)
         return tuple(_placed(x, dtype, self.device) for x in inputs)
@@ -90,7 +112,7 @@ class LayerCase:
 
     def slots(self) -> Sequence[Slot]:
         """Returns the slots of a whole-layer adapter."""
-        return self.plugin.slots(self.model().layer)
+        return tuple(self.plugin.slots(self.model().layer))
 
     @property
     def has_branch(self) -> bool:

@@ -59,27 +59,26 @@ def _backward(output: Any) -> None:
     torch.stack([tensor.sum() for tensor in tensors_of(output) if tensor.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
 
 
-class _Twice(nn.Module):
-    """A model that calls one layer under two names, with inputs of their own."""
+class _Twice(Holder):
+    """A model that calls one layer, which has two names, with inputs of their own."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.again = layer
+    def __init__(self, holder: Holder) -> None:
+        super().__init__(holder.layer, holder.keywords)
+        self.again = holder.layer
 
     def forward(self, first: Any, second: Any) -> Any:
-        return [tensors_of(self.layer(*first)), tensors_of(self.again(*second))]
+        return [tensors_of(super().forward(*first)), tensors_of(super().forward(*second))]
 
 
 def _aliases(case: LayerCase) -> None:
-    model = _Twice(case.model().layer).eval()
+    model = _Twice(case.model()).eval()
     before = copy.deepcopy(model.state_dict())
     lora = case.adapt(model, target="again")
     require(model.layer is model.again, "the two names have two layers")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     require(len(trained) == 2 * len(case.slots()), f"what is trained is {trained}")
     both = (case.arguments(model.layer), case.arguments(model.layer, seed=2))
-    holder = Holder(model.layer).eval()
+    holder = Holder(model.layer, model.keywords).eval()
     expected = [tensors_of(call(lawful(case, holder), inputs)) for inputs in both]
     require_all_close("the output of a layer with two names", call(model, both), expected)
     lora.merge_adapter()

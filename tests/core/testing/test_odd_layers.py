@@ -82,6 +82,56 @@ def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     assert caught.value.check == "registration"
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, *, x, factor=1.0):
+        return {"y": F.linear(x, self.weight) * factor}
+
+
+class ByKeywordPlugin(RowMajorPlugin):
+    name = "by_keyword"
+    module_type = ByKeyword
+    branch_types = (ByKeyword,)
+    branch_use = "always"
+
+    def slots(self, layer):
+        return (Slot(name) for name in ("weight",))  # an iterator does as well
+
+    def biases(self, layer):
+        return []
+
+    def inputs(self, layer, slot, *, x, factor=1.0):
+        return x * factor
+
+    def branch(self, layer, base, terms, *, x, factor=1.0):
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            low = F.linear(term.drop(x).to(term.A.dtype), term.A)
+            y = y + (term.scaling * F.linear(low, term.B)).to(y.dtype)
+        return {"y": y * factor}
+
+
+class DropsEverything(ByKeywordPlugin):
+    def branch(self, layer, base, terms, *, x, factor=1.0):
+        return super().branch(layer, base, terms, x=terms[0].drop(x), factor=factor)
+
+
+def by_keyword(layer):
+    return {"x": torch.randn(5, 4), "factor": 1.5}
+
+
+def test_a_layer_of_keywords_alone_passes():
+    check_layer_plugin(ByKeywordPlugin(), ByKeyword, by_keyword)
+
+
+def test_a_layer_of_keywords_alone_is_checked():
+    with pytest.raises(CheckError, match="the check 'dropout'"):
+        check_layer_plugin(DropsEverything(), ByKeyword, by_keyword)
+
+
 class Counting(nn.Module):
     """A frozen layer with a normalization in it, which counts its calls and gives its output last."""
 
