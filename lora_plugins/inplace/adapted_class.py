@@ -19,7 +19,7 @@ from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked
 from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
-from lora_plugins.inplace.layer_state import layer_state, state_of
+from lora_plugins.inplace.layer_state import constructor, layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
@@ -77,10 +77,10 @@ def adapted_class(
         stored: Attribute names of the weights that are stored.
         foreign: How another library quantized one of the weights; None if none did.
     """
-    name = base.__name__
+    name, init = base.__name__, constructor(base)
     if stored:
         base = stored_class(base, stored)
-    namespace: dict[str, Any] = {name: _weight_property(name) for name in weights}
+    namespace: dict[str, Any] = {name: _weight_property(name) for name in weights} | {"__init__": init}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__

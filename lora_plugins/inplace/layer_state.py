@@ -1,6 +1,7 @@
 """What an adapted layer knows of its adapters."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -146,6 +147,22 @@ def base_class_of(layer: nn.Module) -> type[nn.Module]:
     if state is not None:
         return state.base_class
     return own_class(type(layer))
+
+
+def constructor(own: Any) -> Callable[..., None]:
+    """Returns the `__init__` of a generated class: what `type(module)(...)` makes anew has nothing of ours.
+
+    Args:
+        own: The class that it is generated from, which the new module gets.
+    """
+
+    @functools.wraps(own.__init__)
+    def init(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
+        if not module.__dict__:
+            object.__setattr__(module, "__class__", own)
+        own.__init__(module, *args, **kwargs)
+
+    return init
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of
+from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor
 from lora_plugins.inplace.made_again import made_again
 from lora_plugins.inplace.stored_weight import stored_weight, stored_weights
 
@@ -29,7 +29,7 @@ def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         names: Attribute names of the stored weights.
     """
     namespace: dict[str, Any] = {name: _dense(name) for name in names}
-    namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, OWN_CLASS: base}
+    namespace |= {"__init__": constructor(base), "__reduce_ex__": _reduce, "extra_repr": _extra_repr, OWN_CLASS: base}
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *names]

@@ -63,3 +63,15 @@ def test_a_class_that_cannot_be_extended_is_refused_while_planning():
     assert [type(layer) for layer in model] == [nn.Linear, Final]
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("stored", [{}, {"quantize": "int8", "quantize_options": {"min_size": 0}}], ids=str)
+def test_what_the_class_of_a_layer_makes_anew_is_untouched(stored):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    lora = LoraModel(model, LoraConfig(r=2, **stored))
+    with lora.disable_adapter():
+        resting = type(model[0])(4, 3)
+    linear, norm = type(model[0])(4, out_features=3), type(model[1])(4)
+    assert (type(linear), type(resting), type(norm)) == (nn.Linear, nn.Linear, nn.BatchNorm1d)
+    assert set(linear.state_dict()) == set(resting.state_dict()) == {"weight", "bias"}
+    assert norm.eval().train().training
