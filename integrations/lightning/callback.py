@@ -630,7 +630,9 @@ def _load_best(trainer: Trainer, module: LightningModule) -> None:
     """Loads the best checkpoint into the module; without one, the last weights stay."""
     path = best_checkpoint(trainer)
     if path:
-        module.load_state_dict(CheckpointShims.load_own(trainer, path)["state_dict"])
+        checkpoint = CheckpointShims.load_own(trainer, path)
+        module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
         rank_zero_warn(
             "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "

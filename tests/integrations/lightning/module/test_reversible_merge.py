@@ -125,6 +125,37 @@ def test_best_weights_are_merged_when_asked_for(tmp_path):
     assert found == pytest.approx(float(saver.best_model_score), rel=1e-6)
 
 
+class Renames(Classifier):
+    """Has keys of its own in files."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"saved.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key.removeprefix("saved."): value for key, value in state.items()}
+
+
+class LeavesOut(Classifier):
+    """Leaves a buffer out of its files, and does not miss it."""
+
+    strict_loading = False
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"].pop("seen")
+
+
+@pytest.mark.parametrize("cls", [Renames, LeavesOut])
+def test_best_weights_are_loaded_as_the_module_loads_its_files(tmp_path, cls):
+    run, module, saver = fitted(tmp_path, cls(lr=0.3), merge_source="best")
+    assert "on_load_checkpoint" not in vars(module)
+    assert loss(run, module) == pytest.approx(float(saver.best_model_score), **CLOSE)
+
+
 def test_best_without_a_monitor_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="monitor"):
         trainer(tmp_path, [LoraCallback(CONFIG, merge_source="best"), ModelCheckpoint(tmp_path)]).fit(
