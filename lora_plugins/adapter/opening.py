@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_plugins.adapter.base_state_dict import accept_base, accept_base_of_part
+from lora_plugins.adapter.base_state_dict import accept_base
 from lora_plugins.adapter.gradients import require_gradient
 from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
 from lora_plugins.adapter.state import MODEL_STATE, ModelState, model_state
@@ -21,7 +21,6 @@ from lora_plugins.inplace import (
     state_of,
     thaw,
     unwrapped,
-    watch_loading,
 )
 
 
@@ -43,8 +42,6 @@ def open_state(model: nn.Module) -> ModelState:
         warn_on_save(model, partial(_acting_names, state))
         for module in model.modules():
             hold(module)
-            if module is not model:
-                watch_loading(model, module, accept_base_of_part)
     return state
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
+from lora_plugins.adapter.base_state_dict import accept_base_of_part
 from lora_plugins.adapter.content import (
     AdapterContent,
     changed_bases,
@@ -36,6 +37,7 @@ from lora_plugins.inplace import (
     own_tensor,
     put_stored,
     strip_adapters,
+    watch_loading,
 )
 from lora_plugins.plan import Plan
 from lora_plugins.utils import without_collection
@@ -128,6 +130,7 @@ def add(
         put_stored(*holder_of(model, name), weight)
     with without_collection():
         attach(model, plan, adapter, content)
+    watch_loading(model, accept_base_of_part)
     recipes = {key: dict(tensors.recipe) for key, tensors in content.items()}
     state.adapters[adapter] = Adapter(plan, recipes, base=base)
     state.values.claim(model, adapter, own)

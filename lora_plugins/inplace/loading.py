@@ -10,7 +10,7 @@ from torch.jit import ScriptModule
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import state_of
-from lora_plugins.utils import loaded_key, plain_name
+from lora_plugins.utils import loaded_key, path_starts, plain_name
 
 _NOW = {
     "in a block": "inside disable_adapter() or mixed_batch(). Leave the `with` block first.",
@@ -64,19 +64,27 @@ class _Watch:
         return _Watch, (None, self._accept)
 
 
-def watch_loading(model: nn.Module, part: nn.Module, accept: Accept) -> None:
-    """Lets a part of a model load a state dict of its base as the whole model does, from now on."""
-    if isinstance(part, ScriptModule):  # which has no hooks, and is never adapted
-        return
-    part.register_load_state_dict_pre_hook(_Watch(weakref.ref(model), accept))  # type: ignore[no-untyped-call]
+def watch_loading(model: nn.Module, accept: Accept) -> None:
+    """Lets the parts of a model that have adapted layers load a state dict of their base as the whole model does.
+
+    No other part is touched: a loss among the hyperparameters of a LightningModule, say, is pickled into checkpoints.
+    """
+    parts = dict(model.named_modules(remove_duplicate=False))
+    adapted = [name for name, part in parts.items() if state_of(part) is not None]
+    for part in {parts[start]: None for name in adapted for start in path_starts(name)}:
+        if part is not model and not isinstance(part, ScriptModule) and not _hooks_of(part):
+            part.register_load_state_dict_pre_hook(_Watch(weakref.ref(model), accept))
 
 
 def let_load(part: nn.Module) -> None:
-    """Undoes `watch_loading`."""
-    hooks = part._load_state_dict_pre_hooks
-    for key, hook in list(hooks.items()):
-        if isinstance(getattr(hook, "hook", hook), _Watch):
-            del hooks[key]
+    """Undoes `watch_loading` for one part."""
+    for key in _hooks_of(part):
+        del part._load_state_dict_pre_hooks[key]
+
+
+def _hooks_of(part: nn.Module) -> list[int]:
+    hooks = part._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if isinstance(getattr(hook, "hook", hook), _Watch)]
 
 
 def factors_of(part: nn.Module) -> dict[str, Tensor]:

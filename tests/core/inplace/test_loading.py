@@ -143,6 +143,21 @@ def test_the_untouched_model_loads_as_ever():
     assert not any(module._load_state_dict_pre_hooks for module in lora.model.modules())
 
 
+def test_only_parts_with_adapted_layers_are_watched():
+    """What else a model has may be pickled by itself, as the loss among the hyperparameters of a LightningModule."""
+    lora = adapted(modules_to_save=["1"])
+    assert b"lora_plugins" not in pickle.dumps(lora.model[0][1])
+    assert b"lora_plugins" not in pickle.dumps(lora.model[1])
+
+
+def test_parts_of_a_later_adapter_take_their_base():
+    lora, other = adapted(), model_of(1)
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["1"]))
+    lora.model[1].load_state_dict(other[1].state_dict())
+    with lora.disable_adapter():
+        assert torch.equal(lora.model[1].weight, other[1].weight)
+
+
 FIELDS = {"bias": ({"bias": "all"}, "0.0.bias"), "head": ({"modules_to_save": ["0.2"]}, "0.2.weight")}
 
 

@@ -194,6 +194,25 @@ class SavesNetwork(Classifier):
         """Those of its own are all."""
 
 
+class SavesLoss(Classifier):
+    """Has its loss among its hyperparameters."""
+
+    def __init__(self, criterion) -> None:
+        super().__init__()
+        LightningModule.save_hyperparameters(self, {"criterion": criterion})
+        self.criterion = criterion
+
+    def save_hyperparameters(self, *_):
+        """Those of its own are all."""
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'criterion' is an instance:UserWarning")
+def test_a_loss_among_hyperparameters_is_as_it_was(tmp_path):
+    path = written(tmp_path, SavesLoss(nn.CrossEntropyLoss()))
+    again = load_from_checkpoint(SavesLoss, path, allow_globals=[nn.CrossEntropyLoss])
+    assert not again.criterion._load_state_dict_pre_hooks
+
+
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance:UserWarning")
 class TestNetworkAmongHyperparameters:
     """It is adapted in place, and would bring the whole base into the file."""
