@@ -8,7 +8,7 @@ argument by which some modules take all their hyperparameters: with it, Lightnin
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.errors import listing, near
+from lora_plugins.inplace import is_frozen
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.objects import (
     HYPERPARAMETERS,
@@ -67,9 +68,24 @@ def without_networks(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapted_networks(hyperparameters: Any) -> set[str]:
-    """Returns the names of hyperparameters that are adapted networks: those that the module has as its parts."""
+    """Returns the names of hyperparameters that are adapted networks, or hold some: those that the module has as parts.
+
+    With a norm that stands still a network is an adapted one as well.
+    """
     named = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
-    return {name for name, value in named if isinstance(value, nn.Module) and adapter_tensors(value)}
+    return {name for name, value in named if any(_is_adapted(network) for network in _networks(value))}
+
+
+def _networks(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _networks(each)
+
+
+def _is_adapted(network: nn.Module) -> bool:
+    return bool(adapter_tensors(network)) or any(map(is_frozen, network.modules()))
 
 
 def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,9 +107,10 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
-    for network in _adapted_networks(module.hparams):
-        del given[network]
-    arguments += [f"{key}=..." for key in missing_arguments(cls, given)]
+    networks = _adapted_networks(module.hparams)
+    given = {key: None for key in given if key not in networks}
+    optional = sorted(networks & inspect.signature(cls.__init__).parameters.keys())
+    arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *optional])]
     arguments += [for_objects] if for_objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]

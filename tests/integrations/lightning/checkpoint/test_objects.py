@@ -194,6 +194,23 @@ class SavesNetwork(Classifier):
         """Those of its own are all."""
 
 
+class SavesSome(Classifier):
+    """Has networks among its hyperparameters, in something that holds them, which nobody has to give."""
+
+    def __init__(self, nets=None) -> None:
+        super().__init__()
+        LightningModule.save_hyperparameters(self, {"nets": nets})
+        self.net = nets["a"] if isinstance(nets, dict) else nets[0]
+        self.out = nn.Linear(3, 3, bias=False)
+        nn.init.eye_(self.out.weight)
+
+    def forward(self, x):
+        return self.out(self.net(x))
+
+    def save_hyperparameters(self, *_):
+        """Those of its own are all."""
+
+
 class SavesLoss(Classifier):
     """Has its loss among its hyperparameters."""
 
@@ -211,6 +228,19 @@ def test_a_loss_among_hyperparameters_is_as_it_was(tmp_path):
     path = written(tmp_path, SavesLoss(nn.CrossEntropyLoss()))
     again = load_from_checkpoint(SavesLoss, path, allow_globals=[nn.CrossEntropyLoss])
     assert not again.criterion._load_state_dict_pre_hooks
+
+
+HOLDERS = {"list": lambda net: [net], "tuple": lambda net: (net, 1), "dict": lambda net: {"a": net}}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+@pytest.mark.parametrize("layers", [["net.0"], ["out"]], ids=["adapted", "norm that stands still"])
+def test_what_holds_an_adapted_network_is_left_out_and_asked_for(tmp_path, capsys, hold, layers):
+    module, saver = SavesSome(hold(Classifier().net)), ModelCheckpoint(tmp_path, filename="it")
+    trainer(tmp_path, [lora(LoraConfig(r=2, target_modules=layers)), saver], max_epochs=1).fit(module, loader())
+    assert "nets=..." in capsys.readouterr().out
+    again = load_from_checkpoint(SavesSome, tmp_path / "it.ckpt", nets=hold(Classifier().net))
+    assert not differing(values(again), values(module))
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance:UserWarning")
