@@ -1,7 +1,8 @@
-"""Inputs of classes that extend `torch.Tensor`, as those of MONAI, torchvision and fastai do.
+"""Inputs of classes that extend `torch.Tensor`, as those of MONAI, torchvision and fastai do, or that wrap a tensor.
 
 The untouched layer is one operation for such a class: its `__torch_function__` is called once, and its own methods,
-which it may have replaced, not at all. The many operations of an adapted layer are none of its business either.
+which it may have replaced or not have, not at all. The many operations of an adapted layer are none of its business
+either.
 """
 
 from collections.abc import Callable
@@ -17,21 +18,21 @@ _NO_DISPATCH = Tensor.__torch_dispatch__
 def as_one_operation(compute: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     """Computes with a plain tensor in place of the first argument; its class makes what it likes of the result.
 
-    Classes that act below autograd, by `__torch_dispatch__`, are no plain tensors underneath, and get each operation.
+    A class that wraps a tensor, such as the points of torchphysics, hands it over itself. Classes that act below
+    autograd, by `__torch_dispatch__`, are no plain tensors underneath, and get each operation.
     """
     if not args or type(args[0]) is Tensor or not _is_extended(args[0]):
         return compute(*args, **options)
 
-    def adapted_layer(x: Tensor, /, *others: Any, **options: Any) -> Any:
-        return compute(x.as_subclass(Tensor), *others, **options)
+    def adapted_layer(x: Any, /, *others: Any, **options: Any) -> Any:
+        return compute(x.as_subclass(Tensor) if isinstance(x, Tensor) else x, *others, **options)
 
     return handle_torch_function(adapted_layer, args[:1], *args, **options)
 
 
 def _is_extended(x: Any) -> bool:
     return (
-        isinstance(x, Tensor)
-        and not is_compiling()  # compilers know such classes, and see through plain calls only
+        not is_compiling()  # compilers know such classes, and see through plain calls only
         and has_torch_function_unary(x)
-        and type(x).__torch_dispatch__ is _NO_DISPATCH
+        and getattr(type(x), "__torch_dispatch__", _NO_DISPATCH) is _NO_DISPATCH
     )

@@ -29,6 +29,17 @@ class Labeled(torch.Tensor):
     clone = detach = contiguous = movedim = view = reshape = to
 
 
+class Points:
+    """Wraps a tensor without being one, and hands it to whatever is called with it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func(*(each.values if isinstance(each, Points) else each for each in args), **kwargs or {})
+
+
 def _labeled(x):
     result = x.clone().as_subclass(Labeled)
     result.label = "pixels"
@@ -75,6 +86,22 @@ def test_computes_what_it_computes_of_the_plain_tensor(case, options, training):
     for name, gradient in found.items():
         assert type(gradient) is torch.Tensor
         assert torch.equal(gradient, gradients[name])
+
+
+@pytest.mark.parametrize("options", _OPTIONS.values(), ids=_OPTIONS)
+@pytest.mark.parametrize(
+    "case", [_LAYERS["linear"], _LAYERS["conv"], _LAYERS["conv-1x1"]], ids=["linear", "conv", "1x1"], indirect=True
+)
+def test_computes_what_it_computes_of_the_tensor_that_is_wrapped(case, options):
+    model, x = case
+    LoraModel(model, LoraConfig(r=2, target_modules="all", init="none", **options))
+    expected, gradients = _output_and_gradients(model, x)
+
+    y, found = _output_and_gradients(model, Points(x))
+
+    assert torch.equal(y, expected)
+    assert found.keys() == gradients.keys()
+    assert all(torch.equal(gradient, gradients[name]) for name, gradient in found.items())
 
 
 def test_is_one_operation_of_the_class(case):
