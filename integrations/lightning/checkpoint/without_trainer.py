@@ -11,7 +11,13 @@ from lightning.pytorch import LightningModule
 
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
-from lora_plugins.integrations.lightning.checkpoint.late_layers import build_missing, with_present_base, without_base
+from lora_plugins.integrations.lightning.checkpoint.late_layers import (
+    build_missing,
+    missing_layers,
+    put_base,
+    with_present_base,
+    without_base,
+)
 from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed
 from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
@@ -54,10 +60,20 @@ class LoraCheckpointMixin(LightningModule):
         if KEY not in checkpoint:
             super().on_load_checkpoint(checkpoint)
             return
-        checkpoint.update(with_present_base(self, checkpoint))
+        late = bool(missing_layers(self, checkpoint))
+        before = with_present_base(self, checkpoint)
+        checkpoint.update(before)
         super().on_load_checkpoint(checkpoint)
         build_missing(self, checkpoint)
-        checkpoint.update(restore(self, without_base(self, checkpoint)))
+        small = without_base(self, checkpoint)
+        try:
+            complete = restore(self, small)
+        except AdapterFileError:
+            if late:
+                raise
+            put_base(self, before)  # the hook has built layers again, and expects their values in the file
+            complete = restore(self, small)
+        checkpoint.update(complete)
 
 
 def load_from_checkpoint(

@@ -117,6 +117,7 @@ def test_a_base_that_the_hook_makes_at_random_is_put_back(config, tmp_path):
     (score,) = run.validate(module, loader(), verbose=False)
     fresh = trainer(tmp_path, [callback(config)])
     assert fresh.validate(FromScratch(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False) == [score]
+    assert not differing(values(load_from_checkpoint(FromScratch, tmp_path / "it.ckpt")), values(module))
 
 
 def test_a_hook_that_looks_for_the_base_in_the_file_is_refused(tmp_path):
