@@ -9,6 +9,7 @@ argument by which some modules take all their hyperparameters: with it, Lightnin
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def _adapted_networks(hyperparameters: Any) -> set[str]:
 def _networks(value: Any) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-    elif isinstance(value, dict | list | tuple):
+        return
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name, None) for field in fields(value)]
+    if isinstance(value, dict | list | tuple):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _networks(each)
 

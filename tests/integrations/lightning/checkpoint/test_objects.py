@@ -194,13 +194,19 @@ class SavesNetwork(Classifier):
         """Those of its own are all."""
 
 
+@dataclass
+class Nets:
+    net: nn.Module
+    depth: int = 1
+
+
 class SavesSome(Classifier):
     """Has networks among its hyperparameters, in something that holds them, which nobody has to give."""
 
     def __init__(self, nets=None) -> None:
         super().__init__()
         LightningModule.save_hyperparameters(self, {"nets": nets})
-        self.net = nets["a"] if isinstance(nets, dict) else nets[0]
+        self.net = nets["a"] if isinstance(nets, dict) else nets.net if isinstance(nets, Nets) else nets[0]
         self.out = nn.Linear(3, 3, bias=False)
         nn.init.eye_(self.out.weight)
 
@@ -230,7 +236,12 @@ def test_a_loss_among_hyperparameters_is_as_it_was(tmp_path):
     assert not again.criterion._load_state_dict_pre_hooks
 
 
-HOLDERS = {"list": lambda net: [net], "tuple": lambda net: (net, 1), "dict": lambda net: {"a": net}}
+HOLDERS = {
+    "list": lambda net: [net],
+    "tuple": lambda net: (net, 1),
+    "dict": lambda net: {"a": net},
+    "dataclass": Nets,
+}
 
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
