@@ -110,10 +110,13 @@ def _overview(commands: Mapping[str, Command]) -> str:
 
 
 def _lora_error(error: BaseException) -> LoraError | None:
-    """Returns our error in a chain of errors: jsonargparse raises another from what a config's constructor raised."""
+    """Returns our error in a chain of causes: jsonargparse raises another from what a config's constructor raised.
+
+    One that was merely being handled when another came up is not what ended the command.
+    """
     found: BaseException | None = error
     while found is not None and not isinstance(found, LoraError):
-        found = found.__cause__ or found.__context__
+        found = found.__cause__
     return found
 
 

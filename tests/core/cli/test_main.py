@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -165,6 +166,24 @@ class TestCommandsOfOthers:
         expected = "error: this command needs no_such_library. Run: pip install 'polite[library]'\n"
         assert capsys.readouterr().err == expected
         with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+            main(["stumble"])
+
+    def test_an_error_while_another_was_handled_is_told_itself(self, distribution):
+        text = """
+            from lora_plugins.cli import Command
+            from lora_plugins import ConfigError
+
+            def run(arguments):
+                try:
+                    raise ConfigError("it was handled")
+                except ConfigError:
+                    return {}["what is wrong"]
+
+            COMMANDS = {"stumble": Command("", run)}
+        """
+        mine = textwrap.dedent(text)
+        distribution("clumsy", "[lora_plugins.commands]\nit = commands_of_clumsy:COMMANDS\n", commands_of_clumsy=mine)
+        with pytest.raises(KeyError, match="what is wrong"):
             main(["stumble"])
 
     @pytest.mark.parametrize(
