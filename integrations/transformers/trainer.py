@@ -147,6 +147,19 @@ class LoraTrainer(Trainer):
             name, best = self.hub_model_id or folder.name, self.args.load_best_model_at_end
             write_card(folder, name, base, kwargs.get("license"), self.state, best=best)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the names of the parameters that weight decay applies to.
+
+        The Trainer leaves out what is called "bias" or "norm"; what the adapter is called says nothing of its tensors,
+        which are decayed in the layers of which something else is.
+        """
+        decayed: list[str] = super().get_decay_parameter_names(model)
+        if super().get_decay_parameter_names(nn.ParameterDict({self.adapter_name: nn.Parameter(torch.zeros(1))})):
+            return decayed
+        layers = {_layer(name) for name in decayed}
+        places = {name: name.removesuffix(f".{self.adapter_name}") for name, _ in model.named_parameters()}
+        return decayed + [name for name, place in places.items() if place != name and _layer(place) in layers]
+
     def _declare(self, model: Any) -> None:
         """Lets the Trainer's constructor accept a quantized model: it knows no adapters but PEFT's."""
         if self._declared is not None and getattr(model, "is_quantized", False) and _DECLARED not in model.__dict__:
@@ -251,3 +264,8 @@ class LoraTrainer(Trainer):
                 "given holds the tensors that were. Let the trainer make it: optimizer_cls_and_kwargs."
             )
         self.optimizer, self.lr_scheduler = None, None  # made again when training starts
+
+
+def _layer(name: str) -> str:
+    """Returns the module that holds a tensor."""
+    return name.rpartition(".")[0]

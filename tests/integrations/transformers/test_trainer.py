@@ -558,8 +558,9 @@ class TestCards:
         assert "Training procedure" in (tmp_path / "README.md").read_text()
 
 
-def test_weight_decay_reaches_both_factors(tmp_path):
-    run = trainer(tmp_path, weight_decay=0.1)
+@pytest.mark.parametrize("name", ["default", "debiased", "layer_norm", "bias"])
+def test_weight_decay_reaches_both_factors_of_an_adapter_of_any_name(tmp_path, name):
+    run = LoraTrainer(vit(), arguments(tmp_path, weight_decay=0.1), lora_config=VIT, adapter_name=name)
     group, _ = run.create_optimizer().param_groups
     decayed = {id(parameter) for parameter in group["params"]}
     factors = [p for name, p in run.model.named_parameters() if ".lora_" in name]
