@@ -1,9 +1,10 @@
 """What arguments of tasks and data modules can hold: checks beside those that a `LoraConfig` has as well."""
 
+import os
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import shown
+from lora_plugins.field_checks import Check, shown, whole_from
 
 
 def check_size(name: str, value: Any) -> None:
@@ -27,3 +28,42 @@ def check_texts(name: str, value: Any) -> None:
     texts = value if isinstance(value, list | tuple) else ()
     if not texts or any(not isinstance(text, str) or not text.strip() for text in texts):
         raise ConfigError(f"{name} is {shown(value)}; give a list of at least one text, and no empty one.")
+
+
+def check_path(name: str, value: Any) -> None:
+    """A path of a file or a folder, as a text or as Python's own."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{name} is {shown(value)}. It is a path, as a text that is not empty or a pathlib.Path.")
+
+
+def check_paths(name: str, value: Any) -> None:
+    """One path, or a list of them; whoever reads them says which one is empty."""
+    for path in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"{name} is {shown(value)}. It is a path, or a list of paths.")
+
+
+def check_digits(name: str, value: Any) -> None:
+    """Digits, each once."""
+    digits = value if isinstance(value, list | tuple) else ()
+    known = [digit for digit in digits if isinstance(digit, int) and not isinstance(digit, bool) and 0 <= digit <= 9]
+    if not digits or len({*known}) < len(digits):
+        raise ConfigError(f"{name} is {shown(value)}; it takes a list of some of 0 to 9, each once.")
+
+
+def check_indices(name: str, value: Any) -> None:
+    """Places in a data set."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is a list of whole numbers, not {shown(value)}.")
+    for index in value:
+        whole_from(0)(name, index)
+
+
+def instance_of(kind: type) -> Check:
+    """What is of a class."""
+
+    def check_instance(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name} is {shown(value)}, and has to be a {kind.__name__}.")
+
+    return check_instance

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
     NO_IMAGE,
     TEST,
@@ -31,6 +32,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def __init__(self, root: str, **options: Any) -> None:
         super().__init__(**options)
+        check_path("root", root)
         self.root = Path(root)
         self._classes: list[str] = []
 

@@ -4,7 +4,7 @@ Data modules for labels are in `classification`, those for masks in `segmentatio
 """
 
 from lora_plugins.tasks.data.batch import Batch, check_targets
-from lora_plugins.tasks.data.hub_dataset import HubDataset
+from lora_plugins.tasks.data.hub_dataset import HUB_CHECKS, HubDataset
 from lora_plugins.tasks.data.image_module import ERROR, PROBLEM_POLICIES, SKIP, ImageDataModule
 from lora_plugins.tasks.data.samples import Item, TensorSamples
 from lora_plugins.tasks.data.transforms import AUGMENTATIONS, IMAGES_ONLY, INTERPOLATIONS, Size, image_transform
@@ -32,6 +32,7 @@ __all__ = [
     "AUGMENTATIONS",
     "BALANCED",
     "ERROR",
+    "HUB_CHECKS",
     "IMAGES_ONLY",
     "IMAGE_SUFFIXES",
     "INTERPOLATIONS",

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import Check, check_name, map_of, optional
 from lora_plugins.tasks.data.samples import Item
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files import TEST, TRAIN, VAL, decode_image
@@ -16,6 +17,11 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, decode_image
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}
 )
+
+HUB_CHECKS: Mapping[str, Check] = MappingProxyType(
+    {"name": check_name, "subset": optional(check_name), "splits": optional(map_of(check_name))}
+)
+"""What the arguments of a `HubDataset` can be but its columns, which are names."""
 
 
 class HubDataset:

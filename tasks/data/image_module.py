@@ -13,7 +13,16 @@ from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
 from lora_plugins.errors import listing
-from lora_plugins.field_checks import Check, check_fields, check_flag, check_whole, choice_of, number_from, optional
+from lora_plugins.field_checks import (
+    Check,
+    check_fields,
+    check_flag,
+    check_name,
+    check_whole,
+    choice_of,
+    number_from,
+    optional,
+)
 from lora_plugins.tasks.argument_checks import check_size
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
@@ -26,6 +35,8 @@ PROBLEM_POLICIES = (ERROR, SKIP)
 
 _CHECKS: Mapping[str, Check] = {
     "image_size": optional(check_size),
+    "interpolation": optional(check_name),
+    "augmentation": check_name,
     "val_share": number_from(0, below=1),
     "test_share": number_from(0, below=1),
     "split_seed": check_whole,
@@ -72,8 +83,9 @@ class ImageDataModule(VisionDataModule):
         sampler: str = "shuffle",
     ) -> None:
         super().__init__(batch_size, num_workers, sampler)
-        given = {"image_size": image_size, "split_seed": split_seed, "check_files": check_files}
-        check_fields({**given, "on_problem": on_problem, "val_share": val_share, "test_share": test_share}, _CHECKS)
+        given = {"image_size": image_size, "interpolation": interpolation, "augmentation": augmentation}
+        splits = {"val_share": val_share, "test_share": test_share, "split_seed": split_seed}
+        check_fields({**given, **splits, "check_files": check_files, "on_problem": on_problem}, _CHECKS)
         check_shares(val_share, test_share)
         self.image_size, self.interpolation, self.augmentation = image_size, interpolation, augmentation
         self.shares, self.split_seed = {VAL: val_share, TEST: test_share}, split_seed

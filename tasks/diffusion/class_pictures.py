@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.field_checks import check_count, check_flag, check_name
+from lora_plugins.field_checks import check_count, check_flag, whole_from
 from lora_plugins.integrations.diffusers import Sampling, sample
-from lora_plugins.tasks.argument_checks import check_texts
+from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.data import image_files
 from lora_plugins.tasks.diffusion.captions import CAPTION_SUFFIX, Captioned, captioned_folder
 from lora_plugins.tasks.errors import DataError
@@ -43,10 +43,12 @@ class ClassPictures:
     seed: int = 1_000_000
 
     def __post_init__(self) -> None:
-        check_name("folder", self.folder)
+        check_path("folder", self.folder)
         check_texts("prompts", self.prompts)
         check_count("count", self.count)
         check_flag("generate", self.generate)
+        instance_of(Sampling)("sampling", self.sampling)
+        whole_from(0)("seed", self.seed)
 
     def present(self) -> list[Path]:
         """The pictures that are there."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_count, check_fields, check_flag, whole_from
+from lora_plugins.field_checks import check_count, check_fields, check_flag, optional, whole_from
+from lora_plugins.tasks.argument_checks import check_path, instance_of
 from lora_plugins.tasks.data import Size, read_image
 from lora_plugins.tasks.diffusion.buckets import BucketBatchSampler, bucket_sizes, fit, nearest_bucket
 from lora_plugins.tasks.diffusion.captions import Captioned, captioned_folder, captioned_list
@@ -133,6 +134,10 @@ class PicturesDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        check_path("root", root)
+        optional(instance_of(str))("prompt", prompt)
+        optional(check_path)("samples", samples)
+        optional(instance_of(ClassPictures))("class_pictures", class_pictures)
         if prompt is not None and samples is not None:
             raise ConfigError("There are `prompt`, one for all pictures, and `samples`, a list of prompts. Give one.")
         if prompt is not None and not prompt.strip():

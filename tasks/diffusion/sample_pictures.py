@@ -15,12 +15,12 @@ from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
-from lora_plugins.field_checks import check_count
+from lora_plugins.field_checks import check_count, optional
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
 from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
-from lora_plugins.tasks.argument_checks import check_texts
+from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
@@ -49,6 +49,8 @@ class SamplePictures(Callback):
     def __init__(
         self, folder: str, prompts: list[str], pictures: int = 4, sampling: Sampling | None = None, every: int = 1
     ) -> None:
+        check_path("folder", folder)
+        optional(instance_of(Sampling))("sampling", sampling)
         check_texts("prompts", prompts)
         check_count("pictures", pictures)
         check_count("every", every)

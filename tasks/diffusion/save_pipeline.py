@@ -10,6 +10,7 @@ from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning.callback import lora_callbacks, writes_files
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.writable import check_writable_folder
 
@@ -26,6 +27,7 @@ class SavePipeline(Callback):
     """
 
     def __init__(self, folder: str) -> None:
+        check_path("folder", folder)
         self.folder = Path(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

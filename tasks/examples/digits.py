@@ -1,14 +1,24 @@
 """The embedded data set for classification: single handwritten digits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
+from lora_plugins.field_checks import Check, check_count, check_fields, check_flag, check_whole
+from lora_plugins.tasks.argument_checks import check_digits
 from lora_plugins.tasks.data import Size, TensorSamples, VisionDataModule
 from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
+
+_CHECKS: Mapping[str, Check] = {
+    "digits": check_digits,
+    "image_size": check_count,
+    "dark_on_light": check_flag,
+    "quarter_turns": check_whole,
+}
+"""What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
 class DigitsDataModule(VisionDataModule):
@@ -34,6 +44,8 @@ class DigitsDataModule(VisionDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        given = {"digits": digits, "image_size": image_size}
+        check_fields({**given, "dark_on_light": dark_on_light, "quarter_turns": quarter_turns}, _CHECKS)
         self.digits, self.image_size = list(digits), image_size
         self.dark_on_light, self.quarter_turns = dark_on_light, quarter_turns
 

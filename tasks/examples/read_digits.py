@@ -13,11 +13,24 @@ from rich.table import Table
 
 from lora_plugins import LoraModel
 from lora_plugins.adapter import model_state
+from lora_plugins.field_checks import Check, check_count, check_fields, check_name, check_whole, map_of, optional
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, sample
+from lora_plugins.tasks.argument_checks import check_path, instance_of
 from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 
 BEFORE, AFTER, RESET = "before", "after", "reset"
+
+_CHECKS: Mapping[str, Check] = {
+    "folder": check_path,
+    "digits": map_of(check_whole),
+    "subject": check_name,
+    "pictures": check_count,
+    "subject_pictures": check_count,
+    "adapter": optional(check_path),
+    "sampling": optional(instance_of(Sampling)),
+}
+"""What the arguments can be, by name."""
 
 
 class ReadDigits(Callback):
@@ -47,6 +60,8 @@ class ReadDigits(Callback):
         adapter: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
+        given = {"folder": folder, "digits": digits, "subject": subject, "adapter": adapter, "sampling": sampling}
+        check_fields({**given, "pictures": pictures, "subject_pictures": subject_pictures}, _CHECKS)
         self.folder, self.digits, self.subject, self.adapter = Path(folder), digits, subject, adapter
         self.counts = {prompt: subject_pictures if prompt == subject else pictures for prompt in digits}
         self.sampling = sampling or Sampling()

@@ -9,6 +9,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import Check, check_count, check_fields, check_flag, check_whole, whole_from
+from lora_plugins.tasks.argument_checks import check_digits, check_size
 from lora_plugins.tasks.data import TEST, TRAIN, VAL, Size, TensorSamples, VisionDataModule
 from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
 
@@ -16,6 +18,18 @@ BACKGROUND = 0
 INK_THRESHOLD = 0.35
 NOISE = 0.06
 ATTEMPTS = 20
+
+_CHECKS: Mapping[str, Check] = {
+    "digits": check_digits,
+    "canvas": check_count,
+    "digits_per_scene": whole_from(0),
+    "digit_sizes": check_size,
+    "dark_on_light": check_flag,
+    "quarter_turns": check_whole,
+    **dict.fromkeys(("train_scenes", "val_scenes", "test_scenes"), whole_from(0)),
+    "seed": check_whole,
+}
+"""What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
 class DigitScenesDataModule(VisionDataModule):
@@ -56,8 +70,12 @@ class DigitScenesDataModule(VisionDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        given = {"digits": digits, "canvas": canvas, "digits_per_scene": digits_per_scene, "seed": seed}
+        scenes = {"train_scenes": train_scenes, "val_scenes": val_scenes, "test_scenes": test_scenes}
+        turned = {"dark_on_light": dark_on_light, "quarter_turns": quarter_turns}
+        check_fields({**given, **scenes, **turned, "digit_sizes": digit_sizes}, _CHECKS)
         low, high = digit_sizes
-        if not 1 <= low <= high <= canvas:
+        if not low <= high <= canvas:
             raise ConfigError(
                 f"digit_sizes is {list(digit_sizes)}: smallest and largest side, at most canvas={canvas}."
             )

@@ -20,7 +20,9 @@ from torch.export import ExportedProgram
 from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.errors import LoraError
+from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
+from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
 from lora_plugins.tasks.command_lines import check_ending, check_runtime, export_parser
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
@@ -33,6 +35,13 @@ from lora_plugins.writable import check_writable_file
 CLASS_NAMES = "class_names"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
+
+_CHECKS: Mapping[str, Check] = {
+    "task": instance_of(VisionTask),
+    "path": check_path,
+    "size": optional(check_size),
+}
+"""What the arguments of `export_task` can be."""
 
 
 class _ExportedNetwork(nn.Module):
@@ -78,6 +87,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         ConfigError: For another suffix, an unknown image size, or a missing package.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
+    check_fields({"task": task, "path": path, "size": size}, _CHECKS)
     path = _checked(path)
     if path.suffix == SAFETENSORS:
         return _write_weights(task, path)

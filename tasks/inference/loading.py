@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
 from lora_plugins.errors import LoraError
+from lora_plugins.field_checks import optional
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
@@ -44,6 +46,8 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
         WeightsError: If there is no such file, or if it has no provenance, or one that cannot be built.
         AdapterFileError: If an adapter does not fit its base.
     """
+    check_path("path", path)
+    optional(check_path)("weights", weights)
     path = Path(path)
     check_model(path)
     with _building(path):

@@ -8,6 +8,7 @@ palette, and `OUT/overlays/NAME.png`. NAME is the path below the folder that all
 import csv
 import glob
 import io
+import math
 import os
 import sys
 from collections import Counter
@@ -23,7 +24,9 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import ConfigError, LoraError, near, nothing_there
+from lora_plugins.errors import ConfigError, LoraError, nothing_there
+from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
+from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
     ERROR,
@@ -51,6 +54,17 @@ COLUMNS = ("image", "label", "probability")
 
 MAX_CLASSES = 256
 MAX_TOLD = 5
+
+_CHECKS: Mapping[str, Check] = {
+    "task": instance_of(VisionTask),
+    "images": check_paths,
+    "out": check_path,
+    "window": optional(check_size),
+    "overlap": number_from(-math.inf),
+    "flips": check_flag,
+    "on_problem": choice_of(*PROBLEM_POLICIES),
+}
+"""What the arguments of `predict_folder` can be; the range of `overlap` is checked by whoever takes it."""
 
 
 def predict_folder(
@@ -83,6 +97,8 @@ def predict_folder(
         ConfigError: For a window without masks, another wrong option, or a folder that cannot be written into, or
             has files of the names of results that are none.
     """
+    given = {"task": task, "images": images, "out": out, "window": window, "overlap": overlap, "flips": flips}
+    check_fields({**given, "on_problem": on_problem}, _CHECKS)
     out = Path(out)
     check_writable_folder(out, "The folder of results")
     if window is not None and not isinstance(task, SemanticSegmentationTask):
@@ -175,8 +191,6 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
-    if on_problem not in PROBLEM_POLICIES:
-        raise ConfigError(f"on_problem is {on_problem!r}. {near(on_problem, PROBLEM_POLICIES)}")
     errors = read_errors(paths, read_image)
     problems = [error for error in errors if error]
     message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"

@@ -76,6 +76,7 @@ def _check_channels(name: str, value: Any) -> None:
 
 
 _CHECKS: Mapping[str, Check] = {
+    "source": check_name,
     "name": check_name,
     "num_classes": check_count,
     "weights": check_name,

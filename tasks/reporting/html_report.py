@@ -19,6 +19,7 @@ from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, writes_files
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
 from lora_plugins.tasks.reporting.class_results import class_results, most_confused
@@ -66,6 +67,7 @@ class HtmlReport(Callback):
     """
 
     def __init__(self, path: str, samples: int = 8) -> None:
+        check_path("path", path)
         check_count("samples", samples)
         if Path(path).suffix.lower() not in (".html", ".htm"):
             raise ConfigError(f"path is {path!r}. A report is an HTML file: name one that ends in .html.")

@@ -1,6 +1,6 @@
 """A picture of predicted masks beside the true ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,9 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_count
+from lora_plugins.field_checks import Check, check_count, check_fields
 from lora_plugins.integrations.lightning.callback import writes_files
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.tasks.argument_checks import check_indices, check_path, instance_of
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import (
@@ -25,6 +26,14 @@ from lora_plugins.tasks.reporting.figures import (
 from lora_plugins.tasks.reporting.sample_choice import on_device_of
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.writable import check_writable_file
+
+_CHECKS: Mapping[str, Check] = {
+    "task": instance_of(SemanticSegmentationTask),
+    "loader": instance_of(DataLoader),
+    "indices": check_indices,
+    "path": check_path,
+}
+"""What the arguments of `draw_predictions` can be."""
 
 
 def draw_predictions(
@@ -44,6 +53,8 @@ def draw_predictions(
     Raises:
         DataError: If the samples have no masks.
     """
+    given = {"task": task, "loader": loader, "indices": indices, "path": path}
+    check_fields(given, _CHECKS)
     batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
     if batch.targets is None:
         raise DataError("A picture of predictions needs samples with masks.")
@@ -62,6 +73,7 @@ class PredictionPicture(Callback):
     """
 
     def __init__(self, path: str, samples: int = 4) -> None:
+        check_path("path", path)
         check_count("samples", samples)
         self.path, self.samples = path, samples
 

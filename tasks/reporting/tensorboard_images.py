@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import check_count
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.reporting.figures import (
     confusion_figure,
@@ -29,8 +30,8 @@ class TensorBoardImages(Callback):
     """
 
     def __init__(self, samples: int = 4, every: int = 1) -> None:
-        if samples < 1 or every < 1:
-            raise ConfigError(f"samples is {samples} and every {every}; both are at least 1.")
+        check_count("samples", samples)
+        check_count("every", every)
         self.samples, self.every, self._validations = samples, every, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

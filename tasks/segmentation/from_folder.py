@@ -1,12 +1,14 @@
 """Images with one mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lora_plugins.field_checks import Check, check_fields
+from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
     MASK_SUFFIXES,
     NO_IMAGE,
@@ -19,6 +21,9 @@ from lora_plugins.tasks.data import (
     open_image,
 )
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
+
+_CHECKS: Mapping[str, Check] = dict.fromkeys(("root", "images", "masks"), check_path)
+"""What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
 class MaskFolderDataModule(MaskDataModule):
@@ -36,6 +41,7 @@ class MaskFolderDataModule(MaskDataModule):
 
     def __init__(self, root: str, *, images: str = "images", masks: str = "masks", **options: Any) -> None:
         super().__init__(**options)
+        check_fields({"root": root, "images": images, "masks": masks}, _CHECKS)
         self.root, self.images, self.masks = Path(root), images, masks
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.tasks.data import HubDataset, Item
+from lora_plugins.field_checks import check_fields, check_name
+from lora_plugins.tasks.data import HUB_CHECKS, HubDataset, Item
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -34,6 +35,9 @@ class HubMaskDataModule(MaskDataModule):
         **options: Any,
     ) -> None:
         super().__init__(check_files=check_files, **options)
+        check_fields({"name": name, "subset": subset, "splits": splits}, HUB_CHECKS)
+        columns = {"image_column": image_column, "mask_column": mask_column}
+        check_fields(columns, dict.fromkeys(columns, check_name))
         self.source, self.subset, self.split_names = name, subset, splits
         self.image_column, self.mask_column = image_column, mask_column
 

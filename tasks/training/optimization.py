@@ -1,7 +1,7 @@
 """How a task is optimized: its default optimizer, what replaces it, and a schedule with warm-up."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from lightning.pytorch import LightningModule
@@ -11,6 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import Check, check_fields, number_from, whole_from
+from lora_plugins.tasks.argument_checks import instance_of
 
 LR, WEIGHT_DECAY = 1e-3, 0.01
 """Of the default optimizer, AdamW."""
@@ -20,6 +22,13 @@ OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 """Makes a scheduler of an optimizer and the number of all its steps."""
+
+_CHECKS: Mapping[str, Check] = {
+    "optimizer": instance_of(Optimizer),
+    "steps": whole_from(0),
+    "warmup": number_from(-math.inf),
+}
+"""What the arguments of `warmup_cosine` can be."""
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LRScheduler:
@@ -31,8 +40,9 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LRSc
         warmup: The share of the steps that the warm-up takes.
 
     Raises:
-        ConfigError: If `warmup` is not from 0 to below 1.
+        ConfigError: If an argument is of another type, or `warmup` is not from 0 to below 1.
     """
+    check_fields({"optimizer": optimizer, "steps": steps, "warmup": warmup}, _CHECKS)
     if not 0 <= warmup < 1:
         raise ConfigError(f"warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
     rise = round(warmup * steps)

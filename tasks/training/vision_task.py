@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -25,9 +25,10 @@ from lora_plugins.field_checks import (
     check_whole,
     number_from,
     optional,
+    shown,
 )
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.argument_checks import check_callable
+from lora_plugins.tasks.argument_checks import check_callable, instance_of
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -153,7 +154,7 @@ class VisionTask(LoraCheckpointMixin):
         check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
-        model = ModelConfig(**model) if isinstance(model, Mapping) else model
+        model = _model_config(model)
         names = None if class_names is None else list(class_names)
         self.save_hyperparameters({"model": asdict(model), **given, "class_names": names})
         if names is not None and not len(names) == len({*names}) == model.num_classes:
@@ -409,3 +410,18 @@ class VisionTask(LoraCheckpointMixin):
         if value.ndim == 0:
             return {name: value}
         return {f"{name}/{label}": scalar for label, scalar in zip(self.class_labels, value, strict=True)}
+
+
+def _model_config(given: object) -> ModelConfig:
+    """Returns the configuration of a model, given as one or as its fields.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if not isinstance(given, Mapping):
+        instance_of(ModelConfig)("model", given)
+        return cast(ModelConfig, given)
+    try:
+        return ModelConfig(**given)
+    except TypeError as error:
+        raise ConfigError(f"model is {shown(given)}, and has to hold the fields of a ModelConfig: {error}.") from error

@@ -1,11 +1,20 @@
-"""Arguments of tasks and data modules that cannot be are refused where they are given, by name."""
+"""Arguments of all public classes and functions of the tasks that cannot be are refused where they are given, by name.
 
+Values of a wrong type are found by the annotations of each; values that are wrong for another reason are listed.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, tasks
 from lora_plugins.integrations.diffusers import Sampling
 from lora_plugins.tasks import (
     ClassPictures,
@@ -16,9 +25,10 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     PredictionPicture,
     SamplePictures,
+    SemanticSegmentationTask,
 )
 
-from .conftest import tiny_vit
+from .conftest import tiny_segformer, tiny_vit
 
 OF_TASKS = {
     "loss": [None, ["dice"], ""],
@@ -101,3 +111,82 @@ def test_class_weights_of_any_sequence_of_numbers(weights):
     task = ImageClassificationTask(tiny_vit(), class_weights=weights)
     assert torch.equal(task.weights, torch.tensor([1.0, 2.0, 3.0]))
     assert task.loss(torch.zeros(3, 3), torch.tensor([0, 1, 2])).isfinite()
+
+
+SEGMENTER = SemanticSegmentationTask(tiny_segformer())
+DOGS = {"folder": "dogs", "prompts": ["a dog"]}
+GIVEN = {
+    "ClassPictures": DOGS,
+    "DigitPicturesDataModule": {"root": "digits"},
+    "HtmlReport": {"path": "report.html"},
+    "HubImageDataModule": {"name": "rows"},
+    "HubMaskDataModule": {"name": "rows", "classes": ["a", "b"]},
+    "ImageClassificationTask": {"model": tiny_vit()},
+    "ImageFolderDataModule": {"root": "pictures"},
+    "ImageListDataModule": {"file": "list.csv"},
+    "MaskFolderDataModule": {"root": "pictures", "classes": ["a", "b"]},
+    "MaskListDataModule": {"file": "list.csv", "classes": ["a", "b"]},
+    "ModelConfig": {"source": "timm", "name": "vit", "num_classes": 2, "weights": "none"},
+    "PicturesDataModule": {"root": "pictures"},
+    "PredictionPicture": {"path": "masks.png"},
+    "ReadDigits": {"folder": "digits", "digits": {"a nine": 9}, "subject": "a nine"},
+    "SamplePictures": DOGS,
+    "SavePipeline": {"folder": "pipeline"},
+    "SemanticSegmentationTask": {"model": tiny_segformer()},
+    "TextToImageTask": {"model": "package:digits_diffusion"},
+    "draw_predictions": {"task": SEGMENTER, "loader": DataLoader([0]), "indices": [0], "path": "masks.png"},
+    "export_task": {"task": SEGMENTER, "path": "model.pt2"},
+    "load_task": {"path": "adapter"},
+    "merged_task": {"path": "adapter"},
+    "predict_folder": {"task": SEGMENTER, "images": "pictures", "out": "out"},
+    "warmup_cosine": {"optimizer": torch.optim.SGD([torch.zeros(1)]), "steps": 3},
+}
+"""What each takes at least."""
+
+OF_PYTHON = {"VisionDataModule", "DataError", "ReportError", "WeightsError"}
+"""A base class for data modules of one's own, and errors."""
+
+OF_EARLIER_FILES = {("ImageClassificationTask", "optimizer"), ("SemanticSegmentationTask", "optimizer")}
+"""Arguments whose other types are read from earlier files, with a warning."""
+
+
+def parameters(made):
+    """The parameters of a function, or of a class with those that it hands on to the classes it inherits from."""
+    found = {}
+    for each in [c.__init__ for c in made.__mro__ if "__init__" in vars(c)] if inspect.isclass(made) else [made]:
+        declared = inspect.signature(each, eval_str=True).parameters
+        found = {**declared, **found}
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in declared.values()):
+            break
+    return [p for p in found.values() if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+
+
+def fits(value, declared):
+    """Whether a value is of a type, as annotations declare it; a True is no number here."""
+    origin, inside = typing.get_origin(declared) or declared, typing.get_args(declared)
+    if declared is typing.Any or origin in (typing.Union, types.UnionType):
+        return declared is typing.Any or any(fits(value, each) for each in inside)
+    if isinstance(value, bool):
+        return origin is bool
+    if origin in (Sequence, list, tuple):
+        of = inside[:1] if Ellipsis in inside or origin is not tuple else inside
+        return isinstance(value, list | tuple) and all(fits(each, kind) for each in value for kind in of)
+    kinds = {Path: (str, Path), float: (int, float), Mapping: (dict,), Callable: (Callable,)}
+    return isinstance(value, kinds.get(origin, (type(None) if origin is None else origin,)))
+
+
+VALUES = (None, True, 3, 2.5, "text", ["text"], [3.5], {}, {"a": []}, object())
+CASES = [
+    pytest.param(name, parameter, id=f"{name}-{parameter.name}")
+    for name in tasks.__all__
+    if name not in OF_PYTHON
+    for parameter in parameters(getattr(tasks, name))
+    if (name, parameter.name) not in OF_EARLIER_FILES
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_what_is_of_a_wrong_type_is_refused_by_name(name, parameter):
+    for value in (value for value in VALUES if not fits(value, parameter.annotation)):
+        with pytest.raises(ConfigError, match=parameter.name):
+            getattr(tasks, name)(**{**GIVEN.get(name, {}), parameter.name: value})

@@ -26,11 +26,22 @@ MAY_IMPORT = {
     "training": {"argument_checks", "command_lines", "data", "errors", "models"},
     "classification": {"argument_checks", "data", "errors", "models", "training"},
     "segmentation": {"argument_checks", "data", "errors", "models", "training"},
-    "reporting": {"data", "errors", "pages", "segmentation", "training"},
-    "inference": {"command_lines", "data", "errors", "file_kinds", "models", "segmentation", "training"},
+    "reporting": {"argument_checks", "data", "errors", "pages", "segmentation", "training"},
+    "inference": {
+        *("argument_checks", "command_lines", "data", "errors", "file_kinds", "models", "segmentation", "training")
+    },
     "serving": {"command_lines", "errors", "files", "inference", "segmentation", "training"},
     "diffusion": {"argument_checks", "command_lines", "data", "errors", "pages", "training"},
-    "examples": {"classification", "data", "diffusion", "errors", "models", "segmentation", "training"},
+    "examples": {
+        "argument_checks",
+        "classification",
+        "data",
+        "diffusion",
+        "errors",
+        "models",
+        "segmentation",
+        "training",
+    },
 }
 """The arrows: by room, the rooms that it may import. A room is a folder, or one of the files in `SINGLE`."""
 
