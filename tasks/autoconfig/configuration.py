@@ -104,7 +104,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found)}"
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
     images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
-    steps = math.ceil(found.counts[TRAIN] / data["batch_size"])
+    steps = _steps(found.counts[TRAIN], data["batch_size"])
     where = f"{device_of(trainer['accelerator'])}, {trainer['precision']}"
     return [
         ("task", f"{found.task}: {found.found}", "--masks"),
@@ -130,6 +130,11 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
             "--epochs --batch-size --lr --device --seed",
         ),
     ]
+
+
+def _steps(images: int, batch: int) -> int:
+    """Steps of an epoch, in which a last batch of a single image is left out."""
+    return math.ceil(images / batch) - (images > batch and images % batch == 1)
 
 
 def _left(paths: Sequence[Path]) -> str:
