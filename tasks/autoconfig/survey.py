@@ -160,7 +160,7 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     if flags.masks is not None:
         raise DataError(f"--masks is a folder; the masks of {data} are in its column 'mask'.")
     rows = read_list(data, ("image",))
-    columns = [name for name in ("mask", "label") if rows[0].get(name) not in (None, "")]
+    columns = [name for name in ("mask", "label") if any(row.get(name) not in (None, "") for row in rows)]
     if not columns:
         raise DataError(
             f"{data} has the columns {listing(rows[0])}. It needs one called 'label', or one called 'mask'."

@@ -1,6 +1,7 @@
 """The data module that all data modules over image files inherit from: find, check, split and transform images."""
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -131,6 +132,7 @@ class ImageDataModule(VisionDataModule):
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
+        _warn_of_repeats(items)
         if occurring:
             self._check_classes(frozenset().union(*(occurring[item.name] for item in items[TRAIN])))
         plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
@@ -207,3 +209,17 @@ class ImageDataModule(VisionDataModule):
                 "configuration: fit --config FILE --data.init_args.on_problem skip), such samples are left out."
             )
         rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")
+
+
+def _warn_of_repeats(items: Mapping[str, Sequence[Item]]) -> None:
+    """Warns of images that are measured on and trained on, as a list can have them."""
+    splits: dict[Any, set[str]] = defaultdict(set)
+    for split, members in items.items():
+        for item in members:
+            splits[item.image].add(split)
+    repeated = [str(image) for image, of in splits.items() if len(of) > 1]
+    if repeated:
+        rank_zero_warn(
+            f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in more than one split, so that metrics "
+            f"are of what was trained on: {listing(repeated, 3)}."
+        )

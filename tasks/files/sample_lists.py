@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lora_plugins.field_checks import shown
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
 
@@ -17,9 +18,13 @@ SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validatio
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        rows, names = list(reader), [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise DataError(f"{path} is no CSV: {error}") from error
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has the column {twice[0]!r} more than once. Give each column a name of its own.")
     for number, row in enumerate(rows, 1):
         if None in row:  # where DictReader puts what is beyond the header
             raise DataError(f"Row {number} of {path} has more values than columns. Quote a value with a comma in it.")
@@ -50,7 +55,8 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
     """Reads the rows of a CSV or JSON lines file, and checks that each has the required columns.
 
     Raises:
-        DataError: If the file is missing, of another kind or empty, or if a row lacks a column.
+        DataError: If the file is missing, of another kind or empty, if a row lacks a column, or holds something other
+            than a text or a whole number there.
     """
     if path.suffix not in READERS:
         raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
@@ -63,6 +69,11 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
                 raise DataError(f"Row {number} of {path} has no value in the column {column!r}.")
             if column not in row:
                 raise DataError(f"Row {number} of {path}: {unknown('column', column, row)}")
+            if not isinstance(row[column], str | int) or isinstance(row[column], bool):  # as JSON can have it
+                raise DataError(
+                    f"Row {number} of {path} has {shown(row[column])} in the column {column!r}, where a text or a "
+                    "whole number is expected."
+                )
     return rows
 
 
@@ -92,6 +103,6 @@ def row_split(row: Row, column: str, where: str) -> str:
     name = row.get(column)
     if name in (None, ""):
         return TRAIN
-    if name not in SPLIT_NAMES:
+    if str(name) not in SPLIT_NAMES:
         raise DataError(f"{where}: {unknown('split', str(name), SPLIT_NAMES)}")
     return SPLIT_NAMES[str(name)]

@@ -264,6 +264,13 @@ def test_what_a_list_of_labels_has_no_use_for(tmp_path, flags, message):
         survey(data, Flags(**flags))
 
 
+def test_a_first_row_without_a_label_is_told_as_that(tmp_path):
+    write_image(tmp_path / "0.jpg", noise())
+    rows = [{"image": "0.jpg", "label": None}, {"image": "0.jpg", "label": "a"}]
+    with pytest.raises(DataError, match=r"Row 1 of .* has no value in the column 'label'"):
+        survey(written(tmp_path / "list.jsonl", rows), Flags())
+
+
 def test_a_list_that_is_not_there(tmp_path):
     (tmp_path / "labels.csv").write_text("image,label\n")
     with pytest.raises(DataError, match=r"There is no list .*lables.csv: .* Did you mean 'labels.csv'"):

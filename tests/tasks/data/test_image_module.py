@@ -10,11 +10,13 @@ from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     DataError,
     ImageFolderDataModule,
+    ImageListDataModule,
     MaskFolderDataModule,
+    MaskListDataModule,
 )
 from lora_plugins.tasks.data import Batch
 
-from ..conftest import SIZE, loaded, noise, write_image
+from ..conftest import SIZE, loaded, noise, write_image, written
 
 
 class TestProblems:
@@ -43,6 +45,22 @@ class TestProblems:
     def test_an_unknown_word(self):
         with pytest.raises(ConfigError, match="Did you mean 'skip'"):
             ImageFolderDataModule("data", on_problem="skipp")
+
+
+class TestImagesInTwoSplits:
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_are_told(self, class_folders, mask_folders, tmp_path, kind):
+        labels = [("train/cat/0.jpg", "cat"), ("train/dog/0.jpg", "dog")]
+        masks = [(f"images/train/{at}.jpg", f"masks/train/{at}.png") for at in range(2)]
+        column, module, samples, options = {
+            "labels": ("label", ImageListDataModule, labels, {}),
+            "masks": ("mask", MaskListDataModule, masks, {"classes": ["a", "b", "c"]}),
+        }[kind]
+        rows = [{"image": image, column: target, "split": "train"} for image, target in samples]
+        rows.append({**rows[0], "split": "val"})
+        path = written(tmp_path / "data" / "list.csv", rows)
+        with pytest.warns(UserWarning, match=f"1 image is in more than one split.*{samples[0][0]}"):
+            loaded(module(path, **options, **SIZE))
 
 
 class TestClassesThatDoNotOccur:

@@ -1,0 +1,38 @@
+"""Lists of samples: what cannot be meant is refused, by row and column."""
+
+import math
+
+import pytest
+
+from lora_plugins.tasks.data import read_list, row_split
+from lora_plugins.tasks.errors import DataError
+
+from ..conftest import written
+
+
+@pytest.mark.parametrize(
+    "value", [["cat"], {"name": "cat"}, 1.0, math.nan, True], ids=["list", "table", "float", "nan", "flag"]
+)
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_values_that_are_no_text_are_refused(tmp_path, column, value):
+    rows = [{"image": "a.jpg", "label": "cat"}, {"image": "b.jpg", "label": "dog"} | {column: value}]
+    with pytest.raises(DataError, match=rf"Row 2 of .*in the column '{column}', where a text or a whole number"):
+        read_list(tmp_path / written(tmp_path / "list.jsonl", rows), ("image", "label"))
+
+
+def test_whole_numbers_are_texts_too(tmp_path):
+    path = tmp_path / written(tmp_path / "list.jsonl", [{"image": 7, "label": 0}])
+    assert read_list(path, ("image", "label")) == [{"image": 7, "label": 0}]
+
+
+@pytest.mark.parametrize("header", ["image,label,label", "image,label, label "], ids=["alike", "but for spaces"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
+    (tmp_path / "list.csv").write_text(f"{header}\na.jpg,cat,dog\n")
+    with pytest.raises(DataError, match="has the column 'label' more than once"):
+        read_list(tmp_path / "list.csv", ("image", "label"))
+
+
+@pytest.mark.parametrize("split", [["train"], {}, 1, "Train"], ids=["list", "table", "number", "case"])
+def test_splits_that_are_none_are_refused(split):
+    with pytest.raises(DataError, match="Row 1: Unknown split"):
+        row_split({"split": split}, "split", "Row 1")
