@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
 from lora_plugins.adapter import hold_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -400,7 +400,14 @@ class LoraCallback(Callback):
             self._sums = self._audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, merges and exports, as the options say."""
+        """Saves, merges and exports, as the options say.
+
+        Raises:
+            StateError: If there was not one batch to train on, and no limit of the trainer asks for that.
+        """
+        none_wanted = 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
+        if self._audit is None and trainer.global_step == 0 and not none_wanted:  # a resumed run may be over already
+            raise StateError(_NOTHING_TRAINED)
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
             _load_best(trainer, pl_module)
@@ -612,6 +619,12 @@ class LoraCallback(Callback):
                 shims.remove()
         self._module_shims, self._strategy_shims, self._audit = None, None, None
         self._restored, self._merge.undone, self._sums = None, False, {}
+
+
+_NOTHING_TRAINED = (
+    "Nothing was trained: the data for training holds not one batch. No file is written. Look at the data, and at a "
+    "batch_size that is larger than they are, of which drop_last leaves nothing then."
+)
 
 
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:

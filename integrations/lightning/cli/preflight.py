@@ -215,6 +215,13 @@ def _arguments_in(path: Path) -> list[str]:
     return []
 
 
+def _check_amount(given: Mapping[str, Any]) -> None:
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        limit = value_at(given, "trainer", name)
+        if limit == 0 and not isinstance(limit, bool):
+            raise ConfigError(f"trainer.{name} is 0, and fit would train nothing, and leave that as its results.")
+
+
 _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
     _check_classes,
     _check_root,
@@ -226,6 +233,7 @@ _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (
 )
 
 _CHECKS_OF_WRITING: tuple[Callable[[Mapping[str, Any]], None], ...] = (
+    _check_amount,
     _check_adapter_places,
     _check_export_place,
     _check_other_places,

@@ -15,10 +15,30 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import BASE, CONFIG, Classifier, differing, loader, lora, trainer, values
+
+
+class NoRows(torch.utils.data.IterableDataset):
+    """Without a length, and without a row."""
+
+    def __iter__(self):
+        yield from ()
+
+
+EMPTY = torch.utils.data.DataLoader(loader(4).dataset, batch_size=8, drop_last=True)
+
+
+@pytest.mark.parametrize("data", [EMPTY, torch.utils.data.DataLoader(NoRows())], ids=["fewer than a batch", "no rows"])
+@pytest.mark.filterwarnings("ignore:Total length of `.*Loader` across ranks is zero")
+def test_a_fit_without_a_batch_is_refused_and_writes_nothing(tmp_path, data):
+    places = {"save_adapter_to": tmp_path / "adapter", "export_to": tmp_path / "merged.safetensors"}
+    run = trainer(tmp_path, [lora(**places)])
+    with pytest.raises(StateError, match="Nothing was trained"):
+        run.fit(Classifier(), data, loader())
+    assert not any(path.exists() for path in places.values())
 
 
 class TestTuners:

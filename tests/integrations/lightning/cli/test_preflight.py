@@ -53,6 +53,13 @@ AT_ONCE = {
         ["--config", "recipe:cls", "--batch-size", "-4"],
         "--batch-size: '-4' is not a whole number of at least 1.",
     ),
+    **{
+        f"no {limit}": (
+            ["--config", "recipe:cls", f"--trainer.{limit}", "0"],
+            f"trainer.{limit} is 0, and fit would train nothing",
+        )
+        for limit in ("max_epochs", "max_steps", "limit_train_batches")
+    },
     "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
     "best checkpoint": (
         ["--config", "recipe:cls", "--ckpt_path", "best"],
