@@ -26,6 +26,9 @@ _TYPES: Mapping[str, str] = {
     "dict": "a table, such as {a: 1}",
 }
 
+_OF_THE_CPU = "DefaultCPUAllocator: "
+"""Is in what torch says where the memory of a CPU is too small, in an error of no class of its own."""
+
 
 def explained(message: str, flags: Iterable[str] = ()) -> str:
     """Returns what is wrong with an argument, where, and what is near it.
@@ -54,7 +57,9 @@ def explained_run() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and _OF_THE_CPU not in str(error):
+            raise
         raise ConfigError(
             f"The memory of the device is too small: {str(error).partition('. ')[0]}. Take a smaller --batch-size, "
             "--trainer.precision bf16-mixed, smaller images, or --model.init_args.gradient_checkpointing true."
