@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
@@ -58,7 +59,8 @@ class HtmlReport(Callback):
     of the val split, worst first; what was adapted; what it took; how the run was made, and how to go on. A JSON file
     of the same name has the numbers, for `lora-plugins report compare`.
 
-    Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on.
+    Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on. The metrics
+    are those of its last validation; where steps follow that, the page and a warning say so.
 
     Args:
         path: The file to write.
@@ -83,7 +85,7 @@ class HtmlReport(Callback):
         self._training: Facts = {}
         self._method = ""
         self._seconds: list[float] = []
-        self._trained = self._total = self._epoch = self._first_epoch = self._batches = 0
+        self._trained = self._total = self._epoch = self._first_epoch = self._batches = self._measured_at = 0
         self._start = self._epoch_start = self._took = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,6 +148,7 @@ class HtmlReport(Callback):
         if trainer.state.fn != "fit":
             return
         if not trainer.sanity_checking:
+            self._measured_at = trainer.global_step
             self._record(trainer, VAL, self._epoch + self._share_of_epoch(trainer))
         elif list(trainer.num_sanity_val_batches) == list(trainer.num_val_batches):
             metrics = trainer.callback_metrics
@@ -166,6 +169,12 @@ class HtmlReport(Callback):
             return
         if not has_validated(trainer, "report"):
             return
+        if self._is_behind(trainer):
+            rank_zero_warn(
+                f"The metrics in the report are of step {self._measured_at:,}, the last that was validated, and "
+                f"training went on to step {trainer.global_step:,}; what it says of classes and samples is of the "
+                "weights that are left. See check_val_every_n_epoch, val_check_interval and max_steps."
+            )
         task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
         with on_device_of(trainer, task):
             judged = judge(task, loader)
@@ -176,6 +185,11 @@ class HtmlReport(Callback):
         page, numbers = render_report(run, examples, void).encode(), run_as_json(run).encode()
         replace_files({self.path: page, self.path.with_suffix(".json"): numbers})
         tell_written(trainer, {"Report": self.path})
+
+    def _is_behind(self, trainer: Trainer) -> bool:
+        """Whether the last metrics are of other weights than those that the fit leaves."""
+        last = all(callback.merge_source == "last" for callback in lora_callbacks(trainer))
+        return last and trainer.global_step > self._measured_at > 0
 
     def _share_of_epoch(self, trainer: Trainer) -> float:
         """How much of the epoch is done; all of it where the data does not know its length."""
@@ -245,6 +259,8 @@ class HtmlReport(Callback):
         memory = {of: f"{peak:,.0f} MiB" for of, peak in peaks.items() if peak is not None}
         files = {what: str(path) for what, path in _files(lora_callbacks(trainer)).items()}
         length = {"epochs": str(self._epoch + 1), "steps": f"{trainer.global_step:,}"}
+        if self._is_behind(trainer):
+            length["metrics"] = f"of step {self._measured_at:,}"
         groups = {
             "Model": model_facts(task, task.provenance()["image_size"]),
             "LoRA": lora_facts(self._plans),

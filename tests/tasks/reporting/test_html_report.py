@@ -67,6 +67,18 @@ class TestReport:
         assert not (tmp_path / "r.html").exists()
         assert (tmp_path / "a").exists()
 
+    @pytest.mark.parametrize(
+        ("options", "measured", "steps"),
+        [({"max_epochs": 3, "check_val_every_n_epoch": 2}, 4, 6), ({"max_epochs": 2, "max_steps": 3}, 2, 3)],
+        ids=["an epoch later", "within an epoch"],
+    )
+    def test_metrics_of_earlier_weights_are_told(self, options, measured, steps, trainer, tmp_path):
+        path = tmp_path / "report.html"
+        run = trainer(callbacks=[lora(tmp_path), HtmlReport(str(path))], **options)
+        with pytest.warns(UserWarning, match=f"of step {measured}, the last .* went on to step {steps}"):
+            run.fit(SemanticSegmentationTask(tiny_segformer(), ignore_index=255), datamodule=scenes())
+        assert read_run(path).facts["Training"]["metrics"] == f"of step {measured}"
+
     def test_rates_and_schedule_are_named(self, trainer, tmp_path):
         path = tmp_path / "r.html"
         task = SemanticSegmentationTask(tiny_segformer(), lr=1e-3, lr_scheduler=warmup_cosine)
