@@ -265,7 +265,7 @@ class LoraCallback(Callback):
         check_strategy(trainer, vars(self))
         if stage == "fit":
             check_callbacks(trainer)
-            check_distinct(_places_of_results(trainer))
+            check_distinct(places_of_results(trainer))
             if writes_files(trainer):
                 check_places(self.adapter_files, self.export_to)
         self._check_group(trainer)
@@ -632,7 +632,7 @@ def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
 
 
-def _places_of_results(trainer: Trainer) -> list[str]:
+def places_of_results(trainer: Trainer) -> list[str]:
     """Returns where callbacks write: adapters, and the merged model of each target."""
     callbacks = lora_callbacks(trainer)
     merged = {(each.target, each.export_to) for each in callbacks if each.export_to is not None}

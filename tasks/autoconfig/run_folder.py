@@ -15,8 +15,10 @@ RUNS = Path("runs")
 LOCK = ".lock"
 """A file in the folder that is locked while a run goes on there, and gone when it has ended."""
 
-LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs", LOCK})
-"""What runs leave in their folder."""
+LEFT = frozenset(
+    {ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs", LOCK, f".{ADAPTER}{LOCK}", f".{MERGED}{LOCK}"}
+)
+"""What runs leave in their folder, those that were killed among them."""
 
 
 def folders(out: Path | None, data: Path | None) -> Iterator[Path]:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.cli import TERMINATED, without_collections
-from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
+from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results, writes_files
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained
+from lora_plugins.integrations.lightning.cli.held_places import held
 from lora_plugins.integrations.lightning.cli.interruption import Interruption
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
@@ -113,9 +114,11 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         """Fits, handles Ctrl-C, and prints where everything is.
 
         Raises:
+            ConfigError: If another run is about to write the same results.
             SystemExit: After SIGTERM, with the code of shells; that of Lightning's own says that all went well.
         """
-        with self.interruption.listening():
+        places = places_of_results(self.trainer) if writes_files(self.trainer) else []
+        with self.interruption.listening(), held(places):
             try:
                 self.trainer.fit(model, **kwargs)
             except SIGTERMException as error:

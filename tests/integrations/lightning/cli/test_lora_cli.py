@@ -16,6 +16,7 @@ from packaging.version import Version
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
+from lora_plugins.integrations.lightning.cli.held_places import held
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, values
 
@@ -104,6 +105,19 @@ class TestFit:
             "error: There are a `lora:` section and a LoraCallback of the same target and adapter_name"
         )
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["save_adapter_to", "export_to"])
+def test_a_place_that_another_run_will_write_is_refused(config, tmp_path, capsys, option):
+    place = tmp_path / "runs" / "mine.safetensors"
+    path = config(lora_callback={option: str(place)})
+    with held([str(place)]):
+        assert main(["fit", "--config", path]) == 1
+        assert f"Another run is going on that will write {place}" in capsys.readouterr().err
+        assert not place.exists()
+    assert not (tmp_path / "runs").exists()
+    assert main(["fit", "--config", path]) == 0, capsys.readouterr().err
+    assert [each.name for each in (tmp_path / "runs").iterdir()] == [place.name]
 
 
 def test_override_of_a_users_own_optimizer_is_said_and_that_of_our_tasks_is_not(config, tmp_path):
