@@ -11,7 +11,7 @@ from PIL import Image
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import TRAIN
 from lora_plugins.tasks.hub import hub_answers
 
@@ -71,7 +71,10 @@ def _of_labels(found: "HubDataset", image: str, flags: Flags) -> Survey:
     column = next(iter([*named, *(name for name in LABEL_COLUMNS if name in found.features)]), None)
     if column is None:
         raise DataError(f"{found.name} has the columns {listing(found.features)}, and none of labels, such as 'label'.")
-    labels = Counter(found.tables[TRAIN][column])
+    values, problems = found.labels(TRAIN, column)
+    if problems:
+        raise DataError(f"{len(problems)} of {len(values)} rows have no label:\n{listed(problems)}")
+    labels = Counter(values)
     names: Sequence[Any] = getattr(found.features[column], "names", None) or sorted(labels)
     if len(labels) < 2:
         raise DataError(f"All rows of {found.name} have one label, and there is nothing to tell apart.")

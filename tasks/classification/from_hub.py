@@ -55,17 +55,21 @@ class HubImageDataModule(ImageDataModule):
 
     @cached_property
     def _labels(self) -> list[Any]:
-        return sorted({label for table in self.hub_dataset.tables.values() for label in table[self.label_column]})
+        source, column = self.hub_dataset, self.label_column
+        return sorted({label for split in source.tables for label in source.labels(split, column)[0]} - {None})
 
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
-        """The rows of all splits."""
+        """The rows of all splits, and those without a label."""
         named = hasattr(self.hub_dataset.features[self.label_column], "names")
         index = {label: i for i, label in enumerate([] if named else self._labels)}
-        items = {}
-        for split, table in self.hub_dataset.tables.items():
-            labels = [int(label) if named else index[label] for label in table[self.label_column]]
-            items[split] = self.hub_dataset.items(split, labels)
-        return items, []
+        items: dict[str, list[Item]] = {}
+        problems: list[str] = []
+        for split in self.hub_dataset.tables:
+            labels, wrong = self.hub_dataset.labels(split, self.label_column)
+            problems += wrong
+            targets = [label if label is None else int(label) if named else index[label] for label in labels]
+            items[split] = [item for item in self.hub_dataset.items(split, targets) if item.target is not None]
+        return items, problems
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
         """Decodes an image; its class is known from its row."""

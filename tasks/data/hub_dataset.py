@@ -1,6 +1,7 @@
 """Data sets of Hugging Face `datasets` (https://huggingface.co/docs/datasets), by hub name or from a local folder."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +62,12 @@ class HubDataset:
         if column not in self.features:
             raise unknown(f"column of {self.name}:", column, self.features)
 
+    def labels(self, split: str, column: str) -> tuple[list[Any], list[str]]:
+        """The labels of a split, None for those that are none, and what is wrong with these."""
+        labels = [label if _is_label(label) else None for label in self.tables[split][column]]
+        wrong = [(row, self.tables[split][row][column]) for row, label in enumerate(labels) if label is None]
+        return labels, [f"{self.item(split, row, None).name} has {value!r} as its {column}" for row, value in wrong]
+
     def items(self, split: str, targets: Sequence[Any]) -> list[Item]:
         """The rows of a split as samples that are not read yet."""
         return [self.item(split, row, target) for row, target in enumerate(targets)]
@@ -94,6 +101,11 @@ class HubDataset:
         if TRAIN not in splits:
             raise ConfigError(f"{self.name} has no train split, only {', '.join(loaded)}. Name one in `splits`.")
         return dict(splits)
+
+
+def _is_label(value: Any) -> bool:
+    """Whether a value is a text or a number, and not NaN."""
+    return isinstance(value, str | int) or (isinstance(value, float) and not math.isnan(value))
 
 
 def _load(name: str, subset: str | None) -> Any:

@@ -10,8 +10,16 @@ from lora_plugins.tasks import (
     HubImageDataModule,
     HubMaskDataModule,
 )
+from lora_plugins.tasks.autoconfig.found import Flags
+from lora_plugins.tasks.autoconfig.survey import survey
 
 from ..conftest import SIZE, loaded, noise
+
+UNLABELED = {
+    "of named classes": ([0, 1, None, 0, 1, 1], None),
+    "texts": (["a", "b", None, "a", "b", "b"], "string"),
+    "numbers": ([0.0, 1.0, float("nan"), 0.0, 1.0, 1.0], "float32"),
+}
 
 
 class TestHub:
@@ -24,6 +32,31 @@ class TestHub:
         assert data.class_names == ["cat", "dog"]
         assert [len(data.splits[split]) for split in ("train", "val")] == [6, 2]
         assert data.splits["val"][1]["target"] == 1
+
+    @pytest.fixture(params=UNLABELED.values(), ids=UNLABELED)
+    def unlabeled_rows(self, request, tmp_path, labeled_rows):
+        """The labeled rows, of which row 2 of the train split has no label."""
+        from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
+
+        labels, kind = request.param
+        splits = load_from_disk(str(labeled_rows))
+        feature = splits["train"].features["label"] if kind is None else Value(kind)
+        features = Features({"image": splits["train"].features["image"], "label": feature})
+        for name, of in (("train", labels), ("validation", labels[:2])):
+            splits[name] = Dataset.from_dict({"image": splits[name]["image"][:], "label": of}, features=features)
+        DatasetDict(splits).save_to_disk(tmp_path / "unlabeled")
+        return str(tmp_path / "unlabeled")
+
+    def test_rows_without_a_label_are_listed(self, unlabeled_rows):
+        with pytest.raises(DataError, match=r"(?s)1 problem.*row 2 of .*, train has (None|nan) as its label"):
+            loaded(HubImageDataModule(unlabeled_rows, **SIZE))
+        with pytest.raises(DataError, match=r"(?s)1 of 6 rows have no label.*row 2 of "):
+            survey(unlabeled_rows, Flags())
+
+    def test_rows_without_a_label_are_left_out_when_asked(self, unlabeled_rows):
+        with pytest.warns(UserWarning, match="1 problem"):
+            data = loaded(HubImageDataModule(unlabeled_rows, on_problem="skip", **SIZE))
+        assert [int(sample["target"]) for sample in data.splits["train"]] == [0, 1, 0, 1, 1]
 
     def test_masks(self, masked_rows):
         data = loaded(
