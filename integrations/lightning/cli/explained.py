@@ -79,6 +79,11 @@ def _nested_option(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"{outer or cls} has no {inner!r}." + (f" {near(inner, known)}" if known else "")
 
 
+def _field(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    known = _fields_below(cls, found[1].rpartition(".")[2])
+    return f"{found[1]} has no {found[2]!r}." + (f" {near(found[2], known)}" if known else "")
+
+
 def _attribute(found: re.Match[str], cls: str, flags: list[str]) -> str:
     module = importlib.import_module(found[1])
     names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
@@ -130,6 +135,7 @@ _Say = Callable[[re.Match[str], str, list[str]], str]
 _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"unrecognized arguments: (\S+)", _nested_option),
     (r"Option '(\w+)' is not accepted", _option),
+    (r"Group '([\w.]+)' does not accept option '(\w+)'", _field),
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
     (r"Expected a dot import path string: (\S+)", _class_path),

@@ -41,7 +41,22 @@ MISSING = object()
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
-    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does."""
+    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does, and refuses keys that come twice, which YAML forbids."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a table.
+
+        Raises:
+            ConstructorError: If a key comes twice, with the place of the second.
+        """
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                said = f"the key {key.value!r} comes twice in one table"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            seen.add(key.value)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 _Loader.add_implicit_resolver(

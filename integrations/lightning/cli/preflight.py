@@ -60,7 +60,7 @@ def _check_model(given: Mapping[str, Any]) -> None:
 
 
 def _check_sections(given: Mapping[str, Any]) -> None:
-    """Refuses what is in one of our two sections and belongs into the other."""
+    """Refuses what is in one of our two sections and belongs into the other, or nowhere."""
     config = [field.name for field in fields(LoraConfig)]
     callback = _arguments_in(Path(__file__).parent.parent / "callback.py")
     for section, own, other, others in (
@@ -71,6 +71,9 @@ def _check_sections(given: Mapping[str, Any]) -> None:
             if name not in own and name in others:
                 alike = f" {near(name, own)}" if near_matches(name, own) else ""
                 raise ConfigError(f"{section} has no field {name!r}; {other} has: {other}.{name}.{alike}")
+    for name in given["lora_callback"] if isinstance(given.get("lora_callback"), Mapping) else ():
+        if name not in callback:
+            raise ConfigError(f"lora_callback has no field {name!r}. {near(str(name), callback)}")
 
 
 def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:

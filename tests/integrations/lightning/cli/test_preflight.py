@@ -77,6 +77,12 @@ AT_ONCE = {
     "negative seed": (["--config", "recipe:cls", "--seed_everything", "-1"], "seed_everything is -1; it is a whole"),
     "epochs": (["--config", "recipe:cls", "--epochs=0"], "--epochs: '0' is not a whole number of at least 1."),
     "rate": (["--config", "recipe:cls", "--lr", "-1"], "--lr: '-1' is not a number above 0."),
+    "field of the callback": (
+        ["--config", "recipe:cls", "--lora_callback.save_adapter", "x"],
+        "lora_callback has no field 'save_adapter'. Did you mean 'save_adapter_to'",
+    ),
+    "a key twice": (["--config", "{folder}/twice.yaml"], "the key 'r' comes twice in one table in line 1, column 24"),
+    "a section twice": (["--config", "{folder}/sections.yaml"], "the key 'lora' comes twice in one table in line 3"),
     "adapter in a file": (
         ["--config", "recipe:cls", "--lora_callback.save_adapter_to", "{folder}/a.jpg"],
         "save_adapter_to is {folder}/a.jpg, which is a file. Name a folder.",
@@ -168,6 +174,9 @@ def folder(tmp_path_factory):
     for name in ("run.yaml", "last.ckpt", "a.jpg", "base.safetensors"):
         (folder / name).write_text("trainer: {max_epochs: 1}")
     (folder / "broken.yaml").write_text("model: [")
+    (folder / "twice.yaml").write_text("lora: {r: 4, alpha: 2, r: 8}")
+    (folder / "sections.yaml").write_text("lora: {r: 4}\nmodel: x\nlora: {alpha: 8}\n")
+    (folder / "nested.yaml").write_text("model: {init_args: {model: {num_clases: 3}}}")
     (folder / "list.yaml").write_text("trainer: [1, 2]")
     (folder / "images").mkdir()
     return folder
@@ -189,6 +198,11 @@ def test_a_mistake_that_is_found_at_once(arguments, message, folder, capsys):
 @pytest.mark.parametrize(("arguments", "message"), LATER.values(), ids=LATER)
 def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
     refused(["--config", "recipe:cls", *arguments], message, capsys)
+
+
+def test_a_field_of_an_argument_in_a_file(folder, capsys):
+    message = "model has no 'num_clases'. Did you mean 'num_classes'?"
+    refused(["--config", "recipe:cls", "--config", str(folder / "nested.yaml")], message, capsys)
 
 
 def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
