@@ -361,7 +361,8 @@ class VisionTask(LoraCheckpointMixin):
         logits = self._logits_told(images, targets)
         loss = self.loss(logits, soft_targets)
         metrics.update(self.preds(logits.detach()), targets)
-        self.log(f"{stage}/loss", loss, batch_size=len(targets), on_step=False, on_epoch=True, prog_bar=True)
+        once: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}  # of all processes
+        self.log(f"{stage}/loss", loss, batch_size=len(targets), prog_bar=True, **once)
         return loss
 
     def _logits_told(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -401,7 +402,7 @@ class VisionTask(LoraCheckpointMixin):
             self.confusion[prefix.rstrip("/")] = confusion.cpu()
         for name, value in values.items():
             for label, scalar in self._scalars(name, value).items():
-                self.log(label, scalar, prog_bar=label == f"{prefix}{self.main_metric}")
+                self.log(label, scalar, prog_bar=label == f"{prefix}{self.main_metric}", sync_dist=True)
         with torch.inference_mode(False):  # or a fit after a validation could not update these tensors
             metrics.reset()
 

@@ -57,7 +57,8 @@ def _files_of_lightning(trainer: Trainer) -> dict[str, Any]:
         for name in ("best_model_path", "last_model_path")
         if (path := getattr(callback, name, "")) and Path(path).exists()
     ]
-    log = run.logger and run.log_dir
+    # Not the trainer's log_dir, which asks the other processes, and these have ended.
+    log = run.logger and (getattr(run.logger, "log_dir", None) or run.logger.save_dir)
     return {**_last("Checkpoint", stored[:1]), **_last("Log", [log] if log else [])}
 
 

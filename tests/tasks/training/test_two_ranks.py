@@ -1,0 +1,42 @@
+"""A run of the command on two processes: its numbers are those of all data, and it ends as any other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_plugins.integrations.lightning import load_from_checkpoint
+from lora_plugins.tasks import DigitsDataModule, ImageClassificationTask
+from lora_plugins.tasks.data import Batch
+
+
+@pytest.mark.slow  # its port can be taken by another test that starts processes at the same time
+@pytest.mark.timeout(300)
+def test_losses_and_metrics_are_of_all_processes(tmp_path):
+    trainer = {"max_epochs": 1, "limit_train_batches": 3, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    flags = [part for name, value in trainer.items() for part in (f"--trainer.{name}", str(value))]
+    command = [sys.executable, "-m", "lora_plugins", "fit", "--config", "recipe:cls", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "sync_dist" not in done.stderr
+    assert "Saved:" in done.stdout
+    (checkpoint,) = tmp_path.glob("runs/cls/logs/*/checkpoints/*.ckpt")
+    task = load_from_checkpoint(ImageClassificationTask, checkpoint).eval()
+    data = DigitsDataModule(digits=[4, 5, 6, 7, 8, 9], quarter_turns=1)
+    data.prepare_data()
+    data.setup("validate")
+    batches = [Batch.read(batch) for batch in data.val_dataloader()]
+    images, targets = torch.cat([each.images for each in batches]), torch.cat([each.targets for each in batches])
+    if len(images) % 2:  # the sampler of two processes takes the first one again
+        images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
+    with torch.no_grad():
+        logits = task(images)
+    told = json.loads((tmp_path / "runs/cls/report.json").read_text())["metrics"]
+    assert told["loss"]["after"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-5)
+    assert told["accuracy"]["after"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()), rel=1e-6)
