@@ -58,7 +58,7 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
     saved = [name for name in saves(machine.model) if random.random() < (0.02 if name in kept else 0.2)]
     sites = tuple(site for site in sites if not any(f"{site}.".startswith(f"{root}.") for root in saved)) or sites
     fused = [site for site in sites if reference.sites[site].parts]
-    columns = any(reference.sites[group[0]].columns for group in reference.groups(sites))
+    outputs = all(reference.sites[group[0]].outputs for group in reference.groups(sites))
     read = any(reference.sites[site].read for site in sites)
     drops = all(reference.sites[group[0]].drops and len(group) == 1 for group in reference.groups(sites))
     odd = random.random() < 0.05  # of a spec that may have to be refused
@@ -79,7 +79,7 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
         saves=tuple(saved),
         parts={site: tuple(random.sample("qkv", random.choice((1, 2, 3)))) for site in fused if random.random() < 0.4},
         init=init,
-        variant=random.choice(("lora", "lora", "dora", "gated")) if odd or not columns else "lora",
+        variant=random.choice(("lora", "lora", "dora", "gated")) if odd or outputs else "lora",
         norm=random.choice(("freeze", "freeze", "freeze", "track")),
         memory=random.choice(("normal", "low")),
         quantize=_storage(random, machine),

@@ -113,7 +113,7 @@ def _plans(reference: Reference, spec: Spec) -> Errors:
         yield TargetError  # it is trained in full, so it is no target
     if {reference.first.get(slot.weight) for slot in adapter.slots} & set(adapter.trained):
         yield TargetError
-    if spec.variant != "lora" and any(slot.columns for slot in adapter.slots):
+    if spec.variant != "lora" and not all(reference.sites[group[0]].outputs for group in groups):
         yield TargetError
     if spec.dropout and any(len(group) > 1 or not reference.sites[group[0]].drops for group in groups):
         yield TargetError

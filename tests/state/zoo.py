@@ -23,6 +23,7 @@ class Site:
     Args:
         name: Its full name.
         columns: Whether its weight has the inputs first.
+        outputs: Whether each row of its matrix is an output, as variants need them.
         tensors: The attributes that the whole layer's updates go to, with the part each is called by, if any.
         parts: Tensor, first row and end of each part of `fused_parts`.
         biases: What `bias="lora_only"` trains.
@@ -36,6 +37,7 @@ class Site:
 
     name: str
     columns: bool = False
+    outputs: bool = True
     tensors: Mapping[str, str] = field(default_factory=lambda: {"": "weight"})
     parts: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     biases: tuple[str, ...] = ("bias",)
@@ -134,7 +136,7 @@ class ConvBlock(Block):
 
 
 class TransposedBlock(ConvBlock):
-    sites = (Site("conv", columns=True, mixes=False),)
+    sites = (Site("conv", columns=True, outputs=False, mixes=False),)
 
 
 class CenteredConv(nn.Conv1d):
@@ -179,8 +181,6 @@ class AttentionBlock(Block):
             tensors={"": "in_proj_weight"},
             parts={part: ("in_proj_weight", 4 * i, 4 * i + 4) for i, part in enumerate("qkv")},
             biases=("in_proj_bias",),
-            mixes=False,
-            drops=False,
         ),
         Site("mha.out_proj", mixes=False, read=True),
     )
@@ -204,7 +204,6 @@ class CrossBlock(Block):
             parts={"q": ("q_proj_weight", 0, 4), "k": ("k_proj_weight", 0, 4), "v": ("v_proj_weight", 0, 4)},
             biases=("in_proj_bias",),
             mixes=False,
-            drops=False,
         ),
     )
 
