@@ -39,7 +39,8 @@ def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[st
     saved = checkpoint.get(HYPERPARAMETERS, {})
     if type(saved) is not dict or not isinstance(module, LightningModule):
         return dict(checkpoint), {}
-    line = f"{rebuilding_line(module, None)} (this file has a LoRA adapter, and not the base)"
+    # Lightning before 2.6.6 imports what stands there, and shows it up to the first dot.
+    line = f"(this file has a LoRA adapter, and not the base: load it as follows) {rebuilding_line(module, None)}"
     one = {key: value for key, value in checkpoint.items() if key == _ONE_ARGUMENT}
     about = {_STOOD_THERE: saved.get(_INSTANTIATOR), "hyperparameters": HYPERPARAMETERS in checkpoint, **one}
     told = {**checkpoint, HYPERPARAMETERS: {**saved, _INSTANTIATOR: line}}
