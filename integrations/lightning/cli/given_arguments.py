@@ -40,23 +40,27 @@ _TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "a
 MISSING = object()
 
 
+_TAKES_OVER = "tag:yaml.org,2002:merge"
+"""The tag of `<<`, which may come more than once: nothing of it is lost."""
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
     """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does, and refuses keys that come twice, which YAML forbids."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes a table.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Reads a table, before what it takes over from others by `<<` is put beside its own keys.
 
         Raises:
-            ConstructorError: If a key comes twice, with the place of the second.
+            ComposerError: If a key comes twice, with the place of the second.
         """
-        seen: set[str] = set()
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
+            if (key.tag, key.value) in seen and key.tag != _TAKES_OVER:
                 said = f"the key {key.value!r} comes twice in one table"
-                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
-            seen.add(key.value)
-        made: dict[Any, Any] = super().construct_mapping(node, deep)
-        return made
+                raise yaml.composer.ComposerError(None, None, said, key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
