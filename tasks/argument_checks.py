@@ -1,10 +1,11 @@
 """What arguments of tasks and data modules can hold: checks beside those that a `LoraConfig` has as well."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import Check, shown, whole_from
+from lora_plugins.field_checks import Check, check_count, shown, whole_from
 
 
 def check_size(name: str, value: Any) -> None:
@@ -43,17 +44,32 @@ def check_paths(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {shown(value)}. It is a path, or a list of paths.")
 
 
+def check_digit(name: str, value: Any) -> None:
+    """A digit."""
+    if not _is_digit(value):
+        raise ConfigError(f"{name} is a digit, a whole number from 0 to 9, not {shown(value)}.")
+
+
 def check_digits(name: str, value: Any) -> None:
     """Digits, each once."""
-    digits = value if isinstance(value, list | tuple) else ()
-    known = [digit for digit in digits if isinstance(digit, int) and not isinstance(digit, bool) and 0 <= digit <= 9]
-    if not digits or len({*known}) < len(digits):
-        raise ConfigError(f"{name} is {shown(value)}; it takes a list of some of 0 to 9, each once.")
+    digits = _members(value)
+    if not digits or not all(map(_is_digit, digits)) or len({*digits}) < len(digits):
+        raise ConfigError(f"{name} is a list of digits from 0 to 9, each once, not {shown(value)}.")
+
+
+def check_sides(name: str, value: Any) -> None:
+    """The smallest and the largest side of squares."""
+    if len(_members(value)) != 2:
+        raise ConfigError(
+            f"{name} is the smallest and the largest side in pixels, such as (18, 26), not {shown(value)}."
+        )
+    for side in value:
+        check_count(name, side)
 
 
 def check_indices(name: str, value: Any) -> None:
     """Places in a data set."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise ConfigError(f"{name} is a list of whole numbers, not {shown(value)}.")
     for index in value:
         whole_from(0)(name, index)
@@ -64,6 +80,15 @@ def instance_of(kind: type) -> Check:
 
     def check_instance(name: str, value: Any) -> None:
         if not isinstance(value, kind):
-            raise ConfigError(f"{name} is {shown(value)}, and has to be a {kind.__name__}.")
+            raise ConfigError(f"{name} is {shown(value)}. It has to be of the class {kind.__name__}.")
 
     return check_instance
+
+
+def _members(value: Any) -> Sequence[Any]:
+    """What a list or another sequence holds; nothing for everything else."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+
+
+def _is_digit(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 9

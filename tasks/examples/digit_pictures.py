@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count, whole_from
-from lora_plugins.tasks.argument_checks import check_digits
+from lora_plugins.tasks.argument_checks import check_digit
 from lora_plugins.tasks.data import TEST
 from lora_plugins.tasks.diffusion import PicturesDataModule
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
@@ -30,7 +30,7 @@ class DigitPicturesDataModule(PicturesDataModule):
 
     def __init__(self, root: str, digit: int = 9, count: int = 6, seed: int = 0, **others: Any) -> None:
         super().__init__(root, **others)
-        check_digits("digit", [digit])
+        check_digit("digit", digit)
         check_count("count", count)
         whole_from(0)("seed", seed)
         self.digit, self.count, self.seed = digit, count, seed

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_plugins import ConfigError
+from lora_plugins.tasks.argument_checks import check_digits
 from lora_plugins.tasks.data import TEST, TRAIN, VAL
 
 SHARES = ((TRAIN, 0.0, 0.6), (VAL, 0.6, 0.8), (TEST, 0.8, 1.0))
@@ -43,8 +43,7 @@ def load_digit_splits(digits: Sequence[int]) -> dict[str, DigitSamples]:
     Raises:
         ConfigError: If there are no digits, or one is not a digit or occurs twice.
     """
-    if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
-        raise ConfigError(f"digits is {list(digits)}; it takes some of 0 to 9, each once.")
+    check_digits("digits", digits)
     rows = np.loadtxt(_file(), delimiter=",")
     ink = torch.from_numpy(rows[:, :-1].reshape(-1, 8, 8)).float() / MAX_INK
     target = rows[:, -1].astype(int)

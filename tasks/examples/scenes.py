@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields, check_flag, check_whole, whole_from
-from lora_plugins.tasks.argument_checks import check_digits, check_size
+from lora_plugins.tasks.argument_checks import check_digits, check_sides
 from lora_plugins.tasks.data import TEST, TRAIN, VAL, Size, TensorSamples, VisionDataModule
 from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
 
@@ -23,7 +23,7 @@ _CHECKS: Mapping[str, Check] = {
     "digits": check_digits,
     "canvas": check_count,
     "digits_per_scene": whole_from(0),
-    "digit_sizes": check_size,
+    "digit_sizes": check_sides,
     "dark_on_light": check_flag,
     "quarter_turns": check_whole,
     **dict.fromkeys(("train_scenes", "val_scenes", "test_scenes"), whole_from(0)),

@@ -51,6 +51,7 @@ def draw_predictions(
         The path.
 
     Raises:
+        ConfigError: If an argument is of another type.
         DataError: If the samples have no masks.
     """
     given = {"task": task, "loader": loader, "indices": indices, "path": path}

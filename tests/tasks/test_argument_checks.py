@@ -18,6 +18,9 @@ from lora_plugins import ConfigError, tasks
 from lora_plugins.integrations.diffusers import Sampling
 from lora_plugins.tasks import (
     ClassPictures,
+    DigitPicturesDataModule,
+    DigitScenesDataModule,
+    DigitsDataModule,
     HtmlReport,
     ImageClassificationTask,
     ImageFolderDataModule,
@@ -26,6 +29,8 @@ from lora_plugins.tasks import (
     PredictionPicture,
     SamplePictures,
     SemanticSegmentationTask,
+    draw_predictions,
+    warmup_cosine,
 )
 
 from .conftest import tiny_segformer, tiny_vit
@@ -190,3 +195,26 @@ def test_what_is_of_a_wrong_type_is_refused_by_name(name, parameter):
     for value in (value for value in VALUES if not fits(value, parameter.annotation)):
         with pytest.raises(ConfigError, match=parameter.name):
             getattr(tasks, name)(**{**GIVEN.get(name, {}), parameter.name: value})
+
+
+def test_digits_and_places_come_in_any_sequence(tmp_path):
+    assert DigitsDataModule(digits=range(3)).digits == [0, 1, 2]
+    scenes = DigitScenesDataModule(range(1, 3), canvas=32, train_scenes=1, val_scenes=2, test_scenes=0)
+    scenes.setup("fit")
+    task = SemanticSegmentationTask(replace(tiny_segformer(), num_classes=3))
+    assert draw_predictions(task, scenes.val_dataloader(), range(2), tmp_path / "masks.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DigitPicturesDataModule("digits", digit=11), "^digit is a digit, a whole number from 0 to 9, not 11"),
+        (lambda: DigitScenesDataModule(digit_sizes=12), "^digit_sizes is the smallest and the largest side in pixels"),
+        (lambda: DigitScenesDataModule(digit_sizes=(0, 9)), "^digit_sizes is a whole number of at least 1, not 0"),
+        (lambda: warmup_cosine(3, 4), "^optimizer is 3. It has to be of the class Optimizer"),
+    ],
+    ids=["digit", "one side", "no side", "optimizer"],
+)
+def test_messages_say_what_an_argument_is(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
