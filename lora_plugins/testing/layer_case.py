@@ -88,7 +88,10 @@ class LayerCase:
         if not parameters or any(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in parameters):
             return ()
         with own_randomness(0):
-            return tuple(self.inputs(layer))
+            made = self.inputs(layer)
+        by_name = isinstance(made, Mapping)
+        require(by_name, "the layer takes keywords alone, and its inputs have no names; give them in a dictionary")
+        return tuple(made)
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
         """Makes inputs in the type of a layer, the same for the same seed."""

@@ -132,6 +132,12 @@ def test_a_layer_of_keywords_alone_is_checked():
         check_layer_plugin(DropsEverything(), ByKeyword, by_keyword)
 
 
+@pytest.mark.parametrize("inputs", [torch.ones(5, 4), (torch.ones(5, 4),)], ids=["tensor", "tuple"])
+def test_inputs_of_a_layer_of_keywords_alone_need_names(inputs):
+    with pytest.raises(CheckError, match="takes keywords alone, and its inputs have no names; give them in a dict"):
+        check_layer_plugin(ByKeywordPlugin(), ByKeyword, lambda layer: inputs)
+
+
 class Counting(nn.Module):
     """A frozen layer with a normalization in it, which counts its calls and gives its output last."""
 
