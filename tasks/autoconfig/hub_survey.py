@@ -73,7 +73,10 @@ def _of_labels(found: "HubDataset", image: str, flags: Flags) -> Survey:
         raise DataError(f"{found.name} has the columns {listing(found.features)}, and none of labels, such as 'label'.")
     values, problems = found.labels(TRAIN, column)
     if problems:
-        raise DataError(f"{len(problems)} of {len(values)} rows have no label:\n{listed(problems)}")
+        raise DataError(
+            f"{len(problems)} of {len(values)} rows have no label:\n{listed(problems)}\nTake them out of the data set; "
+            "or run `fit` with a configuration that says on_problem: skip of the data, which leaves them out."
+        )
     labels = Counter(values)
     names: Sequence[Any] = getattr(found.features[column], "names", None) or sorted(labels)
     if len(labels) < 2:

@@ -64,9 +64,10 @@ class HubDataset:
 
     def labels(self, split: str, column: str) -> tuple[list[Any], list[str]]:
         """The labels of a split, None for those that are none, and what is wrong with these."""
-        labels = [label if _is_label(label) else None for label in self.tables[split][column]]
-        wrong = [(row, self.tables[split][row][column]) for row, label in enumerate(labels) if label is None]
-        return labels, [f"{self.item(split, row, None).name} has {value!r} as its {column}" for row, value in wrong]
+        values = list(self.tables[split][column])
+        labels = [value if _is_label(value) else None for value in values]
+        rows = [(self.item(split, row, None), value) for row, value in enumerate(values) if not _is_label(value)]
+        return labels, [f"{row.name} has {value!r} as its {column}" for row, value in rows]
 
     def items(self, split: str, targets: Sequence[Any]) -> list[Item]:
         """The rows of a split as samples that are not read yet."""
