@@ -27,7 +27,7 @@ _TYPES: Mapping[str, str] = {
 }
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
-"""Is in what torch says where the memory of a CPU is too small, in an error of no class of its own."""
+"""Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
 
 
 def explained(message: str, flags: Iterable[str] = ()) -> str:
@@ -60,8 +60,9 @@ def explained_run() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and _OF_THE_CPU not in str(error):
             raise
+        said = (str(error).partition(_OF_THE_CPU)[2] or str(error)).partition(". ")[0]
         raise ConfigError(
-            f"The memory of the device is too small: {str(error).partition('. ')[0]}. Take a smaller --batch-size, "
+            f"The memory of the device is too small{': ' if said else ''}{said}. Take a smaller --batch-size, "
             "--trainer.precision bf16-mixed, smaller images, or --model.init_args.gradient_checkpointing true."
         ) from error
 

@@ -7,9 +7,23 @@ from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.explained import explained_run
 
 
-def test_too_little_memory_of_a_cpu_is_one_message_with_what_to_take():
-    with pytest.raises(ConfigError, match=r"memory of the device is too small.*--batch-size"), explained_run():
-        torch.empty(2**60, dtype=torch.uint8)
+def of_torch():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def of_python():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [(of_torch, r": can't allocate memory: you tried to allocate \d+ bytes"), (of_python, "")],
+    ids=["torch", "Python"],
+)
+def test_too_little_memory_of_a_cpu_is_one_message_with_what_to_take(run, said):
+    match = rf"memory of the device is too small{said}\. Take a smaller --batch-size"
+    with pytest.raises(ConfigError, match=match), explained_run():
+        run()
 
 
 def test_other_errors_pass():
