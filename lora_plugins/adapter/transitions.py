@@ -37,6 +37,7 @@ from lora_plugins.inplace import (
     own_tensor,
     put_stored,
     strip_adapters,
+    unwrapped,
     watch_loading,
 )
 from lora_plugins.plan import Plan
@@ -130,7 +131,7 @@ def add(
         put_stored(*holder_of(model, name), weight)
     with without_collection():
         attach(model, plan, adapter, content)
-    watch_loading(model, accept_base_of_part)
+    watch_loading(unwrapped(model), accept_base_of_part)
     recipes = {key: dict(tensors.recipe) for key, tensors in content.items()}
     state.adapters[adapter] = Adapter(plan, recipes, base=base)
     state.values.claim(model, adapter, own)

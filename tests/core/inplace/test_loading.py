@@ -158,6 +158,14 @@ def test_parts_of_a_later_adapter_take_their_base():
         assert torch.equal(lora.model[1].weight, other[1].weight)
 
 
+def test_parts_know_the_model_and_not_what_is_around_it():
+    model, other = model_of(), model_of(1)
+    LoraModel(torch.compile(model, backend="eager"), LoraConfig(r=2, target_modules=["0.0"]))
+    for each in (model, copy.deepcopy(model)):
+        each[0].load_state_dict(other[0].state_dict())
+        assert torch.equal(each[0](X), other[0](X))
+
+
 FIELDS = {"bias": ({"bias": "all"}, "0.0.bias"), "head": ({"modules_to_save": ["0.2"]}, "0.2.weight")}
 
 
