@@ -42,25 +42,38 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
             f"Adapters have their own values of what {listing(shared)} holds, beside updates that go in by rows. Run "
             "one batch for each adapter, with set_adapter."
         )
+    layers = adapted_layers(model)
+    every = [planned for layer in layers.values() for planned in layer_state(layer).adapters.values()]
+    tied = {tie.layer: planned.name for planned in every for tie in planned.ties}
     unable: dict[str, dict[str, None]] = {}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in layers.items():
         planned = layer_state(layer).adapters
         for adapter in (each for each in names if each in planned):
-            if problem := _problem(planned[adapter], layer):
+            if problem := _problem(planned[adapter], layer, tied.get(name)):
                 unable.setdefault(problem, {})[name] = None
     if unable:
-        problems = "; ".join(f"{listing(layers)}: {problem}" for problem, layers in unable.items())
+        problems = "; ".join(f"{listing(those)}: {problem}" for problem, those in unable.items())
         raise StateError(
             f"These layers cannot mix adapters in one batch: {problems}. Run one batch for each adapter, with "
             "set_adapter."
         )
 
 
-def _problem(planned: PlannedLayer, layer: nn.Module) -> str:
-    """Returns why the rows of a batch cannot have adapters of their own on a layer; empty if they can."""
+def _problem(planned: PlannedLayer, layer: nn.Module, owner: str | None) -> str:
+    """Returns why the rows of a batch cannot have adapters of their own on a layer; empty if they can.
+
+    Args:
+        planned: What one of the adapters does there.
+        layer: The layer.
+        owner: The layer whose adapter it shares, as it shares its weight; None if it has its own.
+    """
     plugin, variant = planned.plugin, planned.variant
+    if owner is not None:
+        return f"it shares the weight of {owner!r}"
     if type(plugin).mixed is LayerPlugin.mixed:
         return f"the plugin {plugin.name!r} has no branch for that"
+    if variant is not None and variant.rescales_rows and plugin.branch_takes_rescaling and not planned.rescales:
+        return f"the variant {variant.name!r} covers a part of its weight alone"
     if variant is not None and not planned.rescales:
         return f"the plugin {plugin.name!r} has no branch for the variant {variant.name!r}"
     if planned.branch_use == "never":

@@ -326,10 +326,20 @@ def test_a_layer_without_a_branch_is_refused():
     refused(lora, "'1': the plugin 'conv_transpose1d' has no branch for that")
 
 
+class OfOneWeight(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+
 UNABLE = {
     "positions_first": (lambda: nn.Sequential(Attends(batch_first=False)), "'0.own': with batch_first=False"),
     "widths": (lambda: nn.Sequential(Attends(kdim=6)), "'0.own': 'multihead_attention' layers have updates of several"),
     "max_norm": (lambda: nn.Sequential(nn.Embedding(9, 6, max_norm=1.0)), "'0': max_norm holds for the rows"),
+    "tied": (lambda: nn.Sequential(OfOneWeight()), "'0.second': it shares the weight of '0.first'"),
     "subclass": (lambda: nn.Sequential(Scaled(6, 6)), "'0': the plugin 'linear' has no branch for the class Scaled"),
 }
 
