@@ -79,7 +79,7 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         else:
             projected = _separate(layer, base, terms, inputs)
         output, weights = _attend(layer, projected, *args, **kwargs)
-        return layer.out_proj(output), weights
+        return _project(layer, output), weights
 
     def mixed(
         self,
@@ -98,13 +98,19 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         weight, bias = base["in_proj_weight"], layer.in_proj_bias
         projected = _thirds_of(layer, (query, key, value), lambda x: mixed_product(x, weight, bias, adapters))
         output, weights = _attend(layer, projected, *args, **kwargs)
-        return layer.out_proj(output), weights
+        return _project(layer, output), weights
 
     def mixing_problem(self, layer: nn.MultiheadAttention) -> str:
         """The batch has to come first, and one weight has to project all three."""
         if not layer.batch_first:
             return "with batch_first=False, the first dimension is no batch"
         return "" if layer._qkv_same_embed_dim else "query, key and value have a weight each"
+
+
+def _project(layer: nn.MultiheadAttention, output: Tensor) -> Tensor:
+    """Projects the output by what its projection computes; hooks of that are not run, as torch reads its weight."""
+    projected: Tensor = layer.out_proj.forward(output)
+    return projected
 
 
 def _thirds_of(

@@ -88,6 +88,13 @@ class TestDropout:
         assert outputs.std(0).min() > 0
         assert (outputs.mean(0) - exact).abs().max() < 5 * outputs.std(0).max() / 4000**0.5
 
+    def test_hooks_of_the_output_projection_are_not_run(self):
+        """As torch does not call it."""
+        attention, _ = self.make(BARELY)
+        attention.out_proj.register_forward_hook(lambda *_: 1 / 0)
+        x = self.inputs()[0]
+        torch.testing.assert_close(attention(x, x, x)[0], attention.eval()(x, x, x)[0], **NEAR)
+
     @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
     def test_an_encoder_trains_with_it(self, causal):
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
