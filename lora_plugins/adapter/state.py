@@ -119,7 +119,8 @@ class ModelState:
     @property
     def unmerged(self) -> tuple[str, ...]:
         """The active adapters whose update is not in the weights."""
-        return tuple(name for name in self.active if name not in self.merged)
+        # A list: asked before each forward, where compilers may look at every frame, and trace none of a generator.
+        return tuple([name for name in self.active if name not in self.merged])
 
     @property
     def acting(self) -> Block:

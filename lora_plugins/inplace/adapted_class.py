@@ -208,6 +208,7 @@ def _forward(
 ) -> Any:
     names, order, own = positional_names(base), [*inspect.signature(base.forward).parameters], own or base.forward
 
+    @functools.wraps(own)  # others ask for its signature
     def forward(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         state = state_of(layer)
         if state is None:  # it was unloaded after a hook of others had kept this method

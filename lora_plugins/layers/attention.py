@@ -4,6 +4,7 @@ Its output projection is a Linear child of its own and is adapted as one: the at
 which answers with the updated weight. Where dropout acts, it is called instead.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -108,20 +109,31 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
 
 
 def _project(layer: nn.MultiheadAttention, output: Tensor) -> Tensor:
-    """Projects the output by what its projection computes; hooks of that are not run, as torch reads its weight."""
-    projected: Tensor = layer.out_proj.forward(output)
-    return projected
+    """Projects the output as torch does, by the weight of a layer whose hooks and own forward do not count.
+
+    Where its forward is that of a linear layer, it is called, for dropout and rows with adapters of their own.
+    """
+    linear: Any = layer.out_proj
+    if _is_plain(type(linear)):
+        projected: Tensor = linear.forward(output)
+        return projected
+    return F.linear(output, linear.weight, linear.bias)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_plain(cls: type) -> bool:
+    """Whether a class, or the one that an adapted layer's was generated from, has the forward of a linear layer."""
+    return inspect.unwrap(cls.forward) is nn.Linear.forward  # type: ignore[attr-defined]
 
 
 def _thirds_of(
     layer: nn.MultiheadAttention, inputs: Sequence[Tensor], project: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """Projects to all three at once, an input that is given more than once only once, and takes the part of each."""
-    found: list[tuple[Tensor, Tensor]] = []
+    outputs: list[Tensor] = []
     for x in inputs:
-        if not any(x is seen for seen, _ in found):
-            found.append((x, project(x)))
-    outputs = [next(y for seen, y in found if seen is x) for x in inputs]
+        same = [y for other, y in zip(inputs, outputs, strict=False) if other is x]
+        outputs.append(same[0] if same else project(x))
     return [y.narrow(-1, i * layer.embed_dim, layer.embed_dim) for i, y in enumerate(outputs)]
 
 

@@ -1,5 +1,6 @@
 """Multi-head attention: the law through its own forward, which never calls its projections."""
 
+import contextlib
 import copy
 
 import pytest
@@ -205,3 +206,23 @@ def test_parts_of_an_attention_are_not_asked_of_its_output_projection():
     config = LoraConfig(r=2, target_modules=["mha", "mha.out_proj"], fused_parts={"mha": ["q", "v"]})
     found = {layer.name: [slot.part for slot in layer.slots] for layer in LoraModel.plan(model, config).layers}
     assert found == {"mha": ["q", "v"], "mha.out_proj": [""]}
+
+
+class Sevenfold(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """An output projection with a forward, which no attention calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 7 * super().forward(x)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["dropout", "mixed"])
+def test_a_forward_of_the_output_projection_is_not_called(mixed):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, batch_first=True)}).double()
+    model["mha"].out_proj = Sevenfold(8, 8).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    lora = adapt(model, target_modules=["mha"], dropout=0.0 if mixed else BARELY)
+    expected = model.eval()["mha"](x, x, x)[0]
+    with lora.mixed_batch(["default", "default"]) if mixed else contextlib.nullcontext():
+        found = model.train(not mixed)["mha"](x, x, x)[0]
+    torch.testing.assert_close(found, expected, **NEAR)
