@@ -58,6 +58,13 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             self._starting.enter_context(without_collections())
             super().__init__(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoraCLI":
+        """Returns itself: a copy of a module refers to it where the configuration gives classes to call later.
+
+        With it, the trainer would be copied, which cannot be once it has started other processes.
+        """
+        return self
+
     def instantiate_classes(self) -> None:
         """Builds trainer, model and data, after which garbage is collected again."""
         super().instantiate_classes()

@@ -1,9 +1,13 @@
 """Small LightningModules, written without any thought of LoRA, their data, and a quiet Trainer."""
 
+from collections.abc import Callable
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import LoraConfig
@@ -57,6 +61,14 @@ BASE = set(Classifier().state_dict())
 def lora(config=CONFIG, **options) -> LoraCallback:
     """A callback that leaves the adapter on the module when fit ends."""
     return LoraCallback(config, **{"merge_on_fit_end": False, **options})
+
+
+class Scheduled(Classifier):
+    """Is told how to make its scheduler."""
+
+    def __init__(self, scheduler: Callable[[Optimizer], LRScheduler]) -> None:
+        super().__init__()
+        self.scheduler = scheduler
 
 
 class SavesItself(Classifier):

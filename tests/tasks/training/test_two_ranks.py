@@ -14,16 +14,22 @@ from lora_plugins.integrations.lightning import load_from_checkpoint
 from lora_plugins.tasks import DigitsDataModule, ImageClassificationTask
 from lora_plugins.tasks.data import Batch
 
+# A port can be taken by another test that starts processes at the same time.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-@pytest.mark.slow  # its port can be taken by another test that starts processes at the same time
-@pytest.mark.timeout(300)
-def test_losses_and_metrics_are_of_all_processes(tmp_path):
-    trainer = {"max_epochs": 1, "limit_train_batches": 3, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
-    flags = [part for name, value in trainer.items() for part in (f"--trainer.{name}", str(value))]
-    command = [sys.executable, "-m", "lora_plugins", "fit", "--config", "recipe:cls", *flags]
+
+def fit(folder, *flags):
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    given = [part for name, value in trainer.items() for part in (f"--trainer.{name}", str(value))]
+    command = [sys.executable, "-m", "lora_plugins", "fit", "--config", "recipe:cls", *given, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done, json.loads((folder / "runs/cls/report.json").read_text())
+
+
+def test_losses_and_metrics_are_of_all_processes(tmp_path):
+    done, report = fit(tmp_path, "--trainer.limit_train_batches", "3")
     assert "sync_dist" not in done.stderr
     assert "Saved:" in done.stdout
     (checkpoint,) = tmp_path.glob("runs/cls/logs/*/checkpoints/*.ckpt")
@@ -37,6 +43,12 @@ def test_losses_and_metrics_are_of_all_processes(tmp_path):
         images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
     with torch.no_grad():
         logits = task(images)
-    told = json.loads((tmp_path / "runs/cls/report.json").read_text())["metrics"]
+    told = report["metrics"]
     assert told["loss"]["after"] == pytest.approx(float(cross_entropy(logits, targets)), rel=1e-5)
     assert told["accuracy"]["after"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()), rel=1e-6)
+
+
+def test_an_average_is_trained_by_a_scheduler_of_the_configuration(tmp_path):
+    _, report = fit(tmp_path, "--trainer.limit_train_batches", "3", "--model.init_args.ema", "0.9")
+    assert report["facts"]["Training"]["moving average"] == "0.9"
+    assert report["facts"]["Training"]["schedule"] == "CosineAnnealingLR"

@@ -1,9 +1,11 @@
 """The commands of LightningCLI, with the sections `lora:` and `lora_callback:`; most run in this process."""
 
+import copy
 import gc
 import inspect
 import re
 import sys
+import threading
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +30,14 @@ pytestmark = [
 
 # The oldest release that we allow names a section's type where a wrong value or a comment is meant.
 since_4_49 = pytest.mark.skipif(Version(jsonargparse.__version__) < Version("4.49"), reason="words of jsonargparse")
+
+
+def test_a_copy_of_a_module_that_calls_classes_later_has_no_copy_of_the_trainer(config, monkeypatch):
+    later = {"scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}}
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    cli = LoraCLI(args=["--config", config(model={"class_path": f"{TOYS}.Scheduled", "init_args": later})], run=False)
+    cli.trainer.callbacks[-1].lock = threading.Lock()  # which cannot be copied, as processes that it has started
+    assert not differing(values(copy.deepcopy(cli.model)), values(cli.model))
 
 
 class TestFit:
