@@ -1,5 +1,6 @@
 """The data module that all data modules here inherit from."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, cast
@@ -106,7 +107,8 @@ class VisionDataModule(LightningDataModule):
 
     def _sampling(self) -> dict[str, Any]:
         size = len(cast(Any, self.splits[TRAIN]))
-        drop = {"drop_last": size > self.batch_size and size % self.batch_size == 1}
+        share = math.ceil(size / (self.trainer.world_size if self.trainer is not None else 1))  # of each process
+        drop = {"drop_last": share > self.batch_size and share % self.batch_size == 1}
         if self.sampler == SHUFFLE:
             return {"shuffle": True, **drop}
         labels = list(self.targets(TRAIN))

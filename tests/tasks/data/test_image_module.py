@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from lora_plugins import ConfigError
@@ -109,3 +110,9 @@ class TestSampling:
     def test_a_last_batch_of_one_is_left_out(self, class_folders):
         data = loaded(ImageFolderDataModule(str(class_folders), batch_size=7, **SIZE))
         assert [len(Batch.read(batch).images) for batch in data.train_dataloader()] == [7]
+
+    @pytest.mark.parametrize(("batch_size", "dropped"), [(3, True), (7, False)])
+    def test_it_is_told_by_the_samples_of_one_process(self, class_folders, batch_size, dropped):
+        data = ImageFolderDataModule(str(class_folders), batch_size=batch_size, **SIZE)
+        data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)  # each has 4 of 8
+        assert loaded(data).train_dataloader().drop_last is dropped
