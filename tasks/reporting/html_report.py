@@ -136,7 +136,9 @@ class HtmlReport(Callback):
             self._counts += torch.bincount(counted.flatten(), minlength=len(self._counts)).cpu()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Records the time of the epoch, with its validation."""
+        """Records the time of the epoch, with its validation, and the labels that all processes saw in the first."""
+        if self._counts is not None and not self._seconds:
+            self._counts = trainer.strategy.reduce(self._counts.to(pl_module.device), reduce_op="sum").cpu()
         self._seconds.append(time.perf_counter() - self._epoch_start)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -66,7 +66,9 @@ def training_facts(trainer: Trainer, task: VisionTask) -> Facts:
         "weight decay": ", ".join(dict.fromkeys(f"{group.get('weight_decay', 0):g}" for group in groups)),
         "schedule": ", ".join(schedulers) or "constant",
         "loss": str(task.hparams["loss"]),
-        "batch size": f"{_batch_size(trainer, data)}" + (f", {accumulate} batches a step" if accumulate > 1 else ""),
+        "batch size": f"{_batch_size(trainer, data)}"
+        + (f" in each of {trainer.world_size} processes" if trainer.world_size > 1 else "")
+        + (f", {accumulate} batches a step" if accumulate > 1 else ""),
         "gradients clipped at": f"{trainer.gradient_clip_val:g}" if trainer.gradient_clip_val else "",
         "moving average": f"{task.ema:g}" if task.ema else "",
         "precision": str(trainer.precision),

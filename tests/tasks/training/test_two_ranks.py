@@ -52,3 +52,12 @@ def test_an_average_is_trained_by_a_scheduler_of_the_configuration(tmp_path):
     _, report = fit(tmp_path, "--trainer.limit_train_batches", "3", "--model.init_args.ema", "0.9")
     assert report["facts"]["Training"]["moving average"] == "0.9"
     assert report["facts"]["Training"]["schedule"] == "CosineAnnealingLR"
+
+
+def test_report_counts_what_all_processes_train_on(tmp_path):
+    _, report = fit(tmp_path)
+    data = DigitsDataModule(digits=[4, 5, 6, 7, 8, 9], quarter_turns=1)
+    data.prepare_data()
+    data.setup("fit")
+    assert [each["train"] for each in report["classes"]] == data.class_counts().tolist()
+    assert report["facts"]["Training"]["batch size"] == "16 in each of 2 processes"
