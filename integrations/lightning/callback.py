@@ -641,7 +641,7 @@ def places_of_results(trainer: Trainer) -> list[str]:
 
 def _load_best(trainer: Trainer, module: LightningModule) -> None:
     """Loads the best checkpoint into the module; without one, the last weights stay."""
-    path = best_checkpoint(trainer)
+    path = trainer.strategy.broadcast(best_checkpoint(trainer))  # a monitored metric may differ between processes
     if path:
         checkpoint = CheckpointShims.load_own(trainer, path)
         module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter

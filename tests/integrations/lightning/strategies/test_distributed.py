@@ -62,6 +62,14 @@ def test_inits_that_learn_from_data_agree_on_all_ranks(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_ranks_have_the_best_weights_of_the_first(tmp_path):
+    launch("best", tmp_path)
+    first, second = dump(tmp_path, "best-state", 0), dump(tmp_path, "best-state", 1)
+    assert not differing(first, second)
+    assert differing(first, dump(tmp_path, "best", 0))  # the last ones
+
+
+@pytest.mark.slow
 def test_ddp_names_what_is_unused(tmp_path):
     error = launch("unused", tmp_path, code=1)
     assert "spare" in error
