@@ -91,13 +91,12 @@ class SamplePictures(Callback):
             self._add(trainer, task, BEFORE)
         self._start = time.perf_counter()
 
-    @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Samples, and records the losses of the epoch."""
+        """Samples, and records the losses of the epoch, for which all processes ask each other."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("train/"):
                 self._losses.setdefault(name, []).append((trainer.current_epoch, float(value)))
-        if (trainer.current_epoch + 1) % self.every == 0:
+        if trainer.is_global_zero and (trainer.current_epoch + 1) % self.every == 0:
             self._add(trainer, cast(TextToImageTask, pl_module), f"epoch {trainer.current_epoch + 1}")
 
     @rank_zero_only

@@ -14,6 +14,7 @@ from lora_plugins.tasks import ClassPictures, PicturesDataModule, SamplePictures
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
+warnings.filterwarnings("default", message=".*sync_dist")
 SAMPLING = Sampling(steps=1, guidance=1.0, height=16, width=16)
 
 
@@ -34,6 +35,13 @@ class Dump(Callback):
         )
 
 
+class AsksTheOthers(Callback):
+    """Adds up a number of each rank after each epoch, as other callbacks may."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        assert trainer.strategy.reduce(torch.tensor(trainer.global_rank + 1.0), reduce_op="sum") == 3
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     seed_everything(0, verbose=False)
@@ -44,6 +52,7 @@ if __name__ == "__main__":
         LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(folder / "adapter")),
         Dump(folder),
         SamplePictures(str(folder / "samples"), ["a sks dog"], 1, SAMPLING),
+        AsksTheOthers(),
     ]
     Trainer(
         max_epochs=2,
