@@ -212,9 +212,13 @@ def learned(folder: Path) -> None:
         torch.distributed.barrier()
 
 
+WIDE = 8192
+"""So many units make a merge that does not fit into a pipe between processes."""
+
+
 def spawned(folder: Path) -> None:
     for merge in (True, False):
-        module = NoNorm()
+        module = NoNorm(width=WIDE, lr=1e-3)
         strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
         saver = ModelCheckpoint(folder, filename=f"spawned-{merge}")
         runs = run(folder, f"spawned-{merge}", strategy, 1, merge_on_fit_end=merge, more=[saver])

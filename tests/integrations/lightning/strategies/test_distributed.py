@@ -14,7 +14,15 @@ from torch.nn.functional import cross_entropy
 from lora_plugins import AdapterFileError, InitData, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.cli import merge_checkpoint
-from tests.integrations.lightning.strategies.distributed_runs import HEADED, LEARNED, FsdpOnCpu, NoNorm, Sharded, whole
+from tests.integrations.lightning.strategies.distributed_runs import (
+    HEADED,
+    LEARNED,
+    WIDE,
+    FsdpOnCpu,
+    NoNorm,
+    Sharded,
+    whole,
+)
 from tests.integrations.lightning.toys import CONFIG, differing, load, loader, trainer, values
 
 
@@ -79,8 +87,8 @@ def test_ddp_names_what_is_unused(tmp_path):
 def test_spawned_processes_bring_the_merged_weights_back(tmp_path):
     said = launch("spawned", tmp_path)
     merged, lost = (torch.load(tmp_path / f"spawned-state-{merge}.pt") for merge in (True, False))
-    assert differing(merged, values(NoNorm())) == {"net.0.weight", "net.3.weight"}
-    assert not differing(lost, values(NoNorm()))
+    assert differing(merged, values(NoNorm(width=WIDE))) == {"net.0.weight", "net.3.weight"}
+    assert not differing(lost, values(NoNorm(width=WIDE)))
     assert "will have no adapter" in said
     found = torch.load(tmp_path / "spawned-found.pt")
     metric = found["checkpoint"][0]["val/loss"]
