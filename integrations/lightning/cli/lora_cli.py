@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -53,7 +54,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         words = given if isinstance(given, list) else sys.argv[1:]
         self._flags = [each for each in words if each.startswith("--") and each.partition("=")[0] != "--config"]
         if isinstance(given, list) and given and given[0] in commands:  # each parser takes time
-            self.subcommands = lambda: {given[0]: commands[given[0]]}  # type: ignore[method-assign]
+            self.subcommands = partial(dict, {given[0]: commands[given[0]]})  # type: ignore[method-assign]
         with ExitStack() as self._starting:
             self._starting.enter_context(without_collections())
             super().__init__(*args, **kwargs)
@@ -73,11 +74,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser that says what is wrong with an argument in one message, without all flags."""
         parser = super().init_parser(**kwargs)
-
-        def error(message: str, *_: Any) -> NoReturn:
-            raise ConfigError(explained(message, [*parser._option_string_actions, *SHORT]))
-
-        parser.error = error  # type: ignore[method-assign, assignment]
+        parser.error = partial(_refuse, parser)  # type: ignore[method-assign]
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -169,6 +166,11 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         trained = [parameter for parameter in lightning_module.parameters() if parameter.requires_grad]
         optimizer.param_groups[0]["params"][:] = trained
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+
+def _refuse(parser: LightningArgumentParser, message: str, *_: Any) -> NoReturn:
+    """Raises what is wrong; a function of the module, which processes that are spawned are given with the parser."""
+    raise ConfigError(explained(message, [*parser._option_string_actions, *SHORT]))
 
 
 class PlanCLI(LoraCLI):

@@ -61,3 +61,9 @@ def test_report_counts_what_all_processes_train_on(tmp_path):
     data.setup("fit")
     assert [each["train"] for each in report["classes"]] == data.class_counts().tolist()
     assert report["facts"]["Training"]["batch size"] == "16 in each of 2 processes"
+
+
+def test_processes_can_be_spawned(tmp_path):
+    done, report = fit(tmp_path, "--trainer.strategy", "ddp_spawn", "--trainer.limit_train_batches", "3")
+    assert report["facts"]["Environment"]["device"].startswith("2 x")
+    assert "Saved:" in done.stdout
