@@ -270,13 +270,13 @@ class TextToImageTask(LoraCheckpointMixin):
         )
         errors = (predicted.float() - noised.target).square().flatten(1).mean(1) * noised.weights
         loss = errors[~batch.is_class].mean()
-        once: dict[str, Any] = {"batch_size": len(errors), "on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("train/subject_loss", loss, **once)
+        once: dict[str, Any] = {"batch_size": len(errors), "on_step": False, "on_epoch": True}
+        self.log("train/subject_loss", loss, sync_dist=True, **once)
         if bool(batch.is_class.any()):
             prior = errors[batch.is_class].mean()
-            self.log("train/class_loss", prior, **once)
+            self.log("train/class_loss", prior, **once)  # of one process: another may have no such picture
             loss = loss + self.prior_weight * prior
-        self.log("train/loss", loss, prog_bar=True, **once)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, **once)
         return loss
 
     @torch.no_grad()
