@@ -406,7 +406,8 @@ class LoraCallback(Callback):
             StateError: If there was not one batch to train on, and no limit of the trainer asks for that.
         """
         none_wanted = 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
-        if self._audit is None and trainer.global_step == 0 and not none_wanted:  # a resumed run may be over already
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # those before a resumed run, too
+        if not batches and not none_wanted:
             raise StateError(_NOTHING_TRAINED)
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
