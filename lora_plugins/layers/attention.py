@@ -4,7 +4,6 @@ Its output projection is a Linear child of its own and is adapted as one: the at
 which answers with the updated weight. Where dropout acts, it is called instead.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -120,10 +119,12 @@ def _project(layer: nn.MultiheadAttention, output: Tensor) -> Tensor:
     return F.linear(output, linear.weight, linear.bias)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_plain(cls: type) -> bool:
+def _is_plain(cls: Any) -> bool:
     """Whether a class, or the one that an adapted layer's was generated from, has the forward of a linear layer."""
-    return inspect.unwrap(cls.forward) is nn.Linear.forward  # type: ignore[attr-defined]
+    forward = cls.forward
+    while hasattr(forward, "__wrapped__"):  # compilers do not follow inspect.unwrap
+        forward = forward.__wrapped__
+    return forward is nn.Linear.forward
 
 
 def _thirds_of(
