@@ -363,7 +363,8 @@ class TestRandomDamage:
         content = bytearray(tensor_file(saved[0]).read_bytes())
         (header,) = struct.unpack("<Q", content[:8])
         start = data.draw(st.integers(0, header + 7))
-        content[start : start + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        end = min(start + data.draw(st.integers(0, 4)), header + 8)  # behind it are values, which may be any
+        content[start:end] = data.draw(st.binary(max_size=4))
         manifest = manifest_of(saved[0])
         (folder / manifest["file"]).write_bytes(content)
         write_manifest(folder, {**manifest, "sha256": hashlib.sha256(content).hexdigest()})
