@@ -1,5 +1,6 @@
 """Different adapters for different rows of one batch."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
@@ -43,33 +44,32 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
             "one batch for each adapter, with set_adapter."
         )
     layers = adapted_layers(model)
-    every = [planned for layer in layers.values() for planned in layer_state(layer).adapters.values()]
-    tied = {tie.layer: planned.name for planned in every for tie in planned.ties}
-    unable: dict[str, dict[str, None]] = {}
-    for name, layer in layers.items():
-        planned = layer_state(layer).adapters
-        for adapter in (each for each in names if each in planned):
-            if problem := _problem(planned[adapter], layer, tied.get(name)):
-                unable.setdefault(problem, {})[name] = None
-    if unable:
-        problems = "; ".join(f"{listing(those)}: {problem}" for problem, those in unable.items())
+    problems = [
+        (name, problem)
+        for name, layer in layers.items()
+        for adapter in names
+        if (planned := layer_state(layer).adapters.get(adapter)) and (problem := _problem(planned, layer))
+    ]
+    if problems:
+        owners, unable = _owners(layers, names), dict[str, dict[str, None]]()
+        for name, problem in problems:
+            reason = f"it shares the weight of {owners[name]!r}" if name in owners else problem
+            unable.setdefault(reason, {})[name] = None
+        told = "; ".join(f"{listing(those)}: {reason}" for reason, those in unable.items())
         raise StateError(
-            f"These layers cannot mix adapters in one batch: {problems}. Run one batch for each adapter, with "
-            "set_adapter."
+            f"These layers cannot mix adapters in one batch: {told}. Run one batch for each adapter, with set_adapter."
         )
 
 
-def _problem(planned: PlannedLayer, layer: nn.Module, owner: str | None) -> str:
-    """Returns why the rows of a batch cannot have adapters of their own on a layer; empty if they can.
+def _owners(layers: Mapping[str, nn.Module], names: tuple[str, ...]) -> dict[str, str]:
+    """Returns the layers that share the weight of another one, whose adapter is theirs too, each with that."""
+    every = [layer_state(layer).adapters.get(name) for layer in layers.values() for name in names]
+    return {tie.layer: planned.name for planned in every if planned for tie in planned.ties}
 
-    Args:
-        planned: What one of the adapters does there.
-        layer: The layer.
-        owner: The layer whose adapter it shares, as it shares its weight; None if it has its own.
-    """
+
+def _problem(planned: PlannedLayer, layer: nn.Module) -> str:
+    """Returns why the rows of a batch cannot have adapters of their own on a layer; empty if they can."""
     plugin, variant = planned.plugin, planned.variant
-    if owner is not None:
-        return f"it shares the weight of {owner!r}"
     if type(plugin).mixed is LayerPlugin.mixed:
         return f"the plugin {plugin.name!r} has no branch for that"
     if variant is not None and variant.rescales_rows and plugin.branch_takes_rescaling and not planned.rescales:
