@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import Check, check_count, shown, whole_from
+from lora_plugins.field_checks import Check, check_count, check_name, shown, whole_from
 
 
 def check_size(name: str, value: Any) -> None:
@@ -44,6 +44,12 @@ def check_paths(name: str, value: Any) -> None:
             raise ConfigError(f"{name} is {shown(value)}. It is a path, or a list of paths.")
 
 
+def check_columns(**columns: Any) -> None:
+    """Names of columns, by argument."""
+    for argument, column in columns.items():
+        check_name(argument, column)
+
+
 def check_digit(name: str, value: Any) -> None:
     """A digit."""
     if not _is_digit(value):
@@ -69,7 +75,7 @@ def check_sides(name: str, value: Any) -> None:
 
 def check_indices(name: str, value: Any) -> None:
     """Places in a data set."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+    if not _is_list(value):
         raise ConfigError(f"{name} is a list of whole numbers, not {shown(value)}.")
     for index in value:
         whole_from(0)(name, index)
@@ -87,7 +93,11 @@ def instance_of(kind: type) -> Check:
 
 def _members(value: Any) -> Sequence[Any]:
     """What a list or another sequence holds; nothing for everything else."""
-    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
+    return value if _is_list(value) else ()
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _is_digit(value: Any) -> bool:

@@ -32,9 +32,17 @@ def rescaled_weight(
         factors: What the rows are multiplied by.
         scaling: Factor of `B A`.
     """
+    direction, found = direction_and_factors(weight, A, B, own, factors, scaling)
+    return found[:, None] * direction
+
+
+def direction_and_factors(
+    weight: Tensor, A: Tensor, B: Tensor, own: Sequence[Tensor], factors: RowFactors, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Returns `W + scaling · B A`, `(out, in)`, and `f`, `(out,)`; arguments as those of `rescaled_weight`."""
     wide = common_type(weight.dtype, A.dtype)
     direction = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling)
-    return factors(direction.detach(), *own)[:, None] * direction
+    return direction, factors(direction.detach(), *own)
 
 
 @operation

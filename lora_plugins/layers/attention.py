@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention`: the projections of query, key and value that it keeps as bare weights.
 
 Its output projection is a Linear child of its own and is adapted as one: the attention reads `out_proj.weight`,
-which answers with the updated weight. Where dropout acts, it is called instead.
+which answers with the updated weight. Where dropout acts, or rows have adapters of their own, it is called.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.kernels import rescaled_weight
-from lora_plugins.plugins import (
-    BranchUse,
-    ColumnMajorPlugin,
-    LazyWeights,
-    Rescaling,
-    StackedAdapters,
-    Term,
-    add_delta,
-)
-from lora_plugins.utils import common_type, in_full
+from lora_plugins.kernels import direction_and_factors, rescaled_weight
+from lora_plugins.plugins import BranchUse, ColumnMajorPlugin, LazyWeights, Rescaling, StackedAdapters, Term, add_delta
+from lora_plugins.utils import in_full
 
 
 class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
@@ -96,7 +88,6 @@ def _update_rows(term: Term, input: Tensor) -> Tensor:
 def _rescaled_rows(weight: Tensor, term: Term, rescaling: Rescaling, rows: Tensor, input: Tensor) -> Tensor:
     """Adds an update to rows that were looked up, and rescales their sum by factors of the whole updated weight."""
     with in_full(rows):
-        wide = common_type(rows.dtype, term.A.dtype)
-        direction = torch.addmm(weight.to(wide), term.B.to(wide), term.A.to(wide), alpha=term.scaling)
-        factors = rescaling.factors(direction.detach(), *rescaling.own)
-        return (factors * (rows.to(wide) + _update_rows(term, input))).to(rows.dtype)
+        own, scaling = rescaling.own, term.scaling
+        direction, factors = direction_and_factors(weight, term.A, term.B, own, rescaling.factors, scaling)
+        return (factors * (rows.to(direction.dtype) + _update_rows(term, input))).to(rows.dtype)

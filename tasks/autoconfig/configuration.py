@@ -9,7 +9,7 @@ from typing import Any
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import AUTO, RECIPES, Recipe
-from lora_plugins.tasks.files import TRAIN, VAL
+from lora_plugins.tasks.files import TRAIN, VAL, leaves_one
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
 STEPS = 4
@@ -104,7 +104,8 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found)}"
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
     images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
-    steps = _steps(found.counts[TRAIN], data["batch_size"])
+    samples, batch = found.counts[TRAIN], data["batch_size"]
+    steps = math.ceil(samples / batch) - leaves_one(samples, batch)
     where = f"{device_of(trainer['accelerator'])}, {trainer['precision']}"
     return [
         ("task", f"{found.task}: {found.found}", "--masks"),
@@ -130,11 +131,6 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
             "--epochs --batch-size --lr --device --seed",
         ),
     ]
-
-
-def _steps(images: int, batch: int) -> int:
-    """Steps of an epoch, in which a last batch of a single image is left out."""
-    return math.ceil(images / batch) - (images > batch and images % batch == 1)
 
 
 def _left(paths: Sequence[Path]) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.field_checks import check_fields, check_name
+from lora_plugins.field_checks import check_fields
+from lora_plugins.tasks.argument_checks import check_columns
 from lora_plugins.tasks.data import HUB_CHECKS, HubDataset, ImageDataModule, Item, as_rgb
 
 
@@ -35,8 +36,7 @@ class HubImageDataModule(ImageDataModule):
     ) -> None:
         super().__init__(check_files=check_files, **options)
         check_fields({"name": name, "subset": subset, "splits": splits}, HUB_CHECKS)
-        columns = {"image_column": image_column, "label_column": label_column}
-        check_fields(columns, dict.fromkeys(columns, check_name))
+        check_columns(image_column=image_column, label_column=label_column)
         self.source, self.subset, self.split_names = name, subset, splits
         self.image_column, self.label_column = image_column, label_column
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.field_checks import check_fields, check_name, check_names, optional
-from lora_plugins.tasks.argument_checks import check_path
+from lora_plugins.field_checks import check_names, optional
+from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import ImageDataModule, Item, read_image, read_list, row_split
 from lora_plugins.tasks.errors import unknown
 
@@ -40,8 +40,7 @@ class ImageListDataModule(ImageDataModule):
         optional(check_names)("classes", classes)
         check_path("file", file)
         optional(check_path)("root", root)
-        columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
-        check_fields(columns, dict.fromkeys(columns, check_name))
+        check_columns(image_column=image_column, label_column=label_column, split_column=split_column)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
         self.columns = (image_column, label_column, split_column)

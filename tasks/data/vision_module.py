@@ -14,7 +14,7 @@ from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count, choice_of, whole_from
 from lora_plugins.tasks.data.transforms import Size
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TEST, TRAIN, VAL
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, leaves_one
 
 SHUFFLE, BALANCED = "shuffle", "balanced"
 SAMPLERS = (SHUFFLE, BALANCED)
@@ -108,7 +108,7 @@ class VisionDataModule(LightningDataModule):
     def _sampling(self) -> dict[str, Any]:
         size = len(cast(Any, self.splits[TRAIN]))
         share = math.ceil(size / (self.trainer.world_size if self.trainer is not None else 1))  # of each process
-        drop = {"drop_last": share > self.batch_size and share % self.batch_size == 1}
+        drop = {"drop_last": leaves_one(share, self.batch_size)}
         if self.sampler == SHUFFLE:
             return {"shuffle": True, **drop}
         labels = list(self.targets(TRAIN))

@@ -19,7 +19,7 @@ from lora_plugins.tasks.files.image_io import (
     subfolders,
 )
 from lora_plugins.tasks.files.sample_lists import READERS, read_list, read_text, row_split
-from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out
+from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out, leaves_one
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -36,6 +36,7 @@ __all__ = [
     "decoding",
     "hold_out",
     "image_files",
+    "leaves_one",
     "named_by_text",
     "open_image",
     "read_errors",

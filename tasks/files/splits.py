@@ -22,6 +22,11 @@ def check_shares(val_share: float, test_share: float) -> None:
         raise ConfigError(f"val_share is {val_share} and test_share {test_share}; together they stay below 1.")
 
 
+def leaves_one(samples: int, batch_size: int) -> bool:
+    """Whether the last batch of several would be a single sample, which training leaves out, as norms need two."""
+    return samples > batch_size and samples % batch_size == 1
+
+
 def hold_out(
     samples: Mapping[str, Sequence[Sample]],
     shares: Mapping[str, float],

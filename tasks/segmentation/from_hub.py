@@ -5,7 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.field_checks import check_fields, check_name
+from lora_plugins.field_checks import check_fields
+from lora_plugins.tasks.argument_checks import check_columns
 from lora_plugins.tasks.data import HUB_CHECKS, HubDataset, Item
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
@@ -36,8 +37,7 @@ class HubMaskDataModule(MaskDataModule):
     ) -> None:
         super().__init__(check_files=check_files, **options)
         check_fields({"name": name, "subset": subset, "splits": splits}, HUB_CHECKS)
-        columns = {"image_column": image_column, "mask_column": mask_column}
-        check_fields(columns, dict.fromkeys(columns, check_name))
+        check_columns(image_column=image_column, mask_column=mask_column)
         self.source, self.subset, self.split_names = name, subset, splits
         self.image_column, self.mask_column = image_column, mask_column
 

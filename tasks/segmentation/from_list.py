@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.field_checks import check_fields, check_name, optional
-from lora_plugins.tasks.argument_checks import check_path
+from lora_plugins.field_checks import optional
+from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import Item, open_image, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
@@ -36,8 +36,7 @@ class MaskListDataModule(MaskDataModule):
         super().__init__(**options)
         check_path("file", file)
         optional(check_path)("root", root)
-        columns = {"image_column": image_column, "mask_column": mask_column, "split_column": split_column}
-        check_fields(columns, dict.fromkeys(columns, check_name))
+        check_columns(image_column=image_column, mask_column=mask_column, split_column=split_column)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
         self.columns = (image_column, mask_column, split_column)

@@ -361,8 +361,8 @@ class VisionTask(LoraCheckpointMixin):
         logits = self._logits_told(images, targets)
         loss = self.loss(logits, soft_targets)
         metrics.update(self.preds(logits.detach()), targets)
-        once: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}  # of all processes
-        self.log(f"{stage}/loss", loss, batch_size=len(targets), prog_bar=True, **once)
+        name, size = f"{stage}/loss", len(targets)
+        self.log(name, loss, batch_size=size, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def _logits_told(self, images: Tensor, targets: Tensor) -> Tensor:
