@@ -21,7 +21,16 @@ from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
 from lora_plugins.utils import path_starts
 
 LAYER_TYPES = frozenset(
-    {"linear", "transformers_conv1d", "conv1d", "conv2d", "conv3d", "embedding", "multihead_attention"}
+    {
+        "linear",
+        "transformers_conv1d",
+        "conv1d",
+        "conv2d",
+        "timm_conv2d_same",
+        "conv3d",
+        "embedding",
+        "multihead_attention",
+    }
 )
 """The layer types that other libraries have too."""
 

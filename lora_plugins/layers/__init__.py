@@ -8,6 +8,7 @@ from lora_plugins.layers.conv import (
     ConvTranspose1dPlugin,
     ConvTranspose2dPlugin,
     ConvTranspose3dPlugin,
+    TimmConv2dSamePlugin,
 )
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
@@ -24,6 +25,7 @@ def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
         Conv1dPlugin(),
         Conv2dPlugin(),
         Conv3dPlugin(),
+        TimmConv2dSamePlugin(),
         ConvTranspose1dPlugin(),
         ConvTranspose2dPlugin(),
         ConvTranspose3dPlugin(),

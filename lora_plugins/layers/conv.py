@@ -5,6 +5,7 @@ The update is one kernel in the layout of the layer's own weight, so every optio
 inputs first, so there the matrix is transposed: A is (r, in) and B is (out/groups · k…, r).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -150,6 +151,38 @@ class Conv3dPlugin(_ConvPlugin):
     name = "conv3d"
     module_type = nn.Conv3d
     branch_types: ClassVar = (nn.Conv3d,)
+
+
+class TimmConv2dSamePlugin(_ConvPlugin):
+    """`Conv2dSame` of timm: a convolution without padding of an input that is padded first."""
+
+    name = "timm_conv2d_same"
+    module_type = "timm.layers.conv2d_same.Conv2dSame"
+    branch_types: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
+
+    def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
+        """The patches that the kernel is laid on, in the padded `x`."""
+        return super().inputs(layer, slot, _padded_to_same(layer, x))
+
+    def branch(self, layer: Conv, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
+        """Pads `x`, and convolves it as any convolution does."""
+        return super().branch(layer, base, terms, _padded_to_same(layer, x))
+
+    def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
+        """Pads the images, and convolves each with its own update."""
+        return super().mixed(layer, base, adapters, _padded_to_same(layer, x))
+
+
+def _padded_to_same(layer: Conv, x: Tensor) -> Tensor:
+    """Pads as TensorFlow's `same` does: for `ceil(size / stride)` positions, and more at the end than at the start."""
+    padding: list[int] = []
+    for size, kernel, stride, dilation in zip(
+        x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+    ):
+        reach = (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1
+        missing = max(reach - size, 0)
+        padding = [missing // 2, missing - missing // 2, *padding]  # torch begins with the last dimension
+    return F.pad(x, padding)
 
 
 class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import LayerPlugin, LoraConfig, LoraModel, StateError
 from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
-from tests.core.libraries import Conv1D, create_model
+from tests.core.libraries import Conv1D, Conv2dSame, create_model
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -450,6 +450,8 @@ LAYERS = {
     "conv2d-depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), (5, 4, 9, 9)),
     "conv2d-reflect": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), (5, 4, 9, 9)),
     "conv2d-groups-reflect": (lambda: nn.Conv2d(4, 8, 3, groups=2, padding=1, padding_mode="reflect"), (5, 4, 9, 9)),
+    "timm_conv2d_same": (lambda: Conv2dSame(4, 8, (3, 4), stride=(2, 3)), (5, 4, 9, 8)),
+    "timm_conv2d_same-depthwise": (lambda: Conv2dSame(4, 4, 3, stride=2, groups=4), (5, 4, 8, 9)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2), (5, 4, 5, 5, 5)),
     "conv3d-groups": (lambda: nn.Conv3d(4, 8, 2, groups=2), (5, 4, 5, 5, 5)),
     "embedding": (lambda: nn.Embedding(9, 6), (5, 7)),

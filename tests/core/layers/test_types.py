@@ -18,6 +18,7 @@ NAMES = (
     "conv2d-groups1-stride2-dilation2-circular",
     *(f"conv_transpose{n}d-groups{g}-stride1-dilation1" for n in (1, 2, 3) for g in (1, 4)),
     "conv2d-same_padding",
+    "conv2d-same-timm-depthwise",
     "conv2d-std-timm",
     "conv2d-squared_weight",
     "embedding-padding",

@@ -10,7 +10,7 @@ from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
 from lora_plugins.testing.check import IMMORTAL
-from tests.core.libraries import Conv1D
+from tests.core.libraries import Conv1D, Conv2dSame
 
 
 def values(*shape):
@@ -53,6 +53,11 @@ LAYERS = {
     "transformers_conv1d": (of(Conv1D, 9, 6), values(2, 3, 6), [{}]),
     "conv1d": (of(nn.Conv1d, 4, 8, 3), values(2, 4, 9), CONV),
     "conv2d": (of(nn.Conv2d, 4, 8, 3), values(2, 4, 7, 7), CONV),
+    "timm_conv2d_same": (
+        of(Conv2dSame, 4, 8, 3),
+        values(2, 4, 7, 8),
+        [{"stride": (2, 3)}, {"groups": 4, "dilation": 2}],
+    ),
     "conv3d": (of(nn.Conv3d, 4, 8, 2), values(1, 4, 5, 5, 5), CONV[:1]),
     "conv_transpose1d": (of(nn.ConvTranspose1d, 4, 8, 3), values(2, 4, 5), TRANSPOSED),
     "conv_transpose2d": (of(nn.ConvTranspose2d, 4, 8, 3), values(2, 4, 4, 4), TRANSPOSED),
