@@ -8,14 +8,14 @@ active, so the layer's own forward, and anyone else who reads the weight, comput
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards
-from lora_plugins.inplace.deltas import effective_weight, rescaled_term, stacked_adapters, term_of
+from lora_plugins.inplace.by_plugin import by_plugin
+from lora_plugins.inplace.called_weight import called_weight
+from lora_plugins.inplace.deltas import effective_weight
 from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
@@ -23,7 +23,6 @@ from lora_plugins.inplace.layer_state import constructor, layer_state, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
-from lora_plugins.inplace.tensor_subclasses import as_one_operation
 from lora_plugins.inplace.weights import LazyWeightsOf, weight_with_merged, weights_of
 from lora_plugins.plugins import LayerPlugin
 
@@ -147,11 +146,11 @@ def _weight_property(name: str) -> property:
                 weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter.",
+                layer,
             )
         weight = held(layer, name, effective_weight)
-        if own_mode(layer) and weight.requires_grad and any(p.settings.dropout for _, p, _ in state.active_slots()):
-            weight.register_hook(_RefuseDropout(state.name))  # type: ignore[no-untyped-call]
-        return weight
+        drops = own_mode(layer) and any(planned.settings.dropout for _, planned, _ in state.active_slots())
+        return called_weight(layer, weight) if drops else weight
 
     def set(layer: nn.Module, value: Tensor) -> None:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
@@ -161,19 +160,6 @@ def _weight_property(name: str) -> property:
         del layer.__dict__[name]
 
     return property(get, set, delete)
-
-
-@dataclass(frozen=True)
-class _RefuseDropout:
-    """Stops a backward through a weight that was read outside of the layer's forward, where no dropout can act."""
-
-    layer: str
-
-    def __call__(self, gradient: Tensor) -> None:
-        raise StateError(
-            f"The weight of {self.layer!r} is used by another module without calling the layer, so dropout cannot "
-            "act on it. Set dropout=0, or add the layer to exclude_modules."
-        )
 
 
 def positional_names(base: type[nn.Module]) -> tuple[str, ...]:
@@ -213,24 +199,12 @@ def _forward(
         state = state_of(layer)
         if state is None:  # it was unloaded after a hook of others had kept this method
             return own(layer, *args, **kwargs)
-        training, branch = own_mode(layer), state.branch
-        if branch is None or not branch.acts(training):
+        branch = state.branch
+        if branch is None or not branch.acts(own_mode(layer)):
             return own(layer, *args, **kwargs)
         if kwargs:
             args, kwargs = by_position(names, args, kwargs)
-        weights = read(layer, branch.tensors)
-        if state.rows is not None:
-            if training:
-                raise StateError(
-                    f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call "
-                    "model.eval() first."
-                )
-            first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
-            adapters = stacked_adapters(layer, state, state.rows, first)
-            return as_one_operation(functools.partial(branch.plugin.mixed, layer, weights, adapters), *args, **kwargs)
-        term = rescaled_term if branch.rescales else term_of
-        terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
-        return as_one_operation(functools.partial(branch.plugin.branch, layer, weights, terms), *args, **kwargs)
+        return by_plugin(layer, branch, read(layer, branch.tensors), args, kwargs, order=order)
 
     return forward
 

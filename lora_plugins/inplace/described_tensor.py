@@ -1,14 +1,16 @@
 """What stands for a tensor where each row of a batch has values of its own: it tells type and shape, and no value.
 
 Models ask for them without computing with the values, as those of transformers, which cast images to the type of the
-first projection. It is no tensor, so that compilers follow what is asked.
+first projection. It is no tensor, so that compilers follow what is asked. A weight that is handed to the function of
+its layer computes what the layer does.
 """
 
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.called_weight import arguments, call, first_of, is_call
 
 _TELLING = frozenset(
     {
@@ -25,10 +27,11 @@ class DescribedTensor:
     Args:
         tensor: The tensor.
         refusal: The message of the error.
+        layer: The layer whose weight it is; None if it is another tensor.
     """
 
-    def __init__(self, tensor: Tensor, refusal: str) -> None:
-        self._tensor, self._refusal = tensor, refusal
+    def __init__(self, tensor: Tensor, refusal: str, layer: nn.Module | None = None) -> None:
+        self._tensor, self._refusal, self._layer = tensor, refusal, layer
 
     def __getattr__(self, name: str) -> Any:
         if name in _TELLING:
@@ -40,8 +43,13 @@ class DescribedTensor:
     def __len__(self) -> int:
         return len(self._tensor)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise StateError(self._refusal)
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        given = arguments(args, kwargs)
+        weight = given.get("weight")
+        if isinstance(weight, cls) and weight._layer is not None and is_call(weight._layer, func):
+            return call(weight._layer, given)
+        raise StateError(first_of(cls, args, kwargs)._refusal)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise StateError(self._refusal)

@@ -87,6 +87,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     branch_use: ClassVar[BranchUse] = "always"
     branch_takes_delta = True
     branch_takes_rescaling = True
+    function = F.linear
 
     def parts(self, layer: nn.Linear) -> Mapping[str, Slot]:
         """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""

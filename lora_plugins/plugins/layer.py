@@ -1,7 +1,7 @@
 """What a layer plugin says: which class it adapts, and how a low-rank matrix is laid out like its weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -43,6 +43,9 @@ class LayerPlugin(ABC, Generic[Layer]):
             `adapters.factors`.
         rows_are_outputs: Whether each row of the matrix belongs to one output. Variants such as DoRA need that; the
             rows of a transposed convolution are an output at one place of the kernel.
+        function: torch's function of `input`, `weight` and `bias` that the layer's forward is, if `branch` and `mixed`
+            read nothing of the layer but its bias. A module that calls it with the layer's weight gets what they
+            compute, with the bias that it gives, where no weight can say it: with dropout and in mixed batches.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
     """
@@ -55,6 +58,7 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_takes_delta: ClassVar[bool] = False
     branch_takes_rescaling: ClassVar[bool] = False
     rows_are_outputs: ClassVar[bool] = True
+    function: ClassVar[Callable[..., Tensor] | None] = None
     class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod

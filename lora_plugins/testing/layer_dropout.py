@@ -1,5 +1,6 @@
 """Checks of dropout and of variants: what a branch is there for besides speed."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -230,6 +231,20 @@ def _beside_another(case: LayerCase, first: str, second: str) -> None:
     require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
 
 
+def _function(case: LayerCase) -> None:
+    """Requires that a function of torch, called with the weight of a layer and a bias, is the layer with that bias."""
+    function = type(case.plugin).function
+    if function is None or not case.has_branch:
+        return
+    model = case.adapted(dropout=0.5).train()
+    inputs, other = case.arguments(model.layer), copy.deepcopy(model)
+    if isinstance(bias := other.layer.bias, Tensor):
+        bias.data.mul_(2)
+    with own_randomness(1, model):
+        got = function(*inputs, model.layer.weight, bias)
+    require_all_close(f"the output of {function.__name__}, called with the weight,", got, call(other, inputs))
+
+
 DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
     Check(
         "dropout",
@@ -238,6 +253,13 @@ DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
         "generator; in eval mode nothing; a layer without a branch for its class refuses it",
         "branch does not call term.drop(x) for each term, drops the input of the base as well, or drops something "
         "other than x, such as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
+    ),
+    Check(
+        "function",
+        _function,
+        "called with the weight of the adapted layer and any bias, the plugin's function computes what the layer with "
+        "that bias does, dropout included",
+        "the layer's forward does more than the function, or branch reads other attributes of the layer than its bias.",
     ),
     Check(
         "variant",

@@ -169,6 +169,13 @@ class Counts(Good):
         return super().branch(layer, base, terms, x)
 
 
+class KeepsItsBias(Good):
+    function = F.linear
+
+    def branch(self, layer, base, terms, x):
+        return super().branch(layer, base, terms, x) + layer._parameters["bias"] - layer.bias
+
+
 VIOLATIONS = {
     "registration": (OtherClass, "a torch.nn.modules.linear.Linear was built"),
     "layout": (Transposed, "from_matrix(to_matrix(W))"),
@@ -176,6 +183,7 @@ VIOLATIONS = {
     "gradients": (Detached, "the gradient of lora_A.default differs"),
     "several": (FirstOnly, "the output with three adapters differs"),
     "dropout": (DropsAll, "dropout=0.5 and an update of zero differs"),
+    "function": (KeepsItsBias, "the output of linear, called with the weight, differs"),
     "inputs": (SwappedInputs, "no combination of the vectors that inputs() gave"),
     "merge": (LossyMerge, "the merged output differs"),
     "unload": (Leaves, "attributes differ in ['seen']"),

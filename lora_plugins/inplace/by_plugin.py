@@ -1,0 +1,49 @@
+"""Computes an adapted layer by the branch of its plugin, for all rows alike or for each row with its own adapter."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.inplace.deltas import rescaled_term, stacked_adapters, term_of
+from lora_plugins.inplace.frozen_norm import own_mode
+from lora_plugins.inplace.layer_state import Branch, layer_state
+from lora_plugins.inplace.tensor_subclasses import as_one_operation
+
+
+def by_plugin(
+    layer: nn.Module,
+    branch: Branch,
+    weights: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    order: Sequence[str] = (),
+    shown: Any = None,
+) -> Any:
+    """Computes what a layer does.
+
+    Args:
+        layer: The layer.
+        branch: How its active updates are computed.
+        weights: What they are added to.
+        args: What the layer is called with, by position.
+        kwargs: The rest, by keyword.
+        order: Names of what it takes.
+        shown: What the plugin sees in place of the layer; by default the layer.
+    """
+    state, training, shown = layer_state(layer), own_mode(layer), layer if shown is None else shown
+    if state.rows is not None:
+        if training:
+            raise StateError(
+                f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call model.eval() "
+                "first."
+            )
+        first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
+        adapters = stacked_adapters(layer, state, state.rows, first)
+        return as_one_operation(functools.partial(branch.plugin.mixed, shown, weights, adapters), *args, **kwargs)
+    term = rescaled_term if branch.rescales else term_of
+    terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
+    return as_one_operation(functools.partial(branch.plugin.branch, shown, weights, terms), *args, **kwargs)

@@ -1,0 +1,113 @@
+"""Weights that another module hands to torch's function itself, in place of calling the layer.
+
+The attention of BEiT, EVA and Swin calls `F.linear(x, self.qkv.weight, bias)`, with a bias of its own. What depends on
+the input, as dropout and the adapters of the rows of a batch do, is in no weight. So the weight tells that call from
+all others, and computes what the layer would.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import StateError
+from lora_plugins.inplace.by_plugin import by_plugin
+from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.weights import LazyWeightsOf
+
+Kind = TypeVar("Kind")
+
+_NAMES = ("input", "weight", "bias")
+"""What the functions take, in this order."""
+
+
+class CalledWeight(Tensor):
+    """The effective weight of a layer that drops, which knows whose it is."""
+
+    layer: nn.Module
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = arguments(args, kwargs)
+        weight = given.get("weight")
+        if isinstance(weight, cls) and is_call(weight.layer, func):
+            return call(weight.layer, given)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        refuse = _RefuseDropout(first_of(cls, args, kwargs).layer)
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor) and each.requires_grad:
+                each.register_hook(refuse)  # type: ignore[no-untyped-call]
+        return result
+
+
+def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Returns the effective weight of a layer that drops; with it, the layer's function is the layer."""
+    called = weight.as_subclass(CalledWeight)
+    called.layer = layer
+    return called
+
+
+def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns by name what a function of input, weight and bias is called with."""
+    return dict(zip(_NAMES, args, strict=False)) | dict(kwargs or {})
+
+
+def first_of(kind: type[Kind], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Kind:
+    """Returns the first argument of a function that is of some class, also in a list."""
+    return next(_among(kind, (*args, *(kwargs or {}).values())))
+
+
+def _among(kind: type[Kind], values: Iterable[Any]) -> Iterator[Kind]:
+    for value in values:
+        if isinstance(value, kind):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _among(kind, value)
+
+
+def is_call(layer: nn.Module, func: Callable[..., Any]) -> bool:
+    """Whether a function of torch, called with the weight of a layer, computes what the layer does."""
+    branch = layer_state(layer).branch
+    return branch is not None and func is type(branch.plugin).function
+
+
+def call(layer: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    """Computes what a layer does, with another bias.
+
+    Args:
+        layer: The layer.
+        given: What its function is called with.
+    """
+    branch = layer_state(layer).branch
+    assert branch is not None
+    shown = _WithBias(layer, given.get("bias"))
+    weights = LazyWeightsOf(layer, branch.tensors)
+    return cast(Tensor, by_plugin(layer, branch, weights, (given["input"],), {}, shown=shown))
+
+
+class _WithBias:
+    """A layer with the bias that the caller of its function gives."""
+
+    def __init__(self, layer: nn.Module, bias: Tensor | None) -> None:
+        self._layer, self.bias = layer, bias
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+@dataclass(frozen=True)
+class _RefuseDropout:
+    """Stops a backward through a weight that was read outside of the layer's forward, where no dropout can act."""
+
+    layer: nn.Module
+
+    def __call__(self, gradient: Tensor) -> None:
+        raise StateError(
+            f"The weight of {layer_state(self.layer).name!r} is used by another module without calling the layer, so "
+            "dropout cannot act on it. Set dropout=0, or add the layer to exclude_modules."
+        )
