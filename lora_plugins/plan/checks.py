@@ -19,6 +19,15 @@ def branch_use(site: Site, variant: VariantPlugin | None) -> BranchUse:
     return "dropout" if plugin.branch_use == "always" and not plugin.lookup else plugin.branch_use
 
 
+def tied_use(site: Site, owner: Site, variant: VariantPlugin | None) -> BranchUse:
+    """Returns when the plugin's branch replaces the forward of a layer that shares the weight of another one.
+
+    One of another plugin, as the embedding whose weight is that of a linear layer, needs the effective weight: a branch
+    knows only its own layer's use of it.
+    """
+    return branch_use(site, variant) if site.plugin is owner.plugin else "never"
+
+
 def reasons(
     target: Target,
     slots: tuple[Slot, ...],
@@ -46,9 +55,10 @@ def reasons(
         cannot = f"cannot honor dropout={dropout}{_of(variant)}; set dropout=0 or exclude"
         if not _honors_dropout(site, variant):
             texts.append(f"{site.name!r}: {site.class_name} {cannot} it")
-        # A tied layer forms the effective weight, which leaves no branch for dropout to act on.
         texts += [
-            f"{other.name!r}: it shares the weight of {site.name!r}, and {cannot} both" for other, _ in target.ties
+            f"{other.name!r}: it shares the weight of {site.name!r}, and {cannot} both"
+            for other, _ in target.ties
+            if tied_use(other, site, variant) == "never"
         ]
     if variant is not None and (reason := _variant_reason(site, variant)):
         texts.append(f"{site.name!r}: {reason}")

@@ -179,7 +179,7 @@ def _layer(
         shapes=tuple(_shape(site, slot) for slot in slots),
         settings=settings,
         variant=variant,
-        ties=tuple(tie for _, tie in target.ties),
+        ties=tuple(replace(tie, branch_use=checks.tied_use(other, site, variant)) for other, tie in target.ties),
     )
 
 

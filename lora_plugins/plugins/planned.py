@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_plugins.config import LayerSettings
@@ -19,11 +19,13 @@ class Tie:
         layer: Name of the other layer.
         tensor: Attribute name of the weight there.
         source: Attribute name of the weight in the layer that has the adapter.
+        branch_use: When the plugin's branch replaces the other layer's own forward.
     """
 
     layer: str
     tensor: str
     source: str
+    branch_use: BranchUse = field(default="never", compare=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class PlannedLayer:
             self,
             name=tie.layer,
             aliases=(),
-            branch_use="never",  # a branch knows its own layer's use of the weight only
+            branch_use=tie.branch_use,
             slots=tuple(replace(self.slots[at], tensor=tie.tensor) for at in chosen),
             shapes=tuple(self.shapes[at] for at in chosen),
             ties=(),

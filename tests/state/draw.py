@@ -60,7 +60,7 @@ def draw_spec(random: Random, machine: Machine) -> Spec:
     fused = [site for site in sites if reference.sites[site].parts]
     outputs = all(reference.sites[group[0]].outputs for group in reference.groups(sites))
     read = any(reference.sites[site].read for site in sites)
-    drops = all(reference.sites[group[0]].drops and len(group) == 1 for group in reference.groups(sites))
+    drops = all(reference.sites[group[0]].drops and reference.of_one_type(group) for group in reference.groups(sites))
     odd = random.random() < 0.05  # of a spec that may have to be refused
     one = random.choice(sites)
     changing = random.choice(("pissa", "olora", "loftq"))

@@ -205,6 +205,10 @@ class Reference:
                 found.setdefault(self.first.get(f"{name}.{tensor}", name), []).append(name)
         return list(found.values())
 
+    def of_one_type(self, group: list[str]) -> bool:
+        """Whether sites that share a weight use it alike, and not one as a table and another one as a matrix."""
+        return len({self.sites[name].lookup for name in group}) == 1
+
     def sharing(self, slot: PlannedSlot) -> set[str]:
         """Returns all names of the tensor that a slot updates."""
         first = self.first.get(slot.weight, slot.weight)

@@ -115,7 +115,7 @@ def _plans(reference: Reference, spec: Spec) -> Errors:
         yield TargetError
     if spec.variant != "lora" and not all(reference.sites[group[0]].outputs for group in groups):
         yield TargetError
-    if spec.dropout and any(len(group) > 1 or not reference.sites[group[0]].drops for group in groups):
+    if spec.dropout and not all(reference.of_one_type(group) and reference.sites[group[0]].drops for group in groups):
         yield TargetError
     if spec.dropout and spec.variant != "lora" and THIRD_PARTY in spec.sites:
         yield TargetError  # its branch does not take the matrix of a variant, so dropout has no place to act
@@ -200,9 +200,9 @@ def _dropped(reference: Reference, names: tuple[str, ...]) -> set[str]:
 
 
 def _needs_effective_weight(reference: Reference, names: tuple[str, ...], site: str) -> bool:
-    """Whether an adapter of a layer is tied there, or of a variant that the layer's branch does not know."""
+    """Whether an adapter ties a layer to one of another type, or is of a variant that its branch does not know."""
     specs = [reference.adapters[name].spec for name in names if name in reference.adapters]
-    tied = [group for spec in specs for group in reference.groups(spec.sites) if len(group) > 1]
+    tied = [group for spec in specs for group in reference.groups(spec.sites) if not reference.of_one_type(group)]
     variants = [spec for spec in specs if spec.variant != "lora" and site in spec.sites]
     return any(site in group[1:] for group in tied) or (site == THIRD_PARTY and bool(variants))
 
@@ -291,7 +291,7 @@ def _mixed(reference: Reference, saved: Any, rows: tuple[str | None, ...]) -> Er
 def all_mix(reference: Reference, adapter: Adapter) -> bool:
     """Whether all layers of an adapter can have other adapters for other rows."""
     groups = reference.groups(adapter.spec.sites)
-    return all(len(group) == 1 and reference.sites[group[0]].mixes for group in groups)
+    return all(reference.of_one_type(group) and reference.sites[group[0]].mixes for group in groups)
 
 
 def _combine(

@@ -135,6 +135,13 @@ CASES = {
         blocks=("bilinear",),
     ),
     "N7-dropout-beside-tie": case(
+        add("a", Spec(("tokens.out",), dropout=1e-9)),
+        add("b", Spec(("tokens.embed", "tokens.out"))),
+        act("a", "b"),
+        TRAIN,
+        blocks=("tokens",),
+    ),
+    "N7-dropout-beside-tie-of-one-type": case(
         add("a", tied("b", dropout=1e-9)), add("b", tied("a", "b")), act("a", "b"), TRAIN, blocks=("tied",)
     ),
 }

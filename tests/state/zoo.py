@@ -29,7 +29,7 @@ class Site:
         biases: What `bias="lora_only"` trains.
         lookup: Whether rows of the weight are looked up by index.
         mixes: Whether rows of a batch may have adapters of their own today; more may in time. Not where it shares its
-            weight with another layer of the adapter.
+            weight with a layer of another type.
         drops: Whether it honors dropout; likewise.
         read: Whether its weight is read without calling the layer, where dropout is refused in the backward only.
         computed: Whether the weight is the product of weight norm.
@@ -98,9 +98,9 @@ class DoubledBlock(Block):
 
 
 class ReadBlock(Block):
-    """Reads the weight past the layer's forward, as BEiT and Swin do."""
+    """Hands the weight to torch's function past the layer's forward, as BEiT and Swin do."""
 
-    sites = (Site("proj", mixes=False, read=True),)
+    sites = (Site("proj"),)
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,6 +39,18 @@ class Attends(nn.Module):
         return self.own(x, x[:, 1:], x[:, 1:], average_attn_weights=False)[0] + weights.sum()
 
 
+class OfOneWeight(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self, second=nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), second(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
 def images() -> Tensor:
     return torch.randn(5, 3, 16, 16, dtype=torch.float64)
 
@@ -53,6 +65,7 @@ MODELS = {
     ),
     "conv-circular": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), images),
     "embedding": (Words, lambda: torch.randint(9, (5, 7))),
+    "tied": (OfOneWeight, lambda: torch.randn(5, 3, 6)),
     "encoder": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False
@@ -326,20 +339,11 @@ def test_a_layer_without_a_branch_is_refused():
     refused(lora, "'1': the plugin 'conv_transpose1d' has no branch for that")
 
 
-class OfOneWeight(nn.Module):
-    """Two layers of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.second.weight = self.first.weight
-
-
 UNABLE = {
     "positions_first": (lambda: nn.Sequential(Attends(batch_first=False)), "'0.own': with batch_first=False"),
     "widths": (lambda: nn.Sequential(Attends(kdim=6)), "'0.own': 'multihead_attention' layers have updates of several"),
     "max_norm": (lambda: nn.Sequential(nn.Embedding(9, 6, max_norm=1.0)), "'0': max_norm holds for the rows"),
-    "tied": (lambda: nn.Sequential(OfOneWeight()), "'0.second': it shares the weight of '0.first'"),
+    "tied": (lambda: nn.Sequential(OfOneWeight(nn.Embedding)), "'0.second': it shares the weight of '0.first'"),
     "subclass": (lambda: nn.Sequential(Scaled(6, 6)), "'0': the plugin 'linear' has no branch for the class Scaled"),
 }
 

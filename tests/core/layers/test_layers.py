@@ -246,6 +246,37 @@ class TestSharing:
         assert model["head"].weight is model["embed"].weight
         assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
 
+    @pytest.mark.parametrize("variant", ["lora", "dora"])
+    @pytest.mark.parametrize(
+        ("kind", "other", "shape"),
+        [
+            pytest.param(lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 4, bias=False), (6, 4), id="linear"),
+            pytest.param(
+                lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.Conv2d(4, 4, 3, stride=2), (2, 4, 5, 5), id="conv2d"
+            ),
+        ],
+    )
+    def test_dropout_acts_on_the_input_of_each_layer_of_a_type(self, kind, other, shape, variant):
+        torch.manual_seed(0)
+        model = nn.Sequential(kind(), nn.Tanh(), other()).double()
+        model[2].weight = model[0].weight
+        lora = adapt(model, dropout=0.5, variant=variant)
+        merged = LoraModel(copy.deepcopy(model)).merge_and_unload()
+        with torch.no_grad():
+            x, small = torch.randn(shape, dtype=torch.float64), 1e-4
+            model[0].lora_B["default"].mul_(small)
+            assert model[2].lora_B["default"] is model[0].lora_B["default"]
+            with lora.disable_adapter():
+                base = [model[0](x), model[2](x)]
+            for layer, plain in zip((model[0], model[2]), base, strict=True):
+                full = layer.eval()(x) - plain
+                layer.train()
+                mean = torch.stack([layer(x) - plain for _ in range(200)]).mean(0)
+                assert (mean - full).abs().mean() < 0.25 * full.abs().mean()
+                assert not torch.equal(layer(x), layer(x))
+            model[0].lora_B["default"].div_(small)
+            torch.testing.assert_close(model.eval()(x), merged(x), **TIGHT)
+
     @pytest.mark.parametrize("named", ["embed", "head"])
     def test_patterns_may_name_any_layer_of_a_tie(self, named):
         model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})

@@ -62,17 +62,25 @@ def test_layers_that_share_a_weight_get_one_adapter():
     assert (layer.name, [tie.layer for tie in layer.ties]) == ("embed", ["head"])
 
 
-def test_dropout_is_refused_for_layers_that_share_a_weight():
+def test_dropout_is_refused_for_layers_of_two_types_that_share_a_weight():
     with pytest.raises(
         TargetError, match=r"'b': it shares the weight of 'a', and cannot honor dropout=0\.1; set dropout=0 or"
     ):
-        plan(model(site("a", 1), site("b", 1)), dropout=0.1)
+        plan(model(site("a", 1), site("b", 1, cls=nn.Conv1d)), dropout=0.1)
 
 
-def test_a_tied_layer_holds_the_same_settings_and_has_no_branch():
-    (layer,) = plan(model(site("embed", 1), site("head", 1))).layers
+@pytest.mark.parametrize(
+    ("about", "use"),
+    [
+        pytest.param({}, "always", id="same_type"),
+        pytest.param({"cls": nn.Embedding}, "never", id="other_type"),
+        pytest.param({"computes_as": ("my.Linear",)}, "never", id="forward_of_its_own"),
+    ],
+)
+def test_a_tied_layer_holds_the_same_settings_and_a_branch_of_its_own(about, use):
+    (layer,) = plan(model(site("first", 1), site("head", 1, **about))).layers
     tied = layer.tied(layer.ties[0])
-    assert (tied.name, tied.settings is layer.settings, tied.branch_use) == ("head", True, "never")
+    assert (tied.name, tied.settings is layer.settings, tied.branch_use) == ("head", True, use)
 
 
 @pytest.mark.parametrize(
