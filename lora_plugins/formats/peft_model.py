@@ -15,7 +15,7 @@ from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import LAYERS, warn_of_second_paths
 from lora_plugins.inplace import base_class_of, full_name, model_modules, own_tensor, own_tensors
 from lora_plugins.plan import current_name, former_names
-from lora_plugins.utils import path_starts
+from lora_plugins.utils import path_starts, within
 
 Entry = TypeVar("Entry")
 
@@ -48,11 +48,13 @@ def for_model(
         values=_renamed_all(adapter.values, lambda name: _renamed(name, names)),
         saved_modules=[names[root] for root in adapter.saved_modules],
     )
+    untrained = _untrained(model, adapter)
+    adapter = replace(adapter, values={name: each for name, each in adapter.values.items() if name not in untrained})
     check_complete(model, adapter.layers, config, renamed=_differ(names))
     _check_heads(model, adapter, config, renamed=_differ(names))
     _check_biases(model, adapter)
     _check_untied(model, adapter, config)
-    _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()})
+    _check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()} | untrained)
     if out_proj is None:
         _check_meaning(modules, adapter)
     _check_started(modules, adapter)
@@ -93,6 +95,14 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     """Returns the present name of a tensor."""
     owner, _, own = name.rpartition(".")
     return full_name(names.get(owner, owner), own)
+
+
+def _untrained(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:
+    """Returns the values that nothing trained: buffers called bias, which PEFT saves with the biases of a model."""
+    first, saved = tensor_names(model), set(adapter.saved_modules)
+    buffers = own_tensors(model_modules(model), "_buffers")
+    values = adapter.values.items()
+    return {name: value for name, value in values if first.get(name) in buffers and not within(name, saved)}
 
 
 def _owners(values: Iterable[str]) -> set[str]:

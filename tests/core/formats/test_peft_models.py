@@ -75,6 +75,14 @@ MODELS = [
         {"target_modules": ["conv1", "conv2"], "modules_to_save": ["fc", "bn1"]},
     ),
     Model(
+        "torchvision resnet18 of a detector",  # whose frozen normalization has buffers called bias
+        lambda: of_library("torchvision.models", "resnet18")(
+            num_classes=3, norm_layer=of_library("torchvision.ops", "FrozenBatchNorm2d")
+        ),
+        64,
+        {"target_modules": ["conv1", "conv2"], "modules_to_save": ["bn1"], "bias": "all"},
+    ),
+    Model(
         "torchvision vit",
         lambda: of_library("torchvision.models", "VisionTransformer")(
             image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3
