@@ -246,11 +246,15 @@ def _same_weight(own: Tensor, other: Tensor) -> bool:
 
 
 def _check_meaning(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
-    """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged."""
+    """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged.
+
+    One that PEFT itself has trained got no gradients, so that its update is zero and has one meaning.
+    """
     alone = [
         name
         for name, layer in adapter.layers.items()
         if not layer.in_attention
+        and (layer.B.any() or layer.magnitude is not None)
         and name.rpartition(".")[2] == "out_proj"
         and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
     ]

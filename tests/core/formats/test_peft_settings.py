@@ -79,6 +79,17 @@ class TestAttention:
         LoraModel.load_adapter(model, tmp_path, format_options={"out_proj": "once"})
         assert difference(case, model, theirs.merge_and_unload()) <= TOLERANCE
 
+    def test_out_proj_alone_has_one_meaning_as_peft_trains_it(self, tmp_path):
+        """What is ignored gets no gradient, so that B stays zero."""
+        case = Case("out_proj alone", ATTENTION.model, {"target_modules": ["out_proj", "last"]})
+        theirs = with_peft(case)
+        theirs.base_model.model.mha.out_proj.lora_B["default"].weight.data.zero_()
+        theirs.save_pretrained(tmp_path)
+        model = case.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(case, model, theirs) <= TOLERANCE
+        assert difference(case, model, theirs.merge_and_unload()) <= TOLERANCE
+
 
 class TestStarts:
     """`pissa` and `olora` look like plain adapters, and are adapters of another base."""
