@@ -60,7 +60,7 @@ def for_model(
     _check_started(modules, adapter)
     _check_parameters(modules, adapter, config)
     adapted = {name: places[name] for name in adapter.layers if name in places}
-    warn_of_second_paths(adapted, "The adapter is loaded as what it is when merged.")
+    warn_of_second_paths(model, adapted, "The adapter is loaded as what it is when merged.")
     return adapter
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lora_plugins.errors import listing
-from lora_plugins.inplace import NamedModule, base_class_of
+from lora_plugins.inplace import NamedModule, base_class_of, full_name, model_modules
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 """The layers beside which other libraries put a path."""
@@ -14,16 +14,19 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _METHODS = ("forward", "_conv_forward")
 
 
-def warn_of_second_paths(modules: Mapping[str, NamedModule], outcome: str) -> None:
+def warn_of_second_paths(model: nn.Module, modules: Mapping[str, NamedModule], outcome: str) -> None:
     """Warns of the layers that PEFT and similar libraries compute differently until the adapter is merged.
 
     Args:
+        model: The model.
         modules: The adapted layers by name.
         outcome: What that means for who reads the warning.
     """
+    in_lists = _names_in_lists(model)
     found: dict[str, list[str]] = {}
     for name, entry in modules.items():
-        if left_out := _left_out(entry.module, [each for each in entry.names if each != name]):
+        others = [each for each in (*entry.names, *in_lists.get(id(entry.module), ())) if each != name]
+        if left_out := _left_out(entry.module, others):
             found.setdefault(left_out, []).append(name)
     for left_out, names in found.items():
         warnings.warn(
@@ -31,6 +34,17 @@ def warn_of_second_paths(modules: Mapping[str, NamedModule], outcome: str) -> No
             f"out {left_out}. {outcome}",
             stacklevel=2,
         )
+
+
+def _names_in_lists(model: nn.Module) -> dict[int, list[str]]:
+    """Returns what modules are called in plain lists, by which a model calls what a wrapper has not replaced."""
+    found: dict[int, list[str]] = {}
+    for entry in model_modules(model):
+        for key, value in vars(entry.module).items():
+            for at, each in enumerate(value if isinstance(value, list | tuple) else ()):
+                if isinstance(each, nn.Module):
+                    found.setdefault(id(each), []).append(full_name(entry.name, f"{key}[{at}]"))
+    return found
 
 
 def _left_out(module: nn.Module, others: Sequence[str]) -> str:

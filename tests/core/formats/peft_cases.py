@@ -69,6 +69,18 @@ class Repeated(nn.Module):
         return self.inner["more"]["fc"](self.inner["fc"](self.fc(x).tanh()).tanh())
 
 
+class Listed(nn.Module):
+    """A layer that is called from a plain list, as in the mask heads of Mask2Former."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = [self.first, nn.Tanh()]
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x))
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

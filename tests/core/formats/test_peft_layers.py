@@ -1,5 +1,7 @@
 """Layers that PEFT computes in another way, or not at all: refused or told when files are read and written."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from tests.core.formats.peft_cases import (
     TENSORS,
     TOLERANCE,
     Case,
+    Listed,
     Twice,
     difference,
     edit_tensors,
@@ -162,13 +165,14 @@ class TestLayers:
         merged = theirs.merge_and_unload().layer.weight
         torch.testing.assert_close(model.layer.weight.detach(), merged.detach(), rtol=0, atol=TOLERANCE)
 
-    def test_a_layer_that_has_another_name_is_said_when_read(self, tmp_path):
+    @pytest.mark.parametrize(("build", "other"), [(Twice, "again"), (Listed, "layers[0]")], ids=["twice", "in a list"])
+    def test_a_layer_that_has_another_name_is_said_when_read(self, build, other, tmp_path):
         """PEFT wraps it under its first name, and what calls it by the other one calls the base."""
-        case = Case("", Twice, {"target_modules": ["first"]})
+        case = Case("", build, {"target_modules": ["first"]})
         theirs = with_peft(case)
         theirs.save_pretrained(tmp_path)
         model = case.build()
-        with pytest.warns(UserWarning, match="'first': PEFT can compute .* what calls the layer as 'again'"):
+        with pytest.warns(UserWarning, match=f"'first': PEFT can compute .* the layer as {re.escape(repr(other))}"):
             LoraModel.load_adapter(model, tmp_path)
         x = torch.ones(2, 4, dtype=torch.float64)
         torch.testing.assert_close(model(x), theirs.merge_and_unload()(x), rtol=0, atol=TOLERANCE)
