@@ -87,6 +87,24 @@ _FLUX_2: Table = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 
+_FLUX_3: Table = {
+    f"{blocks}.*.{name}": (f"{ours}.*.{own}",)
+    for blocks, ours in {
+        "content_mode_blocks.image": "mode_blocks.image",
+        "content_mode_blocks.image_cond": "mode_blocks.image_cond",
+        "single_blocks": "single_transformer_blocks",
+        "txt_mode_blocks": "txt_mode_blocks",
+    }.items()
+    for name, own in {
+        "q_proj": "attn.to_q",
+        "k_proj": "attn.to_k",
+        "v_proj": "attn.to_v",
+        "attn_out": "attn.to_out.0",
+        "mlp_in": "ff.linear_in",
+        "mlp_out": "ff.linear_out",
+    }.items()
+}
+
 _REFINER, _REFINER_BLOCK = "context_embedder", "context_embedder.token_refiner.refiner_blocks.*"
 
 _HUNYUAN_VIDEO: Table = {
@@ -186,22 +204,106 @@ _Z_IMAGE: Table = {
     "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
 }
 
-_LTX: Table = {
-    "patchify_proj": ("proj_in",),
-    "adaln_single.linear": ("time_embed.linear",),
-    "adaln_single.emb.timestep_embedder.linear_1": ("time_embed.emb.timestep_embedder.linear_1",),
-    "adaln_single.emb.timestep_embedder.linear_2": ("time_embed.emb.timestep_embedder.linear_2",),
+
+def _modulations(names: Mapping[str, str]) -> Table:
+    """Returns the layers of modulations by a time step, which are called the same in both."""
+    inner = ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
+    return {f"{original}.{layer}": (f"{ours}.{layer}",) for original, ours in names.items() for layer in inner}
+
+
+_LTX: Table = {"patchify_proj": ("proj_in",), **_modulations({"adaln_single": "time_embed"})}
+
+_LTX_2: Table = {
+    **_LTX,
+    "audio_patchify_proj": ("audio_proj_in",),
+    **_modulations(
+        {
+            "audio_adaln_single": "audio_time_embed",
+            "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+            "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+            "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+            "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+            "prompt_adaln_single": "prompt_adaln",
+            "audio_prompt_adaln_single": "audio_prompt_adaln",
+        }
+    ),
+}
+
+_COSMOS: Table = {
+    **{
+        f"blocks.*.{attention}.{name}": (f"transformer_blocks.*.{ours}.{own}",)
+        for attention, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for name, own in {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"}.items()
+    },
+    **{
+        f"blocks.*.adaln_modulation_{part}.{n}": (f"transformer_blocks.*.{norm}.linear_{n}",)
+        for part, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3"))
+        for n in (1, 2)
+    },
+    "blocks.*.mlp.layer1": ("transformer_blocks.*.ff.net.0.proj",),
+    "blocks.*.mlp.layer2": ("transformer_blocks.*.ff.net.2",),
+    "final_layer.adaln_modulation.1": ("norm_out.linear_1",),
+    "final_layer.adaln_modulation.2": ("norm_out.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "t_embedder.1.linear_1": ("time_embed.t_embedder.linear_1",),
+    "t_embedder.1.linear_2": ("time_embed.t_embedder.linear_2",),
+    "x_embedder.proj.1": ("patch_embed.proj",),
+}
+"""Names of Cosmos Predict 2, and of Anima, which is made of it."""
+
+_KREA_2: Table = {
+    **{
+        f"{blocks}.*.{name}": (f"{ours}.*.{own}",)
+        for blocks, ours in {
+            "blocks": "transformer_blocks",
+            "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+            "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+        }.items()
+        for name, own in {
+            "attn.wq": "attn.to_q",
+            "attn.wk": "attn.to_k",
+            "attn.wv": "attn.to_v",
+            "attn.wo": "attn.to_out.0",
+            "attn.gate": "attn.to_gate",
+            "mlp.gate": "ff.gate",
+            "mlp.up": "ff.up",
+            "mlp.down": "ff.down",
+        }.items()
+    },
+    "first": ("img_in",),
+    "last.linear": ("final_layer.linear",),
+    "tmlp.0": ("time_embed.linear_1",),
+    "tmlp.2": ("time_embed.linear_2",),
+    "tproj.1": ("time_mod_proj",),
+    "txtmlp.1": ("txt_in.linear_1",),
+    "txtmlp.3": ("txt_in.linear_2",),
+    "txtfusion.projector": ("text_fusion.projector",),
+}
+
+_IDEOGRAM_4: Table = {
+    "layers.*.attention.qkv": tuple(f"layers.*.attention.to_{name}" for name in "qkv"),
+    "layers.*.attention.o": ("layers.*.attention.to_out.0",),
 }
 
 TRANSFORMERS: Mapping[str, Table] = {
+    "AnyFlowTransformer3DModel": _WAN,
     "ChromaTransformer2DModel": _CHROMA,
+    "ChronoEditTransformer3DModel": _WAN,
+    "CosmosTransformer3DModel": _COSMOS,
     "Flux2Transformer2DModel": _FLUX_2,
+    "Flux3Transformer2DModel": _FLUX_3,
     "FluxTransformer2DModel": _FLUX,
+    "HeliosTransformer3DModel": _WAN,
+    "HunyuanVideoFramepackTransformer3DModel": _HUNYUAN_VIDEO,
     "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
+    "Ideogram4Transformer2DModel": _IDEOGRAM_4,
+    "Krea2Transformer2DModel": _KREA_2,
+    "LTX2VideoTransformer3DModel": _LTX_2,
     "LTXVideoTransformer3DModel": _LTX,
     "Lumina2Transformer2DModel": _LUMINA_2,
     "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
     "SkyReelsV2Transformer3DModel": _WAN,
+    "WanAnimateTransformer3DModel": _WAN,
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,
     "ZImageTransformer2DModel": _Z_IMAGE,

@@ -82,6 +82,9 @@ CONVERTERS = {
     published("Flux2Transformer2DModel", num_layers=2, num_single_layers=2): (
         "convert_flux2_transformer_checkpoint_to_diffusers"
     ),
+    published("HunyuanVideoFramepackTransformer3DModel", num_layers=2, num_single_layers=2): (
+        "convert_hunyuan_video_transformer_to_diffusers"
+    ),
     published("HunyuanVideoTransformer3DModel", num_layers=2, num_single_layers=2): (
         "convert_hunyuan_video_transformer_to_diffusers"
     ),
@@ -147,6 +150,46 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(bui
     assert rows.keys() == outputs.keys()
     for name, B in rows.items():
         assert torch.equal(B, converted[f"{name}.weight"]), name
+
+
+ADAPTER_CONVERTERS = {
+    published("AnyFlowTransformer3DModel", num_layers=2): "WanLoraLoaderMixin",
+    published("ChronoEditTransformer3DModel", num_layers=2, image_dim=64, added_kv_proj_dim=64): "WanLoraLoaderMixin",
+    published("CosmosTransformer3DModel", num_layers=2): "AnimaLoraLoaderMixin",
+    published("Flux3Transformer2DModel", num_layers=2, num_single_layers=2): "Flux3LoraLoaderMixin",
+    published("HeliosTransformer3DModel", num_layers=2): "HeliosLoraLoaderMixin",
+    published("Ideogram4Transformer2DModel", num_layers=2): "Ideogram4LoraLoaderMixin",
+    published("Krea2Transformer2DModel", num_layers=2): "Krea2LoraLoaderMixin",
+    published("LTX2VideoTransformer3DModel", num_layers=2): "LTX2LoraLoaderMixin",
+    published("WanAnimateTransformer3DModel", num_layers=2): "WanLoraLoaderMixin",
+}
+"""Models of which diffusers converts adapters, and not whole checkpoints by what can be asked."""
+
+
+@pytest.mark.parametrize("build", ADAPTER_CONVERTERS, ids=lambda build: build.__name__)
+def test_every_layer_has_its_rows_of_what_the_converter_of_adapters_takes(build, tmp_path):
+    loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    with torch.device("meta"):
+        model = build()
+    outputs = weights_of(model)
+    factors = {
+        original: torch.randn(sum(outputs[name] for name in place.names), 1)
+        for original, place in original_places(model).items()
+        if all(name in outputs for name in place.names)
+    }
+    file = {
+        f"diffusion_model.{name}.{key}.weight": value
+        for name, B in factors.items()
+        for key, value in {"lora_A": torch.ones(1, 1), "lora_B": B}.items()
+    }
+    path = tmp_path / "adapter.safetensors"
+    save_file(file, path)
+    converted = getattr(loaders, ADAPTER_CONVERTERS[build]).lora_state_dict(str(path))
+    found = DiffusersFormat().load(path, model, DiffusersFormat.options).layers
+    assert factors
+    assert {f"transformer.{name}.lora_{key}.weight" for name in found for key in "AB"} == converted.keys()
+    for name, layer in found.items():
+        assert torch.equal(layer.B, converted[f"transformer.{name}.lora_B.weight"]), name
 
 
 def tiny_flux():
