@@ -19,7 +19,7 @@ from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model
-from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
+from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
@@ -128,9 +128,10 @@ class DiffusersFormat(PortableFormat):
         unnamed = [part for part in (ORIGINAL, _ALONE) if part in layers]
         for part in unnamed:
             if denoiser in layers:
+                words = f"as {part!r}" if part else f"with no part of a pipeline in front ({min(layers[part])!r})"
                 raise AdapterFileError(
-                    f"The adapter has layers of the denoiser as {part!r} and as {denoiser!r}, and it cannot be "
-                    "told which of them are meant. Take one of the two out of the file."
+                    f"The adapter has layers of the denoiser {words} and as {denoiser!r}, and it cannot be told which "
+                    "of them are meant. Take one of the two out of the file."
                 )
             layers[denoiser] = layers.pop(part)
             configs |= {denoiser: configs[part]} if part in configs else {}
@@ -197,8 +198,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
         if factor in own:
             wrong.append(key)
         own[factor] = tensor
-    if wrong:
-        raise AdapterFileError(f"{len(wrong)} keys of the adapter have no place: {listing(wrong)}.")
+    refuse_keys(wrong)
     return parts
 
 

@@ -17,7 +17,7 @@ from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.components import part_of, paths_read
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
-from lora_plugins.formats.pipelines import refusals_of_pipelines, without_rslora
+from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
@@ -52,20 +52,6 @@ _FACTORS: Mapping[str, str] = {
     "dora_scale": "scale",
 }
 """What follows the name of a layer, and which tensor of it that is."""
-
-_OTHER_METHODS: Mapping[str, str] = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "on_input": "(IA)^3",
-    "diff": "a full difference",
-    "diff_b": "a difference of biases",
-    "a1.weight": "GLoRA",
-    "w_norm": "trained normalizations",
-    "b_norm": "trained normalizations",
-}
-"""How the tensors of other methods than LoRA begin, and what these are called."""
 
 
 class KohyaFormat(PortableFormat):
@@ -192,17 +178,8 @@ def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if rest in _FACTORS:
             found.setdefault(name, {})[_FACTORS[rest]] = tensor
         else:
-            wrong.append(
-                (key, next((method for start, method in _OTHER_METHODS.items() if rest.startswith(start)), ""))
-            )
-    methods = sorted({method for _, method in wrong if method})
-    if methods:
-        raise AdapterFileError(
-            f"The adapter is of {listing(methods)}, which is another method than LoRA and has no form here. Merge it "
-            "into the model with the library that made it."
-        )
-    if wrong:
-        raise AdapterFileError(f"{len(wrong)} keys of the adapter have no place: {listing(key for key, _ in wrong)}.")
+            wrong.append(key)
+    refuse_keys(wrong)
     return found
 
 

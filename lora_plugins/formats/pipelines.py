@@ -1,12 +1,28 @@
 """What files of adapters for diffusion pipelines share, those of diffusers and of the WebUI."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 
 _LAYER_TYPES = frozenset({"", "linear", "conv1d", "conv2d", "conv3d"})
+
+_OTHER_METHODS: Mapping[str, str] = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "on_input": "(IA)^3",
+    "diff": "a full difference",
+    "diff_b": "a difference of biases",
+    "a1.weight": "GLoRA",
+    "w_norm": "trained normalizations",
+    "b_norm": "trained normalizations",
+    "lora_B.bias": "a bias of B (lora_bias)",
+}
+"""What the tensors of other methods than LoRA are called, or begin with, and the names of the methods."""
 
 
 def refusals_of_pipelines(adapter: PortableAdapter) -> list[str]:
@@ -31,3 +47,30 @@ def without_rslora(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
     if not adapter.use_rslora:
         return adapter.layers
     return {name: replace(layer, alpha=layer.alpha * math.sqrt(layer.r)) for name, layer in adapter.layers.items()}
+
+
+def refuse_keys(keys: Collection[str]) -> None:
+    """Refuses keys of a file that have no place, if there are any.
+
+    Raises:
+        AdapterFileError: With the methods that they are of, and the keys.
+    """
+    methods = sorted({method for key in keys if (method := _other_method(key))})
+    if methods:
+        raise AdapterFileError(
+            f"The adapter is of {listing(methods)}, which is another method than LoRA and has no form here: "
+            f"{listing(sorted(keys), 3)}. Merge it into the model with the library that made it."
+        )
+    if keys:
+        raise AdapterFileError(f"{len(keys)} keys of the adapter have no place: {listing(keys)}.")
+
+
+def _other_method(key: str) -> str:
+    """Returns the method that a tensor is of, by the end of its key; empty if it is unknown."""
+    ends = {".".join(key.split(".")[-length:]) for length in (1, 2)}
+    found = (name for word, name in _OTHER_METHODS.items() for end in ends if end == word or _starts(end, word))
+    return next(found, "")
+
+
+def _starts(end: str, word: str) -> bool:
+    return word.endswith("_") and end.startswith(word)

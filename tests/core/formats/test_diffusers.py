@@ -298,6 +298,34 @@ class TestRefused:
         with untouched(model), pytest.raises(AdapterFileError, match=r"1 keys .* no place: 'unet\.more'"):
             LoraModel.load_adapter(model, tmp_path)
 
+    @pytest.mark.parametrize(
+        ("key", "method"),
+        [
+            ("conv_in.lokr_w1", "LoKr"),
+            ("conv_in.diff_b", "a difference of biases"),
+            ("conv_in.lora_B.bias", r"a bias of B \(lora_bias\)"),
+        ],
+    )
+    def test_other_methods(self, key, method, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        save_file({**load_file(tmp_path / FILE), f"unet.{key}": torch.zeros(1)}, tmp_path / FILE)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=f"is of '{method}', .*: 'unet.{key}'"):
+            LoraModel.load_adapter(model, tmp_path)
+
+    def test_layers_of_no_part_beside_a_denoiser(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        other = {
+            "vae.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3),
+            "vae.conv_in.lora_B.weight": torch.ones(8, 1, 1, 1),
+            "vae.conv_in.alpha": torch.tensor(1.0),
+        }
+        save_file({**load_file(tmp_path / FILE), **other}, tmp_path / FILE)
+        model = UNET.build()
+        match = r"with no part of a pipeline in front \('vae\.conv_in'\) and as 'unet'"
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, tmp_path)
+
     def test_half_a_layer(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
         tensors = load_file(tmp_path / FILE)
