@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lora_plugins.errors import near
 
+_NOT_HERE = "That method is not here; a plugin can bring it."
+
 FIELDS: Mapping[str, str] = {
     "lora_alpha": "It is 'alpha' here.",
     **dict.fromkeys(("rank", "lora_rank", "lora_r", "lora_dim"), "It is 'r' here."),
@@ -48,7 +50,7 @@ FIELDS: Mapping[str, str] = {
             "arrow_config",
             "kasa_config",
         ),
-        "That method is not here; a plugin can bring it.",
+        _NOT_HERE,
     ),
 }
 """What to write here, by the name of a field in another library's LoraConfig."""
@@ -98,9 +100,24 @@ FUNCTIONS: Mapping[str, str] = {
     "set_peft_model_state_dict": "Write LoraModel.load_packed(...).",
     "TaskType": "Leave it out, and name a new head in 'modules_to_save'.",
     "prepare_model_for_kbit_training": "Write LoraConfig(quantize='nf4'), and leave it out.",
-    "get_layer_status": "See 'plans' of a LoraModel.",
+    **dict.fromkeys(("get_layer_status", "get_model_status"), "See 'plans' and 'active_adapters' of a LoraModel."),
     "hotswap_adapter": "Write lora.swap_adapter(name, path).",
     **dict.fromkeys(("LoftQConfig", "EvaConfig", "LoraGAConfig"), "Write init='...' and its init_options."),
+    **dict.fromkeys(
+        ("initialize_lora_eva_weights", "get_eva_state_dict", "preprocess_loraga"),
+        "Write LoraModel(model, config, init_data=InitData(batches)), with init='eva' or 'lora_ga'.",
+    ),
+    "replace_lora_weights_loftq": "Write init='loftq' with quantize='nf4', on the float model.",
+    "create_loraplus_optimizer": "Write parameter_groups(module, lr=..., loraplus_lr_ratio=16) of "
+    "lora_plugins.integrations.lightning, or give LoraCallback its loraplus_lr_ratio.",
+    "create_lorafa_optimizer": "There is nothing like it here: A and B are both trained.",
+    "rescale_adapter_scale": "Write lora.set_adapter(names, weights=[...]).",
+    "load_peft_weights": "Write LoraModel.load_adapter(model, path).",
+    "prepare_model_for_compiled_hotswap": "Leave it out: lora.swap_adapter(name, path) compiles nothing again.",
+    **dict.fromkeys(
+        ("LoraRuntimeConfig", "disable_input_dtype_casting", "cast_mixed_precision_params"),
+        "Leave it out: A and B are float32 at least, and the products in the type of autocast.",
+    ),
 }
 """By the name of a function or class of PEFT, what to write here."""
 
@@ -168,6 +185,27 @@ STORAGES: Mapping[str, str] = {
     **dict.fromkeys(("none", "no", "false", "float", "float32"), "Leave it out, or write None, for a float base."),
 }
 """By what others call a way of storing a base, in small letters, what to write here."""
+
+
+INITS: Mapping[str, str] = {
+    **dict.fromkeys(("true", "default", "lora", "zero", "zeros"), "It is 'kaiming' here."),
+    **dict.fromkeys(("false", "random"), "It is 'none' here."),
+    **dict.fromkeys(("normal", "diffusers"), "It is 'gaussian' here."),
+    **{f"pissa_niter_{n}": f"Write init='pissa', init_options={{'niter': {n}}}." for n in (1, 2, 4, 8, 16, 32, 64)},
+    "dora": "Write variant='dora'.",
+    "rslora": "Write use_rslora=True.",
+    **dict.fromkeys(("corda", "mica"), _NOT_HERE),
+}
+"""By what others call a start of A and B, in small letters, what to write here."""
+
+VARIANTS: Mapping[str, str] = {
+    "rslora": "Write use_rslora=True.",
+    "qlora": "Write quantize='nf4'.",
+    "lora+": "Give LoraCallback its loraplus_lr_ratio.",
+    **{init: f"Write init={init!r}." for init in ("pissa", "olora", "loftq", "eva", "lora_ga", "orthogonal")},
+    **dict.fromkeys(("adalora", "alora", "boft", "ia3", "kasa", "loha", "lokr", "oft", "qalora", "vera"), _NOT_HERE),
+}
+"""By what others call a variant, in small letters, what to write here."""
 
 
 def said_of(name: str, words: Mapping[str, str], known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lora_plugins import words
 from lora_plugins.plugins.kind import A_FLAG, A_NAME, PluginKind, are_options, are_patterns
 
 Needs = Literal["inputs", "gradients"]
@@ -203,5 +204,6 @@ INITS = PluginKind[InitPlugin](
     },
     claims={"init": lambda plugin: plugin.name},
     contradiction=_contradiction,
+    words=words.INITS,
 )
 """Inits, chosen by `LoraConfig(init=...)`."""

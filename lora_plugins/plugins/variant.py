@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lora_plugins import words
 from lora_plugins.plugins.kind import A_NAME, PluginKind
 from lora_plugins.plugins.layer import LayerPlugin
 
@@ -100,5 +101,6 @@ VARIANTS = PluginKind[VariantPlugin](
     claims={"variant": lambda plugin: plugin.name},
     contradiction=_contradiction,
     reserved=(PLAIN,),
+    words=words.VARIANTS,
 )
 """Variants of LoRA, chosen by `LoraConfig(variant=...)`."""

@@ -5,13 +5,14 @@ import copy
 import importlib
 import inspect
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from lora_plugins import ConfigError, InitData, LoraConfig, LoraError, LoraModel, TargetError
-from lora_plugins.words import ARGUMENTS, FUNCTIONS, MEMBERS
+from lora_plugins import ConfigError, InitData, LoraConfig, LoraError, LoraModel, PluginError, TargetError
+from lora_plugins.words import ARGUMENTS, FUNCTIONS, INITS, MEMBERS, VARIANTS
 
 CONFIG = LoraConfig(r=2, target_modules=["0"])
 
@@ -253,6 +254,14 @@ class TestOtherNames:
     def test_a_name_of_peft_is_told_when_it_is_imported(self, name):
         with pytest.raises(ImportError, match=f"lora_plugins has no '{name}'. [A-Z]"):
             exec(f"from lora_plugins import {name}")
+
+    @pytest.mark.parametrize(
+        ("field", "name", "said"),
+        [(field, *entry) for field, words in (("init", INITS), ("variant", VARIANTS)) for entry in words.items()],
+    )
+    def test_a_value_of_a_field_is_told_when_it_is_planned(self, field, name, said):
+        with pytest.raises(PluginError, match=f"There is no {field} '{re.escape(name)}'. {re.escape(said)}"):
+            LoraModel.plan(net(), LoraConfig(target_modules=["0"], **{field: name}))
 
     def test_others_are_missing_as_ever(self):
         assert not hasattr(importlib.import_module("lora_plugins"), "loraconfig")
