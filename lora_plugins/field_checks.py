@@ -133,8 +133,8 @@ def check_names(name: str, value: Any) -> None:
 
 
 def check_some(name: str, value: Any) -> None:
-    """A collection of any kind, but no text."""
-    if not isinstance(value, Collection) or isinstance(value, str | bytes):
+    """A collection of any kind, but no text, and no mapping, whose values would be passed over."""
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
         raise ConfigError(f"{name} is a list, not {shown(value)}.")
 
 

@@ -163,6 +163,8 @@ def test_an_argument_of_any_other_type_is_no_error_of_python(method, argument, t
     [
         (lambda: lora().set_adapter(3), "LoraModel.set_adapter: adapter_names is a list, not 3"),
         (lambda: lora().set_adapter("default", weights=0.5), "weights is a list, not 0.5"),
+        (lambda: lora().set_adapter("default", weights={"default": 0.5}), r"weights is a list, not \{'default': 0.5\}"),
+        (lambda: lora().set_adapter({"default": 0.5}), r"adapter_names is a list, not \{'default': 0.5\}"),
         (lambda: lora().set_adapter("default", trainable="no"), "trainable is True or False, not 'no'"),
         (lambda: lora().merge_adapter(max_error=float("nan")), "max_error is a share, a number of at least 0, not nan"),
         (lambda: lora().add_adapter("b", None), "config is a NoneType"),
