@@ -97,8 +97,9 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
     part = asked or _told(model)
     if part is None:
         raise ConfigError(
-            "It cannot be told which part of a pipeline the model is. Say so: format_options={'component': 'unet'}; "
-            f"there is {listing(COMPONENTS)}."
+            f"It cannot be told which part of a pipeline the model is. If it is one of {listing(COMPONENTS, 9)}, say "
+            "so: format_options={'component': 'unet'}. Files of pipelines have no other parts: for a model such as a "
+            "VAE or a ControlNet, write format='peft'."
         )
     return {name: (_in_files(part), name) for name in split}
 
