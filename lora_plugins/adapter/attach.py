@@ -11,7 +11,6 @@ from lora_plugins.inplace import (
     STATE,
     AdapterTensors,
     LayerState,
-    base_class_of,
     detached_weight,
     layer_state,
     refresh_class,
@@ -110,7 +109,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _add(module: nn.Module, layer: PlannedLayer, adapter: str) -> None:
-    state = state_of(module) or LayerState(name=layer.name, base_class=base_class_of(module))
+    state = state_of(module) or LayerState(name=layer.name)
     module.__dict__[STATE] = state
     state.adapters[adapter] = layer
 

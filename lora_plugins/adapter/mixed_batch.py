@@ -9,7 +9,7 @@ from lora_plugins.adapter.acting import own_holders
 from lora_plugins.adapter.blocks import Within
 from lora_plugins.adapter.state import Block, ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import layer_state, model_modules, own_mode, state_of
+from lora_plugins.inplace import base_class_of, layer_state, model_modules, own_mode, state_of
 from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
@@ -77,7 +77,7 @@ def _problem(planned: PlannedLayer, layer: nn.Module) -> str:
     if variant is not None and not planned.rescales:
         return f"the plugin {plugin.name!r} has no branch for the variant {variant.name!r}"
     if planned.branch_use == "never":
-        return f"the plugin {plugin.name!r} has no branch for the class {layer_state(layer).base_class.__name__}"
+        return f"the plugin {plugin.name!r} has no branch for the class {base_class_of(layer).__name__}"
     if len({slot.tensor for slot in planned.slots}) > 1:
         return f"{plugin.name!r} layers have updates of several weights"
     return plugin.mixing_problem(layer)

@@ -19,7 +19,7 @@ from lora_plugins.inplace.deltas import effective_weight
 from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
-from lora_plugins.inplace.layer_state import constructor, layer_state, state_of
+from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, layer_state, own_class, state_of
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
@@ -45,7 +45,7 @@ def _arguments(layer: nn.Module) -> tuple[Any, ...]:
     kinds = foreign_weights(layer)
     foreign = next((kinds[name] for name in state.weight_names if name in kinds), None)
     stored = tuple(stored_weights(layer))
-    return state.base_class, state.weight_names, state.has_branch, state.extended_by, stored, foreign
+    return base_class_of(layer), state.weight_names, state.has_branch, state.extended_by, stored, foreign
 
 
 def refresh_class(layer: nn.Module) -> None:
@@ -81,6 +81,7 @@ def adapted_class(
         base = stored_class(base, stored)
     namespace: dict[str, Any] = {name: _weight_property(name) for name in weights} | {"__init__": init}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
+    namespace[OWN_CLASS] = own_class(base)
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]

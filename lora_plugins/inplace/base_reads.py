@@ -7,20 +7,20 @@ a layer keeps.
 from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace.layer_state import LayerState
+from lora_plugins.inplace.layer_state import base_class_of, layer_state
 
 
-def check_reads(state: LayerState, given: Collection[str], inputs: Collection[Any], output: Any) -> None:
+def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any], output: Any) -> None:
     """Checks that a call of a layer has read its weights from where its adapters act.
 
     A call with an empty output, or with an input for its output, needs no weight: layers for detection give the one for
     an empty input, and layers that are dropped as a whole the other.
 
     Args:
-        state: The state of the layer. Once a call has read all weights, it says so, and no other need be checked.
+        layer: The layer. Once a call has read all weights, its state says so, and no other need be checked.
         given: The names by which weights were read.
         inputs: What the layer was called with.
         output: What it gave.
@@ -30,11 +30,12 @@ def check_reads(state: LayerState, given: Collection[str], inputs: Collection[An
     """
     if isinstance(output, Tensor) and (output.numel() == 0 or any(output is each for each in inputs)):
         return
+    state = layer_state(layer)
     names = {slot.tensor for _, _, slot in state.active_slots()}
     if missed := sorted(names - set(given)):
         raise StateError(
-            f"The forward of {state.name!r} ({state.base_class.__name__}) computes without reading {listing(missed)} "
-            "as an attribute of the layer, so an adapter does nothing there: its parameters, or a reference that it "
-            "keeps, are the base's. Let it read the attribute, or add the layer to exclude_modules."
+            f"The forward of {state.name!r} ({base_class_of(layer).__name__}) computes without reading "
+            f"{listing(missed)} as an attribute of the layer, so an adapter does nothing there: its parameters, or a "
+            "reference that it keeps, are the base's. Let it read the attribute, or add the layer to exclude_modules."
         )
     state.is_read = len(names) > 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, own_class
+from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, own_class, remade
 from lora_plugins.plugins import class_path
 
 _POWER_ITERATION = "torch.nn.utils.parametrizations._SpectralNorm"
@@ -69,7 +69,10 @@ def thaw(module: nn.Module) -> None:
     """Undoes `freeze`: the layer has its own class and its own mode again."""
     if _BASE_CLASS not in module.__dict__:
         return
-    module.__class__ = module.__dict__.pop(_BASE_CLASS)
+    base: Any = module.__dict__.pop(_BASE_CLASS)
+    cls: Any = type(module)
+    generated: Any = _frozen_class(base)
+    module.__class__ = remade(cls, generated, base)
     module.training = module.__dict__.pop(_TRAINING)
 
 

@@ -47,7 +47,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         finally:
             del state.held[thread]
         if not (state.is_read or torch.compiler.is_compiling()):
-            check_reads(state, given, (*args, *kwargs.values()), output)
+            check_reads(layer, given, (*args, *kwargs.values()), output)
         return output
 
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ STATE = "_lora"
 """Attribute of an adapted layer that holds its `LayerState`."""
 
 OWN_CLASS = "_lora_own_class"
-"""Attribute of a class generated for modules that are not adapted, such as those with stored weights: their own."""
+"""Attribute of a generated class: the one that a module would have without it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class LayerState:
 
     Args:
         name: Full name of the layer in the model, for messages.
-        base_class: The class of the untouched layer.
         adapters: By adapter name, what was planned for the layer; active or not.
         active: Names of those whose update is added at each forward.
         weights: What the update of an active adapter is multiplied by, where that is not 1.
@@ -64,7 +63,6 @@ class LayerState:
     """
 
     name: str
-    base_class: type[nn.Module]
     adapters: dict[str, PlannedLayer] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -143,9 +141,6 @@ def layer_state(layer: nn.Module) -> LayerState:
 
 def base_class_of(layer: nn.Module) -> type[nn.Module]:
     """Returns the layer's own class, as it is without adapters, stored weights and rows with values of their own."""
-    state = state_of(layer)
-    if state is not None:
-        return state.base_class
     return own_class(type(layer))
 
 
@@ -165,7 +160,32 @@ def constructor(own: Any) -> Callable[..., None]:
     return init
 
 
-def own_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Returns the class that a class was generated from; the class itself if it was not generated."""
-    own: type[nn.Module] = cls.__dict__.get(OWN_CLASS, cls)
-    return own
+def own_class(cls: Any) -> type[nn.Module]:
+    """Returns the class that a class was generated from; the class itself if it was not generated.
+
+    Others make subclasses of the class that a layer has, which may be a generated one: parametrizations of torch for
+    other tensors, and FSDP2. The layer's own is then the same subclass of its own.
+    """
+    generated = next((each for each in cls.__mro__ if OWN_CLASS in each.__dict__), None)
+    found: type[nn.Module] = cls
+    if generated is not None:
+        own: Any = generated.__dict__[OWN_CLASS]
+        found = own if cls is generated else remade(cls, generated, own)  # a compiler would warn of the cache
+    return found
+
+
+@functools.cache
+def remade(cls: Any, generated: Any, own: Any) -> Any:
+    """Returns a class as it would be with another one in the place of a generated one among its bases.
+
+    Args:
+        cls: The class.
+        generated: The generated one.
+        own: What takes its place.
+    """
+    if cls is generated:
+        return own
+    bases = tuple(remade(base, generated, own) for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    return type(cls)(cls.__name__.replace(generated.__name__, own.__name__), bases, dict(vars(cls)))

@@ -74,7 +74,7 @@ def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
     """Makes the rows dense that are looked up, and no others."""
     stored = stored_weight(layer, "weight")
     # A class that extends this one, as that of an adapted layer, answers with another weight.
-    if stored is None or layer.max_norm is not None or OWN_CLASS not in type(layer).__dict__:
+    if stored is None or layer.max_norm is not None or type(layer) is not resting_class(layer):
         return nn.Embedding.forward(layer, input)
     return stored.rows(input)
 

@@ -38,8 +38,7 @@ def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None
             parameter.data = value
             increment_version(parameter)  # so that an earlier forward has no backward of other weights
     with _whole(layer):
-        if not issubclass(state.base_class, type(layer)):  # else its weight has become dense, and its class with it
-            set_class(layer, resting_class(layer))
+        set_class(layer, resting_class(layer))
         for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
             del layer._modules[name]
         for name, value in computed.items():

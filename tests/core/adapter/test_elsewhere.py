@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.functional import mse_loss
 
 from lora_plugins import LoraConfig, LoraModel, StateError
@@ -128,6 +128,15 @@ def test_taking_adapters_off(split, call):
         trained(each)
         handle.delete_adapter("default") if call == "delete_adapter" else handle.unload()
     torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
+
+
+@IN_A_PROCESS
+def test_a_layer_that_was_split_by_itself_stays_so():
+    model, lora = adapted(fsdp2)
+    with lora.disable_adapter():
+        assert isinstance(model[0], FSDPModule)
+    lora.unload()
+    model[0].reshard()
 
 
 @SPLIT

@@ -1,0 +1,86 @@
+"""Layers whose class others change: a subclass of the generated one, or of their own in a block."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+
+from lora_plugins import LoraConfig, LoraModel
+
+X = torch.randn(3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+COMPUTING = {"weight norm": weight_norm, "orthogonal": orthogonal}
+
+
+class Negative(nn.Module):
+    def forward(self, value):
+        return -value
+
+
+def adapted(change=lambda model: model):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 5)).double().eval()
+    nn.init.uniform_(model[1].weight)
+    change(model)
+    return LoraModel(model, LoraConfig(r=2, init="none"))
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "tensor"), [(0, "bias"), (3, "bias"), (1, "weight")], ids=["convolution", "linear", "still norm"]
+)
+def test_other_tensors_are_computed_from_now_on(layer, tensor):
+    lora = adapted()
+    model = lora.model
+    own = type(model[layer]).__bases__[0]
+    parametrize.register_parametrization(model[layer], tensor, Negative())
+    expected = model(X)
+    with lora.disable_adapter():
+        base = model(X)
+    assert_close(model(X), expected)
+    assert_close(LoraModel(copy.deepcopy(model)).merge_and_unload()(X), expected)
+    lora.add_adapter("other", LoraConfig(r=2))
+    lora.set_adapter("other")
+    assert_close(model(X), base)
+    lora.unload()
+    assert_close(model(X), base)
+    assert type(model[layer]).__bases__ == (own,)
+    parametrize.remove_parametrizations(model[layer], tensor)
+    assert type(model[layer]) is own
+    assert_close(model(X), base)
+
+
+@pytest.mark.parametrize("compute", COMPUTING.values(), ids=COMPUTING)
+def test_the_base_s_own_weight_is_computed_from_a_block_on(compute, tmp_path):
+    lora, hand = adapted(), adapted(lambda model: compute(model[3]))
+    with lora.disable_adapter() as model:
+        compute(model[3])
+        base = model(X)
+    assert_close(model(X), hand.model(X))
+    lora.save_adapter(tmp_path)
+    assert_close(LoraModel.load_adapter(hand.unload(), tmp_path).model(X), model(X))
+    lora.unload()
+    assert_close(model(X), base)
+
+
+def test_the_base_s_own_weight_is_not_computed_any_more_from_a_block_on():
+    lora = adapted(lambda model: orthogonal(model[3]))
+    expected = lora.model(X)
+    with lora.disable_adapter() as model:
+        parametrize.remove_parametrizations(model[3], "weight")
+    assert_close(model(X), expected)
+    assert type(lora.merge_and_unload()[3]) is nn.Linear
+    assert_close(model(X), expected)
+
+
+def test_what_was_computed_from_a_block_on_is_compiled():
+    lora = adapted()
+    with lora.disable_adapter() as model:
+        weight_norm(model[3])
+        parametrize.register_parametrization(model[0], "bias", Negative())
+    assert_close(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
