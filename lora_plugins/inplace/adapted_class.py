@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.inplace.assigned import guards
+from lora_plugins.inplace.assigned import guards, refuse_assignment
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight
 from lora_plugins.inplace.deltas import effective_weight
@@ -79,7 +79,7 @@ def adapted_class(
     name, init = base.__name__, constructor(base)
     if stored:
         base = stored_class(base, stored)
-    namespace: dict[str, Any] = {name: _weight_property(name) for name in weights} | {"__init__": init}
+    namespace: dict[str, Any] = {name: _weight_property(name, base) for name in weights} | {"__init__": init}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
     namespace[OWN_CLASS] = own_class(base)
     namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
@@ -139,7 +139,9 @@ def _apply_to(base: Any) -> Callable[..., nn.Module]:
     return apply
 
 
-def _weight_property(name: str) -> property:
+def _weight_property(name: str, base: Any) -> property:
+    is_computed = isinstance(inspect.getattr_static(base, name, None), property)
+
     def get(layer: nn.Module) -> Tensor | DescribedTensor:
         state = layer_state(layer)
         if state.rows is not None:
@@ -155,6 +157,8 @@ def _weight_property(name: str) -> property:
 
     def set(layer: nn.Module, value: Tensor) -> None:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
+        if is_computed:  # parametrizations would set what they compute from
+            refuse_assignment(layer, name)
         layer.__dict__[name] = value
 
     def delete(layer: nn.Module) -> None:

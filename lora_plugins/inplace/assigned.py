@@ -4,10 +4,13 @@ What is read there is the base's weight and the updates together, and what is wr
 would count twice.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
@@ -17,6 +20,9 @@ from lora_plugins.inplace.weights import LostWeightError
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch make their weights anew."""
+
+_PARAMETRIZING = {each.__code__: each.__name__ for each in (register_parametrization, remove_parametrizations)}
+"""Functions of torch that take what a weight is for the base's own, by their code."""
 
 
 def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
@@ -30,7 +36,7 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
     def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # Whoever shards parameters deletes the old one first.
         if name in weights and layer._parameters.get(name) is not None:
-            raise StateError(_refusal(layer, repr(name), "assigned. Assign"))
+            refuse_assignment(layer, name)
         for weight in weights:
             _check_original(layer, weight, name, param)
         nn.Module.register_parameter(layer, name, param)
@@ -39,18 +45,39 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
         with as_its_own(layer, resting_class(layer)):
             layer._load_from_state_dict(*args)
 
+    def parametrizations(layer: nn.Module) -> Any:
+        # Both functions ask first, by is_parametrized(), whether there are some, and write before they do anything else
+        # that can be noticed.
+        asking = None if torch.compiler.is_compiling() else sys._getframe(1).f_back
+        if asking is not None and asking.f_code in _PARAMETRIZING:
+            call = _PARAMETRIZING[asking.f_code]
+            raise StateError(_refusal(layer, listing(weights), f"changed by {call}(). Call it for"))
+        return nn.Module.__getattr__(layer, "parametrizations")
+
     made: dict[str, Any] = {"register_parameter": register_parameter, "_load_from_state_dict": load}
+    made["parametrizations"] = property(parametrizations)
     return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
 
 
-def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:
-    """Refuses to compute a weight from a tensor that was read as the effective weight.
+def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:
+    """Refuses to assign a weight.
 
-    Pruning registers what it has read before it removes the parameter, `torch.nn.utils.weight_norm` after that.
+    Raises:
+        StateError: Always.
+    """
+    raise StateError(_refusal(layer, repr(name), "assigned. Assign"))
+
+
+def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:
+    """Refuses to compute a weight from now on, from one that was read as the effective weight or not.
+
+    Pruning registers what it has read before it removes the parameter, `weight_norm` and `spectral_norm` of
+    `torch.nn.utils` after that.
     """
     if name == f"{weight}_orig" and not isinstance(value, nn.Parameter):
         raise StateError(_refusal(layer, repr(weight), "pruned. Prune"))
-    if name == f"{weight}_g" and layer._parameters.get(weight) is None and weight not in layer.__dict__:
+    gone = layer._parameters.get(weight) is None and weight not in layer.__dict__
+    if gone and name in (f"{weight}_g", f"{weight}_orig"):
         raise LostWeightError(layer, weight)
 
 

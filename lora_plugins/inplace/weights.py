@@ -64,8 +64,8 @@ class LostWeightError(StateError, AttributeError):
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__(
             f"{name!r} of {layer_state(layer).name!r} was taken away while the layer is adapted, as weight_norm and "
-            "parametrizations do, which would take the updates for a part of the base. Build the model again, and call "
-            "them before it is adapted."
+            "spectral_norm of torch.nn.utils do, to compute it from now on. Build the model again, and call them "
+            "before it is adapted."
         )
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 
@@ -75,22 +76,51 @@ def test_a_norm_is_not_fused_into_an_update_that_would_count_twice():
     torch.testing.assert_close(fuse_conv_bn_eval(merged[0], merged[1])(x), expected, rtol=1e-12, atol=1e-12)
 
 
-COMPUTED = {
-    "weight norm": parametrizations.weight_norm,
-    "orthogonal": parametrizations.orthogonal,
-    "weight norm by a hook": pytest.param(
-        nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
-    ),
-}
-
-
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-def test_a_weight_is_not_computed_from_one_that_has_updates_in_it(compute):
+@pytest.mark.parametrize(
+    "compute", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=["weight norm", "spectral norm"]
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_a_weight_is_not_computed_by_a_hook_from_now_on(compute):
     model = adapted().model
     with pytest.raises(StateError, match=r"'weight' of '0' was taken away.*before it is adapted"):
-        model(compute(model[0]).bias[None])
+        compute(model[0])
     with pytest.raises(StateError, match="taken away"):
         model(torch.zeros(1, 4).double())
+
+
+PARAMETRIZATIONS = {"weight norm": parametrizations.weight_norm, "orthogonal": parametrizations.orthogonal}
+
+
+@pytest.mark.parametrize("parametrized", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
+class TestParametrizations:
+    @pytest.fixture
+    def lora(self, parametrized):
+        torch.manual_seed(0)
+        model = nn.Sequential(parametrized(nn.Linear(4, 4))).double()
+        return LoraModel(model, LoraConfig(r=2, init="none"), "task")
+
+    def test_none_is_registered_while_an_adapter_acts(self, parametrized, untouched):
+        lora = adapted()
+        with untouched(lora.model), pytest.raises(StateError, match=r"'weight' of '0'.*register_parametrization\("):
+            parametrized(lora.model[0])
+
+    def test_no_second_one_is_registered_while_an_adapter_acts(self, lora, parametrized, untouched):
+        with untouched(lora.model), pytest.raises(StateError, match="changed by register_parametrization"):
+            register_parametrization(lora.model[0], "weight", nn.Softplus())
+
+    @pytest.mark.parametrize("leave", [True, False])
+    def test_none_is_removed_while_an_adapter_acts(self, lora, leave, untouched):
+        with untouched(lora.model), pytest.raises(StateError, match=r"by remove_parametrizations\(\).*disable_adapter"):
+            remove_parametrizations(lora.model[0], "weight", leave_parametrized=leave)
+
+    def test_nothing_is_assigned_through_one_while_an_adapter_acts(self, lora, untouched):
+        with untouched(lora.model), pytest.raises(StateError, match=r"'weight' of '0' .* cannot be assigned"):
+            lora.model[0].weight = torch.eye(4).double()
+
+    def test_the_base_s_own_is_assigned_through_one_in_a_block(self, lora):
+        with lora.disable_adapter() as model:
+            model[0].weight = torch.eye(4).double()
+        assert lora.unload()[0].weight.sub(torch.eye(4)).abs().max() < 1e-14
 
 
 def test_a_weight_is_not_pruned_while_an_adapter_acts(untouched):
