@@ -1,10 +1,11 @@
 """Where the tensors of adapters live in a layer."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NoReturn, cast
 
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError, listing
 from lora_plugins.utils import single_at_least
 
 RESERVED = frozenset({"training"})
@@ -47,6 +48,13 @@ class AdapterTensors(nn.Module):
             return tensor.to(new.device, single_at_least(new.dtype))
 
         return cast(AdapterTensors, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses to be compiled by `torch.jit.script`, which asks before it compiles anything of a model."""
+        raise StateError(
+            f"torch.jit.script cannot compile layers with adapters, and these have {listing(self._parameters)}. Merge "
+            "them before, by merge_and_unload(), or take them off, by unload(); torch.jit.trace needs neither."
+        )
 
     def extra_repr(self) -> str:
         """Shows the adapters and the shape of their factors."""

@@ -1,12 +1,13 @@
-"""Models with a TorchScript module in them, which is not adapted."""
+"""TorchScript: modules of it in a model are not adapted, and an adapted model is not compiled to it."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, TargetError
+from lora_plugins import LoraConfig, LoraModel, StateError, TargetError
 
 X = torch.ones(2, 4)
 
@@ -52,3 +53,14 @@ def test_a_change_that_is_refused_leaves_it_as_it_was():
     with pytest.raises(TargetError, match="which no plugin adapts"):
         LoraModel(model, LoraConfig(r=2, target_modules=["body", "0"]))
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize("acts", [True, False], ids=["acting", "in a block"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_an_adapted_model_is_not_compiled(acts, untouched):
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), LoraConfig(r=2, init="none"), "task")
+    expected = lora.model(X)
+    refused = pytest.raises(StateError, match=r"torch.jit.script cannot .* have 'task'. Merge them .* merge_and_unload")
+    with nullcontext() if acts else lora.disable_adapter(), untouched(lora.model), refused:
+        torch.jit.script(lora.model)
+    torch.testing.assert_close(torch.jit.script(lora.merge_and_unload())(X), expected)
