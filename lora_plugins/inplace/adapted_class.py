@@ -10,8 +10,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards, refuse_assignment
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight
@@ -82,7 +84,8 @@ def adapted_class(
     namespace: dict[str, Any] = {name: _weight_property(name, base) for name in weights} | {"__init__": init}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
     namespace[OWN_CLASS] = own_class(base)
-    namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
+    # torch.fx takes modules of torch whole, by this. What it traces inside of a layer would be constants.
+    namespace["__module__"] = base.__module__ if base.__module__.startswith("torch.nn") else "torch.nn"
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
     namespace |= guards(base, weights)
@@ -151,6 +154,12 @@ def _weight_property(name: str, base: Any) -> property:
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter.",
                 layer,
             )
+        if _is_traced(layer, name):
+            raise StateError(
+                f"The weight of {state.name!r} is used by another module without calling the layer, so torch.fx would "
+                "trace what it is now, and not what it is computed from. Merge it before, by merge_and_unload(), or "
+                "add the layer to exclude_modules."
+            )
         weight = held(layer, name, effective_weight)
         drops = own_mode(layer) and any(planned.settings.dropout for _, planned, _ in state.active_slots())
         return called_weight(layer, weight) if drops else weight
@@ -165,6 +174,16 @@ def _weight_property(name: str, base: Any) -> property:
         del layer.__dict__[name]
 
     return property(get, set, delete)
+
+
+def _is_traced(layer: nn.Module, name: str) -> bool:
+    """Whether torch.fx traces what reads a weight: its tracer gives a proxy for the parameter.
+
+    Tracers of operators, such as that of `make_fx`, give the parameter itself.
+    """
+    if torch.compiler.is_compiling() or (parameter := layer._parameters.get(name)) is None:
+        return False
+    return nn.Module.__getattr__(layer, name) is not parameter
 
 
 def positional_names(base: type[nn.Module]) -> tuple[str, ...]:
