@@ -165,8 +165,8 @@ class LoraCallback(Callback):
             mode, and Lightning does not change that.
         print_plan: Whether a table of what is adapted is printed before training.
         loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
-            rate, and so has what a variant adds. Parameter groups are split for that, and schedulers of torch drive
-            all parts.
+            rate, and so has what a variant adds. Parameter groups are split for that, and the parts follow the rate of
+            their group, whoever sets it.
         heads_lr_ratio: Learning rate of what is trained in full, heads and biases, as a multiple of that of A.
         max_error: Share of an update that a merge may lose to rounding, as in `LoraModel.merge_adapter`.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,6 +26,9 @@ _SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")
 
 _SCHEDULER_ENTRIES = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 """Attributes that have something else for each group."""
+
+_FOLLOWS, _RATIO = "follows", "lr_ratio"
+"""Entries of a part of a group: the index of that group, and the multiple of its rate that the part learns at."""
 
 
 def parameter_groups(
@@ -91,9 +94,11 @@ class LearningRates:
             )
 
     def split_groups(self, module: nn.Module, configured: Any) -> None:
-        """Splits every parameter group of existing optimizers, and lets their schedulers drive all parts.
+        """Splits every parameter group of existing optimizers into parts that follow its learning rate.
 
-        A stays in its group; B and the heads get new groups after the others, with the same options.
+        A stays in its group; B and the heads, where they have a ratio, get new groups after the others, with the same
+        options. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
+        An optimizer that was split for an earlier fit is left as it is.
 
         Args:
             module: The adapted module.
@@ -109,24 +114,35 @@ class LearningRates:
         _check_rates(configured)
         schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
         for optimizer in flatten(configured):
-            if isinstance(optimizer, Optimizer):
+            if isinstance(optimizer, Optimizer) and not any(_FOLLOWS in group for group in optimizer.param_groups):
                 followers = [s for s in schedulers if s.optimizer is optimizer]
                 for index in range(len(optimizer.param_groups)):
                     self._split(module, optimizer, index, followers)
+                optimizer.register_step_pre_hook(_follow)
 
     def _split(self, module: nn.Module, optimizer: Optimizer, index: int, schedulers: list[LRScheduler]) -> None:
-        group = optimizer.param_groups[index]
-        factors = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
-        members = {name: params for name, params in _members(module, group["params"]).items() if params}
-        (stays, group["params"]), *others = members.items() or [("A", [])]
-        for name, params in others:
+        group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
+        ratios = {"B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
+        parts = {name: ratio for name, ratio in ratios.items() if ratio != 1 and members[name]}
+        moved = {id(parameter) for name in parts for parameter in members[name]}
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        for name, ratio in parts.items():
             own = {"name": f"{group['name']}_{name}"} if "name" in group else {}  # LearningRateMonitor wants it unique
-            optimizer.add_param_group({**group, **own, **_scaled(group, factors[name]), "params": params})
+            part = {**group, **own, **_scaled(group, ratio), _FOLLOWS: index, _RATIO: ratio, "params": members[name]}
+            optimizer.add_param_group(part)
             for scheduler in schedulers:
-                _extend(scheduler, index, factors[name])
-        group.update(_scaled(group, factors[stays]))
-        for scheduler in schedulers:
-            _scale(scheduler, index, factors[stays])
+                _extend(scheduler, index, ratio)
+
+
+def _follow(optimizer: Optimizer, *_: Any) -> None:
+    """Gives each part of a group its multiple of the group's rate, ahead of a step."""
+    for group in optimizer.param_groups:
+        if _FOLLOWS in group:
+            rate = optimizer.param_groups[group[_FOLLOWS]]["lr"] * group[_RATIO]
+            if isinstance(group["lr"], Tensor):  # which a compiled step has captured
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
 
 
 def _scaled(group: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -140,13 +156,6 @@ def _extend(scheduler: LRScheduler, index: int, factor: float) -> None:
             entries = getattr(part, name, None)
             if isinstance(entries, list):
                 entries.append(entries[index] * factor if name in _SCHEDULER_RATES else entries[index])
-
-
-def _scale(scheduler: LRScheduler, index: int, factor: float) -> None:
-    for part in _parts(scheduler):
-        for name in _SCHEDULER_RATES:
-            if isinstance(getattr(part, name, None), list):
-                getattr(part, name)[index] *= factor
 
 
 def _parts(scheduler: LRScheduler) -> list[LRScheduler]:

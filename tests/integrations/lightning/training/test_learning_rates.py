@@ -101,7 +101,7 @@ def test_parts_of_a_named_group_have_names_of_their_own(tmp_path):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     callbacks = [lora(config, loraplus_lr_ratio=4.0, print_plan=False), monitor]
     trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1).fit(module, loader())
-    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B", "lr-SGD/all_heads"}
+    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B"}
     assert monitor.lrs["lr-SGD/all_B"] == pytest.approx([4 * rate for rate in monitor.lrs["lr-SGD/all"]])
 
 
@@ -111,6 +111,64 @@ class RatesSeen(Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+class BySteps(Plain):
+    """Groups of its own for body and head, whose rates somebody sets; notes those that each step has had."""
+
+    make, set_rates, built = staticmethod(lambda optimizer, _: schedulers.ConstantLR(optimizer, 1.0)), None, None
+
+    def configure_optimizers(self):
+        self.groups, self.seen = lambda _: [{"params": part.parameters()} for part in (self.net[:3], self.net[3:])], []
+        self.built = self.built or super().configure_optimizers()
+        self.built[0][0].register_step_post_hook(self.note)
+        return self.built
+
+    def note(self, optimizer, *_):
+        self.seen.append({self.kind(g["params"][0]): g["lr"] for g in optimizer.param_groups if g["params"]})
+
+    def kind(self, parameter):
+        return next(name for name, p in self.named_parameters() if p is parameter)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if self.set_rates:
+            self.set_rates(optimizer.param_groups, 0.001 * (batch_idx + 1))
+        optimizer.step(closure=optimizer_closure)
+
+
+def set_first(groups, rate):  # as callbacks do that unfreeze a backbone
+    groups[0]["lr"] = rate
+
+
+def set_all(groups, rate):  # as warm-ups do
+    for group in groups:
+        group["lr"] = rate
+
+
+def cosine(optimizer, _):
+    return schedulers.CosineAnnealingLR(optimizer, 3, eta_min=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("set_rates", "make"), [(set_first, None), (set_all, None), (None, cosine)], ids=["first", "all", "eta_min"]
+)
+def test_parts_follow_whoever_sets_the_rate_of_their_group(tmp_path, set_rates, make):
+    module = BySteps()
+    module.set_rates, module.make = set_rates, make or module.make
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    trainer(tmp_path, [lora(config, loraplus_lr_ratio=16.0, heads_lr_ratio=4.0)]).fit(module, loader())
+    rates = [(each["net.0.lora_A.default"], each["net.0.lora_B.default"]) for each in module.seen]
+    assert len({a for a, _ in rates}) > 1
+    assert [b for _, b in rates] == [16 * a for a, _ in rates]
+    heads = [each["net.3.weight"] for each in module.seen]
+    assert heads == ([0.004] * len(heads) if set_rates is set_first else [4 * a for a, _ in rates])
+
+
+def test_optimizer_of_an_earlier_fit_keeps_its_ratio(tmp_path):
+    module, callback = BySteps(), lora(CONFIG, loraplus_lr_ratio=16.0)
+    for _ in range(2):
+        trainer(tmp_path, [callback]).fit(module, loader())
+        assert {each["net.0.lora_B.default"] for each in module.seen} == {0.016}
 
 
 class StrangeScheduler:
