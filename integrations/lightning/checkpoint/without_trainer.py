@@ -1,7 +1,7 @@
 """Loads adapter-only checkpoints without a Trainer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
@@ -45,11 +45,7 @@ class LoraCheckpointMixin(LightningModule):
     ) -> Self:
         """Loads a checkpoint with or without adapters; see `LightningModule.load_from_checkpoint`."""
         options = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
-        with TemporaryDirectory() as folder:
-            small = _as_written(checkpoint_path, Path(folder))
-            if _is_lightnings_own(cls):
-                options["weights_only"] = weights_only if small is None else False
-            return super().load_from_checkpoint(small or checkpoint_path, **options)
+        return _load(cls, super().load_from_checkpoint, checkpoint_path, weights_only, options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the adapters onto the module and completes the state dict with the module's own base.
@@ -57,23 +53,7 @@ class LoraCheckpointMixin(LightningModule):
         Raises:
             AdapterFileError: If the adapters do not fit the module.
         """
-        if KEY not in checkpoint:
-            super().on_load_checkpoint(checkpoint)
-            return
-        late = bool(missing_layers(self, checkpoint))
-        before = with_present_base(self, checkpoint)
-        checkpoint.update(before)
-        super().on_load_checkpoint(checkpoint)
-        build_missing(self, checkpoint)
-        small = without_base(self, checkpoint)
-        try:
-            complete = restore(self, small)
-        except AdapterFileError:
-            if late:
-                raise
-            put_base(self, before)  # the hook has built layers again, and expects their values in the file
-            complete = restore(self, small)
-        checkpoint.update(complete)
+        _put_on(self, super().on_load_checkpoint, checkpoint)
 
 
 def load_from_checkpoint(
@@ -114,15 +94,67 @@ def load_from_checkpoint(
     checked_entry(checkpoint)
     real = _named_class(checkpoint, module_class)
     check_arguments(real, checkpoint, kwargs)
-    loading: Any = real
-    if not issubclass(real, LoraCheckpointMixin):
-        loading = type(real.__name__, (LoraCheckpointMixin, real), {"__module__": real.__module__})
+    loading = real if issubclass(real, LoraCheckpointMixin) else _loading_class(real)
     with TemporaryDirectory() as folder:
         written = _write(checkpoint, Path(folder))
         # Objects in it are those that were just read as allowed ones.
         module: Module = loading.load_from_checkpoint(written, map_location=map_location, weights_only=False, **kwargs)
     module.__class__ = real
     return module
+
+
+def _loading_class(real: Any) -> Any:
+    """Returns a class that loads as one with the mixin does, whose modules can be given the real one.
+
+    With the mixin as a base beside it, Python could refuse that: a class whose first base has no __dict__, as `ABC` and
+    `Generic`, would have another layout.
+    """
+
+    def load(cls: Any, /, path: Any, *, weights_only: bool, **options: Any) -> Any:
+        return _load(real, super(loading, cls).load_from_checkpoint, path, weights_only, options)
+
+    def put_on(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        _put_on(module, super(loading, module).on_load_checkpoint, checkpoint)
+
+    own = {"__module__": real.__module__, "load_from_checkpoint": classmethod(load), "on_load_checkpoint": put_on}
+    loading: Any = type(real.__name__, (real,), own)
+    return loading
+
+
+def _load(
+    cls: type[LightningModule],
+    own: Callable[..., Module],
+    path: Any,
+    weights_only: bool | None,
+    options: dict[str, Any],
+) -> Module:
+    """Loads a checkpoint by a class's own loader, which sees what its module wrote."""
+    with TemporaryDirectory() as folder:
+        small = _as_written(path, Path(folder))
+        if _is_lightnings_own(cls):
+            options["weights_only"] = weights_only if small is None else False
+        return own(small or path, **options)
+
+
+def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+    """Puts the adapters of a checkpoint onto a module, around the module's own hook."""
+    if KEY not in checkpoint:
+        own(checkpoint)
+        return
+    late = bool(missing_layers(module, checkpoint))
+    before = with_present_base(module, checkpoint)
+    checkpoint.update(before)
+    own(checkpoint)
+    build_missing(module, checkpoint)
+    small = without_base(module, checkpoint)
+    try:
+        complete = restore(module, small)
+    except AdapterFileError:
+        if late:
+            raise
+        put_base(module, before)  # the hook has built layers again, and expects their values in the file
+        complete = restore(module, small)
+    checkpoint.update(complete)
 
 
 def _as_written(path: Any, folder: Path) -> Path | None:

@@ -2,15 +2,21 @@
 
 import subprocess
 import sys
+from abc import ABC
+from typing import Generic, TypeVar
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
 from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, callback, shown_by_lightning
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+
+T = TypeVar("T")
 
 
 def test_fresh_process_gives_the_same_predictions(tmp_path):
@@ -38,6 +44,26 @@ class TestOneLiner:
         assert type(module) is Classifier
         assert module.net[0].out_features == 24
         assert LoraModel(module).active_adapters == ("default",)
+
+    @pytest.mark.parametrize("base", [ABC, Generic[T]], ids=["ABC", "Generic"])
+    def test_class_has_another_base_before_lightnings(self, tmp_path, base):
+        class Other(base, LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(4, 3)
+
+            training_step, configure_optimizers = Classifier.training_step, Classifier.configure_optimizers
+            forward, _step, lr = Classifier.forward, Classifier._step, 0.05
+
+        torch.manual_seed(0)
+        module = Other()
+        run = trainer(tmp_path, [lora(LoraConfig(r=2))])
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        torch.manual_seed(0)
+        loaded = load_from_checkpoint(Other, tmp_path / "it.ckpt")
+        assert type(loaded) is Other
+        assert not differing(values(loaded), values(module))
 
     def test_mixin_makes_lightnings_own_method_do_it(self, tmp_path):
         class Ours(LoraCheckpointMixin, Classifier):
