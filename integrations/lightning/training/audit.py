@@ -91,9 +91,7 @@ class Audit:
             StateError: If something trains the base.
         """
         if self._first is not None:  # before a scheduler changes them at the batch's end
-            # An optimizer that finds its own rate (A2Grad, AliG) has none in its groups.
-            groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-            self._rates = [float(group.get("lr", math.inf)) for group in groups]
+            self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
             self.note_moved()
@@ -155,7 +153,8 @@ class Audit:
         """Notes in the first steps what has a gradient."""
         if self._first is not None:
             self._stepped = True
-            self._first.before_step()
+            groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+            self._first.before_step({id(p): _rate(group) for group in groups for p in group["params"]})
 
     def after_batch(self, outputs: Any) -> None:
         """Checks in the first steps that everything trainable gets a gradient and changes, and nothing else does.
@@ -230,9 +229,16 @@ class Audit:
             StateError: If it has.
         """
         self._name_frozen_adapters()
+        if self._first is not None:
+            self._first.finish()
         self._by_hand.finish()
         self._check_unchanged()
         return {name: self._frozen[name] for name in frozen_tensors(self._module) if name in self._frozen}
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """Returns the learning rate of a parameter group; an optimizer that finds its own (A2Grad, AliG) has none there."""
+    return float(group.get("lr", math.inf))
 
 
 def loss_scale(trainer: Trainer) -> float:

@@ -1,5 +1,6 @@
 """Checks in the first steps that every trainable tensor gets a gradient and changes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -32,14 +33,20 @@ class FirstSteps:
         self._trained, self._copies = trained, copies
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
-        self._steps = 0
+        self._batches = self._steps = 0
         self._checked = False
+        self._without_rate = set(trained)
 
-    def before_step(self) -> None:
+    def before_step(self, learning_rates: Mapping[int, float]) -> None:
         """Notes which parameters have a gradient, ahead of a step of an optimizer.
 
         A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
+
+        Args:
+            learning_rates: Of each parameter that an optimizer has, by its `id`.
         """
+        ids = {name: id(self._trained[name]) for name in self._without_rate}
+        self._without_rate -= {name for name, key in ids.items() if learning_rates.get(key, math.inf) > 0}
         self._without -= {
             name
             for name in self._without
@@ -56,11 +63,22 @@ class FirstSteps:
             StateError: If no trainable tensor got a gradient.
         """
         self._check_gradients()
+        self._batches += 1
         self._steps += min(learning_rates, default=0.0) > 0
         if self._steps < STEPS:
             return True
         self._check_moved()
         return False
+
+    def finish(self) -> None:
+        """Names what a run has left as it was because its learning rate was zero, unless there was a single step."""
+        if self._without_rate and self._batches >= STEPS:
+            rank_zero_warn(
+                f"{len(self._without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
+                f"rate of their parameter groups was 0 in all steps: {listing(sorted(self._without_rate))}. Set it in "
+                "configure_optimizers, by a scheduler or by the callback that the package has for it; if they are not "
+                "to be trained, leave them out of the adapter with exclude_modules."
+            )
 
     def _check_gradients(self) -> None:
         if self._checked:

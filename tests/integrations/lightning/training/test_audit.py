@@ -51,6 +51,34 @@ class TestDeadAdapters:
         with pytest.warns(UserWarning, match="did not move"):
             fit(tmp_path, Classifier(lr=1e-30))
 
+    @pytest.mark.parametrize(
+        ("rates", "left"), [((0.0, 0.1), "2 of 4"), ((0.0, 0.0), "4 of 4")], ids=["a group", "all"]
+    )
+    def test_learning_rate_of_zero_is_said_at_the_end(self, tmp_path, rates, left):
+        with pytest.warns(UserWarning, match=rf"{left} trainable tensors were not trained: the learning rate.* was 0"):
+            fit(tmp_path, Groups(rates))
+
+    def test_learning_rate_that_somebody_raises_is_not_named(self, tmp_path):
+        class Thaws(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                trainer.optimizers[0].param_groups[0]["lr"] = 0.1 * trainer.current_epoch
+
+        module = Groups((0.0, 0.1))
+        trainer(tmp_path, [lora(), Thaws()]).fit(module, loader())
+        assert all(b.any() for b in lora_b(module).values())
+
+
+class Groups(Classifier):
+    """A backbone and a head with rates of their own."""
+
+    def __init__(self, rates):
+        super().__init__()
+        self.rates = rates
+
+    def configure_optimizers(self):
+        parts = zip((self.net[0], self.net[3]), self.rates, strict=True)
+        return torch.optim.AdamW([{"params": part.parameters(), "lr": rate} for part, rate in parts])
+
 
 class SkipsFirst(Classifier):
     """Has no loss for its first batch, as where a batch has nothing to learn from."""
