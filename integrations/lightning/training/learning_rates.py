@@ -16,7 +16,7 @@ from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.field_checks import check_factor
 from lora_plugins.integrations.lightning.module import adapted_targets
-from lora_plugins.integrations.lightning.training.optimizer_groups import flatten
+from lora_plugins.integrations.lightning.training.optimizer_groups import NAMES, flatten
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that are learning rates; schedulers of torch write the last three."""
@@ -125,11 +125,12 @@ class LearningRates:
         ratios = {"B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
         parts = {name: ratio for name, ratio in ratios.items() if ratio != 1 and members[name]}
         moved = {id(parameter) for name in parts for parameter in members[name]}
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        whole = dict(group)
+        group.update(_with_members(whole, [parameter for parameter in whole["params"] if id(parameter) not in moved]))
         for name, ratio in parts.items():
             own = {"name": f"{group['name']}_{name}"} if "name" in group else {}  # LearningRateMonitor wants it unique
-            part = {**group, **own, **_scaled(group, ratio), _FOLLOWS: index, _RATIO: ratio, "params": members[name]}
-            optimizer.add_param_group(part)
+            part = {**_with_members(whole, members[name]), **own, **_scaled(group, ratio)}
+            optimizer.add_param_group({**part, _FOLLOWS: index, _RATIO: ratio})
             for scheduler in schedulers:
                 _extend(scheduler, index, ratio)
 
@@ -143,6 +144,14 @@ def _follow(optimizer: Optimizer, *_: Any) -> None:
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
+
+
+def _with_members(group: dict[str, Any], members: list[nn.Parameter]) -> dict[str, Any]:
+    """Returns a group with some of its parameters, and with their names if it was made of `named_parameters()`."""
+    if NAMES not in group:
+        return {**group, "params": members}
+    names = {id(parameter): name for name, parameter in zip(group[NAMES], group["params"], strict=True)}
+    return {**group, "params": members, NAMES: [names[id(parameter)] for parameter in members]}
 
 
 def _scaled(group: dict[str, Any], factor: float) -> dict[str, Any]:

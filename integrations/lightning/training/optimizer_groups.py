@@ -18,6 +18,9 @@ _ADVICE = (
     "[p for p in self.parameters() if p.requires_grad]."
 )
 
+NAMES = "param_names"
+"""The entry of a group that was made of `named_parameters()`: the names of its parameters, in their order."""
+
 
 def flatten(configured: Any) -> Iterator[Any]:
     """Yields the optimizers, schedulers and other values of what `configure_optimizers` returned, in any form."""
@@ -82,6 +85,8 @@ def _add_to_group(
     chosen = {name for name in missing if name in layers and held & {id(p) for p in layers[name].parameters()}}
     added = {name: p for name, p in missing.items() if name in chosen or not chosen}
     groups[0]["params"].extend(added.values())
+    if NAMES in groups[0]:
+        groups[0][NAMES].extend(added)
     rank_zero_warn(
         f"The optimizer was built before the adapters existed and would not train {listing(added, 3)}. They were "
         f"added to its parameter group now. {_ADVICE}"

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, StateError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, lora, trainer, values
 from tests.integrations.lightning.training.training_cases import cli, fit, lora_b
 
 
@@ -57,6 +57,29 @@ def test_list_captured_in_init_is_completed_and_said_so(tmp_path):
         run = fit(tmp_path, module)
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+
+class Named(Classifier):
+    """Gives its optimizer the names of its parameters, which torch keeps in the group."""
+
+    def __init__(self, early):
+        super().__init__()
+        self.early = list(self.named_parameters()) if early else None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.early or [(n, p) for n, p in self.named_parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer was built before the adapters existed:UserWarning")
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_names_stay_with_their_parameters(tmp_path, early, ratio):
+    module = Named(early)
+    run = trainer(tmp_path, [lora(loraplus_lr_ratio=ratio)])
+    run.fit(module, loader())
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = run.optimizers[0].param_groups
+    assert [group["param_names"] for group in groups] == [[names[id(p)] for p in group["params"]] for group in groups]
 
 
 def test_where_missing_tensors_belong_is_not_guessed(tmp_path):
