@@ -112,10 +112,10 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
-    networks = _adapted_networks(module.hparams)
+    networks, parameters = _adapted_networks(module.hparams), inspect.signature(cls.__init__).parameters
     given = {key: None for key in given if key not in networks}
-    optional = sorted(networks & inspect.signature(cls.__init__).parameters.keys())
-    arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *optional])]
+    taken = sorted(networks if _takes_any(parameters) else networks & parameters.keys())
+    arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *taken])]
     arguments += [for_objects] if for_objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]
@@ -155,6 +155,11 @@ def missing_arguments(cls: type[LightningModule], given: Mapping[str, Any]) -> l
     return [name for name in needed if name not in given]
 
 
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a constructor takes `**kwargs`, to pass them on to the class that it inherits from, say."""
+    return any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
 def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Checks that a checkpoint and a caller have all that the constructor of a class needs, and the caller no more.
 
@@ -165,7 +170,7 @@ def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], g
     saved = checkpoint.get(HYPERPARAMETERS, {})
     one = checkpoint.get(_ONE_ARGUMENT)
     parameters = inspect.signature(cls.__init__).parameters
-    if one in (None, "kwargs") and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+    if one in (None, "kwargs") and not _takes_any(parameters):
         of_loading = inspect.signature(cls.load_from_checkpoint).parameters  # such as `strict`
         for name in given:
             if name not in parameters and name not in of_loading:

@@ -200,6 +200,13 @@ class SavesNetwork(Classifier):
         """Those of its own are all."""
 
 
+class PassesOn(SavesNetwork):
+    """Takes what its base takes, which its own signature does not say."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+
+
 @dataclass
 class Nets:
     net: nn.Module
@@ -396,3 +403,12 @@ def test_a_damaged_file_is_still_called_so(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with contextlib.suppress(FileNotFoundError), pytest.raises(AdapterFileError, match="truncated or damaged"):
         load_from_checkpoint(Classifier, path)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance:UserWarning")
+def test_a_network_that_a_constructor_passes_on_is_asked_for(tmp_path, capsys):
+    module, saver = PassesOn(net=Classifier().net), ModelCheckpoint(tmp_path, filename="it")
+    trainer(tmp_path, [lora(), saver], max_epochs=1).fit(module, loader())
+    assert "it.ckpt', net=..., allow_globals=" in capsys.readouterr().out
+    again = load_from_checkpoint(PassesOn, tmp_path / "it.ckpt", net=Classifier().net, allow_globals=[Mode])
+    assert not differing(values(again), values(module))
