@@ -75,15 +75,27 @@ def argument_for_objects(path: object) -> str:
     Args:
         path: The file, which this process has written: what it may call is called.
     """
-    objects = not_allowed(path)
-    if not objects:
-        return ""
+    with _nothing_else_allowed():
+        objects = not_allowed(path)
+        if not objects:
+            return ""
+        try:
+            with allowed([] if need_unpickling(objects) else objects):
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[arg-type]
+        except Exception:  # such as a dictionary of another class, whose items torch does not put into it
+            return "weights_only=False"
+        return f"allow_globals={objects!r}"
+
+
+@contextmanager
+def _nothing_else_allowed() -> Iterator[None]:
+    """Forgets what this process has allowed by `add_safe_globals`, and another that reads the file has not."""
+    given = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
-        with allowed([] if need_unpickling(objects) else objects):
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[arg-type]
-    except Exception:  # such as a dictionary of another class, whose items torch does not put into it
-        return "weights_only=False"
-    return f"allow_globals={objects!r}"
+        yield
+    finally:
+        torch.serialization.add_safe_globals(given)
 
 
 def is_archive(path: object) -> bool:

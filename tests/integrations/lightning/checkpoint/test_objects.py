@@ -405,6 +405,14 @@ def test_a_damaged_file_is_still_called_so(tmp_path):
         load_from_checkpoint(Classifier, path)
 
 
+def test_the_line_allows_what_only_this_process_has_allowed(tmp_path, capsys):
+    with torch.serialization.safe_globals([Mode]):
+        saver = ModelCheckpoint(tmp_path, filename="it")
+        trainer(tmp_path, [lora(), saver], max_epochs=1).fit(Configured(Mode.LARGE), loader())
+        assert Mode in torch.serialization.get_safe_globals()
+    assert f"it.ckpt', allow_globals=['{HERE}.Mode'])" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance:UserWarning")
 def test_a_network_that_a_constructor_passes_on_is_asked_for(tmp_path, capsys):
     module, saver = PassesOn(net=Classifier().net), ModelCheckpoint(tmp_path, filename="it")
