@@ -360,7 +360,8 @@ class LoraCallback(Callback):
         self._audit.before_batch(first_of_epoch=first)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Notes in the first steps what has a gradient."""
+        """Notes in the first steps what has a gradient; parts of groups follow rates that `training_step` has set."""
+        self.rates.follow(optimizer)
         if self._audit is not None:
             self._audit.before_step()
 

@@ -118,7 +118,18 @@ class LearningRates:
                 followers = [s for s in schedulers if s.optimizer is optimizer]
                 for index in range(len(optimizer.param_groups)):
                     self._split(module, optimizer, index, followers)
-                optimizer.register_step_pre_hook(_follow)
+                optimizer.register_step_pre_hook(self.follow)
+
+    @staticmethod
+    def follow(optimizer: Optimizer, *_: Any) -> None:
+        """Gives each part of a group its multiple of the group's rate, ahead of a step, and again after its closure."""
+        for group in optimizer.param_groups:
+            if _FOLLOWS in group:
+                rate = optimizer.param_groups[group[_FOLLOWS]]["lr"] * group[_RATIO]
+                if isinstance(group["lr"], Tensor):  # which a compiled step has captured
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def _split(self, module: nn.Module, optimizer: Optimizer, index: int, schedulers: list[LRScheduler]) -> None:
         group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
@@ -133,17 +144,6 @@ class LearningRates:
             optimizer.add_param_group({**part, _FOLLOWS: index, _RATIO: ratio})
             for scheduler in schedulers:
                 _extend(scheduler, index, ratio)
-
-
-def _follow(optimizer: Optimizer, *_: Any) -> None:
-    """Gives each part of a group its multiple of the group's rate, ahead of a step."""
-    for group in optimizer.param_groups:
-        if _FOLLOWS in group:
-            rate = optimizer.param_groups[group[_FOLLOWS]]["lr"] * group[_RATIO]
-            if isinstance(group["lr"], Tensor):  # which a compiled step has captured
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
 
 
 def _with_members(group: dict[str, Any], members: list[nn.Parameter]) -> dict[str, Any]:
