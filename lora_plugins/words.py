@@ -108,8 +108,8 @@ FUNCTIONS: Mapping[str, str] = {
         "Write LoraModel(model, config, init_data=InitData(batches)), with init='eva' or 'lora_ga'.",
     ),
     "replace_lora_weights_loftq": "Write init='loftq' with quantize='nf4', on the float model.",
-    "create_loraplus_optimizer": "Write parameter_groups(module, lr=..., loraplus_lr_ratio=16) of "
-    "lora_plugins.integrations.lightning, or give LoraCallback its loraplus_lr_ratio.",
+    "create_loraplus_optimizer": "Give LoraCallback its loraplus_lr_ratio. Without a Trainer, write "
+    "parameter_groups(module, lr=..., loraplus_lr_ratio=16), which is beside it.",
     "create_lorafa_optimizer": "There is nothing like it here: A and B are both trained.",
     "rescale_adapter_scale": "Write lora.set_adapter(names, weights=[...]).",
     "load_peft_weights": "Write LoraModel.load_adapter(model, path).",
