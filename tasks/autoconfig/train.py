@@ -1,6 +1,7 @@
 """The command `lora-plugins train DATA`."""
 
 import argparse
+import json
 import shlex
 import sys
 import tempfile
@@ -224,9 +225,9 @@ def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:
     wrong = [name for name in data if getattr(given, name) is not None]
     if wrong:
         raise ConfigError(f"--{wrong[0].replace('_', '-')} is given, and no DATA: lora-plugins train DATA [flags].")
-    made: dict[str, Any] = yaml.safe_load(
-        recipe_path(EXAMPLE).read_text(encoding="utf-8").replace(f"runs/{EXAMPLE}", str(out))
-    )
+    recipe = json.dumps(yaml.safe_load(recipe_path(EXAMPLE).read_text(encoding="utf-8")))
+    place = json.dumps(str(out))[1:-1]  # the inside of a text, whatever is in the name
+    made: dict[str, Any] = json.loads(recipe.replace(f"runs/{EXAMPLE}", place))
     made["seed_everything"] = given.seed or 0
     made["trainer"] |= {"accelerator": given.device} | ({"max_epochs": given.epochs} if given.epochs else {})
     made["model"]["init_args"] |= {"lr": given.lr} if given.lr else {}

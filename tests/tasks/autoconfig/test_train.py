@@ -139,6 +139,15 @@ def test_without_data_the_example_is_planned(tmp_path, monkeypatch, capsys):
     assert made["lora_callback"]["save_adapter_to"] == "runs/digits/adapter"
 
 
+@pytest.mark.parametrize("name", ["12", "yes", "a: b", "a #1", "{a}", "a, b", 'a "b"'])
+def test_without_data_a_folder_can_have_any_name(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--plan", "--out", name, "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())
+    assert made["trainer"]["default_root_dir"] == made["trainer"]["logger"]["init_args"]["save_dir"] == name
+    assert made["lora_callback"]["save_adapter_to"] == f"{name}/adapter"
+
+
 @pytest.mark.parametrize(
     ("further", "message"),
     [
