@@ -56,6 +56,12 @@ def check_space(path: Path, needed: int, setting: str) -> None:
 
 
 def _check_place(path: Path, folder: Path, setting: str) -> None:
+    for link in (folder, *folder.parents):
+        if link.is_symlink() and not link.exists():
+            raise ConfigError(
+                f"{setting} is {path}, and {link} is a link to {link.readlink()}, which is not there. Make that folder "
+                "first, or name another place."
+            )
     existing = _existing(folder)
     if not existing.is_dir():
         raise ConfigError(f"{setting} is {path}, and {existing} is a file. Name another place.")

@@ -31,6 +31,21 @@ def test_a_file_on_the_way_is_named(check, tmp_path):
 
 
 @each
+@pytest.mark.parametrize("target", ["gone", "link"], ids=["broken", "circle"])
+def test_a_link_to_nothing_on_the_way_is_named(check, target, tmp_path):
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(ConfigError, match=rf"out is .*link/new, and .*link is a link to {target}, which is not there"):
+        check(tmp_path / "link" / "new", "out")
+
+
+def test_a_link_to_nothing_is_no_folder_and_is_replaced_by_a_file(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    check_writable_file(tmp_path / "link", "out")
+    with pytest.raises(ConfigError, match="link is a link to gone"):
+        check_writable_folder(tmp_path / "link", "out")
+
+
+@each
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_closed_is_named(check, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
