@@ -404,12 +404,12 @@ class LoraCallback(Callback):
         """Saves, merges and exports, as the options say.
 
         Raises:
-            StateError: If there was not one batch to train on, and no limit of the trainer asks for that.
+            StateError: If not one batch was trained on, and no limit of the trainer asks for that.
         """
         none_wanted = 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # those before a resumed run, too
         if not batches and not none_wanted:
-            raise StateError(_NOTHING_TRAINED)
+            raise StateError(_STOPPED_EARLY if trainer.should_stop else _NOTHING_TRAINED)
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
             _load_best(trainer, pl_module)
@@ -626,6 +626,11 @@ class LoraCallback(Callback):
 _NOTHING_TRAINED = (
     "Nothing was trained: the data for training holds not one batch. No file is written. Look at the data, and at a "
     "batch_size that is larger than they are, of which drop_last leaves nothing then."
+)
+
+_STOPPED_EARLY = (
+    "Nothing was trained: the run was told to stop before its first batch, by max_time, a signal or a callback. No "
+    "file is written. Give it more time, or look at what sets trainer.should_stop."
 )
 
 

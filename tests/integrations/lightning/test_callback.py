@@ -36,9 +36,17 @@ EMPTY = torch.utils.data.DataLoader(loader(4).dataset, batch_size=8, drop_last=T
 def test_a_fit_without_a_batch_is_refused_and_writes_nothing(tmp_path, data):
     places = {"save_adapter_to": tmp_path / "adapter", "export_to": tmp_path / "merged.safetensors"}
     run = trainer(tmp_path, [lora(**places)])
-    with pytest.raises(StateError, match="Nothing was trained"):
+    with pytest.raises(StateError, match="Nothing was trained: the data for training holds not one batch"):
         run.fit(Classifier(), data, loader())
     assert not any(path.exists() for path in places.values())
+
+
+@pytest.mark.filterwarnings("ignore:Trainer was signaled to stop")
+def test_a_fit_that_is_stopped_before_its_first_batch_is_not_told_to_look_at_its_data(tmp_path):
+    run = trainer(tmp_path, [lora(save_adapter_to=tmp_path / "adapter")], max_time="00:00:00:00")
+    with pytest.raises(StateError, match="told to stop before its first batch, by max_time"):
+        run.fit(Classifier(), loader())
+    assert not (tmp_path / "adapter").exists()
 
 
 class TestTuners:
