@@ -50,7 +50,7 @@ def check_space(path: Path, needed: int, setting: str) -> None:
     free = shutil.disk_usage(_existing(path)).free
     if free < needed:
         raise ConfigError(
-            f"{setting} is {path}, which takes {needed / MEBIBYTE:,.0f} MiB, and that disk has {free / MEBIBYTE:,.0f} "
+            f"{setting} is {path}, which takes {needed / MEBIBYTE:,.1f} MiB, and that disk has {free / MEBIBYTE:,.1f} "
             "MiB left. Make room, or name a place on another disk."
         )
 

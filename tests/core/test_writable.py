@@ -67,5 +67,5 @@ def test_a_folder_is_no_file_and_a_file_is_no_folder(tmp_path):
 
 def test_a_disk_without_room_is_told(tmp_path):
     check_space(tmp_path / "new" / "file", 1, "out")
-    with pytest.raises(ConfigError, match=r"takes 1,099,511,627,776 MiB, and that disk has [\d,]+ MiB left"):
+    with pytest.raises(ConfigError, match=r"takes 1,099,511,627,776\.0 MiB, and that disk has [\d,]+\.\d MiB left"):
         check_space(tmp_path / "new" / "file", 2**60, "out")

@@ -201,9 +201,9 @@ class TestRoom:
     @pytest.mark.parametrize(
         ("files", "export", "setting", "size"),
         [
-            (["adapter"], None, "save_adapter_to", "76,293,945"),
-            ([AdapterFile("peft", "peft")], "merged.safetensors", "save_adapter_to", "76,293,945"),
-            ([], "deep/down/merged.safetensors", "export_to", "381,469,727"),
+            (["adapter"], None, "save_adapter_to", "76,293,945.3"),
+            ([AdapterFile("peft", "peft")], "merged.safetensors", "save_adapter_to", "76,293,945.3"),
+            ([], "deep/down/merged.safetensors", "export_to", "381,469,726.6"),
         ],
         ids=["an adapter", "in another format", "a merged file in a folder that is not there"],
     )
