@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards, refuse_assignment
 from lora_plugins.inplace.by_plugin import by_plugin
-from lora_plugins.inplace.called_weight import called_weight
+from lora_plugins.inplace.called_weight import called_weight, no_dropout
 from lora_plugins.inplace.deltas import effective_weight
 from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
@@ -162,7 +162,11 @@ def _weight_property(name: str, base: Any) -> property:
             )
         weight = held(layer, name, effective_weight)
         drops = own_mode(layer) and any(planned.settings.dropout for _, planned, _ in state.active_slots())
-        return called_weight(layer, weight) if drops else weight
+        if not drops or any(weight is own.get(name) for own in (layer._parameters, layer.__dict__)):
+            return weight  # whoever shards or offloads parameters expects the one that the layer has
+        if type(weight) is not Tensor:  # one of torch without values, say, which can be of no other class
+            return DescribedTensor(weight, no_dropout(state.name), layer)
+        return called_weight(layer, weight)
 
     def set(layer: nn.Module, value: Tensor) -> None:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.

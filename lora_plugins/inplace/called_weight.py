@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.by_plugin import by_plugin
-from lora_plugins.inplace.layer_state import layer_state
+from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.weights import LazyWeightsOf
 
 Kind = TypeVar("Kind")
@@ -27,6 +27,7 @@ class CalledWeight(Tensor):
     """The effective weight of a layer that drops, which knows whose it is."""
 
     layer: nn.Module
+    refuse: "_RefuseDropout"
 
     @classmethod
     def __torch_function__(
@@ -38,7 +39,7 @@ class CalledWeight(Tensor):
             return call(weight.layer, given)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        refuse = _RefuseDropout(first_of(cls, args, kwargs).layer)
+        refuse = first_of(cls, args, kwargs).refuse
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and each.requires_grad:
                 each.register_hook(refuse)  # type: ignore[no-untyped-call]
@@ -48,7 +49,7 @@ class CalledWeight(Tensor):
 def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     """Returns the effective weight of a layer that drops; with it, the layer's function is the layer."""
     called = weight.as_subclass(CalledWeight)
-    called.layer = layer
+    called.layer, called.refuse = layer, _RefuseDropout(layer_state(layer).name)
     return called
 
 
@@ -72,7 +73,8 @@ def _among(kind: type[Kind], values: Iterable[Any]) -> Iterator[Kind]:
 
 def is_call(layer: nn.Module, func: Callable[..., Any]) -> bool:
     """Whether a function of torch, called with the weight of a layer, computes what the layer does."""
-    branch = layer_state(layer).branch
+    state = state_of(layer)
+    branch = None if state is None else state.branch  # it was unloaded after its weight was read
     return branch is not None and func is type(branch.plugin).function
 
 
@@ -100,14 +102,19 @@ class _WithBias:
         return getattr(self._layer, name)
 
 
+def no_dropout(layer: str) -> str:
+    """Explains why a weight cannot be used outside of its layer's forward in training."""
+    return (
+        f"The weight of {layer!r} is used by another module without calling the layer, so dropout cannot act on it. "
+        "Set dropout=0, or add the layer to exclude_modules."
+    )
+
+
 @dataclass(frozen=True)
 class _RefuseDropout:
     """Stops a backward through a weight that was read outside of the layer's forward, where no dropout can act."""
 
-    layer: nn.Module
+    layer: str
 
     def __call__(self, gradient: Tensor) -> None:
-        raise StateError(
-            f"The weight of {layer_state(self.layer).name!r} is used by another module without calling the layer, so "
-            "dropout cannot act on it. Set dropout=0, or add the layer to exclude_modules."
-        )
+        raise StateError(no_dropout(self.layer))

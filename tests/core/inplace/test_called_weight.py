@@ -124,6 +124,27 @@ def test_it_computes_so_when(around):
         torch.testing.assert_close(got, expected, **TIGHT)
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
+def test_it_drops_in_a_graph_that_is_exported_for_training(strict):
+    x = values()
+    graphs = [torch.export.export(module, (x,), strict=strict).module() for module in pair()]
+    results = []
+    for graph in graphs:
+        torch.manual_seed(2)
+        results.append([graph(x), graph(x)])
+    torch.testing.assert_close(*results, **TIGHT)
+    assert not torch.equal(*results[0])
+
+
+@pytest.mark.parametrize("use", [F.linear, lambda x, weight: x @ weight.T], ids=["call", "another_use"])
+def test_a_weight_that_was_read_before_unload_is_still_named(use):
+    reads, _ = pair()
+    weight = reads.qkv.weight
+    LoraModel(reads).unload()
+    with pytest.raises(StateError, match="'qkv' is used by another module without calling the layer"):
+        use(values(), weight).sum().backward()
+
+
 USES = {
     "product": lambda x, weight: x @ weight.T,
     "part": lambda x, weight: F.linear(x, weight[:48]),
