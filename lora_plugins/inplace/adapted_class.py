@@ -25,7 +25,7 @@ from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, construct
 from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
-from lora_plugins.inplace.weights import LazyWeightsOf, weight_with_merged, weights_of
+from lora_plugins.inplace.weights import LazyWeightsOf, is_shard, weight_with_merged, weights_of
 from lora_plugins.plugins import LayerPlugin
 
 
@@ -147,7 +147,7 @@ def _weight_property(name: str, base: Any) -> property:
 
     def get(layer: nn.Module) -> Tensor | DescribedTensor:
         state = layer_state(layer)
-        if state.rows is not None:
+        if state.rows is not None and not is_shard(layer, name):
             return DescribedTensor(
                 weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "

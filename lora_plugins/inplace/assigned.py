@@ -34,8 +34,11 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
     """
 
     def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # Whoever shards parameters deletes the old one first.
-        if name in weights and layer._parameters.get(name) is not None:
+        replaced = layer._parameters.get(name)
+        if name in weights and any(hasattr(each, "placements") for each in (replaced, param)):
+            layer._parameters[name] = param  # as FSDP2 does where no class has its own __setattr__
+            return
+        if name in weights and replaced is not None:  # others who shard parameters delete the old one first
             refuse_assignment(layer, name)
         for weight in weights:
             _check_original(layer, weight, name, param)

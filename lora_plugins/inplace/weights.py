@@ -151,15 +151,21 @@ def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
 
 
 def is_shard(layer: nn.Module, name: str) -> bool:
-    """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the layer's forward.
+    """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the forward of what they wrap.
 
     They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter.
     """
     parameters = layer._parameters
     parameter = parameters[name] if name in parameters else None  # a TorchScript module has no `get`  # noqa: SIM401
-    if "_is_fsdp_managed_module" in layer.__dict__:  # what FSDP says of all modules below it
-        return parameter is not None or layer.__dict__[name].untyped_storage().size() == 0
-    return hasattr(parameter, "placements")  # of a DTensor, whose import is too slow for those who do not use it
+    if hasattr(parameter, "placements"):  # of a DTensor, whose import is too slow for those who do not use it
+        return True
+    if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
+        return False
+    if parameter is None:
+        is_freed: bool = layer.__dict__[name].untyped_storage().size() == 0
+        return is_freed
+    # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
+    return hasattr(parameter, "_fsdp_flattened")
 
 
 class LazyWeightsOf(LazyWeights):

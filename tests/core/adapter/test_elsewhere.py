@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
-from torch.nn.functional import mse_loss
+from torch.nn.functional import linear, mse_loss
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 
@@ -48,6 +48,9 @@ SPLIT = pytest.mark.parametrize(
         pytest.param(fsdp, marks=pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning", "ignore::FutureWarning")),
     ],
 )
+
+# Plain layers return them too.
+VIEWS = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 
 
 def adapted(split=lambda model: model):
@@ -100,7 +103,7 @@ def test_a_model_that_was_split_before_is_not_adapted():
 
 @SPLIT
 @IN_A_PROCESS
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # of views, as a plain layer returns them too
+@VIEWS
 def test_everything_else_is_as_ever(split):
     whole, ours = adapted()
     model, lora = adapted(split)
@@ -114,6 +117,70 @@ def test_everything_else_is_as_ever(split):
         torch.testing.assert_close(model(X), net()(X), rtol=0, atol=1e-12)
     if split is fsdp:  # which reads weights by their attributes
         return
+    with lora.mixed_batch(["default", None, "other", None]), ours.mixed_batch(["default", None, "other", None]):
+        torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return linear(x, 2 * self.weight, self.bias)
+
+
+class Reads(nn.Module):
+    """Hands the weight of a layer to torch's function."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.inner = nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return linear(x, self.inner.weight)
+
+
+class Attends(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(inputs, 2), nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+READING = {
+    "a forward of its own": (Scaled, {}),
+    "parts with DoRA": (nn.Linear, {"variant": "dora", "fused_parts": {"0": ["q", "v"]}}),
+    "another module": (Reads, {}),
+    "another module, with dropout": (Reads, {"dropout": 0.3}),
+    "a call, with dropout": (nn.Linear, {"dropout": 0.3}),
+    "attention": (Attends, {}),
+}
+
+
+@SPLIT
+@IN_A_PROCESS
+@pytest.mark.parametrize(("kind", "fields"), READING.values(), ids=READING)
+def test_a_weight_is_the_updated_one_for_whoever_reads_it_in_a_forward(split, kind, fields):
+    def gradients(split):
+        torch.manual_seed(0)
+        model = nn.Sequential(kind(8, 12), nn.ReLU(), kind(12, 4)).double()
+        LoraModel(model, LoraConfig(r=2, init="none", **fields))
+        model = split(model)
+        torch.manual_seed(1)
+        output = model(X)
+        output.square().sum().backward()
+        whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters() if p.requires_grad]
+        return [output.detach(), *whole]
+
+    for got, expected in zip(gradients(split), gradients(lambda model: model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@IN_A_PROCESS
+@VIEWS
+def test_the_first_call_of_all_is_a_mixed_batch():
+    (whole, ours), (model, lora) = adapted(), adapted(fsdp2)
+    for each in (whole, model):
+        each.eval()
     with lora.mixed_batch(["default", None, "other", None]), ours.mixed_batch(["default", None, "other", None]):
         torch.testing.assert_close(model(X), whole(X), rtol=0, atol=1e-12)
 
