@@ -96,8 +96,9 @@ class LearningRates:
     def split_groups(self, module: nn.Module, configured: Any) -> None:
         """Splits every parameter group of existing optimizers into parts that follow its learning rate.
 
-        A stays in its group; B and the heads, where they have a ratio, get new groups after the others, with the same
-        options. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
+        A stays in its group; B and the heads get new groups after the others, with the same options, also with a ratio
+        of 1, so that states of optimizers fit those of earlier versions. In a group without A, what has a ratio of 1
+        stays. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
         An optimizer that was split for an earlier fit is left as it is.
 
         Args:
@@ -133,8 +134,10 @@ class LearningRates:
 
     def _split(self, module: nn.Module, optimizer: Optimizer, index: int, schedulers: list[LRScheduler]) -> None:
         group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
-        ratios = {"B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
-        parts = {name: ratio for name, ratio in ratios.items() if ratio != 1 and members[name]}
+        ratios = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
+        present = {name: ratio for name, ratio in ratios.items() if members[name]}
+        stays = next((name for name, ratio in present.items() if ratio == 1), None)
+        parts = {name: ratio for name, ratio in present.items() if name != stays}
         moved = {id(parameter) for name in parts for parameter in members[name]}
         whole = dict(group)
         group.update(_with_members(whole, [parameter for parameter in whole["params"] if id(parameter) not in moved]))

@@ -101,8 +101,18 @@ def test_parts_of_a_named_group_have_names_of_their_own(tmp_path):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     callbacks = [lora(config, loraplus_lr_ratio=4.0, print_plan=False), monitor]
     trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1).fit(module, loader())
-    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B"}
+    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B", "lr-SGD/all_heads"}
     assert monitor.lrs["lr-SGD/all_B"] == pytest.approx([4 * rate for rate in monitor.lrs["lr-SGD/all"]])
+
+
+@pytest.mark.parametrize("ratios", [(4.0, 1.0), (1.0, 4.0), (4.0, 2.0)], ids=["B", "heads", "both"])
+def test_states_of_optimizers_of_all_ratios_have_the_same_groups(tmp_path, ratios):
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    run = trainer(tmp_path, [lora(config, loraplus_lr_ratio=ratios[0], heads_lr_ratio=ratios[1])])
+    run.fit(plain(SCHEDULERS["cosine"]), loader())
+    groups = run.optimizers[0].state_dict()["param_groups"]
+    assert [group["params"] for group in groups] == [[0], [1], [2, 3]]
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1.0, *ratios])
 
 
 class RatesSeen(Callback):
