@@ -141,8 +141,9 @@ def _compare_layers(expected: Mapping[str, Any], plan: Plan) -> None:
     layers = {layer.name: layer for layer in plan.layers}
     _difference("layer", expected, layers, "the adapter", "this model")
     for name, layer in layers.items():
+        former = expected[name].get("plugin") in layer.plugin.former_names
         found = {
-            "plugin": layer.plugin.name,
+            "plugin": expected[name]["plugin"] if former else layer.plugin.name,
             "r": layer.r,
             "scaling": layer.scaling,
             "slots": [[slot.tensor, slot.part] for slot in layer.slots],

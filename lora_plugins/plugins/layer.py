@@ -46,6 +46,8 @@ class LayerPlugin(ABC, Generic[Layer]):
         function: torch's function of `input`, `weight` and `bias` that the layer's forward is, if `branch` and `mixed`
             read nothing of the layer but its bias. A module that calls it with the layer's weight gets what they
             compute, with the bias that it gives, where no weight can say it: with dropout and in mixed batches.
+        former_names: Names of other layer types that adapters of earlier versions have for such layers, whose A and B
+            lie alike.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
     """
@@ -59,6 +61,7 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_takes_rescaling: ClassVar[bool] = False
     rows_are_outputs: ClassVar[bool] = True
     function: ClassVar[Callable[..., Tensor] | None] = None
+    former_names: ClassVar[tuple[str, ...]] = ()
     class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
