@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.by_plugin import by_plugin
@@ -24,9 +24,10 @@ _NAMES = ("input", "weight", "bias")
 
 
 class CalledWeight(Tensor):
-    """The effective weight of a layer that drops, which knows whose it is."""
+    """The effective weight of a layer that drops, which knows whose it is, and itself as a plain tensor."""
 
     layer: nn.Module
+    plain: Tensor
     refuse: "_RefuseDropout"
 
     @classmethod
@@ -37,8 +38,10 @@ class CalledWeight(Tensor):
         weight = given.get("weight")
         if isinstance(weight, cls) and is_call(weight.layer, func):
             return call(weight.layer, given)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
+        # Plain tensors, and no context in which there are no classes: compilers would go round in circles for `w.T`.
+        result = func(*_plain(args), **{name: _plain(value) for name, value in (kwargs or {}).items()})
+        if isinstance(result, Tensor) and is_compiling():
+            result = result.view_as(result)  # compilers look an attribute such as `w.T` up again, to put a hook on it
         refuse = first_of(cls, args, kwargs).refuse
         for each in result if isinstance(result, tuple | list) else (result,):
             if isinstance(each, Tensor) and each.requires_grad:
@@ -49,8 +52,15 @@ class CalledWeight(Tensor):
 def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     """Returns the effective weight of a layer that drops; with it, the layer's function is the layer."""
     called = weight.as_subclass(CalledWeight)
-    called.layer, called.refuse = layer, _RefuseDropout(layer_state(layer).name)
+    called.layer, called.plain, called.refuse = layer, weight, _RefuseDropout(layer_state(layer).name)
     return called
+
+
+def _plain(value: Any) -> Any:
+    """Returns an argument of a function with plain tensors for such weights, also in lists."""
+    if isinstance(value, CalledWeight):
+        return value.plain
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -162,10 +162,25 @@ def is_shard(layer: nn.Module, name: str) -> bool:
     if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
         return False
     if parameter is None:
-        is_freed: bool = layer.__dict__[name].untyped_storage().size() == 0
-        return is_freed
+        view: Tensor = layer.__dict__[name]
+        _check_not_shared(layer, name, view)
+        return view.untyped_storage().size() == 0
     # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
     return hasattr(parameter, "_fsdp_flattened")
+
+
+def _check_not_shared(layer: nn.Module, name: str, view: Tensor) -> None:
+    """Refuses a weight that several modules share under FSDP, which gives the others what reading this one gives.
+
+    Raises:
+        StateError: If it is one.
+    """
+    shared = getattr(view._base, "_shared_param_infos", ())
+    if any(info.prim_module is layer and info.prim_param_name == name for info in shared):
+        raise StateError(
+            f"{name!r} of {layer_state(layer).name!r} is shared with another module, which FSDP would give the updated "
+            "weight for its own. Untie the two, exclude the layer, or use FSDP2 (fully_shard)."
+        )
 
 
 class LazyWeightsOf(LazyWeights):

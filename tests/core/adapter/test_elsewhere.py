@@ -175,6 +175,28 @@ def test_a_weight_is_the_updated_one_for_whoever_reads_it_in_a_forward(split, ki
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+class Table(nn.Module):
+    """An embedding, and a head that shares its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, indices):
+        return self.head(self.embed(indices))
+
+
+@IN_A_PROCESS
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("targets", ["all", ["embed"]], ids=["both", "one"])
+def test_a_shared_weight_is_refused_under_fsdp(targets):
+    model = Table()
+    LoraModel(model, LoraConfig(r=2, init="none", target_modules=targets))
+    with pytest.raises(StateError, match="'weight' of 'embed' is shared with another module"):
+        fsdp(model)(torch.tensor([1, 2]))
+
+
 @IN_A_PROCESS
 @VIEWS
 def test_the_first_call_of_all_is_a_mixed_batch():

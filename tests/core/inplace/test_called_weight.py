@@ -165,6 +165,23 @@ def test_another_use_in_training_is_refused_at_the_first_backward(use):
     reads(values()).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # at which compilers look
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_another_use_is_refused_when_it_is_compiled(use):
+    reads, _ = pair()
+    torch.compiler.reset()
+    with pytest.raises(StateError, match="'qkv' is used by another module without calling the layer"):
+        torch.compile(lambda x: use(x, reads.qkv.weight), backend="aot_eager")(values()).sum().backward()
+
+
+def test_a_saved_weight_is_a_plain_tensor(tmp_path):
+    reads, _ = pair()
+    torch.save(reads.qkv.weight.data, tmp_path / "data.pt")
+    torch.save(reads.qkv.weight, tmp_path / "weight.pt")
+    data, weight = (torch.load(tmp_path / name, weights_only=True) for name in ("data.pt", "weight.pt"))
+    assert torch.equal(data, weight.detach())
+
+
 def test_the_weight_can_be_looked_at_in_training():
     reads, _ = pair()
     weight = reads.qkv.weight
