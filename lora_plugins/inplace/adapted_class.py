@@ -164,7 +164,8 @@ def _weight_property(name: str, base: Any) -> property:
         drops = own_mode(layer) and any(planned.settings.dropout for _, planned, _ in state.active_slots())
         if not drops or any(weight is own.get(name) for own in (layer._parameters, layer.__dict__)):
             return weight  # whoever shards or offloads parameters expects the one that the layer has
-        if type(weight) is not Tensor:  # one of torch without values, say, which can be of no other class
+        # A tensor of torch without values can be of no other class, and compilers run hooks when they are put on.
+        if type(weight) is not Tensor or torch.compiler.is_compiling():
             return DescribedTensor(weight, no_dropout(state.name), layer)
         return called_weight(layer, weight)
 

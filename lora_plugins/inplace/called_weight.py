@@ -5,19 +5,17 @@ the input, as dropout and the adapters of the rows of a batch do, is in no weigh
 all others, and computes what the layer would.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.utils.hooks import unserializable_hook
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.layer_state import layer_state, state_of
 from lora_plugins.inplace.weights import LazyWeightsOf
-
-Kind = TypeVar("Kind")
 
 _NAMES = ("input", "weight", "bias")
 """What the functions take, in this order."""
@@ -28,7 +26,6 @@ class CalledWeight(Tensor):
 
     layer: nn.Module
     plain: Tensor
-    refuse: "_RefuseDropout"
 
     @classmethod
     def __torch_function__(
@@ -39,20 +36,18 @@ class CalledWeight(Tensor):
         if isinstance(weight, cls) and is_call(weight.layer, func):
             return call(weight.layer, given)
         # Plain tensors, and no context in which there are no classes: compilers would go round in circles for `w.T`.
-        result = func(*_plain(args), **{name: _plain(value) for name, value in (kwargs or {}).items()})
-        if isinstance(result, Tensor) and is_compiling():
-            result = result.view_as(result)  # compilers look an attribute such as `w.T` up again, to put a hook on it
-        refuse = first_of(cls, args, kwargs).refuse
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(refuse)  # type: ignore[no-untyped-call]
-        return result
+        return func(*_plain(args), **{name: _plain(value) for name, value in (kwargs or {}).items()})
 
 
 def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Returns the effective weight of a layer that drops; with it, the layer's function is the layer."""
+    """Returns the effective weight of a layer that drops; with it, the layer's function is the layer.
+
+    Whatever else computes with it is refused at its first backward.
+    """
+    if weight.requires_grad:
+        weight.register_hook(_RefuseDropout(layer_state(layer).name))  # type: ignore[no-untyped-call]
     called = weight.as_subclass(CalledWeight)
-    called.layer, called.plain, called.refuse = layer, weight, _RefuseDropout(layer_state(layer).name)
+    called.layer, called.plain = layer, weight
     return called
 
 
@@ -66,19 +61,6 @@ def _plain(value: Any) -> Any:
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns by name what a function of input, weight and bias is called with."""
     return dict(zip(_NAMES, args, strict=False)) | dict(kwargs or {})
-
-
-def first_of(kind: type[Kind], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Kind:
-    """Returns the first argument of a function that is of some class, also in a list."""
-    return next(_among(kind, (*args, *(kwargs or {}).values())))
-
-
-def _among(kind: type[Kind], values: Iterable[Any]) -> Iterator[Kind]:
-    for value in values:
-        if isinstance(value, kind):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _among(kind, value)
 
 
 def is_call(layer: nn.Module, func: Callable[..., Any]) -> bool:
@@ -120,6 +102,7 @@ def no_dropout(layer: str) -> str:
     )
 
 
+@unserializable_hook  # a weight that is saved needs none
 @dataclass(frozen=True)
 class _RefuseDropout:
     """Stops a backward through a weight that was read outside of the layer's forward, where no dropout can act."""

@@ -1,16 +1,18 @@
-"""What stands for a tensor where each row of a batch has values of its own: it tells type and shape, and no value.
+"""What stands for a tensor that no value can stand for: it tells type and shape, and no value.
 
-Models ask for them without computing with the values, as those of transformers, which cast images to the type of the
-first projection. It is no tensor, so that compilers follow what is asked. A weight that is handed to the function of
-its layer computes what the layer does.
+That is so where each row of a batch has values of its own, and for weights of layers that drop where compilers trace.
+Models ask for type and shape without computing with the values, as those of transformers, which cast images to the
+type of the first projection. It is no tensor, so that compilers follow what is asked. A weight that is handed to the
+function of its layer computes what the layer does.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.called_weight import arguments, call, first_of, is_call
+from lora_plugins.inplace.called_weight import arguments, call, is_call
 
 _TELLING = frozenset(
     {
@@ -49,10 +51,19 @@ class DescribedTensor:
         weight = given.get("weight")
         if isinstance(weight, cls) and weight._layer is not None and is_call(weight._layer, func):
             return call(weight._layer, given)
-        raise StateError(first_of(cls, args, kwargs)._refusal)
+        raise StateError(next(_among((*args, *(kwargs or {}).values())))._refusal)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise StateError(self._refusal)
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __rmatmul__ = _refuse
     __neg__ = __pow__ = __getitem__ = __iter__ = __bool__ = __float__ = _refuse
+
+
+def _among(values: Iterable[Any]) -> Iterator[DescribedTensor]:
+    """Yields those of some arguments of a function, also in lists."""
+    for value in values:
+        if isinstance(value, DescribedTensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _among(value)

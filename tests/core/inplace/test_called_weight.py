@@ -145,12 +145,27 @@ def test_a_weight_that_was_read_before_unload_is_still_named(use):
         use(values(), weight).sum().backward()
 
 
+class Product(torch.autograd.Function):
+    """A product whose gradients are written out."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.flatten(0, -2).T @ x.flatten(0, -2)
+
+
 USES = {
     "product": lambda x, weight: x @ weight.T,
     "part": lambda x, weight: F.linear(x, weight[:48]),
     "cast": lambda x, weight: F.linear(x, weight.float().double()),
     "joined": lambda x, weight: F.linear(x, torch.cat([weight, weight])),
     "input": lambda x, weight: F.linear(weight.T, x.flatten(0, -2)[:4, :1].expand(4, 144)),
+    "function": Product.apply,
     "split": lambda x, weight: F.linear(x, weight.chunk(3)[1]),
 }
 
@@ -165,7 +180,8 @@ def test_another_use_in_training_is_refused_at_the_first_backward(use):
     reads(values()).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # at which compilers look
+# Compilers look at the gradients of tensors, and make functions of autograd.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.* should not be instantiated")
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_another_use_is_refused_when_it_is_compiled(use):
     reads, _ = pair()
