@@ -60,7 +60,8 @@ def _plain(value: Any) -> Any:
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns by name what a function of input, weight and bias is called with."""
-    return dict(zip(_NAMES, args, strict=False)) | dict(kwargs or {})
+    # Of equal lengths: compilers of torch 2.8 know no other `zip`.
+    return dict(zip(_NAMES[: len(args)], args[: len(_NAMES)], strict=True)) | dict(kwargs or {})
 
 
 def is_call(layer: nn.Module, func: Callable[..., Any]) -> bool:

@@ -166,11 +166,12 @@ def own_class(cls: Any) -> type[nn.Module]:
     Others make subclasses of the class that a layer has, which may be a generated one: parametrizations of torch for
     other tensors, and FSDP2. The layer's own is then the same subclass of its own.
     """
-    generated = next((each for each in cls.__mro__ if OWN_CLASS in each.__dict__), None)
     found: type[nn.Module] = cls
-    if generated is not None:
-        own: Any = generated.__dict__[OWN_CLASS]
-        found = own if cls is generated else remade(cls, generated, own)  # a compiler would warn of the cache
+    for generated in cls.__mro__:
+        if OWN_CLASS in generated.__dict__:
+            own: Any = generated.__dict__[OWN_CLASS]
+            found = own if cls is generated else remade(cls, generated, own)  # a compiler would warn of the cache
+            break
     return found
 
 

@@ -46,8 +46,8 @@ def raw_weight(layer: nn.Module, name: str) -> Tensor:
     if stored is not None:
         return stored.dense()
     for kind in base_class_of(layer).__mro__:
-        if name in vars(kind):
-            return cast(Tensor, vars(kind)[name].fget(layer))  # by `vars`, which the compiler can follow
+        if name in kind.__dict__:  # which all compilers can follow, and not all of them `vars`
+            return cast(Tensor, kind.__dict__[name].fget(layer))
     raise LostWeightError(layer, name)
 
 

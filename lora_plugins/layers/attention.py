@@ -133,7 +133,7 @@ def _thirds_of(
     """Projects to all three at once, an input that is given more than once only once, and takes the part of each."""
     outputs: list[Tensor] = []
     for x in inputs:
-        same = [y for other, y in zip(inputs, outputs, strict=False) if other is x]
+        same = [y for other, y in zip(inputs[: len(outputs)], outputs, strict=True) if other is x]
         outputs.append(same[0] if same else project(x))
     return [y.narrow(-1, i * layer.embed_dim, layer.embed_dim) for i, y in enumerate(outputs)]
 

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -124,7 +125,14 @@ def test_it_computes_so_when(around):
         torch.testing.assert_close(got, expected, **TIGHT)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
+not_before_2_9 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="torch 2.8 exports no layer that drops so, called or not"
+)
+
+
+@pytest.mark.parametrize(
+    "strict", [pytest.param(True, marks=not_before_2_9, id="strict"), pytest.param(False, id="not_strict")]
+)
 def test_it_drops_in_a_graph_that_is_exported_for_training(strict):
     x = values()
     graphs = [torch.export.export(module, (x,), strict=strict).module() for module in pair()]
