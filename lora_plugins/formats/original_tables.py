@@ -7,6 +7,14 @@ from collections.abc import Mapping
 
 Table = Mapping[str, tuple[str, ...]]
 
+
+def _layers_in(modules: Mapping[str, str], layers: Mapping[str, str]) -> Table:
+    """Returns the layers that each of some modules has, where both have a name for either, and one layer is one."""
+    return {
+        f"{original}.{layer}": (f"{ours}.{own}",) for original, ours in modules.items() for layer, own in layers.items()
+    }
+
+
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
@@ -87,23 +95,22 @@ _FLUX_2: Table = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 
-_FLUX_3: Table = {
-    f"{blocks}.*.{name}": (f"{ours}.*.{own}",)
-    for blocks, ours in {
-        "content_mode_blocks.image": "mode_blocks.image",
-        "content_mode_blocks.image_cond": "mode_blocks.image_cond",
-        "single_blocks": "single_transformer_blocks",
-        "txt_mode_blocks": "txt_mode_blocks",
-    }.items()
-    for name, own in {
+_FLUX_3: Table = _layers_in(
+    {
+        "content_mode_blocks.image.*": "mode_blocks.image.*",
+        "content_mode_blocks.image_cond.*": "mode_blocks.image_cond.*",
+        "single_blocks.*": "single_transformer_blocks.*",
+        "txt_mode_blocks.*": "txt_mode_blocks.*",
+    },
+    {
         "q_proj": "attn.to_q",
         "k_proj": "attn.to_k",
         "v_proj": "attn.to_v",
         "attn_out": "attn.to_out.0",
         "mlp_in": "ff.linear_in",
         "mlp_out": "ff.linear_out",
-    }.items()
-}
+    },
+)
 
 _REFINER, _REFINER_BLOCK = "context_embedder", "context_embedder.token_refiner.refiner_blocks.*"
 
@@ -208,7 +215,7 @@ _Z_IMAGE: Table = {
 def _modulations(names: Mapping[str, str]) -> Table:
     """Returns the layers of modulations by a time step, which are called the same in both."""
     inner = ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
-    return {f"{original}.{layer}": (f"{ours}.{layer}",) for original, ours in names.items() for layer in inner}
+    return _layers_in(names, {layer: layer for layer in inner})
 
 
 _LTX: Table = {"patchify_proj": ("proj_in",), **_modulations({"adaln_single": "time_embed"})}
@@ -230,11 +237,13 @@ _LTX_2: Table = {
 }
 
 _COSMOS: Table = {
-    **{
-        f"blocks.*.{attention}.{name}": (f"transformer_blocks.*.{ours}.{own}",)
-        for attention, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for name, own in {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"}.items()
-    },
+    **_layers_in(
+        {
+            "blocks.*.self_attn": "transformer_blocks.*.attn1",
+            "blocks.*.cross_attn": "transformer_blocks.*.attn2",
+        },
+        {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"},
+    ),
     **{
         f"blocks.*.adaln_modulation_{part}.{n}": (f"transformer_blocks.*.{norm}.linear_{n}",)
         for part, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3"))
@@ -252,14 +261,13 @@ _COSMOS: Table = {
 """Names of Cosmos Predict 2, and of Anima, which is made of it."""
 
 _KREA_2: Table = {
-    **{
-        f"{blocks}.*.{name}": (f"{ours}.*.{own}",)
-        for blocks, ours in {
-            "blocks": "transformer_blocks",
-            "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
-            "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
-        }.items()
-        for name, own in {
+    **_layers_in(
+        {
+            "blocks.*": "transformer_blocks.*",
+            "txtfusion.layerwise_blocks.*": "text_fusion.layerwise_blocks.*",
+            "txtfusion.refiner_blocks.*": "text_fusion.refiner_blocks.*",
+        },
+        {
             "attn.wq": "attn.to_q",
             "attn.wk": "attn.to_k",
             "attn.wv": "attn.to_v",
@@ -268,8 +276,8 @@ _KREA_2: Table = {
             "mlp.gate": "ff.gate",
             "mlp.up": "ff.up",
             "mlp.down": "ff.down",
-        }.items()
-    },
+        },
+    ),
     "first": ("img_in",),
     "last.linear": ("final_layer.linear",),
     "tmlp.0": ("time_embed.linear_1",),

@@ -16,7 +16,7 @@ from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
 from lora_plugins.inplace.stored_class import resting_class
-from lora_plugins.inplace.weights import LostWeightError
+from lora_plugins.inplace.weights import LostWeightError, is_distributed
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch make their weights anew."""
@@ -35,7 +35,7 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
 
     def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
         replaced = layer._parameters.get(name)
-        if name in weights and any(hasattr(each, "placements") for each in (replaced, param)):
+        if name in weights and any(map(is_distributed, (replaced, param))):
             layer._parameters[name] = param  # as FSDP2 does where no class has its own __setattr__
             return
         if name in weights and replaced is not None:  # others who shard parameters delete the old one first

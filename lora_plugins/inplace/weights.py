@@ -157,7 +157,7 @@ def is_shard(layer: nn.Module, name: str) -> bool:
     """
     parameters = layer._parameters
     parameter = parameters[name] if name in parameters else None  # a TorchScript module has no `get`  # noqa: SIM401
-    if hasattr(parameter, "placements"):  # of a DTensor, whose import is too slow for those who do not use it
+    if is_distributed(parameter):
         return True
     if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
         return False
@@ -167,6 +167,11 @@ def is_shard(layer: nn.Module, name: str) -> bool:
         return view.untyped_storage().size() == 0
     # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
     return hasattr(parameter, "_fsdp_flattened")
+
+
+def is_distributed(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor, whose import is too slow for those who do not use it."""
+    return hasattr(tensor, "placements")
 
 
 def _check_not_shared(layer: nn.Module, name: str, view: Tensor) -> None:

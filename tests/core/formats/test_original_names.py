@@ -113,6 +113,15 @@ def weights_of(model):
     return {name: len(module.weight) for name, module in model.named_modules() if is_layer(module)}
 
 
+def factors_of(model, outputs):
+    """A random B for the original name of each layer, with the rows of all layers that are in it."""
+    return {
+        original: torch.randn(sum(outputs[name] for name in place.names), 1)
+        for original, place in original_places(model).items()
+        if all(name in outputs for name in place.names)
+    }
+
+
 def is_layer(module):
     return isinstance(module, nn.Linear | nn.Conv2d)
 
@@ -124,12 +133,7 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(bui
     with torch.device("meta"):
         model = build()
     outputs = weights_of(model)
-    sizes = {
-        original: sum(outputs[name] for name in place.names)
-        for original, place in original_places(model).items()
-        if all(name in outputs for name in place.names)
-    }
-    factors = {original: torch.randn(size, 1) for original, size in sizes.items()}
+    factors = factors_of(model, outputs)
     file = {
         f"lora_unet_{name.replace('.', '_')}.{key}": value
         for name, B in factors.items()
@@ -172,11 +176,7 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_adapters_takes(build,
     with torch.device("meta"):
         model = build()
     outputs = weights_of(model)
-    factors = {
-        original: torch.randn(sum(outputs[name] for name in place.names), 1)
-        for original, place in original_places(model).items()
-        if all(name in outputs for name in place.names)
-    }
+    factors = factors_of(model, outputs)
     file = {
         f"diffusion_model.{name}.{key}.weight": value
         for name, B in factors.items()
