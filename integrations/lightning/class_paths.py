@@ -3,16 +3,22 @@
 To be deleted when jsonargparse below 4.53 is not allowed any more: then it takes dataclasses by class path by itself.
 """
 
-import sys
 from importlib import metadata
 
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 from lora_plugins import LoraConfig
 
+_REFUSING = SpecifierSet(">=4.46,<4.53")
+
 
 def allow_class_path() -> None:
-    """Lets a jsonargparse that is imported take a `LoraConfig` by its class path, as it takes other objects."""
-    jsonargparse = sys.modules.get("jsonargparse")
-    if jsonargparse is not None and Version(metadata.version("jsonargparse")) < Version("4.53"):
-        jsonargparse.set_parsing_settings(subclasses_enabled=[LoraConfig])
+    """Lets jsonargparse take a `LoraConfig` by its class path, as it takes other objects."""
+    try:
+        refuses = metadata.version("jsonargparse") in _REFUSING
+    except metadata.PackageNotFoundError:
+        return
+    if refuses:
+        from jsonargparse import set_parsing_settings  # noqa: PLC0415 -- later ones cost no import
+
+        set_parsing_settings(subclasses_enabled=[LoraConfig])

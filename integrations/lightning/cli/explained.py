@@ -132,8 +132,13 @@ def _missing(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"{found[1]!r} is missing, and has no default."
 
 
+def _to_install(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return found[1]
+
+
 _Say = Callable[[re.Match[str], str, list[str]], str]
 _REASONS: tuple[tuple[str, _Say], ...] = (
+    (r"([\w.]+ needs [\w.]+\. Run: pip install '[^']+')", _to_install),
     (r"unrecognized arguments: (\S+)", _nested_option),
     (r"Option '(\w+)' is not accepted", _option),
     (r"Group '([\w.]+)' does not accept option '(\w+)'", _field),

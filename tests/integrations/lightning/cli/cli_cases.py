@@ -1,6 +1,13 @@
 """What the tests of the commands share."""
 
+from importlib.util import find_spec
+
+import pytest
+
 TOYS = "tests.integrations.lightning.toys"
+
+needs_vision = pytest.mark.skipif(find_spec("PIL") is None, reason="needs the extra vision")
+"""For what is of the tasks."""
 
 
 def checkpoint(tmp_path) -> str:

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_plugins.cli.main import main
-from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
+from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint, needs_vision
 from tests.integrations.lightning.late_layers import OnLoading
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
@@ -75,7 +75,12 @@ class TestFiles:
         [
             ("x.bin", f"{TOYS}.Classifier", "ends in .safetensors"),
             ("x.safetensors", f"{TOYS}.Clasifier", "'Classifier'"),
-            ("x.safetensors", "lora_plugins.tasks.SemanticSegmentationTsk", "Did you mean 'SemanticSegmentationTask'"),
+            pytest.param(
+                "x.safetensors",
+                "lora_plugins.tasks.SemanticSegmentationTsk",
+                "Did you mean 'SemanticSegmentationTask'",
+                marks=needs_vision,
+            ),
             ("x.safetensors", "torch.nn.Linear", "no class of a LightningModule. Write its import path"),
             ("x.safetensors", "no_such_module.Classifier", "no module 'no_such_module'"),
             ("expected.safetensors/x.safetensors", f"{TOYS}.Classifier", "is a file. Name another place."),

@@ -9,6 +9,7 @@ import pytest
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
+from tests.integrations.lightning.cli.cli_cases import needs_vision
 
 AT_ONCE = {
     "no such file": (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
@@ -195,16 +196,19 @@ def test_a_mistake_that_is_found_at_once(arguments, message, folder, capsys):
     refused([each.format(folder=folder) for each in arguments], message.format(folder=folder), capsys)
 
 
+@needs_vision
 @pytest.mark.parametrize(("arguments", "message"), LATER.values(), ids=LATER)
 def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
     refused(["--config", "recipe:cls", *arguments], message, capsys)
 
 
+@needs_vision
 def test_a_field_of_an_argument_in_a_file(folder, capsys):
     message = "model has no 'num_clases'. Did you mean 'num_classes'?"
     refused(["--config", "recipe:cls", "--config", str(folder / "nested.yaml")], message, capsys)
 
 
+@needs_vision
 def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
     """And not in torch's many on how to unpickle it."""
     message = "no.ckpt cannot be read as a checkpoint: UnpicklingError: WeightsUnpickler error: Unsupported operand"
@@ -223,6 +227,17 @@ def test_mistakes_found_at_once_import_nothing_heavy(folder):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False).returncode == 0
 
 
+def test_a_recipe_without_its_libraries_is_one_line_with_what_to_install():
+    code = (
+        "import sys, lightning.pytorch\nsys.modules['PIL'] = None  # after torchmetrics, which draws where it can\n"
+        "from lora_plugins.cli.main import main\nsys.exit(main(['fit', '--config', 'recipe:cls']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    name = "lora_plugins.tasks.ImageClassificationTask"
+    assert done.stderr == f"error: model: {name} needs PIL. Run: pip install 'lora-plugins[vision]'\n"
+
+
 def test_a_gpu_that_is_not_there(capsys):
     import torch
 
@@ -231,6 +246,7 @@ def test_a_gpu_that_is_not_there(capsys):
     refused(["--config", "recipe:cls", "--trainer.accelerator", "gpu"], "torch finds no GPU here", capsys)
 
 
+@needs_vision
 def test_short_flags_are_the_dotted_ones(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=recipe:cls", "--rank=3", "--epochs", "2", "--lr", "0.25", "--print_config"])
@@ -248,6 +264,7 @@ AS_THE_PARSER = {
 }
 
 
+@needs_vision
 @pytest.mark.parametrize(("arguments", "printed"), AS_THE_PARSER.values(), ids=AS_THE_PARSER)
 def test_values_are_read_as_the_parser_reads_them(arguments, printed, capsys):
     with pytest.raises(SystemExit):
@@ -264,6 +281,7 @@ def test_options_of_a_later_configuration_are_the_only_ones(tmp_path, capsys):
     refused(configs, "niter of pissa is a count of iterations, or None for what is exact, not -1.", capsys)
 
 
+@needs_vision
 def test_a_wrong_name_is_printed_where_the_configuration_is(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=recipe:cls", "--lora.init=kaimin", "--print_config"])

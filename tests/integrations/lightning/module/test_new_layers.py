@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
 
 from lora_plugins import LoraConfig
 from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
@@ -106,7 +105,7 @@ def test_resnet_with_a_new_classifier(tmp_path):
     class Images(Classifier):
         def __init__(self):
             super().__init__()
-            self.net = resnet18(num_classes=3)
+            self.net = pytest.importorskip("torchvision.models").resnet18(num_classes=3)
 
         def forward(self, x):
             return self.net(x.mean(1)[:, None, None, None].expand(-1, 3, 32, 32))
