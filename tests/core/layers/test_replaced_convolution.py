@@ -86,8 +86,10 @@ def given_back(layer):
     layer._conv_forward = nn.Conv2d._conv_forward.__get__(layer)
 
 
-since_2_9 = pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="torch 2.8 compiles it as replaced")
-KEPT = {"never": lambda layer: None, "given_back": pytest.param(given_back, marks=since_2_9)}
+since_2_13 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13.0.dev0"), reason="torch 2.11 compiles it as replaced"
+)
+KEPT = {"never": lambda layer: None, "given_back": pytest.param(given_back, marks=since_2_13)}
 
 
 @needs("fused_conv")
