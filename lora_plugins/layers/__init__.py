@@ -10,6 +10,7 @@ from lora_plugins.layers.conv import (
     ConvTranspose3dPlugin,
     TimmConv2dSamePlugin,
 )
+from lora_plugins.layers.deformable import DeformConv2dPlugin
 from lora_plugins.layers.embedding import EmbeddingPlugin
 from lora_plugins.layers.linear import LinearPlugin, TransformersConv1DPlugin
 from lora_plugins.layers.recurrent import RecurrentCellPlugin, RecurrentPlugin
@@ -29,6 +30,7 @@ def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
         ConvTranspose1dPlugin(),
         ConvTranspose2dPlugin(),
         ConvTranspose3dPlugin(),
+        DeformConv2dPlugin(),
         EmbeddingPlugin(),
         MultiheadAttentionPlugin(),
         RecurrentPlugin(),

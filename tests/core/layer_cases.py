@@ -1,13 +1,13 @@
 """Layers with every option that changes what they compute, each with an input and its update written out by hand."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tests.core.libraries import Conv1D, Conv2dSame, ScaledStdConv2d, StdConv2dSame
+from tests.core.libraries import Conv1D, Conv2dSame, DeformConv2d, ScaledStdConv2d, StdConv2dSame
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class SquaredWeight(nn.Conv2d):
         return self._conv_forward(x, self.weight.square(), self.bias)
 
 
-def _values(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(*shape, dtype=torch.float64),)
+def _values(*shape: int, with_others: Sequence[tuple[int, ...]] = ()) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(torch.randn(*each, dtype=torch.float64) for each in (shape, *with_others))
 
 
 def _indices() -> tuple[Tensor, ...]:
@@ -104,6 +104,13 @@ LAYER_CASES = [
     LayerCase("conv2d-std-timm", lambda: StdConv2dSame(3, 4, 3), _values(2, 3, 7, 7), rows, dropout=False),
     LayerCase("conv2d-scaled-std-timm", lambda: ScaledStdConv2d(3, 4, 3), _values(2, 3, 7, 7), rows, dropout=False),
     LayerCase("conv2d-squared_weight", lambda: SquaredWeight(3, 4, 3), _values(2, 3, 7, 7), rows, dropout=False),
+    LayerCase("deform_conv2d", lambda: DeformConv2d(4, 8, 3), _values(2, 4, 6, 7, with_others=[(2, 18, 4, 5)]), rows),
+    LayerCase(
+        "deform_conv2d-groups-mask",
+        lambda: DeformConv2d(4, 8, 3, stride=2, padding=1, groups=2, bias=False),
+        _values(2, 4, 6, 7, with_others=[(2, 36, 3, 4), (2, 18, 3, 4)]),
+        rows,
+    ),
     LayerCase("embedding", lambda: nn.Embedding(7, 5), _indices, columns, dropout=False),
     LayerCase("embedding-padding", lambda: nn.Embedding(7, 5, padding_idx=3), _indices, columns, dropout=False),
     LayerCase("embedding-max_norm", lambda: nn.Embedding(7, 5, max_norm=0.5), _indices, columns, dropout=False),

@@ -20,6 +20,7 @@ def of_library(module: str, name: str) -> Callable[..., Any]:
 
 Conv1D = of_library("transformers.pytorch_utils", "Conv1D")
 Conv2dSame = of_library("timm.layers", "Conv2dSame")
+DeformConv2d = of_library("torchvision.ops", "DeformConv2d")
 ScaledStdConv2d = of_library("timm.layers", "ScaledStdConv2d")
 StdConv2dSame = of_library("timm.layers", "StdConv2dSame")
 create_model = of_library("timm", "create_model")

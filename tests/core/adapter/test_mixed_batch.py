@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import LayerPlugin, LoraConfig, LoraModel, StateError
 from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
-from tests.core.libraries import Conv1D, Conv2dSame, create_model
+from tests.core.libraries import Conv1D, Conv2dSame, DeformConv2d, create_model
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -37,6 +37,20 @@ class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, weights = self.own(x, x, x)
         return self.own(x, x[:, 1:], x[:, 1:], average_attn_weights=False)[0] + weights.sum()
+
+
+class Deforms(nn.Module):
+    """A deformable convolution, of places and of shares of them that the image itself says."""
+
+    def __init__(self, groups: int = 1, masked: bool = False) -> None:
+        super().__init__()
+        self.own, self.masked = DeformConv2d(4, 8, 3, groups=groups), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.mean(1, keepdim=True)[..., 1:-1, 1:-1]
+        return self.own(
+            x, places.expand(-1, 18, -1, -1), places.sigmoid().expand(-1, 9, -1, -1) if self.masked else None
+        )
 
 
 class OfOneWeight(nn.Module):
@@ -458,6 +472,8 @@ LAYERS = {
     "timm_conv2d_same-depthwise": (lambda: Conv2dSame(4, 4, 3, stride=2, groups=4), (5, 4, 8, 9)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2), (5, 4, 5, 5, 5)),
     "conv3d-groups": (lambda: nn.Conv3d(4, 8, 2, groups=2), (5, 4, 5, 5, 5)),
+    "deform_conv2d": (Deforms, (5, 4, 8, 9)),
+    "deform_conv2d-groups": (lambda: Deforms(groups=2, masked=True), (5, 4, 8, 9)),
     "embedding": (lambda: nn.Embedding(9, 6), (5, 7)),
     "multihead_attention": (Attends, (5, 3, 8)),
     "embedding-one_each": (lambda: nn.Embedding(9, 6, padding_idx=0), (5,)),

@@ -10,7 +10,7 @@ from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
 from lora_plugins.testing.check import IMMORTAL
-from tests.core.libraries import Conv1D, Conv2dSame
+from tests.core.libraries import Conv1D, Conv2dSame, DeformConv2d
 
 
 def values(*shape):
@@ -19,6 +19,13 @@ def values(*shape):
 
 def words(layer):
     return torch.tensor([[0, 3, 3, 1], [6, 0, 2, 3]])
+
+
+def sampled(layer):
+    """An image, offsets of its places for two halves of its channels, and how much each place counts."""
+    x = torch.randn(2, 4, 7, 8)
+    places = torch.nn.functional.conv2d(x, torch.ones(1, 4, 3, 3), None, layer.stride, layer.padding, layer.dilation)
+    return x, torch.randn(2, 2 * 2 * 9, *places.shape[2:]), torch.rand(2, 2 * 9, *places.shape[2:])
 
 
 def attended(layer):
@@ -62,6 +69,11 @@ LAYERS = {
     "conv_transpose1d": (of(nn.ConvTranspose1d, 4, 8, 3), values(2, 4, 5), TRANSPOSED),
     "conv_transpose2d": (of(nn.ConvTranspose2d, 4, 8, 3), values(2, 4, 4, 4), TRANSPOSED),
     "conv_transpose3d": (of(nn.ConvTranspose3d, 4, 8, 2), values(1, 4, 3, 3, 3), TRANSPOSED[:1]),
+    "deform_conv2d": (
+        of(DeformConv2d, 4, 8, 3),
+        sampled,
+        [{}, {"groups": 2, "stride": (1, 2), "padding": 1, "dilation": 2, "bias": False}],
+    ),
     "embedding": (
         of(nn.Embedding, 7, 5),
         words,
