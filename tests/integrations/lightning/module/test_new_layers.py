@@ -102,10 +102,12 @@ def test_head_outside_the_target_is_the_modules_own(tmp_path):
 
 
 def test_resnet_with_a_new_classifier(tmp_path):
+    models = pytest.importorskip("torchvision.models")
+
     class Images(Classifier):
         def __init__(self):
             super().__init__()
-            self.net = pytest.importorskip("torchvision.models").resnet18(num_classes=3)
+            self.net = models.resnet18(num_classes=3)
 
         def forward(self, x):
             return self.net(x.mean(1)[:, None, None, None].expand(-1, 3, 32, 32))
