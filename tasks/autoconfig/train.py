@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.data == "":  # which a path takes for the current folder
         raise ConfigError("DATA is empty, as a variable of the shell is that was not set. Name a folder or a list.")
     _check_device(given.device)
+    _check_started_once()
     weights = checked_weights(given.weights)
     tried = folders(given.out, None if given.data is None else Path(hub_name(given.data) or given.data).resolve())
     if given.plan:
@@ -217,6 +219,17 @@ def _check_device(device: str) -> None:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device, True):
         raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
+
+
+def _check_started_once() -> None:
+    """Refuses a launcher of several processes, each of which would choose a folder and train for itself."""
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes != "1":
+        raise ConfigError(
+            f"train was started {processes} times (WORLD_SIZE), as by torchrun, and chooses data, model and folder of "
+            "one run. Let it write them down, `lora-plugins train ... --plan --save-config FILE`, and start `python -m "
+            "lora_plugins fit --config FILE` as often."
+        )
 
 
 def _example(given: argparse.Namespace, out: Path) -> dict[str, Any]:

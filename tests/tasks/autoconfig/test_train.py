@@ -202,6 +202,14 @@ def test_data_that_are_an_empty_text_are_not_the_current_folder(folders, capsys)
     assert "DATA is empty" in capsys.readouterr().err
 
 
+def test_several_processes_of_a_launcher_are_told_what_to_start(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train"]) == 1
+    assert "train was started 2 times (WORLD_SIZE)" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folders("labels")
