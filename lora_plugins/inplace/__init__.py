@@ -41,7 +41,7 @@ from lora_plugins.inplace.normed import length_and_direction
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
-from lora_plugins.inplace.storing import Replacing, make_dense, put_dense, put_stored
+from lora_plugins.inplace.storing import make_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
 from lora_plugins.inplace.weights import (
     detached_weight,
@@ -62,7 +62,6 @@ __all__ = [
     "LayerState",
     "LibraryWeight",
     "NamedModule",
-    "Replacing",
     "StoredWeight",
     "all_stored",
     "base_class_of",
@@ -103,7 +102,6 @@ __all__ = [
     "own_tensors_of",
     "persistent_buffers",
     "positional_names",
-    "put_dense",
     "put_marks",
     "put_stored",
     "quantizer_marks",

@@ -19,58 +19,49 @@ def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
     _refresh(layer)
 
 
-def put_dense(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def replace_stored(layer: nn.Module, name: str, value: Tensor | None = None, *, dequantize: bool) -> None:
+    """Replaces a stored weight by one with a new value; layers that share it share the new one too, also after a stop.
+
+    Args:
+        layer: The layer.
+        name: Attribute name of the weight.
+        value: Its value from now on; by default the dense one that it has.
+        dequantize: Whether it becomes a parameter; else it is stored as before.
+    """
+    stored = stored_weight(layer, name)
+    assert stored is not None
+    new = stored.successor
+    if not isinstance(new, nn.Parameter if dequantize else StoredWeight):
+        with torch.no_grad():
+            new = _successor(stored, stored.dense() if value is None else value, dequantize)
+        stored.succeeded_by(new)
+    if isinstance(new, StoredWeight):
+        put_stored(layer, name, new)
+    else:
+        _put_dense(layer, name, new)
+
+
+def make_dense(model: nn.Module) -> None:
+    """Makes all stored weights of a model, those of other libraries included, parameters with their dense values."""
+    for layer, name, _ in [*all_stored(model)]:
+        replace_stored(layer, name, dequantize=True)
+    for layer in model.modules():
+        for name in foreign_weights(layer):
+            put_dense_foreign(layer, name)
+    forget_quantizers(model)
+
+
+def _put_dense(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Replaces a stored weight by a parameter; safe to repeat if it is interrupted."""
     layer._parameters[name] = parameter
     layer._modules.pop(name + SUFFIX, None)
     _refresh(layer)
 
 
-class Replacing:
-    """Replaces stored weights by others with new values; those that layers share stay shared, also where it is stopped.
-
-    Args:
-        dequantize: Whether they become parameters; else they are stored as before.
-    """
-
-    def __init__(self, *, dequantize: bool) -> None:
-        self._kind = nn.Parameter if dequantize else StoredWeight
-
-    def put(self, layer: nn.Module, name: str, value: Tensor | None = None) -> None:
-        """Replaces one stored weight.
-
-        Args:
-            layer: The layer.
-            name: Attribute name of the weight.
-            value: Its value from now on; by default the dense one that it has.
-        """
-        stored = stored_weight(layer, name)
-        assert stored is not None
-        new = stored.successor
-        if not isinstance(new, self._kind):
-            with torch.no_grad():
-                new = self._new(stored, stored.dense() if value is None else value)
-            stored.succeeded_by(new)
-        if isinstance(new, StoredWeight):
-            put_stored(layer, name, new)
-        else:
-            put_dense(layer, name, new)
-
-    def _new(self, stored: StoredWeight, value: Tensor) -> nn.Parameter | StoredWeight:
-        if self._kind is nn.Parameter:
-            return nn.Parameter(value.to(stored.dtype), requires_grad=stored.was_trained)
-        return StoredWeight(stored.storage, value, stored.dtype, device=stored.device, requires_grad=stored.was_trained)
-
-
-def make_dense(model: nn.Module) -> None:
-    """Makes all stored weights of a model, those of other libraries included, parameters with their dense values."""
-    replacing = Replacing(dequantize=True)
-    for layer, name, _ in [*all_stored(model)]:
-        replacing.put(layer, name)
-    for layer in model.modules():
-        for name in foreign_weights(layer):
-            put_dense_foreign(layer, name)
-    forget_quantizers(model)
+def _successor(stored: StoredWeight, value: Tensor, dequantize: bool) -> nn.Parameter | StoredWeight:
+    if dequantize:
+        return nn.Parameter(value.to(stored.dtype), requires_grad=stored.was_trained)
+    return StoredWeight(stored.storage, value, stored.dtype, device=stored.device, requires_grad=stored.was_trained)
 
 
 def _refresh(layer: nn.Module) -> None:

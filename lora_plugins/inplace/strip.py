@@ -14,22 +14,21 @@ from lora_plugins.inplace.library_weights import foreign_kind, put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import stored_weight
-from lora_plugins.inplace.storing import Replacing
+from lora_plugins.inplace.storing import replace_stored
 
 
-def strip_adapters(layer: nn.Module, replacing: Replacing | None = None) -> None:
+def strip_adapters(layer: nn.Module, *, dequantize: bool = False) -> None:
     """Removes all adapters from a layer, whose merged weights stay; safe to repeat if it is interrupted.
 
     Args:
         layer: An adapted layer.
-        replacing: What puts merged values in the place of stored weights; needed where there are some.
+        dequantize: Whether stored weights with a merged value become dense; else they are stored again.
     """
     state, computed = layer_state(layer), {}
     for name, value in state.merged.items():
         parameter = layer._parameters.get(name)
         if stored_weight(layer, name) is not None:
-            assert replacing is not None
-            replacing.put(layer, name, value)
+            replace_stored(layer, name, value, dequantize=dequantize)
         elif foreign_kind(parameter) is not None:
             put_dense_foreign(layer, name, value)
         elif parameter is None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lora_plugins.adapter import ModelState, adapted_layers, check_here, close_state, leave_inference
 from lora_plugins.inplace import (
     STATE,
-    Replacing,
     full_name,
     layer_state,
     make_dense,
@@ -50,14 +49,13 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
     _check_computed(layers, adapters)
     if not dequantize:
         check_storing(layers, adapters, max_error)
-    replacing = Replacing(dequantize=dequantize)
     for group in _sharing(layers):
         merged = {place_of(delta.layer, delta.tensor): delta.effective() for delta in weight_deltas(group, adapters)}
         state.leaving, state.kept = True, {}
         for layer in group.values():
             _answer_with(layer, merged)
         for layer in group.values():
-            strip_adapters(layer, replacing)
+            strip_adapters(layer, dequantize=dequantize)
     if dequantize:
         make_dense(model)
     close_state(model)
