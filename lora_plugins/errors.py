@@ -39,21 +39,23 @@ class AdapterFileError(LoraError):
 ALIKE, BEHIND = 0.5, 0.15
 """How much a near match has in common with a name at least, and how far it is behind the nearest at most."""
 
+MOST = 3
+"""How many near matches are offered."""
+
 SHORTEST_BEGINNING = 4
 """Letters of a name that can be the beginning of another one."""
 
 
-def near(name: str, candidates: Iterable[str], count: int = 3) -> str:
+def near(name: str, candidates: Iterable[str]) -> str:
     """Returns the sentence that offers near matches, or lists what there is.
 
     Args:
         name: What was asked for and does not exist.
         candidates: What exists.
-        count: How many near matches to offer at most.
     """
     known = sorted(set(candidates))
     if matches := near_matches(name, known):
-        return f"Did you mean {listing(matches[:count])}?"
+        return f"Did you mean {listing(matches[:MOST])}?"
     return f"There is {listing(known, 12)}." if known else "There are none."
 
 

@@ -555,22 +555,13 @@ class LoraModel(metaclass=Told):
         swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, new)
 
     @_changing
-    def _add_packed(
-        self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def _add_packed(self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None) -> None:
         with self._adding(adapter_name):
             unpacked = unpack(self.model, packed, self._registry)
             if changed is None:
                 changed = rebuilt_bases(self.model, unpacked, packed)
-            add(
-                self.model,
-                adapter_name,
-                unpacked.plan,
-                unpacked.content,
-                unpacked.values,
-                changed,
-                unpacked.stored,
-            )
+            plan, content, values = unpacked.plan, unpacked.content, unpacked.values
+            add(self.model, adapter_name, plan, content, values, changed, unpacked.stored)
 
     @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:

@@ -6,7 +6,6 @@ that a rollback has the former ones: a CUDA graph that somebody recorded by hand
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ def swap(
     plan: Plan,
     content: AdapterContent,
     values: Mapping[str, Tensor],
-    stored: Mapping[str, StoredWeight] = MappingProxyType({}),
+    stored: Mapping[str, StoredWeight],
 ) -> None:
     """Gives an adapter the tensors of another one.
 

@@ -188,7 +188,7 @@ def set_active(
     model: nn.Module,
     state: ModelState,
     adapters: Sequence[str],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | None,
     *,
     trainable: bool,
 ) -> None:

@@ -54,7 +54,7 @@ class _Source:
         return self.recipes.get(recipe_prefix(layer, slot), {})
 
 
-def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | None = None) -> PortableAdapter:
+def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | None) -> PortableAdapter:
     """Returns one of our adapters as a portable one.
 
     An adapter whose init changed the base (`pissa`, `olora`, `lora_ga`) is one of the untouched base here: of rank 2r,
@@ -63,7 +63,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     Args:
         packed: The adapter.
         model: The model that it is of, with the base's own values in place.
-        registry: The plugins to use; by default those that the adapter's config lets load.
+        registry: The plugins to use; None for those that the adapter's config lets load.
 
     Raises:
         AdapterFileError: If other libraries cannot express it, naming each layer.

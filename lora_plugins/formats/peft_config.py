@@ -140,7 +140,7 @@ class PeftConfig:
             cannot hold.
     """
 
-    def __init__(self, fields: Mapping[str, Any], patterns: str | None = None) -> None:
+    def __init__(self, fields: Mapping[str, Any], patterns: str | None) -> None:
         if patterns not in (None, "first", "longest"):
             raise ConfigError(f"format_options: patterns is {patterns!r}. {near(str(patterns), ('first', 'longest'))}")
         if str(fields.get("peft_type")).upper() != "LORA":

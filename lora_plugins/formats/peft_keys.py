@@ -62,12 +62,13 @@ class PeftTensors:
     layer_types: dict[str, str] = field(default_factory=dict)
 
 
-def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str] = ()) -> PeftTensors:
+def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> PeftTensors:
     """Sorts the tensors of a file.
 
     Args:
         tensors: By key.
-        modules: The names of the model's modules, which can be those of PEFT's wrappers: `base_layer` is one of DLA.
+        modules: The names of the model's modules, none without a model. They can be those of PEFT's wrappers:
+            `base_layer` is one of DLA.
 
     Raises:
         AdapterFileError: If a key is none of PEFT's, has no place here, or a layer lacks its A or B. All are listed.

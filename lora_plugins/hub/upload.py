@@ -12,9 +12,9 @@ def push(
     write: Callable[[Path], CardContent],
     repository: str,
     *,
-    revision: str | None = None,
-    private: bool | None = None,
-    message: str = "Upload a LoRA adapter",
+    revision: str | None,
+    private: bool | None,
+    message: str,
 ) -> str:
     """Pushes an adapter, in one commit; returns the address of the commit.
 

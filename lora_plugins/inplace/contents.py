@@ -20,7 +20,7 @@ class Contents:
         more: Further dictionaries.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], more: Iterable[Content] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module], more: Iterable[Content]) -> None:
         modules = list(modules)
         self._classes = [(module, module.__class__) for module in modules]
         contents = [*(content for module in modules for content in _contents(module)), *more]

@@ -39,7 +39,7 @@ class StoredWeight(nn.Module):
         *,
         source_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        requires_grad: bool = False,
+        requires_grad: bool,
     ) -> None:
         super().__init__()
         self.storage = storage

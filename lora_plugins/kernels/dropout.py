@@ -97,14 +97,9 @@ class Dropout:
         survivors = 1 - self.threshold / float(2**self.bits)
         return 1 / survivors
 
-    def mask_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the mask of a tensor, 1 where an element survives and 0 where not, in its memory format.
-
-        Args:
-            x: The tensor.
-            dtype: Of the mask, if not that of the tensor.
-        """
-        return self._mask(x, dtype or x.dtype, self._numbers(x))
+    def mask_like(self, x: Tensor) -> Tensor:
+        """Returns the mask of a tensor, 1 where an element survives and 0 where not, of its type and memory format."""
+        return self._mask(x, x.dtype, self._numbers(x))
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[Part, Tensor]]:
         """Yields parts of the batch with their mask; each mask reuses the memory of the one before.

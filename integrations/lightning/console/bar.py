@@ -40,15 +40,7 @@ class Bar:
         self._progress.start()
         self._streams.__enter__()
 
-    def show(
-        self,
-        text: str,
-        done: float = 0,
-        total: float | None = None,
-        left: str = "",
-        metric: str = "",
-        now: bool = False,
-    ) -> None:
+    def show(self, text: str, done: float, total: float | None, left: str, metric: str, *, now: bool) -> None:
         """Shows a state.
 
         Args:

@@ -9,7 +9,7 @@ from lora_plugins import Plan
 from lora_plugins.errors import listing
 
 
-def print_plan(plan: Plan, title: str = "LoRA", forgotten: Sequence[str] = ()) -> None:
+def print_plan(plan: Plan, title: str, forgotten: Sequence[str] = ()) -> None:
     """Prints what is adapted: layer, plugin, rank, parameters and their share of the layer's own weight.
 
     Layers that differ in the number of their block share a row, such as `blocks.0-11.attn.qkv x12`.

@@ -11,7 +11,7 @@ from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.utils import path_starts, plain_name, within
 
 
-def set_training_mode(target: nn.Module, averages: Collection[nn.Module] = ()) -> None:
+def set_training_mode(target: nn.Module, averages: Collection[nn.Module]) -> None:
     """Puts an adapted module into training mode, and reports which parts of it changed.
 
     Frozen normalization layers stay in eval mode, and so does what its author froze and put into eval mode: a teacher,

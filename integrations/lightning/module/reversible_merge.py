@@ -249,9 +249,7 @@ def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = 
 
 
 @contextmanager
-def temporarily_merged(
-    target: nn.Module, max_error: float = DEFAULT_MAX_ERROR, *, dequantize: bool = False
-) -> Iterator[ReversibleMerge]:
+def temporarily_merged(target: nn.Module, max_error: float, *, dequantize: bool) -> Iterator[ReversibleMerge]:
     """Merges inside a `with` block."""
     result = merge_reversibly(target, max_error, dequantize=dequantize)
     try:

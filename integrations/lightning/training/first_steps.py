@@ -29,7 +29,7 @@ class FirstSteps:
         copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]] = ()) -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]]) -> None:
         self._trained, self._copies = trained, copies
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
