@@ -2,31 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
 from lora_plugins.errors import MergeError
 from lora_plugins.inplace.layer_state import base_class_of
+from lora_plugins.inplace.weight_hooks import weight_hooks
 from lora_plugins.inplace.weights import frozen_statistics
-
-_HOOKS: tuple[tuple[type[Any], str, Callable[[nn.Module, str], object]], ...] = (
-    (WeightNorm, "name", remove_weight_norm),
-    (SpectralNorm, "name", remove_spectral_norm),
-    (prune.BasePruningMethod, "_tensor_name", prune.remove),
-)
-"""Classes of hooks that compute a weight, which attribute has its name, and what ends it."""
 
 
 def recompute(layer: nn.Module) -> None:
     """Computes the weights of hooks again, which otherwise are those of the last forward."""
     with frozen_statistics(layer):
-        for hook in list(layer._forward_pre_hooks.values()):
-            if isinstance(hook, tuple(kind for kind, _, _ in _HOOKS)):
-                hook(layer, ())
+        for hook in weight_hooks(layer):
+            hook.run()
 
 
 def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
@@ -58,10 +48,9 @@ def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]
     """
     if parametrize.is_parametrized(layer, name):
         return partial(_remove_parametrization, layer, name)
-    for hook in layer._forward_pre_hooks.values():
-        for kind, attribute, remove in _HOOKS:
-            if isinstance(hook, kind) and getattr(hook, attribute) == name:
-                return partial(remove, layer, name)
+    for hook in weight_hooks(layer):
+        if hook.weight == name:
+            return hook.remove
     raise MergeError(
         f"{full_name!r} is no parameter of its {base_class_of(layer).__name__}, but computed in a way that is not "
         "known, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which can be taken "

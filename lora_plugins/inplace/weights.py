@@ -6,30 +6,21 @@
 - *effective*: `W + ΔW` over the active adapters, which `layer.weight` answers with; see `deltas`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
 from lora_plugins.inplace.library_weights import foreign_kind
 from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
+from lora_plugins.inplace.weight_hooks import weight_hooks
 from lora_plugins.plugins import LazyWeights
 from lora_plugins.utils import ending
-
-_HOOKS: tuple[tuple[type[Any], str, Callable[[Any, nn.Module], Tensor]], ...] = (
-    (WeightNorm, "name", lambda hook, layer: hook.compute_weight(layer)),
-    (SpectralNorm, "name", lambda hook, layer: hook.compute_weight(layer, do_power_iteration=False)),
-    (BasePruningMethod, "_tensor_name", lambda hook, layer: hook.apply_mask(layer)),
-)
-"""Classes of hooks that compute a weight, which attribute has its name, and how they do."""
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
@@ -83,11 +74,8 @@ def detached_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def _by_hook(layer: nn.Module, name: str) -> Tensor:
-    for hook in layer._forward_pre_hooks.values():
-        for kind, attribute, compute in _HOOKS:
-            if isinstance(hook, kind) and getattr(hook, attribute) == name:
-                return compute(hook, layer)
-    return raw_weight(layer, name)
+    computing = [hook for hook in weight_hooks(layer) if hook.weight == name]
+    return computing[0].compute() if computing else raw_weight(layer, name)
 
 
 def normalized_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
