@@ -12,14 +12,14 @@ from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
 from lora_plugins.adapter.state import MODEL_STATE, ModelState, model_state
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
-    hold,
-    let_go,
     let_load,
     model_modules,
     own_mode,
     own_tensors,
+    pin_attributes,
     state_of,
     thaw,
+    unpin_attributes,
     unwrapped,
 )
 
@@ -41,7 +41,7 @@ def open_state(model: nn.Module) -> ModelState:
         model.register_forward_pre_hook(_check_training)
         warn_on_save(model, partial(_acting_names, state))
         for module in model.modules():
-            hold(module)
+            pin_attributes(module)
     return state
 
 
@@ -57,7 +57,7 @@ def close_state(model: nn.Module) -> None:
     for entry in modules:
         thaw(entry.module)
     for module in model.modules():
-        let_go(module)
+        unpin_attributes(module)
         let_load(module)
     for name, parameter in own_tensors(modules, "_parameters").items():
         required = state.requires_grad.get(name, parameter.requires_grad)

@@ -10,16 +10,14 @@ from lora_plugins.inplace.contents import Content, Contents
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
+from lora_plugins.inplace.library_kinds import foreign_kind
 from lora_plugins.inplace.library_weights import (
     LibraryWeight,
-    foreign_kind,
     foreign_problem,
     foreign_weights,
-    hold,
-    let_go,
     library_weights,
-    put_marks,
-    quantizer_marks,
+    pin_attributes,
+    unpin_attributes,
 )
 from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
 from lora_plugins.inplace.modules import (
@@ -39,6 +37,7 @@ from lora_plugins.inplace.modules import (
 )
 from lora_plugins.inplace.normed import length_and_direction
 from lora_plugins.inplace.parametrized import make_plain, recompute, remover
+from lora_plugins.inplace.quantizer_marks import put_marks, quantizer_marks
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
 from lora_plugins.inplace.storing import make_dense, put_stored
@@ -78,14 +77,12 @@ __all__ = [
     "frozen_statistics",
     "full_name",
     "has_statistics",
-    "hold",
     "holder_of",
     "holders",
     "is_frozen",
     "is_shard",
     "layer_state",
     "length_and_direction",
-    "let_go",
     "let_load",
     "library_weights",
     "make_dense",
@@ -101,6 +98,7 @@ __all__ = [
     "own_tensors",
     "own_tensors_of",
     "persistent_buffers",
+    "pin_attributes",
     "positional_names",
     "put_marks",
     "put_stored",
@@ -118,6 +116,7 @@ __all__ = [
     "terms_of",
     "thaw",
     "unmix_rows",
+    "unpin_attributes",
     "unwrapped",
     "watch_loading",
     "weight_key",

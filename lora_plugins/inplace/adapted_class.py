@@ -22,7 +22,8 @@ from lora_plugins.inplace.described_tensor import DescribedTensor
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, layer_state, own_class, state_of
-from lora_plugins.inplace.library_weights import Foreign, as_its_own, foreign_weights
+from lora_plugins.inplace.library_kinds import Foreign
+from lora_plugins.inplace.library_weights import as_its_own, foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
 from lora_plugins.inplace.weights import LazyWeightsOf, is_shard, weight_with_merged, weights_of

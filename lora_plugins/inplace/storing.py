@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from lora_plugins.inplace.adapted_class import refresh_class
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.layer_state import state_of
-from lora_plugins.inplace.library_weights import foreign_weights, forget_quantizers, put_dense_foreign
+from lora_plugins.inplace.library_weights import foreign_weights, put_dense_foreign
+from lora_plugins.inplace.quantizer_marks import forget_quantizers
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight
 

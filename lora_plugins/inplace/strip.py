@@ -10,7 +10,8 @@ from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.contents import Contents
 from lora_plugins.inplace.frozen_norm import set_class
 from lora_plugins.inplace.layer_state import STATE, layer_state
-from lora_plugins.inplace.library_weights import foreign_kind, put_dense_foreign
+from lora_plugins.inplace.library_kinds import foreign_kind
+from lora_plugins.inplace.library_weights import put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import stored_weight

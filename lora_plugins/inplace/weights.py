@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
-from lora_plugins.inplace.library_weights import foreign_kind
+from lora_plugins.inplace.library_kinds import foreign_kind
 from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.inplace.weight_hooks import weight_hooks
