@@ -326,13 +326,13 @@ class LoraModel(metaclass=Told):
         combination_type: str = "cat",
         **options: float,
     ) -> float:
-        """Combines adapters into a new one, whose update is computed from theirs; see `lora_plugins.adapter.combine`.
+        """Combines adapters into a new one, whose update is computed from theirs.
 
         Args:
             adapters: Names of the adapters to combine.
             weights: The weight of each.
             adapter_name: Name of the new adapter, which is added but not active.
-            combination_type: How; see `lora_plugins.adapter.combine.COMBINATIONS`.
+            combination_type: How; `lora_plugins.adapter.combinations` describes each.
             **options: Options of that way, such as `density`.
 
         Returns:

@@ -8,7 +8,8 @@ from lora_plugins.adapter.acting import apply_state, base_in_place, hold_norms
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
-from lora_plugins.adapter.combine import COMBINATIONS, Combination, combine
+from lora_plugins.adapter.combinations import COMBINATIONS
+from lora_plugins.adapter.combine import Combination, combine
 from lora_plugins.adapter.content import (
     AdapterContent,
     SlotTensors,

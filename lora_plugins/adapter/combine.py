@@ -1,40 +1,25 @@
-"""Combination of adapters: a new adapter whose update is computed from the updates of others.
+"""Combines adapters into a new one; `combinations` says how their updates are combined.
 
-Everything happens on the updates `scaling * B @ A` themselves, never on A and B apart, so that there are no cross
-terms, and adapters of different rank or scaling combine. The new adapter has a scaling of 1.
-
-- `cat`: the weighted sum, exactly, at the sum of the ranks.
-- `linear`: the weighted sum, exactly, at no more than the full rank of the layer.
-- `svd`: the best approximation of the weighted sum at a rank (`rank`, by default the largest of the adapters).
-- `magnitude_prune`: keeps the `density` largest elements of each update, then sums.
-- `ties`: the same, then elects a sign for each element and averages those that agree (Yadav et al., arXiv 2306.01708).
-- `dare_linear`: keeps each element with probability `density`, rescaled, then sums (Yu et al., arXiv 2311.03099).
-- `dare_ties`: as `dare_linear`, then elects signs and averages as `ties` does.
-
-The last four are not of low rank; they are approximated at `rank`, by default the sum of the ranks.
 Trained heads and biases are combined by the weighted sum of their differences from the base.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.adapter.combinations import Update, check_options, combined_update
 from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.integrity import check_in_place
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError, listing, near
+from lora_plugins.errors import ConfigError, StateError, listing
 from lora_plugins.field_checks import finite
 from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
-from lora_plugins.utils import in_float64, low_rank
-
-Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
-"""Computes one update `(out, in)` from updates `(n, out, in)`, weights `(n, 1, 1)`, a density and a generator."""
+from lora_plugins.utils import in_float64
 
 
 @dataclass(frozen=True)
@@ -54,49 +39,8 @@ class Combination:
     relative_error: float
 
 
-def prune_magnitude(updates: Tensor, density: float) -> Tensor:
-    """Keeps the largest elements of each update `(n, out, in)`, a share `density` of them; zero elsewhere."""
-    flat = updates.flatten(1)
-    keep = int(density * flat.shape[1])
-    kept = torch.zeros_like(flat)
-    index = flat.abs().topk(keep, dim=1).indices
-    return kept.scatter(1, index, flat.gather(1, index)).view_as(updates)
-
-
-def prune_random(updates: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Keeps each element with probability `density` and divides by it, so that the expectation stays."""
-    mask = torch.stack([torch.bernoulli(torch.full_like(update, density), generator=generator) for update in updates])
-    return updates * mask / density
-
-
-def elect_and_average(updates: Tensor, weights: Tensor) -> Tensor:
-    """Averages, for each element, the weighted updates whose sign is that of the sum of all updates."""
-    agrees = updates.sign() == torch.where(updates.sum(0) >= 0, 1.0, -1.0)
-    return (updates * weights * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-def _sum(updates: Tensor, weights: Tensor) -> Tensor:
-    return (updates * weights).sum(0)
-
-
-PRUNED: Mapping[str, Merge] = {
-    "magnitude_prune": lambda u, w, density, _: _sum(prune_magnitude(u, density), w),
-    "ties": lambda u, w, density, _: elect_and_average(prune_magnitude(u, density), w),
-    "dare_linear": lambda u, w, density, generator: _sum(prune_random(u, density, generator), w),
-    "dare_ties": lambda u, w, density, generator: elect_and_average(prune_random(u, density, generator), w),
-}
-"""The combinations that prune the updates first; they take the options `density` and `rank`."""
-
 _VARIANCE = "running_var"
 """What normalization layers of torch call their running variance."""
-
-COMBINATIONS: Mapping[str, tuple[str, ...]] = {
-    "cat": (),
-    "linear": (),
-    "svd": ("rank",),
-    **dict.fromkeys(PRUNED, ("density", "rank")),
-}
-"""The ways to combine, with the options that each takes."""
 
 
 def combine(
@@ -109,14 +53,16 @@ def combine(
     options: Mapping[str, float],
 ) -> Combination:
     """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`."""
-    _check(adapters, weights, combination_type, options)
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    check_options(combination_type, options)
     weights = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
     sources = [state.adapter(name).plan for name in adapters]
     for name, source in zip(adapters, sources, strict=True):
         _check_source(name, source)
         check_in_place(model, state, name)
     _check_alike(sources)
-    terms = [_Terms.of(*each) for each in zip(adapters, weights, sources, strict=True)]
+    planned = [{layer.name: layer for layer in source.layers} for source in sources]
     layers: dict[str, PlannedLayer] = {}
     for layer in (layer for source in sources for layer in source.layers):
         layers.setdefault(layer.name, layer)
@@ -125,8 +71,12 @@ def combine(
     for layer in layers.values():
         module = submodule(model, layer.name)
         for slot in layer.slots:
-            found = [each.term(module, layer.name, slot) for each in terms if layer.name in each.scalings]
-            A, B, relative = _combined(found, combination_type, options)
+            updates = [
+                _update(module, adapter, own[layer.name], slot, weight)
+                for adapter, own, weight in zip(adapters, planned, weights, strict=True)
+                if layer.name in own
+            ]
+            A, B, relative = combined_update(updates, combination_type, options)
             largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
             _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)
@@ -173,59 +123,9 @@ def _check_alike(sources: Sequence[Plan]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Term:
-    """The update `weight * B @ A` of a slot, the scaling in `B`."""
-
-    A: Tensor
-    B: Tensor
-    weight: float
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """What one adapter adds.
-
-    Args:
-        adapter: Its name.
-        weight: Its weight.
-        scalings: Its scaling in each layer that it adapts, by name.
-    """
-
-    adapter: str
-    weight: float
-    scalings: Mapping[str, float]
-
-    @classmethod
-    def of(cls, adapter: str, weight: float, plan: Plan) -> "_Terms":
-        """Returns the terms of an adapter."""
-        return cls(adapter, weight, {layer.name: layer.scaling for layer in plan.layers})
-
-    def term(self, module: nn.Module, layer: str, slot: Slot) -> _Term:
-        """Returns what it adds to a slot of a layer."""
-        A, B = factors(module, self.adapter, slot)
-        return _Term(in_float64(A.detach()), in_float64(B.detach()) * self.scalings[layer], self.weight)
-
-
-def _check(
-    adapters: Sequence[str], weights: Sequence[float], combination_type: str, options: Mapping[str, float]
-) -> None:
-    if not adapters or len(adapters) != len(weights):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
-    if combination_type not in COMBINATIONS:
-        raise ConfigError(f"There is no combination {combination_type!r}. {near(combination_type, COMBINATIONS)}")
-    known = COMBINATIONS[combination_type]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"{combination_type!r} has no option {key!r}. {near(key, known)}")
-    numbers = {key: finite(key, value) for key, value in options.items()}
-    if "density" in known and not 0 < numbers.get("density", -1) <= 1:
-        raise ConfigError(
-            f"{combination_type!r} needs a density: the share of elements to keep, above 0 and at most 1."
-        )
-    rank = numbers.get("rank", 1)
-    if rank < 1 or rank != int(rank):
-        raise ConfigError(f"rank is a whole number of at least 1, not {options['rank']!r}.")
+def _update(module: nn.Module, adapter: str, layer: PlannedLayer, slot: Slot, weight: float) -> Update:
+    A, B = factors(module, adapter, slot)
+    return Update(in_float64(A.detach()), in_float64(B.detach()) * layer.scaling, weight)
 
 
 def _check_range(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
@@ -234,41 +134,6 @@ def _check_range(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
             f"The combination of {name!r} has values that are not finite in {dtype}: a weight is too large, or an "
             "adapter has such values itself."
         )
-
-
-def _combined(terms: list[_Term], kind: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, float]:
-    """Returns A, B and the relative error of one slot's new update."""
-    A, B = _cat(terms)
-    full = min(A.shape[1], B.shape[0])
-    if kind == "cat" or (kind == "linear" and A.shape[0] <= full):
-        return A, B, 0.0
-    exact = B @ A
-    if not bool(exact.isfinite().all()):
-        return A, torch.full_like(B, math.inf), 0.0  # which is refused by name
-    if kind in PRUNED:
-        updates = torch.stack([term.B @ term.A for term in terms])
-        factor = torch.tensor([term.weight for term in terms], dtype=torch.float64, device="cpu").view(-1, 1, 1)
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        exact = PRUNED[kind](updates.cpu(), factor, options["density"], generator)
-    ranks = [term.A.shape[0] for term in terms]
-    default = {"linear": full, "svd": max(ranks)}.get(kind, sum(ranks))
-    rank = min(int(options.get("rank", default)), full)
-    A, B = low_rank(exact, rank, 1.0)
-    norm = torch.linalg.matrix_norm(exact)
-    return A, B, float(torch.linalg.matrix_norm(B @ A - exact) / norm) if norm else 0.0
-
-
-def _cat(terms: list[_Term]) -> tuple[Tensor, Tensor]:
-    """Stacks the factors; terms with one A are added up instead, so that opposite ones cancel exactly."""
-    merged: list[tuple[Tensor, Tensor]] = []
-    for term in terms:
-        B = term.B * term.weight
-        same = next((at for at, (A, _) in enumerate(merged) if torch.equal(A, term.A)), None)
-        if same is None:
-            merged.append((term.A, B))
-        else:
-            merged[same] = (term.A, merged[same][1] + B)
-    return torch.cat([A for A, _ in merged]), torch.cat([B for _, B in merged], dim=1)
 
 
 def _config(
