@@ -11,8 +11,9 @@ from torch import nn
 from lora_plugins.config import LayerSettings, LoraConfig
 from lora_plugins.errors import TargetError, listing, near
 from lora_plugins.inplace import full_name
-from lora_plugins.plan import checks, patterns
+from lora_plugins.plan import checks
 from lora_plugins.plan.named import named_plugins, storage_of
+from lora_plugins.plan.pattern_map import PatternMap
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
 from lora_plugins.plan.stored import stored_weights
@@ -147,9 +148,9 @@ def _layers(
     if failure is not None:
         raise failure
     names = [name for site in sites for name in site.names]
-    ranks = patterns.PatternMap("rank_pattern", config.rank_pattern, names)
-    alphas = patterns.PatternMap("alpha_pattern", config.alpha_pattern, names)
-    fused = patterns.PatternMap("fused_parts", config.fused_parts, names, at_end=True)
+    ranks = PatternMap("rank_pattern", config.rank_pattern, names)
+    alphas = PatternMap("alpha_pattern", config.alpha_pattern, names)
+    fused = PatternMap("fused_parts", config.fused_parts, names, at_end=True)
     layers: list[tuple[Site, PlannedLayer]] = []
     refused: list[str] = []
     for target in grouped(sites):

@@ -10,6 +10,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
+from lora_plugins.plan.block_filter import BlockFilter
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
 from lora_plugins.plan.survey import Site, Survey
 from lora_plugins.plugins import Registry
@@ -60,7 +61,7 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     chosen = _targeted(config, survey.sites, free, handled, registry)
     chosen -= _excluded(config, survey.sites, free, handled)
     if config.layers_to_transform is not None:
-        keep = patterns.BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
+        keep = BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
         chosen = {name for name in chosen if keep(name)}
     targets = [site for site in free if chosen & set(site.names)]
     _check_served([site for site in targets if site.plugin is None], registry)

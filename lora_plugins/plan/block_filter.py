@@ -1,0 +1,85 @@
+"""The numbered blocks of a model, and the choice among them by `layers_to_transform` and `layers_pattern`."""
+
+from collections.abc import Iterable, Sequence
+
+from lora_plugins.errors import TargetError, near
+from lora_plugins.plan.patterns import spellings
+from lora_plugins.utils import path_runs
+
+BLOCK_CONTAINERS = frozenset(
+    {"layers", "layer", "h", "blocks", "block", "stages", "stage", "levels", "features", "resblocks"}
+)
+"""Names under which models keep their numbered blocks."""
+
+
+class BlockFilter:
+    """The choice of blocks by `layers_to_transform` and `layers_pattern`.
+
+    Args:
+        blocks: Indices of blocks, or paths of blocks.
+        containers: The names of block containers that indices count in; the usual ones when None.
+        names: The names of all layers that could be adapted.
+
+    Raises:
+        TargetError: If a block or a container does not exist, or an index could mean blocks of two nested containers.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int | str] | int | str,
+        containers: Sequence[str] | str | None,
+        names: Iterable[str],
+    ) -> None:
+        chosen = [blocks] if isinstance(blocks, int | str) else list(blocks)
+        self._numbers = [block for block in chosen if isinstance(block, int)]
+        self._paths = {each for block in chosen if isinstance(block, str) for each in spellings(block)}
+        self._containers = [containers] if isinstance(containers, str) else containers
+        names = list(names)
+        numbered = {parts[at] for parts in (name.split(".") for name in names) for at in _numbered(parts)}
+        for container in self._containers or ():
+            if container not in numbered:
+                raise TargetError(
+                    f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, numbered)}"
+                )
+        found = {block for name in names for block in self._blocks_of(name)}
+        for block in chosen:
+            if found.isdisjoint({block} if isinstance(block, int) else spellings(block)):
+                raise TargetError(
+                    f"layers_to_transform: there is no block {block!r} in "
+                    f"{self._containers or 'the usual block containers'} that holds a target. "
+                    f"Blocks with targets: {self._known(names)}."
+                )
+
+    def __call__(self, name: str) -> bool:
+        """Whether the layer called `name` is in one of the blocks."""
+        return bool(self._blocks_of(name))
+
+    def _blocks_of(self, name: str) -> set[int | str]:
+        """Returns the numbers and paths, of those that were chosen, of the blocks that a layer is in."""
+        paths: set[int | str] = {*self._paths.intersection(path_runs(name))}
+        if not self._numbers:
+            return paths
+        found = _indices(name, self._containers or BLOCK_CONTAINERS)
+        if self._containers is None and len(found) > 1:
+            raise TargetError(
+                f"layers_to_transform: the number {self._numbers[0]} could count in {found[0][0]!r} or in "
+                f"{found[1][0]!r} of {name!r}. Name blocks by their path instead, such as "
+                f"'{found[1][0]}.{found[1][1]}', or choose the container with layers_pattern."
+            )
+        return paths | ({index for _, index in found} & {*self._numbers})
+
+    def _known(self, names: list[str]) -> str:
+        containers = self._containers or BLOCK_CONTAINERS
+        paths = sorted({f"{path}.{index}" for name in names for path, index in _indices(name, containers)})
+        return ", ".join(paths[:20]) or "none"
+
+
+def _indices(name: str, containers: Iterable[str]) -> list[tuple[str, int]]:
+    """The numbered blocks that `name` lies in: the container's path, and the index in it."""
+    parts = name.split(".")
+    return [(".".join(parts[: at + 1]), int(parts[at + 1])) for at in _numbered(parts) if parts[at] in containers]
+
+
+def _numbered(parts: Sequence[str]) -> list[int]:
+    """Where a component of a name is followed by a number."""
+    return [at for at in range(len(parts) - 1) if parts[at + 1].isdecimal()]
