@@ -1,6 +1,6 @@
 """The plan of an adapter: every decision about a model, made and checked before anything is touched.
 
-One walk over the model (`survey`) gives frozen records, and the plan is a function of them.
+One walk over the model (`survey`) gives frozen records (`sites`), and the plan is a function of them.
 """
 
 from lora_plugins.plan.groups import LayerGroup

@@ -1,6 +1,6 @@
 """Why a layer cannot be adapted as a config asks: pure questions about what the survey found."""
 
-from lora_plugins.plan.survey import Site
+from lora_plugins.plan.sites import Site
 from lora_plugins.plan.ties import Target
 from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, Slot, VariantPlugin, class_path
 

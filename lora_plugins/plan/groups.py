@@ -44,8 +44,8 @@ class LayerGroup:
         return self.parameters / self.weight if self.weight else math.inf
 
 
-def full_name(layer: PlannedLayer) -> str:
-    """Returns the name of a layer with its other names, and the parts of a fused weight."""
+def layer_label(layer: PlannedLayer) -> str:
+    """Returns what a table calls a layer: all of its names, and the parts of a fused weight."""
     names = (layer.name or "(the model)", *layer.aliases, *(tie.layer for tie in layer.ties))
     return " = ".join(names) + "".join(f"[{slot.part}]" for slot in layer.slots if slot.part)
 
@@ -58,9 +58,9 @@ def group_layers(layers: Sequence[PlannedLayer]) -> list[LayerGroup]:
         alike[layer.module_class, layer.plugin.name, variant, layer.r, layer.alpha].append(layer)
     groups = []
     for members in alike.values():
-        by_name = {full_name(layer): layer for layer in members}
-        for label, names in group_names(by_name).items():
-            groups.append(LayerGroup(label, tuple(by_name[name] for name in names)))
+        by_label = {layer_label(layer): layer for layer in members}
+        for name, labels in group_names(by_label).items():
+            groups.append(LayerGroup(name, tuple(by_label[each] for each in labels)))
     order = {layer.name: at for at, layer in enumerate(layers)}
     return sorted(groups, key=lambda group: order[group.layers[0].name])
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lora_plugins.errors import listing
 from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, nearest, shortest_ends
-from lora_plugins.plan.survey import Site
+from lora_plugins.plan.sites import Site
 
 _PART_NAMES = {
     "q": ("q", "query", "q_proj", "query_proj", "q_lin", "to_q", "wq"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing
-from lora_plugins.plan.groups import LayerGroup, full_name, group_layers, group_tensors
+from lora_plugins.plan.groups import LayerGroup, group_layers, group_tensors, layer_label
 from lora_plugins.plan.targets import LeftOut
 from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot, Storage
 
@@ -104,7 +104,7 @@ class Plan:
         """Returns for each layer: name, class, plugin, rank, alpha and parameter count, as text."""
         return [
             (
-                full_name(layer),
+                layer_label(layer),
                 layer.module_class,
                 layer.plugin.name,
                 str(layer.r),

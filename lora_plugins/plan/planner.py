@@ -1,6 +1,6 @@
 """Makes the plan of an adapter: every decision about a model, made and checked before anything is touched.
 
-`survey` walks the model; `planned` decides, as a function of what it found.
+`survey` walks the model; `planned` decides, as a function of the records that it makes (`sites`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,9 @@ from lora_plugins.plan.named import named_plugins, storage_of
 from lora_plugins.plan.pattern_map import PatternMap
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.renamings import with_current_names
+from lora_plugins.plan.sites import Site, Survey
 from lora_plugins.plan.stored import stored_weights
-from lora_plugins.plan.survey import Site, Survey, survey
+from lora_plugins.plan.survey import survey
 from lora_plugins.plan.targets import left_out, saved_modules, target_sites
 from lora_plugins.plan.ties import Target, grouped
 from lora_plugins.plugins import (

@@ -6,7 +6,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
-from lora_plugins.plan.survey import Site, Survey, Weight
+from lora_plugins.plan.sites import Site, Survey, Weight
 from lora_plugins.plugins import Storage
 from lora_plugins.utils import within
 

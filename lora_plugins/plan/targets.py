@@ -12,7 +12,7 @@ from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.block_filter import BlockFilter
 from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
-from lora_plugins.plan.survey import Site, Survey
+from lora_plugins.plan.sites import Site, Survey
 from lora_plugins.plugins import Registry
 from lora_plugins.utils import path_starts, within
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lora_plugins.errors import TargetError
-from lora_plugins.plan.survey import Site, WeightKey
+from lora_plugins.plan.sites import Site, WeightKey
 from lora_plugins.plugins import Tie
 
 

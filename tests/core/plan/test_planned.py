@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, TargetError
 from lora_plugins.plan.planner import planned
-from lora_plugins.plan.survey import OwnParameter, Site, Survey, Weight, survey
+from lora_plugins.plan.sites import OwnParameter, Site, Survey, Weight
+from lora_plugins.plan.survey import survey
 from lora_plugins.plugins import INITS, LAYERS, PLAIN, VARIANTS, Slot, class_path, default_registry
 
 REGISTRY = default_registry()
