@@ -44,13 +44,11 @@ from lora_plugins.integrations.lightning.module.modes import (
     set_modes_of_frozen_norms,
     set_training_mode,
 )
+from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.module.reversible_merge import (
-    ReversibleMerge,
     check_mergeable,
     merge_reversibly,
-    plain_state_dict,
     temporarily_merged,
-    write_safetensors,
 )
 from lora_plugins.integrations.lightning.module.tensors import (
     adapted_layers_moved,
@@ -73,7 +71,6 @@ from lora_plugins.integrations.lightning.module.tensors import (
 __all__ = [
     "KeptMerge",
     "NetworkCopy",
-    "ReversibleMerge",
     "adapted_layers_moved",
     "adapted_targets",
     "adapted_weights",

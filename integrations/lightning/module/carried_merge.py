@@ -2,11 +2,13 @@
 
 import io
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
 from lora_plugins.files import PackedAdapter
+from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter
 from lora_plugins.integrations.lightning.module.reversible_merge import ReversibleMerge
 
 
@@ -14,9 +16,7 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
     """Returns all of a merge of dense weights but the module."""
     parts = {
         "base": merge.base,
-        "adapters": {name: (packed.manifest, packed.tensors) for name, packed in merge.adapters.items()},
-        "changed": merge.changed,
-        "kept": merge.kept,
+        "adapters": {name: _as_plain_types(adapter) for name, adapter in merge.adapters.items()},
         "active": merge.active,
         "merged": merge.merged,
         "marks": merge.marks,
@@ -29,5 +29,13 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
 def merge_from_bytes(data: bytes, target: nn.Module) -> ReversibleMerge:
     """Returns the merge of a module that has received the merged weights."""
     parts = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    parts["adapters"] = {name: PackedAdapter(*packed) for name, packed in parts["adapters"].items()}
+    parts["adapters"] = {name: _as_adapter(*each) for name, each in parts["adapters"].items()}
     return ReversibleMerge(**parts, stored={}, foreign={}, quantizers={}, target=weakref.ref(target))
+
+
+def _as_plain_types(adapter: MergedAdapter) -> tuple[Any, ...]:
+    return adapter.packed.manifest, adapter.packed.tensors, adapter.changed, adapter.kept
+
+
+def _as_adapter(manifest: Any, tensors: Any, changed: Any, kept: Any) -> MergedAdapter:
+    return MergedAdapter(PackedAdapter(manifest, tensors), changed, kept)

@@ -1,22 +1,18 @@
 """Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
-import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, base_in_place, model_state, whole
+from lora_plugins.adapter import adapted_layers, adapter_tensors, base_in_place, model_state, whole
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import (
     AdapterTensors,
     LibraryWeight,
@@ -34,16 +30,14 @@ from lora_plugins.inplace import (
     stored_weights,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
+from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter, adapters_to_merge
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
 from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
-from lora_plugins.integrations.lightning.module.weight_norm import NormedWeight, normed_weights, sources
+from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.plan import Plan
-from lora_plugins.utils import replace_file
 
 Weight = TypeVar("Weight")
-Fingerprints = dict[str, dict[str, float]]
-"""Of weights, by full name."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +49,7 @@ class ReversibleMerge:
         stored: The weights that were stored in fewer bytes, by full name.
         foreign: Those that another library quantized, likewise.
         quantizers: What models of transformers said of that.
-        adapters: The adapters, in the order in which they were added, as those of `base`.
-        changed: For each of them, the weights that its init has changed, by full name. They cannot be computed again
-            from a base that was cast since.
-        kept: For each of them, the fingerprints that files have whatever the weights are now.
+        adapters: The adapters by name, in the order in which they were added.
         active: The active ones by name, with what their updates are multiplied by.
         merged: The check sum of each of these tensors after the merge, by full name.
         target: The module.
@@ -70,9 +61,7 @@ class ReversibleMerge:
     stored: dict[str, StoredWeight]
     foreign: dict[str, LibraryWeight]
     quantizers: dict[str, Any]
-    adapters: dict[str, PackedAdapter]
-    changed: dict[str, dict[str, Tensor]]
-    kept: dict[str, Fingerprints]
+    adapters: dict[str, MergedAdapter]
     active: dict[str, float]
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
@@ -115,10 +104,8 @@ class ReversibleMerge:
         for name, quantized in self.foreign.items():
             quantized.put(*holder_of(target, name))
         put_marks(target, self.quantizers)
-        for name, packed in self.adapters.items():
-            changed = {key: value.to(own_tensor(target, key).device) for key, value in self.changed[name].items()}
-            lora = LoraModel.load_packed(target, packed, name, changed=changed)
-            state_of_adapters(target).adapters[name].kept.update(self.kept[name])
+        for name, adapter in self.adapters.items():
+            lora = adapter.put(target, name)
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
         set_marks(target, self.marks)
@@ -163,13 +150,8 @@ def merge_reversibly(
 
 
 def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Mapping[str, int]) -> ReversibleMerge:
-    lora = LoraModel(target)
-    state = state_of_adapters(target)
-    adapters, parameters = _packed(lora, state), adapter_tensors(target)
-    changed_by_init = {name: _changed_by_init(target, state, name) for name in adapters}
-    kept = {name: dict(adapter.kept) for name, adapter in state.adapters.items()}
-    active = lora.active_weights
-    normed = normed_weights(target)
+    lora, state, normed = LoraModel(target), state_of_adapters(target), normed_weights(target)
+    adapters, parameters, active = adapters_to_merge(target), adapter_tensors(target), lora.active_weights
     effective = {
         full_name(layer, tensor): (layer, tensor)
         for plan in lora.plans.values()
@@ -183,30 +165,17 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
-    # In-place values of the adapters live on in `adapters`, so the merged module may keep its tensors.
-    adapters = {name: _copied(packed) for name, packed in adapters.items()}
     before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
     before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}
     lora.merge_adapter(max_error=max_error)
     if normed:
-        _unload_with_norms(lora, target, effective, normed, state.values.base)
+        unload_with_norms(lora, effective, normed, state.values.base)
     else:
         lora.merge_and_unload(dequantize=dequantize)
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
     mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
     return ReversibleMerge(
-        base,
-        stored,
-        foreign,
-        quantizers,
-        adapters,
-        changed_by_init,
-        kept,
-        active,
-        merged,
-        weakref.ref(target),
-        marks,
-        parameters,
+        base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
     )
 
 
@@ -258,60 +227,6 @@ def temporarily_merged(target: nn.Module, max_error: float, *, dequantize: bool)
         result.undo(target)
 
 
-def _unload_with_norms(
-    lora: LoraModel,
-    target: nn.Module,
-    effective: Mapping[str, tuple[str, str]],
-    normed: Mapping[str, NormedWeight],
-    in_place: Iterable[str],
-) -> None:
-    """Removes merged adapters and keeps their weights, without ending weight norm as `merge_and_unload` does."""
-    with torch.no_grad():
-        layers = {name: (target.get_submodule(layer), tensor) for name, (layer, tensor) in effective.items()}
-        merged = {name: getattr(layer, tensor).detach().clone() for name, (layer, tensor) in layers.items()}
-    merged |= {name: own_tensor(target, name).data for name in in_place}
-    lora.unmerge_adapter()
-    lora.unload()
-    for name, value in merged.items():
-        if name in normed:
-            normed[name].put(target, value)
-        else:
-            own_tensor(target, name).data = value
-
-
-def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
-    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:
-    """Writes tensors so that a killed process leaves the old file or the new one; returns the path.
-
-    Args:
-        path: The file.
-        tensors: By key.
-        entries: What the metadata of the file says beside, as JSON under the name `lora_plugins.NAME`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    said = {f"lora_plugins.{name}": json.dumps(entry) for name, entry in entries.items()}
-    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt", **said}))
-    return path
-
-
-def _packed(lora: LoraModel, state: ModelState) -> dict[str, PackedAdapter]:
-    """Returns the adapters as those of the weights that are there."""
-    for adapter in state.adapters.values():
-        adapter.fingerprints.clear()  # of what was written past autograd (`weight.data`) in the meantime
-    packed = {name: lora.pack(name) for name in state.adapters}
-    return {
-        name: PackedAdapter(
-            {**each.manifest, "base": {key: values for key, (_, values) in state.adapters[name].fingerprints.items()}},
-            each.tensors,
-        )
-        for name, each in packed.items()
-    }
-
-
 def _takes_data(parameter: nn.Parameter, made: Tensor) -> bool:
     """Gives a parameter the values of another one; False between kinds of devices where modules make new ones too."""
     try:
@@ -319,18 +234,6 @@ def _takes_data(parameter: nn.Parameter, made: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _changed_by_init(target: nn.Module, state: ModelState, name: str) -> dict[str, Tensor]:
-    plan = state.adapters[name].plan
-    keys = state.values.of(name).keys() - {*plan.trained, *plan.saved_buffers}
-    return {key: state.values.value(target, name, key) for key in sorted(keys)}
-
-
-def _copied(packed: PackedAdapter) -> PackedAdapter:
-    """Copies what the merged module continues to use: heads, biases and statistics."""
-    values = {key: t.clone() if key.startswith("value/") else t for key, t in packed.tensors.items()}
-    return PackedAdapter(packed.manifest, values)
 
 
 def _parameter_names(layer: nn.Module) -> set[str]:

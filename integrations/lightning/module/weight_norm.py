@@ -1,11 +1,12 @@
 """Weight norm: its two parameters, a length and a direction, can hold any weight, so a merge can leave it in place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora_plugins import LoraModel
 from lora_plugins.adapter import adapted_layers
 from lora_plugins.inplace import full_name, layer_state, length_and_direction, own_tensor, recompute
 
@@ -52,3 +53,31 @@ def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
 def sources(weight: str, normed: Mapping[str, NormedWeight]) -> tuple[str, ...]:
     """Returns the names of the parameters that hold a weight: its own, or those that weight norm has."""
     return (normed[weight].length, normed[weight].direction) if weight in normed else (weight,)
+
+
+def unload_with_norms(
+    lora: LoraModel,
+    effective: Mapping[str, tuple[str, str]],
+    normed: Mapping[str, NormedWeight],
+    in_place: Iterable[str],
+) -> None:
+    """Removes merged adapters and keeps their weights, without ending weight norm as `merge_and_unload` does.
+
+    Args:
+        lora: The adapted model.
+        effective: The name of the layer and of the attribute of each merged weight, by full name.
+        normed: Those that weight norm computes.
+        in_place: The names of tensors that adapters have trained in place.
+    """
+    target = lora.model
+    with torch.no_grad():
+        layers = {name: (target.get_submodule(layer), tensor) for name, (layer, tensor) in effective.items()}
+        merged = {name: getattr(layer, tensor).detach().clone() for name, (layer, tensor) in layers.items()}
+    merged |= {name: own_tensor(target, name).data for name in in_place}
+    lora.unmerge_adapter()
+    lora.unload()
+    for name, value in merged.items():
+        if name in normed:
+            normed[name].put(target, value)
+        else:
+            own_tensor(target, name).data = value

@@ -1,0 +1,30 @@
+"""The plain state dict of a merged module, and the `.safetensors` file that holds it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from lora_plugins.utils import replace_file
+
+
+def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:
+    """Writes tensors so that a killed process leaves the old file or the new one; returns the path.
+
+    Args:
+        path: The file.
+        tensors: By key.
+        entries: What the metadata of the file says beside, as JSON under the name `lora_plugins.NAME`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = {f"lora_plugins.{name}": json.dumps(entry) for name, entry in entries.items()}
+    replace_file(path, safetensors.torch.save(tensors, metadata={"format": "pt", **said}))
+    return path
