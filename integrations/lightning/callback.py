@@ -8,11 +8,10 @@ from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import hold_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -63,7 +62,7 @@ from lora_plugins.integrations.lightning.module import (
     take_fingerprints,
     with_declarations,
 )
-from lora_plugins.integrations.lightning.results import Results, best_checkpoint
+from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     begin_run,
@@ -95,6 +94,7 @@ from lora_plugins.integrations.lightning.training import (
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,
+    check_trained,
     complete_optimizers,
     copy_into_averages,
     drop_averages,
@@ -406,27 +406,17 @@ class LoraCallback(Callback):
         Raises:
             StateError: If not one batch was trained on, and no limit of the trainer asks for that.
         """
-        none_wanted = 0 in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # those before a resumed run, too
-        if not batches and not none_wanted:
-            raise StateError(_STOPPED_EARLY if trainer.should_stop else _NOTHING_TRAINED)
+        check_trained(trainer)
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best":
-            _load_best(trainer, pl_module)
+            load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         group = self._group(trainer)
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
-            # A debugging run of a few batches is not stopped by what they did not learn.
-            max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
-            prefix = f"{self.target}." if self.target else ""
-            sums = {name.removeprefix(prefix): total for name, total in self._sums.items() if name.startswith(prefix)}
-            merge = merge_reversibly(self._target(pl_module), max_error, dequantize=self.dequantize, base_sums=sums)
-            self._merge.keep(merge)
-            if starts_by_multiprocessing(trainer) and not (merge.stored or merge.foreign):
-                carry(trainer, self.state_key, merge_as_bytes(merge))
+            self._merge_adapters(trainer, pl_module)
             for callback in group:
                 callback._remove_names()
         if writes_files(trainer):
@@ -578,6 +568,17 @@ class LoraCallback(Callback):
             start_alike(module, find_copies(module), self.adapter_name)
         copy_into_averages(trainer, module)
 
+    def _merge_adapters(self, trainer: Trainer, module: LightningModule) -> None:
+        """Merges all adapters of the target; a process that was started for the run hands the merge on."""
+        # A debugging run of a few batches is not stopped by what they did not learn.
+        max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
+        prefix = f"{self.target}." if self.target else ""
+        sums = {name.removeprefix(prefix): total for name, total in self._sums.items() if name.startswith(prefix)}
+        merge = merge_reversibly(self._target(module), max_error, dequantize=self.dequantize, base_sums=sums)
+        self._merge.keep(merge)
+        if starts_by_multiprocessing(trainer) and not (merge.stored or merge.foreign):
+            carry(trainer, self.state_key, merge_as_bytes(merge))
+
     def _check_mergeable(self, trainer: Trainer, target: nn.Module, planned: LoraConfig | None = None) -> None:
         if trainer.state.fn == "fit" and (self.merge_on_fit_end or self.export_to is not None):
             plan = None if planned is None else LoraModel.plan(target, planned)
@@ -623,17 +624,6 @@ class LoraCallback(Callback):
         self._restored, self._merge.undone, self._sums = None, False, {}
 
 
-_NOTHING_TRAINED = (
-    "Nothing was trained: the data for training holds not one batch. No file is written. Look at the data, and at a "
-    "batch_size that is larger than they are, of which drop_last leaves nothing then."
-)
-
-_STOPPED_EARLY = (
-    "Nothing was trained: the run was told to stop before its first batch, by max_time, a signal or a callback. No "
-    "file is written. Give it more time, or look at what sets trainer.should_stop."
-)
-
-
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
     """Returns the LoraCallbacks of a trainer, in their order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
@@ -644,20 +634,6 @@ def places_of_results(trainer: Trainer) -> list[str]:
     callbacks = lora_callbacks(trainer)
     merged = {(each.target, each.export_to) for each in callbacks if each.export_to is not None}
     return [file.path for each in callbacks for file in each.adapter_files] + [path for _, path in merged]
-
-
-def _load_best(trainer: Trainer, module: LightningModule) -> None:
-    """Loads the best checkpoint into the module; without one, the last weights stay."""
-    path = trainer.strategy.broadcast(best_checkpoint(trainer))  # a monitored metric may differ between processes
-    if path:
-        checkpoint = CheckpointShims.load_own(trainer, path)
-        module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-    elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
-        rank_zero_warn(
-            "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "
-            "ModelCheckpoint was never logged, as without validation. The last weights are taken."
-        )
 
 
 def writes_files(trainer: Trainer) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -22,7 +22,7 @@ from lora_plugins.integrations.lightning.module import (
     temporarily_merged,
     write_safetensors,
 )
-from lora_plugins.integrations.lightning.strategies import gather_adapter, is_sharded
+from lora_plugins.integrations.lightning.strategies import CheckpointShims, gather_adapter, is_sharded
 from lora_plugins.utils import plain_name
 
 
@@ -108,3 +108,17 @@ def best_checkpoint(trainer: Trainer) -> str:
             "says what is best."
         )
     return str(getattr(monitors[0], "best_model_path", ""))
+
+
+def load_best(trainer: Trainer, module: LightningModule) -> None:
+    """Loads the best checkpoint into the module; without one, the last weights stay."""
+    path = trainer.strategy.broadcast(best_checkpoint(trainer))  # a monitored metric may differ between processes
+    if path:
+        checkpoint = CheckpointShims.load_own(trainer, path)
+        module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
+        rank_zero_warn(
+            "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "
+            "ModelCheckpoint was never logged, as without validation. The last weights are taken."
+        )

@@ -21,6 +21,7 @@ from lora_plugins.integrations.lightning.training.learning_rates import Learning
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
 from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers, parameters_of
 from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
+from lora_plugins.integrations.lightning.training.trained_batches import check_trained
 
 __all__ = [
     "Audit",
@@ -29,6 +30,7 @@ __all__ = [
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",
+    "check_trained",
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
