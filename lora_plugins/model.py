@@ -1,7 +1,6 @@
 """`LoraModel`, the handle to an adapted model."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from lora_plugins.adapter import (
     add,
     allocated,
     base_in_place,
-    calibrate,
+    calibration_for,
     check_here,
     check_new,
     check_not_fused,
@@ -27,23 +26,22 @@ from lora_plugins.adapter import (
     initialize,
     mixed_batch,
     model_state,
-    moved_base,
     present_state,
     set_active,
     swap,
-    trained_besides,
     unload,
+    warn_of_unsaved,
     whole,
     without_adapters,
 )
 from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError, listing
+from lora_plugins.errors import StateError
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan
-from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, SlotCalibration, default_registry
+from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, default_registry
 from lora_plugins.utils import outside_inference
 from lora_plugins.words import MEMBERS, Told, said_of_member
 from lora_plugins.writable import check_writable_place
@@ -172,7 +170,7 @@ class LoraModel(metaclass=Told):
         """
         with self._adding(adapter_name):
             plan = make_plan(self.model, config, self._registry)
-        calibration = self._calibrated(plan, init_data)
+        calibration = calibration_for(self.model, plan, init_data)
         plan = allocated(plan, calibration)
         with self._adding(adapter_name):
             add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
@@ -386,22 +384,7 @@ class LoraModel(metaclass=Told):
         state.adapter(adapter_name)
         chosen = (self._registry or default_registry()).get(FORMATS, format)
         options = options_of(chosen, format_options)
-        if besides := trained_besides(self.model, state):
-            warnings.warn(
-                f"{listing(besides, 3)} require a gradient and are no part of an adapter, so what was trained of them "
-                "is not saved here, and the adapter may not load onto the base again. Name their modules in "
-                "modules_to_save, and keep other code from unfreezing the rest; to keep this training, save the state "
-                "dict, or merge.",
-                stacklevel=6,
-            )
-        if moved := [name for name in moved_base(self.model, state, adapter_name) if name not in besides]:
-            warnings.warn(
-                f"The adapter does not hold {listing(moved, 3)}, which have changed since it was added: on the base as "
-                "it was, it computes something else. Codebooks, queues and the like, which layers update themselves, "
-                "belong into modules_to_save. Frozen weights that something wrote into are saved by the state dict, or "
-                "by merging.",
-                stacklevel=6,
-            )
+        warn_of_unsaved(self.model, state, adapter_name)
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)
         with base_in_place(self.model, state):
             return chosen.write(Path(path), packed, self.model, self._registry, options)
@@ -606,22 +589,6 @@ class LoraModel(metaclass=Told):
         with nullcontext() if state is None else base_in_place(self.model, state):
             yield
         check_not_fused(self.model)
-
-    def _calibrated(self, plan: Plan, data: InitData | Calibration | None) -> Mapping[tuple[str, str], SlotCalibration]:
-        if plan.init.needs is None:
-            return {}
-        if data is None:
-            raise ConfigError(
-                f"The init {plan.init.name!r} learns the first A and B from data. Give it some: LoraModel(model, "
-                "config, init_data=InitData(loader)). LoraCallback takes them from the training batches by itself, and "
-                "a saved adapter needs none: LoraModel.load_adapter(model, path)."
-            )
-        if not isinstance(data, InitData | Calibration):
-            raise ConfigError(
-                f"init_data is a {type(data).__name__}. Write InitData(batches), with a DataLoader or a list."
-            )
-        calibration = calibrate(self.model, plan, data) if isinstance(data, InitData) else data
-        return calibration.of(plan)
 
 
 def _read(

@@ -7,7 +7,7 @@ adapters are here too.
 from lora_plugins.adapter.acting import apply_state, base_in_place, hold_norms
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
-from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate
+from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate, calibration_for
 from lora_plugins.adapter.combinations import COMBINATIONS
 from lora_plugins.adapter.combine import Combination, combine
 from lora_plugins.adapter.content import (
@@ -21,7 +21,7 @@ from lora_plugins.adapter.content import (
     to_store,
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_fused, check_not_sharded
-from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms, trained_besides
+from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
 from lora_plugins.adapter.mixed_batch import mixed_batch
 from lora_plugins.adapter.moved_base import base_marks, moved_base
@@ -39,6 +39,7 @@ from lora_plugins.adapter.transitions import (
     set_active,
     unload,
 )
+from lora_plugins.adapter.unsaved import warn_of_unsaved
 from lora_plugins.adapter.whole import leave_inference, whole
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "base_marks",
     "by_layer",
     "calibrate",
+    "calibration_for",
     "changed_bases",
     "check_complete",
     "check_here",
@@ -91,8 +93,8 @@ __all__ = [
     "slot_matrix",
     "swap",
     "to_store",
-    "trained_besides",
     "unload",
+    "warn_of_unsaved",
     "whole",
     "without_adapters",
 ]

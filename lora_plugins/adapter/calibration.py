@@ -124,6 +124,30 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
         return Calibration(watch(model, plan, batches, data.step))
 
 
+def calibration_for(
+    model: nn.Module, plan: Plan, data: InitData | Calibration | None
+) -> Mapping[tuple[str, str], SlotCalibration]:
+    """Returns what a plan's init learns about each slot, from data or as a calibration has it; empty for other inits.
+
+    Raises:
+        ConfigError: If the init learns from data and there are none; or as `calibrate` and `Calibration.of` do.
+    """
+    if plan.init.needs is None:
+        return {}
+    if data is None:
+        raise ConfigError(
+            f"The init {plan.init.name!r} learns the first A and B from data. Give it some: LoraModel(model, "
+            "config, init_data=InitData(loader)). LoraCallback takes them from the training batches by itself, and "
+            "a saved adapter needs none: LoraModel.load_adapter(model, path)."
+        )
+    if not isinstance(data, InitData | Calibration):
+        raise ConfigError(
+            f"init_data is a {type(data).__name__}. Write InitData(batches), with a DataLoader or a list."
+        )
+    calibration = calibrate(model, plan, data) if isinstance(data, InitData) else data
+    return calibration.of(plan)
+
+
 def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]) -> Plan:
     """Returns the plan with the ranks that its init derives from the data.
 

@@ -1,4 +1,4 @@
-"""Whether an adapter is still intact on its model: other code may have replaced or unfrozen parts of it."""
+"""Whether an adapter is still intact on its model: other code may have replaced parts of it."""
 
 from torch import nn
 
@@ -10,7 +10,6 @@ from lora_plugins.inplace import (
     is_frozen,
     layer_state,
     model_modules,
-    own_tensors,
 )
 
 
@@ -65,10 +64,3 @@ def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
             "statistics, which it does not hold, may have moved. Replace norms before adapters are added, as by "
             "convert_sync_batchnorm, or let them move: norm='track'."
         )
-
-
-def trained_besides(model: nn.Module, state: ModelState) -> list[str]:
-    """Returns the names of parameters that require a gradient and belong to no adapter."""
-    held = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
-    own = own_tensors(model_modules(model), "_parameters")
-    return [name for name, parameter in own.items() if parameter.requires_grad and name not in held]
