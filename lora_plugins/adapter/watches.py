@@ -112,31 +112,8 @@ def mean_gradients(
         (layer.name, slot.tensor): cast(nn.Parameter, submodule(model, layer.name)._parameters[slot.tensor])
         for layer, slot, _ in plan.slots()
     }
-    sums = {key: torch.zeros_like(weight, dtype=factor_dtype(weight)) for key, weight in weights.items()}
-    used = dict.fromkeys(weights, 0)
-    model.train()
-    for module in model.modules():
-        if is_frozen(module):  # for another adapter, which may hold other layers still than this one will
-            module.training = True
-    for name in plan.frozen_norms:
-        submodule(model, name).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    read = 0
-    for batch in batches:
-        with torch.enable_grad():
-            loss = _loss(step(model, batch))
-        for key, gradient in zip(
-            weights, torch.autograd.grad(loss, [*weights.values()], allow_unused=True), strict=True
-        ):
-            if gradient is not None:
-                sums[key] += gradient.to_dense()
-                used[key] += 1
-        read += 1
-    device = next(iter(sums.values())).device
-    counts = torch.tensor([read, *used.values()], device=device)
+    _let_train(model, plan, weights.values())
+    sums, counts = _summed_gradients(model, weights, batches, step)
     _check_read(counts)
     for tensor in sums.values():
         _add_up(tensor)
@@ -155,6 +132,38 @@ def mean_gradients(
         )
         for layer, slot, _ in plan.slots()
     }
+
+
+def _let_train(model: nn.Module, plan: Plan, weights: Iterable[nn.Parameter]) -> None:
+    """Puts a model into training mode as it will be with the plan's adapter, where only these weights get gradients."""
+    model.train()
+    for module in model.modules():
+        if is_frozen(module):  # for another adapter, which may freeze other norms than this one will
+            module.training = True
+    for name in plan.frozen_norms:
+        submodule(model, name).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+
+
+def _summed_gradients(
+    model: nn.Module, weights: Mapping[tuple[str, str], nn.Parameter], batches: Iterable[Any], step: Step
+) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """Returns the sum of the gradients of each weight; and the number of batches, then of those that reached each."""
+    sums = {key: torch.zeros_like(weight, dtype=factor_dtype(weight)) for key, weight in weights.items()}
+    read, used = 0, dict.fromkeys(weights, 0)
+    for batch in batches:
+        with torch.enable_grad():
+            loss = _loss(step(model, batch))
+        gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+        for key, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                sums[key] += gradient.to_dense()
+                used[key] += 1
+        read += 1
+    return sums, torch.tensor([read, *used.values()], device=next(iter(sums.values())).device)
 
 
 def _loss(output: Any) -> Tensor:
