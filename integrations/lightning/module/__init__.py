@@ -11,6 +11,12 @@ from lora_plugins.integrations.lightning.module.adapt import (
     lost_layers,
     reuse_adapter,
 )
+from lora_plugins.integrations.lightning.module.adapted_parts import (
+    adapted_targets,
+    adapted_weights,
+    layers_of_factors,
+    state_of_adapters,
+)
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.built_layers import built
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
@@ -44,6 +50,12 @@ from lora_plugins.integrations.lightning.module.modes import (
     set_modes_of_frozen_norms,
     set_training_mode,
 )
+from lora_plugins.integrations.lightning.module.moved_tensors import (
+    adapted_layers_moved,
+    known_fingerprints,
+    mark_moved,
+    take_fingerprints,
+)
 from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     check_mergeable,
@@ -51,20 +63,12 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
     temporarily_merged,
 )
 from lora_plugins.integrations.lightning.module.tensors import (
-    adapted_layers_moved,
-    adapted_targets,
-    adapted_weights,
     built_since,
     built_too_late,
     frozen_by_author,
     frozen_by_others,
     frozen_keys,
     frozen_tensors,
-    known_fingerprints,
-    layers_of_factors,
-    mark_moved,
-    state_of_adapters,
-    take_fingerprints,
     trained_parameters,
 )
 

@@ -8,7 +8,7 @@ from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateE
 from lora_plugins.adapter import model_state
 from lora_plugins.errors import listing, near
 from lora_plugins.inplace import model_modules, modules_by_name, state_of
-from lora_plugins.integrations.lightning.module.tensors import adapted_targets
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
 from lora_plugins.utils import plain_name
 
 

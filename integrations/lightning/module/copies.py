@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, state_of, submodule
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, state_of_adapters
 from lora_plugins.integrations.lightning.module.bitwise import checksum
-from lora_plugins.integrations.lightning.module.tensors import adapted_targets, state_of_adapters
 from lora_plugins.utils import path_starts, plain_name, within
 
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lora_plugins.adapter import adapted_layers
 from lora_plugins.inplace import named_parameters, own_tensor
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights
 from lora_plugins.integrations.lightning.module.bitwise import checksum
-from lora_plugins.integrations.lightning.module.tensors import adapted_targets, adapted_weights
 
 _OF_LIGHTNING = frozenset({*vars(LightningModule()), "_hparams", "_hparams_initial"})
 """The latter are of `save_hyperparameters`: loggers get the second, a copy with each network among them."""

@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.files import fingerprint, same
 from lora_plugins.inplace import model_modules, named_tensors, own_tensors
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
 from lora_plugins.integrations.lightning.module.bitwise import checksum
-from lora_plugins.integrations.lightning.module.tensors import adapted_targets, moved_by_hand
+from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
 from lora_plugins.utils import in_float64, plain_name, within
 
 _BUILT = "_lora_built"

@@ -8,7 +8,7 @@ from lora_plugins import LoraModel
 from lora_plugins.adapter import ModelState
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import own_tensor
-from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 
 Fingerprints = dict[str, dict[str, float]]
 """Of weights, by full name."""

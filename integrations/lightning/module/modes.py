@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_plugins.errors import listing
 from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
-from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
+from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 from lora_plugins.utils import path_starts, plain_name, within
 
 

@@ -29,10 +29,10 @@ from lora_plugins.inplace import (
     quantizer_marks,
     stored_weights,
 )
+from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter, adapters_to_merge
 from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
-from lora_plugins.integrations.lightning.module.tensors import state_of_adapters
 from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.plan import Plan

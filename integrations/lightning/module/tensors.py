@@ -1,46 +1,16 @@
-"""Which tensors of a module belong to its adapters, which are trained, and which are the frozen base."""
+"""Which tensors of a module are trained, which are the frozen base, and which were built after it was adapted."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from lora_plugins import LoraError, LoraModel
-from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
-from lora_plugins.inplace import (
-    StoredWeight,
-    full_name,
-    model_modules,
-    named_parameters,
-    named_tensors,
-    own_tensors,
-    submodule,
-)
+from lora_plugins import LoraModel
+from lora_plugins.adapter import adapted_layers, adapter_tensors
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, named_parameters, named_tensors, own_tensors
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, state_of_adapters
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
-
-Fingerprints = Mapping[str, Mapping[str, float]]
-"""Of tensors, by full name."""
-
-_MOVED = "_lora_moved"
-"""Attribute of a LightningModule with the names of what it moved by hand; only modules that did have it."""
-
-
-def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules below (and including) `module` that carry adapters, by path."""
-    return {entry.name: entry.module for entry in model_modules(module) if model_state(entry.module) is not None}
-
-
-def state_of_adapters(target: nn.Module) -> ModelState:
-    """Returns the state of the adapters of a module that carries some.
-
-    Raises:
-        LoraError: If it carries none.
-    """
-    state = model_state(target)
-    if state is None:
-        raise LoraError("The module lost its adapters while they were read.")
-    return state
+from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
 
 
 def frozen_keys(module: nn.Module) -> set[str]:
@@ -59,81 +29,12 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_tensors(module).items() if name in names}
 
 
-def _frozen_names(module: nn.Module) -> set[str]:
-    frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
-    named = named_tensors(module, aliases=True)
-    return {name for name, tensor in named.items() if id(tensor) in frozen} - moved_by_hand(module)
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that the module's adapters train, by name.
 
-
-def moved_by_hand(module: nn.Module) -> frozenset[str]:
-    """Returns the names of tensors that no adapter changes and the module itself has changed: see `mark_moved`."""
-    found: frozenset[str] = module.__dict__.get(_MOVED, frozenset())
-    return found
-
-
-def adapted_layers_moved(module: nn.Module) -> list[str]:
-    """Returns the adapted weights, by name, that the module has changed by hand."""
-    return sorted(moved_by_hand(module).intersection(adapted_weights(module)))
-
-
-def adapted_weights(module: nn.Module) -> list[str]:
-    """Returns the names of the tensors of layers that have adapters."""
-    return [
-        full_name(path, full_name(name, key))
-        for path, target in adapted_targets(module).items()
-        for name, layer in adapted_layers(target).items()
-        for key, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-    ]
-
-
-def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = MappingProxyType({})) -> None:
-    """Records, on the module, that it changes tensors of a teacher by hand: checkpoints hold them from now on.
-
-    Args:
-        module: The module.
-        names: The tensors.
-        before: What `known_fingerprints` returned before; by default those that are known now.
+    Parameters outside the targets are the user's own, and the network of a metric is not trained.
     """
-    moved = moved_by_hand(module) | frozenset(names)
-    if moved:
-        module.__dict__[_MOVED] = moved
-    for path, target in adapted_targets(module).items():
-        for adapter in state_of_adapters(target).adapters.values():
-            known = {full_name(path, name): (name, values) for name, (_, values) in adapter.fingerprints.items()}
-            for full, (name, values) in known.items():
-                if full in moved or any(_computes(source, full) for source in moved):
-                    adapter.kept.setdefault(name, dict(before.get(full, values)))
-
-
-def _computes(source: str, weight: str) -> bool:
-    """Whether a tensor has the name of one that weight norm or a parametrization computes a weight from."""
-    layer, _, own = weight.rpartition(".")
-    return source.startswith((f"{weight}_", f"{layer}.parametrizations.{own}."))
-
-
-def known_fingerprints(module: nn.Module) -> Fingerprints:
-    """Returns the fingerprints of what adapters are trained on, by full name, as far as they were taken.
-
-    Adapters forget them when a base is loaded.
-    """
-    return {
-        full_name(path, name): values
-        for path, target in adapted_targets(module).items()
-        for adapter in state_of_adapters(target).adapters.values()
-        for name, (_, values) in adapter.fingerprints.items()
-    }
-
-
-def take_fingerprints(module: nn.Module) -> None:
-    """Takes fingerprints of what adapters are trained on, where none have been taken since it was loaded.
-
-    They have to be taken before the module moves any of it by hand; those that are known are of the values it had when
-    it was built, which is how it will be built again.
-    """
-    for target in adapted_targets(module).values():
-        for name, adapter in state_of_adapters(target).adapters.items():
-            if not adapter.fingerprints:
-                LoraModel(target).pack(name)
+    return {name: p for name, p in _meant_to_be_trained(module).items() if p.requires_grad}
 
 
 def frozen_by_author(module: nn.Module) -> set[str]:
@@ -144,6 +45,11 @@ def frozen_by_author(module: nn.Module) -> set[str]:
         for name, required in state_of_adapters(target).requires_grad.items()
         if not required
     }
+
+
+def frozen_by_others(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns by name the parameters of active adapters that other code has frozen since they were added."""
+    return {name: p for name, p in _meant_to_be_trained(module).items() if not p.requires_grad}
 
 
 def built_since(module: nn.Module) -> list[str]:
@@ -174,27 +80,24 @@ def built_too_late(module: nn.Module) -> list[str]:
     return found
 
 
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that the module's adapters train, by name.
-
-    Parameters outside the targets are the user's own, and the network of a metric is not trained.
-    """
-    return {name: p for name, p in _meant_to_be_trained(module).items() if p.requires_grad}
+def _frozen_names(module: nn.Module) -> set[str]:
+    frozen = {id(tensor) for target in adapted_targets(module).values() for tensor in _frozen_tensors_of(target)}
+    named = named_tensors(module, aliases=True)
+    return {name for name, tensor in named.items() if id(tensor) in frozen} - moved_by_hand(module)
 
 
-def frozen_by_others(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns by name the parameters of active adapters that other code has frozen since they were added."""
-    return {name: p for name, p in _meant_to_be_trained(module).items() if not p.requires_grad}
-
-
-def layers_of_factors(module: nn.Module) -> dict[str, nn.Module]:
-    """Returns the adapted layer to which each A and B belongs, by the name of the latter in the module."""
-    found: dict[str, nn.Module] = {}
-    for path, target in adapted_targets(module).items():
-        for name in adapter_tensors(target):
-            layer = name.rpartition(".")[0].rpartition(".")[0]  # LAYER.lora_A.ADAPTER
-            found[full_name(path, name)] = submodule(target, layer)
-    return found
+def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
+    plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
+    changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
+    norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
+    modules = model_modules(target)
+    late = _built_since(target)
+    for name, tensor in own_tensors(modules, "_parameters").items():
+        if name not in changing and name not in late:
+            yield tensor
+    for name, tensor in own_tensors(modules, "_buffers").items():
+        if name.rpartition(".")[0] in norms and name not in changing:
+            yield tensor
 
 
 def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -215,17 +118,3 @@ def _built_since(target: nn.Module) -> list[str]:
     ours = adapted.keys() | {entry.name for entry in modules if isinstance(entry.module, StoredWeight)}
     own = own_tensors(modules, "_parameters")
     return [name for name in own if name not in known and name.rpartition(".")[0] not in ours]
-
-
-def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
-    plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
-    changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
-    norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
-    modules = model_modules(target)
-    late = _built_since(target)
-    for name, tensor in own_tensors(modules, "_parameters").items():
-        if name not in changing and name not in late:
-            yield tensor
-    for name, tensor in own_tensors(modules, "_buffers").items():
-        if name.rpartition(".")[0] in norms and name not in changing:
-            yield tensor
