@@ -41,7 +41,6 @@ from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     add_adapter,
     add_names,
-    built,
     check_mergeable,
     check_merged_base,
     check_not_nested,
@@ -60,6 +59,7 @@ from lora_plugins.integrations.lightning.module import (
     set_training_mode,
     start_alike,
     take_fingerprints,
+    with_built_layers,
     with_declarations,
 )
 from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
@@ -248,7 +248,7 @@ class LoraCallback(Callback):
         Raises:
             TargetError: If the configuration does not fit the module.
         """
-        module = built(module)
+        module = with_built_layers(module)
         target = self._target(module)
         return LoraModel.plan(target, with_declarations(self.config, module, target, self.target))
 

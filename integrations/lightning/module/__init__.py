@@ -11,6 +11,14 @@ from lora_plugins.integrations.lightning.module.adapt import (
     lost_layers,
     reuse_adapter,
 )
+from lora_plugins.integrations.lightning.module.adapted_copies import (
+    add_names,
+    base_pairs,
+    copy_factors,
+    freeze_alike,
+    is_adapted_alike,
+    start_alike,
+)
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     adapted_weights,
@@ -18,19 +26,10 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     state_of_adapters,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
-from lora_plugins.integrations.lightning.module.built_layers import built
+from lora_plugins.integrations.lightning.module.built_layers import with_built_layers
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper
-from lora_plugins.integrations.lightning.module.copies import (
-    NetworkCopy,
-    add_names,
-    base_pairs,
-    copy_factors,
-    find_copies,
-    freeze_alike,
-    is_adapted_alike,
-    start_alike,
-)
+from lora_plugins.integrations.lightning.module.copies import NetworkCopy, find_copies
 from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
 from lora_plugins.integrations.lightning.module.declarations import file_entries, with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
@@ -81,7 +80,6 @@ __all__ = [
     "add_adapter",
     "add_names",
     "base_pairs",
-    "built",
     "built_since",
     "built_too_late",
     "check_mergeable",
@@ -126,6 +124,7 @@ __all__ = [
     "take_fingerprints",
     "temporarily_merged",
     "trained_parameters",
+    "with_built_layers",
     "with_declarations",
     "write_safetensors",
 ]

@@ -42,3 +42,13 @@ def layers_of_factors(module: nn.Module) -> dict[str, nn.Module]:
             layer = name.rpartition(".")[0].rpartition(".")[0]  # LAYER.lora_A.ADAPTER
             found[full_name(path, name)] = submodule(target, layer)
     return found
+
+
+def trained_in_place(module: nn.Module) -> set[str]:
+    """Returns the names of the parameters that adapters train in place: heads and biases."""
+    return {
+        full_name(path, name)
+        for path, target in adapted_targets(module).items()
+        for adapter in state_of_adapters(target).adapters.values()
+        for name in adapter.plan.trained
+    }

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lora_plugins.utils import own_randomness
 
 
-def built(module: LightningModule) -> LightningModule:
+def with_built_layers(module: LightningModule) -> LightningModule:
     """Returns a module as `fit` adapts it: the module itself, or a copy with its `setup` and `configure_model` called.
 
     Where they cannot be called without a Trainer, a warning says what is missing, and the module is returned as it is.

@@ -10,7 +10,7 @@ are. What is told apart here, by shapes and values alone:
   have other values.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, state_of, submodule
-from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, state_of_adapters
+from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of, submodule
+from lora_plugins.integrations.lightning.module.adapted_parts import (
+    adapted_targets,
+    state_of_adapters,
+    trained_in_place,
+)
 from lora_plugins.integrations.lightning.module.bitwise import checksum
-from lora_plugins.utils import path_starts, plain_name, within
+from lora_plugins.utils import path_starts, within
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,8 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         held: The parameters that optimizers have, by `id`, once there are optimizers. A part that is adapted and of
             which they have nothing counts as frozen.
     """
-    _, trained = _of_the_author(module)
     layers = [entry.name for entry in model_modules(module) if state_of(entry.module) is not None]
-    layers += [name.rpartition(".")[0] for name in trained]
+    layers += [name.rpartition(".")[0] for name in trained_in_place(module)]
     around = {start for layer in layers for start in (*path_starts(layer), "")}
     alike: dict[object, list[_Part]] = {}
     for part in _parts(module, held):
@@ -107,88 +110,6 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
                 if frozen or (equal and not _are_repeated(module, origin.name, part.name)):
                     found.append(NetworkCopy(origin.name, part.name, equal, frozen))
     return found
-
-
-def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
-    """Whether a copy has the parameters of its origin, adapters included, in the same order."""
-    own, origin = (named_parameters(submodule(module, part)) for part in (copy.name, copy.origin))
-    return list(own) == list(origin)
-
-
-def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:
-    """Lets an adapter that was just added start in equal copies as in their origins.
-
-    The average of a product `B @ A` is that of B only while A is the same. What an init made of the base is equal
-    already, as far as the base is.
-    """
-    for copy in copies:
-        if copy.equal and is_adapted_alike(module, copy):
-            copy_factors(module, copy, adapter)
-
-
-def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
-    """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
-    for copy in copies:
-        if copy.equal and copy.frozen and is_adapted_alike(module, copy):
-            shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
-            for parameter in submodule(module, copy.name).parameters():
-                if id(parameter) not in shared:
-                    parameter.requires_grad_(False)
-
-
-def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin, unless an init derived them from the base.
-
-    Args:
-        module: The module.
-        copy: The copy.
-        adapter: Name of the adapter.
-        but: The factor that the copy keeps, such as "lora_B".
-    """
-    states = [state_of_adapters(target) for target in adapted_targets(module).values()]
-    if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
-        return
-    own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            *_, factor, its_adapter = name.split(".")
-            if its_adapter == adapter and factor != but:
-                tensor.copy_(origin[name])
-
-
-def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[set[str], set[str]]]:
-    """Adds the names of adapters to sets of the names of all parameters of a copy that is adapted alike.
-
-    `ema_pytorch.EMA` makes such a set in its `__init__`, and averages what it names.
-
-    Returns:
-        The sets, and what was added to each.
-    """
-    added: list[tuple[set[str], set[str]]] = []
-    for copy in copies:
-        if not is_adapted_alike(module, copy):
-            continue
-        network = submodule(module, copy.name)
-        names = {name for name, _ in network.named_parameters()}  # as they are called there
-        factors = {name for name in names if plain_name(name) in adapter_tensors(network)}
-        own = names - factors
-        for part in module.modules():
-            for value in vars(part).values():
-                if isinstance(value, set) and factors and value - factors == own:
-                    value.update(factors)
-                    added.append((value, factors))
-    return added
-
-
-def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields the frozen parameters of a copy: the full name, the parameter, and that of the origin."""
-    _, trained = _of_the_author(module)
-    all_of_them = own_tensors(model_modules(module), "_parameters")
-    in_place = {id(all_of_them[name]) for name in trained & all_of_them.keys()}
-    own, origin = (own_tensors(model_modules(submodule(module, p)), "_parameters") for p in (copy.name, copy.origin))
-    for name, tensor in own.items():
-        if id(origin[name]) not in in_place:
-            yield full_name(copy.name, name), tensor, origin[name]
 
 
 def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
@@ -227,7 +148,7 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
     if layouts[0] != layouts[1] or any(None in entry for entry in layouts[0]) or not 0 < len(pairs) < len(layouts[0]):
         return None
-    required, _ = _of_the_author(module)
+    required = _required_by_author(module)
     needed = {id(tensor): required[name] for name, tensor in own_tensors(model_modules(module), "_parameters").items()}
     learns = [any(needed[id(pair[part])] for pair in pairs) for part in (0, 1)]
     if learns[1] and not learns[0]:
@@ -245,7 +166,7 @@ def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
     """Returns all parts of a module that have parameters, outer ones first."""
     modules = model_modules(module)
     parameters = own_tensors(modules, "_parameters")
-    required, trained = _of_the_author(module)
+    required, trained = _required_by_author(module), trained_in_place(module)
     members: dict[str, list[str]] = {}
     for name in parameters:
         parents = name.split(".")[:-1]
@@ -269,12 +190,10 @@ def _is_left_out(part: nn.Module, held: Collection[int] | None) -> bool:
     return held is not None and bool(adapter_tensors(part)) and not any(id(p) in held for p in part.parameters())
 
 
-def _of_the_author(module: nn.Module) -> tuple[dict[str, bool], set[str]]:
-    """Returns which parameters required a gradient before there were adapters, and which are trained in place."""
-    parameters = own_tensors(model_modules(module), "_parameters")
-    required, trained = {name: p.requires_grad for name, p in parameters.items()}, set()
+def _required_by_author(module: nn.Module) -> dict[str, bool]:
+    """Returns by name which parameters required a gradient before there were adapters."""
+    required = {name: p.requires_grad for name, p in own_tensors(model_modules(module), "_parameters").items()}
     for path, target in adapted_targets(module).items():
-        state = state_of_adapters(target)
-        required.update({full_name(path, name): needed for name, needed in state.requires_grad.items()})
-        trained |= {full_name(path, name) for adapter in state.adapters.values() for name in adapter.plan.trained}
-    return required, trained
+        before = state_of_adapters(target).requires_grad
+        required.update({full_name(path, name): needed for name, needed in before.items()})
+    return required

@@ -1,0 +1,97 @@
+"""What is done to copies of adapted networks, so that their adapters follow those of their origins."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.adapter import adapter_tensors
+from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, submodule
+from lora_plugins.integrations.lightning.module.adapted_parts import (
+    adapted_targets,
+    state_of_adapters,
+    trained_in_place,
+)
+from lora_plugins.integrations.lightning.module.copies import NetworkCopy
+from lora_plugins.utils import plain_name
+
+
+def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
+    """Whether a copy has the parameters of its origin, adapters included, in the same order."""
+    own, origin = (named_parameters(submodule(module, part)) for part in (copy.name, copy.origin))
+    return list(own) == list(origin)
+
+
+def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:
+    """Lets an adapter that was just added start in equal copies as in their origins.
+
+    The average of a product `B @ A` is that of B only while A is the same. What an init made of the base is equal
+    already, as far as the base is.
+    """
+    for copy in copies:
+        if copy.equal and is_adapted_alike(module, copy):
+            copy_factors(module, copy, adapter)
+
+
+def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
+    """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
+    for copy in copies:
+        if copy.equal and copy.frozen and is_adapted_alike(module, copy):
+            shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
+            for parameter in submodule(module, copy.name).parameters():
+                if id(parameter) not in shared:
+                    parameter.requires_grad_(False)
+
+
+def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
+    """Gives a copy that is adapted alike the A and B of its origin, unless an init derived them from the base.
+
+    Args:
+        module: The module.
+        copy: The copy.
+        adapter: Name of the adapter.
+        but: The factor that the copy keeps, such as "lora_B".
+    """
+    states = [state_of_adapters(target) for target in adapted_targets(module).values()]
+    if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
+        return
+    own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            *_, factor, its_adapter = name.split(".")
+            if its_adapter == adapter and factor != but:
+                tensor.copy_(origin[name])
+
+
+def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[set[str], set[str]]]:
+    """Adds the names of adapters to sets of the names of all parameters of a copy that is adapted alike.
+
+    `ema_pytorch.EMA` makes such a set in its `__init__`, and averages what it names.
+
+    Returns:
+        The sets, and what was added to each.
+    """
+    added: list[tuple[set[str], set[str]]] = []
+    for copy in copies:
+        if not is_adapted_alike(module, copy):
+            continue
+        network = submodule(module, copy.name)
+        names = {name for name, _ in network.named_parameters()}  # as they are called there
+        factors = {name for name in names if plain_name(name) in adapter_tensors(network)}
+        own = names - factors
+        for part in module.modules():
+            for value in vars(part).values():
+                if isinstance(value, set) and factors and value - factors == own:
+                    value.update(factors)
+                    added.append((value, factors))
+    return added
+
+
+def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields the frozen parameters of a copy: the full name, the parameter, and that of the origin."""
+    parameters = own_tensors(model_modules(module), "_parameters")
+    in_place = {id(parameters[name]) for name in trained_in_place(module) & parameters.keys()}
+    own, origin = (own_tensors(model_modules(submodule(module, p)), "_parameters") for p in (copy.name, copy.origin))
+    for name, tensor in own.items():
+        if id(origin[name]) not in in_place:
+            yield full_name(copy.name, name), tensor, origin[name]
