@@ -1,7 +1,6 @@
-"""Refuses to replace or recreate weights of an adapted layer, as fusing a norm into them would.
+"""Refuses to replace or reset the weights of an adapted layer, as fusing a norm into them does.
 
-What is read there is the base's weight and the updates together, and what is written would be the base's: the updates
-would count twice.
+Reading such a weight gives `W + ΔW`, and writing it would set `W`: the update would count twice.
 """
 
 import sys
@@ -19,14 +18,14 @@ from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.weights import LostWeightError, is_distributed
 
 RESETS = ("reset_parameters", "_reset_parameters")
-"""Methods by which layers of torch make their weights anew."""
+"""Methods by which layers of torch reset their weights."""
 
 _PARAMETRIZING = {each.__code__: each.__name__ for each in (register_parametrization, remove_parametrizations)}
-"""Functions of torch that take what a weight is for the base's own, by their code."""
+"""Functions of torch that take the weight that they read for the base's own: their names, by code object."""
 
 
 def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the methods of the class of adapted layers that refuse to replace weights.
+    """Returns the methods for the class of adapted layers that refuse to replace weights.
 
     Args:
         base: The class of the untouched layer.
@@ -72,9 +71,9 @@ def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:
 
 
 def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:
-    """Refuses to compute a weight from now on, from one that was read as the effective weight or not.
+    """Refuses pruning, weight norm and spectral norm, which would compute the weight from now on.
 
-    Pruning registers what it has read before it removes the parameter, `weight_norm` and `spectral_norm` of
+    Pruning registers a tensor of its own before it removes the parameter, `weight_norm` and `spectral_norm` of
     `torch.nn.utils` after that.
     """
     if name == f"{weight}_orig" and not isinstance(value, nn.Parameter):

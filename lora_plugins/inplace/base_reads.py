@@ -16,14 +16,14 @@ from lora_plugins.inplace.layer_state import base_class_of, layer_state
 def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any], output: Any) -> None:
     """Checks that a call of a layer has read its weights from where its adapters act.
 
-    A call with an empty output, or with an input for its output, needs no weight: layers for detection give the one for
-    an empty input, and layers that are dropped as a whole the other.
+    A call that returns an empty tensor or one of its inputs needs no weight: layers for detection return the former for
+    an empty input, layers that are skipped at random (stochastic depth) the latter.
 
     Args:
         layer: The layer. Once a call has read all weights, its state says so, and no other need be checked.
-        given: The names by which weights were read.
+        given: The names of the weights that were read.
         inputs: What the layer was called with.
-        output: What it gave.
+        output: What it returned.
 
     Raises:
         StateError: If it has computed without one of the weights.

@@ -23,15 +23,15 @@ def by_plugin(
     order: Sequence[str] = (),
     shown: Any = None,
 ) -> Any:
-    """Computes what a layer does.
+    """Computes the output of a layer.
 
     Args:
         layer: The layer.
         branch: How its active updates are computed.
-        weights: What they are added to.
+        weights: The weights that they are added to, by attribute name.
         args: What the layer is called with, by position.
         kwargs: The rest, by keyword.
-        order: Names of what it takes.
+        order: Names of the parameters of its forward, in order.
         shown: What the plugin sees in place of the layer; by default the layer.
     """
     state, training, shown = layer_state(layer), own_mode(layer), layer if shown is None else shown

@@ -1,8 +1,8 @@
-"""Weights that another module hands to torch's function itself, in place of calling the layer.
+"""Weights that another module passes to the layer's function, instead of calling the layer.
 
-The attention of BEiT, EVA and Swin calls `F.linear(x, self.qkv.weight, bias)`, with a bias of its own. What depends on
-the input, as dropout and the adapters of the rows of a batch do, is in no weight. So the weight tells that call from
-all others, and computes what the layer would.
+The attention of BEiT, EVA and Swin calls `F.linear(x, self.qkv.weight, bias)`, with a bias of its own. Dropout, and
+adapters of single rows of a batch, depend on the input, so no weight can hold them. Such a weight recognizes this call,
+by `__torch_function__`, and computes what the layer would.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _NAMES = ("input", "weight", "bias")
 
 
 class CalledWeight(Tensor):
-    """The effective weight of a layer that drops, which knows whose it is, and itself as a plain tensor."""
+    """The effective weight of a layer with dropout; it knows its layer, and itself as a plain tensor."""
 
     layer: nn.Module
     plain: Tensor
@@ -40,9 +40,9 @@ class CalledWeight(Tensor):
 
 
 def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Returns the effective weight of a layer that drops; with it, the layer's function is the layer.
+    """Returns the effective weight of a layer with dropout, with which the layer's function computes the layer.
 
-    Whatever else computes with it is refused at its first backward.
+    A backward through any other use of it raises a `StateError`.
     """
     if weight.requires_grad:
         weight.register_hook(_RefuseDropout(layer_state(layer).name))  # type: ignore[no-untyped-call]
@@ -52,14 +52,14 @@ def called_weight(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Returns an argument of a function with plain tensors for such weights, also in lists."""
+    """Replaces such weights in an argument of a function by plain tensors, also in lists."""
     if isinstance(value, CalledWeight):
         return value.plain
     return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns by name what a function of input, weight and bias is called with."""
+    """Returns by name the arguments of a function of input, weight and bias."""
     # Of equal lengths: compilers of torch 2.8 know no other `zip`.
     return dict(zip(_NAMES[: len(args)], args[: len(_NAMES)], strict=True)) | dict(kwargs or {})
 

@@ -1,9 +1,9 @@
-"""What stands for a tensor that no value can stand for: it tells type and shape, and no value.
+"""A stand-in for a tensor: it tells type and shape, and refuses to be computed with.
 
-That is so where each row of a batch has values of its own, and for weights of layers that drop where compilers trace.
-Models ask for type and shape without computing with the values, as those of transformers, which cast images to the
-type of the first projection. It is no tensor, so that compilers follow what is asked. A weight that is handed to the
-function of its layer computes what the layer does.
+It is read where no single tensor would be right: in a mixed batch, whose rows have values of their own, and where a
+compiler traces the weight of a layer with dropout. Models may still ask for type and shape; those of transformers cast
+images to the type of the first projection. It is no `Tensor`, so that compilers can trace these questions. Passed to
+the function of its layer, as in `F.linear(x, layer.weight)`, it computes what the layer does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,11 +20,11 @@ _TELLING = frozenset(
         *("dim", "element_size", "get_device", "is_floating_point", "numel", "size"),
     }
 )
-"""Attributes and methods that give no value."""
+"""Attributes and methods that say nothing of the values."""
 
 
 class DescribedTensor:
-    """Tells what a tensor is like, and raises a `StateError` if it is computed with.
+    """Tells type and shape of a tensor, and raises a `StateError` if it is computed with.
 
     Args:
         tensor: The tensor.
@@ -61,7 +61,7 @@ class DescribedTensor:
 
 
 def _among(values: Iterable[Any]) -> Iterator[DescribedTensor]:
-    """Yields those of some arguments of a function, also in lists."""
+    """Yields the stand-ins among the arguments of a function, also in lists."""
     for value in values:
         if isinstance(value, DescribedTensor):
             yield value

@@ -1,7 +1,8 @@
-"""Layers whose own forward may write into the weight that it computes with: masked convolutions, bounded norms.
+"""Layers whose own forward may write into its weight, as masked convolutions do: one effective weight for each call.
 
-`self.weight.data *= self.mask` acts on the tensor that this reading gives, and the next reading would give a new one.
-So all readings inside of one call of a forward that torch did not write give the same tensor.
+Each reading of the weight of an adapted layer makes a new tensor, so what `self.weight.data *= self.mask` writes would
+be gone at the next reading. Inside one call of a forward, all readings give the same tensor. Forwards of torch itself
+never write, and go without.
 """
 
 import functools
@@ -16,19 +17,19 @@ from lora_plugins.inplace.base_reads import check_reads
 from lora_plugins.inplace.layer_state import layer_state, state_of
 
 Held = tuple[dict[str, Tensor], bool]
-"""What the weights of a layer gave in a call of its forward, by name; and whether the call records gradients.
+"""The weights that a call of a forward has read, by name; and whether the call records gradients.
 
-The first reading may be inside of `torch.no_grad()`, for the writing.
+The first reading may be inside of `torch.no_grad()`, where the forward writes.
 """
 
 
 def is_of_torch(base: type[nn.Module]) -> bool:
-    """Whether torch wrote the forward of a class: none of its own writes into weights."""
+    """Whether the forward of a class is torch's own: none of these writes into weights."""
     return base.forward.__module__.partition(".")[0] == "torch"
 
 
 def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the methods of the class of adapted layers by which a forward reads the same tensor each time.
+    """Returns the methods for the class of adapted layers that let a forward read the same tensor each time.
 
     Args:
         base: The class of the untouched layer.
@@ -61,7 +62,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
-    """Returns the weight that a running forward has read before, or a new one that `make` gives."""
+    """Returns the weight that the running forward has read before, or else a new one that `make` gives."""
     state = layer_state(layer)
     calls = state.held
     now: Held | None = calls.get(_thread()) if calls else None

@@ -55,10 +55,10 @@ class LayerState:
             not yet.
         branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
-        index: Then, the place of each row's adapter in `active`, behind them for the base; on the layer's device, so
-            that no forward copies it there.
-        meanwhile: In which condition the model has other values in the place of its own, and will put these back.
-        held: By thread, what the weights of the layer gave in a call that goes on; see `held_weights`.
+        index: Then, for each row, the position of its adapter in `active`, or their number for the base; on the layer's
+            device, so that no forward copies it there.
+        meanwhile: Why the model has other values than its own until they are restored; empty if it has its own.
+        held: By thread, the weights that a running call of the layer has read; see `held_weights`.
         is_read: Whether a call of the layer's own forward has read all its weights by their names; see `base_reads`.
     """
 
@@ -163,8 +163,8 @@ def constructor(own: Any) -> Callable[..., None]:
 def own_class(cls: Any) -> type[nn.Module]:
     """Returns the class that a class was generated from; the class itself if it was not generated.
 
-    Others make subclasses of the class that a layer has, which may be a generated one: parametrizations of torch for
-    other tensors, and FSDP2. The layer's own is then the same subclass of its own.
+    Parametrizations of torch (of other tensors) and FSDP2 subclass the class that a layer has, which may be a generated
+    one. What is returned then is the same subclass of the layer's own class.
     """
     found: type[nn.Module] = cls
     for generated in cls.__mro__:

@@ -19,8 +19,8 @@ _NOW = {
 
 
 Accept = Callable[[nn.Module, nn.Module, dict[str, Any], str], None]
-"""Makes of a state dict of the base of a part one that it can load: gets the model, the part, the state dict and what
-its keys begin with."""
+"""Completes a state dict of the base of a part, so that the part can load it; takes model, part, state dict and
+prefix."""
 
 
 class _Watch:

@@ -62,7 +62,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Returns the module of a name that `model_modules` gives, or that has what is inserted in it.
+    """Returns the module of that name, with or without the components that `torch.compile` and its like insert.
 
     Raises:
         AttributeError: If there is none.

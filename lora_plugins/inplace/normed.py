@@ -13,7 +13,7 @@ def length_and_direction(layer: nn.Module, weight: str) -> tuple[str, str, int] 
         weight: The attribute name of the weight.
 
     Returns:
-        None if the weight is no parameter of weight norm's, or of that and others.
+        None if weight norm does not compute the weight, or not it alone.
     """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == weight:

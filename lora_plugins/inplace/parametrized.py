@@ -13,7 +13,7 @@ from lora_plugins.inplace.weights import frozen_statistics
 
 
 def recompute(layer: nn.Module) -> None:
-    """Computes the weights of hooks again, which otherwise are those of the last forward."""
+    """Lets hooks compute their weights now; without that, these are those of the last forward."""
     with frozen_statistics(layer):
         for hook in weight_hooks(layer):
             hook.run()
@@ -36,7 +36,7 @@ def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
 
 
 def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]:
-    """Returns what stops the computing of a weight.
+    """Returns a function that removes the parametrization or hook by which a weight is computed.
 
     Args:
         layer: A layer.

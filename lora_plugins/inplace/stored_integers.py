@@ -1,4 +1,4 @@
-"""Guards the integers of stored weights: a truncated average of equal ones can be one less.
+"""Notices that the integers of stored weights were averaged: the truncated average of equal ones can be one less.
 
 `torch.optim.swa_utils` and others average all parameters of a copy in place. So a copy records its integers, and
 they are looked at again when the mode of the copy is set, never in a forward, and only if something wrote to them. An

@@ -81,8 +81,8 @@ def _by_hook(layer: nn.Module, name: str) -> Tensor:
 def normalized_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
     """Returns the parameter that spectral norm computes a weight from, by a hook or by a parametrization of torch.
 
-    The weight itself is no mark of a layer: it hangs on statistics that training moves, and a hook sets it at the next
-    forward only.
+    The weight itself does not identify a layer: it depends on statistics that training moves, and a hook computes it at
+    the next forward only.
     """
     original = layer._parameters.get(f"{name}_orig")
     if original is not None:
