@@ -78,4 +78,9 @@ def _placed(
 
 
 def _same_layer(first: PortableLayer, second: PortableLayer) -> bool:
-    return first.alpha == second.alpha and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+    pairs = ((first.A, second.A), (first.B, second.B), (first.magnitude, second.magnitude))
+    return first.alpha == second.alpha and all(_same(own, other) for own, other in pairs)
+
+
+def _same(own: Tensor | None, other: Tensor | None) -> bool:
+    return own is other if own is None or other is None else torch.equal(own, other)

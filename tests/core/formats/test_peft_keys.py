@@ -1,5 +1,6 @@
 """Keys of files of PEFT that are missing, doubled or named in another way: PEFT warns, and computes without them."""
 
+import copy
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -160,6 +161,21 @@ class TestKeys:
         with_peft(case).save_pretrained(tmp_path)
         edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.tokens_out.weight"].add_(1))
         refused(case, tmp_path, untouched, "'tokens_out.weight' and 'embed_tokens.weight' are one and the same")
+
+    @pytest.mark.filterwarnings("ignore:.*PEFT can compute something else")
+    def test_magnitudes_that_differ_for_two_names_of_one_layer_are_told_by_both(self, tmp_path):
+        shared = nn.Linear(4, 4)
+        model = nn.ModuleDict({"a": shared, "b": shared})
+        apart = nn.ModuleDict({name: copy.deepcopy(shared) for name in model})
+        LoraModel(apart, LoraConfig(r=2, variant="dora")).save_adapter(tmp_path, format="peft")
+
+        def alike_but_for_magnitudes(tensors):
+            for key in [key for key in tensors if ".b." in key]:
+                tensors[key] = tensors[key.replace(".b.", ".a.")] + ("magnitude" in key)
+
+        edit_tensors(tmp_path, alike_but_for_magnitudes)
+        with pytest.raises(AdapterFileError, match="'b' and 'a' are one and the same"):
+            LoraModel.load_adapter(model, tmp_path)
 
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
