@@ -1,0 +1,196 @@
+"""Checks a file of PEFT against a model: that nothing is missing, and that PEFT would compute what is computed here."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.peft_config import PeftConfig
+from lora_plugins.formats.places import places_by_name, tensor_names
+from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.formats.second_path import LAYERS
+from lora_plugins.inplace import base_class_of, model_modules, own_tensor, own_tensors
+from lora_plugins.plan import former_names
+from lora_plugins.utils import path_starts
+
+_ADAPTED = (*LAYERS, nn.MultiheadAttention)
+"""The layers that PEFT adapts where its config names them; `Conv1D` of transformers is recognized by its name."""
+
+
+def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that an adapter has all layers of a model that its config targets.
+
+    Args:
+        model: The model.
+        layers: Names of the layers that it has.
+        config: The config.
+        renamed: Whether the config speaks of the modules by their former names.
+
+    Raises:
+        AdapterFileError: If some are missing.
+    """
+    former = former_names(model) if renamed else {}
+    places = places_by_name(model)
+    present = {places[name].name for name in layers if name in places}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name not in present
+        and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
+        and config.is_target(former.get(entry.name, entry.name))
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
+            "PEFT would leave them as they start. If that is meant, name the layers it has in the target_modules of "
+            "its config."
+        )
+
+
+def check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, *, renamed: bool) -> None:
+    """Checks that every module that the config trains in full has a value in the file.
+
+    Args:
+        model: The model.
+        adapter: The adapter.
+        config: The config.
+        renamed: Whether the config speaks of the modules by their former names.
+
+    Raises:
+        AdapterFileError: If one has none.
+    """
+    former = former_names(model) if renamed else {}
+    around = {start for value in adapter.values for start in path_starts(value)[1:]}
+    lacking = [
+        entry.name
+        for entry in model_modules(model)
+        if entry.name
+        and config.is_saved(former.get(entry.name, entry.name))
+        and any(True for _ in entry.module.parameters())
+        and entry.name not in around
+    ]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter trained {listing(lacking)} in full (modules_to_save) and has no values of it. If it was "
+            "left out on purpose, take it out of modules_to_save in the config."
+        )
+
+
+def check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
+    """Checks that every adapted layer has a bias in the file where the config trains those; `all` can mean some.
+
+    Raises:
+        AdapterFileError: If one has none.
+    """
+    if adapter.bias != "lora_only":
+        return
+    trained = {f"{name}.bias" for name, layer in adapter.layers.items() if not layer.in_attention}
+    trained -= adapter.values.keys()
+    lacking = [name for name in own_tensors(model_modules(model), "_parameters") if name in trained]
+    if lacking:
+        raise AdapterFileError(
+            f"The adapter trained the biases of its layers (bias = 'lora_only') and has no values of "
+            f"{listing(lacking)}. If that is meant, set bias to 'none' in its config."
+        )
+
+
+def check_untied(model: nn.Module, adapter: PortableAdapter, config: PeftConfig) -> None:
+    """Refuses a module that PEFT trained as a copy of its own, where its tensor is that of another module here.
+
+    Raises:
+        AdapterFileError: If there is one.
+    """
+    if config.fields.get("ensure_weight_tying"):
+        return
+    names = tensor_names(model)
+    saved = tuple(f"{module}." for module in adapter.saved_modules)
+    trained = {names[name] for name in adapter.values if name in names and name.startswith(saved)}
+    left = [name for name, first in names.items() if first in trained and name not in adapter.values]
+    if left:
+        raise AdapterFileError(
+            f"PEFT trained a copy of {listing(sorted(trained & {names[name] for name in left}))} and left "
+            f"{listing(left)} as it was, which is the same tensor in this model. Give each module a tensor of its own "
+            "first, and then load the adapter."
+        )
+
+
+def check_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Checks that weights which a file has beside an adapter, unchanged, are those of the model.
+
+    Raises:
+        AdapterFileError: If one is another.
+    """
+    known = tensor_names(model)
+    wrong = [
+        name
+        for name, tensor in copies.items()
+        if name not in known or not _same_weight(own_tensor(model, known[name]), tensor)
+    ]
+    if wrong:
+        raise AdapterFileError(
+            f"The adapter comes with its own {listing(wrong)}, which is not the model's: it was resized or trained "
+            "there. Load that weight into the model first."
+        )
+
+
+def check_meaning(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged.
+
+    One that PEFT itself has trained got no gradients, so that its update is zero and has one meaning.
+
+    Raises:
+        AdapterFileError: If there is one.
+    """
+    alone = [
+        name
+        for name, layer in adapter.layers.items()
+        if not layer.in_attention
+        and (layer.B.any() or layer.magnitude is not None)
+        and name.rpartition(".")[2] == "out_proj"
+        and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if alone:
+        raise AdapterFileError(
+            f"{listing(alone)} has two meanings: PEFT ignores the output projection of an attention until it is "
+            "merged. To load what it is when merged, say format_options={'out_proj': 'once'}."
+        )
+
+
+def check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
+    """Refuses an adapter of layers that are not linear where its init changed the base: PEFT knows none for these.
+
+    Raises:
+        AdapterFileError: If it has some.
+    """
+    if adapter.init == "kaiming":
+        return
+    others = [name for name in adapter.layers if name in modules and not isinstance(modules[name], nn.Linear)]
+    if others:
+        raise AdapterFileError(
+            f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
+            "none. Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
+            "untouched base."
+        )
+
+
+def check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter, config: PeftConfig) -> None:
+    """Refuses an adapter of a parameter whose rows are no outputs: PEFT adds `B @ A` as it is.
+
+    Raises:
+        AdapterFileError: If there is one.
+    """
+    others = [
+        parameter
+        for name in adapter.layers
+        if (parameter := config.parameter_of(name)) is not None
+        and not (isinstance(modules.get(name), nn.Linear) and parameter.endswith(".weight"))
+    ]
+    if others:
+        raise AdapterFileError(
+            f"target_parameters: {listing(others)} is not the weight of a linear layer; its adapter has no form here."
+        )
+
+
+def _same_weight(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and torch.equal(own.detach().to(other.device, other.dtype), other)
