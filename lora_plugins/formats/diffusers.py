@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read
+from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read
+from lora_plugins.formats.diffusers_keys import ALONE, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
@@ -28,51 +28,6 @@ from lora_plugins.inplace import full_name, submodule
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 """Where the header of a file has PEFT's configs, as JSON of one level: `unet.r`, `text_encoder.lora_alpha`, ..."""
-
-_ENDINGS: Mapping[str, str] = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_down.weight": "A",
-    ".lora_up.weight": "B",
-    ".lora.down.weight": "A",
-    ".lora.up.weight": "B",
-    ".lora_linear_layer.down.weight": "A",
-    ".lora_linear_layer.up.weight": "B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".dora_scale": "scale",
-    ".alpha": "alpha",
-}
-"""The endings of keys over the years, and which tensor of a layer each is."""
-
-_ALONE = ""
-"""The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
-
-_FLAT = ("lora_", "lycoris_")
-"""What such keys do not start with: those are names without dots, of another format."""
-
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.weight$)")
-"""Where keys of a model that PEFT has wrapped name the adapter, as some scripts save them."""
-
-_PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
-"""The projections that the oldest keys name by the processor of an attention, and their names in it."""
-
-_TEXT_PROJECTIONS: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-"""Those that the oldest keys of text encoders name by the attention alone."""
-
-_OLDEST = re.compile(r"(.+\.(?:processor|self_attn))\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-"""The oldest keys, of a denoiser and of a text encoder."""
-
-_PROCESSORS: Mapping[str, str] = {
-    "qkv_lora1": "img_attn.qkv",
-    "proj_lora1": "img_attn.proj",
-    "qkv_lora2": "txt_attn.qkv",
-    "proj_lora2": "txt_attn.proj",
-}
-"""How XLabs names the layers of a block of Flux, by processors that adapt them, and their original names."""
-
-_OF_PROCESSOR = re.compile(rf"(double_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
-_DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
 
 
 @dataclass(frozen=True)
@@ -107,15 +62,15 @@ class DiffusersFormat(PortableFormat):
         keys = [*read_shapes(file)] if file.is_file() else []
         if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
             keys = [key for key in keys if not key.startswith(PREFIX)]
-        placed = [found for key in keys if (found := _placed(key)) is not None]
-        return any(part != _ALONE or kind != "alpha" for part, _, kind in placed)
+        placed = [found for key in keys if (found := placed_key(key)) is not None]
+        return any(part != ALONE or kind != "alpha" for part, _, kind in placed)
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(_file(path))
         parts = _parts(tensors)
         configs = _configs(metadata, parts, options["patterns"])
-        if _ALONE in parts and _ALONE not in configs and not parts[_ALONE].has_alphas:
+        if ALONE in parts and ALONE not in configs and not parts[ALONE].has_alphas:
             warnings.warn(
                 f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "
                 "diffusers does. If it was trained with another, its update has another scale.",
@@ -125,7 +80,7 @@ class DiffusersFormat(PortableFormat):
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
         denoiser = denoiser_of(model)
-        unnamed = [part for part in (ORIGINAL, _ALONE) if part in layers]
+        unnamed = [part for part in (ORIGINAL, ALONE) if part in layers]
         for part in unnamed:
             if denoiser in layers:
                 words = f"as {part!r}" if part else f"with no part of a pipeline in front ({min(layers[part])!r})"
@@ -164,32 +119,11 @@ def _file(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path / TENSORS
 
 
-def _placed(key: str) -> tuple[str, str, str] | None:
-    """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
-    key = _ADAPTER.sub(r"\1", key.removeprefix(PREFIX))
-    part, _, rest = key.partition(".")
-    if part not in (*COMPONENTS, ORIGINAL):
-        if key.startswith(_FLAT):
-            return None
-        part, rest = _ALONE, key
-    of_processor = _OF_PROCESSOR.fullmatch(rest)
-    if of_processor:
-        block, own, direction = of_processor.groups()
-        return part, f"{block}.{_PROCESSORS[own]}", _DIRECTIONS[direction]
-    oldest = _OLDEST.fullmatch(rest)
-    if oldest:
-        attention, own, direction = oldest.groups()
-        names = _PROJECTIONS if attention.endswith(".processor") else _TEXT_PROJECTIONS
-        return part, f"{attention.removesuffix('.processor')}.{names[own]}", _DIRECTIONS[direction]
-    ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
-    return (part, rest.removesuffix(ending), _ENDINGS[ending]) if ending else None
-
-
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
     wrong = []
     for key, tensor in tensors.items():
-        placed = _placed(key)
+        placed = placed_key(key)
         if placed is None:
             wrong.append(key)
             continue

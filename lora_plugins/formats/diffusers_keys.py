@@ -1,0 +1,73 @@
+"""The keys of diffusers' files over the years: which tensor of which layer of a pipeline each of them is."""
+
+import re
+from collections.abc import Mapping
+
+from lora_plugins.formats.components import COMPONENTS, ORIGINAL
+from lora_plugins.formats.peft_keys import PREFIX
+
+_ENDINGS: Mapping[str, str] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".dora_scale": "scale",
+    ".alpha": "alpha",
+}
+"""The endings of keys over the years, and which tensor of a layer each is."""
+
+ALONE = ""
+"""The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
+
+_FLAT = ("lora_", "lycoris_")
+"""What such keys do not start with: those are names without dots, of another format."""
+
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.weight$)")
+"""Where keys of a model that PEFT has wrapped name the adapter, as some scripts save them."""
+
+_PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+"""The projections that the oldest keys name by the processor of an attention, and their names in it."""
+
+_TEXT_PROJECTIONS: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+"""Those that the oldest keys of text encoders name by the attention alone."""
+
+_OLDEST = re.compile(r"(.+\.(?:processor|self_attn))\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+"""The oldest keys, of a denoiser and of a text encoder."""
+
+_PROCESSORS: Mapping[str, str] = {
+    "qkv_lora1": "img_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj",
+}
+"""How XLabs names the layers of a block of Flux, by processors that adapt them, and their original names."""
+
+_OF_PROCESSOR = re.compile(rf"(double_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
+_DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
+
+
+def placed_key(key: str) -> tuple[str, str, str] | None:
+    """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
+    key = _ADAPTER.sub(r"\1", key.removeprefix(PREFIX))
+    part, _, rest = key.partition(".")
+    if part not in (*COMPONENTS, ORIGINAL):
+        if key.startswith(_FLAT):
+            return None
+        part, rest = ALONE, key
+    of_processor = _OF_PROCESSOR.fullmatch(rest)
+    if of_processor:
+        block, own, direction = of_processor.groups()
+        return part, f"{block}.{_PROCESSORS[own]}", _DIRECTIONS[direction]
+    oldest = _OLDEST.fullmatch(rest)
+    if oldest:
+        attention, own, direction = oldest.groups()
+        names = _PROJECTIONS if attention.endswith(".processor") else _TEXT_PROJECTIONS
+        return part, f"{attention.removesuffix('.processor')}.{names[own]}", _DIRECTIONS[direction]
+    ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
+    return (part, rest.removesuffix(ending), _ENDINGS[ending]) if ending else None
