@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
-from lora_plugins.adapter import hold_norms, model_state
+from lora_plugins.adapter import freeze_new_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
     Check,
@@ -306,7 +306,7 @@ class LoraCallback(Callback):
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
-        hold_norms(target)  # those that Trainer(sync_batchnorm=True) has made
+        freeze_new_norms(target)  # those that Trainer(sync_batchnorm=True) has made
         self._check_mergeable(trainer, target)
         if trainer.is_global_zero:
             check_expressible(self.adapter_files, target, self.adapter_name)

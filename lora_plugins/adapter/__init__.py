@@ -4,7 +4,7 @@
 adapters are here too.
 """
 
-from lora_plugins.adapter.acting import apply_state, base_in_place, hold_norms
+from lora_plugins.adapter.acting import apply_state, base_in_place, freeze_new_norms
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate, calibration_for
@@ -81,7 +81,7 @@ __all__ = [
     "combine",
     "delete",
     "factor_dtype",
-    "hold_norms",
+    "freeze_new_norms",
     "initialize",
     "leave_inference",
     "mixed_batch",

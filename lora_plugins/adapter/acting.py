@@ -26,12 +26,12 @@ def apply_state(model: nn.Module, state: ModelState) -> None:
     """Applies the state outside of blocks to layers, values, norm statistics and gradients."""
     modules = model_modules(model)
     state.values.activate(model, state.active, lasting=True)
-    let_act(modules, state)
+    apply_acting(modules, state)
     _apply_gradients(modules, state)
 
 
-def let_act(modules: list[NamedModule], state: ModelState) -> None:
-    """Applies what acts now, in a block or outside, to layers and norm statistics."""
+def apply_acting(modules: list[NamedModule], state: ModelState) -> None:
+    """Applies what acts now, the innermost block or else the active adapters, to layers and norm statistics."""
     acting = state.acting
     for entry in modules:
         unmix_rows(entry.module)
@@ -79,21 +79,24 @@ def _owners(state: ModelState) -> tuple[str, ...]:
     return () if state.blocks else state.active
 
 
-def hold_norms(model: nn.Module) -> None:
-    """Freezes the statistics of norms that have replaced frozen ones."""
+def freeze_new_norms(model: nn.Module) -> None:
+    """Freezes the statistics of norms that other code has put in the place of frozen ones."""
     _apply_norms(model_modules(model), present_state(model))
 
 
-def still_norms(state: ModelState) -> set[str]:
-    """Returns the names of the normalization layers whose statistics are frozen for what acts."""
+def norms_to_freeze(state: ModelState) -> set[str]:
+    """Returns the names of the normalization layers that all active adapters freeze.
+
+    In a block, and where none is active, those that all adapters of the model freeze.
+    """
     frozen = [set(state.adapters[name].plan.frozen_norms) for name in _owners(state) or state.adapters]
     return set.intersection(*frozen) if frozen else set()
 
 
 def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
-    keep = still_norms(state)
+    frozen = norms_to_freeze(state)
     for entry in modules:
-        if entry.name in keep:
+        if entry.name in frozen:
             freeze(entry.module)
         else:
             thaw(entry.module)

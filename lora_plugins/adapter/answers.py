@@ -1,6 +1,6 @@
-"""Checks what the inits and variants of plugins return, before anything is touched.
+"""Checks what inits and variants of plugins return, before anything is touched, and copies it.
 
-What is kept is a copy: a view of the base weight would be trained in it, or change with it.
+Without a copy, a returned view of the base weight would be trained in it, or change with it.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str,
         returned: What its `fill` returned.
 
     Raises:
-        PluginError: If that is no mapping of tensors, or has some that nobody would ask for.
+        PluginError: If that is no mapping of tensors, or has some that no file can hold or that the init does not need.
     """
     if not isinstance(returned, Mapping) or not all(isinstance(value, Tensor) for value in returned.values()):
         expected = "a mapping of tensors" if init.changes_base else "{}"

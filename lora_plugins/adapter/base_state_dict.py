@@ -36,7 +36,7 @@ def accept_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Does the same for a state dict of a part of the untouched model."""
+    """Lets a state dict of a part of the untouched model load strictly into that part, as `accept_base` does."""
     state = model_state(model)
     if state is None:
         return
@@ -48,7 +48,14 @@ def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str,
 
 
 def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Adds to a state dict of the base the tensors of which adapters have their own values; `names` is by key."""
+    """Takes the base's heads, biases and statistics out of a state dict, where adapters have values of their own.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        state_dict: A state dict of the base; where an adapter's own value is in place, it loads that one afterwards.
+        names: The full names of tensors in the model by key.
+    """
     known = {name: state_dict[key] for key, name in names.items()}
     _check_unchanged(state, {*known, *_first_names(model, known)})
     _keep_owned(model, state, known)
@@ -82,9 +89,9 @@ def _check_unchanged(state: ModelState, names: Collection[str]) -> None:
 
 
 def _keep_owned(model: nn.Module, state: ModelState, values: dict[str, Any]) -> None:
-    """Gives a base's heads, biases and statistics to the base, and to the adapters that have not changed them yet.
+    """Records new values of heads, biases and statistics for the base, and for adapters that have not changed them yet.
 
-    Those that have keep their own, in place or not.
+    Adapters that have changed a tensor keep their own value, in place or not.
     """
     named = named_tensors(model, aliases=True)
     owned = state.values

@@ -1,7 +1,7 @@
 """Blocks: other adapters act inside a `with` statement, and afterwards everything is as before.
 
-A block changes the model itself, for every thread and task that calls it. So one of them has blocks at a time: where
-two had, each would compute what the block of the other says.
+A block changes the model itself, for every thread and task that calls it. So only one of them can have blocks at a
+time: with two, each would compute what the block of the other says.
 """
 
 import threading
@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import nn
 
-from lora_plugins.adapter.acting import let_act
+from lora_plugins.adapter.acting import apply_acting
 from lora_plugins.adapter.gradients import require_gradient
 from lora_plugins.adapter.state import Block, ModelState, Outside, model_state, present_state
 from lora_plugins.adapter.whole import whole
@@ -39,7 +39,7 @@ _LATER = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
 class Within(ExitStack):
     """The `with` statement of a block, or a decorator that opens one for each call of a function.
 
-    It is left twice: where the first leaving is interrupted, the model is still inside, and the second one leaves.
+    It leaves the block twice: where the first time is interrupted, the second one completes it.
 
     Args:
         model: An adapted model.
@@ -119,7 +119,7 @@ def _enter(model: nn.Module, state: ModelState, opened: Block) -> None:
     else:
         state.values.follow_casts(model)
     state.blocks = (*state.blocks, opened)
-    let_act(model_modules(model), state)
+    apply_acting(model_modules(model), state)
 
 
 @outside_inference
@@ -136,7 +136,7 @@ def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
         _step_back(model, state)
     else:
         state.values.follow_casts(model)
-    let_act(model_modules(model), state)
+    apply_acting(model_modules(model), state)
 
 
 def _step_outside(model: nn.Module, state: ModelState) -> Outside:

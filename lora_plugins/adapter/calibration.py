@@ -1,8 +1,7 @@
 """One pass over the user's data, for inits that learn from it, before anything of the model is changed.
 
-The model is disturbed in nothing: modes, buffers, gradients, `requires_grad` and random numbers are afterwards what
-they were before. Where processes are connected by `torch.distributed`, every one of them has to call `calibrate`, and
-each gets the sum over all.
+Modes, buffers, gradients, `requires_grad` and random numbers are afterwards what they were before. Where processes are
+connected by `torch.distributed`, each of them has to call `calibrate`, and gets the sum over all.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,7 +98,7 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
     normalization layers that the plan freezes in eval mode, as training will see them.
 
     Args:
-        model: The model; it is touched in nothing.
+        model: The model, which stays as it is.
         plan: What would be adapted, as `LoraModel.plan` returns it.
         data: The data.
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lora_plugins.adapter.acting import still_norms
+from lora_plugins.adapter.acting import norms_to_freeze
 from lora_plugins.adapter.state import ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
@@ -56,8 +56,8 @@ def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
     Raises:
         StateError: If others have taken their places.
     """
-    modules, still = model_modules(model), still_norms(state)
-    moving = [e.name for e in modules if e.name in still and has_statistics(e.module) and not is_frozen(e.module)]
+    modules, frozen = model_modules(model), norms_to_freeze(state)
+    moving = [e.name for e in modules if e.name in frozen and has_statistics(e.module) and not is_frozen(e.module)]
     if moving:
         raise StateError(
             f"{listing(moving)} took the place of norms that stand still for the adapter {adapter!r}, and their "

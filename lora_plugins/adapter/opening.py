@@ -1,4 +1,4 @@
-"""Giving a model an empty set of adapters, and taking it off again."""
+"""Prepares a model for adapters, with an empty set of them and its hooks, and undoes it."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_plugins.adapter.base_state_dict import accept_base
 from lora_plugins.adapter.gradients import require_gradient
-from lora_plugins.adapter.pretrained import save_as_ever, warn_on_save
+from lora_plugins.adapter.pretrained import restore_save, warn_on_save
 from lora_plugins.adapter.state import MODEL_STATE, ModelState, model_state
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
@@ -52,7 +52,7 @@ def close_state(model: nn.Module) -> None:
     assert state is not None
     _remove_hook(model._load_state_dict_pre_hooks, accept_base)
     _remove_hook(model._forward_pre_hooks, _check_training)
-    save_as_ever(model)
+    restore_save(model)
     modules = model_modules(model)
     for entry in modules:
         thaw(entry.module)

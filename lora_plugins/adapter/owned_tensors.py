@@ -94,8 +94,8 @@ class OwnedTensors:
     def follow_casts(self, model: nn.Module) -> None:
         """Casts the values that were not in place when the model was cast.
 
-        A tensor of another type than the value that was put in its place tells so. Types may differ otherwise: a head
-        that is trained on a base in half precision is of single precision.
+        The model was cast if a tensor has another type than the value that was put in its place. Types of values may
+        differ otherwise: a head that is trained on a base in half precision is of single precision.
         """
         for name in self.base:
             self._followed(model, name)

@@ -64,7 +64,7 @@ def warn_on_save(model: nn.Module, acting: Callable[[], tuple[str, ...]]) -> Non
             vars(module)[SAVE] = WarnedSave(module, acting)
 
 
-def save_as_ever(model: nn.Module) -> None:
+def restore_save(model: nn.Module) -> None:
     """Undoes `warn_on_save`."""
     for module in model.modules():
         if isinstance(vars(module).get(SAVE), WarnedSave):

@@ -22,8 +22,8 @@ def check_rounded(
 ) -> None:
     """Checks that the weights which an init puts in place of others can be held in their types.
 
-    A model starts as it was since the update and the changed weight add up to the former weight. Where the update is
-    many times as large as that, what is left after rounding both is noise.
+    The changed weight and the first update add up to the former weight, so that the model starts as it was. Where both
+    are many times as large as their sum, rounding them leaves noise of it.
 
     Args:
         model: The model, with the former weights.

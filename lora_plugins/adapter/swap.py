@@ -1,8 +1,8 @@
 """Hot swap: an adapter takes over the tensors of another one, in its present shapes.
 
 A rank that is smaller is filled up with zeros, and another scaling goes into B, so that nothing of the model changes
-but values: what `torch.compile` has compiled and an optimizer go on as they are. The values get memory of their own, so
-that a rollback has the former ones: a CUDA graph that somebody recorded by hand has to be recorded again.
+but values: compiled graphs and optimizers stay valid. The new values have memory of their own, since a rollback needs
+the former ones, so a CUDA graph that was recorded by hand has to be recorded again.
 """
 
 from collections.abc import Mapping
