@@ -6,7 +6,8 @@ was left out and how to rebuild the adapters, in plain types and tensors:
     {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...],
      "attribute_dicts": [paths], "line": {"instantiator", "hyperparameters"}}
 
-The last two say how the hyperparameters in the file differ from those of the module, see `objects` and `rebuilding`.
+The last two say how the hyperparameters in the file differ from those of the module, see `attribute_dicts` and
+`rebuilding`.
 `tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters. Where an
 earlier adapter was merged into weights, which no pretrained base has, a further part, "base", lists their keys in the
 state dict: they are put into the module first. "outside" has the fingerprint of each frozen tensor that was left out

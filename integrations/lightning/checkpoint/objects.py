@@ -1,23 +1,19 @@
 """Hyperparameters that are objects: which ones a file may hold, and how a reader allows others.
 
 Checkpoints are read without unpickling objects (`torch.load(weights_only=True)`), so a class, an Enum or a dataclass
-among the hyperparameters has to be allowed by name. Harmless types of Python are allowed always. Lightning's
-`AttributeDict`, which torch reads in no case, is written as a plain dictionary, and the entry says where it was.
+among the hyperparameters has to be allowed by name. Harmless types of Python are allowed always.
 """
 
 import importlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import AttributeDict
-from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_some
-from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 
 Global = str | Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that may be in a file: itself, its import path, or itself and the path that the file has."""
@@ -34,12 +30,6 @@ HARMLESS: tuple[Callable[..., Any], ...] = (
 
 _ANY_ATTRIBUTE = "builtins.getattr"
 """What pickles call for a class inside of another one, and for a method. Who may call it may do anything."""
-
-HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
-WRITTEN_AS_DICT = "attribute_dicts"
-
-Path = tuple[Any, ...]
-"""The keys that lead to a value in nested hyperparameters."""
 
 
 @contextmanager
@@ -105,42 +95,6 @@ def is_archive(path: object) -> bool:
     except Exception:  # a third of Python's errors, by what is damaged
         return False
     return True
-
-
-def with_plain_dicts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a checkpoint whose hyperparameters hold no `AttributeDict`, and what its entry says of them."""
-    if HYPERPARAMETERS not in checkpoint:
-        return dict(checkpoint), {}
-    paths: list[Path] = []
-    plain = _plain(checkpoint[HYPERPARAMETERS], (), paths)
-    about = {WRITTEN_AS_DICT: [list(path) for path in paths]} if paths else {}
-    return {**checkpoint, HYPERPARAMETERS: plain}, about
-
-
-def with_attribute_dicts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint whose hyperparameters are what they were before `with_plain_dicts`."""
-    result = dict(checkpoint)
-    for path in sorted(map(tuple, checkpoint[KEY].get(WRITTEN_AS_DICT, [])), key=len, reverse=True):
-        result[HYPERPARAMETERS] = _replaced(result[HYPERPARAMETERS], path)
-    return result
-
-
-def _plain(value: Any, path: Path, found: list[Path]) -> Any:
-    if isinstance(value, AttributeDict):
-        found.append(path)
-    if type(value) is dict or isinstance(value, AttributeDict):
-        return {key: _plain(each, (*path, key), found) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(each, (*path, at), found) for at, each in enumerate(value))
-    return value
-
-
-def _replaced(value: Any, path: Path) -> Any:
-    if not path:
-        return AttributeDict(value)
-    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
-    items[path[0]] = _replaced(items[path[0]], path[1:])
-    return type(value)(items) if isinstance(value, dict) else type(value)(items.values())
 
 
 def _resolved(path: str) -> Any:

@@ -8,8 +8,7 @@ argument by which some modules take all their hyperparameters: with it, Lightnin
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError
-from lora_plugins.adapter import adapter_tensors
 from lora_plugins.errors import listing, near
-from lora_plugins.inplace import is_frozen
-from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.objects import (
+from lora_plugins.integrations.lightning.checkpoint.adapted_networks import adapted_networks
+from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import (
     HYPERPARAMETERS,
     WRITTEN_AS_DICT,
-    argument_for_objects,
     with_attribute_dicts,
 )
+from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
+from lora_plugins.integrations.lightning.checkpoint.objects import argument_for_objects
 
 _INSTANTIATOR = "_instantiator"
 _STOOD_THERE = "instantiator"
@@ -60,39 +58,6 @@ def without_line(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, HYPERPARAMETERS: saved} if about["hyperparameters"] else result
 
 
-def without_networks(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint whose hyperparameters have no adapted networks, which would bring their base along."""
-    saved = checkpoint.get(HYPERPARAMETERS)
-    left_out = _adapted_networks(saved)
-    if not left_out or not isinstance(saved, dict):
-        return dict(checkpoint)
-    return {**checkpoint, HYPERPARAMETERS: {key: value for key, value in saved.items() if key not in left_out}}
-
-
-def _adapted_networks(hyperparameters: Any) -> set[str]:
-    """Returns the names of hyperparameters that are adapted networks, or hold some: those that the module has as parts.
-
-    With a norm that stands still a network is an adapted one as well.
-    """
-    named = hyperparameters.items() if isinstance(hyperparameters, dict) else ()
-    return {name for name, value in named if any(_is_adapted(network) for network in _networks(value))}
-
-
-def _networks(value: Any) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    if is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name, None) for field in fields(value)]
-    if isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _networks(each)
-
-
-def _is_adapted(network: nn.Module) -> bool:
-    return bool(adapter_tensors(network)) or any(map(is_frozen, network.modules()))
-
-
 def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a small checkpoint with the hyperparameters of the module that it was made of."""
     with entry_errors():
@@ -112,7 +77,7 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
     given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
-    networks, parameters = _adapted_networks(module.hparams), inspect.signature(cls.__init__).parameters
+    networks, parameters = adapted_networks(module.hparams), inspect.signature(cls.__init__).parameters
     given = {key: None for key in given if key not in networks}
     taken = sorted(networks if _takes_any(parameters) else networks & parameters.keys())
     arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *taken])]

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import LoraModel
+from lora_plugins.integrations.lightning.checkpoint.adapted_networks import without_networks
+from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import with_plain_dicts
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
-from lora_plugins.integrations.lightning.checkpoint.objects import with_plain_dicts
-from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line, without_networks
+from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, map_state_dicts, state_key
 from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin
