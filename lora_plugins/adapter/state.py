@@ -83,7 +83,7 @@ class ModelState:
         kept: The untouched weights while something is merged, by full name.
         values: The model's own tensors that depend on the active adapter.
         requires_grad: Which parameters of the untouched model required a gradient.
-        leaving: Whether a merge for good has begun: some layers may have left already.
+        leaving: Whether `merge_and_unload` has begun: some layers may be merged already.
         blocks: The `with` blocks that are open, the innermost last.
         outside: What the last of them puts back; None while none is open.
         guards: Of the tensors that were frozen.

@@ -97,7 +97,7 @@ def _conv_gradients(
     groups: int,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of x, A and B that are needed."""
+    """Gradients of x, A and B, where they are needed."""
     geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
         weight, _, left, right, options = _call(x, weight, None, A, B, seed, scaling, dropout, geometry)

@@ -1,6 +1,6 @@
 """Merging: updates written into the weights, either permanently or reversibly bit for bit.
 
-What a merge loses to rounding is measured, and refused where it is too much and worth something.
+What rounding takes from an update is measured, and a merge that would lose too much of one is refused.
 """
 
 from lora_plugins.merge.merge_adapter import DEFAULT_MAX_ERROR, MergedWeight, MergeReport, merge, unmerge

@@ -1,4 +1,4 @@
-"""What is asked before a training that ends with a merge, so that none ends with a refusal."""
+"""Checks ahead of a training that ends with a merge, so that the merge is not refused after it."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""The search for garbage in cycles, which takes longest where many objects are made that stay."""
+"""Python's cyclic garbage collector, which takes longest where many objects are made that stay."""
 
 import gc
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from lora_plugins.utils.ending import ending
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Lets Python search for no garbage in cycles for the duration of the block.
+    """Switches the cyclic garbage collector off for the duration of the block.
 
-    Where blocks of several threads overlap, the search goes on with the end of the first: none leaves it off.
+    Where blocks of several threads overlap, it is on again at the end of the first one: none leaves it off.
     """
     if not gc.isenabled():
         yield

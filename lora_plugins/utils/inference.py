@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 
 def outside_inference(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Lets a function that changes a model leave inference mode, and gives the mode of gradients back in any case.
+    """Makes a function that changes a model run outside of inference mode, and restores the mode of gradients after it.
 
-    Autograd refuses for ever after what was made in inference mode. And an interruption at the end of a
+    Autograd never takes a tensor that was made in inference mode. And an interruption at the end of a
     `with torch.no_grad():` can come before gradients are on again.
     """
 

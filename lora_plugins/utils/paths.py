@@ -1,13 +1,13 @@
 """Paths of modules and tensors in a model: components with dots between.
 
-What is asked of many names about many others takes a set of the others, and the few parts of each name.
+Where many names are compared with many others, the few parts of each name are looked up in a set of the others.
 """
 
 from collections.abc import Container
 
 
 def path_starts(name: str) -> list[str]:
-    """Returns the name and those of what it lies in, the longest first, without the model itself."""
+    """Returns a name and those of the modules around it, the longest first, without that of the model itself."""
     starts = [name] if name else []
     while (name := name.rpartition(".")[0]) != "":
         starts.append(name)
@@ -21,7 +21,7 @@ def path_ends(name: str) -> list[str]:
 
 
 def path_runs(name: str) -> list[str]:
-    """Returns all components of a name that stand next to each other, joined."""
+    """Returns all runs of consecutive components of a name, each joined by dots."""
     parts = name.split(".")
     return [".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end)]
 

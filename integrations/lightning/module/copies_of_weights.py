@@ -16,7 +16,7 @@ from lora_plugins.integrations.lightning.module.adapted_parts import adapted_tar
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 
 _OF_LIGHTNING = frozenset({*vars(LightningModule()), "_hparams", "_hparams_initial"})
-"""The latter are of `save_hyperparameters`: loggers get the second, a copy with each network among them."""
+"""Attributes of every LightningModule, and two of `save_hyperparameters`, whose values may be networks."""
 _LIBRARIES = ("torch", "lightning", "lora_plugins", "torchmetrics", "builtins")
 
 

@@ -1,6 +1,7 @@
 """What a LightningModule may declare.
 
-`head_modules` are new, `lora_targets` are worth adapting, and `file_entries` makes what files of an adapter say beside.
+`head_modules` names newly initialized modules, `lora_targets` the layers that are worth adapting, and `file_entries`
+returns what the files of an adapter hold besides.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Frozen parts outside of the targets, such as a teacher or the network of a metric.
 
 Checkpoints leave them out like the frozen base, while they have the values that the module was built with. Flags do
-not tell that, so check sums do: they are taken of everything outside when the module is adapted, and compared whenever
-a checkpoint is written.
+not tell that, so checksums do: they are taken of everything outside when the module is adapted, and compared whenever a
+checkpoint is written.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Weights that hold the update of an adapter which an earlier `fit` merged.
 
 An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
-layer remembers the check sums of its merged weights; as soon as they have other values, they are a base like any other.
+layer remembers the checksums of its merged weights; as soon as they have other values, they are a base like any other.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from lora_plugins.integrations.lightning.module.bitwise import checksum
 _MERGED = "_lora_merged"
 
 Marks = dict[str, dict[str, int]]
-"""By the name of a layer, the check sum of each of its merged weights."""
+"""By the name of a layer, the checksum of each of its merged weights."""
 
 
 def mark_merged(target: nn.Module, names: Iterable[str]) -> None:

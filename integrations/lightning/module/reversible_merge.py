@@ -48,10 +48,10 @@ class ReversibleMerge:
         base: The raw value of every tensor that merging or training in place changed, by full name.
         stored: The weights that were stored in fewer bytes, by full name.
         foreign: Those that another library quantized, likewise.
-        quantizers: What models of transformers said of that.
+        quantizers: What models of transformers and diffusers recorded about that.
         adapters: The adapters by name, in the order in which they were added.
         active: The active ones by name, with what their updates are multiplied by.
-        merged: The check sum of each of these tensors after the merge, by full name.
+        merged: The checksum of each of these tensors after the merge, by full name.
         target: The module.
         marks: Which weights were merged ones before.
         parameters: A and B of the target by full name, for an optimizer that outlives the fit and has them.
@@ -142,8 +142,8 @@ def merge_reversibly(
 
     Raises:
         MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
-        StateError: If a weight is computed by a parametrization, which merging replaces for good; or stored in fewer
-            bytes, and is not to become dense.
+        StateError: If a weight is computed by a parametrization, which merging would replace permanently; or
+            stored in fewer bytes, and is not to become dense.
     """
     check_mergeable(target, dequantize=dequantize)
     return whole(target, lambda: _merge(target, max_error, dequantize, base_sums))

@@ -223,7 +223,7 @@ class Audit:
         """Checks that the frozen base has not changed.
 
         Returns:
-            The check sums of the base, by name.
+            The checksums of the base, by name.
 
         Raises:
             StateError: If it has.
