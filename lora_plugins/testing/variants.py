@@ -3,24 +3,20 @@
 import copy
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
-from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
 from lora_plugins.errors import ConfigError, PluginError, near
-from lora_plugins.inplace import detached_weight, layer_state, own_tensors_of, slot_tensors, terms_of
+from lora_plugins.inplace import layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
-from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin, default_registry
+from lora_plugins.plugins import VariantPlugin
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
-    CPU,
     MODES,
     Check,
     Named,
@@ -33,92 +29,7 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.registry_under_test import registry_with
-from lora_plugins.utils import own_randomness
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(6, 5),
-    "conv2d": lambda: nn.Conv2d(4, 6, 3, groups=2),
-    "two parts of a linear": lambda: nn.Linear(6, 9),
-}
-INPUTS = {"linear": (3, 6), "conv2d": (3, 4, 5, 5), "two parts of a linear": (3, 6)}
-PARTS = {"two parts of a linear": {"0": ["q", "v"]}}
-
-
-@dataclass(frozen=True)
-class VariantCase:
-    """What is checked: a variant on one layer.
-
-    Args:
-        variant: The plugin.
-        layer: Name of the layer, from `LAYERS`.
-        device: Where it is checked.
-    """
-
-    variant: VariantPlugin
-    layer: str
-    device: torch.device = CPU
-
-    def registry(self) -> Registry:
-        """Returns the installed plugins with this variant.
-
-        Raises:
-            PluginError: If the plugin could not be registered.
-        """
-        return registry_with(VARIANTS, self.variant)
-
-    def model(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-        """Builds the model, with the same values each time."""
-        with own_randomness(0):
-            return nn.Sequential(LAYERS[self.layer]()).to(self.device, dtype).eval()
-
-    def adapt(self, model: nn.Module, **fields: Any) -> LoraModel:
-        """Puts an adapter of the variant on the model."""
-        parts = PARTS.get(self.layer, {})
-        config = LoraConfig(**{"r": 2, "alpha": 3.0, "variant": self.variant.name, "fused_parts": parts, **fields})
-        return LoraModel(model, config, registry=self.registry())
-
-    def trained(self, dtype: torch.dtype = torch.float64, **fields: Any) -> LoraModel:
-        """An adapted model whose tensors are no longer what they were at the start."""
-        return move(self.adapt(self.model(dtype), init="none", **fields))
-
-    def expected(self, lora: LoraModel) -> Tensor:
-        """Returns the output of the untouched layer with the weight that the variant makes of it, with gradients."""
-        layer = lora.model[0]  # type: ignore[index]
-        reference: Any = self.model()
-        plugin = lora.plans["default"].layers[0].plugin
-        weight = detached_weight(layer, "weight")
-        matrix = plugin.to_matrix(weight) + sum(each.delta_weight() for each in deltas(lora).values())
-        del reference[0].weight
-        reference[0].weight = plugin.from_matrix(matrix, weight.shape)
-        return self.run(reference)
-
-    def refusal(self) -> str | None:
-        """Returns why the variant cannot serve the layer; None if it can."""
-        found = default_registry(allow=()).layer_for(type(LAYERS[self.layer]()))
-        return None if found is None else self.variant.refusal(found)
-
-    def run(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns the output for one batch."""
-        return torch.as_tensor(model(self.batch(dtype)))
-
-    def batch(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns one batch, the same each time."""
-        with own_randomness(1):
-            return torch.randn(INPUTS[self.layer], dtype=torch.float64).to(self.device, dtype)
-
-
-def move(lora: LoraModel) -> LoraModel:
-    """Moves all tensors of the adapter, as training would."""
-    with torch.no_grad():
-        for parameter in adapter_parameters(lora.model[0], "default"):  # type: ignore[index]
-            parameter.mul_(1.25).add_(0.03)
-    return lora
-
-
-def deltas(lora: LoraModel) -> dict[str, Term]:
-    """Returns what the variant says of each slot of the layer, by the slot's suffix."""
-    return {term.slot.suffix: term for term in terms_of(lora.model[0], "weight", "default")}  # type: ignore[index]
+from lora_plugins.testing.variant_case import LAYERS, VariantCase, deltas, move
 
 
 def _registration(case: VariantCase) -> None:
