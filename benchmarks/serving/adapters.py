@@ -1,6 +1,6 @@
 """Adapter folders of tasks with random weights, as fits leave them: a server does not ask how they were trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_plugins import LoraConfig, LoraModel
-from lora_plugins.files import add_entry
+from lora_plugins.files import PackedAdapter, read, write
 from lora_plugins.tasks.models import ModelConfig, build_network
 from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask
 
@@ -42,4 +42,10 @@ def write_adapters(
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         lora.save_adapter(folder / name)
-        add_entry(folder / name, PROVENANCE_KEY, {**task.provenance(), "target": "network"})
+        add_provenance(folder / name, {**task.provenance(), "target": "network"})
+
+
+def add_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Adds to an adapter folder which task its model is of."""
+    packed = read(folder)
+    write(folder, PackedAdapter({**packed.manifest, PROVENANCE_KEY: provenance}, packed.tensors))

@@ -6,7 +6,7 @@ Nothing is pickled, and nothing is half written.
 from lora_plugins.files.base_files import load_quantized
 from lora_plugins.files.differences import differing_base, differing_config
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
-from lora_plugins.files.folder import add_entry, read, write
+from lora_plugins.files.folder import read, write
 from lora_plugins.files.manifest import TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
@@ -21,7 +21,6 @@ __all__ = [
     "TENSOR_FILE",
     "PackedAdapter",
     "UnpackedAdapter",
-    "add_entry",
     "checksum",
     "described",
     "differing_base",

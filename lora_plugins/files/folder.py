@@ -40,21 +40,12 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     name = f"adapter-{digest[:16]}.safetensors"
     manifest = {**packed.manifest, "file": name, "sha256": digest}
     replace_file(folder / name, data)
-    _write_manifest(folder, manifest)
+    replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
     remove_leftovers(folder, _WRITTEN)
     return folder
-
-
-def add_entry(folder: Path, key: str, value: Any) -> None:
-    """Adds an entry to the manifest of an adapter folder, for callers that store more with an adapter.
-
-    Raises:
-        AdapterFileError: If the manifest is damaged.
-    """
-    _write_manifest(folder, {**_read_manifest(folder / MANIFEST), key: value})
 
 
 def read(folder: Path) -> PackedAdapter:
@@ -92,10 +83,6 @@ def read(folder: Path) -> PackedAdapter:
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is not a safetensors file: {error}.") from error
     return PackedAdapter(manifest, tensors)
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
 
 
 def _read_manifest(path: Path) -> Mapping[str, Any]:

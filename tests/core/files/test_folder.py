@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
-from lora_plugins.files import MANIFEST, add_entry, read
+from lora_plugins.files import MANIFEST, PackedAdapter, read, write
 from tests.core.file_cases import (
     adapt,
     assert_same_state,
@@ -311,8 +311,9 @@ class TestKilledWhileWriting:
 def test_an_entry_is_added_and_the_adapter_still_loads(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     folder = LoraModel(copy.deepcopy(model), LoraConfig(r=2)).save_adapter(tmp_path / "adapter")
-    before = read(folder).manifest
-    add_entry(folder, "made_with", {"seed": 3})
+    packed = read(folder)
+    before = packed.manifest
+    write(folder, PackedAdapter({**before, "made_with": {"seed": 3}}, packed.tensors))
     found = read(folder).manifest
     assert found["made_with"] == {"seed": 3}
     assert [key for key in before if found[key] != before[key]] == ["manifest_sha256"]

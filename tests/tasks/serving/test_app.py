@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.serving.adapters import write_adapters, write_base
+from benchmarks.serving.adapters import add_provenance, write_adapters, write_base
 from lora_plugins import LoraModel
-from lora_plugins.files import MANIFEST, add_entry
+from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import label_probabilities, load_task
 from lora_plugins.tasks.training import PROVENANCE_KEY
@@ -83,7 +83,7 @@ def test_what_is_away_for_a_moment_is_waited_for(adapters, serve, part):
 def test_an_adapter_whose_model_is_not_here_is_not_called_unknown(adapters, serve):
     provenance = json.loads((adapters / "birds" / MANIFEST).read_text())[PROVENANCE_KEY]
     provenance["arguments"]["model"]["name"] = "vit_of_tomorrow"
-    add_entry(adapters / "birds", PROVENANCE_KEY, provenance)
+    add_provenance(adapters / "birds", provenance)
     (answer,) = ask(serve(adapters), [(to("birds"), encoded(picture()))])
     assert (answer.status_code, "vit_of_tomorrow" in answer.text) == (422, True)
 
@@ -91,7 +91,7 @@ def test_an_adapter_whose_model_is_not_here_is_not_called_unknown(adapters, serv
 def test_an_adapter_whose_words_cannot_be_built(adapters, serve):
     provenance = json.loads((adapters / "birds" / MANIFEST).read_text())[PROVENANCE_KEY]
     provenance["arguments"]["of_tomorrow"] = 3
-    add_entry(adapters / "birds", PROVENANCE_KEY, provenance)
+    add_provenance(adapters / "birds", provenance)
     (answer,) = ask(serve(adapters), [(to("birds"), encoded(picture()))])
     assert (answer.status_code, "says of its task what cannot be built" in answer.text) == (422, True)
 
@@ -125,7 +125,7 @@ def spoil(folder):
     with torch.no_grad():
         next(each for name, each in task.named_parameters() if "lora_B" in name).fill_(torch.nan)
     LoraModel(task.network).save_adapter(folder)
-    add_entry(folder, PROVENANCE_KEY, {**task.provenance(), "target": "network"})
+    add_provenance(folder, {**task.provenance(), "target": "network"})
 
 
 @pytest.mark.parametrize(("folder", "bad", "good"), [("written", "birds", "boats"), ("segmenters", "roads", "roofs")])
