@@ -111,14 +111,7 @@ class KohyaFormat(PortableFormat):
             layer, key = layers[full], prefix_of[part] + _known_name(part, name).replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
-            tensors |= {
-                f"{key}.lora_down.weight": layer.A,
-                f"{key}.lora_up.weight": layer.B,
-                f"{key}.alpha": _number(layer.alpha),
-            }
-            if layer.magnitude is not None:
-                ones = [1] * (layer.B.dim() - 1)
-                tensors[f"{key}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
+            tensors |= {f"{key}.{ending}": tensor for ending, tensor in _tensors_of(layer).items()}
         said = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(commonest(layer.r for layer in layers.values())),
@@ -151,6 +144,15 @@ def _unknown_denoiser(places: Collection[tuple[str, str]], model: nn.Module | No
 def _known_name(part: str, name: str) -> str:
     """Returns the name by which other programs know a layer: transformers 5 has dropped `text_model` from CLIP's."""
     return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.layers.") else name
+
+
+def _tensors_of(layer: PortableLayer) -> dict[str, Tensor]:
+    """Returns the tensors of a layer by the endings of their keys."""
+    tensors = {"lora_down.weight": layer.A, "lora_up.weight": layer.B, "alpha": _number(layer.alpha)}
+    if layer.magnitude is not None:
+        ones = [1] * (layer.B.dim() - 1)
+        tensors["dora_scale"] = layer.magnitude.reshape(-1, *ones)
+    return tensors
 
 
 def _number(value: float) -> Tensor:
