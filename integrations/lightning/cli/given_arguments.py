@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lora_plugins.errors import ConfigError, near
+from lora_plugins.integrations.lightning.cli.yaml_texts import load_yaml, parsed_yaml
 
 SECTIONS = (
     "config",
@@ -40,34 +41,6 @@ _TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "a
 MISSING = object()
 
 
-_TAKES_OVER = "tag:yaml.org,2002:merge"
-"""The tag of `<<`, which may come more than once: nothing of it is lost."""
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
-    """Reads 1e-3 and 1.5e3 as numbers, as jsonargparse does, and refuses keys that come twice, which YAML forbids."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Reads a table, before what it takes over from others by `<<` is put beside its own keys.
-
-        Raises:
-            ComposerError: If a key comes twice, with the place of the second.
-        """
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if (key.tag, key.value) in seen and key.tag != _TAKES_OVER:
-                said = f"the key {key.value!r} comes twice in one table"
-                raise yaml.composer.ComposerError(None, None, said, key.start_mark)
-            seen.add((key.tag, key.value))
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
-)
-
-
 def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str) -> dict[str, Any]:
     """Returns what the arguments give, later ones over earlier ones.
 
@@ -91,7 +64,7 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
         elif value is None and "." in flag:
             raise ConfigError(f"{flag} takes a value: {flag} VALUE.")
         elif value is not None or section == "print_config":
-            keys, parsed = flag.lstrip("-").rstrip("+").split("."), _parsed(value or "")
+            keys, parsed = flag.lstrip("-").rstrip("+").split("."), parsed_yaml(value or "")
             _put(given, keys, _added(value_at(given, *keys), parsed) if flag.endswith("+") else parsed)
     return given
 
@@ -149,33 +122,42 @@ def _refuse_flag(flag: str, short: Sequence[str]) -> None:
 
 
 def _configuration(value: str | None, command: str) -> dict[str, Any]:
+    """Returns the configuration that a value of `--config` is, or that is in the file it names."""
     if value is None:
         raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
     if "\n" in value:  # the text of a configuration
-        return _below_command(parsed, command) if isinstance(parsed := _parsed(value), dict) else {}
-    path = Path(value)
-    if path.is_dir():
-        raise ConfigError(f"--config is {value}, which is a folder. Name a YAML file.")
-    if not path.is_file():
-        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
-        raise ConfigError(
-            f"There is no file {value}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
-        )
+        return _below_command(parsed, command) if isinstance(parsed := parsed_yaml(value), dict) else {}
+    _check_file(value)
     try:
-        loaded: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        loaded = load_yaml(Path(value).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise ConfigError(f"{value} is not YAML: {said}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{value} is not a configuration: it holds no keys, such as `model:` and `data:`.")
     loaded = _below_command(loaded, command)
+    _check_sections(value, loaded)
+    return {**loaded}
+
+
+def _check_file(given: str) -> None:
+    path = Path(given)
+    if path.is_dir():
+        raise ConfigError(f"--config is {given}, which is a folder. Name a YAML file.")
+    if not path.is_file():
+        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = near(path.name, beside) if beside else f"There is no YAML file in {path.parent.absolute()}."
+        raise ConfigError(
+            f"There is no file {given}. {hint} `lora-plugins recipes` lists what is shipped: --config recipe:NAME."
+        )
+
+
+def _check_sections(file: str, loaded: Mapping[str, Any]) -> None:
     for key, section in loaded.items():
         if key not in SECTIONS:
-            raise ConfigError(f"{value} has the key {key!r}. {near(str(key), SECTIONS)}")
+            raise ConfigError(f"{file} has the key {key!r}. {near(str(key), SECTIONS)}")
         if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
-            raise ConfigError(f"{value}: {key} is {section!r}; it holds keys with values.")
-    return {**loaded}
+            raise ConfigError(f"{file}: {key} is {section!r}; it holds keys with values.")
 
 
 def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
@@ -183,13 +165,6 @@ def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:
         return loaded
     section = loaded.get(command)
     return section if isinstance(section, dict) else {}
-
-
-def _parsed(value: str) -> Any:
-    try:
-        return yaml.load(value, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return value
 
 
 def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
