@@ -19,9 +19,8 @@ from lora_plugins.files.origins import origin, whose
 from lora_plugins.inplace import (
     StoredWeight,
     found_tensor,
-    full_name,
     holder_of,
-    model_modules,
+    of_all_modules,
     state_of,
     stored_weights,
 )
@@ -29,18 +28,9 @@ from lora_plugins.plan import Plan
 from lora_plugins.plugins import STORAGES, Registry, Storage, storage_options
 
 
-def stored_of(model: nn.Module) -> dict[str, StoredWeight]:
-    """Returns the stored weights of a model by full name, each under its layer's first one."""
-    return {
-        full_name(entry.name, name): stored
-        for entry in model_modules(model)
-        for name, stored in stored_weights(entry.module).items()
-    }
-
-
 def described(model: nn.Module, registry: Registry) -> dict[str, dict[str, Any]]:
     """Returns by full name how a manifest describes the stored weights of a model."""
-    return {name: _description(stored, registry) for name, stored in stored_of(model).items()}
+    return {name: _description(stored, registry) for name, stored in of_all_modules(model, stored_weights).items()}
 
 
 def with_stored(plan: Plan, model: nn.Module, entries: Mapping[str, Mapping[str, Any]], registry: Registry) -> Plan:
@@ -56,7 +46,7 @@ def with_stored(plan: Plan, model: nn.Module, entries: Mapping[str, Mapping[str,
             f"The adapter's config says quantize={asked!r}, and its manifest has no weight that is stored so: one of "
             "them was changed. Copy the adapter again."
         )
-    present = stored_of(model)
+    present = of_all_modules(model, stored_weights)
     surplus = [name for name in present if name not in wanted]
     if surplus:
         raise AdapterFileError(
@@ -87,7 +77,7 @@ def new_checked(
         new = new_stored_weights(model, plan, content, {name: _dtype(entry) for name, entry in entries.items()})
     except LoraError as error:
         raise AdapterFileError(f"The base cannot be stored as it was: {error}") from error
-    stored = {**stored_of(model), **new}
+    stored = {**of_all_modules(model, stored_weights), **new}
     wrong = [name for name, entry in entries.items() if _sum(stored[name]) != entry.get("sum")]
     if wrong:
         raise AdapterFileError(

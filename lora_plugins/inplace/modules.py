@@ -1,14 +1,17 @@
 """The modules of a model by name, with the other names that shared modules and tied tensors have."""
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.utils import INSERTED, plain_name
+
+Value = TypeVar("Value")
 
 FOREIGN = frozenset({("torchmetrics.metric", "Metric")})
 """Classes whose modules do not belong to the model: a metric's own network is neither adapted nor frozen."""
@@ -90,6 +93,20 @@ def full_name(module: str, key: str) -> str:
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Returns what `model_modules` lists, under all of its names."""
     return {name: entry.module for entry in model_modules(model) for name in entry.names}
+
+
+def of_all_modules(model: nn.Module, own: Callable[[nn.Module], Mapping[str, Value]]) -> dict[str, Value]:
+    """Returns by full name what all modules of a model have, each under its first name.
+
+    Args:
+        model: The model.
+        own: Returns what a module has, by attribute name.
+    """
+    return {
+        full_name(entry.name, name): value
+        for entry in model_modules(model)
+        for name, value in own(entry.module).items()
+    }
 
 
 def named_parameters(module: nn.Module, aliases: bool = False) -> dict[str, nn.Parameter]:

@@ -1,11 +1,11 @@
 """Merges the adapters of a trained module into plain weights in a way that can be undone exactly."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from lora_plugins.inplace import (
     holder_of,
     layer_state,
     library_weights,
-    model_modules,
     named_tensors,
+    of_all_modules,
     own_tensor,
     put_marks,
     put_stored,
@@ -36,8 +36,6 @@ from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_m
 from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.plan import Plan
-
-Weight = TypeVar("Weight")
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,8 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         for tensor in tensors
     }
     weights = {source for name in effective for source in sources(name, normed)}
-    stored = _of_all_layers(target, stored_weights)
-    foreign = _of_all_layers(target, library_weights) if dequantize else {}
+    stored = of_all_modules(target, stored_weights)
+    foreign = of_all_modules(target, library_weights) if dequantize else {}
     quantizers = quantizer_marks(target)
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
@@ -177,15 +175,6 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     return ReversibleMerge(
         base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
     )
-
-
-def _of_all_layers(target: nn.Module, weights: Callable[[nn.Module], Mapping[str, Weight]]) -> dict[str, Weight]:
-    """Returns the weights of some kind that the layers of a module have, by full name."""
-    return {
-        full_name(entry.name, name): weight
-        for entry in model_modules(target)
-        for name, weight in weights(entry.module).items()
-    }
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = None) -> None:
