@@ -73,7 +73,7 @@ def _view(node: Any, x: Tensor) -> Recompute | None:
     if parent is None or output:
         return None
     recompute, shape = _of_node(parent, x), x.shape
-    return None if recompute is None else lambda: recompute().view(shape)
+    return None if recompute is None else lambda: recompute().reshape(shape)  # of another layout, perhaps
 
 
 def _rule(compute: Callable[[Any], Tensor]) -> Rule:

@@ -34,6 +34,9 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm-plain": lambda: nn.LayerNorm(6, elementwise_affine=False),
     "layer_norm-transposed": lambda: nn.Sequential(Transposed(), nn.LayerNorm(6)),
     "gelu-transposed": lambda: nn.Sequential(Transposed(), nn.GELU()),
+    "layer_norm-transposed-view": lambda: nn.Sequential(
+        nn.Unflatten(0, (2, 4)), Transposed(), nn.LayerNorm(6), nn.Flatten(0, 1)
+    ),
     "view": lambda: nn.Sequential(nn.GELU(), nn.Unflatten(0, (2, 4)), nn.Unflatten(0, (1, 2)), nn.Flatten(0, 1)),
 }
 
@@ -43,7 +46,7 @@ sources = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def network(source: Callable[[], nn.Module], memory: str, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), source(), nn.Linear(6, 5)).double()
-    config = LoraConfig(r=2, target_modules=["2"], init="none", memory=memory, dropout=dropout)
+    config = LoraConfig(r=2, target_modules="2", init="none", memory=memory, dropout=dropout)
     LoraModel(model, config)
     return model
 
