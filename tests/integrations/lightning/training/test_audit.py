@@ -190,6 +190,18 @@ def test_base_that_moved_is_said_at_the_end(tmp_path):
         trainer(tmp_path, [lora(), Writes()]).fit(Classifier(), loader())
 
 
+class ByLBFGS(Classifier):
+    """Diverges, by an optimizer that has the frozen base too and writes into all that it has."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=1000.0)
+
+
+def test_base_that_moved_as_a_training_diverged_is_told_the_cause(tmp_path):
+    with pytest.raises(StateError, match=r"frozen tensors changed.*LBFGS does once a training has diverged"):
+        fit(tmp_path, ByLBFGS())
+
+
 @pytest.mark.parametrize("start", [2.0**10, 2.0**40], ids=["fits", "overflows"])
 def test_float16_with_a_scaled_loss(tmp_path, start):
     """Steps that are skipped after an overflow are no sign of tensors that do not move."""
