@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
@@ -136,9 +136,9 @@ class LoraConfig:
     block_plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), _CHECKS)
         for name in _CHECKS:
-            object.__setattr__(self, name, _listed(getattr(self, name)))
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        check_fields(vars(self), _CHECKS)
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("target_modules is empty. Name the layers to adapt, or write 'all'.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -221,8 +221,12 @@ _CHECKS: Mapping[str, Check] = {
 }
 
 
-def _listed(value: Any) -> Any:
-    """Returns a value with lists for tuples, so that a config equals the one that comes back from a file."""
-    if isinstance(value, tuple):
-        return list(value)
-    return {key: _listed(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
+def _plain(value: Any) -> Any:
+    """Returns a value with lists and dictionaries for those of any class, as files have them.
+
+    A config then equals the one that comes back from a file, whether a tuple or a library of configurations gave it.
+    """
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return [_plain(entry) for entry in value] if is_list else value

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from collections import UserDict, UserList
 
 import pytest
 
@@ -104,6 +105,26 @@ def test_tuples_become_lists_as_they_do_in_files():
     given = LoraConfig(target_modules=("a", "b"), modules_to_save=("c",), fused_parts={"a": ("q",)}, block_plugins=())
     assert given == LoraConfig(target_modules=["a", "b"], modules_to_save=["c"], fused_parts={"a": ["q"]})
     assert LoraConfig.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+
+
+def test_lists_and_dictionaries_of_other_classes_become_plain():
+    """As those of a library of configurations, which has classes of its own for both."""
+    given = LoraConfig(
+        target_modules=UserList(["a", "b"]),
+        layers_to_transform=UserList([0, 1]),
+        rank_pattern=UserDict({"a": 2}),
+        fused_parts=UserDict({"a": UserList(["q"])}),
+        init_options=UserDict({"nested": UserDict({"bits": UserList([2, 4])})}),
+    )
+    plain = LoraConfig(
+        target_modules=["a", "b"],
+        layers_to_transform=[0, 1],
+        rank_pattern={"a": 2},
+        fused_parts={"a": ["q"]},
+        init_options={"nested": {"bits": [2, 4]}},
+    )
+    assert given == plain
+    assert json.loads(json.dumps(given.to_dict())) == plain.to_dict()
 
 
 def test_to_dict_hands_out_copies():
