@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -108,7 +107,7 @@ def load_sharded(trainer: Trainer, path: Path, read: Load, **options: Any) -> di
         check_sums(path)
         rest: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
         keys = set(FileSystemReader(path).read_metadata().state_dict_metadata)
-    name = "model" if isinstance(trainer.strategy, FSDPStrategy) else "state_dict"
+    name = "model" if any(key.startswith("model.") for key in keys) else "state_dict"  # FSDP's, and FSDP2's
     saved = {key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")}
     _check(trainer, path, rest, saved)
     _load_shards(trainer, path, name, saved, {key.partition(".")[0] for key in keys})

@@ -176,6 +176,12 @@ def count_scattered(folder: Path) -> None:
 
 def fsdp(folder: Path) -> None:
     sharded(folder, "fsdp", Headed)
+    half = run(folder, "half", STRATEGIES["distributed"](), 1, config=HEADED)
+    half.fit(Sharded(), loader())
+    half.save_checkpoint(folder / "distributed.ckpt")
+    for kind, cls, written in (("fsdp", Headed, "distributed"), ("distributed", Sharded, "fsdp")):
+        resumed = run(folder, f"{kind}-goes-on", STRATEGIES[kind](), 2, config=HEADED)
+        resumed.fit(cls(), loader(), ckpt_path=folder / f"{written}.ckpt")
 
 
 def sharded(folder: Path, kind: str, cls: type) -> None:

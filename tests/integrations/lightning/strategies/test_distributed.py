@@ -196,6 +196,13 @@ def test_file_of_fsdp2_loads_merges_and_exports_in_one_process(fsdp2, tmp_path):
     torch.testing.assert_close(merged(x), module(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp-goes-on", "distributed-goes-on"])
+def test_training_goes_on_with_the_folder_of_the_other_way_to_shard(runs, name):
+    folder = runs("fsdp")
+    torch.testing.assert_close(dump(folder, name, 0), dump(folder, "fsdp-straight", 0))
+
+
 class BuiltLate(Sharded):
     def __init__(self, **options):
         super().__init__(**options)
