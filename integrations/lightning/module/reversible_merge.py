@@ -36,6 +36,7 @@ from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_m
 from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.plan import Plan
+from lora_plugins.utils import ending
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,15 @@ def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = 
 @contextmanager
 def temporarily_merged(target: nn.Module, max_error: float, *, dequantize: bool) -> Iterator[ReversibleMerge]:
     """Merges inside a `with` block."""
-    result = merge_reversibly(target, max_error, dequantize=dequantize)
-    try:
-        yield result
-    finally:
-        result.undo(target)
+    merges: list[ReversibleMerge] = []
+
+    def undo() -> None:
+        if merges and model_state(target) is None:
+            merges[0].undo(target)
+
+    with ending(undo):
+        merges.append(merge_reversibly(target, max_error, dequantize=dequantize))
+        yield merges[0]
 
 
 def _takes_data(parameter: nn.Parameter, made: Tensor) -> bool:

@@ -17,7 +17,7 @@ from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, M
 from lora_plugins.inplace import unwrapped
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
-from lora_plugins.integrations.lightning.module import merge_reversibly
+from lora_plugins.integrations.lightning.module import merge_reversibly, plain_state_dict, temporarily_merged
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 from tests.state.interrupted import differences, every_line, passed, picture, stopped
 
@@ -435,6 +435,28 @@ class Logits(nn.Sequential):
         return {"logits": super().forward(x)}
 
 
+def stop_everywhere(again, act, x):
+    lines = every_line(passed(lambda: act(again())))
+    for at in lines[:: max(1, len(lines) // 60)]:
+        target, expected = again(), picture(again(), (x,))
+        where, raised = stopped(lambda target=target: act(target), at)
+        assert not raised or not differences(picture(target, (x,)), expected), where
+        if raised:
+            act(target)
+
+
+def adapted(options, normalize):
+    target = Logits(*Classifier().net).eval()
+    if normalize:
+        normalize(target[0])
+    lora = LoraModel(target, LoraConfig(**{"r": 2, "target_modules": ["0"], **options}))
+    with torch.no_grad():
+        for parameter in (p for p in target.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    assert lora.adapters
+    return target
+
+
 @pytest.mark.parametrize(
     ("options", "normalize"),
     [
@@ -450,29 +472,9 @@ class Logits(nn.Sequential):
 class TestInterrupted:
     """A call that is stopped at one of its lines leaves the module as it was, and can be made again."""
 
-    def stop_everywhere(self, again, act, x):
-        lines = every_line(passed(lambda: act(again())))
-        for at in lines[:: max(1, len(lines) // 60)]:
-            target, expected = again(), picture(again(), (x,))
-            where, raised = stopped(lambda target=target: act(target), at)
-            assert not raised or not differences(picture(target, (x,)), expected), where
-            if raised:
-                act(target)
-
-    def adapted(self, options, normalize):
-        target = Logits(*Classifier().net).eval()
-        if normalize:
-            normalize(target[0])
-        lora = LoraModel(target, LoraConfig(**{"r": 2, "target_modules": ["0"], **options}))
-        with torch.no_grad():
-            for parameter in (p for p in target.parameters() if p.requires_grad):
-                parameter.add_(0.1)
-        assert lora.adapters
-        return target
-
     def test_merge(self, options, normalize):
-        self.stop_everywhere(
-            lambda: self.adapted(options, normalize),
+        stop_everywhere(
+            lambda: adapted(options, normalize),
             lambda target: merge_reversibly(target, dequantize=True),
             torch.randn(4, 4),
         )
@@ -481,8 +483,16 @@ class TestInterrupted:
         merges = {}
 
         def merged():
-            target = self.adapted(options, normalize)
+            target = adapted(options, normalize)
             merges[target] = merge_reversibly(target, dequantize=True)
             return target
 
-        self.stop_everywhere(merged, lambda target: merges[target].undo(target), torch.randn(4, 4))
+        stop_everywhere(merged, lambda target: merges[target].undo(target), torch.randn(4, 4))
+
+
+def test_interrupted_export_leaves_the_adapter_on():
+    def export(target):
+        with temporarily_merged(target):
+            plain_state_dict(target)
+
+    stop_everywhere(lambda: adapted({}, None), export, torch.randn(4, 4))
