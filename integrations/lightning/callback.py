@@ -84,6 +84,7 @@ from lora_plugins.integrations.lightning.strategies import (
     check_trainer,
     follow_building,
     is_sharded,
+    start_as_first,
     take_type_of_precision,
     warn_if_spawned,
 )
@@ -563,6 +564,7 @@ class LoraCallback(Callback):
         add_adapter(target, self.adapter_name, config, data)
         if is_sharded(trainer):
             take_type_of_precision(target, self.adapter_name, trainer)
+            start_as_first(target, self.adapter_name, trainer)
         LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
         if not is_sharded(trainer):
             start_alike(module, find_copies(module), self.adapter_name)

@@ -13,6 +13,7 @@ from lora_plugins.integrations.lightning.strategies.sharding import (
     check_not_wrapped,
     check_shardable,
     is_sharded,
+    start_as_first,
     take_type_of_precision,
 )
 from lora_plugins.integrations.lightning.strategies.supported import (
@@ -35,6 +36,7 @@ __all__ = [
     "follow_building",
     "gather_adapter",
     "is_sharded",
+    "start_as_first",
     "take_type_of_precision",
     "warn_if_spawned",
 ]

@@ -59,6 +59,20 @@ def take_type_of_precision(target: nn.Module, adapter: str, trainer: Trainer) ->
             parameter.data = parameter.data.to(dtype)
 
 
+def start_as_first(target: nn.Module, adapter: str, trainer: Trainer) -> None:
+    """Gives all processes the adapter of the first one, since shards of different draws are no start of an init.
+
+    Args:
+        target: The adapted module.
+        adapter: The adapter's name.
+        trainer: The trainer. All processes have to call this together.
+    """
+    own = [parameter for layer in target.modules() for parameter in adapter_parameters(layer, adapter)]
+    first = trainer.strategy.broadcast([parameter.data for parameter in own])
+    for parameter, data in zip(own, first, strict=True):
+        parameter.data = data
+
+
 def check_not_sharded(target: nn.Module, why: object) -> None:
     """Checks that a module which could not be adapted before is not sharded yet.
 

@@ -28,6 +28,8 @@ warnings.simplefilter("ignore")
 warnings.filterwarnings("default", message=".*(got no gradient|will have no adapter)")  # ours
 
 
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
 LEARNED = {
     "eva": LoraConfig(r=2, target_modules=["net.0", "net.3"], init="eva", init_options={"rho": 1.5}),
     "lora_ga": LoraConfig(r=1, target_modules=["net.0", "net.3"], init="lora_ga"),
@@ -185,7 +187,7 @@ def fsdp(folder: Path) -> None:
 
 
 def sharded(folder: Path, kind: str, cls: type) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(1 + RANK)  # each process draws for itself
 
     def trainer_of(name, epochs=1):
         adapter = str(folder / f"{kind}-{name}-adapter")
@@ -203,11 +205,10 @@ def sharded(folder: Path, kind: str, cls: type) -> None:
 
 def learned(folder: Path) -> None:
     """Each rank sees its own half of the data, and has a seed of its own."""
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
     for name, config in LEARNED.items():
-        torch.manual_seed(rank)
+        torch.manual_seed(RANK)
         dataset, module = loader().dataset, NoNorm()
-        halves = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)
+        halves = DistributedSampler(dataset, num_replicas=2, rank=RANK, shuffle=False)
         data = DataLoader(dataset, batch_size=4, sampler=halves)
         lora = LoraCallback(config, print_plan=False, merge_on_fit_end=False)
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
