@@ -1,7 +1,7 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, Plan
 from lora_plugins.adapter import freeze_new_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -267,8 +267,7 @@ class LoraCallback(Callback):
         if stage == "fit":
             check_callbacks(trainer)
             check_distinct(places_of_results(trainer))
-            if writes_files(trainer):
-                check_places(self.adapter_files, self.export_to)
+            check_by_writer(trainer, lambda: check_places(self.adapter_files, self.export_to))
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
         shims = self._module_shims = MethodShims(pl_module)
@@ -309,11 +308,9 @@ class LoraCallback(Callback):
         check_not_replaced(target, self.adapter_name)
         freeze_new_norms(target)  # those that Trainer(sync_batchnorm=True) has made
         self._check_mergeable(trainer, target)
-        if trainer.is_global_zero:
-            check_expressible(self.adapter_files, target, self.adapter_name)
+        check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
-        if writes_files(trainer):
-            check_room(self.adapter_files, self.export_to, plan)
+        check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
         forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
@@ -641,3 +638,19 @@ def places_of_results(trainer: Trainer) -> list[str]:
 def writes_files(trainer: Trainer) -> bool:
     """Returns whether this process writes the files of a run."""
     return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def check_by_writer(trainer: Trainer, check: Callable[[], None]) -> None:
+    """Makes a check in the process that writes the files of a run; what it raises, all processes raise.
+
+    One that is refused alone leaves the others waiting for it. All processes have to call this together.
+    """
+    error = None
+    if writes_files(trainer):
+        try:
+            check()
+        except LoraError as refused:
+            error = refused
+    error = trainer.strategy.broadcast(error)
+    if error is not None:
+        raise error

@@ -17,7 +17,7 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import check_count, optional
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
-from lora_plugins.integrations.lightning.callback import writes_files
+from lora_plugins.integrations.lightning.callback import check_by_writer
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
@@ -72,8 +72,8 @@ class SamplePictures(Callback):
         """
         if not isinstance(pl_module, TextToImageTask):
             raise ConfigError(f"SamplePictures needs a TextToImageTask; {type(pl_module).__name__} is none.")
-        if stage == "fit" and writes_files(trainer):
-            check_writable_folder(self.folder, "folder of SamplePictures")
+        if stage == "fit":
+            check_by_writer(trainer, lambda: check_writable_folder(self.folder, "folder of SamplePictures"))
         self._reset()
 
     @rank_zero_only

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
-from lora_plugins.integrations.lightning.callback import lora_callbacks, writes_files
+from lora_plugins.integrations.lightning.callback import check_by_writer, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
@@ -42,8 +42,7 @@ class SavePipeline(Callback):
             return
         if not all(each.merge_on_fit_end for each in lora_callbacks(trainer)):
             raise ConfigError(_NOT_MERGED)
-        if writes_files(trainer):
-            check_writable_folder(self.folder, "folder of SavePipeline")
+        check_by_writer(trainer, lambda: check_writable_folder(self.folder, "folder of SavePipeline"))
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import check_count
-from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, writes_files
+from lora_plugins.integrations.lightning.callback import LoraCallback, check_by_writer, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
@@ -96,8 +96,8 @@ class HtmlReport(Callback):
         """
         if stage == "fit" and not isinstance(pl_module, VisionTask):
             raise ConfigError(f"HtmlReport reports on tasks of lora_plugins; {type(pl_module).__name__} is not one.")
-        if stage == "fit" and writes_files(trainer):
-            check_writable_file(self.path, "path of HtmlReport")
+        if stage == "fit":
+            check_by_writer(trainer, lambda: check_writable_file(self.path, "path of HtmlReport"))
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields
-from lora_plugins.integrations.lightning.callback import writes_files
+from lora_plugins.integrations.lightning.callback import check_by_writer
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.tasks.argument_checks import check_indices, check_path, instance_of
 from lora_plugins.tasks.data import Batch
@@ -88,8 +88,8 @@ class PredictionPicture(Callback):
             raise ConfigError(
                 f"PredictionPicture draws masks; {type(pl_module).__name__} is no SemanticSegmentationTask."
             )
-        if stage == "fit" and writes_files(trainer):
-            check_writable_file(Path(self.path), "path of PredictionPicture")
+        if stage == "fit":
+            check_by_writer(trainer, lambda: check_writable_file(Path(self.path), "path of PredictionPicture"))
 
     @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

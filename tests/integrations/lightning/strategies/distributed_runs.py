@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
 from tests.integrations.lightning.toys import CONFIG, Classifier, loader, trainer
 
@@ -252,6 +252,17 @@ def best(folder: Path) -> None:
     runs = run(folder, "best", strategy, 2, merge_source="best", more=[saver])
     runs.fit(module, loader(), loader())
     torch.save(module.state_dict(), folder / f"best-state-{runs.global_rank}.pt")
+
+
+def refused(folder: Path) -> None:
+    """Only the first process can see that there is no place for its files."""
+    (folder / "file").touch()
+    strategy = DDPStrategy(process_group_backend="gloo")
+    runs = run(folder, "refused", strategy, 1, save_adapter_to=str(folder / "file" / "adapter"))
+    try:
+        runs.fit(NoNorm(), loader())
+    except ConfigError as error:
+        (folder / f"refused-{RANK}.txt").write_text(str(error))
 
 
 def unused(folder: Path) -> None:

@@ -78,6 +78,14 @@ def test_all_ranks_have_the_best_weights_of_the_first(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_ranks_refuse_what_the_first_one_does(tmp_path):
+    launch("refused", tmp_path)
+    first, second = ((tmp_path / f"refused-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert "save_adapter_to is" in first
+
+
+@pytest.mark.slow
 def test_ddp_names_what_is_unused(tmp_path):
     error = launch("unused", tmp_path, code=1)
     assert "spare" in error
