@@ -131,6 +131,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
                 print(f"Ended by SIGTERM, without results. {left}".strip(), file=sys.stderr)
                 raise SystemExit(TERMINATED) from error
             if self.trainer.is_global_zero:
+                self.console.take_written(self.trainer)
                 configs = [str(path) for path in self._section("config") or []]
                 stopped, alone = self.interruption.asked, len(configs) == 1 and not self._flags
                 print_lines(closing_lines(self.trainer, model, self.console, configs, stopped=stopped, alone=alone))

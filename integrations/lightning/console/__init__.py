@@ -1,4 +1,7 @@
-"""What a run shows: the plan, one line for its progress, and where everything is at its end."""
+"""What a run shows: the plan, one line for its progress, and where everything is at its end.
+
+Depends on `shims`.
+"""
 
 from lora_plugins.integrations.lightning.console.bar import is_terminal
 from lora_plugins.integrations.lightning.console.fit_console import FitConsole, tell_written

@@ -1,5 +1,6 @@
 """`FitConsole`: what a run shows on its way, and where everything is when it has ended."""
 
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lora_plugins.integrations.lightning.console.bar import Bar, is_terminal
 from lora_plugins.integrations.lightning.console.main_metric import as_text, shown_metrics
 from lora_plugins.integrations.lightning.console.plan_table import print_lines
+from lora_plugins.integrations.lightning.shims import carried, carry, starts_by_multiprocessing
+
+_WRITTEN = "written"
+"""Under which a process that multiprocessing has started sends what its callbacks have written."""
 
 _UNLIMITED = -1
 """`max_epochs` and `max_steps` of a trainer without such a limit."""
@@ -130,8 +135,16 @@ class FitConsole(Callback):
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the terminal."""
+        """Restores the terminal, and sends what was written to the process that started this one."""
         self._stop()
+        if starts_by_multiprocessing(trainer):
+            carry(trainer, _WRITTEN, pickle.dumps((self.written, self.to_paste)))
+
+    def take_written(self, trainer: Trainer) -> None:
+        """Takes what a process that multiprocessing started has written."""
+        data = carried(trainer, _WRITTEN)
+        if data is not None:
+            self.written, self.to_paste = pickle.loads(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the terminal, for processes that are spawned."""

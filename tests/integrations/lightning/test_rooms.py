@@ -21,7 +21,7 @@ FILES = {str(path.relative_to(FOLDER)): ast.parse(path.read_text()) for path in 
 ARROWS = {
     "module": set(),
     "shims": set(),
-    "console": set(),
+    "console": {"shims"},
     "adapter_files": set(),
     "aliases": set(),
     "class_paths": set(),

@@ -66,4 +66,4 @@ def test_report_counts_what_all_processes_train_on(tmp_path):
 def test_processes_can_be_spawned(tmp_path):
     done, report = fit(tmp_path, "--trainer.strategy", "ddp_spawn", "--trainer.limit_train_batches", "3")
     assert report["facts"]["Environment"]["device"].startswith("2 x")
-    assert "Saved:" in done.stdout
+    assert "Saved:\n  Adapter: runs/cls/adapter\n  Merged model: runs/cls/merged.safetensors\n  Report: " in done.stdout
