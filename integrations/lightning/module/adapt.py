@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
-from lora_plugins.adapter import model_state
+from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing, near
 from lora_plugins.inplace import model_modules, modules_by_name, state_of
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
@@ -32,13 +32,18 @@ def add_adapter(target: nn.Module, name: str, config: LoraConfig, data: Calibrat
 
     Raises:
         TargetError: If the configuration does not fit.
+        StateError: If it cannot be active beside them. The target is unchanged.
     """
     if model_state(target) is None:
         LoraModel(target, config, name, init_data=data)
         return
     lora = LoraModel(target)
-    lora.add_adapter(name, config, init_data=data)
-    lora.set_adapter((*lora.active_adapters, name), weights=(*lora.active_weights.values(), 1.0))
+
+    def add() -> None:
+        lora.add_adapter(name, config, init_data=data)
+        lora.set_adapter((*lora.active_adapters, name), weights=(*lora.active_weights.values(), 1.0))
+
+    whole(target, add)
 
 
 def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:

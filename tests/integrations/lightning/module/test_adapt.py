@@ -62,6 +62,16 @@ class TestRefusedAtOnce:
         with pytest.raises(StateError, match="lie inside one another"):
             trainer(tmp_path, callbacks).fit(Classifier(), loader())
 
+    def test_a_second_one_that_trains_the_same_head(self, tmp_path):
+        module = Classifier()
+        config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+        trainer(tmp_path, [lora(config)]).fit(module, loader())
+        before = values(module)
+        with pytest.raises(StateError, match=r"cannot be active together.*'net\.3\.weight'"):
+            trainer(tmp_path, [lora(config, adapter_name="second")]).fit(module, loader())
+        assert LoraModel(module).adapters.keys() == {"default"}
+        assert not differing(before, values(module))
+
     def test_unknown_target(self, tmp_path):
         with pytest.raises(ValueError, match=r"target is 'nett'.*'net'"):
             trainer(tmp_path, [lora(target="nett")]).fit(Classifier(), loader())
