@@ -1,7 +1,7 @@
 """`LoraCallback`: LoRA over any LightningModule."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import freeze_new_norms, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -107,6 +107,7 @@ from lora_plugins.integrations.lightning.training import (
     set_random_numbers,
     warn_of_left_out,
 )
+from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.plan import forgotten_layers
 
@@ -633,24 +634,3 @@ def places_of_results(trainer: Trainer) -> list[str]:
     callbacks = lora_callbacks(trainer)
     merged = {(each.target, each.export_to) for each in callbacks if each.export_to is not None}
     return [file.path for each in callbacks for file in each.adapter_files] + [path for _, path in merged]
-
-
-def writes_files(trainer: Trainer) -> bool:
-    """Returns whether this process writes the files of a run."""
-    return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def check_by_writer(trainer: Trainer, check: Callable[[], None]) -> None:
-    """Makes a check in the process that writes the files of a run; what it raises, all processes raise.
-
-    One that is refused alone leaves the others waiting for it. All processes have to call this together.
-    """
-    error = None
-    if writes_files(trainer):
-        try:
-            check()
-        except LoraError as refused:
-            error = refused
-    error = trainer.strategy.broadcast(error)
-    if error is not None:
-        raise error

@@ -17,8 +17,8 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import check_count, optional
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
-from lora_plugins.integrations.lightning.callback import check_by_writer
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.integrations.lightning.writer import check_by_writer
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
-from lora_plugins.integrations.lightning.callback import check_by_writer, lora_callbacks
+from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.integrations.lightning.writer import check_by_writer
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.writable import check_writable_folder

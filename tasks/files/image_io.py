@@ -123,6 +123,8 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: If it cannot be read, with its path.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise DataError(f"{path} cannot be read: it is no regular file")
     return decode_image(path, str(path))
 
 

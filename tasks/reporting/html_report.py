@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import check_count
-from lora_plugins.integrations.lightning.callback import LoraCallback, check_by_writer, lora_callbacks
+from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.integrations.lightning.writer import check_by_writer
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json

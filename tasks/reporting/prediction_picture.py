@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields
-from lora_plugins.integrations.lightning.callback import check_by_writer
 from lora_plugins.integrations.lightning.console import tell_written
+from lora_plugins.integrations.lightning.writer import check_by_writer
 from lora_plugins.tasks.argument_checks import check_indices, check_path, instance_of
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.cli import TERMINATED, without_collections
-from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results, writes_files
+from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained
@@ -24,6 +24,7 @@ from lora_plugins.integrations.lightning.cli.interruption import Interruption
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
 from lora_plugins.integrations.lightning.console import FitConsole, print_lines, print_plan
+from lora_plugins.integrations.lightning.writer import writes_files
 
 _FROM_FILE = "sub_configs" if "sub_configs" in signature(ArgumentParser.add_argument).parameters else "enable_path"
 """The option of jsonargparse that lets a section be the path of a file; called otherwise before 4.49."""

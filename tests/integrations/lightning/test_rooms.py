@@ -28,6 +28,7 @@ ARROWS = {
     "checkpoint": {"module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
+    "writer": set(),
     "results": {"adapter_files", "module", "strategies"},
     "callback": {
         "adapter_files",
@@ -39,8 +40,9 @@ ARROWS = {
         "shims",
         "strategies",
         "training",
+        "writer",
     },
-    "cli": {"aliases", "callback", "checkpoint", "console", "module", "shims"},
+    "cli": {"aliases", "callback", "checkpoint", "console", "module", "shims", "writer"},
     "__init__": {"adapter_files", "aliases", "callback", "checkpoint", "cli", "training"},  # its public names
     "__main__": set(),
 }

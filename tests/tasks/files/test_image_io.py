@@ -87,6 +87,13 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, name, content):
         read_image(tmp_path / name)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png cannot be read: it is no regular file"):
+        read_image(tmp_path / "a.png")
+
+
 def test_names_that_the_locale_cannot_read(tmp_path):
     """The files are right, and need no other names."""
     (tmp_path / "caf\xe9").mkdir()

@@ -492,7 +492,7 @@ class TestInterrupted:
 
 def test_interrupted_export_leaves_the_adapter_on():
     def export(target):
-        with temporarily_merged(target):
+        with temporarily_merged(target, 0.01, dequantize=False):
             plain_state_dict(target)
 
     stop_everywhere(lambda: adapted({}, None), export, torch.randn(4, 4))

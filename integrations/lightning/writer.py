@@ -1,0 +1,28 @@
+"""The process that writes the files of a run, and what all processes refuse together with it."""
+
+from collections.abc import Callable
+
+from lightning.pytorch import Trainer
+
+from lora_plugins import LoraError
+
+
+def writes_files(trainer: Trainer) -> bool:
+    """Returns whether this process writes the files of a run."""
+    return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def check_by_writer(trainer: Trainer, check: Callable[[], None]) -> None:
+    """Makes a check in the process that writes the files of a run; what it raises, all processes raise.
+
+    One that is refused alone leaves the others waiting for it. All processes have to call this together.
+    """
+    error = None
+    if writes_files(trainer):
+        try:
+            check()
+        except LoraError as refused:
+            error = refused
+    error = trainer.strategy.broadcast(error)
+    if error is not None:
+        raise error
