@@ -35,8 +35,10 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
         if found:
             return found[0]
     if path.suffix in PICKLED:
+        instead = " Of a training, `lora-plugins export` and `merge` take it." if path.suffix == ".ckpt" else ""
         raise AdapterFileError(
-            f"{path} is a pickle, which can run anything when it is read. Have whoever made it save it as .safetensors."
+            f"{path} is a pickle, which can run anything when it is read. Have whoever made it save it as "
+            f".safetensors.{instead}"
         )
     raise AdapterFileError(
         f"{path} is an adapter of none of the formats {listing(each.name for each in formats)}."

@@ -16,6 +16,12 @@ def test_a_pickle_is_refused_by_name(suffix, tmp_path):
         format_of(path)
 
 
+def test_a_checkpoint_is_told_which_commands_take_it(tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(AdapterFileError, match=r"Of a training, `lora-plugins export` and `merge` take it\.$"):
+        format_of(tmp_path / "last.ckpt")
+
+
 def test_another_file_is_of_no_format(tmp_path):
     path = tmp_path / "adapter.txt"
     path.write_bytes(b"")
