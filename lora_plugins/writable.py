@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_plugins.errors import ConfigError
@@ -19,21 +21,24 @@ def check_writable_file(path: Path, setting: str) -> None:
     Raises:
         ConfigError: If it cannot.
     """
-    if path.is_dir():
-        raise ConfigError(f"{setting} is {path}, which is a folder. Name a file.")
-    check_writable_place(path, setting)
+    with _looking_at(path, setting):
+        if path.is_dir():
+            raise ConfigError(f"{setting} is {path}, which is a folder. Name a file.")
+        _check_place(path, path.parent, setting)
 
 
 def check_writable_place(path: Path, setting: str) -> None:
     """As `check_writable_file`, for what may be a file or a folder."""
-    _check_place(path, path.parent, setting)
+    with _looking_at(path, setting):
+        _check_place(path, path.parent, setting)
 
 
 def check_writable_folder(path: Path, setting: str) -> None:
     """As `check_writable_file`, for a folder that may be there or not."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{setting} is {path}, which is a file. Name a folder.")
-    _check_place(path, path, setting)
+    with _looking_at(path, setting):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{setting} is {path}, which is a file. Name a folder.")
+        _check_place(path, path, setting)
 
 
 def check_space(path: Path, needed: int, setting: str) -> None:
@@ -47,12 +52,24 @@ def check_space(path: Path, needed: int, setting: str) -> None:
     Raises:
         ConfigError: If there is less on that disk.
     """
-    free = shutil.disk_usage(_existing(path)).free
+    with _looking_at(path, setting):
+        free = shutil.disk_usage(_existing(path)).free
     if free < needed:
         raise ConfigError(
             f"{setting} is {path}, which takes {needed / MEBIBYTE:,.1f} MiB, and that disk has {free / MEBIBYTE:,.1f} "
             "MiB left. Make room, or name a place on another disk."
         )
+
+
+@contextmanager
+def _looking_at(path: Path, setting: str) -> Iterator[None]:
+    """Names the place that the system refuses to look at, such as one below a folder of somebody else."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} is {path}, which cannot be reached: {error.strerror or error}. Name another place."
+        ) from error
 
 
 def _check_place(path: Path, folder: Path, setting: str) -> None:

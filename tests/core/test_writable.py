@@ -1,6 +1,7 @@
 """Places where something will be written are looked at before it is made."""
 
 import os
+from functools import partial
 
 import pytest
 
@@ -51,6 +52,12 @@ def test_a_folder_that_is_closed_is_named(check, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match=r"nothing can be written in .*closed"):
         check(tmp_path / "closed" / "new", "out")
+
+
+@pytest.mark.parametrize("check", [*CHECKS.values(), partial(check_space, needed=1)], ids=[*CHECKS, "space"])
+def test_a_place_that_cannot_be_looked_at_is_named(check, tmp_path):
+    with pytest.raises(ConfigError, match=r"out is .*x{300}/new, which cannot be reached: File name too long"):
+        check(tmp_path / ("x" * 300) / "new", setting="out")
 
 
 def test_a_folder_is_no_file_and_a_file_is_no_folder(tmp_path):
