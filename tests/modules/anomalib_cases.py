@@ -1,7 +1,6 @@
 """anomalib: flows, students of frozen teachers, autoencoders, without pretrained weights."""
 
 import functools
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from tests.modules.case import Case
-from tests.modules.data import image, loader
+from tests.modules.data import folder_until_exit, image, loader
 
 
 @contextmanager
@@ -56,7 +55,7 @@ def _pictures() -> Path:
     """Writes pictures that a class takes other images from, where it would download a data set."""
     from PIL import Image
 
-    folder = Path(tempfile.mkdtemp())
+    folder = folder_until_exit()
     (folder / "class").mkdir()
     for at in range(4):
         Image.new("RGB", (64, 64), (at * 40, 100, 50)).save(folder / "class" / f"{at}.png")
@@ -68,7 +67,7 @@ def _teachers() -> Path:
     """Writes a teacher of random weights where EfficientAd looks for one that it would download."""
     from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
 
-    folder = Path(tempfile.mkdtemp())
+    folder = folder_until_exit()
     (folder / "efficientad_pretrained_weights").mkdir()
     torch.manual_seed(5)
     teacher = EfficientAdModel(16, "small").teacher

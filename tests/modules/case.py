@@ -2,8 +2,10 @@
 
 import functools
 import math
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -198,10 +200,14 @@ _STEPS: dict[str, Callable[[Run], None]] = {
 def _started(case_id: str) -> Run | Exception:
     from tests.modules.cases import CASES
 
+    folder = Path(tempfile.mkdtemp())
     try:
-        return Run(CASES[case_id], Path(tempfile.mkdtemp()))
+        run = Run(CASES[case_id], folder)
     except Exception as error:  # of whichever package it is
+        shutil.rmtree(folder, ignore_errors=True)
         return error
+    weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
+    return run
 
 
 def forget() -> None:

@@ -1,10 +1,21 @@
 """Small synthetic data, the same each time."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+
+def folder_until_exit() -> Path:
+    """Makes a folder that is removed when Python ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Made(Dataset):

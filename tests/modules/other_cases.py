@@ -1,7 +1,6 @@
 """lightly, deepforest (both import pytorch_lightning) and chemprop."""
 
 import functools
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from unittest import mock
 import torch
 
 from tests.modules.case import Case
-from tests.modules.data import image, loader
+from tests.modules.data import folder_until_exit, image, loader
 
 
 def _features():
@@ -79,7 +78,7 @@ def _trees() -> Path:
     """Writes pictures with a tree each, and the table that says where."""
     from PIL import Image
 
-    folder = Path(tempfile.mkdtemp())
+    folder = folder_until_exit()
     for at in range(4):
         Image.new("RGB", (64, 64), (at * 40, 100, 50)).save(folder / f"{at}.png")
     lines = ["image_path,xmin,ymin,xmax,ymax,label", *(f"{at}.png,8,8,40,40,Tree" for at in range(4))]

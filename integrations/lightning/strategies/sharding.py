@@ -68,9 +68,9 @@ def start_as_first(target: nn.Module, adapter: str, trainer: Trainer) -> None:
         trainer: The trainer. All processes have to call this together.
     """
     own = [parameter for layer in target.modules() for parameter in adapter_parameters(layer, adapter)]
-    first = trainer.strategy.broadcast([parameter.data for parameter in own])
+    first = trainer.strategy.broadcast([parameter.detach().cpu() for parameter in own])
     for parameter, data in zip(own, first, strict=True):
-        parameter.data = data
+        parameter.data = data.to(parameter.device)
 
 
 def check_not_sharded(target: nn.Module, why: object) -> None:
