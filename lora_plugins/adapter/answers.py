@@ -107,7 +107,8 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
             f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} no values that are "
             "dense and finite. Are the weights of that layer finite?"
         )
-    return {name: value.detach().clone() for name, value in returned.items()}
+    # In the order of shapes(), as a loaded adapter has them: optimizers know parameters by their order.
+    return {name: returned[name].detach().clone() for name in expected}
 
 
 def _can_be_saved(name: Any, value: Tensor) -> bool:

@@ -140,6 +140,13 @@ class Views(Gate):
         return scaling * (B @ (A + own["left"])) + B @ A * own["row"]
 
 
+class NamedBackwards(Views):
+    """Names its tensors in another order than its shapes."""
+
+    def first_values(self, weight, A, B, scaling):
+        return dict(reversed(super().first_values(weight, A, B, scaling).items()))
+
+
 def first(**values):
     return type("Gate", (Gate,), {"first": values or None})()
 
@@ -204,6 +211,16 @@ def adapted(plugin):
 def test_wrong_answers_are_refused_by_name_and_nothing_is_touched(plugin, message):
     with pytest.raises(PluginError, match=message):
         adapted(plugin)
+
+
+def test_own_tensors_have_the_order_of_shapes_as_loaded_ones_have(tmp_path):
+    """The state of an optimizer, which knows parameters by their order, then belongs to the loaded adapter too."""
+    lora, base = adapted(NamedBackwards())
+    lora.save_adapter(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.load_state_dict(base)
+    LoraModel.load_adapter(model, tmp_path, registry=registry_of(NamedBackwards()))
+    assert [name for name, _ in lora.model.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
 def test_an_update_of_another_shape_is_not_broadcast():
