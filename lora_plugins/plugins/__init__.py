@@ -28,9 +28,10 @@ from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
 from lora_plugins.plugins.lazy_weights import LazyWeights
 from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, found_plugins, registry_of
+from lora_plugins.plugins.owned import Owned, PluginInfo
 from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
-from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.plugins.registry import Registry
 from lora_plugins.plugins.slot import Slot
 from lora_plugins.plugins.storage import STORAGES, Storage, StoragePlugin, storage_options
 from lora_plugins.plugins.term import Rescaling, StackedAdapters, Term, add_delta, add_updates, joined, sum_of_deltas

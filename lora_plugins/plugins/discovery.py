@@ -15,7 +15,7 @@ from typing import Any
 from lora_plugins.errors import PluginError
 from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins.kind import GROUP
-from lora_plugins.plugins.registry import PluginInfo
+from lora_plugins.plugins.owned import PluginInfo
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
 """Environment variable with the names of plugins that are not loaded, separated by commas.

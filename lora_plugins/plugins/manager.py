@@ -19,8 +19,9 @@ from lora_plugins.plugins.discovery import sources
 from lora_plugins.plugins.hookspecs import KINDS
 from lora_plugins.plugins.kind import GROUP, PluginKind
 from lora_plugins.plugins.overrides import replaced
+from lora_plugins.plugins.owned import Owned, PluginInfo
 from lora_plugins.plugins.registrar import Registrar
-from lora_plugins.plugins.registry import Owned, PluginInfo, Registry
+from lora_plugins.plugins.registry import Registry
 
 TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 """Environment variable; if it is set, every call of a hook is written to stderr."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from lora_plugins.plugins.discovery import BLOCK_VARIABLE
 from lora_plugins.plugins.kind import P, PluginKind
-from lora_plugins.plugins.registry import Owned
+from lora_plugins.plugins.owned import Owned
 
 
 def replaced(kind: PluginKind[P], owned: Iterable[Owned[P]]) -> tuple[list[tuple[Owned[P], Owned[P]]], list[str]]:
@@ -20,7 +20,7 @@ def replaced(kind: PluginKind[P], owned: Iterable[Owned[P]]) -> tuple[list[tuple
     """
     pairs, clashes = [], []
     for what, claim in kind.claims.items():
-        for key, group in _grouped(claim, owned).items():
+        for key, group in grouped(claim, owned).items():
             overriding = [each for each in group if each.override]
             rivals = overriding if len(overriding) > 1 else [each for each in group if not each.override]
             if len(rivals) > 1:
@@ -30,7 +30,8 @@ def replaced(kind: PluginKind[P], owned: Iterable[Owned[P]]) -> tuple[list[tuple
     return pairs, clashes
 
 
-def _grouped(claim: Callable[[P], str], owned: Iterable[Owned[P]]) -> dict[str, list[Owned[P]]]:
+def grouped(claim: Callable[[P], str], owned: Iterable[Owned[P]]) -> dict[str, list[Owned[P]]]:
+    """Returns the objects by what they claim."""
     groups: dict[str, list[Owned[P]]] = {}
     for each in owned:
         groups.setdefault(claim(each.plugin), []).append(each)

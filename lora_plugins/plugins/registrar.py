@@ -5,7 +5,7 @@ from typing import Generic
 
 from lora_plugins.errors import PluginError
 from lora_plugins.plugins.kind import P, PluginKind
-from lora_plugins.plugins.registry import Owned, PluginInfo
+from lora_plugins.plugins.owned import Owned, PluginInfo
 
 
 class Registrar(Generic[P]):

@@ -110,6 +110,22 @@ class TestLookup:
         assert registry.layer_for(nn.Bilinear) is plugin
         assert class_path("torch.nn.Bilinear") == class_path(nn.Bilinear)
 
+    def test_two_paths_that_lead_to_one_class_are_a_clash_once_it_is_imported(self, monkeypatch):
+        plugins = [variant(Layer, name=name, module_type=f"{name}.Layer") for name in ("one", "two")]
+        registry = build_registry([(each.name, layers(each)) for each in plugins])
+        for each in plugins:
+            monkeypatch.setitem(sys.modules, each.name, SimpleNamespace(Layer=nn.Bilinear))
+        with pytest.raises(PluginError, match=r"Two plugins own the module class 'torch\S*Bilinear': 'one'.*'two'"):
+            registry.layer_for(nn.Bilinear)
+        assert registry.layer_for(nn.Linear).name == "linear"
+
+    def test_of_two_paths_to_one_class_the_one_that_overrides_is_taken(self, monkeypatch):
+        plugins = [variant(Layer, name=name, module_type=f"{name}.Layer") for name in ("one", "two")]
+        registry = build_registry([("one", layers(plugins[0], override=True)), ("two", layers(plugins[1]))])
+        for each in plugins:
+            monkeypatch.setitem(sys.modules, each.name, SimpleNamespace(Layer=nn.Bilinear))
+        assert registry.layer_for(nn.Bilinear) is plugins[0]
+
     def test_a_path_imports_nothing(self, monkeypatch):
         class Lazy(ModuleType):
             def __getattr__(self, name):
@@ -134,7 +150,7 @@ class TestInfo:
         assert PluginInfo("a", "b", "1", error=ImportError("no libx")).state == "failed: ImportError: no libx"
 
 
-def layers(*plugins):
+def layers(*plugins, override=False):
     """A plugin object, as an entry point would name one, that registers layer types."""
     from lora_plugins import hookimpl
 
@@ -142,6 +158,6 @@ def layers(*plugins):
         @hookimpl
         def lora_plugins_register_layers(self, registrar):
             for plugin in plugins:
-                registrar.add(plugin)
+                registrar.add(plugin, override=override)
 
     return Plugin()
