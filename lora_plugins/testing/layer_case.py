@@ -241,8 +241,21 @@ def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None =
         module.training = modules[name].training
     for name, value in updated(case.plugin, layer, {"default": 1.0} if weights is None else weights).items():
         delattr(reference.layer, name)
-        setattr(reference.layer, name, value)
+        setattr(reference.layer, name, _WithDenseGradient.apply(value))  # type: ignore[no-untyped-call]
     return reference
+
+
+class _WithDenseGradient(torch.autograd.Function):
+    """Hands a gradient on as a dense one: an untouched layer may give a sparse one, which only a leaf can take."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def adapter_leaves(layer: nn.Module) -> list[nn.Parameter]:

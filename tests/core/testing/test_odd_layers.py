@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins import RowMajorPlugin, Slot
+from lora_plugins import ColumnMajorPlugin, RowMajorPlugin, Slot
 from lora_plugins.testing import CheckError, check_layer_plugin
 
 
@@ -260,3 +260,25 @@ def test_a_branch_for_dropout_alone_passes():
 def test_a_branch_for_dropout_alone_is_checked_as_any_other(plugin, said):
     with pytest.raises(CheckError, match=said):
         check_layer_plugin(plugin, Glu, lambda layer: torch.randn(5, 4))
+
+
+class BagPlugin(ColumnMajorPlugin):
+    """A layer whose gradients are sparse, unless its class says otherwise while it is adapted."""
+
+    name = "embedding_bag"
+    module_type = nn.EmbeddingBag
+    lookup = True
+    class_attributes = {"sparse": property(lambda layer: False)}  # noqa: RUF012
+
+    def biases(self, layer):
+        return []
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_layer_of_sparse_gradients_passes(sparse):
+    def bags(layer):
+        return torch.tensor([[0, 1, 1], [6, 4, 2]])
+
+    check_layer_plugin(
+        BagPlugin(), nn.EmbeddingBag, bags, [{"num_embeddings": 7, "embedding_dim": 4, "sparse": sparse}]
+    )
