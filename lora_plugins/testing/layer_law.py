@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import near
+from lora_plugins.errors import listing, near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
@@ -53,6 +53,11 @@ def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Te
             has_it = isinstance(getattr(layer, slot.tensor, None), Tensor)
             known = near(slot.tensor, layer._parameters)
             require(has_it, f"{method}() names the weight {slot.tensor!r}, which the layer does not have. {known}")
+            require(
+                not isinstance(getattr(type(layer), slot.tensor, None), property),
+                f"{method}() names {slot.tensor!r}, a property that no update can be merged into. Name the parameters "
+                f"that it is computed from, a slot for each: {listing(layer._parameters)}",
+            )
             yield slot, detached_weight(layer, slot.tensor)
 
 

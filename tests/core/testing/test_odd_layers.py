@@ -48,6 +48,19 @@ class WrongPlugin(OddPlugin):
         return Answer(F.linear(batch["x"], base["weight"]), 5)
 
 
+class Computed(Odd):
+    """Has a weight that it computes at each read."""
+
+    kernel = property(lambda layer: 2 * layer.weight)
+
+
+class ComputedPlugin(OddPlugin):
+    module_type = Computed
+
+    def slots(self, layer):
+        return [Slot("kernel")]
+
+
 class SlotsOfOneName(OddPlugin):
     def slots(self, layer):
         return [Slot("weight"), Slot("weight")]
@@ -73,12 +86,13 @@ def test_what_a_dataclass_holds_is_compared():
         (OddPlugin(), {"answer": SimpleNamespace}, "the layer gives a SimpleNamespace, and the kit looks for tensors"),
         (OddPlugin(), {"dtype": torch.cfloat}, r"the layer has the complex parameters \['weight'\]"),
         (SlotsOfOneName(), {}, r"slots\(\) gives 'weight' and 'weight' the part ''"),
+        (ComputedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each: 'weight'"),
     ],
-    ids=["no tensors", "complex", "one part"],
+    ids=["no tensors", "complex", "one part", "computed"],
 )
 def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     with pytest.raises(CheckError, match=message) as caught:
-        check(plugin, **options)
+        check_layer_plugin(plugin, plugin.module_type, lambda layer: ({"x": torch.randn(3, 5)},), [options])
     assert caught.value.check == "registration"
 
 
