@@ -58,7 +58,8 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     Raises:
         ConfigError: If something else is given, or a path twice.
     """
-    entries = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    several = [] if given is None else given
+    entries = list(several) if isinstance(several, Sequence) and not isinstance(several, str) else [several]
     files = tuple(AdapterFile(str(entry)) if isinstance(entry, str | Path) else entry for entry in entries)
     for file in files:
         if not isinstance(file, AdapterFile) or not isinstance(file.path, str | Path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import UserList
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,13 @@ class TestRoom:
 
     def test_enough_is_enough(self, tmp_path):
         check_room(adapter_files(str(tmp_path / "adapter")), str(tmp_path / "merged.safetensors"), self.plan())
+
+
+@pytest.mark.parametrize("several", [list, tuple, UserList], ids=lambda several: several.__name__)
+def test_several_files_come_in_a_list_of_any_class(several):
+    """As those of a library of configurations, which has a class of its own."""
+    files = adapter_files(several(["ours", AdapterFile("other", "peft")]))
+    assert [(file.path, file.format) for file in files] == [("ours", "lora_plugins"), ("other", "peft")]
 
 
 class Described(Classifier):
