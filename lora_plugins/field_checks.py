@@ -31,11 +31,16 @@ def check_fields(given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits."""
+    """Returns a value for a message, cut where it is long; Python refuses to write integers of thousands of digits.
+
+    Its class is named where it could be taken for another one: a list of a class of its own is written as a list is.
+    """
+    kind = type(value)
     try:
-        return reprlib.repr(value)
+        text = reprlib.repr(value)
     except ValueError:
-        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {kind.__name__}"
+    return text if kind.__module__ == "builtins" or kind.__name__ in text else f"{text} of the class {kind.__name__}"
 
 
 def finite(what: str, value: Any) -> float:

@@ -8,6 +8,7 @@ from collections import UserDict, UserList
 import pytest
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
+from lora_plugins.field_checks import check_names
 from lora_plugins.words import FIELDS
 
 BAD = {
@@ -177,3 +178,8 @@ class TestWordsOfPeft:
 
     def test_the_signature_is_that_of_the_fields(self):
         assert [*inspect.signature(LoraConfig).parameters] == [field.name for field in dataclasses.fields(LoraConfig)]
+
+
+def test_a_list_of_a_class_of_its_own_is_not_shown_as_a_list():
+    with pytest.raises(ConfigError, match=r"^names is a list of names, not \['a'\] of the class UserList\.$"):
+        check_names("names", UserList(["a"]))
