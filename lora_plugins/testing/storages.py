@@ -197,7 +197,7 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
     Check(
         "dense",
         _dense,
-        "restore gives float32 in the shape of the weight, near to it",
+        "restore gives float32 in the shape of the weight, off by less than half of its norm",
         "sizes that the blocks do not divide are cut or filled up at the wrong end.",
     ),
     Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
