@@ -6,9 +6,9 @@ inputs first, so there the matrix is transposed: A is (r, in) and B is (out/grou
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lora_plugins.kernels import Geometry, lora_conv, lora_rescaled, rescaled_we
 from lora_plugins.plugins import (
     BranchUse,
     ColumnMajorPlugin,
+    LayerPlugin,
     RowMajorPlugin,
     Slot,
     StackedAdapters,
@@ -71,9 +72,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         if not any(term.dropout for term in terms):
             y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
             return y
-        kernels = [self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
-        updates = [layer._conv_forward(term.drop(x), kernel, None) for term, kernel in zip(terms, kernels, strict=True)]
-        return add_updates(layer._conv_forward(x, weight, layer.bias), updates)
+        return convolved_apart(self, layer._conv_forward, x, weight, layer.bias, terms)
 
     def mixed(self, layer: Conv, base: Mapping[str, Tensor], adapters: StackedAdapters, x: Tensor) -> Tensor:
         """Convolves each image with its own update, all at once as groups of one image with many channels."""
@@ -100,6 +99,20 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
             for term in terms:
                 weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
         return weight
+
+
+def convolved_apart(
+    plugin: LayerPlugin[Any],
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+) -> Tensor:
+    """Convolves `x` with the untouched kernel, and the dropped `x` with each update; `convolve` takes a bias last."""
+    kernels = [plugin.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
+    updates = [convolve(term.drop(x), kernel, None) for term, kernel in zip(terms, kernels, strict=True)]
+    return add_updates(convolve(x, weight, bias), updates)
 
 
 def _with_delta(term: Term, weight: Tensor) -> Term:
@@ -218,9 +231,12 @@ class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
             layer.dilation,  # type: ignore[arg-type]
         )
         options = (layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-        kernels = [self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
-        updates = [convolve(term.drop(x), kernel, None, *options) for term, kernel in zip(terms, kernels, strict=True)]
-        return add_updates(convolve(x, weight, layer.bias, *options), updates)
+
+        def with_options(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+            y: Tensor = convolve(x, kernel, bias, *options)
+            return y
+
+        return convolved_apart(self, with_options, x, weight, layer.bias, terms)
 
 
 class ConvTranspose1dPlugin(_ConvTransposePlugin):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from lora_plugins.layers.conv import convolved_apart
 from lora_plugins.plugins import BranchUse, RowMajorPlugin, Slot, StackedAdapters, Term, add_updates
 from lora_plugins.utils import in_full
 
@@ -45,13 +46,11 @@ class DeformConv2dPlugin(RowMajorPlugin["DeformConv2d"]):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
-        weight = base["weight"]
-        kernels = [self.from_matrix(term.delta_weight(), weight.shape).to(weight.dtype) for term in terms]
-        updates = [
-            _convolved(layer, term.drop(x), kernel, None, offset, mask)
-            for term, kernel in zip(terms, kernels, strict=True)
-        ]
-        return add_updates(_convolved(layer, x, weight, layer.bias, offset, mask), updates)
+
+        def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+            return _convolved(layer, x, kernel, bias, offset, mask)
+
+        return convolved_apart(self, convolve, x, base["weight"], layer.bias, terms)
 
     def mixed(
         self,
