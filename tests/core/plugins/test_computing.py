@@ -31,6 +31,7 @@ class Built(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class BuiltAgain(Built):
