@@ -85,6 +85,10 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and ADAPTER_NAME.fullmatch(value) is not None
 
 
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
 
@@ -101,6 +105,7 @@ def _is_fingerprint(value: Any) -> bool:
 _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "adapter_name": _is_name,
     "config": lambda value: isinstance(value, dict),
+    "layer_types": lambda value: value is None or _is_list_of_names(value),
     "layers": _maps_to(lambda layer: isinstance(layer, dict)),
     "ranks": lambda value: value is None or _maps_to(_is_rank)(value),
     "tensors": lambda value: isinstance(value, dict),

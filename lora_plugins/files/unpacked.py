@@ -68,7 +68,7 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
         names = [name for entry in model_modules(model) for name in entry.names]
         check_root(manifest["layers"], set(names))
         check_patterns(config, names)
-        plan = make_plan(model, config, registry, restoring=True)
+        plan = make_plan(model, config, _registry_then(manifest, registry), restoring=True)
         plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
         plan = with_stored(plan, model, manifest.get("stored") or {}, registry)
     _compare_layers(manifest["layers"], plan)
@@ -87,6 +87,12 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
     values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
     stored = new_checked(model, plan, content, manifest.get("stored") or {})
     return UnpackedAdapter(plan, content, values, stored, registry)
+
+
+def _registry_then(manifest: Mapping[str, Any], registry: Registry) -> Registry:
+    """The layer types that the adapter was made with: a plugin that came since does not change what "all" meant."""
+    types = manifest.get("layer_types")
+    return registry if types is None else registry.with_layer_types(types)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Plan:
         stored: How weights are stored, by full name; those that are not there stay as they are.
         ranks: Ranks that the init gave in place of the config's, by layer name; 0 where a layer was left out.
         left_out: What `target_modules="all"` does not adapt though it has weights that could be, one entry a type.
+        layer_types: The names of all layer types that there were: what "all" meant.
     """
 
     config: LoraConfig
@@ -41,6 +42,7 @@ class Plan:
     stored: Mapping[str, Storage] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    layer_types: tuple[str, ...] = ()
 
     @property
     def init_options(self) -> Mapping[str, Any]:

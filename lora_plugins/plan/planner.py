@@ -22,6 +22,7 @@ from lora_plugins.plan.survey import survey
 from lora_plugins.plan.targets import left_out, saved_modules, target_sites
 from lora_plugins.plan.ties import Target, grouped
 from lora_plugins.plugins import (
+    LAYERS,
     InitPlugin,
     PlannedLayer,
     Registry,
@@ -120,6 +121,7 @@ def planned(
         base_parameters=sum(parameter.size for parameter in survey.parameters.values()),
         trained_parameters=sum(survey.parameters[name].size for name in trained),
         left_out=left_out(config, survey, saved),
+        layer_types=tuple(sorted(registry.of(LAYERS))),
         stored=stored,
     )
 

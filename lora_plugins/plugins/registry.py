@@ -1,7 +1,7 @@
 """What the installed plugins provide: lookup of layer types by module class, and of everything by name."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,16 @@ class Registry:
             raise PluginError("\n".join(clashes))
         gone = [id(loser) for loser, _ in pairs]
         return next((each.plugin for each in owners if id(each) not in gone), None)
+
+    def with_layer_types(self, names: Iterable[str]) -> "Registry":
+        """Returns the registry with those layer types alone, and with those that had one of the names before."""
+        wanted = set(names)
+        kept = {
+            name: owned
+            for name, owned in self.of(LAYERS).items()
+            if not wanted.isdisjoint((name, *owned.plugin.former_names))
+        }
+        return replace(self, by_kind={**self.by_kind, LAYERS.name: kept})
 
     def absent(self) -> str:
         """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""

@@ -36,6 +36,9 @@ from lora_plugins.integrations.lightning.module import (
 )
 from lora_plugins.utils import plain_name
 
+_MAY_DIFFER = ("changed", "layer_types")
+"""Entries of a manifest: LoftQ changes the base otherwise on another machine, and plugins may have come since."""
+
 
 def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Puts the adapters of a checkpoint on a module and returns the checkpoint with complete state dicts.
@@ -138,8 +141,8 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
         return _Located(target, name, packed, is_present=False, own=None)
     check_same_config(name, state.adapters[name].plan.config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
-    if own is not None and own.manifest["changed"] != packed.manifest["changed"]:
-        own = None  # LoftQ changes the base, otherwise than in the file on another machine
+    if own is not None and any(own.manifest.get(part) != packed.manifest.get(part) for part in _MAY_DIFFER):
+        own = None
     if own is not None:
         check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)

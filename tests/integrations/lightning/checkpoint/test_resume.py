@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
 
-from lora_plugins import LoraModel, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.plugins import default_registry
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
 CASES = {
@@ -229,3 +231,66 @@ class Order(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.append(batch[0])
+
+
+FURTHER_TYPE = """
+from torch import nn
+
+from lora_plugins import RowMajorPlugin, hookimpl
+
+
+class PairsPlugin(RowMajorPlugin):
+    name = "pairs"
+    module_type = nn.Bilinear
+
+
+@hookimpl
+def lora_plugins_register_layers(registrar):
+    registrar.add(PairsPlugin())
+"""
+
+
+class Squared(nn.Bilinear):
+    def forward(self, x):
+        return super().forward(x, x)
+
+
+class WithPairs(Classifier):
+    """Has a layer of a type that is adapted where there is a plugin for it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net.append(Squared(3, 3, 3))
+
+
+@pytest.fixture
+def further_type(tmp_path, monkeypatch):
+    """Returns what installs a plugin for a further layer type."""
+
+    def install():
+        path = tmp_path / "further.py"
+        path.write_text(FURTHER_TYPE)
+        monkeypatch.setenv("LORA_PLUGINS_LOAD", str(path))
+        default_registry.cache_clear()
+
+    yield install
+    default_registry.cache_clear()
+
+
+def test_resume_where_a_plugin_for_a_further_layer_type_has_come_since(tmp_path, further_type):
+    config = LoraConfig(r=2, target_modules="all")
+    torch.manual_seed(5)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    straight = run(tmp_path, config, 4, saver)
+    straight.fit(WithPairs(dropout=0.2), loader(shuffle=True))
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+    further_type()
+    resumed = run(tmp_path, config, 4)
+    resumed.fit(WithPairs(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    anew = WithPairs()
+    run(tmp_path, config, 1).fit(anew, loader())
+    assert "net.5" in {layer.name for layer in LoraModel(anew).plans["default"].layers}
