@@ -45,7 +45,7 @@ class VariantPlugin(ABC):
         """Returns the first values of the variant's own tensors, by name.
 
         It draws no random numbers, since all processes of a run have to agree: values that shall differ come from
-        those of A, which the init drew, as `A.flip(0)` does.
+        those of A, which the init drew, as `A.flip(0)` does. In layers that look rows up, A is zero and B is drawn.
 
         Args:
             weight: `W`, `(out, in)`, as the init left it.

@@ -20,8 +20,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 5),
     "conv2d": lambda: nn.Conv2d(4, 6, 3, groups=2),
     "two parts of a linear": lambda: nn.Linear(6, 9),
+    "embedding": lambda: nn.Embedding(7, 5),
 }
-INPUTS = {"linear": (3, 6), "conv2d": (3, 4, 5, 5), "two parts of a linear": (3, 6)}
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "linear": lambda: torch.randn(3, 6, dtype=torch.float64),
+    "conv2d": lambda: torch.randn(3, 4, 5, 5, dtype=torch.float64),
+    "two parts of a linear": lambda: torch.randn(3, 6, dtype=torch.float64),
+    "embedding": lambda: torch.tensor([[0, 3, 1], [5, 2, 3]]),
+}
 PARTS = {"two parts of a linear": {"0": ["q", "v"]}}
 
 
@@ -78,6 +84,11 @@ class VariantCase:
         found = default_registry(allow=()).layer_for(type(LAYERS[self.layer]()))
         return None if found is None else self.variant.refusal(found)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the layer looks rows of its weight up, and so takes no dropout."""
+        return not INPUTS[self.layer]().is_floating_point()
+
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns the output for one batch."""
         return torch.as_tensor(model(self.batch(dtype)))
@@ -85,7 +96,8 @@ class VariantCase:
     def batch(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns one batch, the same each time."""
         with own_randomness(1):
-            return torch.randn(INPUTS[self.layer], dtype=torch.float64).to(self.device, dtype)
+            batch = INPUTS[self.layer]()
+        return batch.to(self.device, dtype if batch.is_floating_point() else batch.dtype)
 
 
 def move(lora: LoraModel) -> LoraModel:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.devices import usable_device
@@ -87,11 +88,16 @@ def _identity(case: VariantCase) -> None:
     require_close("the output at the start", case.run(model), before)
 
 
-def _gradients(case: VariantCase) -> None:
-    lora = case.trained()
+def _tensors(lora: LoraModel) -> list[tuple[str, nn.Parameter]]:
+    """Returns A, B and the variant's own tensors of each slot, by the names that the variant has for them."""
     planned = lora.plans["default"].layers[0]
     layer = lora.model.get_submodule(planned.name)
-    tensors = [pair for slot in planned.slots for pair in slot_tensors(layer, "default", slot).items()]
+    return [pair for slot in planned.slots for pair in slot_tensors(layer, "default", slot).items()]
+
+
+def _gradients(case: VariantCase) -> None:
+    lora = case.trained()
+    tensors = _tensors(lora)
     leaves = [tensor for _, tensor in tensors]
     got, expected = (
         torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)
@@ -101,6 +107,20 @@ def _gradients(case: VariantCase) -> None:
         moved = one is not None and wanted is not None and bool(one.any())
         require(moved, f"{name!r} gets no gradient")
         require_close(f"the gradient of {name!r}", one, wanted)
+
+
+def _trainable(case: VariantCase) -> None:
+    """Requires that each tensor leaves its first value, if need be after others that started at zero left theirs."""
+    lora = case.adapt(case.model())
+    tensors = _tensors(lora)
+    first = [tensor.detach().clone() for _, tensor in tensors]
+    for _ in tensors:
+        loss = case.run(lora.model).sin().sum()
+        with torch.no_grad():
+            for (_, tensor), gradient in zip(tensors, torch.autograd.grad(loss, [t for _, t in tensors]), strict=True):
+                tensor.sub_(gradient, alpha=0.1)
+    still = [name for (name, tensor), value in zip(tensors, first, strict=True) if torch.equal(tensor, value)]
+    require(not still, f"after {len(tensors)} steps, {still} have their first values")
 
 
 def _scaling(case: VariantCase) -> None:
@@ -117,7 +137,7 @@ def _scaling(case: VariantCase) -> None:
 
 
 def _branch(case: VariantCase) -> None:
-    for dropout in (0.0, 0.5):
+    for dropout in (0.0,) if case.looks_up else (0.0, 0.5):
         lora = case.trained(dropout=dropout)
         expected = case.expected(lora)
         for name, context in MODES.items():
@@ -269,7 +289,7 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
     Check(
         "identity",
         _identity,
-        "the adapted model starts as the untouched one, since B starts at zero",
+        "the adapted model starts as the untouched one, since B or, in an embedding, A starts at zero",
         "first_values does not belong to the weight it is handed: the init may have changed it.",
     ),
     Check(
@@ -278,6 +298,13 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
         "A, B and the variant's own tensors get gradients, which are those of delta_weight",
         "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
         "hold constant what row_factors holds constant.",
+    ),
+    Check(
+        "trainable",
+        _trainable,
+        "from the start, A, B and the variant's own tensors all learn",
+        "of two factors both start at zero, so that neither gets a gradient. In an embedding it is A that starts at "
+        "zero, and B is drawn.",
     ),
     Check(
         "scaling",
@@ -353,7 +380,9 @@ def check_variant_plugin(
     skip: Collection[str] = (),
     device: str | torch.device = "cpu",
 ) -> None:
-    """Checks a variant on a linear layer, whole and in parts, and a grouped convolution; it need not be installed.
+    """Checks a variant on a linear layer, whole and in parts, a grouped convolution and an embedding.
+
+    It need not be installed.
 
     Args:
         variant: The plugin.

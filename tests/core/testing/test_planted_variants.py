@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_plugins import VariantPlugin
 from lora_plugins.testing import CheckError, check_variant_plugin
 from lora_plugins.variants.dora import DoraVariant
 
@@ -136,7 +137,38 @@ class HalfAGradient(DoraVariant):
         return (factors + factors.detach()) / 2
 
 
+class Product(VariantPlugin):
+    """The update of LoRA, each value times that of a second product, as in LoHa."""
+
+    name = "product"
+
+    def shapes(self, rows, columns, r):
+        return {"A2": (r, columns), "B2": (rows, r)}
+
+    def first_values(self, weight, A, B, scaling):
+        return {"A2": torch.ones_like(A), "B2": torch.ones_like(B)}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return scaling * (B @ A) * (own["B2"] @ own["A2"])
+
+
+class StartsTwiceAtZero(Product):
+    """Both products start at zero, and each is the factor of the other's gradient."""
+
+    def first_values(self, weight, A, B, scaling):
+        return {"A2": torch.ones_like(A), "B2": torch.zeros_like(B)}
+
+
+class CountsOnADrawnA(Product):
+    """In an embedding, where A starts at zero, both products do."""
+
+    def first_values(self, weight, A, B, scaling):
+        return {"A2": A.flip(0), "B2": torch.ones_like(B)}
+
+
 PLANTED = {
+    StartsTwiceAtZero: "trainable",
+    CountsOnADrawnA: "trainable",
     NoScaling: "scaling",
     DrawsFromTheProcess: "pure",
     DrawsFirstValues: "pure",
@@ -155,6 +187,18 @@ PLANTED = {
     OtherGradient: "gradients",
     HalfAGradient: "gradients",
 }
+
+
+def test_nothing_is_found_where_nothing_is_wrong():
+    check_variant_plugin(Product())
+
+
+def test_a_variant_may_refuse_embeddings():
+    class ButEmbeddings(CountsOnADrawnA):
+        def refusal(self, plugin):
+            return "A has to be drawn" if plugin.lookup else None
+
+    check_variant_plugin(ButEmbeddings(), only=["trainable"])
 
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)

@@ -15,6 +15,7 @@ from tests.core.testing.test_planted_variants import (
     NotFiniteForAZeroRow,
     OnDefaultDevice,
     OnlyRankTwo,
+    StartsTwiceAtZero,
     WrongWithoutGradients,
 )
 
@@ -92,6 +93,7 @@ VIOLATIONS = {
     "shapes": WrongShape,
     "identity": NotAtTheStart,
     "gradients": Detached,
+    "trainable": StartsTwiceAtZero,
     "scaling": NoScaling,
     "branch": WrongWithoutGradients,
     "pure": KeepsItsUpdate,
