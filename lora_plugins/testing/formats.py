@@ -1,9 +1,10 @@
 """The conformance kit for formats of adapter files."""
 
+import copy
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ class FormatCase:
     """What is checked: a format, and how it is asked to write.
 
     Args:
-        plugin: The format.
+        plugin: The format that writes.
+        elsewhere: The format that reads, as another process has it: it has not seen what was written.
         file_name: Name of the file or folder to write.
         options: The options that the format is given.
     """
 
     plugin: AdapterFormat
+    elsewhere: AdapterFormat
     file_name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,7 +104,8 @@ class FormatCase:
 
     def load(self, model: nn.Module, path: Path) -> LoraModel:
         """Puts the adapter of a file on a model; the file has to be recognized."""
-        return LoraModel.load_adapter(model, path, format_options=self.options, registry=self.registry())
+        registry = replace(self, plugin=self.elsewhere).registry()
+        return LoraModel.load_adapter(model, path, format_options=self.options, registry=registry)
 
     def run(self, model: nn.Module) -> Tensor:
         """Returns the output for one batch."""
@@ -115,12 +119,12 @@ def _registration(case: FormatCase) -> None:
 
 def _recognized(case: FormatCase) -> None:
     with case.written() as (_, path):
-        require(case.plugin.recognizes(path), f"{path.name} is not recognized")
+        require(case.elsewhere.recognizes(path), f"{path.name} is not recognized")
         nothing, strange = path.parent / "nothing", path.parent / "strange.safetensors"
         (path.parent / "empty").mkdir()
         strange.write_bytes(b"\xff" * 64)
         for other in (nothing, strange, path.parent / "empty"):
-            require(not case.plugin.recognizes(other), f"{other.name!r} is taken for one of its files")
+            require(not case.elsewhere.recognizes(other), f"{other.name!r} is taken for one of its files")
 
 
 def _output(case: FormatCase) -> None:
@@ -196,7 +200,7 @@ def _damaged(case: FormatCase) -> None:
 
 def _summary(case: FormatCase) -> None:
     with case.written() as (_, path):
-        found = {(layer.r, layer.alpha / layer.r) for layer in case.plugin.summary(path).layers}
+        found = {(layer.r, layer.alpha / layer.r) for layer in case.elsewhere.summary(path).layers}
         require(found == {(2, 2.5), (3, 1.0)}, f"its layers have these ranks and scalings: {sorted(found)}")
 
 
@@ -214,7 +218,7 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "output",
         _output,
         "an adapter that is written and read computes the same in float64",
-        "the scaling, alpha / r, is lost or counted twice; or it is one for all layers.",
+        "the scaling, alpha / r, is lost or counted twice; or it is one for all layers, or kept in the plugin object.",
     ),
     Check(
         "bits",
@@ -281,6 +285,6 @@ def check_format_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name.
     """
-    case = FormatCase(plugin, file_name, options or {})
+    case = FormatCase(plugin, copy.deepcopy(plugin), file_name, options or {})
     for check in chosen(FORMAT_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__}")

@@ -41,12 +41,14 @@ class InitCase:
 
     Args:
         init: The plugin.
+        elsewhere: The plugin as another process has it, which has started nothing yet.
         options: Its options.
         r: The rank.
         layers: Which layers of the model are adapted.
     """
 
     init: InitPlugin
+    elsewhere: InitPlugin
     options: Mapping[str, Any]
     r: int
     layers: tuple[str, ...]

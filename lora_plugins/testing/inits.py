@@ -218,17 +218,11 @@ def _recipe(case: InitCase) -> None:
 
 def _files(case: InitCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        elsewhere = _elsewhere(case)
         lora = case.adapt(case.model(dtype))
-        _load_again(elsewhere, lora, case.model(dtype), f"the loaded model of {dtype}")
+        _load_again(case, lora, case.model(dtype), f"the loaded model of {dtype}")
 
 
-def _elsewhere(case: InitCase) -> InitCase:
-    """Returns the case as another process has it, which has another plugin object."""
-    return replace(case, init=copy.deepcopy(case.init))
-
-
-def _load_again(elsewhere: InitCase, lora: LoraModel, fresh: nn.Module, what: str) -> None:
+def _load_again(case: InitCase, lora: LoraModel, fresh: nn.Module, what: str) -> None:
     """Requires that an adapter, trained, gives the same bits on a fresh model in another process."""
     with torch.no_grad():
         for name, parameter in lora.model.named_parameters():
@@ -236,12 +230,12 @@ def _load_again(elsewhere: InitCase, lora: LoraModel, fresh: nn.Module, what: st
                 parameter.mul_(1.5).add_(0.01)
     with tempfile.TemporaryDirectory() as folder:
         lora.save_adapter(Path(folder))
-        LoraModel.load_adapter(fresh, Path(folder), registry=elsewhere.registry())
+        LoraModel.load_adapter(fresh, Path(folder), registry=replace(case, init=case.elsewhere).registry())
     require_same_state(what, fresh.state_dict(), lora.model.state_dict())
 
 
 def _stored(case: InitCase) -> None:
-    elsewhere, model = _elsewhere(case), case.model()
+    model = case.model()
     untouched = layer_weights(model, case.layers)
     try:
         lora = case.adapt(model, quantize="int8", quantize_options={"min_size": 0})
@@ -251,7 +245,7 @@ def _stored(case: InitCase) -> None:
     if case.init.identity and case.init.changes_base:
         # Rounding is another one than that of the untouched weight, and may be larger than what was taken out.
         _near_start(lora, untouched, layer_weights(model, case.layers), slack=0.1)
-    _load_again(elsewhere, lora, case.model(), "the loaded model with stored weights")
+    _load_again(case, lora, case.model(), "the loaded model with stored weights")
 
 
 def _dtype(case: InitCase) -> None:
@@ -419,7 +413,7 @@ def check_init_plugin(
             raise ConfigError(f"The kit has no layer {name!r}. {near(name, LAYERS)}")
     selected = chosen(INIT_CHECKS, only, skip)
     for each in options:
-        case = InitCase(init, dict(each), r, started)
+        case = InitCase(init, copy.deepcopy(init), dict(each), r, started)
         subject = f"{type(init).__name__}{f' with {dict(each)}' if each else ''}"
         for check in selected:
             checks.run(check, case, subject)

@@ -35,12 +35,14 @@ class StorageCase:
     """What is checked: a storage with options.
 
     Args:
-        plugin: The storage.
+        plugin: The storage that stores.
+        elsewhere: The storage that makes dense, as another process has it: it has not seen what was stored.
         given: The options that it is given.
         device: Where it is checked.
     """
 
     plugin: StoragePlugin
+    elsewhere: StoragePlugin
     given: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = CPU
 
@@ -61,7 +63,11 @@ class StorageCase:
 
     def restore(self, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight of that shape."""
-        return self.plugin.restore(stored, shape, self.options)
+        return self.elsewhere.restore(stored, shape, self.options)
+
+    def rows(self, stored: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
+        """Returns rows of the dense weight of that shape."""
+        return self.elsewhere.rows(stored, index, shape, self.options)
 
 
 def _registration(case: StorageCase) -> None:
@@ -99,9 +105,11 @@ def _outliers(case: StorageCase) -> None:
 
 
 def _bits(case: StorageCase) -> None:
+    elsewhere = [case.elsewhere.store(weight, case.options) for weight in reversed([*case.weights()])]
     threads = torch.get_num_threads()
-    for weight in case.weights():
+    for weight, other in zip(case.weights(), reversed(elsewhere), strict=True):
         stored = case.store(weight)
+        require_same_state("what is stored elsewhere, after other weights,", other, stored)
         try:
             torch.set_num_threads(threads % 2 + 1)
             require_same_state("what is stored with another number of threads", case.store(weight), stored)
@@ -148,7 +156,7 @@ def _made_dense(case: StorageCase, stored: Mapping[str, Tensor], index: Tensor, 
     """Returns the dense weight as it is made by each method."""
     return {
         "restore": case.restore(stored, shape),
-        "rows": case.plugin.rows(stored, index, shape, case.options),
+        "rows": case.rows(stored, index, shape),
     }
 
 
@@ -158,7 +166,7 @@ def _rows(case: StorageCase) -> None:
         dense = case.restore(stored, weight.shape)
         for each in (torch.tensor([0]), torch.arange(len(weight)).flip(0)[:, None], torch.zeros(2, 3).int()):
             index = each.to(case.device)
-            rows = case.plugin.rows(stored, index, weight.shape, case.options)
+            rows = case.rows(stored, index, weight.shape)
             require_close(f"rows of the dense weight of shape {tuple(weight.shape)}", rows, dense[index], 0)
 
 
@@ -197,8 +205,8 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
     Check(
         "dense",
         _dense,
-        "restore gives float32 in the shape of the weight, off by less than half of its norm",
-        "sizes that the blocks do not divide are cut or filled up at the wrong end.",
+        "restore gives float32 in the shape of the weight, off by less than half of its norm, of what is stored alone",
+        "sizes that the blocks do not divide are cut or filled at the wrong end; or the plugin object keeps something.",
     ),
     Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
     Check(
@@ -210,8 +218,10 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
     Check(
         "bits",
         _bits,
-        "the same weight gives the same bits each time, with any number of threads and no random numbers",
-        "a mean over many values, whose order of summation depends on the machine.",
+        "the same weight gives the same bits each time, after whatever weights were stored before, with any number of "
+        "threads and no random numbers",
+        "a mean over many values, whose order of summation depends on the machine; or a table that the plugin object "
+        "learns from the weights that it sees.",
     ),
     Check(
         "untouched",
@@ -271,6 +281,6 @@ def check_storage_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, options or {}, usable_device(device))
+    case = StorageCase(plugin, copy.deepcopy(plugin), options or {}, usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

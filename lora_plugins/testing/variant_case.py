@@ -37,11 +37,13 @@ class VariantCase:
 
     Args:
         variant: The plugin.
+        elsewhere: The plugin as another process has it, which has seen nothing yet.
         layer: Name of the layer, from `LAYERS`.
         device: Where it is checked.
     """
 
     variant: VariantPlugin
+    elsewhere: VariantPlugin
     layer: str
     device: torch.device = CPU
 

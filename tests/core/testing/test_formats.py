@@ -59,6 +59,19 @@ class OneAlpha(PeftFormat):
         return super().save(path, changed(adapter, lambda layer: replace(layer, alpha=3.0)), model, options)
 
 
+class KeepsAlphas(PeftFormat):
+    """In the plugin object."""
+
+    def save(self, path, adapter, model, options):
+        self.kept = {name: layer.alpha for name, layer in adapter.layers.items()}
+        return super().save(path, changed(adapter, lambda layer: replace(layer, alpha=1.0)), model, options)
+
+    def load(self, path, model, options):
+        adapter, kept = super().load(path, model, options), getattr(self, "kept", {})
+        layers = {name: replace(layer, alpha=kept.get(name, layer.alpha)) for name, layer in adapter.layers.items()}
+        return replace(adapter, layers=layers)
+
+
 class Scaled(PeftFormat):
     """Moves a factor from the scaling into B."""
 
@@ -118,7 +131,7 @@ class Silent(PeftFormat):
 VIOLATIONS = {
     "registration": [Unnamed],
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
-    "output": [OneAlpha],
+    "output": [OneAlpha, KeepsAlphas],
     "bits": [Scaled],
     "whole": [LeavesOut, WritesFirst],
     "untouched": [InPlace],

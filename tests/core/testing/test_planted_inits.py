@@ -125,6 +125,20 @@ class WritesTheRecipe(Changing):
         return weight - recipe["B"] @ recipe["A"]
 
 
+class KeepsItsRecipe(Changing):
+    """In the plugin object, by the shape of the weight."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def fill(self, context):
+        self.kept[context.weight.shape] = super().fill(context)
+        return {}
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return super().changed_base(weight, self.kept[weight.shape], scaling, options)
+
+
 class CountsBases(Changing):
     """Right for the first two computations of a base, and no more."""
 
@@ -234,6 +248,11 @@ def test_nothing_is_found_where_nothing_is_wrong(cls):
 def test_a_built_in_init_has_every_rank_that_a_weight_has_room_for(name, r):
     """Also where there are more ranks than the weight has."""
     check_init_plugin(default_registry().get(INITS, name), r=r, only=["trainable"])
+
+
+def test_what_an_earlier_check_leaves_in_the_plugin_object_is_not_there_elsewhere():
+    with pytest.raises(CheckError, match="fails the check 'files'"):
+        check_init_plugin(KeepsItsRecipe(), only=["base", "files"])
 
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)

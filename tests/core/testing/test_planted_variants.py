@@ -166,6 +166,20 @@ class CountsOnADrawnA(Product):
         return {"A2": A.flip(0), "B2": torch.ones_like(B)}
 
 
+class KeepsItsFirstA(Product):
+    """In the plugin object, which another process does not have."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def first_values(self, weight, A, B, scaling):
+        self.kept[A.shape] = A.clone()
+        return super().first_values(weight, A, B, scaling)
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A + self.kept[A.shape].to(A.dtype), B, scaling, own)
+
+
 PLANTED = {
     StartsTwiceAtZero: "trainable",
     CountsOnADrawnA: "trainable",
@@ -199,6 +213,11 @@ def test_a_variant_may_refuse_embeddings():
             return "A has to be drawn" if plugin.lookup else None
 
     check_variant_plugin(ButEmbeddings(), only=["trainable"])
+
+
+def test_what_an_earlier_check_leaves_in_the_plugin_object_is_not_there_elsewhere():
+    with pytest.raises(CheckError, match="KeepsItsFirstA on linear fails the check 'files'"):
+        check_variant_plugin(KeepsItsFirstA())
 
 
 @pytest.mark.parametrize("cls", PLANTED, ids=lambda cls: cls.__name__)

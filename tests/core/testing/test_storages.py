@@ -105,6 +105,31 @@ class KeepsTheDenseWeight(NF4Storage):
         return self.kept[key].view(shape).clone()
 
 
+class KeepsScales(Int8Storage):
+    """In the plugin object, by the shape of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def store(self, weight, options):
+        self.kept[weight.shape] = stored = super().store(weight, options)
+        return {"codes": stored["codes"]}
+
+    def restore(self, tensors, shape, options):
+        return super().restore({**self.kept[shape], **tensors}, shape, options)
+
+
+class LearnsItsRange(Int8Storage):
+    """From the weights that it sees, one after another."""
+
+    largest = torch.zeros(())
+
+    def store(self, weight, options):
+        self.largest = torch.maximum(self.largest, weight.abs().max())
+        return super().store(weight.clamp(-self.largest / 2, self.largest / 2), options)
+
+
 class KeepsRows(NF4Storage):
     def __init__(self):
         super().__init__()
@@ -151,10 +176,10 @@ class Unpacked(NF4Storage):
 VIOLATIONS = {
     "registration": [Unnamed, OwnMinSize],
     "names": [TakenName, FloatingCodes],
-    "dense": [Shifted, Half, TransposedSquare],
+    "dense": [Shifted, Half, TransposedSquare, KeepsScales],
     "zeros": [Shift],
     "outliers": [HalfScales],
-    "bits": [Noisy],
+    "bits": [Noisy, LearnsItsRange],
     "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
