@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
     CPU,
+    MODES,
     Check,
     Named,
     by_name,
@@ -26,8 +28,11 @@ from lora_plugins.testing.check import (
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
-SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,))
-"""Shapes of weights: those of linear layers, square ones too, and kernels, with sizes that no block divides."""
+SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,), (300, 301))
+"""Shapes of weights: those of linear layers, square ones too, and kernels, with sizes that no block divides.
+
+The last one has more than 256 blocks of the usual sizes, and so many values that torch adds them up in threads.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,10 @@ class StorageCase:
         return storage_options(self.plugin, self.given)
 
     def weights(self) -> Iterator[Tensor]:
-        """Yields weights of several shapes, the same each time."""
-        for seed, shape in enumerate(SHAPES):
+        """Yields weights of several shapes, around zero and far from it, the same each time."""
+        for seed, (shape, (mean, deviation)) in enumerate(product(SHAPES, ((0, 1), (3, 0.1)))):
             with own_randomness(seed):
-                yield torch.randn(shape).to(self.device)
+                yield (mean + deviation * torch.randn(shape)).to(self.device)
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
@@ -99,7 +104,7 @@ def _zeros(case: StorageCase) -> None:
 
 def _outliers(case: StorageCase) -> None:
     for weight in case.weights():
-        weight.view(-1)[0] = 1e4
+        weight.view(-1)[0] = 1e5
         dense = case.restore(case.store(weight), weight.shape)
         require(bool(dense.isfinite().all()), "a weight with a large value becomes one that is not finite")
 
@@ -116,7 +121,9 @@ def _bits(case: StorageCase) -> None:
         finally:
             torch.set_num_threads(threads)
         dense = case.restore(stored, weight.shape)
-        require_close("the dense weight, made again", case.restore(stored, weight.shape), dense, 0)
+        for name, context in MODES.items():
+            with context():
+                require_close(f"the dense weight, made again{name},", case.restore(stored, weight.shape), dense, 0)
     before = random_states()
     case.store(torch.ones(64, 64, device=case.device))
     require_unmoved(before)

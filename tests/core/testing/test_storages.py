@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from lora_plugins import StoragePlugin
 from lora_plugins.storages.int8 import Int8Storage
 from lora_plugins.storages.nf4 import NF4Storage
 from lora_plugins.testing import STORAGE_CHECKS, CheckError, check_storage_plugin
@@ -130,6 +131,54 @@ class LearnsItsRange(Int8Storage):
         return super().store(weight.clamp(-self.largest / 2, self.largest / 2), options)
 
 
+class HalfMaxima(NF4Storage):
+    def store(self, weight, options):
+        stored = super().store(weight, {**options, "double_quant": False})
+        return {**stored, "scales": stored["scales"].half()}
+
+    def restore(self, tensors, shape, options):
+        tensors = {**tensors, "scales": tensors["scales"].float()}
+        return super().restore(tensors, shape, {**options, "double_quant": False})
+
+
+class BlocksInAByte(Int8Storage):
+    """Counts blocks in eight bits, so that those behind the 256th are the first ones again."""
+
+    def restore(self, tensors, shape, options):
+        dense, size = super().restore(tensors, shape, options), 256 * options["block_size"]
+        return dense.flatten()[torch.arange(shape.numel()) % size].view(shape)
+
+
+class ClampedZero(StoragePlugin):
+    """Unsigned codes whose zero is one of them, also where no weight of a row is near zero."""
+
+    name = "clamped"
+
+    def store(self, weight, options):
+        rows = weight.reshape(len(weight), -1)
+        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        scales = torch.where(high == low, 1, (high - low) / 255)
+        zeros = (-low / scales).round().clamp(0, 255)
+        codes = (rows / scales + zeros).round().clamp(0, 255)
+        return {"codes": codes.to(torch.uint8), "scales": scales, "zeros": zeros}
+
+    def restore(self, tensors, shape, options):
+        return ((tensors["codes"] - tensors["zeros"]) * tensors["scales"]).view(shape)
+
+
+class StoresMeans(NF4Storage):
+    """Some of whose bits depend on the number of threads where a weight is large."""
+
+    def store(self, weight, options):
+        means = [weight.abs().pow(power / 8).mean() for power in range(1, 17)]
+        return {**super().store(weight, options), "means": torch.stack(means)}
+
+
+class OtherInInference(NF4Storage):
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options) * (1.01 if torch.is_inference_mode_enabled() else 1)
+
+
 class KeepsRows(NF4Storage):
     def __init__(self):
         super().__init__()
@@ -176,10 +225,10 @@ class Unpacked(NF4Storage):
 VIOLATIONS = {
     "registration": [Unnamed, OwnMinSize],
     "names": [TakenName, FloatingCodes],
-    "dense": [Shifted, Half, TransposedSquare, KeepsScales],
+    "dense": [Shifted, Half, TransposedSquare, KeepsScales, BlocksInAByte, ClampedZero],
     "zeros": [Shift],
-    "outliers": [HalfScales],
-    "bits": [Noisy, LearnsItsRange],
+    "outliers": [HalfScales, HalfMaxima],
+    "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference],
     "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
