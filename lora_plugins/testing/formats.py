@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
@@ -76,14 +78,8 @@ class FormatCase:
 
     def trained(self, **fields: Any) -> LoraModel:
         """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
-        config = LoraConfig(
-            r=2,
-            alpha=3.0,
-            target_modules=["to_q", "to_out"],
-            rank_pattern={"to_out": 3},
-            alpha_pattern={"to_q": 5.0},
-            **fields,
-        )
+        layers = {"target_modules": ["to_q", "to_out"], "rank_pattern": {"to_out": 3}, "alpha_pattern": {"to_q": 4.3}}
+        config = LoraConfig(**{"r": 2, "alpha": 3.3, **layers, **fields})
         lora = LoraModel(self.model(), config, registry=self.registry())
         with torch.no_grad(), own_randomness(1):
             for parameter in lora.model.parameters():
@@ -142,6 +138,17 @@ def _bits(case: FormatCase) -> None:
         require_same_state("the model after reading, writing and reading", second.state_dict(), first.state_dict())
 
 
+def _replaced(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        lora, model = case.trained(target_modules=["to_q"], rank_pattern={}, alpha_pattern={}), case.model()
+        case.load(model, case.write(lora, path.parent))
+        require_close(
+            "the output of the loaded model, where an adapter with more layers was written before,",
+            case.run(model),
+            case.run(lora.model),
+        )
+
+
 def _whole(case: FormatCase) -> None:
     for what, fields in ADAPTERS.items():
         lora, model = case.trained(**fields), case.model()
@@ -198,10 +205,22 @@ def _damaged(case: FormatCase) -> None:
             file.write_bytes(data)
 
 
+def _surplus(case: FormatCase) -> None:
+    with case.written() as (_, path):
+        files = [file for file in (path, *path.rglob("*")) if file.suffix == ".safetensors" and file.is_file()]
+        for file in files:
+            data = file.read_bytes()
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+            save_file({**load(data), "surplus": torch.ones(2)}, file, metadata)
+            _refused(case, path, case.model(), f"{file.name} with a tensor 'surplus'")
+            file.write_bytes(data)
+
+
 def _summary(case: FormatCase) -> None:
     with case.written() as (_, path):
         found = {(layer.r, layer.alpha / layer.r) for layer in case.elsewhere.summary(path).layers}
-        require(found == {(2, 2.5), (3, 1.0)}, f"its layers have these ranks and scalings: {sorted(found)}")
+        require(found == {(2, 4.3 / 2), (3, 3.3 / 3)}, f"its layers have these ranks and scalings: {sorted(found)}")
 
 
 _CHECKS: tuple[Check[FormatCase], ...] = (
@@ -227,6 +246,12 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "the scaling is multiplied into A or B, or tensors are cast.",
     ),
     Check(
+        "replaced",
+        _replaced,
+        "an adapter takes the place of what was written to the same path before",
+        "one file for each layer, and whatever lies in the folder is read.",
+    ),
+    Check(
         "whole",
         _whole,
         "an adapter that is more than an A and a B for each layer (use_rslora, a variant, a head, biases, a part of a "
@@ -250,6 +275,13 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         _damaged,
         "a file that was cut is refused with an AdapterFileError, and the model is untouched",
         "an error of a parser is passed on as it is.",
+    ),
+    Check(
+        "surplus",
+        _surplus,
+        "a file of safetensors with a tensor of another name than those that are known is refused with an "
+        "AdapterFileError, and the model is untouched",
+        "tensors are looked up by name, and what was not asked for is left out. It may be a bias or a magnitude.",
     ),
     Check(
         "summary",

@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_plugins import AdapterFileError, ConfigError
+from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.own import OwnFormat
@@ -72,6 +75,12 @@ class KeepsAlphas(PeftFormat):
         return replace(adapter, layers=layers)
 
 
+class WholeAlphas(PeftFormat):
+    def save(self, path, adapter, model, options):
+        whole = changed(adapter, lambda layer: replace(layer, alpha=float(int(layer.alpha))))
+        return super().save(path, whole, model, options)
+
+
 class Scaled(PeftFormat):
     """Moves a factor from the scaling into B."""
 
@@ -123,6 +132,28 @@ class PassesErrorsOn(PeftFormat):
             raise ValueError(str(error)) from error
 
 
+class WhateverLiesThere(PortableFormat):
+    """A file for each layer, with tensors that are asked for by name; all files that lie in the folder are read."""
+
+    name = "files"
+
+    def recognizes(self, path):
+        return path.is_dir() and any(path.glob("*.safetensors"))
+
+    def load(self, path, model, options):
+        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        return PortableAdapter(
+            {name: PortableLayer(each["A"], each["B"], float(each["alpha"])) for name, each in tensors.items()}
+        )
+
+    def save(self, path, adapter, model, options):
+        path.mkdir(exist_ok=True)
+        for name, layer in adapter.layers.items():
+            alpha = torch.tensor(layer.alpha, dtype=torch.float64)
+            save_file({"A": layer.A, "B": layer.B, "alpha": alpha}, path / f"{name}.safetensors")
+        return path
+
+
 class Silent(PeftFormat):
     def summary(self, path):
         return AdapterSummary(())
@@ -131,12 +162,14 @@ class Silent(PeftFormat):
 VIOLATIONS = {
     "registration": [Unnamed],
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
-    "output": [OneAlpha, KeepsAlphas],
+    "output": [OneAlpha, KeepsAlphas, WholeAlphas],
     "bits": [Scaled],
+    "replaced": [WhateverLiesThere],
     "whole": [LeavesOut, WritesFirst],
     "untouched": [InPlace],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
+    "surplus": [WhateverLiesThere],
     "summary": [Silent],
 }
 
