@@ -127,7 +127,7 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = T
         expected: What should have come.
         tolerance: Largest difference, as a share of the largest expected value; 0 for the same bits.
     """
-    got, expected = got.detach(), expected.detach()
+    got, expected = (tensor.detach().to_dense() for tensor in (got, expected))  # torch compares no sparse ones
     found, wanted = (f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in (got, expected))
     require(found == wanted, f"{what} is {found} instead of {wanted}")
     if torch.equal(got, expected) or not expected.numel():

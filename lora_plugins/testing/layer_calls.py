@@ -27,6 +27,7 @@ from lora_plugins.testing.layer_case import (
     batched,
     call,
     config_like,
+    is_dense,
     lawful,
     mapped,
     moved,
@@ -50,7 +51,7 @@ def _calls(case: LayerCase) -> None:
 
 def _ways(layer: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
     """Yields ways to call a layer; not every layer can be called in all of them."""
-    rows, tensors = batched(inputs), [isinstance(x, Tensor) and x.dim() > 1 for x in inputs]
+    rows, tensors = batched(inputs), [is_dense(x) and x.dim() > 1 for x in inputs]
     if any(rows):
         yield "of a batch of none", mapped(inputs, lambda x: x[:0], rows), {}
         yield "of a batch of one", mapped(inputs, lambda x: x[:1], rows), {}
@@ -63,7 +64,7 @@ def _ways(layer: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
             mapped(inputs, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1), tensors),
             {},
         )
-    pictures = [isinstance(x, Tensor) and x.dim() == 4 for x in inputs]
+    pictures = [is_dense(x) and x.dim() == 4 for x in inputs]
     if any(pictures):
         yield (
             "of channels_last",
@@ -120,7 +121,7 @@ def _what_moves(module: nn.Module, inputs: Sequence[Any]) -> set[str]:
     def seen() -> dict[str, Any]:
         tensors = {f"the input {at}": x for at, x in enumerate(inputs) if isinstance(x, Tensor)}
         return {
-            **{name: tensor.detach().clone() for name, tensor in {**module.state_dict(), **tensors}.items()},
+            **{name: tensor.detach().to_dense().clone() for name, tensor in {**module.state_dict(), **tensors}.items()},
             **{f"the random numbers of {whose}": state for whose, state in random_states().items()},
             "whether gradients are computed": torch.is_grad_enabled(),
             "the default type": torch.get_default_dtype(),

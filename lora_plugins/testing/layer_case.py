@@ -12,7 +12,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path, computes_as
-from lora_plugins.testing.check import CPU, require
+from lora_plugins.testing.check import CPU, TIGHT, require, require_all_close
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -176,24 +176,34 @@ def moved(model: Holder) -> Holder:
 
 
 def mapped(inputs: Sequence[Any], function: Callable[[Tensor], Tensor], which: Iterable[Any] = ()) -> tuple[Any, ...]:
-    """Applies a function to the tensors among the inputs, once to one that stands there twice.
+    """Applies a function to the dense tensors among the inputs, once to one that stands there twice.
 
     Args:
         inputs: What a layer is called with.
         function: What is applied.
-        which: Whether to apply it, for each of the inputs; to all tensors if empty.
+        which: Whether to apply it, for each of the inputs; to all dense tensors if empty.
     """
-    chosen = list(which) or [isinstance(x, Tensor) for x in inputs]
+    chosen = list(which) or [is_dense(x) for x in inputs]
     results = {id(x): function(x) for x, each in zip(inputs, chosen, strict=True) if each}
     return tuple(results.get(id(x), x) for x in inputs)
 
 
 def batched(inputs: Sequence[Any]) -> list[bool]:
-    """Whether each of the inputs has the batch as its first dimension: all tensors as long as the first."""
+    """Whether each of the inputs has the batch as its first dimension: all dense tensors as long as the first."""
     first = inputs[0]
-    if not isinstance(first, Tensor) or not first.dim():
+    if not is_dense(first) or not first.dim():
         return [False for _ in inputs]
-    return [isinstance(x, Tensor) and x.dim() > 0 and len(x) == len(first) for x in inputs]
+    return [is_dense(x) and x.dim() > 0 and len(x) == len(first) for x in inputs]
+
+
+def is_dense(x: Any) -> bool:
+    """Whether an input is a tensor that can be cut and written to: a graph's adjacency, which is sparse, cannot."""
+    return isinstance(x, Tensor) and x.layout is torch.strided
+
+
+def is_values(x: Any) -> bool:
+    """Whether an input is a dense tensor of floating numbers."""
+    return is_dense(x) and x.is_floating_point()
 
 
 def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -243,6 +253,28 @@ def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None =
         delattr(reference.layer, name)
         setattr(reference.layer, name, _WithDenseGradient.apply(value))  # type: ignore[no-untyped-call]
     return reference
+
+
+def require_lawful(
+    what: str,
+    case: LayerCase,
+    model: Holder,
+    inputs: Sequence[Any],
+    tolerance: float = TIGHT,
+    run: Callable[..., Any] = call,
+) -> None:
+    """Raises a `MismatchError` unless an adapted layer computes what the law says.
+
+    Args:
+        what: What its output is, for the message.
+        case: What is checked.
+        model: The adapted model.
+        inputs: What the layer is called with.
+        tolerance: Largest difference, as a share of the largest value.
+        run: Calls the adapted model with the inputs.
+    """
+    reference = lawful(case, model)  # before a call that moves what the layer itself counts or follows
+    require_all_close(what, run(model, inputs), call(reference, inputs), tolerance)
 
 
 class _WithDenseGradient(torch.autograd.Function):

@@ -28,10 +28,12 @@ from lora_plugins.testing.layer_case import (
     adapter_leaves,
     call,
     config_like,
+    is_values,
     lawful,
     mapped,
     moved,
     named_leaves,
+    require_lawful,
 )
 from lora_plugins.testing.layer_law import compare_gradients
 from lora_plugins.utils import own_randomness
@@ -108,7 +110,7 @@ def _drops_the_input(case: LayerCase, **fields: Any) -> None:
     compare_gradients(case, model, lawful(case, model), _ALIKE)
     model = moved(case.adapted(dropout=0.5, **fields)).eval()
     inputs = case.arguments(model.layer)
-    require_all_close("the output in eval mode", call(model, inputs), call(lawful(case, model), inputs))
+    require_lawful("the output in eval mode", case, model, inputs)
 
 
 def _drops_for(case: LayerCase, at: int, **fields: Any) -> None:
@@ -174,7 +176,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]
 def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
     """Yields the place of each floating input, and two positions in it that differ in one dimension."""
     for at, x in enumerate(inputs):
-        shape = x.shape if _is_values(x) else ()
+        shape = x.shape if is_values(x) else ()
         for axis, size in enumerate(shape):
             if size > 1:
                 yield at, (0,) * len(shape), tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
@@ -189,11 +191,7 @@ def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]]) 
             mask[position] = 1
         return x * mask
 
-    return mapped(inputs, masked, [_is_values(x) for x in inputs])
-
-
-def _is_values(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+    return mapped(inputs, masked, [is_values(x) for x in inputs])
 
 
 def _add_up(both: Tensor, one: Tensor, other: Tensor) -> bool:
@@ -211,7 +209,7 @@ def _variant(case: LayerCase) -> None:
         inputs = case.arguments(model.layer)
         for training in (False, True):
             model.train(training)
-            require_all_close(f"the output with {VARIANT}", call(model, inputs), call(lawful(case, model), inputs))
+            require_lawful(f"the output with {VARIANT}", case, model, inputs)
         compare_gradients(case, model, lawful(case, model))
     if not case.has_branch or not case.plugin.branch_takes_delta or case.plugin.lookup:
         _is_refused(case, variant=VARIANT)

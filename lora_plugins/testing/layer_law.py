@@ -18,6 +18,7 @@ from lora_plugins.testing.layer_case import (
     LayerCase,
     call,
     config_like,
+    is_values,
     lawful,
     named_leaves,
     updated,
@@ -129,7 +130,7 @@ def compare_gradients(case: LayerCase, model: Holder, reference: Holder, toleran
     leaves = named_leaves(model.layer)
     others = _trained_beside(model.layer)
     same = dict(reference.layer.named_parameters())
-    for free in ([], [x.requires_grad_() for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]):
+    for free in ([], [x.requires_grad_() for x in inputs if is_values(x)]):
         names = [*leaves, *others, *["an input" for _ in free]]
         expected = _gradients_of(reference, inputs, [*leaves.values(), *(same[name] for name in others), *free])
         got = _gradients_of(model, inputs, [*leaves.values(), *others.values(), *free])

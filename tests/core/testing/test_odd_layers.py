@@ -296,3 +296,70 @@ def test_a_layer_of_sparse_gradients_passes(sparse):
     check_layer_plugin(
         BagPlugin(), nn.EmbeddingBag, bags, [{"num_embeddings": 7, "embedding_dim": 4, "sparse": sparse}]
     )
+
+
+class OnGraph(nn.Module):
+    """y = A x W + b, of a graph's adjacency A, sparse, that it is called with or holds."""
+
+    def __init__(self, adjacency=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+        self.bias = nn.Parameter(torch.randn(5))
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(self, x, adjacency=None):
+        return torch.sparse.mm(self.adjacency if adjacency is None else adjacency, x @ self.weight) + self.bias
+
+
+class OnGraphPlugin(ColumnMajorPlugin):
+    name = "on_graph"
+    module_type = OnGraph
+    branch_types = (OnGraph,)
+    branch_use = "always"
+    branch_takes_delta = True
+
+    def inputs(self, layer, slot, x, adjacency=None):
+        return torch.sparse.mm(layer.adjacency if adjacency is None else adjacency, x)
+
+    def branch(self, layer, base, terms, x, adjacency=None):
+        y = x @ base["weight"]
+        for term in terms:
+            delta = term.scaling * term.B @ term.A if term.delta is None else term.delta
+            y = y + F.linear(term.drop(x).to(delta.dtype), delta).to(y.dtype)
+        return torch.sparse.mm(layer.adjacency if adjacency is None else adjacency, y) + layer.bias
+
+
+ADJACENCY = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.0, 1.0]]).to_sparse()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["called with", "held"])
+def test_a_layer_of_a_sparse_tensor_passes(held):
+    def nodes(layer):
+        return torch.randn(3, 4) if held else (torch.randn(3, 4), ADJACENCY)
+
+    check_layer_plugin(OnGraphPlugin(), OnGraph, nodes, [{"adjacency": ADJACENCY if held else None}])
+
+
+class Following(nn.Linear):
+    """Divides its weight by a norm that it follows from step to step, as spectral normalization does."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.register_buffer("u", F.normalize(torch.ones(width), dim=0))
+
+    def forward(self, x):
+        with torch.no_grad():
+            v = F.normalize(self.weight.T @ self.u, dim=0)
+            u = F.normalize(self.weight @ v, dim=0)
+            if self.training:
+                self.u.copy_(u)
+        return F.linear(x, self.weight / (u @ self.weight @ v), self.bias)
+
+
+class FollowingPlugin(RowMajorPlugin):
+    name = "following"
+    module_type = Following
+
+
+def test_a_layer_that_moves_what_it_computes_with_passes():
+    check_layer_plugin(FollowingPlugin(), lambda: Following(4), lambda layer: torch.randn(3, 4))
