@@ -32,6 +32,9 @@ from lora_plugins.testing.check import (
 from lora_plugins.testing.init_case import LAYERS, InitCase, Small, layer_weights, run
 from lora_plugins.utils import own_randomness
 
+_LIKE = 10
+"""How many times farther off than the best of their rank factors may be: those that leave rounding alone, twice."""
+
 _DEPENDENT = 1e-5
 """What rows that depend on each other are off by, at most, as factors in float32 are rounded."""
 
@@ -104,6 +107,7 @@ def _identity(case: InitCase, **fields: Any) -> None:
         require_close("the output", after, before)
     else:
         _near_start(lora, weights, layer_weights(model, case.layers))
+        _makes_up(lora, weights, layer_weights(model, case.layers))
 
 
 def _near_start(
@@ -118,12 +122,31 @@ def _near_start(
         slack: What may come on top, as a share of what the changed base is off by.
     """
     for name, weight in untouched.items():
-        base = detached_weight(lora.model.get_submodule(name), "weight")
-        lost, left = float((base - weight).norm()), float((effective[name] - weight).norm())
+        lost, left = (float(each.norm()) for each in _off(lora, name, weight, effective))
         require(
             left <= lost * (1 + slack) + checks.TIGHT,
             f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
         )
+
+
+def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor]) -> None:
+    """Requires that the factors make up for what the base has lost about as well as any factors of their rank can.
+
+    Of a product that was taken out, that is all; of what was rounded off, what few ranks have.
+    """
+    for layer in lora.plans["default"].layers:
+        lost, left = _off(lora, layer.name, untouched[layer.name], effective)
+        least = float(torch.linalg.svdvals(lost.flatten(1))[layer.r :].norm())
+        many = 2 * layer.r > min(lost.flatten(1).shape)  # which could make up for most rounding, and need not
+        require(
+            many or float(left.norm()) <= _LIKE * least + checks.TIGHT * max(1.0, float(lost.norm())),
+            f"W + ΔW of {layer.name!r} is off by {float(left.norm()):.3g}, and could be by {least:.3g} with this rank",
+        )
+
+
+def _off(lora: LoraModel, name: str, weight: Tensor, effective: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns by what the changed base of a layer is off, and by what its weight with the update."""
+    return weight - detached_weight(lora.model.get_submodule(name), "weight"), weight - effective[name]
 
 
 def _scaling(case: InitCase) -> None:
@@ -272,6 +295,7 @@ def _ranks(case: InitCase) -> None:
             refuse(f"r={r} ended in {type(error).__name__}: {error}")
         for name, tensor in model.state_dict().items():
             require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, at r={r}")
+        _trainable(replace(case, r=r))
 
 
 _CHECKS: tuple[Check[InitCase], ...] = (
@@ -297,9 +321,10 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "identity",
         _identity,
-        "the adapted model starts as the untouched one, or, where the base changes, nearer to it than that base alone; "
+        "the adapted model starts as the untouched one, or, where the base changes, as near to it as its ranks allow; "
         "with identity=False it does not",
-        "no factor is zero and nothing makes up for it, or identity is declared wrongly.",
+        "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B, "
+        "or identity is declared wrongly.",
     ),
     Check(
         "scaling",
@@ -366,7 +391,8 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "ranks",
         _ranks,
-        "r=1, and an r larger than the weight has, start with finite values, or are refused by a TargetError",
+        "r=1, and an r larger than the weight has, start with finite values and ranks that learn, or are refused by a "
+        "TargetError",
         "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
     ),
 )

@@ -148,7 +148,7 @@ VIOLATIONS = {
     "filled": (LeavesARow, "values of A of 'embedding' are not finite, or unset"),
     "trainable": (Dead, "1 of 4 ranks of 'embedding' are zero in both A and B"),
     "identity": (NoIdentity, "the output differs by up to"),
-    "scaling": (ForgetsScaling, "and the changed base alone by"),
+    "scaling": (ForgetsScaling, "and could be by"),
     "reproducible": (DrawsFromTheProcess, "the random numbers of the process were moved"),
     "pure": (WritesItsOptions, "the options were {'gains': [1.0"),
     "seed": (SeedsItself, "'embedding' starts the same with another seed and another weight"),
@@ -182,6 +182,7 @@ ALSO = {
     # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
     "identity": {"scaling"},
     "base": {"identity", "scaling", "files", "pure", "stored"},
+    "trainable": {"ranks"},
     "recipe": {"files", "stored"},
     "files": {"stored"},
     # The start is compared in float64.

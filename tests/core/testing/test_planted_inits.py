@@ -40,6 +40,43 @@ class Changing(Plain):
         return (weight.double() - scaling * recipe["B"].double() @ recipe["A"].double()).to(weight.dtype)
 
 
+class Rounding(Changing):
+    """Rounds what is left of the base, which the adapter does not make up for."""
+
+    def changed_base(self, weight, recipe, scaling, options):
+        left = super().changed_base(weight, recipe, scaling, options)
+        step = left.abs().amax(1, keepdim=True) / 3
+        return (left / step).round() * step
+
+
+class TakesHalf(Changing):
+    def changed_base(self, weight, recipe, scaling, options):
+        return super().changed_base(weight, recipe, scaling / 2, options)
+
+
+class TakesWhatItDoesNotGive(Plain):
+    """Out of the base, and starts as others do."""
+
+    changes_base = True
+
+    def fill(self, context):
+        super().fill(context)
+        return {"A": context.A.clone()}
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight - torch.ones_like(weight[:, :1]) * recipe["A"][:1].to(weight.dtype) / 8
+
+
+class FourRanks(Plain):
+    """Starts four of them, and leaves the others at zero."""
+
+    def fill(self, context):
+        context.A.zero_()
+        context.B.zero_()
+        nn.init.normal_(context.A[:4], generator=context.generator)
+        return {}
+
+
 class DrawsFromPython(Plain):
     def fill(self, context):
         super().fill(context)
@@ -218,6 +255,9 @@ class LikeRowsOfLikeColumns(Plain):
 
 
 PLANTED = {
+    TakesHalf: "identity",
+    TakesWhatItDoesNotGive: "identity",
+    FourRanks: "ranks",
     DrawsFromPython: "reproducible",
     DrawsFromNumpy: "reproducible",
     MovesPythonsNumbers: "reproducible",
@@ -238,9 +278,14 @@ PLANTED = {
 """By defect, the check that is about it; others may find it too."""
 
 
-@pytest.mark.parametrize("cls", [Plain, Changing, OneRowAndAllColumns, LikeRowsOfLikeColumns])
+@pytest.mark.parametrize("cls", [Plain, Changing, Rounding, OneRowAndAllColumns, LikeRowsOfLikeColumns])
 def test_nothing_is_found_where_nothing_is_wrong(cls):
     check_init_plugin(cls())
+
+
+@pytest.mark.parametrize("r", [1, 4, 8, 9, 16, 40])
+def test_rounding_is_no_defect_at_any_rank(r):
+    check_init_plugin(Rounding(), r=r, only=["identity"])
 
 
 @pytest.mark.parametrize("r", [1, 16, 24, 40])
