@@ -84,7 +84,8 @@ class _Pack:
             self.__module__ = around[0].__module__  # by which `kernels.entries.recompute` tells whose hooks act
 
     def __call__(self, tensor: Tensor) -> _Kept | _Made | _Passed:
-        found = self.made.get(tensor.untyped_storage().data_ptr()) if self.made else None
+        has_place = tensor.layout is torch.strided  # a sparse tensor has none, and is no dense value
+        found = self.made.get(tensor.untyped_storage().data_ptr()) if self.made and has_place else None
         if found is None or found[1].dtype != tensor.dtype:
             if self._around:
                 return _Passed(self._around[0](tensor), self._around[1])

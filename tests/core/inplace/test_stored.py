@@ -243,6 +243,20 @@ def test_values_saved_on_the_cpu():
         torch.testing.assert_close(got[name], value)
 
 
+class OnGraph(nn.Linear):
+    """A linear layer whose output is multiplied by a sparse matrix, which the backward needs as well."""
+
+    def forward(self, x, adjacency):
+        return torch.sparse.mm(adjacency, super().forward(x))
+
+
+def test_a_layer_that_keeps_a_sparse_tensor_for_the_backward():
+    torch.manual_seed(0)
+    model = Alone(OnGraph(8, 16).double())
+    LoraModel(model, config(target_modules=["0"]))
+    assert_the_law_holds(randomized(model), torch.randn(5, 8, dtype=torch.float64), torch.eye(5).double().to_sparse())
+
+
 def test_a_second_derivative():
     model, dense = adapted().model.double(), made_dense(adapted().model).double()
 
