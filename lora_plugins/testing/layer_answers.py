@@ -40,6 +40,26 @@ def _inputs(case: LayerCase) -> None:
         _size(case, model, slot, output, vectors)
 
 
+def _rows_are_outputs(case: LayerCase) -> None:
+    """Requires that no weight is viewed the other way round, so that an output is a sum over rows of one column.
+
+    Variants take rows for outputs, and inits draw A for as many inputs as there are columns.
+    """
+    if not case.plugin.rows_are_outputs:
+        return
+    model = case.model().eval()
+    output = _flat(call(model, case.arguments(model.layer)))
+    for slot in case.slots():
+        used = [_gradient(case, model, slot, value) != 0 for value in _spread(output)]
+        columns = {int(each.any(0).nonzero()) for each in used if int(each.any(0).sum()) == 1}
+        by_one_column = all(int(each.any(0).sum()) <= 1 for each in used)
+        by_several_rows = any(int(each.any(1).sum()) > 1 for each in used)
+        require(
+            not (by_one_column and by_several_rows and len(columns) > 1),
+            f"each output depends on one column of the matrix of {slot.tensor!r}, and on several of its rows",
+        )
+
+
 def _vectors_of(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any]) -> Tensor:
     args, named = model.given(inputs)
     return case.plugin.inputs(model.layer, slot, *args, **named).detach()
@@ -51,8 +71,9 @@ def _flat(output: Any) -> Tensor:
 
 def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:
     """Returns the gradient of a slot's rows of the weight's matrix."""
-    (gradient,) = torch.autograd.grad(value, [model.layer.get_parameter(slot.tensor)], retain_graph=True)
-    matrix = case.plugin.to_matrix(gradient)
+    weight = model.layer.get_parameter(slot.tensor)
+    (gradient,) = torch.autograd.grad(value, [weight], retain_graph=True, allow_unused=True)
+    matrix = case.plugin.to_matrix(torch.zeros_like(weight) if gradient is None else gradient.to_dense())
     start, stop, _ = slot.rows or (0, len(matrix), len(matrix))
     return matrix[start:stop]
 
@@ -177,6 +198,13 @@ def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: 
 
 
 ANSWER_CHECKS: tuple[Check[LayerCase], ...] = (
+    Check(
+        "rows",
+        _rows_are_outputs,
+        "the rows of the weight's matrix are what the layer puts out, and its columns what they are computed from, or "
+        "rows_are_outputs is False",
+        "the weight has its inputs first: ColumnMajorPlugin is meant, in place of RowMajorPlugin.",
+    ),
     Check(
         "inputs",
         _inputs,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_plugins import ConfigError, RowMajorPlugin, Slot
+from lora_plugins import ColumnMajorPlugin, ConfigError, RowMajorPlugin, Slot
 from lora_plugins.testing import LAYER_CHECKS, CheckError, check_layer_plugin
 from tests.core.testing.test_planted_layers import (
     DrawsInTheBranch,
@@ -176,6 +176,13 @@ class KeepsItsBias(Good):
         return super().branch(layer, base, terms, x) + layer._parameters["bias"] - layer.bias
 
 
+class RowsOfInputs(ColumnMajorPlugin):
+    """Views the weight the other way round, consistently."""
+
+    name = "rows_of_inputs"
+    module_type = nn.Linear
+
+
 VIOLATIONS = {
     "registration": (OtherClass, "a torch.nn.modules.linear.Linear was built"),
     "layout": (Transposed, "from_matrix(to_matrix(W))"),
@@ -184,6 +191,7 @@ VIOLATIONS = {
     "several": (FirstOnly, "the output with three adapters differs"),
     "dropout": (DropsAll, "dropout=0.5 and an update of zero differs"),
     "function": (KeepsItsBias, "the output of linear, called with the weight, differs"),
+    "rows": (RowsOfInputs, "each output depends on one column of the matrix of 'weight', and on several of its rows"),
     "inputs": (SwappedInputs, "no combination of the vectors that inputs() gave"),
     "merge": (LossyMerge, "the merged output differs"),
     "unload": (Leaves, "attributes differ in ['seen']"),
@@ -207,11 +215,23 @@ VIOLATIONS = {
 
 ALSO = {
     # What everything else stands on.
-    "registration": set(LAYER_CHECKS) - {"layout", "inputs", "biases"},
+    "registration": set(LAYER_CHECKS) - {"layout", "rows", "inputs", "biases"},
     "law": set(LAYER_CHECKS)
-    - {"registration", "layout", "inputs", "biases", "variant", "mixed", "unload", "keys", "files", "stateless"},
-    # Merging views the weight as a matrix.
-    "layout": {"merge", "aliases", "base"},
+    - {
+        "registration",
+        "layout",
+        "rows",
+        "inputs",
+        "biases",
+        "variant",
+        "mixed",
+        "unload",
+        "keys",
+        "files",
+        "stateless",
+    },
+    # Merging views the weight as a matrix, here as another one than it is.
+    "layout": {"merge", "aliases", "base", "rows"},
     # Two adapters have gradients too, and so have half precision and dropout.
     "gradients": {"several", "dtype", "dropout"},
     # One of two adapters is merged, or has dropout.
