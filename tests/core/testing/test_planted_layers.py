@@ -134,6 +134,13 @@ class DoubledInputs(Complete):
         return 2 * super().inputs(layer, slot, x)
 
 
+class ReversedInputs(Complete):
+    """The vectors of a whole batch span everything in any order."""
+
+    def inputs(self, layer, slot, x):
+        return super().inputs(layer, slot, x).flip(-1)
+
+
 class FewerInputs(Complete):
     """Leaves the vectors of the last row out, which the others happen to span."""
 
@@ -451,6 +458,7 @@ PLANTED = {
     MaskFromPython: "dropout",
     MaskFromItsOwnGenerator: "dropout",
     DoubledInputs: "inputs",
+    ReversedInputs: "inputs",
     FewerInputs: "inputs",
     NoBiases: "biases",
     MisspeltBiases: "biases",
