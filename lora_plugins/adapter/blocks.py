@@ -6,7 +6,7 @@ time: with two, each would compute what the block of the other says.
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial, wraps
@@ -36,10 +36,11 @@ _LATER = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
 """Which functions run later than they are called."""
 
 
-class Within(ExitStack):
+class Within(AbstractContextManager[nn.Module, None]):
     """The `with` statement of a block, or a decorator that opens one for each call of a function.
 
-    It leaves the block twice: where the first time is interrupted, the second one completes it.
+    Where leaving the block is interrupted, it is left once more. With those of `contextlib`, an interruption could come
+    before they call what leaves it.
 
     Args:
         model: An adapted model.
@@ -48,7 +49,6 @@ class Within(ExitStack):
     """
 
     def __init__(self, model: nn.Module, opened: Block, check: Callable[[ModelState], None] | None = None) -> None:
-        super().__init__()
         self._model, self._opened, self._check = model, opened, check
         self._inside: Block | None = None
 
@@ -72,13 +72,20 @@ class Within(ExitStack):
 
         return inside
 
-    def __enter__(self) -> nn.Module:  # type: ignore[override]
+    def __enter__(self) -> nn.Module:
         opened = replace(self._opened)
         try:
             with _OPENING:
                 return self._open(opened)
         except BaseException:  # an interruption may come when the block is open already
             _leave(self._model, opened)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            _leave(self._model, self._inside)
+        except BaseException:
+            _leave(self._model, self._inside)
             raise
 
     def _open(self, opened: Block) -> nn.Module:
@@ -90,8 +97,6 @@ class Within(ExitStack):
         if self._check is not None:
             self._check(state)
         self._inside = opened
-        for _ in range(2):
-            self.callback(_leave, model, opened)
         _OPENED.set((*_OPENED.get(), opened))
         whole(model, partial(_enter, model, state, opened))
         return model
@@ -123,7 +128,7 @@ def _enter(model: nn.Module, state: ModelState, opened: Block) -> None:
 
 
 @outside_inference
-def _leave(model: nn.Module, opened: Block) -> None:
+def _leave(model: nn.Module, opened: Block | None) -> None:
     state = model_state(model)
     if state is not None and opened in state.blocks:
         whole(model, partial(_leave_block, model, state, opened))

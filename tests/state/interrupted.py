@@ -1,6 +1,7 @@
 """Stops a call at one of its lines, and says what a model is, so that before and after can be told apart."""
 
 import gc
+import linecache
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ def traced(line: Callable[[FrameType], None]) -> Iterator[None]:
             ours[code] = code.co_filename.startswith(PACKAGES)
         if not ours[code]:
             return None
-        if event == "line":
+        if event == "line" and not _does_nothing(frame):
             line(frame)
         return trace
 
@@ -95,6 +96,11 @@ def _release(lock: Any) -> None:
     """Releases a lock that no signal would have left: none comes between the last line inside a `with` and its end."""
     while lock._is_owned():
         lock.release()
+
+
+def _does_nothing(frame: FrameType) -> bool:
+    """Whether a line is a `try:`, at which no signal stops a call."""
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "try:"
 
 
 def _place(frame: FrameType) -> str:

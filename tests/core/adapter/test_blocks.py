@@ -1,9 +1,13 @@
 """Blocks in any order: left inside out, used as a decorator, and with a forward or a backward on one side only."""
 
 import asyncio
+import linecache
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +104,44 @@ def test_a_block_is_entered_again_when_it_has_ended_and_not_before():
                 pass
             assert torch.equal(lora.model(X), base)
         assert torch.equal(lora.model(X), before)
+
+
+@pytest.mark.parametrize("call", ["disable_adapter", "mixed_batch"])
+def test_a_block_ends_wherever_its_end_is_interrupted(call):
+    lora = mixable()
+    open_block = {"disable_adapter": lora.disable_adapter, "mixed_batch": lambda: lora.mixed_batch([None] * 3)}[call]
+    before = lora.model(X)
+
+    def lines_of_an_end(stop: int) -> int:
+        """Leaves a block, interrupted before that line of it, of whatever file; returns how many were passed."""
+        passed = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal passed
+            source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            if event == "line" and source.strip() != "try:":  # which does nothing, so that no signal comes there
+                passed += 1
+                if passed == stop:
+                    raise KeyboardInterrupt
+            return trace
+
+        block = open_block()
+        block.__enter__()
+        tracing = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            block.__exit__(None, None, None)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracing)
+        return passed
+
+    lines = lines_of_an_end(0)
+    assert lines > 10
+    for stop in range(1, lines, 7):
+        lines_of_an_end(stop)
+        assert torch.equal(lora.model(X), before), stop
 
 
 def test_a_backward_inside_is_refused_where_a_head_was_trained():
