@@ -29,12 +29,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: Always.
         """
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        unknown = re.search(r"unrecognized arguments: (?:-- )?(\S+)", message)
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
         if unknown is not None and unknown[1].startswith("-"):
             flag = unknown[1].partition("=")[0]
             hint = self._elsewhere.get(flag) or _near_flag(flag, self._option_string_actions)
             message = f"there is no flag {flag}. {hint}"
+            if flag in self._option_string_actions:
+                message = f"{flag} is no flag behind --; write it before"
         elif unknown is not None:
             message = f"{unknown[1]!r} is one argument too many"
         elif choice is not None:

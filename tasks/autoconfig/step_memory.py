@@ -51,10 +51,10 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
             kept[_place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    images = torch.rand(TRIED, len(task.mean), height, width)
     per_pixel = task.main_metric == "mean_iou"
-    targets = torch.zeros(TRIED, *((height, width) if per_pixel else ()), dtype=torch.long)
     try:
+        images = torch.rand(TRIED, len(task.mean), height, width)
+        targets = torch.zeros(TRIED, *((height, width) if per_pixel else ()), dtype=torch.long)
         with (
             refusing_small_images(task.network, model["name"], task.image_size),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

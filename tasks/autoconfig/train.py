@@ -144,7 +144,7 @@ def _parser() -> Parser:
         help="a folder of images for each class; or images/ and masks/; or a .csv or .jsonl list with columns image, "
         "label or mask; or hf://datasets/OWNER/NAME",
     )
-    data.add_argument("--masks", type=Path, metavar="DIR", help="the folder of masks, PNG files named as the images")
+    data.add_argument("--masks", type=_place, metavar="DIR", help="the folder of masks, PNG files named as the images")
     data.add_argument("--classes", type=_names, metavar="A,B,...", help="of masks: names of the classes, in order")
     data.add_argument("--ignore-index", type=_index, metavar="N", help="of masks: the value that stands for no class")
     data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
@@ -164,10 +164,16 @@ def _parser() -> Parser:
     )
     training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, metavar="DIR", help="where they are left (runs/NAME)")
-    out.add_argument("--save-config", type=Path, metavar="FILE", help="write the configuration there too")
+    out.add_argument("--out", type=_place, metavar="DIR", help="where they are left (runs/NAME)")
+    out.add_argument("--save-config", type=_place, metavar="FILE", help="write the configuration there too")
     out.add_argument("--plan", action="store_true", help="print what would be adapted, and train nothing")
     return parser
+
+
+def _place(text: str) -> Path:
+    if not text:  # which a path takes for the current folder
+        raise argparse.ArgumentTypeError("it is empty, as a variable of the shell is that was not set")
+    return Path(text)
 
 
 def _share(text: str) -> float:

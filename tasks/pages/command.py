@@ -10,6 +10,7 @@ from lora_plugins.tasks.errors import ReportError
 from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import render_comparison
 from lora_plugins.tasks.pages.run_record import RunRecord, read_run, report_file
+from lora_plugins.writable import check_writable_file
 
 
 def report_main(arguments: Sequence[str]) -> int:
@@ -17,6 +18,7 @@ def report_main(arguments: Sequence[str]) -> int:
 
     Raises:
         ReportError: If a report is missing or damaged, or the runs are of different tasks.
+        ConfigError: If the page cannot be written.
     """
     parser = Parser(prog="lora-plugins report", description="Work with the reports of runs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -51,15 +53,11 @@ def _compare(paths: Sequence[str], out: Path) -> int:
 
 
 def _write(out: Path, text: str) -> None:
-    if out.is_dir():
-        raise ReportError(f"--out {out} is a folder. Name the file to write, such as {out / 'comparison.html'}.")
     from lora_plugins.utils import replace_file  # brings torch along
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, text.encode())
-    except OSError as error:
-        raise ReportError(f"--out {out} cannot be written: {error}") from error
+    check_writable_file(out, "--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, text.encode())
 
 
 def _check_alike(found: Mapping[str, RunRecord]) -> None:

@@ -184,6 +184,11 @@ def test_without_data_a_folder_can_have_any_name(name, tmp_path, monkeypatch, ca
         ),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0"),
         (["--image-size", "15"], "cannot be trained on images of 15x15"),
+        (["--image-size", "9999999"], "cannot be trained on images of 9999999x9999999"),
+        (["--", "--epochs", "3"], "--epochs is no flag behind --; write it before"),
+        (["--out", ""], "argument --out: it is empty, as a variable of the shell is that was not set"),
+        (["--masks", ""], "argument --masks: it is empty"),
+        (["--save-config", ""], "argument --save-config: it is empty"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )

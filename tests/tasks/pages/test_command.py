@@ -73,8 +73,9 @@ def test_what_keeps_runs_from_being_comparable_is_said(folders, tmp_path, capsys
         (["one", "two", "--out", "two/report.json"], "--out two/report.json is a report that is compared"),
         (["one", "nothing"], "There is no report in nothing"),
         (["one", "labels"], "one is measured by mean_iou, labels by accuracy"),
-        (["one", "two", "--out", "one"], "--out one is a folder"),
-        (["one", "two", "--out", "one/report.json/x.html"], "cannot be written"),
+        (["one", "two", "--out", "one"], "--out is one, which is a folder. Name a file."),
+        (["one", "two", "--out", "one/report.json/x.html"], "one/report.json is a file. Name another place."),
+        (["one", "two", "--out", "/proc/x.html"], "nothing can be written in /proc: No such file or directory. Name"),
     ],
     ids=[
         "one",
@@ -86,6 +87,7 @@ def test_what_keeps_runs_from_being_comparable_is_said(folders, tmp_path, capsys
         "another task",
         "a folder",
         "below a file",
+        "where nothing can be written",
     ],
 )
 def test_what_cannot_be_compared(folders, arguments, message, capsys):
