@@ -66,7 +66,10 @@ def check_new(state: ModelState | None, adapter: str) -> None:
         return
     state.check("add_adapter")
     if adapter in state.adapters:
-        raise ConfigError(f"The model has an adapter {adapter!r} already. Delete it, or choose another name.")
+        raise ConfigError(
+            f"The model has an adapter {adapter!r} already, as where a cell of a notebook is run again. Delete it, "
+            f"LoraModel(model).delete_adapter({adapter!r}), or choose another adapter_name."
+        )
 
 
 def check_names(state: ModelState, adapters: Sequence[str]) -> None:
