@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter
+from lora_plugins.files import PackedAdapter, fingerprint, same
 from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
@@ -59,7 +59,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     state = {plain_name(key): value for key, value in checkpoint.get("state_dict", {}).items()}  # as the entry has them
     try:
         with entry_errors():
-            _put_base(module, entry.get("base", []), state, replaced)
+            _put_base(module, entry.get("base", []), entry.get("pretrained", {}), state, replaced)
             check_no_surplus(module, entry)
             located = [_located(module, adapter, state) for adapter in entry["adapters"]]  # before one is overwritten
             for adapter, place in zip(entry["adapters"], located, strict=True):
@@ -78,10 +78,16 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], replaced: dict[str, Tensor]) -> None:
+def _put_base(
+    module: nn.Module,
+    keys: list[str],
+    pretrained: Mapping[str, dict[str, float]],
+    saved: Mapping[str, Tensor],
+    replaced: dict[str, Tensor],
+) -> None:
     """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
-    found = named_parameters(module)
-    merged = set(merged_weights(module)) - set(keys)
+    found, own = named_parameters(module), merged_weights(module)
+    merged = own.keys() - set(keys)
     if merged:
         raise AdapterFileError(
             f"The checkpoint was trained on another base: an adapter was merged into {listing(sorted(merged), 3)} of "
@@ -93,10 +99,19 @@ def _put_base(module: nn.Module, keys: list[str], saved: Mapping[str, Tensor], r
                 f"The checkpoint was trained on another base: {type(module).__name__} has no {name!r} of shape "
                 f"{list(saved[name].shape)}."
             )
+    before = {name: own[name] if name in own else fingerprint(found[name]) for name in pretrained}
+    wrong = [name for name, values in before.items() if values and not same(values, pretrained[name])]
+    if wrong:
+        raise AdapterFileError(
+            f"The checkpoint was trained on another base: {listing(wrong)} differ from the pretrained weights that an "
+            f"adapter was merged into before ({len(wrong)} of {len(before)} weights). The checkpoint has the merged "
+            "ones, and leaves the rest of that base out: load its own pretrained weights first, unmerged."
+        )
+    for name in keys:
         replaced[name] = found[name].detach().clone()
         found[name].data.copy_(saved[name])
     if keys:
-        mark_merged(module, replaced)
+        mark_merged(module, {name: pretrained.get(name, {}) for name in keys})
         for target in adapted_targets(module).values():
             for adapter in state_of_adapters(target).adapters.values():
                 adapter.fingerprints.clear()  # of the base that was

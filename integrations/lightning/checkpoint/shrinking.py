@@ -49,7 +49,11 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     small, dicts = with_plain_dicts(without_networks(small))
     small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
     merged = merged_weights(module)
-    about = {"base": merged, "outside": {key: values for key, values in parts.items() if key in set(left_out)}}
+    about = {
+        "base": list(merged),
+        "pretrained": {key: values for key, values in merged.items() if values},
+        "outside": {key: values for key, values in parts.items() if key in set(left_out)},
+    }
     about = {key: values for key, values in about.items() if values}
     return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **about, **dicts, **line}}
 

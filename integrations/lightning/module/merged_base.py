@@ -2,9 +2,10 @@
 
 An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
 layer remembers the checksums of its merged weights; as soon as they have other values, they are a base like any other.
+It also remembers the fingerprints of the pretrained ones, which tell the base that such a checkpoint leaves out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -13,25 +14,37 @@ from lora_plugins import StateError
 from lora_plugins.errors import listing
 from lora_plugins.inplace import full_name, holder_of, model_modules, named_parameters, own_tensor, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 
 _MERGED = "_lora_merged"
 
-Marks = dict[str, dict[str, int]]
-"""By the name of a layer, the checksum of each of its merged weights."""
+Marks = dict[str, dict[str, tuple[int, Fingerprint]]]
+"""By the name of a layer, the checksum of each of its merged weights, and the fingerprint of the pretrained one."""
 
 
-def mark_merged(target: nn.Module, names: Iterable[str]) -> None:
-    """Marks these weights of layers, with their present values, as merged ones."""
-    for name in names:
+def mark_merged(target: nn.Module, pretrained: Mapping[str, Fingerprint]) -> None:
+    """Marks weights of layers, with their present values, as merged ones.
+
+    Args:
+        target: The module.
+        pretrained: By the name of each, the fingerprint of the pretrained one; empty where it is not known.
+    """
+    for name, values in pretrained.items():
         layer, key = holder_of(target, name)
-        layer.__dict__.setdefault(_MERGED, {})[key] = checksum(own_tensor(target, name))
+        layer.__dict__.setdefault(_MERGED, {})[key] = checksum(own_tensor(target, name)), values
 
 
-def merged_weights(target: nn.Module) -> list[str]:
-    """Returns the names of weights that are marked as merged and have not changed since."""
-    marks = {full_name(name, key): total for name, own in marks_of(target).items() for key, total in own.items()}
+def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
+    """Returns the weights that are marked as merged and have not changed since.
+
+    Returns:
+        By name, the fingerprints of the pretrained ones.
+    """
+    marks = {full_name(name, key): mark for name, own in marks_of(target).items() for key, mark in own.items()}
     weights = named_parameters(target, aliases=True) if marks else {}
-    return [name for name, total in marks.items() if name in weights and checksum(weights[name]) == total]
+    return {
+        name: values for name, (total, values) in marks.items() if name in weights and checksum(weights[name]) == total
+    }
 
 
 def marks_of(target: nn.Module) -> Marks:

@@ -32,7 +32,13 @@ from lora_plugins.inplace import (
 from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter, adapters_to_merge
-from lora_plugins.integrations.lightning.module.merged_base import Marks, mark_merged, marks_of, set_marks
+from lora_plugins.integrations.lightning.module.merged_base import (
+    Marks,
+    mark_merged,
+    marks_of,
+    merged_weights,
+    set_marks,
+)
 from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.plan import Plan
@@ -164,6 +170,9 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
+        earlier = merged_weights(target)
+    pretrained = {name: values for each in adapters.values() for name, values in each.packed.manifest["base"].items()}
+    pretrained |= earlier  # to which the adapters belong
     before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
     before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}
     lora.merge_adapter(max_error=max_error)
@@ -172,7 +181,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     else:
         lora.merge_and_unload(dequantize=dequantize)
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
-    mark_merged(target, [name for name in sorted(weights) if merged[name] != before[name]])
+    mark_merged(target, {name: pretrained.get(name, {}) for name in sorted(weights) if merged[name] != before[name]})
     return ReversibleMerge(
         base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
     )

@@ -288,6 +288,23 @@ class TestNewCallbackOnMergedWeights:
         assert tested == trainer(tmp_path, []).test(module, loader(), verbose=False)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
+    @pytest.mark.parametrize("merges", [1, 2])
+    def test_its_checkpoints_are_refused_on_another_base(self, tmp_path, merges):
+        """Those that hold merged weights leave the rest of the base out: norms, biases and layers without adapters."""
+        module = self.merged(tmp_path)
+        for _ in range(1, merges):
+            self.again(tmp_path, module)
+        run = self.again(tmp_path, module, merge_on_fit_end=False)
+        run.save_checkpoint(path := tmp_path / "second.ckpt")
+        assert not differing(values(load_from_checkpoint(Classifier, path)), values(module))
+        with pytest.raises(AdapterFileError, match=r"another base: 'net\.0\.weight'.*2 of 2.*pretrained weights first"):
+            load_from_checkpoint(Classifier, path, base_seed=1)
+        before = values(other := Classifier(base_seed=1))
+        with pytest.raises(AdapterFileError, match="another base"):
+            trainer(tmp_path, [LoraCallback(CONFIG)]).test(other, loader(), ckpt_path=path)
+        assert not differing(before, values(other))
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     def test_its_merge_is_taken_back_onto_the_first_one(self, tmp_path):
         module = self.merged(tmp_path)
         first = values(module)
