@@ -7,6 +7,7 @@ from lora_plugins.integrations.lightning.checkpoint.comparison import check_adap
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
     missing_layers,
+    present_base,
     put_base,
     with_present_base,
     without_base,
@@ -30,6 +31,7 @@ __all__ = [
     "loading_lines",
     "missing_layers",
     "original",
+    "present_base",
     "put_base",
     "read_checkpoint",
     "reading_errors",

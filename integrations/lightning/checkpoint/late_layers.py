@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
@@ -42,10 +43,16 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
         return [name for name in dict.fromkeys(needed) if name not in present]
 
 
+def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
+    entry, current = checked_entry(checkpoint), module.state_dict()
+    keys = map(name_mapper(module), [*entry["left_out"], *entry.get("base", [])])
+    return {key: current[key] for key in keys if key in current}
+
+
 def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint that also has the module's frozen base, for a hook that reads it."""
-    rename, current = name_mapper(module), module.state_dict()
-    base = {key: current[key] for key in map(rename, checked_entry(checkpoint)["left_out"]) if key in current}
+    rename, base = name_mapper(module), present_base(module, checkpoint)
     return map_state_dicts(
         checkpoint, lambda state: PartOfBase({**base, **{rename(key): value for key, value in state.items()}})
     )
@@ -57,17 +64,16 @@ def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict
     return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in left_out})
 
 
-def put_base(module: LightningModule, complete: Mapping[str, Any]) -> None:
+def put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:
     """Restores the frozen base of layers that a hook of the module has rebuilt, as a full file would.
 
     Args:
         module: The module.
-        complete: What `restore` returned before the hook.
+        base: What `present_base` returned before the hook.
     """
-    base, state = set(map(name_mapper(module), checked_entry(complete)["left_out"])), complete["state_dict"]
     for key, value in module.state_dict().items():
-        if key in base and key in state and value.shape == state[key].shape:
-            value.copy_(state[key])
+        if key in base and value.shape == base[key].shape:
+            value.copy_(base[key])
 
 
 def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:

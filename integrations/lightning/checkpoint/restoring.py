@@ -99,7 +99,8 @@ def _put_base(
                 f"The checkpoint was trained on another base: {type(module).__name__} has no {name!r} of shape "
                 f"{list(saved[name].shape)}."
             )
-    before = {name: own[name] if name in own else fingerprint(found[name]) for name in pretrained}
+    other = [name for name in pretrained if not torch.equal(found[name], saved[name].to(found[name]))]
+    before = {name: own[name] if name in own else fingerprint(found[name]) for name in other}
     wrong = [name for name, values in before.items() if values and not same(values, pretrained[name])]
     if wrong:
         raise AdapterFileError(

@@ -14,6 +14,7 @@ from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_en
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
     build_missing,
     missing_layers,
+    present_base,
     put_base,
     with_present_base,
     without_base,
@@ -142,8 +143,8 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
         own(checkpoint)
         return
     late = bool(missing_layers(module, checkpoint))
-    before = with_present_base(module, checkpoint)
-    checkpoint.update(before)
+    base = present_base(module, checkpoint)
+    checkpoint.update(with_present_base(module, checkpoint))
     own(checkpoint)
     build_missing(module, checkpoint)
     small = without_base(module, checkpoint)
@@ -152,7 +153,7 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
     except AdapterFileError:
         if late:
             raise
-        put_base(module, before)  # the hook has built layers again, and expects their values in the file
+        put_base(module, base)  # the hook has built layers again, and expects their values in the file
         complete = restore(module, small)
     checkpoint.update(complete)
 

@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     check_whole,
     missing_layers,
     original,
+    present_base,
     put_base,
     reading_errors,
     restore,
@@ -182,12 +183,12 @@ class CheckpointShims:
         module = self._module
         late = bool(missing_layers(module, checkpoint))
         complete = with_present_base(module, checkpoint) if late else self._averaged(restore(module, checkpoint))
+        base = {} if late else present_base(module, complete)
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
             shims.remove()
-            if not late:
-                put_base(module, complete)
+            put_base(module, base)
             complete.update(self._averaged(restore(module, without_base(module, complete))))
 
         shims.after("on_load_checkpoint", after_hook)

@@ -237,6 +237,13 @@ class TestTwoAdapters:
             trainer(tmp_path, [first, second]).fit(Classifier(), loader())
 
 
+class Rebuilt(Classifier):
+    """Its hook leaves it to the checkpoint what values the network has, as that of kraken's recognizer does."""
+
+    def on_load_checkpoint(self, checkpoint):
+        self.net = Classifier(base_seed=9).net
+
+
 class TestNewCallbackOnMergedWeights:
     """A cell of a notebook that is run twice."""
 
@@ -303,6 +310,27 @@ class TestNewCallbackOnMergedWeights:
         with pytest.raises(AdapterFileError, match="another base"):
             trainer(tmp_path, [LoraCallback(CONFIG)]).test(other, loader(), ckpt_path=path)
         assert not differing(before, values(other))
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
+    def test_its_checkpoints_fit_a_module_that_has_the_merged_weights(self, tmp_path):
+        module = self.merged(tmp_path)
+        exported = values(module)
+        self.again(tmp_path, module, merge_on_fit_end=False).save_checkpoint(path := tmp_path / "second.ckpt")
+        (loaded := Classifier(base_seed=1)).load_state_dict(exported)
+        run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)])
+        run.test(loaded, loader(), ckpt_path=path, verbose=False)
+        assert not differing(values(loaded), values(module))
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Rebuilt are those that an adapter was merged into:UserWarning")
+    def test_its_checkpoints_fit_a_module_whose_hook_builds_the_network_anew(self, tmp_path):
+        fit(tmp_path, module := Rebuilt(), LoraCallback(CONFIG))
+        self.again(tmp_path, module, merge_on_fit_end=False).save_checkpoint(path := tmp_path / "second.ckpt")
+        assert not differing(values(load_from_checkpoint(Rebuilt, path)), values(module))
+        run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)])
+        run.test(tested := Rebuilt(), loader(), ckpt_path=path, verbose=False)
+        assert not differing(values(tested), values(module))
+        with pytest.raises(AdapterFileError, match="another base"):
+            load_from_checkpoint(Rebuilt, path, base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     def test_its_merge_is_taken_back_onto_the_first_one(self, tmp_path):
