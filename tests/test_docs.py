@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import torch
 import yaml
 
 import lora_plugins
+from lora_plugins import FORMATS, INITS, STORAGES, VARIANTS, PluginKind, build_registry
 from lora_plugins.cli import installed_commands
 from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning.cli.recipes import recipes
 from lora_plugins.plugins import hookspecs
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +103,27 @@ def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_recipes_have_a_row():
+    rows = re.findall(
+        r"`tasks/(\w+)\.yaml`", (DOCS / "tasks.md").read_text().partition("| recipe |")[2].partition("\n\n")[0]
+    )
+    assert sorted(rows) == sorted(recipes())
+
+
+def test_extras_are_named():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("\n## ")[0]
+    assert not {name for name in extras if f"[{name}]" not in install and f"`{name}`" not in install}
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"), [(INITS, "inits"), (VARIANTS, "variants"), (FORMATS, "formats"), (STORAGES, "quantize")]
+)
+def test_builtin_plugins_are_on_their_page(kind: PluginKind, page: str):
+    text = (DOCS / "howto" / f"{page}.md").read_text()
+    assert not {name for name in build_registry(allow=[]).of(kind) if name not in text}
 
 
 def test_hooks_are_those_of_the_live_manager():
