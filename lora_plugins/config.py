@@ -68,8 +68,9 @@ class LoraConfig:
         r: Rank of the update `B @ A`.
         alpha: The update is scaled by `alpha / r`, or by `alpha / sqrt(r)` with `use_rslora`.
         dropout: Probability of dropping an element of the input of the update branch during training. A layer that
-            cannot honor it refuses it. Linear layers and convolutions draw one byte for each element, so that 0.1
-            really drops 0.1016 of them (and scales by that); on a GPU under `torch.compile` it is exact.
+            cannot honor it refuses it. Linear layers and convolutions round it to a multiple of 1/256, so that 0.1
+            really drops 0.1016 of them (and scales by that), or of 1/65536 where 1/256 is more than 2 % off; on a GPU
+            under `torch.compile` it is exact.
         target_modules: The layers to adapt. A list matches whole path components from the end (`["attn.qkv"]`), a
             string is a regular expression over the full name, and `all` means every layer that some plugin handles,
             except those in `modules_to_save`. Left out, it is what the module itself suggests (our tasks do, for

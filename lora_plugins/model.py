@@ -84,7 +84,7 @@ class LoraModel(metaclass=Told):
         adapter_name: Name of that adapter.
         registry: The plugins to use; by default those that are installed and that the config lets load.
         init_data: What the init learns from, if it is one that does, such as `eva` and `lora_ga`: data that are read
-            once, or what `lora_plugins.adapter.calibration` made of them before.
+            once, or what `calibrate` made of them before.
 
     Raises:
         TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
@@ -287,6 +287,9 @@ class LoraModel(metaclass=Told):
         Args:
             dequantize: Whether stored weights become parameters with their dense values, or stay stored. Left out, they
                 stay, and a warning says which.
+
+        Raises:
+            StateError: If a block is open, or `merge_and_unload` was stopped in the middle.
         """
         state = self._state
         state.check("unload")
@@ -337,8 +340,9 @@ class LoraModel(metaclass=Told):
             The largest relative error of a layer's new update, as a share of the norm of the exact combination.
 
         Raises:
-            ConfigError: If the way or an option is unknown, or the numbers of adapters and weights differ.
-            StateError: If an adapter is unknown or something is merged.
+            ConfigError: If the way or an option is unknown, the numbers of adapters and weights differ, or the name is
+                taken.
+            StateError: If an adapter is unknown, of a variant, or something is merged.
         """
         with self._adding(adapter_name):
             result = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
@@ -468,6 +472,9 @@ class LoraModel(metaclass=Told):
         Raises:
             AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
                 here. The model is untouched.
+            ConfigError: If the name is taken, or an option is none of the format's.
+            StateError: If something is merged, or a block is open.
+            PluginError: If there is no such format.
         """
         state = model_state(model)
         if state is not None:
@@ -496,6 +503,11 @@ class LoraModel(metaclass=Told):
             registry: The plugins; by default those that its config lets load.
             changed: The weights that its init has changed, by full name, where they are still there. By default they
                 are computed from the base, which needs the type that it had when the adapter was made.
+
+        Raises:
+            AdapterFileError: If it is damaged, or belongs to another model. The model is untouched.
+            ConfigError: If the name is taken.
+            StateError: If something is merged, or a block is open.
         """
         handle = cls.__new__(cls)
         handle.model, handle._registry = model, registry
@@ -552,6 +564,9 @@ class LoraModel(metaclass=Told):
 
         It loads onto the base as it was before a training moved weights of it by hand, which checkpoints hold beside
         the adapter.
+
+        Raises:
+            StateError: If there is no such adapter, or something is merged.
         """
         self._state.check("save_adapter")
         self._state.adapter(adapter_name)

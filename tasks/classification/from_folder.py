@@ -28,6 +28,9 @@ class ImageFolderDataModule(ImageDataModule):
     Args:
         root: The folder that holds `train` and `val`, or the classes.
         **options: The arguments of `ImageDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, root: str, **options: Any) -> None:

@@ -21,6 +21,9 @@ class HubImageDataModule(ImageDataModule):
         label_column: The column with the labels.
         check_files: As in `ImageDataModule`; off by default, as such data sets are large and rarely damaged.
         **options: The other arguments of `ImageDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

@@ -23,6 +23,9 @@ class ImageListDataModule(ImageDataModule):
         split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
         classes: Names of the classes, in order; by default all labels, sorted.
         **options: The arguments of `ImageDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

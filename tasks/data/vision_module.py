@@ -32,6 +32,9 @@ class VisionDataModule(LightningDataModule):
 
     Attributes:
         ignore_index: The label that stands for no class; None if there is no such label.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     ignore_index: int | None = None

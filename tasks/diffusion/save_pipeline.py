@@ -25,6 +25,9 @@ class SavePipeline(Callback):
 
     Args:
         folder: The folder of the pipeline.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, folder: str) -> None:

@@ -31,6 +31,9 @@ class DigitsDataModule(VisionDataModule):
         quarter_turns: The rotation of each digit in quarter turns, counterclockwise.
         batch_size: Samples per batch.
         num_workers: Worker processes that load data; the digits are in memory, so more than 0 rarely helps.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

@@ -48,6 +48,9 @@ class ReadDigits(Callback):
         subject_pictures: How many of the new subject.
         adapter: The adapter's folder, as the LoraCallback has it; None if there is none.
         sampling: How they are sampled.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

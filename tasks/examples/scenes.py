@@ -51,6 +51,9 @@ class DigitScenesDataModule(VisionDataModule):
         seed: The seed of the scenes.
         batch_size: Scenes per batch.
         num_workers: Worker processes that load data; the scenes are in memory, so more than 0 rarely helps.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

@@ -67,6 +67,9 @@ class HtmlReport(Callback):
         path: The file to write.
         samples: The number of worst, and of best, samples of the val split to show. Others are added so that each class
             is shown.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, path: str, samples: int = 8) -> None:

@@ -71,6 +71,9 @@ class PredictionPicture(Callback):
     Args:
         path: The PNG to write.
         samples: The number of samples of the val split to show, evenly spaced over it.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, path: str, samples: int = 4) -> None:

@@ -27,6 +27,9 @@ class TensorBoardImages(Callback):
     Args:
         samples: The number of samples of the val split to show, evenly spaced over it.
         every: The number of validations from one time to the next.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, samples: int = 4, every: int = 1) -> None:

@@ -37,6 +37,9 @@ class MaskFolderDataModule(MaskDataModule):
         images: Name of the folder of images.
         masks: Name of the folder of masks.
         **options: The arguments of `MaskDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(self, root: str, *, images: str = "images", masks: str = "masks", **options: Any) -> None:

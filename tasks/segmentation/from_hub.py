@@ -22,6 +22,9 @@ class HubMaskDataModule(MaskDataModule):
         mask_column: The column with the masks.
         check_files: As in `ImageDataModule`; off by default, as such data sets are large and rarely damaged.
         **options: The other arguments of `MaskDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(

@@ -21,6 +21,9 @@ class MaskListDataModule(MaskDataModule):
         mask_column: The column with the path of the mask.
         split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
         **options: The arguments of `MaskDataModule`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
     """
 
     def __init__(
