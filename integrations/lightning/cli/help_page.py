@@ -23,8 +23,8 @@ A configuration is a YAML file, or recipe:NAME for one that is shipped:
 `lora-plugins recipes` says what each is for, `lora-plugins recipes copy NAME` gives you one to change.
 
 Sections of a configuration; each value is a flag too, and the last one given counts:
-  model        class_path and init_args of a LightningModule; shipped are
-               lora_plugins.tasks.ImageClassificationTask and lora_plugins.tasks.SemanticSegmentationTask
+  model        class_path and init_args of a LightningModule; those of lora_plugins.tasks are
+               ImageClassificationTask, SemanticSegmentationTask and TextToImageTask
   data         class_path and init_args of a LightningDataModule
   trainer      arguments of Lightning's Trainer: max_epochs, precision, devices, accelerator, callbacks, ...
   optimizer, lr_scheduler   class_path and init_args, in the place of the task's own
