@@ -13,8 +13,11 @@ from lora_plugins.utils import levels, on_device
 
 _LEVELS = levels(4).float()
 
-_PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1).view(torch.int64).view(-1)
-"""The two levels of each byte, as one number, so that they are copied at once."""
+_BYTES = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1)
+"""The two levels of each byte."""
+
+_PAIRS = _BYTES.view(torch.int64).view(-1)
+"""The same as one number, so that both are copied at once."""
 
 
 class NF4Storage(BlockwiseStorage):
@@ -29,6 +32,9 @@ class NF4Storage(BlockwiseStorage):
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """Looks up each byte."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # Its graphs cannot view a number as two.
+            return on_device(_BYTES, codes.device).index_select(0, codes.int()).flatten()
         return on_device(_PAIRS, codes.device).index_select(0, codes.int()).view(torch.float32)
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.plugins import storage_options
 from lora_plugins.storages.int8 import Int8Storage
 from lora_plugins.storages.nf4 import NF4Storage
@@ -74,6 +75,17 @@ def test_a_block_beside_one_with_large_values_keeps_its_own():
 )
 def test_bytes_as_a_share_of_float32(plugin, options, most):
     assert stored_bytes(plugin, torch.randn(384, 384), **options) <= most * 4 * 384 * 384
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")  # shapes
+def test_jit_trace(storage):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    LoraModel(model, LoraConfig(r=2, init="none", quantize=storage, quantize_options={"min_size": 0}))
+    x = torch.randn(3, 8)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(2 * x), model(2 * x))
 
 
 def test_the_values_and_bytes_are_those_of_bitsandbytes():
