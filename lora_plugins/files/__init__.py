@@ -7,7 +7,7 @@ from lora_plugins.files.base_files import load_quantized
 from lora_plugins.files.differences import differing_base, differing_config
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import read, write
-from lora_plugins.files.manifest import TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
+from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
@@ -17,6 +17,7 @@ from lora_plugins.plugins import PackedAdapter
 
 __all__ = [
     "MANIFEST",
+    "OWN_ENTRIES",
     "PICKLED",
     "TENSOR_FILE",
     "PackedAdapter",

@@ -113,3 +113,6 @@ _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "changed": lambda value: isinstance(value, dict),
     "stored": lambda value: value is None or _maps_to(lambda entry: isinstance(entry, dict))(value),
 }
+
+OWN_ENTRIES = frozenset({*_ENTRIES, "format", "lora_plugins", "init", "variant", "file", "sha256", _SEAL})
+"""The names of all entries that a manifest can have; others are what users add."""

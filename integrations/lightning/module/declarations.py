@@ -4,15 +4,18 @@
 returns what the files of an adapter hold besides.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import listing
+from lora_plugins.files import OWN_ENTRIES
 from lora_plugins.inplace import model_modules, named_parameters
 from lora_plugins.plan import matches
 from lora_plugins.utils import within
@@ -56,12 +59,31 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
 def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
     """Returns what a module adds to the files of its adapter, as JSON by name; empty if it declares nothing.
 
+    It is asked after the training, which an entry shall not cost: a warning names those that are left out.
+
     Args:
         module: The module; its optional method `file_entries` takes the name of the target.
         path: The name of the target; empty for the module itself.
     """
     declared = getattr(module, "file_entries", None)
-    return {} if declared is None else declared(path)
+    said = {} if declared is None else declared(path)
+    given = said if isinstance(said, Mapping) else {}
+    entries = {name: entry for name, entry in given.items() if name not in OWN_ENTRIES and _is_json({name: entry})}
+    left_out: list[Any] = [name for name in given if name not in entries] if given is said else [said]
+    if left_out:
+        rank_zero_warn(
+            f"file_entries() of {type(module).__name__} returns {listing(left_out)}. It returns JSON by name, by names "
+            "that the manifest of an adapter has not itself; the files are written without."
+        )
+    return entries
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, StateError
-from lora_plugins.files import MANIFEST, PackedAdapter, read, write
+from lora_plugins import InitData, LoraConfig, LoraModel, StateError
+from lora_plugins.files import MANIFEST, OWN_ENTRIES, PackedAdapter, read, write
 from tests.core.file_cases import (
     adapt,
     assert_same_state,
@@ -318,3 +318,10 @@ def test_an_entry_is_added_and_the_adapter_still_loads(tmp_path):
     assert found["made_with"] == {"seed": 3}
     assert [key for key in before if found[key] != before[key]] == ["manifest_sha256"]
     LoraModel.load_adapter(model, folder)
+
+
+def test_every_entry_of_a_manifest_is_known(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = LoraConfig(r=2, init="eva", init_options={"rho": 2.0}, quantize="nf4", quantize_options={"min_size": 0})
+    folder = LoraModel(model, config, init_data=InitData([torch.randn(16, 8)])).save_adapter(tmp_path / "adapter")
+    assert {"ranks", "stored"} <= read(folder).manifest.keys() == OWN_ENTRIES

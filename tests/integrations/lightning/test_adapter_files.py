@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections import UserList
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, MergeError, PluginError
 from lora_plugins.cli.main import main
+from lora_plugins.files import OWN_ENTRIES
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.integrations.lightning.adapter_files import adapter_files, check_room
 from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
@@ -254,6 +256,30 @@ class TestWhatAModuleSays:
             assert json.loads(file.metadata()["lora_plugins.classes"]) == said
         model = Described() if target is None else Described().net
         LoraModel.load_adapter(model, tmp_path / "ours")
+
+    @pytest.mark.parametrize(
+        ("said", "left_out"),
+        [
+            (dict.fromkeys(sorted(OWN_ENTRIES), "mine"), "'adapter_name', 'base'"),
+            ({"classes": ["a"], "sizes": {1, 2}}, "'sizes'"),
+            (None, "None"),
+        ],
+        ids=["names_of_the_manifest", "no_json", "no_mapping"],
+    )
+    def test_does_not_cost_the_adapter(self, tmp_path, said, left_out):
+        class Misdescribed(Classifier):
+            def file_entries(self, target):
+                return said
+
+        callback = LoraCallback(
+            LoraConfig(r=2, target_modules=["net.0"]),
+            save_adapter_to=tmp_path / "a",
+            export_to=tmp_path / "m.safetensors",
+        )
+        with pytest.warns(UserWarning, match=re.escape(f"of Misdescribed returns {left_out}")):
+            trainer(tmp_path, [callback]).fit(Misdescribed(), loader())
+        LoraModel.load_adapter(Classifier(), tmp_path / "a")
+        assert ("classes" in json.loads((tmp_path / "a" / "adapter.json").read_text())) == ("classes" in (said or {}))
 
     def test_is_in_the_adapter_though_it_cannot_be_merged(self, tmp_path):
         """The files are written before the merge, whole."""
