@@ -9,6 +9,7 @@ ONNX, and among the extra files of `torch.export.load`.
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
-from lora_plugins.errors import LoraError
+from lora_plugins.errors import LoraError, listing
 from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
@@ -135,13 +136,21 @@ def _checked(path: str | Path) -> Path:
 
 
 def _write_weights(task: VisionTask, path: Path) -> float:
-    """Writes the plain state dict of the network, with its task and classes in the metadata, and reads it again."""
+    """Writes the plain state dict of the network, with its task and classes in the metadata, once it has been read."""
     tensors = plain_state_dict(task.network)
-    write_safetensors(path, tensors, {PROVENANCE_KEY: task.provenance()})
-    found = load_task(path).network.state_dict()
-    if any(not torch.equal(tensor, found[name].cpu()) for name, tensor in tensors.items()):
-        path.unlink()
-        raise WeightsError(f"{path} does not load as it was written. It was removed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder, path.name)
+            write_safetensors(written, tensors, {PROVENANCE_KEY: task.provenance()})
+            found = load_task(written).network.state_dict()
+            wrong = [name for name, tensor in tensors.items() if not torch.equal(tensor, found[name].cpu())]
+            if wrong:  # NaN is not equal to itself
+                raise WeightsError(f"{listing(wrong)} would not load as it is. {path} is not written.")
+            written.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # and not the one in the temporary folder
+        raise
     return 0.0
 
 

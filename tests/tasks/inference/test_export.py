@@ -12,6 +12,7 @@ from benchmarks.serving.adapters import write_adapters, write_base
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     ImageClassificationTask,
+    WeightsError,
     export_task,
     load_task,
     merged_task,
@@ -59,6 +60,16 @@ class TestExport:
         assert merged.state_dict().keys() == ImageClassificationTask(base).state_dict().keys()
         images = torch.rand(3, 3, 16, 16)
         torch.testing.assert_close(merged(images), task(images), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("ending", [pytest.param(".pt2", marks=pytest.mark.slow), ".safetensors"])
+    def test_a_diverged_network_is_refused_and_the_earlier_file_stays(self, fitted, tmp_path, ending):
+        task, file = merged_task(fitted["labels"][1]["adapter"]), tmp_path / f"m{ending}"
+        file.write_bytes(b"earlier")
+        with torch.no_grad():
+            next(task.network.parameters()).fill_(float("nan"))
+        with pytest.raises(WeightsError, match=r"m\.\w+ .*\bis not written"):
+            export_task(task, file)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
 
     def test_a_wrong_ending_or_place_is_told_before_the_model_is_loaded(self, tmp_path, capsys):
         assert export(["nowhere", "m.tflite"]) == 1
