@@ -1,4 +1,4 @@
-"""What training has changed in a model beside an adapter: its files do not hold it."""
+"""What training has changed in a model beside an adapter, or not at all: its files do not hold it."""
 
 import warnings
 
@@ -7,14 +7,15 @@ from torch import nn
 from lora_plugins.adapter.moved_base import moved_base
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import listing
-from lora_plugins.inplace import model_modules, own_tensors
+from lora_plugins.inplace import model_modules, own_tensors, slot_tensors, submodule
+from lora_plugins.plan import Plan
 
 _STACKLEVEL = 7
 """Of the line that calls `LoraModel.save_adapter`, behind its decorators."""
 
 
 def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
-    """Warns of parameters that are trained and belong to no adapter, and of tensors that something else has changed.
+    """Warns of parameters that are trained and belong to no adapter, of other changed tensors, and of no training.
 
     Args:
         model: The model.
@@ -38,6 +39,27 @@ def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
             "by merging.",
             stacklevel=_STACKLEVEL,
         )
+    if _waits_for_a_step(model, state.adapters[adapter].plan, adapter):
+        warnings.warn(
+            f"The adapter {adapter!r} still changes nothing, though gradients have come to all its layers. An "
+            "optimizer that was made before the adapter does not train it: make it afterwards, of the parameters that "
+            "require a gradient.",
+            stacklevel=_STACKLEVEL,
+        )
+
+
+def _waits_for_a_step(model: nn.Module, plan: Plan, adapter: str) -> bool:
+    """Whether each layer has a factor of zeros with a gradient that is none."""
+    tensors = [slot_tensors(submodule(model, layer.name), adapter, slot) for layer, slot, _ in plan.slots()]
+    return all(any(_is_zero(each[name]) and _has_gradient(each[name]) for name in "AB") for each in tensors)
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    return not bool(parameter.detach().any())
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not parameter.grad.is_sparse and bool(parameter.grad.any())
 
 
 def _trained_besides(model: nn.Module, state: ModelState) -> list[str]:

@@ -1,0 +1,50 @@
+"""`save_adapter` tells that an adapter was not trained at all, where its optimizer does not have it."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel
+
+LAYERS = {"linear": (lambda: nn.Linear(4, 3), torch.randn(2, 4)), "embedding": (lambda: nn.Embedding(4, 3), [[0, 1]])}
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def step(model, optimizer, x):
+    model(torch.as_tensor(x)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("make", "x"), LAYERS.values(), ids=LAYERS)
+def test_an_optimizer_that_was_made_before_the_adapter_is_told(make, x, tmp_path):
+    model = nn.Sequential(make())
+    optimizer = sgd(model)
+    lora = LoraModel(model, LoraConfig(r=2))
+    step(model, optimizer, x)
+    with pytest.warns(UserWarning, match="'default' still changes nothing.* made before the adapter") as told:
+        lora.save_adapter(tmp_path)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(("make", "x"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_one_that_was_made_afterwards_is_not(make, x, steps, tmp_path):
+    model = nn.Sequential(make())
+    lora = LoraModel(model, LoraConfig(r=2))
+    optimizer = sgd(model)
+    for _ in range(steps):
+        step(model, optimizer, x)
+    lora.save_adapter(tmp_path)
+
+
+def test_an_adapter_that_waits_is_not(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    lora = LoraModel(model, LoraConfig(r=2))
+    lora.add_adapter("waits", LoraConfig(r=2))
+    step(model, sgd(model), torch.ones(2, 4))
+    for name in ("default", "waits"):
+        lora.save_adapter(tmp_path / name, name)
