@@ -43,6 +43,8 @@ SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _foc
 class Objective:
     """A weighted sum of losses over all labels but `ignore_index`; zero, not nan, if there are no others.
 
+    Cross entropy is zero as well where all of them are of classes whose weight is 0.
+
     Args:
         text: Names joined by `+`, each with an optional factor: `cross_entropy + 0.5 * dice`.
         allowed: The allowed names.
@@ -81,9 +83,10 @@ class Objective:
             weights: A weight for each class, (classes,), for cross entropy.
         """
         if targets.is_floating_point():
-            return cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+            factor = self.factors[CROSS_ENTROPY]
+            return factor * cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
         if not (targets != self.ignore_index).any():
-            return logits.sum() * 0
+            return _nothing(logits)
         total = logits.new_zeros(())
         for name, factor in self.factors.items():
             cross = name == CROSS_ENTROPY
@@ -92,9 +95,16 @@ class Objective:
         return total
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None and not weights[targets[targets != self.ignore_index]].any():
+            return _nothing(logits)
         return cross_entropy(
             logits, targets, weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
         )
+
+
+def _nothing(logits: Tensor) -> Tensor:
+    """A zero with a gradient; summed last, as a sum of logits overflows in half precision."""
+    return (logits * 0).sum()
 
 
 def balanced_weights(counts: Tensor) -> Tensor:

@@ -70,6 +70,32 @@ def test_weights_and_smoothing_are_those_of_torch():
     assert found == cross_entropy(logits, masks, weights, ignore_index=IGNORED, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_of_classes_without_weight_alone_are_nothing(smoothing):
+    logits, masks = maps()
+    logits.requires_grad_()
+    masks = torch.where(masks == IGNORED, IGNORED, 0)
+    weights = torch.tensor([0.0, 1.0, 1.0])
+    loss = objective("cross_entropy", label_smoothing=smoothing)(logits, masks, weights)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+    summed = objective("cross_entropy + dice", label_smoothing=smoothing)(logits, masks, weights)
+    assert summed == objective("dice")(logits, masks)
+
+
+def test_what_is_ignored_altogether_is_nothing_in_half_precision():
+    logits = torch.full((2, 3, 64, 64), 10.0, dtype=torch.float16)
+    assert float(objective("cross_entropy")(logits, torch.full((2, 64, 64), IGNORED))) == 0
+
+
+def test_a_factor_counts_for_soft_targets_too():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    soft = torch.nn.functional.one_hot(labels, 3).float()
+    halved = objective("0.5 * cross_entropy")
+    torch.testing.assert_close(halved(logits, soft), halved(logits, labels))
+
+
 def test_balanced_weights_make_up_for_counts():
     weights = balanced_weights(torch.tensor([10, 0, 30]))
     assert weights.tolist() == pytest.approx([2.0, 1.0, 2 / 3])
