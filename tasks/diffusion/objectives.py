@@ -13,6 +13,8 @@ from lora_plugins.tasks.errors import unknown
 
 AUTO, EPSILON, VELOCITY = "auto", "epsilon", "v_prediction"
 PREDICTIONS = (AUTO, EPSILON, VELOCITY)
+BETAS = "beta_schedule"
+"""What the configuration of a scheduler with a fixed variance schedule has."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ class NoisePrediction:
         if self.min_snr_gamma is None:
             return torch.ones(times.shape, device=times.device)
         share = self.alphas.to(times.device)[times]
-        ratio = share / (1 - share)
-        # The paper weighs errors of the picture; those of noise and velocity are ratio and ratio + 1 times as large.
-        return ratio.clamp(max=self.min_snr_gamma) / (ratio + 1 if self.velocity else ratio)
+        # The paper weighs errors of the picture by min(ratio, gamma), where ratio = share / (1 - share); those of noise
+        # and velocity are ratio and ratio + 1 times as large. A ratio is not formed: that of pure noise is 0.
+        limit = self.min_snr_gamma * (1 - share)
+        return torch.minimum(share, limit) if self.velocity else (limit / share).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,13 @@ def objective_of(config: Mapping[str, Any], class_name: str, prediction: str, mi
             "both out."
         )
     if flow:
-        return FlowMatching(int(config["num_train_timesteps"]), float(config.get("shift") or 1.0))
+        shift = config.get("shift") or config.get("flow_shift") or 1.0  # as solvers of higher order call it
+        return FlowMatching(int(config["num_train_timesteps"]), float(shift))
+    if BETAS not in config:
+        raise ConfigError(
+            f"The pipeline has a {class_name}, whose noise follows no schedule of betas: models of this kind (EDM and "
+            "its like) are trained with another loss, which is not served."
+        )
     said = config.get("prediction_type", EPSILON) if prediction == AUTO else prediction
     if said not in (EPSILON, VELOCITY):
         raise ConfigError(

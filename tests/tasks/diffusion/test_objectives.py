@@ -42,11 +42,24 @@ def test_flow_matching_is_that_of_diffusers():
     assert bool((found.times > 0).all() and (found.times < 1000).all())
 
 
-def test_shifted_times_are_noisier():
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda shift: diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        lambda shift: diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        ),
+        lambda shift: diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        ),
+    ],
+    ids=["euler", "dpm", "unipc"],
+)
+def test_shifted_times_are_noisier(flow):
     means = []
     for shift in (1.0, 3.0):
         torch.manual_seed(0)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler = flow(shift)
         many = torch.zeros(2000, 1, 1, 1)
         means.append(float(objective(scheduler)(many, many).times.mean()))
     assert means[0] == pytest.approx(500, abs=15)
@@ -61,6 +74,20 @@ def test_min_snr_weights_are_those_of_the_paper(prediction):
     ratio = share / (1 - share)
     expected = ratio.clamp(max=5) / (ratio if prediction == "epsilon" else ratio + 1)
     torch.testing.assert_close(objective(scheduler, gamma=5.0).weights(times).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_min_snr_weighs_pure_noise_as_what_is_nearly_so():
+    scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, **SCALED)
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert objective(scheduler, gamma=5.0).weights(torch.tensor([998, 999])).tolist() == [1, 1]
+    scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", **SCALED)
+    assert objective(scheduler, gamma=5.0).weights(torch.tensor([999])).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler"])
+def test_schedules_without_betas_are_refused(kind):
+    with pytest.raises(ConfigError, match=f"a {kind}, whose noise follows no schedule of betas"):
+        objective(getattr(diffusers, kind)())
 
 
 def test_offset_noise_is_the_same_in_all_pixels():
