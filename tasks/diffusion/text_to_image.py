@@ -285,10 +285,17 @@ class TextToImageTask(LoraCheckpointMixin):
         self._pixels = batch.pixels
         found = self._latents.of(batch.names) if self.cache else self._encode_pixels(batch.pixels)
         self._pixels = None
-        latents = found["mean"] + found["deviation"] * torch.randn(found["mean"].shape).to(found["mean"])
+        return self._scaled(found["mean"] + found["deviation"] * torch.randn(found["mean"].shape).to(found["mean"]))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser takes them; the pipelines undo this before they decode."""
         config = self.pipe.vae.config
-        scaled: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-        return scaled
+        shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return cast(Tensor, (latents - shift) * scale)
+        mean, deviation = (latents.new_tensor(each).view(1, -1, 1, 1) for each in (mean, deviation))
+        return cast(Tensor, (latents - mean) * scale / deviation)
 
     def condition_of(self, prompts: list[str]) -> Condition:
         """What the denoiser is conditioned on, from prompts."""

@@ -96,6 +96,25 @@ def test_what_is_cached_changes_no_loss(name, folders, pictures):
     assert cached == pytest.approx(anew, rel=1e-4)
 
 
+def test_latents_are_what_the_pipeline_undoes_before_it_decodes(folders, pictures, tmp_path):
+    """Pipelines of Stable Diffusion XL can have a mean and a deviation for each channel of their latents."""
+    mean, deviation = [0.5, -0.2, 0.1, 0.0], [2.0, 0.5, 1.0, 4.0]
+    pipe, data = build("Stable Diffusion XL"), pictures()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+
+    def found(**of_channels):
+        pipe.vae.register_to_config(**of_channels)
+        pipe.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        return TextToImageTask(str(tmp_path)).latents_of(batch)
+
+    plain = found() / pipe.vae.config.scaling_factor
+    scaled = found(latents_mean=mean, latents_std=deviation) / pipe.vae.config.scaling_factor
+    undone = scaled * torch.tensor(deviation).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+    torch.testing.assert_close(undone, plain)
+
+
 def test_gradient_checkpointing_changes_no_loss(folders, pictures):
     arguments = {"train_text_encoder": True, "lr": 1e-2}
     kept, again = (
