@@ -32,12 +32,14 @@ class VisionDataModule(LightningDataModule):
 
     Attributes:
         ignore_index: The label that stands for no class; None if there is no such label.
+        interpolation: How images are resized; None for what the model says, or if they are not.
 
     Raises:
         ConfigError: If an argument is invalid.
     """
 
     ignore_index: int | None = None
+    interpolation: str | None = None
 
     def __init__(self, batch_size: int, num_workers: int = 0, sampler: str = SHUFFLE) -> None:
         super().__init__()

@@ -104,8 +104,9 @@ class VisionTask(LoraCheckpointMixin):
         head_modules: Names, relative to the task, of the modules whose parameters are newly initialized. They are
             trained and saved, whatever else is frozen.
         lora_targets: The layers to adapt if a `LoraConfig` names no `target_modules`.
-        image_size: Height and width of the images that the network was made for, or None.
-        interpolation: How its images were resized.
+        image_size: Height and width of the images of the last fit, or else of those that the network was made for; or
+            None.
+        interpolation: How these images were resized.
         confusion: The confusion matrix (true, predicted) of the last epoch, by stage.
 
     Raises:
@@ -194,6 +195,7 @@ class VisionTask(LoraCheckpointMixin):
         self.head_modules = tuple(f"network.{name}" for name in built.new_modules)
         self.lora_targets = default_targets(built.module, built.new_modules)
         self.image_size, self.interpolation, self.bgr = built.size, built.interpolation, built.bgr
+        self._made_for = built.size
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -230,7 +232,7 @@ class VisionTask(LoraCheckpointMixin):
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
-        """Checks that data and model agree on the classes, and adopts the names of the classes.
+        """Checks that data and model agree on the classes, and adopts their names and, in a fit, what images are like.
 
         Raises:
             ConfigError: If they do not agree.
@@ -256,6 +258,9 @@ class VisionTask(LoraCheckpointMixin):
         self.hparams["class_names"] = list(self.class_names)
         if self.class_weights == BALANCED and (stage == "fit" or TRAIN in data.splits):
             self.weights = balanced_weights(data.class_counts()).to(self.mean)
+        if stage == "fit":
+            self.image_size = data.size() or self.image_size
+            self.interpolation = data.interpolation or self.interpolation
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -335,12 +340,10 @@ class VisionTask(LoraCheckpointMixin):
 
     def provenance(self) -> dict[str, Any]:
         """Which task this is, in plain types: class, arguments, names of the classes, what images are like."""
-        data = self._datamodule()
-        size = (data.size() if isinstance(data, VisionDataModule) else None) or self.image_size
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "arguments": json.loads(json.dumps(dict(self.hparams))),
-            "image_size": None if size is None else list(size),
+            "image_size": None if self.image_size is None else list(self.image_size),
             "interpolation": self.interpolation,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
@@ -392,7 +395,7 @@ class VisionTask(LoraCheckpointMixin):
         if self._images_seen or compiled:
             return nullcontext()
         self._images_seen = True
-        return refusing_small_images(network, self.model_config.name, self.image_size)
+        return refusing_small_images(network, self.model_config.name, self._made_for)
 
     def _log(self, metrics: MetricCollection) -> None:
         prefix = metrics.prefix or ""

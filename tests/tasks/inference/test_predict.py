@@ -11,13 +11,38 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_plugins import ConfigError
-from lora_plugins.tasks.inference import mask_probabilities
+from lora_plugins import ConfigError, LoraConfig
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.tasks import ImageClassificationTask, ImageFolderDataModule
+from lora_plugins.tasks.inference import load_task, mask_probabilities, predict_folder
 from lora_plugins.tasks.inference import predict_main as predict
 from lora_plugins.tasks.segmentation import class_colors
 
-from ..conftest import noise, write_image
+from ..conftest import noise, tiny_vit, write_image
 from .conftest import FILES
+
+
+@pytest.mark.parametrize(
+    "resized", [{"image_size": (24, 16)}, {"interpolation": "nearest"}], ids=["size", "interpolation"]
+)
+def test_images_are_resized_as_those_of_the_fit(trainer, tmp_path, resized):
+    """In memory, from a file, and in the validation alike."""
+    for number in range(8):
+        place = tmp_path / "data" / ("train", "val")[number % 2] / ("a", "b")[number // 2 % 2]
+        write_image(place / f"{number}.png", noise(40, 30, seed=number))
+    task = ImageClassificationTask(tiny_vit(2, dynamic_img_size=True), lr=0.05)
+    data = ImageFolderDataModule(str(tmp_path / "data"), batch_size=4, **resized)
+    merged = str(tmp_path / "merged.safetensors")
+    trainer(max_epochs=3, callbacks=[LoraCallback(LoraConfig(r=2), target="network", export_to=merged)]).fit(task, data)
+    task.eval()
+    with torch.no_grad():
+        expected = [task(sample["image"][None]).softmax(1)[0] for sample in data.splits["val"]]
+    for name, each in {"memory": task, "file": load_task(merged)}.items():
+        images = [str(tmp_path / "data" / "val" / label) for label in data.class_names]
+        (table,) = predict_folder(each, images, tmp_path / name)
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        found = [torch.tensor([float(row[label]) for label in data.class_names]) for row in rows]
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)  # in training, images are resized in 8 bits
 
 
 class TestPredict:
