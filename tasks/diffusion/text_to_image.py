@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
@@ -317,8 +317,8 @@ class TextToImageTask(LoraCheckpointMixin):
         """Mean and standard deviation of latents, in float32: some autoencoders overflow in half precision."""
         gray = int(self.pipe.vae.config.in_channels) == 1
         pixels = pixels.mean(1, keepdim=True) if gray else pixels
-        with torch.autocast(self.device.type, enabled=False):
-            encoded = self.pipe.vae.encode(pixels.to(next(self.pipe.vae.parameters()).dtype))
+        with torch.autocast(self.device.type, enabled=False), _upcast(self.pipe.vae) as vae:
+            encoded = vae.encode(pixels.to(vae.dtype))
         if hasattr(encoded, "latent_dist"):
             return {"mean": encoded.latent_dist.mean.float(), "deviation": encoded.latent_dist.std.float()}
         return {"mean": encoded.latents.float(), "deviation": torch.zeros_like(encoded.latents).float()}
@@ -357,3 +357,16 @@ class TextToImageTask(LoraCheckpointMixin):
 
     def _datamodule(self) -> Any:
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[Any]:
+    """Holds an autoencoder in float32 inside a `with` block if it says that it has to be, as pipelines do."""
+    stored = vae.dtype
+    if stored == torch.float32 or not vae.config.get("force_upcast"):
+        yield vae
+        return
+    try:
+        yield nn.Module.float(vae)  # as diffusers' own methods warn of each cast
+    finally:
+        nn.Module.to(vae, stored)

@@ -115,6 +115,19 @@ def test_latents_are_what_the_pipeline_undoes_before_it_decodes(folders, picture
     torch.testing.assert_close(undone, plain)
 
 
+def test_an_autoencoder_that_overflows_in_half_precision_is_upcast(pictures, tmp_path):
+    pipe = build("Stable Diffusion XL")
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    assert pipe.vae.config.force_upcast
+    pipe.to(torch.float16).save_pretrained(tmp_path)
+    task = TextToImageTask(str(tmp_path), dtype="float16")
+    data = pictures()
+    data.setup("fit")
+    assert bool(task.latents_of(next(iter(data.train_dataloader()))).isfinite().all())
+    assert {parameter.dtype for parameter in task.pipe.vae.parameters()} == {torch.float16}
+
+
 def test_gradient_checkpointing_changes_no_loss(folders, pictures):
     arguments = {"train_text_encoder": True, "lr": 1e-2}
     kept, again = (
