@@ -33,7 +33,8 @@ def _dice(ignore_index: int) -> Any:
 def _lovasz(ignore_index: int) -> Any:
     from segmentation_models_pytorch.losses import LovaszLoss
 
-    return LovaszLoss("multiclass", ignore_index=ignore_index)
+    loss: Any = LovaszLoss("multiclass", ignore_index=ignore_index)
+    return lambda logits, targets: loss(logits.float(), targets)  # it knows single precision only
 
 
 SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _focal, "dice": _dice, "lovasz": _lovasz})
@@ -43,7 +44,8 @@ SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _foc
 class Objective:
     """A weighted sum of losses over all labels but `ignore_index`; zero, not nan, if there are no others.
 
-    Cross entropy is zero as well where all of them are of classes whose weight is 0.
+    Cross entropy is zero as well where all of them are of classes whose weight is 0. All is computed in single
+    precision or better: sums over many pixels overflow in float16.
 
     Args:
         text: Names joined by `+`, each with an optional factor: `cross_entropy + 0.5 * dice`.
@@ -82,11 +84,13 @@ class Objective:
             targets: The labels or soft targets.
             weights: A weight for each class, (classes,), for cross entropy.
         """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = None if weights is None else weights.to(logits)
         if targets.is_floating_point():
             factor = self.factors[CROSS_ENTROPY]
             return factor * cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
         if not (targets != self.ignore_index).any():
-            return _nothing(logits)
+            return logits.sum() * 0
         total = logits.new_zeros(())
         for name, factor in self.factors.items():
             cross = name == CROSS_ENTROPY
@@ -96,15 +100,10 @@ class Objective:
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None and not weights[targets[targets != self.ignore_index]].any():
-            return _nothing(logits)
+            return logits.sum() * 0
         return cross_entropy(
             logits, targets, weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
         )
-
-
-def _nothing(logits: Tensor) -> Tensor:
-    """A zero with a gradient; summed last, as a sum of logits overflows in half precision."""
-    return (logits * 0).sum()
 
 
 def balanced_weights(counts: Tensor) -> Tensor:

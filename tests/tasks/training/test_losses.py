@@ -23,7 +23,7 @@ IGNORED = 255
 
 def maps():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 4, 5, generator=generator)  # smp's Lovász knows single precision only
+    logits = torch.randn(2, 3, 4, 5, generator=generator)
     masks = torch.randint(0, 3, (2, 4, 5), generator=generator)
     masks[:, 0] = IGNORED
     return logits, masks
@@ -84,9 +84,25 @@ def test_labels_of_classes_without_weight_alone_are_nothing(smoothing):
     assert summed == objective("dice")(logits, masks)
 
 
-def test_what_is_ignored_altogether_is_nothing_in_half_precision():
-    logits = torch.full((2, 3, 64, 64), 10.0, dtype=torch.float16)
-    assert float(objective("cross_entropy")(logits, torch.full((2, 64, 64), IGNORED))) == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_is_the_same_in_every_precision(name, dtype):
+    """Of more pixels than float16 can count; class weights have the precision of the network."""
+    logits, masks = (tensor.repeat_interleave(41, -1).repeat_interleave(41, -2) for tensor in maps())
+    logits, weights = logits.to(dtype), torch.tensor([0.5, 2.0, 1.0])
+    assert masks.numel() > torch.finfo(torch.float16).max
+    expected = objective(name)(logits.float(), masks, weights)
+    found = objective(name)(logits, masks, weights.to(dtype)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert float(objective(name)(logits, torch.full_like(masks, IGNORED))) == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("text", ["lovasz", "cross_entropy + dice"])
+def test_segmentation_trains_in_every_precision(text, precision, trainer):
+    run = trainer(precision=precision)
+    run.fit(SemanticSegmentationTask(tiny_segformer(), loss=text), datamodule=scenes())
+    assert run.callback_metrics["train/loss"] > 0
 
 
 def test_a_factor_counts_for_soft_targets_too():
