@@ -73,8 +73,7 @@ def _load(path: Path, weights: str | Path | None) -> VisionTask:
         if not adapted:  # an adapter that is trained on it has this base
             task.model_config = replace(task.model_config, weights=str(path))
             task.hparams["model"] = asdict(task.model_config)
-    size = provenance["image_size"]
-    task.image_size, task.interpolation = None if size is None else (size[0], size[1]), provenance["interpolation"]
+    task.adopt_images(provenance)
     return task.eval()
 
 

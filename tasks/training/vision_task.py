@@ -49,7 +49,7 @@ from lora_plugins.tasks.training.optimization import (
     check_optimizer,
     configured_optimizer,
 )
-from lora_plugins.tasks.training.provenance import PROVENANCE_KEY
+from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
 
 CONFUSION = "confusion"
@@ -298,6 +298,8 @@ class VisionTask(LoraCheckpointMixin):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the classes of a checkpoint are those of the data: another order would be another label.
 
+        Without a trainer, which has data, images are from now on as those of the checkpoint were.
+
         Raises:
             ConfigError: If they are not.
         """
@@ -308,7 +310,15 @@ class VisionTask(LoraCheckpointMixin):
                 f"{', '.join(self.class_names)}. Take the data that it was trained on; or, if they are the same in "
                 "this order under other names, set `class_names` of the task to those of the file."
             )
+        if self._trainer is None and PROVENANCE_KEY in checkpoint:
+            self.adopt_images(checkpoint[PROVENANCE_KEY])
         super().on_load_checkpoint(checkpoint)
+
+    def adopt_images(self, provenance: Provenance) -> None:
+        """Sets what images are like to what a file says of those of its fit."""
+        size = provenance["image_size"]
+        self.image_size = None if size is None else (size[0], size[1])
+        self.interpolation = provenance["interpolation"]
 
     def on_fit_start(self) -> None:
         """Warns if what the fit will leave is of no use later."""

@@ -26,18 +26,21 @@ from .conftest import FILES
     "resized", [{"image_size": (24, 16)}, {"interpolation": "nearest"}], ids=["size", "interpolation"]
 )
 def test_images_are_resized_as_those_of_the_fit(trainer, tmp_path, resized):
-    """In memory, from a file, and in the validation alike."""
+    """In memory, from files, and in the validation alike."""
     for number in range(8):
         place = tmp_path / "data" / ("train", "val")[number % 2] / ("a", "b")[number // 2 % 2]
         write_image(place / f"{number}.png", noise(40, 30, seed=number))
     task = ImageClassificationTask(tiny_vit(2, dynamic_img_size=True), lr=0.05)
     data = ImageFolderDataModule(str(tmp_path / "data"), batch_size=4, **resized)
-    merged = str(tmp_path / "merged.safetensors")
-    trainer(max_epochs=3, callbacks=[LoraCallback(LoraConfig(r=2), target="network", export_to=merged)]).fit(task, data)
+    merged, checkpoint = str(tmp_path / "merged.safetensors"), str(tmp_path / "merged.ckpt")
+    run = trainer(max_epochs=3, callbacks=[LoraCallback(LoraConfig(r=2), target="network", export_to=merged)])
+    run.fit(task, data)
+    run.save_checkpoint(checkpoint, weights_only=True)
     task.eval()
     with torch.no_grad():
         expected = [task(sample["image"][None]).softmax(1)[0] for sample in data.splits["val"]]
-    for name, each in {"memory": task, "file": load_task(merged)}.items():
+    again = ImageClassificationTask.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    for name, each in {"memory": task, "file": load_task(merged), "checkpoint": again}.items():
         images = [str(tmp_path / "data" / "val" / label) for label in data.class_names]
         (table,) = predict_folder(each, images, tmp_path / name)
         rows = list(csv.DictReader(table.read_text().splitlines()))
