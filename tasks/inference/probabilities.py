@@ -86,7 +86,7 @@ def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
 
 
 def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Tensor:
-    """Resizes an image as the data of a task were.
+    """Resizes an image as the data of a task were: in 8 bits.
 
     Args:
         image: (channels, H, W) in [0, 1].
@@ -95,8 +95,10 @@ def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Te
     """
     if size is None:
         return image
-    new: Tensor = functional.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
-    return new.clamp(0, 1)
+    stored = functional.to_dtype(image, torch.uint8, scale=True)
+    new = functional.resize(stored, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
+    unit: Tensor = functional.to_dtype(new, image.dtype, scale=True)
+    return unit
 
 
 def _resized(task: VisionTask, image: Tensor) -> Tensor:
