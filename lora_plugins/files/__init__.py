@@ -4,14 +4,14 @@ Nothing is pickled, and nothing is half written.
 """
 
 from lora_plugins.files.base_files import load_quantized
-from lora_plugins.files.differences import differing_base, differing_config
+from lora_plugins.files.differences import by_same_plugins, differing_base, differing_config
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import read, write
 from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
-from lora_plugins.files.unpacked import UnpackedAdapter, rebuilt_bases, unpack
+from lora_plugins.files.unpacked import UnpackedAdapter, planned_again, rebuilt_bases, unpack
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 
@@ -22,6 +22,7 @@ __all__ = [
     "TENSOR_FILE",
     "PackedAdapter",
     "UnpackedAdapter",
+    "by_same_plugins",
     "checksum",
     "described",
     "differing_base",
@@ -33,6 +34,7 @@ __all__ = [
     "manifest_of",
     "options_of",
     "pack",
+    "planned_again",
     "read",
     "rebuilt_bases",
     "recipe_prefix",

@@ -29,3 +29,16 @@ def differing_base(own: PackedAdapter, saved: PackedAdapter) -> list[str]:
     wrong = [name for name in here if name not in there or not same(here[name], there[name])]
     mine, theirs = own.manifest.get("stored", {}), saved.manifest.get("stored", {})
     return wrong + [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+
+
+def by_same_plugins(own: PackedAdapter, saved: PackedAdapter) -> bool:
+    """Whether two adapters have the same layers, by the same plugins: one may have been installed since.
+
+    Args:
+        own: The adapter of the model.
+        saved: That of the file.
+    """
+    here, there = (
+        {name: layer.get("plugin") for name, layer in each.manifest["layers"].items()} for each in (own, saved)
+    )
+    return here == there

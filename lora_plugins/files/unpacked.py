@@ -68,8 +68,7 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
         names = [name for entry in model_modules(model) for name in entry.names]
         check_root(manifest["layers"], set(names))
         check_patterns(config, names)
-        plan = make_plan(model, config, _registry_then(manifest, registry), restoring=True)
-        plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+        plan = planned_again(model, manifest, config, registry)
         plan = with_stored(plan, model, manifest.get("stored") or {}, registry)
     _compare_layers(manifest["layers"], plan)
     found = recipes(packed.tensors) if plan.init.changes_base else {}
@@ -89,10 +88,20 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
     return UnpackedAdapter(plan, content, values, stored, registry)
 
 
-def _registry_then(manifest: Mapping[str, Any], registry: Registry) -> Registry:
-    """The layer types that the adapter was made with: a plugin that came since does not change what "all" meant."""
-    types = manifest.get("layer_types")
-    return registry if types is None else registry.with_layer_types(types)
+def planned_again(model: nn.Module, manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> Plan:
+    """Plans a saved adapter, with its ranks and the layer types that it was made with.
+
+    A plugin that came since does not change what "all" meant, nor how a layer is adapted.
+
+    Args:
+        model: The model.
+        manifest: The adapter's.
+        config: That of the manifest.
+        registry: The plugins that there are.
+    """
+    types, ranks = manifest.get("layer_types"), manifest.get("ranks")
+    plan = make_plan(model, config, registry if types is None else registry.with_layer_types(types), restoring=True)
+    return plan.with_ranks(ranks) if ranks else plan
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.files import recipe_prefix, recipes, tensor_key, value_key
+from lora_plugins.files import planned_again, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import detached_weight, model_modules, submodule
-from lora_plugins.plan import Plan, make_plan, matches
-from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot
+from lora_plugins.plan import Plan, matches
+from lora_plugins.plugins import PackedAdapter, PlannedLayer, Registry, Slot, registry_of
 from lora_plugins.utils import path_starts
 
 LAYER_TYPES = frozenset(
@@ -70,8 +70,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     """
     manifest = packed.manifest
     config = LoraConfig.from_dict(manifest["config"])
-    plan = make_plan(model, config, registry, restoring=True)
-    plan = plan.with_ranks(manifest["ranks"]) if manifest.get("ranks") else plan
+    plan = planned_again(model, manifest, config, registry or registry_of(config))
     # The model may have got layers since, which the config would mean as well.
     plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name in manifest["layers"]))
     source = _Source(packed, plan, model, recipes(packed.tensors))

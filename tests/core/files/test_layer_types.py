@@ -70,6 +70,18 @@ def test_it_is_saved_again_as_it_was(tmp_path):
     LoraModel.load_adapter(model(), tmp_path / "again", registry=FURTHER)
 
 
+@pytest.mark.parametrize("targets", ["all", ["named", "plain"]], ids=["all", "names"])
+def test_it_is_written_for_others_as_it_was(targets, tmp_path):
+    before = saved(tmp_path / "before", targets)
+    LoraModel.load_adapter(model(), tmp_path / "before", registry=FURTHER).save_adapter(
+        tmp_path / "peft", format="peft"
+    )
+    after = LoraModel.load_adapter(model(), tmp_path / "peft")
+    x = torch.randn(5, 4)
+    for name in ("plain", "named"):
+        torch.testing.assert_close(after.model[name](x), before.model[name](x), rtol=0, atol=0)
+
+
 def test_a_new_adapter_beside_it_has_the_further_layers(tmp_path):
     saved(tmp_path)
     lora = LoraModel.load_adapter(model(), tmp_path, registry=FURTHER)
