@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import whole
-from lora_plugins.files import MANIFEST, PackedAdapter, differing_base, differing_config, read
+from lora_plugins.files import MANIFEST, PackedAdapter, by_same_plugins, differing_base, differing_config, read
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -19,7 +19,8 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """Restores an adapter from a saved one of the same configuration.
 
     Its tensors stay the same objects, with which an optimizer goes on, unless its init has changed the base otherwise
-    than in the file, or has given other ranks: then it is taken off and put on again.
+    than in the file, or has given other ranks, or a plugin that was installed since has other layers: then it is taken
+    off and put on again.
 
     Args:
         model: The model.
@@ -38,7 +39,7 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
             "without resume_from_checkpoint."
         )
     alike = all(own.manifest[part] == saved.manifest[part] for part in ("changed", "tensors"))
-    if alike and not differing_base(own, saved):
+    if alike and by_same_plugins(own, saved) and not differing_base(own, saved):
         with torch.no_grad():
             for key, tensor in own.tensors.items():
                 tensor.copy_(saved.tensors[key])

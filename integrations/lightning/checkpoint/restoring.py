@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter, fingerprint, same
+from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same
 from lora_plugins.inplace import named_parameters, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
@@ -35,9 +35,6 @@ from lora_plugins.integrations.lightning.module import (
     take_fingerprints,
 )
 from lora_plugins.utils import plain_name
-
-_MAY_DIFFER = ("changed", "layer_types")
-"""Entries of a manifest: LoftQ changes the base otherwise on another machine, and plugins may have come since."""
 
 
 def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,8 +154,8 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
         return _Located(target, name, packed, is_present=False, own=None)
     check_same_config(name, state.adapters[name].plan.config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
-    if own is not None and any(own.manifest.get(part) != packed.manifest.get(part) for part in _MAY_DIFFER):
-        own = None
+    if own is not None and not (by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]):
+        own = None  # LoftQ changes the base, otherwise than in the file on another machine
     if own is not None:
         check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)

@@ -22,6 +22,7 @@ from lora_plugins import (
 )
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
+from lora_plugins.plugins import default_registry
 from tests.integrations.transformers.toys import (
     CENTERED,
     SEGFORMER,
@@ -129,6 +130,34 @@ class StopAfterOneEpoch(transformers.TrainerCallback):
         control.should_training_stop = True
 
 
+class Turned(nn.Linear):
+    """Has its inputs first in its square weight, which no plugin but one for it knows."""
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Turning(Centered):
+    def __init__(self):
+        super().__init__()
+        self.center = Turned(4, 4)
+
+
+TURNED = """
+from lora_plugins import ColumnMajorPlugin, hookimpl
+
+
+class TurnedPlugin(ColumnMajorPlugin):
+    name = "turned"
+    module_type = "tests.integrations.transformers.test_trainer.Turned"
+
+
+@hookimpl
+def lora_plugins_register_layers(registrar):
+    registrar.add(TurnedPlugin())
+"""
+
+
 class TestResume:
     @pytest.mark.parametrize(
         "config",
@@ -193,6 +222,22 @@ class TestResume:
         again = trainer(tmp_path, model_init=build_vit)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert not differing(values(straight.model), values(again.model))
+
+    def test_with_the_layer_types_that_there_were(self, tmp_path, monkeypatch):
+        """A plugin that was installed since views the weight otherwise, with A and B of the same shapes."""
+        config = LoraConfig(r=2, target_modules=["center"])
+        straight = trainer(tmp_path, Turning(), config)
+        straight.train()
+        (path := tmp_path / "turned.py").write_text(TURNED)
+        monkeypatch.setenv("LORA_PLUGINS_LOAD", str(path))
+        default_registry.cache_clear()
+        try:
+            resumed = trainer(tmp_path, Turning(), config)
+            assert [layer.plugin.name for layer in LoraModel(resumed.model).plans["default"].layers] == ["turned"]
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        finally:
+            default_registry.cache_clear()
+        assert not differing(values(straight.model), values(resumed.model))
 
     def test_another_changed_base_is_rebuilt(self, tmp_path):
         """As on another machine, whose decomposition differs in the last bits."""

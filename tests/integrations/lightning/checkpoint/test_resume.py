@@ -294,3 +294,14 @@ def test_resume_where_a_plugin_for_a_further_layer_type_has_come_since(tmp_path,
     anew = WithPairs()
     run(tmp_path, config, 1).fit(anew, loader())
     assert "net.5" in {layer.name for layer in LoraModel(anew).plans["default"].layers}
+
+
+def test_a_plugin_that_has_come_since_and_changes_no_layer_leaves_the_parameters_where_they_are(tmp_path, further_type):
+    first = run(tmp_path, CONFIG, 1)
+    first.fit(Classifier(), loader())
+    first.save_checkpoint(path := tmp_path / "first.ckpt")
+    further_type()
+    LoraModel(module := Classifier(), CONFIG)
+    before = {name: id(parameter) for name, parameter in module.named_parameters()}
+    run(tmp_path, CONFIG, 2).fit(module, loader(), ckpt_path=path)
+    assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
