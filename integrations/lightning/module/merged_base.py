@@ -49,8 +49,13 @@ def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
 
 def marks_of(target: nn.Module) -> Marks:
     """Returns the marks of the layers of a module."""
-    layers = {entry.name: entry.module for entry in model_modules(target)}
-    return {name: dict(layer.__dict__[_MERGED]) for name, layer in layers.items() if _MERGED in layer.__dict__}
+    marks = {entry.name: entry.module.__dict__.get(_MERGED, {}) for entry in model_modules(target)}
+    return {name: {key: _mark(mark) for key, mark in own.items()} for name, own in marks.items() if own}
+
+
+def _mark(mark: int | tuple[int, Fingerprint]) -> tuple[int, Fingerprint]:
+    """Returns a mark, which is the checksum alone in a module that an earlier version pickled."""
+    return (mark, {}) if isinstance(mark, int) else mark
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:
