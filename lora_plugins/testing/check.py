@@ -1,5 +1,6 @@
 """What a check is, how it fails, and how checks are run."""
 
+import copy
 import gc
 import random
 import sys
@@ -15,6 +16,7 @@ from lora_plugins.errors import ConfigError, near
 from lora_plugins.utils import in_float64, own_randomness
 
 Case = TypeVar("Case")
+P = TypeVar("P")
 
 CPU = torch.device("cpu")
 
@@ -105,6 +107,14 @@ def run(check: Check[Case], case: Case, subject: str) -> None:
     except Exception as error:  # whatever the plugin raises
         got = f"{type(error).__name__}: {error}"
         raise CheckError(check.name, subject, check.expected, got, check.usual_cause) from error
+
+
+def elsewhere(plugin: P) -> P:
+    """Returns a plugin as another process has it, which has seen nothing yet; itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(plugin)
+    except Exception:  # as of one that holds a lock or a module
+        return plugin
 
 
 def require(condition: bool, got: str) -> None:

@@ -1,6 +1,5 @@
 """The conformance kit for formats of adapter files."""
 
-import copy
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -237,7 +236,7 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "output",
         _output,
         "an adapter that is written and read computes the same in float64",
-        "the scaling, alpha / r, is lost or counted twice; or it is one for all layers, or kept in the plugin object.",
+        "the scaling, alpha / r, is lost, rounded, counted twice, one for all layers, or kept in the plugin object.",
     ),
     Check(
         "bits",
@@ -317,6 +316,6 @@ def check_format_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name.
     """
-    case = FormatCase(plugin, copy.deepcopy(plugin), file_name, options or {})
+    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, options or {})
     for check in chosen(FORMAT_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__}")

@@ -439,7 +439,7 @@ def check_init_plugin(
             raise ConfigError(f"The kit has no layer {name!r}. {near(name, LAYERS)}")
     selected = chosen(INIT_CHECKS, only, skip)
     for each in options:
-        case = InitCase(init, copy.deepcopy(init), dict(each), r, started)
+        case = InitCase(init, checks.elsewhere(init), dict(each), r, started)
         subject = f"{type(init).__name__}{f' with {dict(each)}' if each else ''}"
         for check in selected:
             checks.run(check, case, subject)

@@ -288,6 +288,6 @@ def check_storage_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, copy.deepcopy(plugin), options or {}, usable_device(device))
+    case = StorageCase(plugin, checks.elsewhere(plugin), options or {}, usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

@@ -401,7 +401,7 @@ def check_variant_plugin(
         >>> check_variant_plugin(DoraVariant())
     """
     selected, place = chosen(VARIANT_CHECKS, only, skip), usable_device(device)
-    cases = [VariantCase(variant, copy.deepcopy(variant), layer, place) for layer in LAYERS]
+    cases = [VariantCase(variant, checks.elsewhere(variant), layer, place) for layer in LAYERS]
     refusals = [case.refusal() for case in cases]
     if None not in refusals:
         raise ConfigError(f"{type(variant).__name__} refuses all layers of the kit, as the first one: {refusals[0]}.")

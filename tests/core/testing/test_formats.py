@@ -1,5 +1,6 @@
 """The built-in formats pass the kit, and each check fails on a format that violates it."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,15 @@ def test_diffusers(format_check):
 
 def test_kohya(format_check):
     format_check(KohyaFormat(), "adapter.safetensors", options=IN_A_PIPELINE)
+
+
+class Locking(PeftFormat):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+def test_one_that_cannot_be_copied(format_check):
+    format_check(Locking())
 
 
 class Unnamed(PeftFormat):
