@@ -11,7 +11,7 @@ from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same
-from lora_plugins.inplace import named_parameters, own_tensor
+from lora_plugins.inplace import named_tensors, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -83,8 +83,8 @@ def _put_base(
     replaced: dict[str, Tensor],
 ) -> None:
     """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
-    found, own = named_parameters(module), merged_weights(module)
-    merged = own.keys() - set(keys)
+    found, own = named_tensors(module, aliases=True), merged_weights(module)
+    merged = own.keys() - saved.keys()
     if merged:
         raise AdapterFileError(
             f"The checkpoint was trained on another base: an adapter was merged into {listing(sorted(merged), 3)} of "
@@ -105,8 +105,8 @@ def _put_base(
             f"adapter was merged into before ({len(wrong)} of {len(before)} weights). The checkpoint has the merged "
             "ones, and leaves the rest of that base out: load its own pretrained weights first, unmerged."
         )
+    replaced |= {name: found[name].detach().clone() for name in keys}  # before another name of one is written
     for name in keys:
-        replaced[name] = found[name].detach().clone()
         found[name].data.copy_(saved[name])
     if keys:
         mark_merged(module, {name: pretrained.get(name, {}) for name in keys})

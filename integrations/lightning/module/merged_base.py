@@ -1,4 +1,4 @@
-"""Weights that hold the update of an adapter which an earlier `fit` merged.
+"""Weights that hold the update of an adapter which an earlier `fit` merged, and what else it trained.
 
 An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
 layer remembers the checksums of its merged weights; as soon as they have other values, they are a base like any other.
@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import full_name, holder_of, model_modules, named_parameters, own_tensor, submodule
+from lora_plugins.inplace import full_name, holder_of, model_modules, named_tensors, own_tensor, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 
@@ -41,7 +41,7 @@ def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
         By name, the fingerprints of the pretrained ones.
     """
     marks = {full_name(name, key): mark for name, own in marks_of(target).items() for key, mark in own.items()}
-    weights = named_parameters(target, aliases=True) if marks else {}
+    weights = named_tensors(target, aliases=True) if marks else {}
     return {
         name: values for name, (total, values) in marks.items() if name in weights and checksum(weights[name]) == total
     }

@@ -181,7 +181,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     else:
         lora.merge_and_unload(dequantize=dequantize)
     merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
-    mark_merged(target, {name: pretrained.get(name, {}) for name in sorted(weights) if merged[name] != before[name]})
+    mark_merged(target, {name: pretrained.get(name, {}) for name in sorted(before) if merged[name] != before[name]})
     return ReversibleMerge(
         base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
     )

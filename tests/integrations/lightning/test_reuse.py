@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
@@ -238,6 +239,13 @@ class TestTwoAdapters:
             trainer(tmp_path, [first, second]).fit(Classifier(), loader())
 
 
+class Tied(Classifier):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.twin = nn.Linear(16, 3, bias=False)
+        self.twin.weight = self.net[3].weight
+
+
 class Rebuilt(Classifier):
     """Its hook leaves it to the checkpoint what values the network has, as that of kraken's recognizer does."""
 
@@ -305,6 +313,33 @@ class TestNewCallbackOnMergedWeights:
             Classifier(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False
         )
         assert tested == trainer(tmp_path, []).test(module, loader(), verbose=False)
+
+    @pytest.mark.filterwarnings("ignore:.*are those that an adapter was merged into:UserWarning")
+    @pytest.mark.parametrize(
+        ("kind", "fields"),
+        [
+            pytest.param(Classifier, {"bias": "all"}, id="biases"),
+            pytest.param(Classifier, {"target_modules": ["net.0"], "modules_to_save": ["net.3"]}, id="head"),
+            pytest.param(Classifier, {"modules_to_save": ["net.1"]}, id="norm"),
+            pytest.param(Classifier, {"norm": "track"}, id="statistics"),
+            pytest.param(Tied, {"target_modules": ["net.0", "net.3", "twin"]}, id="a tied weight"),
+        ],
+    )
+    @pytest.mark.parametrize("again", [False, True], ids=["not again", "again"])
+    def test_its_checkpoints_hold_what_the_first_adapter_has_changed(self, tmp_path, kind, fields, again):
+        first = dataclasses.replace(CONFIG, **fields)
+        second = first if again else dataclasses.replace(CONFIG, target_modules=first.target_modules)
+        fit(tmp_path, module := kind(), LoraCallback(first))
+        other = copy.deepcopy(module)
+        run = trainer(tmp_path, [LoraCallback(second, merge_on_fit_end=False)], max_epochs=1)
+        run.fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "second.ckpt")
+        for loaded in (load_from_checkpoint(kind, path), other):
+            run = trainer(tmp_path, [LoraCallback(second, merge_on_fit_end=False)])
+            run.test(loaded, loader(), ckpt_path=path, verbose=False)
+            assert not differing(values(loaded), values(module))
+        with pytest.raises(AdapterFileError, match="another base"):
+            load_from_checkpoint(kind, path, base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     @pytest.mark.parametrize("merges", [1, 2])
