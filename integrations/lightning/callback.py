@@ -606,6 +606,8 @@ class LoraCallback(Callback):
         """Returns the option that leaves an adapter which needs the pretrained base, if there is one."""
         if self.adapter_files:
             return f"save_adapter_to={self.save_adapter_to!r}"
+        if config.quantize is not None:  # what is stored in fewer bytes is in no checkpoint
+            return f"quantize={config.quantize!r}"
         return f"init={self.config.init!r}" if LoraModel.plan(target, config).init.changes_base else None
 
     def _results(self) -> Results:

@@ -87,7 +87,7 @@ def check_merged_base(target: nn.Module, name: str, files: str | None) -> None:
     )
     if files is not None:
         raise StateError(
-            f"{found} With {files} it could not be loaded again, since no file has those weights. Use export_to, or "
-            "checkpoints, which hold them."
+            f"{found} With {files} it could not be loaded again, since no file has those weights. Leave that "
+            "out, and use export_to, or checkpoints, which hold them."
         )
     rank_zero_warn(f"{found} Its checkpoints hold these weights as well.")

@@ -282,11 +282,19 @@ class TestNewCallbackOnMergedWeights:
         run.save_checkpoint(path := tmp_path / "second.ckpt")
         assert not differing(values(load_from_checkpoint(Classifier, path)), values(run.lightning_module))
 
-    @pytest.mark.parametrize("options", [{"save_adapter_to": "a"}, {"init": "pissa"}], ids=["folder", "init"])
-    def test_what_could_not_be_loaded_is_refused_before_anything(self, tmp_path, options):
+    @pytest.mark.parametrize(
+        ("fields", "options"),
+        [
+            ({}, {"save_adapter_to": "a"}),
+            ({"init": "pissa"}, {}),
+            ({"quantize": "int8", "quantize_options": {"min_size": 0}}, {"dequantize": True}),
+        ],
+        ids=["folder", "init", "stored"],
+    )
+    def test_what_could_not_be_loaded_is_refused_before_anything(self, tmp_path, fields, options):
         module = self.merged(tmp_path)
         before = values(module)
-        config = dataclasses.replace(CONFIG, init=options.pop("init", "kaiming"))
+        config = dataclasses.replace(CONFIG, **fields)
         with pytest.raises(StateError, match=r"merged into.*could not be loaded again.*export_to"):
             trainer(tmp_path, [LoraCallback(config, **options)]).fit(module, loader())
         assert not differing(before, values(module))
