@@ -60,8 +60,9 @@ def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) ->
 
 def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint without the frozen base, which a hook of the module may have built anew."""
-    left_out = set(map(name_mapper(module), checked_entry(checkpoint)["left_out"]))
-    return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in left_out})
+    entry = checked_entry(checkpoint)
+    added = set(map(name_mapper(module), [*entry["left_out"], *entry.get("base_tensors", {})]))
+    return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in added})
 
 
 def put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:

@@ -56,7 +56,8 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     state = {plain_name(key): value for key, value in checkpoint.get("state_dict", {}).items()}  # as the entry has them
     try:
         with entry_errors():
-            _put_base(module, entry.get("base", []), entry.get("pretrained", {}), state, replaced)
+            merged = {**entry.get("base_tensors", {}), **state}
+            _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, replaced)
             check_no_surplus(module, entry)
             located = [_located(module, adapter, state) for adapter in entry["adapters"]]  # before one is overwritten
             for adapter, place in zip(entry["adapters"], located, strict=True):
@@ -192,7 +193,8 @@ def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> No
 def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint whose state dicts have all that was put into the module, and the base that was left out.
 
-    A module's own `on_save_checkpoint` may have taken keys of adapters out: then their tensors are in the entry.
+    A module's own `on_save_checkpoint` may have taken keys of adapters, or of merged weights, out: then their tensors
+    are in the entry.
     """
     current, rename = module.state_dict(), name_mapper(module)
     left_out = [rename(key) for key in entry["left_out"]]
@@ -207,5 +209,6 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
         for adapter in entry["adapters"]
         for key in adapter["tensors"]
     ]
-    present = {key: current[key] for key in (*left_out, *restored) if key in current}
+    taken_out = map(rename, entry.get("base_tensors", {}))
+    present = {key: current[key] for key in (*left_out, *restored, *taken_out) if key in current}
     return map_state_dicts(checkpoint, lambda state: {**present, **{rename(k): v for k, v in state.items()}})

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.inplace import named_tensors
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
 
@@ -25,6 +26,11 @@ def fit(tmp_path, module, callback, seed=3, **options):
     run = trainer(tmp_path, [callback], max_epochs=1, **options)
     run.fit(module, loader())
     return values(module)
+
+
+def own_values(module):
+    """What a module has, whatever its own state dict says."""
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(module, aliases=True).items()}
 
 
 def alone(tmp_path, module, config=CONFIG):
@@ -253,6 +259,48 @@ class Rebuilt(Classifier):
         self.net = Classifier(base_seed=9).net
 
 
+class SavesItsHead(Classifier):
+    """Its hook leaves the backbone out of the file."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if key.startswith("net.3.")}
+
+
+class HidesItsBackbone(Classifier):
+    """Its state dict has never had the backbone."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.strict_loading = False
+
+    def state_dict(self, *args, **kwargs):
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0." not in key}
+
+
+class Renames(Classifier):
+    """Writes its file with the names of another implementation."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"its.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
+
+
+class Tied(Classifier):
+    """Has one weight in two layers."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.other = torch.nn.Linear(4, 16, bias=False)
+        self.other.weight = self.net[0].weight
+
+
 class TestNewCallbackOnMergedWeights:
     """A cell of a notebook that is run twice."""
 
@@ -386,6 +434,23 @@ class TestNewCallbackOnMergedWeights:
         assert not differing(values(tested), values(module))
         with pytest.raises(AdapterFileError, match="another base"):
             load_from_checkpoint(Rebuilt, path, base_seed=1)
+
+    @pytest.mark.filterwarnings("ignore:[23] weights of .* are those that an adapter was merged into:UserWarning")
+    @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the:UserWarning")
+    @pytest.mark.parametrize("cls", [SavesItsHead, HidesItsBackbone, Renames, Tied])
+    def test_its_checkpoints_hold_the_base_under_any_name(self, tmp_path, cls):
+        """Where the module's own hooks take merged weights out of the state dict, or two layers have one weight."""
+        config = LoraConfig(r=2)
+        fit(tmp_path, module := cls(lr=0.3), LoraCallback(config))
+        run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], max_epochs=1)
+        run.fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "second.ckpt")
+        run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)])
+        run.test(tested := cls(), loader(), ckpt_path=path, verbose=False)
+        for read in (tested, load_from_checkpoint(cls, path)):
+            assert not differing(own_values(read), own_values(module))
+        with pytest.raises(AdapterFileError, match="another base"):
+            load_from_checkpoint(cls, path, base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     def test_its_merge_is_taken_back_onto_the_first_one(self, tmp_path):
