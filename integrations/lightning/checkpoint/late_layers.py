@@ -8,11 +8,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lora_plugins import AdapterFileError
+from lora_plugins.adapter import freeze_new_norms
 from lora_plugins.errors import listing
 from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
-from lora_plugins.integrations.lightning.module import name_mapper
+from lora_plugins.integrations.lightning.module import adapted_targets, name_mapper
 
 
 class PartOfBase(dict[str, Any]):
@@ -75,6 +76,8 @@ def put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:
     for key, value in module.state_dict().items():
         if key in base and value.shape == base[key].shape:
             value.copy_(base[key])
+    for target in adapted_targets(module).values():
+        freeze_new_norms(target)
 
 
 def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
@@ -142,20 +144,28 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
     if KEY not in checkpoint:
         own(checkpoint)
         return
-    late = bool(missing_layers(module, checkpoint))
-    base = present_base(module, checkpoint)
-    checkpoint.update(with_present_base(module, checkpoint))
-    own(checkpoint)
-    build_missing(module, checkpoint)
-    small = without_base(module, checkpoint)
-    try:
-        complete = restore(module, small)
-    except AdapterFileError:
-        if late:
-            raise
-        put_base(module, base)  # the hook has built layers again, and expects their values in the file
-        complete = restore(module, small)
+    complete, base = _before_hook(module, checkpoint)
     checkpoint.update(complete)
+    own(checkpoint)
+    put_base(module, base)
+    build_missing(module, checkpoint)
+    checkpoint.update(restore(module, without_base(module, checkpoint)))
+
+
+def _before_hook(module: LightningModule, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Puts the adapters of a checkpoint onto a module whose own hook follows, as a Trainer does.
+
+    The hook may load parts of the adapted module, such as an average, from entries of its own. It may also build layers
+    or load the base: then the module is not yet the one that the adapters belong to.
+
+    Returns:
+        The checkpoint with the module's base, and this base, for layers that the hook builds again.
+    """
+    if not missing_layers(module, checkpoint):
+        with suppress(AdapterFileError):
+            complete = restore(module, checkpoint)
+            return complete, present_base(module, complete)
+    return with_present_base(module, checkpoint), {}
 
 
 def _as_written(path: Any, folder: Path) -> Path | None:

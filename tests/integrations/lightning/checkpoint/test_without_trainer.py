@@ -1,5 +1,6 @@
 """What loads a small file without a Trainer."""
 
+import copy
 import subprocess
 import sys
 from abc import ABC
@@ -141,6 +142,49 @@ def test_module_that_saves_its_head_alone(tmp_path):
     again = load_from_checkpoint(HeadAlone, tmp_path / "it.ckpt")
     kept = {f"net.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}  # taken out as well
     assert differing(values(again), values(module)) <= kept
+
+
+class Averages(Classifier):
+    """Keeps an average of its network, in an entry of its own."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for own, its in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                own.lerp_(its, 0.1)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.average.load_state_dict(checkpoint["average"])
+
+
+class BuildsItsHead(Classifier):
+    """Leaves it to the file what values its head has."""
+
+    def on_load_checkpoint(self, checkpoint):
+        self.net[3] = nn.Linear(16, 3)
+
+
+class BuildsItsNorm(Classifier):
+    def on_load_checkpoint(self, checkpoint):
+        self.net[1] = nn.BatchNorm1d(16)
+
+
+@pytest.mark.parametrize("cls", [Averages, BuildsItsHead, BuildsItsNorm])
+def test_a_hook_finds_what_it_finds_in_fit(tmp_path, cls):
+    """The adapted module, with the frozen base of layers that it builds again."""
+    config = LoraConfig(r=2, target_modules=["0", "3"] if cls is Averages else ["net.0"])
+    module = cls(lr=0.3)
+    trainer(tmp_path, [lora(config), ModelCheckpoint(tmp_path, filename="it")]).fit(module, loader(), loader())
+    (score,) = trainer(tmp_path, [lora(config)]).validate(module, loader(), verbose=False)
+    path = tmp_path / "it.ckpt"
+    assert not differing(values(load_from_checkpoint(cls, path)), values(module))
+    assert trainer(tmp_path, [lora(config)]).validate(cls(), loader(), ckpt_path=path, verbose=False) == [score]
 
 
 def test_a_module_that_is_lenient_about_keys_loads(tmp_path):
