@@ -36,7 +36,7 @@ def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) 
 def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
     """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
     for copy in copies:
-        if copy.equal and copy.frozen and is_adapted_alike(module, copy):
+        if copy.began_equal and copy.frozen and is_adapted_alike(module, copy):
             shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
             for parameter in submodule(module, copy.name).parameters():
                 if id(parameter) not in shared:

@@ -10,7 +10,7 @@ are. What is told apart here, by shapes and values alone:
   have other values.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 
@@ -26,6 +26,8 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     trained_in_place,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
+from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 from lora_plugins.utils import path_starts, within
 
 
@@ -39,6 +41,7 @@ class NetworkCopy:
         equal: Whether the values of what neither trains are the same, bit for bit.
         frozen: Whether the author froze the copy, and not the origin.
         shares: Whether it has some of the origin's own modules.
+        began_equal: Whether they are equal, or were it before earlier fits merged adapters into them.
     """
 
     origin: str
@@ -46,6 +49,7 @@ class NetworkCopy:
     equal: bool
     frozen: bool
     shares: bool = False
+    began_equal: bool = False
 
     @property
     def is_directed(self) -> bool:
@@ -97,6 +101,7 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
     for part in _parts(module, held):
         alike.setdefault(part.layout, []).append(part)
     found = [copy for copy in _sharing(module) if copy.origin in around]
+    pretrained = _of_pretrained(module)
     for parts in alike.values():  # in the order of the module: outer parts first
         copied = {copy.name for copy in found}
         free = [part for part in parts if not within(part.name, copied)]
@@ -108,8 +113,29 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
             if part.is_disjoint_from(origin):
                 equal, frozen = part.equals(origin), origin.required and not part.required
                 if frozen or (equal and not _are_repeated(module, origin.name, part.name)):
-                    found.append(NetworkCopy(origin.name, part.name, equal, frozen))
+                    began = equal or _began_equal(origin.name, part.name, pretrained)
+                    found.append(NetworkCopy(origin.name, part.name, equal, frozen, began_equal=began))
     return found
+
+
+def _of_pretrained(module: nn.Module) -> dict[str, Fingerprint]:
+    """Returns the fingerprints of what weights were that hold an earlier merge, or were moved by hand since."""
+    kept = {
+        full_name(path, name): values
+        for path, target in adapted_targets(module).items()
+        for adapter in state_of_adapters(target).adapters.values()
+        for name, values in adapter.kept.items()
+    }
+    return {**kept, **merged_weights(module)}
+
+
+def _began_equal(first: str, second: str, pretrained: Mapping[str, Fingerprint]) -> bool:
+    """Whether two parts have merged weights, and those of the same pretrained ones."""
+    own, its = (
+        {name.removeprefix(f"{part}."): values for name, values in pretrained.items() if within(name, [part])}
+        for part in (first, second)
+    )
+    return own == its and bool(own) and all(own.values())
 
 
 def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
@@ -154,7 +180,7 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
     if learns[1] and not learns[0]:
         first, second = second, first
     equal = all(checksum(own) == checksum(its) for own, its in pairs)
-    return NetworkCopy(first, second, equal, frozen=learns[0] != learns[1], shares=True)
+    return NetworkCopy(first, second, equal, frozen=learns[0] != learns[1], shares=True, began_equal=equal)
 
 
 def _shape(tensor: Tensor) -> torch.Size | None:

@@ -171,7 +171,8 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
         earlier = merged_weights(target)
-    pretrained = {name: values for each in adapters.values() for name, values in each.packed.manifest["base"].items()}
+    known = [values for each in adapters.values() for values in (each.packed.manifest["base"], each.kept)]
+    pretrained = {name: values for own in known for name, values in own.items()}
     pretrained |= earlier  # to which the adapters belong
     before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
     before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}

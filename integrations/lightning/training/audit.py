@@ -65,7 +65,8 @@ class Audit:
         now = frozen_sums(module)
         # In another type they cannot be compared: a precision plugin has converted them.
         alike = [name for name, (dtype, _) in start.sums.items() if name in now and now[name][0] == dtype]
-        mark_moved(module, [name for name in alike if now[name] != start.sums[name]], start.fingerprints)
+        self._fingerprints = start.fingerprints
+        mark_moved(module, [name for name in alike if now[name] != start.sums[name]], self._fingerprints)
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
         self._by_hand = MovedByHand(module, copies)
@@ -120,7 +121,7 @@ class Audit:
             )
 
     def _name_frozen_adapters(self) -> None:
-        ours = [copy.name for copy in self._copies if copy.frozen and copy.equal]
+        ours = [copy.name for copy in self._copies if copy.frozen and copy.began_equal]
         frozen = {name for name in frozen_by_others(self._module) if not within(name, ours)}
         new = sorted(frozen - self._frozen_by_others)
         self._frozen_by_others.update(new)
@@ -185,7 +186,8 @@ class Audit:
     def note_moved(self) -> None:
         """Records what the module has changed by hand, for the checkpoint that is about to be written."""
         self._by_hand.settle()
-        mark_moved(self._module, changed(self._frozen, self._may_be_moved(frozen_tensors(self._module))))
+        moved = changed(self._frozen, self._may_be_moved(frozen_tensors(self._module)))
+        mark_moved(self._module, moved, self._fingerprints)
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those of a teacher, of a copy, or new ones: what the author may change without the optimizer."""
@@ -216,7 +218,7 @@ class Audit:
         tensors = frozen_tensors(self._module)
         moved = changed(self._frozen, tensors)
         by_hand = self._may_be_moved({name: tensors[name] for name in moved})
-        mark_moved(self._module, by_hand)
+        mark_moved(self._module, by_hand, self._fingerprints)
         check_unchanged([name for name in moved if name not in by_hand])
 
     def finish(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksum, frozen_tensors, known_fingerprints
+from lora_plugins.integrations.lightning.module import checksum, frozen_tensors, known_fingerprints, merged_weights
 
 Sums = Mapping[str, tuple[torch.dtype, int]]
 """Type and checksum of tensors by name."""
@@ -20,7 +20,7 @@ class Start:
 
     Args:
         sums: Of each tensor that no adapter may change.
-        fingerprints: Of what adapters are trained on.
+        fingerprints: Of what adapters are trained on; where that is a merged weight, of the pretrained one.
     """
 
     sums: Sums = field(default_factory=dict)
@@ -29,7 +29,8 @@ class Start:
     @classmethod
     def of(cls, module: nn.Module) -> "Start":
         """Records the present state of a module."""
-        return cls(frozen_sums(module), known_fingerprints(module))
+        merged = {name: values for name, values in merged_weights(module).items() if values}
+        return cls(frozen_sums(module), {**known_fingerprints(module), **merged})
 
 
 def frozen_sums(module: nn.Module) -> Sums:

@@ -301,6 +301,21 @@ class Tied(Classifier):
         self.other.weight = self.net[0].weight
 
 
+class Teacher(Classifier):
+    """Moves a frozen copy, which starts with the values of its original or with others."""
+
+    def __init__(self, apart: float = 0.0, **arguments):
+        super().__init__(**arguments)
+        self.copy = copy.deepcopy(self.net).requires_grad_(False)
+        for parameter in self.copy.parameters():
+            parameter.mul_(1 + apart)  # frozen, so in place
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for own, its in zip(self.copy.parameters(), self.net.parameters(), strict=True):
+                own.lerp_(its, 0.1)
+
+
 class TestNewCallbackOnMergedWeights:
     """A cell of a notebook that is run twice."""
 
@@ -451,6 +466,26 @@ class TestNewCallbackOnMergedWeights:
             assert not differing(own_values(read), own_values(module))
         with pytest.raises(AdapterFileError, match="another base"):
             load_from_checkpoint(cls, path, base_seed=1)
+
+    @pytest.mark.filterwarnings("ignore:[0-9] weights of Teacher are those that an adapter was merged:UserWarning")
+    @pytest.mark.parametrize("apart", [0.0, 0.1], ids=["equal", "with weights of its own"])
+    def test_its_checkpoints_hold_a_copy_that_the_module_moves(self, tmp_path, apart):
+        config = LoraConfig(r=2)
+        module = Teacher(apart=apart, lr=0.3)
+        for fits in range(3):
+            saver = ModelCheckpoint(tmp_path, filename=f"{fits}-{{epoch}}", save_top_k=-1)
+            torch.manual_seed(fits)
+            run = trainer(tmp_path, [LoraCallback(config), saver], max_epochs=2)
+            run.fit(module, loader())
+            loaded = load_from_checkpoint(Teacher, tmp_path / f"{fits}-epoch=1.ckpt")
+            LoraModel(loaded).merge_and_unload()
+            assert not differing(values(loaded), values(module))
+            resumed = Teacher(apart=apart, lr=0.3)
+            again = trainer(tmp_path, [LoraCallback(config)], max_epochs=2)
+            again.fit(resumed, loader(), ckpt_path=tmp_path / f"{fits}-epoch=0.ckpt")
+            assert not differing(values(resumed), values(module))
+            with pytest.raises(AdapterFileError, match="another base"):
+                load_from_checkpoint(Teacher, tmp_path / f"{fits}-epoch=1.ckpt", base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     def test_its_merge_is_taken_back_onto_the_first_one(self, tmp_path):
