@@ -76,6 +76,9 @@ def put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:
     for key, value in module.state_dict().items():
         if key in base and value.shape == base[key].shape:
             value.copy_(base[key])
+    for name, parameter in module.named_parameters():
+        if name in base:
+            parameter.requires_grad_(False)
     for target in adapted_targets(module).values():
         freeze_new_norms(target)
 

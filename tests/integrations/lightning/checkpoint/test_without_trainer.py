@@ -175,15 +175,25 @@ class BuildsItsNorm(Classifier):
         self.net[1] = nn.BatchNorm1d(16)
 
 
+def trained(module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 @pytest.mark.parametrize("cls", [Averages, BuildsItsHead, BuildsItsNorm])
 def test_a_hook_finds_what_it_finds_in_fit(tmp_path, cls):
     """The adapted module, with the frozen base of layers that it builds again."""
     config = LoraConfig(r=2, target_modules=["0", "3"] if cls is Averages else ["net.0"])
     module = cls(lr=0.3)
-    trainer(tmp_path, [lora(config), ModelCheckpoint(tmp_path, filename="it")]).fit(module, loader(), loader())
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, [lora(config), saver], max_epochs=2).fit(module, loader(), loader())
     (score,) = trainer(tmp_path, [lora(config)]).validate(module, loader(), verbose=False)
-    path = tmp_path / "it.ckpt"
-    assert not differing(values(load_from_checkpoint(cls, path)), values(module))
+    path = tmp_path / "epoch=1.ckpt"
+    loaded = load_from_checkpoint(cls, path)
+    resumed = cls(lr=0.3)
+    trainer(tmp_path, [lora(config)], max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    for found in (loaded, resumed):
+        assert not differing(values(found), values(module))
+    assert trained(resumed) == trained(module)
     assert trainer(tmp_path, [lora(config)]).validate(cls(), loader(), ckpt_path=path, verbose=False) == [score]
 
 
