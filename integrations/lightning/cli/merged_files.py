@@ -19,6 +19,7 @@ from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     file_entries,
     plain_state_dict,
+    whole_state_dict,
     write_safetensors,
 )
 from lora_plugins.names import TRACEBACK_VARIABLE
@@ -124,7 +125,7 @@ def merge_checkpoint(
     kept = {key: value for key, value in read.items() if key not in (KEY, *_OF_TRAINING)}
     output.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    torch.save({**kept, "state_dict": module.state_dict()}, data)
+    torch.save({**kept, "state_dict": whole_state_dict(module)}, data)
     replace_file(output, data.getvalue())
     return output
 

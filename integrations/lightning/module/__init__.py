@@ -55,7 +55,7 @@ from lora_plugins.integrations.lightning.module.moved_tensors import (
     mark_moved,
     take_fingerprints,
 )
-from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, whole_state_dict, write_safetensors
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     check_mergeable,
     merge_reversibly,
@@ -124,6 +124,7 @@ __all__ = [
     "take_fingerprints",
     "temporarily_merged",
     "trained_parameters",
+    "whole_state_dict",
     "with_built_layers",
     "with_declarations",
     "write_safetensors",

@@ -13,7 +13,13 @@ from lora_plugins.utils import replace_file
 
 def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in target.state_dict().items()}
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in whole_state_dict(target).items()}
+
+
+def whole_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Returns all that a module has, also where its own `state_dict` leaves out what was frozen and is merged now."""
+    state: dict[str, Any] = nn.Module.state_dict(module)
+    return state
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:

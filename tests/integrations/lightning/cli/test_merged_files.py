@@ -1,12 +1,16 @@
 """A checkpoint becomes a file that needs no lora_plugins."""
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from torch import nn
 
 from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.cli import export_checkpoint, merge_checkpoint
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint, needs_vision
 from tests.integrations.lightning.late_layers import OnLoading
-from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, lora, trainer, values
 
 pytestmark = [
     # The point of the section `optimizer:`.
@@ -21,6 +25,32 @@ BASES = pytest.mark.parametrize("trained", [{}, STORED], ids=["float", "stored"]
 class Refusing(Classifier):
     def __init__(self, **kwargs):
         raise TypeError("a task got an unexpected argument")
+
+
+class HidesItsBackbone(Classifier):
+    """Leaves what is frozen in plain training out of its state dict."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.strict_loading = False
+
+    def state_dict(self, *args, **kwargs):
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0." not in key}
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the:UserWarning")
+def test_what_the_state_dict_of_the_module_hides_is_merged(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    run = trainer(tmp_path, [LoraCallback(CONFIG, export_to=str(tmp_path / "fit.safetensors")), saver])
+    run.fit(module := HidesItsBackbone(lr=0.3), loader())
+    expected = nn.Module.state_dict(module)
+    path, merged = tmp_path / "it.ckpt", tmp_path / "merged.ckpt"
+    export_checkpoint(HidesItsBackbone, path, tmp_path / "command.safetensors")
+    merge_checkpoint(HidesItsBackbone, path, merged)
+    loaded = HidesItsBackbone.load_from_checkpoint(merged)
+    files = [load_file(tmp_path / f"{name}.safetensors") for name in ("fit", "command")]
+    for found in (*files, nn.Module.state_dict(loaded)):
+        assert not differing(found, expected)
 
 
 class TestFiles:
