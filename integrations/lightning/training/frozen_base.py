@@ -53,7 +53,8 @@ def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[i
         raise StateError(
             f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
             f"does that) or by the module: {listing(trained)}. An adapter's checkpoint does not hold them. To train "
-            "them, list their modules in modules_to_save; to keep them frozen, remove the callback."
+            "them, list their modules in modules_to_save; to keep them frozen, remove the callback, or give the "
+            "optimizer only what requires a gradient, where a module switches gradients of its parts, as GANs do."
         )
 
 
