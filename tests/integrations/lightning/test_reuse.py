@@ -246,6 +246,8 @@ class TestTwoAdapters:
 
 
 class Tied(Classifier):
+    """Has one weight in two layers."""
+
     def __init__(self, **options):
         super().__init__(**options)
         self.twin = nn.Linear(16, 3, bias=False)
@@ -290,15 +292,6 @@ class Renames(Classifier):
 
     def on_load_checkpoint(self, checkpoint):
         checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
-
-
-class Tied(Classifier):
-    """Has one weight in two layers."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.other = torch.nn.Linear(4, 16, bias=False)
-        self.other.weight = self.net[0].weight
 
 
 class Teacher(Classifier):
