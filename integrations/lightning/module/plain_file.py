@@ -17,9 +17,14 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Any]:
-    """Returns all that a module has, also where its own `state_dict` leaves out what was frozen and is merged now."""
-    state: dict[str, Any] = nn.Module.state_dict(module)
-    return state
+    """Returns the state dict of a module, or torch's where its own leaves out what was frozen and is merged now."""
+    own: dict[str, Any] = module.state_dict()
+    whole: dict[str, Any] = nn.Module.state_dict(module)
+    return own if _memory(whole) <= _memory(own) else whole  # whose names may be others
+
+
+def _memory(state: Mapping[str, Any]) -> set[int]:
+    return {value.data_ptr() for value in state.values() if isinstance(value, Tensor)}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:

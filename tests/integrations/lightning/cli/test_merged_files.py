@@ -53,6 +53,27 @@ def test_what_the_state_dict_of_the_module_hides_is_merged(tmp_path):
         assert not differing(found, expected)
 
 
+class Delegates(Classifier):
+    """Has the names of its network in its files, in both directions."""
+
+    def state_dict(self, *args, **kwargs):
+        return self.net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        return self.net.load_state_dict(state_dict, strict, assign)
+
+
+def test_files_have_the_names_that_the_module_gives_them(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    run = trainer(tmp_path, [LoraCallback(CONFIG, export_to=str(tmp_path / "fit.safetensors")), saver])
+    run.fit(module := Delegates(lr=0.3), loader())
+    merge_checkpoint(Delegates, tmp_path / "it.ckpt", tmp_path / "merged.ckpt")
+    for state in (load_file(tmp_path / "fit.safetensors"), load(tmp_path / "merged.ckpt")["state_dict"]):
+        fresh = Delegates()
+        fresh.load_state_dict(state)
+        assert not differing(values(fresh), values(module))
+
+
 class TestFiles:
     """A checkpoint becomes a file that needs no lora_plugins."""
 
