@@ -49,6 +49,7 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
         ConfigError: If there is none, or it cannot be made.
     """
     for path in tried:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         lock = _locked(path)
         if lock is not None:
             break
@@ -60,7 +61,8 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
         lock.release()
         with suppress(OSError):
             (path / LOCK).unlink()
-            path.rmdir()  # where nothing was left
+            for folder in made:
+                folder.rmdir()  # where nothing was left
 
 
 def _locked(path: Path) -> FileLock | None:

@@ -83,7 +83,13 @@ def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["train", "empty"]) == 1
     assert "holds no images" in capsys.readouterr().err
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_named_folder_that_was_there_stays(tmp_path):
+    (out := tmp_path / "out").mkdir()
+    assert main(["train", "nowhere", "--out", str(out)]) == 1
+    assert not [*out.iterdir()]
 
 
 @pytest.mark.slow
