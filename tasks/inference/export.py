@@ -85,7 +85,8 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         The largest difference between the file's logits and the task's, relative to the largest logit.
 
     Raises:
-        ConfigError: For another suffix, an unknown image size, or a missing package.
+        ConfigError: For another suffix, an unknown image size or one that the network does not take, or a missing
+            package.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
@@ -98,7 +99,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     images = _test_images(len(task.mean), size)
     network = _ExportedNetwork(task).eval()
     with torch.no_grad():
-        expected: Tensor = network(images)
+        expected = _logits(network, images, task.image_size)
         shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
         written, exported = FORMATS[path.suffix](program, {CLASS_NAMES: json.dumps([*task.class_labels])})
@@ -152,6 +153,18 @@ def _write_weights(task: VisionTask, path: Path) -> float:
         error.filename = str(path)  # and not the one in the temporary folder
         raise
     return 0.0
+
+
+def _logits(network: nn.Module, images: Tensor, trained: Size | None) -> Tensor:
+    size = (images.shape[-2], images.shape[-1])
+    try:
+        logits: Tensor = network(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if size == trained:
+            raise
+        usual = "" if trained is None else f" It was trained with {trained[0]}x{trained[1]}: leave `size` (--size) out."
+        raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {error}.{usual}") from error
+    return logits
 
 
 def _test_images(channels: int, size: Size) -> Tensor:

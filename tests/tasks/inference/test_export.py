@@ -90,6 +90,14 @@ class TestExport:
         assert "Traceback" not in done.stderr
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
 
+    def test_a_size_that_the_network_does_not_take(self, fitted, tmp_path, capsys):
+        files = [str(fitted["labels"][1]["adapter"]), str(tmp_path / "m.pt2")]
+        assert export([*files, "--size", "24", "24"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: The network takes no images of 24x24: ")
+        assert said.endswith("It was trained with 16x16: leave `size` (--size) out.\n")
+        assert not [*tmp_path.iterdir()]
+
     def test_a_size_is_needed(self, fitted, tmp_path):
         task = load_task(fitted["masks"][1]["merged"])
         task.image_size = None
