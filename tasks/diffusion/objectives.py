@@ -82,7 +82,8 @@ class FlowMatching:
 
     Attributes:
         times: The number of times that the denoiser counts.
-        shift: How much times are shifted towards noise, as the scheduler does when it samples.
+        shift: How much times are shifted towards noise: as the scheduler does when it samples, or 1, which is not at
+            all, where that depends on the size of the picture (Flux). diffusers' training scripts do the same.
     """
 
     times: int
@@ -121,8 +122,7 @@ def objective_of(config: Mapping[str, Any], class_name: str, prediction: str, mi
             "both out."
         )
     if flow:
-        shift = config.get("shift") or config.get("flow_shift") or 1.0  # as solvers of higher order call it
-        return FlowMatching(int(config["num_train_timesteps"]), float(shift))
+        return FlowMatching(int(config["num_train_timesteps"]), _shift(config))
     if BETAS not in config:
         raise ConfigError(
             f"The pipeline has a {class_name}, whose noise follows no schedule of betas: models of this kind (EDM and "
@@ -134,6 +134,12 @@ def objective_of(config: Mapping[str, Any], class_name: str, prediction: str, mi
             f"The scheduler predicts {said!r}, which is not served. {unknown('prediction', said, PREDICTIONS)}"
         )
     return NoisePrediction(_alphas(config), said == VELOCITY, min_snr_gamma)
+
+
+def _shift(config: Mapping[str, Any]) -> float:
+    if config.get("use_dynamic_shifting"):
+        return 1.0
+    return float(config.get("flow_shift") or config.get("shift") or 1.0)  # solvers for several kinds have the former
 
 
 def _alphas(config: Mapping[str, Any]) -> Tensor:

@@ -66,6 +66,25 @@ def test_shifted_times_are_noisier(flow):
     assert means[1] > 650
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_times_are_those_that_the_scheduler_has_for_training(dynamic):
+    """Which diffusers' scripts draw from: shifted, unless the size of the picture says how much (Flux)."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+    torch.manual_seed(0)
+    drawn = torch.sigmoid(torch.randn(50))
+    expected = scheduler.timesteps[(1000 * (1 - drawn)).long()]  # which stand in falling order
+    torch.manual_seed(0)
+    found = objective(scheduler)(torch.zeros(50, 1, 1, 1), torch.zeros(50, 1, 1, 1))
+    torch.testing.assert_close(found.times, expected, rtol=0, atol=3)  # one of 1000 times, three apart when shifted
+
+
+def test_a_solver_that_samples_with_a_shift_has_it_for_training():
+    solver = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    assert objective(solver) == objective(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weights_are_those_of_the_paper(prediction):
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction, **SCALED)
