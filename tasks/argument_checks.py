@@ -81,6 +81,15 @@ def check_indices(name: str, value: Any) -> None:
         whole_from(0)(name, index)
 
 
+def check_ignored(index: int, classes: Sequence[str]) -> None:
+    """That the label that is not counted stands for none of the classes, which could still be predicted."""
+    if 0 <= index < len(classes):
+        raise ConfigError(
+            f"ignore_index is {index}, which is the class {classes[index]!r}. What is not counted has a value of its "
+            f"own in the labels, none of 0 to {len(classes) - 1}: such as 255 in masks."
+        )
+
+
 def instance_of(kind: type) -> Check:
     """What is of a class."""
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_flag, check_names, check_options, check_whole, optional
+from lora_plugins.tasks.argument_checks import check_ignored
 from lora_plugins.tasks.data import as_rgb
 from lora_plugins.tasks.errors import DataError
 
@@ -50,8 +51,7 @@ class MaskDecoder:
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
         if colors is not None and reduce_labels:
             raise ConfigError("reduce_labels counts indices down; masks with `colors` have none.")
-        if 0 <= ignore_index < len(self.classes):
-            raise ConfigError(f"ignore_index is {ignore_index}, which is the class {self.classes[ignore_index]!r}.")
+        check_ignored(ignore_index, self.classes)
         self.colors = None if colors is None else self._table(colors)
 
     def decode(self, mask: Image.Image, name: str) -> Labels:

@@ -28,7 +28,7 @@ from lora_plugins.field_checks import (
     shown,
 )
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.argument_checks import check_callable, instance_of
+from lora_plugins.tasks.argument_checks import check_callable, check_ignored, instance_of
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -93,7 +93,7 @@ class VisionTask(LoraCheckpointMixin):
             what is validated and saved.
         gradient_checkpointing: Whether activations are computed again in the backward, one block at a time, and not
             kept: a fraction of the memory for about a third more time. For networks of timm and transformers.
-        ignore_index: The label that loss and metrics ignore.
+        ignore_index: The label that loss and metrics ignore, which is none of the classes.
         class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
             are saved in every file.
         **retired: Arguments of earlier versions, in files that they wrote; they are dropped with a warning.
@@ -163,6 +163,7 @@ class VisionTask(LoraCheckpointMixin):
                 f"{len({*names})} different class_names ({', '.join(names)}) for num_classes={model.num_classes}."
             )
         self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
+        check_ignored(ignore_index, self.class_labels)
         self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
         self._set_class_weights(class_weights)

@@ -34,6 +34,16 @@ class TestLabels:
         with pytest.raises(ConfigError, match="Set `ignore_index` of the task to 255"):
             trainer().fit(SemanticSegmentationTask(tiny_segformer(3)), datamodule=data)
 
+    @pytest.mark.parametrize("index", [0, 2])
+    @pytest.mark.parametrize("names", [None, ["a", "b", "c"]], ids=["unnamed", "named"])
+    def test_an_ignored_label_is_no_class(self, names, index):
+        """Metrics would differ in whether it counts: pixels of it would not, predictions of it would."""
+        said = f"ignore_index is {index}, which is the class '{(names or '012')[index]}'.*none of 0 to 2"
+        with pytest.raises(ConfigError, match=said):
+            SemanticSegmentationTask(tiny_segformer(3), ignore_index=index, class_names=names)
+        with pytest.raises(ConfigError, match=said):
+            ImageClassificationTask(tiny_vit(), ignore_index=index, class_names=names)
+
     def test_a_label_out_of_range_of_plain_pairs(self, trainer):
         loader = DataLoader(TensorDataset(torch.rand(3, 3, 16, 16), torch.tensor([0, 3, -1])), batch_size=3)
         with pytest.raises(DataError, match="Label -1, 3 in sample 1 of the batch, sample 2 of the batch"):
