@@ -72,5 +72,6 @@ class ImageFolderDataModule(ImageDataModule):
             if name not in self.class_names:
                 problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
                 continue
-            items += [Item(path, self.class_names.index(name), str(path)) for path in paths]
+            label = self.class_names.index(name)
+            items += [Item(path, label, str(path), path.relative_to(folder).as_posix()) for path in paths]
         return items

@@ -72,7 +72,7 @@ class ImageListDataModule(ImageDataModule):
             if first != str(row[label]):
                 problems.append(f"{where}: {path} has the label {str(row[label])!r}, and in row {at} {first!r}")
                 continue
-            item = Item(path, self.class_names.index(str(row[label])), str(path))
+            item = Item(path, self.class_names.index(str(row[label])), str(path), Path(str(row[image])).as_posix())
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
 

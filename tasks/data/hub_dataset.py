@@ -75,7 +75,7 @@ class HubDataset:
 
     def item(self, split: str, row: int, target: Any) -> Item:
         """A row of a split as a sample that is not read yet."""
-        return Item((split, row), target, f"row {row} of {self.name}, {split}")
+        return Item((split, row), target, f"row {row} of {self.name}, {split}", str(row))
 
     def image(self, item: Item, column: str) -> Image.Image:
         """Decodes an image of a row.

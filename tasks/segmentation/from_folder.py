@@ -74,7 +74,7 @@ class MaskFolderDataModule(MaskDataModule):
             problems.append(f"{image_folder} holds {NO_IMAGE}")
         problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
         problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
-        return [Item(images[stem], masks[stem], str(masks[stem])) for stem in images if stem in masks]
+        return [Item(images[stem], masks[stem], str(masks[stem]), stem) for stem in images if stem in masks]
 
 
 def _by_stem(paths: Sequence[Path], problems: list[str]) -> dict[str, Path]:

@@ -51,7 +51,9 @@ class MaskListDataModule(MaskDataModule):
         for number, row in enumerate(read_list(self.file, (image, mask)), 1):
             image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
             name = row_split(row, split, f"Row {number} of {self.file}")
-            items.setdefault(name, []).append(Item(image_path, mask_path, str(mask_path)))
+            items.setdefault(name, []).append(
+                Item(image_path, mask_path, str(mask_path), Path(str(row[mask])).as_posix())
+            )
         return items, []
 
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:

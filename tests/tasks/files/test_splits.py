@@ -1,17 +1,53 @@
 """Splits that are the same on every machine."""
 
+import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
+    HubImageDataModule,
     ImageFolderDataModule,
+    ImageListDataModule,
     MaskFolderDataModule,
+    MaskListDataModule,
 )
 
-from ..conftest import SIZE, loaded
+from ..conftest import SIZE, loaded, noise, write_image, written
+
+FOUND = {
+    "class folders": lambda root, **options: ImageFolderDataModule(str(root / "sorted"), **options),
+    "class list": lambda root, **options: ImageListDataModule(str(root / "labels.csv"), **options),
+    "mask folders": lambda root, **options: MaskFolderDataModule(str(root), classes=["a", "b"], **options),
+    "mask list": lambda root, **options: MaskListDataModule(str(root / "masks.jsonl"), classes=["a", "b"], **options),
+    "rows": lambda root, **options: HubImageDataModule(str(root / "rows"), **options),
+}
+
+
+def write_samples(root):
+    """Sixteen images in each of the ways that data can be given, not split yet."""
+    labels, masks = [], []
+    for i in range(16):
+        image = write_image(root / "sorted" / "ab"[i % 2] / f"{i}.png", noise(8, 8, seed=i))
+        write_image(root / "images" / f"{i}.png", noise(8, 8, seed=i))
+        write_image(root / "masks" / f"{i}.png", noise(8, 8, seed=i)[..., 0] % 2)
+        labels.append({"image": image.relative_to(root).as_posix(), "label": "ab"[i % 2]})
+        masks.append({"image": f"images/{i}.png", "mask": f"masks/{i}.png"})
+    written(root / "labels.csv", labels)
+    written(root / "masks.jsonl", masks)
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    pictures = [str(root / row["image"]) for row in labels]
+    rows = Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(16)]}, features=features)
+    DatasetDict({"train": rows}).save_to_disk(root / "rows")
+
+
+def place(item):
+    """The file name of an image, or its row."""
+    return item.image.name if isinstance(item.image, Path) else item.image
 
 
 class TestSplits:
@@ -23,6 +59,18 @@ class TestSplits:
         assert self.names(one, "val") == self.names(two, "val")
         assert not self.names(one, "val") & self.names(one, "train")
         assert Counter(item.target for item in one.splits["val"].items) == {0: 1, 1: 1}
+
+    @pytest.mark.parametrize("kind", FOUND)
+    def test_they_are_the_same_wherever_the_data_are(self, kind, tmp_path, monkeypatch):
+        """In another folder, on another machine, by a path from elsewhere: or a run would be judged on its own data."""
+        write_samples(tmp_path / "here")
+        shutil.copytree(tmp_path / "here", tmp_path / "there")
+        monkeypatch.chdir(tmp_path)
+        roots = [tmp_path / "here", tmp_path / "there", Path("here"), Path("there/../here")]
+        splits = [loaded(FOUND[kind](root, val_share=0.25, check_files=False, **SIZE)).splits for root in roots]
+        held = [[place(item) for item in split["val"].items] for split in splits]
+        assert len(held[0]) == 4
+        assert held[1:] == held[:-1]
 
     def test_another_seed_gives_another_split(self, flat_folders):
         make = partial(ImageFolderDataModule, str(flat_folders), val_share=0.4, **SIZE)
