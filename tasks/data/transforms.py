@@ -6,8 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
@@ -25,6 +27,27 @@ INTERPOLATIONS: Mapping[str, InterpolationMode] = MappingProxyType(
 )
 
 
+class _Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return _at_centers(functional.resize, inpt, size=self.size)
+        return super().transform(inpt, params)
+
+
+class _RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]  # likewise
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return _at_centers(functional.resized_crop, inpt, **params, size=self.size)
+        return super().transform(inpt, params)
+
+
+def _at_centers(resize: Callable[..., Tensor], mask: tv_tensors.Mask, **params: Any) -> Tensor:
+    """Resizes a mask to the labels at the centers of pixels, where images are sampled; torchvision takes corners."""
+    labels = resize(mask.as_subclass(Tensor)[None], **params, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    wrapped: Tensor = tv_tensors.wrap(labels, like=mask)
+    return wrapped
+
+
 @dataclass(frozen=True)
 class Resizing:
     """What an augmentation policy needs to know: the size, the interpolation, and the fill of rotated corners."""
@@ -35,11 +58,11 @@ class Resizing:
 
     def resize(self) -> Any:
         """Resizes without keeping the aspect ratio."""
-        return v2.Resize(self.size, interpolation=self.interpolation, antialias=True)
+        return _Resize(self.size, interpolation=self.interpolation, antialias=True)
 
     def random_crop(self, min_area: float) -> Any:
         """Crops at random, at least this share of the area, and resizes the crop."""
-        return v2.RandomResizedCrop(self.size, scale=(min_area, 1.0), interpolation=self.interpolation, antialias=True)
+        return _RandomResizedCrop(self.size, scale=(min_area, 1.0), interpolation=self.interpolation, antialias=True)
 
     def rotate(self, degrees: float) -> Any:
         """Rotates by a random angle of at most so many degrees."""

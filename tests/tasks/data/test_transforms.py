@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import max_pool2d
+from torchvision import tv_tensors
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
@@ -19,8 +20,6 @@ from ..conftest import loaded, tiny_vit
 class TestAugmentations:
     @pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name not in IMAGES_ONLY])
     def test_augmentations_move_mask_and_image_together(self, name):
-        from torchvision import tv_tensors
-
         left = np.zeros((16, 16, 3), dtype=np.uint8)
         left[:, :8] = 255
         mask = tv_tensors.Mask(torch.from_numpy(left[..., 0] // 255).long())
@@ -30,6 +29,24 @@ class TestAugmentations:
             inside = grown == shrunk  # away from the edge, where an enlarged image is blended
             inside[[0, 1, -1, -2]] = inside[:, [0, 1, -1, -2]] = False  # a turned image is blended with what is around
             assert ((image[0] > 0.42) == (moved == 1))[inside].all()
+
+    @pytest.mark.parametrize("size", [(16, 16), (24, 40), (128, 144)], ids=["smaller", "less", "larger"])
+    @pytest.mark.parametrize("name", ["none", "crop_flip"])
+    def test_a_resized_mask_lies_where_its_image_does(self, name, size):
+        """Its labels are those nearest to the centers of pixels."""
+        disc = sum((torch.arange(64) - 31.5).square().view(shape) for shape in ((-1, 1), (1, -1))) < 400
+        pixels, mask = (255 * disc).to(torch.uint8).expand(3, -1, -1), tv_tensors.Mask(disc.long())
+        for seed in range(4):
+            torch.manual_seed(seed)
+            image, moved = image_transform(size, name)(tv_tensors.Image(pixels), mask)
+            off = center(image[0]) - center(moved.float())
+            assert off.abs().max() < 0.2  # an eighth for a quarter of the size; corners are off by up to 0.6
+
+
+def center(shown):
+    """The mean row and column of what is not 0."""
+    places = torch.meshgrid(*map(torch.arange, shown.shape), indexing="ij")
+    return torch.stack([(shown * place).sum() for place in places]) / shown.sum()
 
 
 class TestPreprocessing:
