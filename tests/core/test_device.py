@@ -183,7 +183,7 @@ def life(folder, layer, fields, elsewhere):
     with torch.device("meta") if elsewhere else nullcontext():
         lora = LoraModel(model, LoraConfig(**{"r": 2, "init": "none", "target_modules": ["layer"], **fields}))
         found = {"step": results(model, inputs)}
-        model.eval()
+        model.eval().zero_grad()  # which no optimizer has used
         lora.save_adapter(folder)
         found["saved"] = model(*inputs)
         lora.add_adapter("other", LoraConfig(r=1, target_modules=["layer"]))

@@ -163,7 +163,7 @@ def _before_hook(module: LightningModule, checkpoint: dict[str, Any]) -> tuple[d
     """
     if not missing_layers(module, checkpoint):
         with suppress(AdapterFileError):
-            complete = restore(module, checkpoint)
+            complete = restore(module, without_base(module, checkpoint))  # which a Trainer has put in
             return complete, present_base(module, complete)
     return with_present_base(module, checkpoint), {}
 
