@@ -163,7 +163,8 @@ def _logits(network: nn.Module, images: Tensor, trained: Size | None) -> Tensor:
         if size == trained:
             raise
         usual = "" if trained is None else f" It was trained with {trained[0]}x{trained[1]}: leave `size` (--size) out."
-        raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {error}.{usual}") from error
+        reason = str(error).rstrip(".")
+        raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {reason}.{usual}") from error
     return logits
 
 

@@ -95,6 +95,7 @@ class TestExport:
         assert export([*files, "--size", "24", "24"]) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: The network takes no images of 24x24: ")
+        assert ".." not in said
         assert said.endswith("It was trained with 16x16: leave `size` (--size) out.\n")
         assert not [*tmp_path.iterdir()]
 
