@@ -161,8 +161,8 @@ class LoraCallback(Callback):
         save_adapter_to: Folder for the adapter, written when `fit` ends; or a list of folders and of files in other
             formats: `AdapterFile("runs/for_peft", format="peft")`.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
-            ends. It loads with `strict=True` into the untouched architecture, without lora_plugins. Like
-            the adapter, it is not written in a `fast_dev_run`.
+            ends. It loads with `strict=True` into the untouched architecture, without lora_plugins. Like the adapter,
+            it is not written in a `fast_dev_run`.
         train_mode: Whether `fit` puts the target into training mode, except for frozen normalization layers and for
             what its author froze and put into eval mode, such as a teacher. Models of `from_pretrained` arrive in eval
             mode, and Lightning does not change that.

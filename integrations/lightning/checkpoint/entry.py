@@ -11,9 +11,8 @@ The last two say how the hyperparameters in the file differ from those of the mo
 `tensors` holds what the manifest lists and the state dict does not have, such as heads of inactive adapters. Where an
 earlier adapter was merged into weights, which no pretrained base has, a further part, "base", lists their keys in the
 state dict: they are put into the module first. "base_tensors" has those that the module itself has taken out of the
-state dict. "pretrained" has the fingerprints of those that they are put in place
-of, since the rest of that base is left out. "outside" has the fingerprint of each frozen tensor that was left out
-and belongs to none of the targets.
+state dict. "pretrained" has the fingerprints of those that they are put in place of, since the rest of that base is
+left out. "outside" has the fingerprint of each frozen tensor that was left out and belongs to none of the targets.
 """
 
 from collections.abc import Iterator, Mapping

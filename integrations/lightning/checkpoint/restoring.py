@@ -156,7 +156,7 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
     check_same_config(name, state.adapters[name].plan.config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
     if own is not None and not (by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]):
-        own = None  # LoftQ changes the base, otherwise than in the file on another machine
+        own = None  # by a plugin that was installed since, or by LoftQ, which changes bases otherwise on other machines
     if own is not None:
         check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import LoraModel
-from lora_plugins.inplace import named_tensors
+from lora_plugins.inplace import own_tensor
 from lora_plugins.integrations.lightning.checkpoint.adapted_networks import without_networks
 from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import with_plain_dicts
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
@@ -50,10 +50,9 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     small, dicts = with_plain_dicts(without_networks(small))
     small, line = (small, {}) if isinstance(module, LoraCheckpointMixin) else with_line(small, module)
     merged = merged_weights(module)
-    tensors = named_tensors(module, aliases=True)
     about = {
         "base": list(merged),
-        "base_tensors": {key: tensors[key].detach() for key in merged if key not in saved},
+        "base_tensors": {key: own_tensor(module, key).detach() for key in merged if key not in saved},
         "pretrained": {key: values for key, values in merged.items() if values},
         "outside": {key: values for key, values in parts.items() if key in set(left_out)},
     }

@@ -39,17 +39,17 @@ class NetworkCopy:
         origin: The name of the other part.
         name: The name of the copy, which follows the origin.
         equal: Whether the values of what neither trains are the same, bit for bit.
+        began_equal: Whether they are, or were it before earlier fits merged adapters into them.
         frozen: Whether the author froze the copy, and not the origin.
         shares: Whether it has some of the origin's own modules.
-        began_equal: Whether they are equal, or were it before earlier fits merged adapters into them.
     """
 
     origin: str
     name: str
     equal: bool
+    began_equal: bool
     frozen: bool
     shares: bool = False
-    began_equal: bool = False
 
     @property
     def is_directed(self) -> bool:
@@ -114,7 +114,7 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
                 equal, frozen = part.equals(origin), origin.required and not part.required
                 if frozen or (equal and not _are_repeated(module, origin.name, part.name)):
                     began = equal or _began_equal(origin.name, part.name, pretrained)
-                    found.append(NetworkCopy(origin.name, part.name, equal, frozen, began_equal=began))
+                    found.append(NetworkCopy(origin.name, part.name, equal, began, frozen))
     return found
 
 
@@ -180,7 +180,7 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
     if learns[1] and not learns[0]:
         first, second = second, first
     equal = all(checksum(own) == checksum(its) for own, its in pairs)
-    return NetworkCopy(first, second, equal, frozen=learns[0] != learns[1], shares=True, began_equal=equal)
+    return NetworkCopy(first, second, equal, equal, frozen=learns[0] != learns[1], shares=True)
 
 
 def _shape(tensor: Tensor) -> torch.Size | None:

@@ -14,7 +14,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.inplace import named_tensors
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, trainer, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, HidesItsBackbone, differing, loader, trainer, values
 
 HEADS = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
 CONFIGS = pytest.mark.parametrize("config", [CONFIG, HEADS], ids=["factors", "heads"])
@@ -271,17 +271,6 @@ class SavesItsHead(Classifier):
     def on_save_checkpoint(self, checkpoint):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if key.startswith("net.3.")}
-
-
-class HidesItsBackbone(Classifier):
-    """Its state dict has never had the backbone."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.strict_loading = False
-
-    def state_dict(self, *args, **kwargs):
-        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0." not in key}
 
 
 class Renames(Classifier):

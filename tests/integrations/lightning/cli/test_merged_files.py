@@ -10,7 +10,17 @@ from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.cli import export_checkpoint, merge_checkpoint
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint, needs_vision
 from tests.integrations.lightning.late_layers import OnLoading
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, lora, trainer, values
+from tests.integrations.lightning.toys import (
+    CONFIG,
+    Classifier,
+    HidesItsBackbone,
+    differing,
+    load,
+    loader,
+    lora,
+    trainer,
+    values,
+)
 
 pytestmark = [
     # The point of the section `optimizer:`.
@@ -25,17 +35,6 @@ BASES = pytest.mark.parametrize("trained", [{}, STORED], ids=["float", "stored"]
 class Refusing(Classifier):
     def __init__(self, **kwargs):
         raise TypeError("a task got an unexpected argument")
-
-
-class HidesItsBackbone(Classifier):
-    """Leaves what is frozen in plain training out of its state dict."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.strict_loading = False
-
-    def state_dict(self, *args, **kwargs):
-        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0." not in key}
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the:UserWarning")
