@@ -8,6 +8,7 @@ inputs first, so there the matrix is transposed: A is (r, in) and B is (out/grou
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -220,7 +221,6 @@ class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
     ) -> Tensor:
         """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
         weight = base["weight"]
-        convolve = getattr(F, f"conv_transpose{self.dimensions}d")
         padding = layer._output_padding(
             x,
             output_size,
@@ -230,13 +230,15 @@ class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
             self.dimensions,
             layer.dilation,  # type: ignore[arg-type]
         )
-        options = (layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-
-        def with_options(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-            y: Tensor = convolve(x, kernel, bias, *options)
-            return y
-
-        return convolved_apart(self, with_options, x, weight, layer.bias, terms)
+        convolve = partial(  # a function in here would have annotations, whose unions torch 2.8 cannot compile
+            getattr(F, f"conv_transpose{self.dimensions}d"),
+            stride=layer.stride,
+            padding=layer.padding,
+            output_padding=padding,
+            groups=layer.groups,
+            dilation=layer.dilation,
+        )
+        return convolved_apart(self, convolve, x, weight, layer.bias, terms)
 
 
 class ConvTranspose1dPlugin(_ConvTransposePlugin):

@@ -4,6 +4,7 @@ Source: Zhu et al., Deformable ConvNets v2: More Deformable, Better Results, arX
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -46,10 +47,7 @@ class DeformConv2dPlugin(RowMajorPlugin["DeformConv2d"]):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Convolves `x` with the untouched kernel, and the dropped `x` with each update."""
-
-        def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-            return _convolved(layer, x, kernel, bias, offset, mask)
-
+        convolve = partial(_convolved, layer, offset=offset, mask=mask)
         return convolved_apart(self, convolve, x, base["weight"], layer.bias, terms)
 
     def mixed(
