@@ -17,6 +17,8 @@ CROSS_ENTROPY = "cross_entropy"
 TERM = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*)?\s*(\w+)\s*")
 """A name, and what stands before it: a factor of at least 0."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def _focal(ignore_index: int) -> Any:
     from segmentation_models_pytorch.losses import FocalLoss
@@ -97,6 +99,22 @@ class Objective:
             term = self._cross_entropy(logits, targets, weights) if cross else self._terms[name](logits, targets)
             total = total + factor * term
         return total
+
+    def weight(self, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The weight of the loss of a batch in a mean over batches: the share of its labels that count, in samples.
+
+        So the mean of cross entropy over a split is the same in any batches. It is above 0: a mean of nothing is 0.
+
+        Args:
+            targets: The labels or soft targets.
+            weights: The weight of each class in cross entropy.
+        """
+        if targets.is_floating_point():  # of which torch takes the mean over samples, whatever they weigh
+            return torch.tensor(float(len(targets)), device=targets.device)
+        counted = targets != self.ignore_index
+        if weights is not None:
+            counted = counted * weights.float()[targets.where(counted, 0)]
+        return (counted.sum() / targets[0].numel()).clamp(min=TINY)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None and not weights[targets[targets != self.ignore_index]].any():

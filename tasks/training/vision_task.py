@@ -375,8 +375,9 @@ class VisionTask(LoraCheckpointMixin):
         logits = self._logits_told(images, targets)
         loss = self.loss(logits, soft_targets)
         metrics.update(self.preds(logits.detach()), targets)
-        name, size = f"{stage}/loss", len(targets)
-        self.log(name, loss, batch_size=size, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        weight = cast(Any, self.objective.weight(soft_targets, self.weights))  # Lightning takes more than whole numbers
+        name = f"{stage}/loss"
+        self.log(name, loss, batch_size=weight, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def _logits_told(self, images: Tensor, targets: Tensor) -> Tensor:

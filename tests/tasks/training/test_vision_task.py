@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError
@@ -58,6 +59,31 @@ class TestLabels:
     def test_data_of_other_classes_are_refused_before_training(self, trainer):
         with pytest.raises(ConfigError, match=r"4 classes \(6, 7, 8, 9\).*num_classes=3"):
             trainer().fit(ImageClassificationTask(tiny_vit()), datamodule=digits(digits=[6, 7, 8, 9]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+@pytest.mark.parametrize("weights", [None, [0.1, 3.0, 1.0]], ids=["alike", "weighed"])
+@pytest.mark.parametrize(
+    ("task_class", "model", "side", "shape"),
+    [(ImageClassificationTask, tiny_vit(), 16, (7,)), (SemanticSegmentationTask, tiny_segformer(3), 32, (7, 32, 32))],
+    ids=["labels", "masks"],
+)
+def test_the_loss_of_a_split_is_the_same_in_any_batches(trainer, task_class, model, side, shape, weights, batch_size):
+    task = task_class(model, class_weights=weights, label_smoothing=0.1, ignore_index=255)
+    images, targets = torch.rand(7, 3, side, side), torch.randint(3, shape)
+    targets[torch.rand(shape) < torch.linspace(0, 1, 7).view(-1, *[1] * (len(shape) - 1))] = 255
+    targets[0], targets[-1] = 1, 255
+    result, *_ = trainer().validate(task, DataLoader(TensorDataset(images, targets), batch_size=batch_size))
+    with torch.inference_mode():
+        logits = task.eval()(images).double()
+    given = None if weights is None else torch.tensor(weights).double()
+    whole = cross_entropy(logits, targets, given, ignore_index=255, label_smoothing=0.1)
+    assert result["val/loss"] == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_the_loss_of_a_split_without_labels_is_nothing(trainer):
+    loader = DataLoader(TensorDataset(torch.rand(3, 3, 32, 32), torch.full((3, 32, 32), -100)), batch_size=2)
+    assert trainer().validate(SemanticSegmentationTask(tiny_segformer(3)), loader)[0]["val/loss"] == 0
 
 
 def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
