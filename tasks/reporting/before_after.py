@@ -5,10 +5,10 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
 from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning.console import plain_console
 
 PREFIX = "val/"
 
@@ -57,7 +57,7 @@ class BeforeAfter(Callback):
         table.add_column("after", justify="right")
         for name, value in self.after.items():
             table.add_row(name.removeprefix(PREFIX), _number(self.before.get(name)), _number(value))
-        Console().print(table)
+        plain_console().print(table)
 
 
 def _number(value: float | None) -> str:

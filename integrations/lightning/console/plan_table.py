@@ -29,7 +29,7 @@ def print_plan(plan: Plan, title: str, forgotten: Sequence[str] = ()) -> None:
         plugin = first.plugin.name if first.variant is None else f"{first.plugin.name}, {first.variant.name}"
         name, parameters = _times(group.name, len(group.layers)), f"{group.parameters:,}"
         table.add_row(name, plugin, str(first.r), parameters, f"{group.share:.1%}")
-    console = Console()
+    console = plain_console()
     console.print(table)
     trained = [_times(name, count) for name, count in plan.trained_groups().items()]
     more = [f"... ({len(trained) - _MOST} more)"] if len(trained) > _MOST else []
@@ -39,14 +39,19 @@ def print_plan(plan: Plan, title: str, forgotten: Sequence[str] = ()) -> None:
         *map(str, plan.left_out),
     ]
     for note in [*notes, plan.summary()]:
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
 
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints lines that can be pasted: they are never wrapped."""
-    console = Console()
+    console = plain_console()
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
+
+
+def plain_console() -> Console:
+    """Returns a console that prints text as it is, as names of classes and layers have to be: `[void]`, `:x:`."""
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def _times(name: str, count: int) -> str:

@@ -7,9 +7,11 @@ from lora_plugins.tasks import (
     BeforeAfter,
     DigitsDataModule,
     ImageClassificationTask,
+    MaskFolderDataModule,
+    SemanticSegmentationTask,
 )
 
-from ..conftest import tiny_vit
+from ..conftest import tiny_segformer, tiny_vit
 
 
 class TestBeforeAfter:
@@ -37,3 +39,12 @@ class TestBeforeAfter:
         )
         assert table.before == {}
         assert "accuracy" in capsys.readouterr().out
+
+    def test_names_of_classes_are_printed_as_they_are(self, trainer, mask_folders, capsys):
+        """rich takes what is in brackets for a style, and what is in colons for a picture."""
+        names = ["[void]", "[/road]", ":car:"]
+        data = MaskFolderDataModule(str(mask_folders), classes=names, image_size=(32, 32))
+        task = SemanticSegmentationTask(tiny_segformer(3), ignore_index=255)
+        trainer(callbacks=[BeforeAfter()], fast_dev_run=1).fit(task, datamodule=data)
+        printed = capsys.readouterr().out
+        assert [name for name in names if f" iou/{name} " not in printed] == []
