@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAUROC
 
@@ -14,10 +15,12 @@ class OccurringAUROC(MulticlassAUROC):
 
     def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics' own AUROC returns a Tensor, and has this too
         """The mean; nan if there is no such class."""
+        labels = self._labels()
+        if not len(labels):  # of which torchmetrics makes an IndexError
+            return labels.new_tensor(torch.nan, dtype=torch.float)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No (positive|negative) samples")
             values: Tensor = super().compute()
-        labels = self._labels()
         both = [bool((labels == i).any() and (labels != i).any()) for i in range(len(values))]
         return values[values.new_tensor(both).bool()].mean()
 
