@@ -65,7 +65,7 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
 
 def _caption(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark of the byte order in front
     except (OSError, UnicodeDecodeError):
         return None
 

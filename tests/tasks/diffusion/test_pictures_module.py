@@ -31,10 +31,11 @@ def test_one_prompt_for_all(picture_folder):
     assert not any(bool(batch.is_class.any()) for batch in found)
 
 
-def test_captions_beside(picture_folder):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_captions_beside(picture_folder, encoding):
     folder = picture_folder((8, 8), (8, 8))
     for number in range(2):
-        (folder / f"{number}.txt").write_text(f"a dog number {number}\n")
+        (folder / f"{number}.txt").write_text(f"a dog number {number}\n", encoding=encoding)
     assert prompts(PicturesDataModule(str(folder), resolution=8)) == ["a dog number 0", "a dog number 1"]
 
 
