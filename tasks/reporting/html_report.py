@@ -61,7 +61,8 @@ class HtmlReport(Callback):
     of the same name has the numbers, for `lora-plugins report compare`.
 
     Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on. The metrics
-    are those of its last validation; where steps follow that, the page and a warning say so.
+    are those of its last validation, or that of the best weights where these are left; where steps follow it, the page
+    and a warning say so. Weights that this fit has not validated, as those of the run that it resumed, have none.
 
     Args:
         path: The file to write.
@@ -181,11 +182,18 @@ class HtmlReport(Callback):
                 f"training went on to step {trainer.global_step:,}; what it says of classes and samples is of the "
                 "weights that are left. See check_val_every_n_epoch, val_check_interval and max_steps."
             )
+        epoch = _epoch_left(trainer, lora_callbacks(trainer), self._history)
+        if epoch is not None and math.isnan(epoch):
+            rank_zero_warn(
+                "The report has no metrics after training: the best weights, which are left, are not those of a "
+                "validation of this fit, but of the run that it resumed, or its ModelCheckpoint monitors no metric of "
+                "the task. `validate` measures them."
+            )
         task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
         with on_device_of(trainer, task):
             judged = judge(task, loader)
             examples = [example(task, loader, index, judged) for index in choose(judged, self.samples)]
-        run = as_stored(self._run(trainer, task, judged))
+        run = as_stored(self._run(trainer, task, judged, epoch))
         void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         page, numbers = render_report(run, examples, void).encode(), run_as_json(run).encode()
@@ -207,7 +215,7 @@ class HtmlReport(Callback):
             if name.startswith(prefix):
                 self._history[name].append((at, float(value)))
 
-    def _run(self, trainer: Trainer, task: VisionTask, judged: Judged) -> RunRecord:
+    def _run(self, trainer: Trainer, task: VisionTask, judged: Judged, epoch: float | None) -> RunRecord:
         callbacks, per_pixel = lora_callbacks(trainer), task.main_metric == "mean_iou"
         data, labels = cast(Any, trainer).datamodule, task.class_labels
         confusion, costs = judged.confusion, self._costs(callbacks)
@@ -219,7 +227,7 @@ class HtmlReport(Callback):
             date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
             per_pixel=per_pixel,
             main_metric=task.main_metric,
-            metrics=self._metrics(task.main_metric, _epoch_left(trainer, callbacks, self._history)),
+            metrics=self._metrics(task.main_metric, epoch),
             class_metric="iou" if per_pixel else "recall",
             classes=results,
             confusion=tuple(map(tuple, confusion.tolist())) if len(labels) <= MOST_CELLS else (),
@@ -279,20 +287,22 @@ class HtmlReport(Callback):
 
 
 def _epoch_left(trainer: Trainer, callbacks: list[LoraCallback], history: Mapping[str, list[Point]]) -> float | None:
-    """The epochs done of the weights that the fit leaves, where these are the best ones; None if they are the last."""
+    """The epochs done of the best weights, if the fit leaves them, nan if it has not validated them; None if the last.
+
+    They are those of the first epoch with the best score, as ModelCheckpoint takes no other that is as good.
+    """
     if all(callback.merge_source == "last" for callback in callbacks):
         return None
-    monitored = [c for c in cast(Any, trainer).checkpoint_callbacks if getattr(c, "monitor", None)]
-    points = history.get(monitored[0].monitor) if monitored else None
-    if not points or monitored[0].best_model_score is None:
+    monitored = next(c for c in cast(Any, trainer).checkpoint_callbacks if getattr(c, "monitor", None))
+    if monitored.best_model_score is None:
         return None
-    score = float(monitored[0].best_model_score)
-    return min(points, key=lambda point: abs(point[1] - score))[0]
+    score = float(monitored.best_model_score)
+    return next((at for at, value in history.get(monitored.monitor, ()) if value == score), math.nan)
 
 
 def _value_at(epoch: float | None, points: Sequence[Point]) -> float:
-    """The value after so many epochs, or else the last."""
-    return next((value for at, value in points if at == epoch), points[-1][1])
+    """The value after so many epochs, nan if there is none; the last for None."""
+    return points[-1][1] if epoch is None else dict(points).get(epoch, math.nan)
 
 
 def _plan_rows(plan: Plan) -> Iterator[PlanRow]:

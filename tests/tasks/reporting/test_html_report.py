@@ -193,6 +193,27 @@ class TestHistory:
         assert run.metrics["accuracy"].after == pytest.approx(right)
         assert run.costs.sizes["adapter"] > 0
 
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # not empty, as it is that of the run that is resumed
+    def test_the_best_weights_of_a_run_that_is_resumed_have_no_numbers_of_another_epoch(self, trainer, tmp_path):
+        """The highest loss is taken for the best, which no later epoch has."""
+
+        def fit(epochs, **resumed):
+            best = ModelCheckpoint(tmp_path, monitor="val/loss", mode="max")
+            report = HtmlReport(str(tmp_path / "r.html"))
+            torch.manual_seed(0)  # of the base, which is random
+            task = ImageClassificationTask(tiny_vit(), lr=1e-2)
+            callbacks = [lora(tmp_path, merge_source="best"), best, report]
+            run = trainer(callbacks=callbacks, max_epochs=epochs, enable_checkpointing=True)
+            run.fit(task, datamodule=digits(), **resumed)
+            return best.best_model_path
+
+        stored = fit(1)
+        with pytest.warns(UserWarning, match="no metrics after training: the best weights.*of the run that it resumed"):
+            assert fit(3, ckpt_path=stored) == stored
+        run = read_run(tmp_path / "r.html")
+        assert {metric.after for metric in run.metrics.values()} == {None}
+        assert sum(map(sum, run.confusion)) > 0
+
 
 def test_a_report_of_labels(trainer, tmp_path):
     path = tmp_path / "r.html"
