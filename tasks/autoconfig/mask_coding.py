@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -136,14 +136,9 @@ def _coded(
 ) -> MaskCoding:
     if kind == "in color":
         return _of_colors(kind, {f"color_{bytes(color).hex()}": color for color in values}, names)
-    if kind == "gray" and names is None and _are_levels(values, ignored):
-        levels = [value for value in values if value != ignored]
-        colors = {f"gray_{value}": (value,) * 3 for value in values}
-        if list(levels) == [BLACK, WHITE]:
-            return _of_colors("black and white", {"background": (BLACK,) * 3, "object": (WHITE,) * 3}, None)
-        return _of_colors("gray levels", colors, [f"gray_{value}" for value in levels])
-    if kind == "gray" and names is not None and [*values] == [BLACK, WHITE] and len(names) == 2:
-        return _of_colors("black and white", {"black": (BLACK,) * 3, "white": (WHITE,) * 3}, names)
+    levels = [value for value in values if value != ignored]
+    if kind == "gray" and _are_levels(values, ignored) and (names is None or len(names) == len(levels)):
+        return _of_levels(levels, names, [value for value in values if value == ignored])
     return _of_indices(values, names, ignored, where)
 
 
@@ -152,6 +147,14 @@ def _are_levels(values: Sequence[int], ignored: int | None) -> bool:
         return ignored is None
     indices = [value for value in values if value not in (IGNORED, ignored)]
     return bool(indices) and len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
+
+
+def _of_levels(levels: Sequence[int], names: Sequence[str] | None, void: Sequence[int]) -> MaskCoding:
+    kind, usual = "gray levels", tuple(f"gray_{value}" for value in levels)
+    if [*levels] == [BLACK, WHITE]:
+        kind, usual = "black and white", ("background", "object") if names is None else ("black", "white")
+    coding = _of_colors(kind, {name: (value,) * 3 for name, value in zip(usual, levels, strict=True)}, names)
+    return replace(coding, colors={**(coding.colors or {}), **{f"gray_{value}": (value,) * 3 for value in void}})
 
 
 def _of_colors(kind: str, colors: Mapping[str, Sequence[int]], names: Sequence[str] | None) -> MaskCoding:

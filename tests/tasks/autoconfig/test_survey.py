@@ -82,9 +82,29 @@ class TestMasks:
             ([0, 1, 2], {"ignore_index": 0}, {"classes": ["class_0", "class_1"], "reduce_labels": True}),
             ([0, 1], {"classes": ("sky", "road", "car")}, {"classes": ["sky", "road", "car"]}),
             ([0, 255], {"classes": ("ground", "cat")}, {"colors": {"ground": [0] * 3, "cat": [255] * 3}}),
+            ([0, 255], {"classes": ("white", "black")}, {"colors": {"white": [255] * 3, "black": [0] * 3}}),
             ([0, 128, 255], {"ignore_index": 255}, {"classes": ["gray_0", "gray_128"]}),
+            (
+                [0, 9, 90],
+                {"classes": ("sky", "car", "cat")},
+                {"colors": {"sky": [0] * 3, "car": [9] * 3, "cat": [90] * 3}},
+            ),
+            (
+                [0, 9, 90],
+                {"classes": ("sky", "car"), "ignore_index": 90},
+                {"classes": ["sky", "car"], "colors": {"sky": [0] * 3, "car": [9] * 3, "gray_90": [90] * 3}},
+            ),
         ],
-        ids=["void above the classes", "void at 0", "names", "names of black and white", "a gray level that is void"],
+        ids=[
+            "void above the classes",
+            "void at 0",
+            "names",
+            "names of black and white",
+            "black and white in another order",
+            "a gray level that is void",
+            "names of gray levels",
+            "names of all gray levels but the void",
+        ],
     )
     def test_flags_overrule_it(self, tmp_path, values, flags, expected):
         arguments = dict(survey(masked(tmp_path / "data", values), Flags(**flags)).arguments)
