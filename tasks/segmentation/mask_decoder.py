@@ -52,6 +52,11 @@ class MaskDecoder:
         if colors is not None and reduce_labels:
             raise ConfigError("reduce_labels counts indices down; masks with `colors` have none.")
         check_ignored(ignore_index, self.classes)
+        if reduce_labels and ignore_index == len(self.classes):
+            raise ConfigError(
+                f"ignore_index is {ignore_index}, which is how masks with reduce_labels write the class "
+                f"{self.classes[-1]!r}. Take a value above it: such as 255."
+            )
         self.colors = None if colors is None else self._table(colors)
 
     def decode(self, mask: Image.Image, name: str) -> Labels:

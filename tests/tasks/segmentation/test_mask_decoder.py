@@ -45,10 +45,14 @@ class TestMaskDecoder:
             ((None, 255), "Name the `classes`"),
             ((["a"], 255, COLORS), "no color for the classes a"),
             ((["a", "b"], 1), "is the class 'b'"),
+            (
+                (["a", "b"], 2, None, True),
+                "ignore_index is 2, which is how masks with reduce_labels write the class 'b'",
+            ),
             ((None, 255, {"a": [1, 2]}), "three numbers"),
             ((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name"),
         ],
-        ids=["nothing", "no color", "ignored class", "short", "twice"],
+        ids=["nothing", "no color", "ignored class", "ignored class before it is reduced", "short", "twice"],
     )
     def test_wrong_tables(self, arguments, message):
         with pytest.raises(ConfigError, match=message):
