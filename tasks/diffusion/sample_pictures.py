@@ -95,7 +95,7 @@ class SamplePictures(Callback):
         """Samples, and records the losses of the epoch, for which all processes ask each other."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("train/"):
-                self._losses.setdefault(name, []).append((trainer.current_epoch, float(value)))
+                self._losses.setdefault(name, []).append((trainer.current_epoch + 1, float(value)))
         if trainer.is_global_zero and (trainer.current_epoch + 1) % self.every == 0:
             self._add(trainer, cast(TextToImageTask, pl_module), f"epoch {trainer.current_epoch + 1}")
 

@@ -118,7 +118,7 @@ class SampleRecord:
         summary: What was adapted, in a sentence.
         facts: What the run took, by label.
         plan: The adapted layers in groups.
-        losses: Points (epoch, value) of each loss, by name.
+        losses: Points (epochs done, value) of each loss, by name.
         sheets: Pictures of samples, by title, as `data:` URLs.
     """
 

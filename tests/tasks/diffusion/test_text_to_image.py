@@ -1,7 +1,9 @@
 """The task: every family on two batches, what is cached, what is trained, and a run that is interrupted."""
 
 import copy
+import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -280,6 +282,11 @@ def test_samples_and_report_are_left(folders, pictures, tmp_path):
     for text in ("Before", "Epoch 2", "After", "loss", "What was adapted", "unet.mid_block"):
         assert text in page
     assert "Epoch 1" not in page
+    charts = [json.loads(chart) for chart in re.findall("data-chart='([^']+)'", page)]
+    assert {chart["title"]: [at for at, _ in chart["lines"][0]["points"]] for chart in charts} == {
+        "Subject loss": [1, 2],  # 0 is before training
+        "Loss": [1, 2],
+    }
     assert (tmp_path / "out" / "before.png").read_bytes() != (tmp_path / "out" / "after.png").read_bytes()
     assert type(load_pipeline(tmp_path / "merged")).__name__ == "StableDiffusionPipeline"
 
