@@ -1,5 +1,6 @@
 """The pages, from templates: the report of a run, and several runs side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ COLORS = 7
 
 SETTINGS = ("Model", "LoRA", "Training", "Data")
 """Groups of facts that are settings."""
+
+Point = tuple[float, float | None]
+"""Epochs done, and the value of a metric then."""
 
 Chart = Mapping[str, Any]
 """Its title, how its numbers are written, and its lines: name, number of a color, points."""
@@ -132,8 +136,11 @@ class SampleRecord:
 
 def render_samples(run: SampleRecord) -> str:
     """The report of a run that taught a model to draw."""
-    lines = [[{"name": "train", "color": 1, "dashed": False, "points": points}] for points in run.losses.values()]
-    charts = [_chart(name, line) for name, line in zip(run.losses, lines, strict=True)]
+    charts = [
+        _chart(name, [{"name": "train", "color": 1, "dashed": False, "points": points}])
+        for name, found in run.losses.items()
+        if (points := _drawn(found))
+    ]
     return _render("samples.html", run=run, charts=charts)
 
 
@@ -154,10 +161,14 @@ def _lines(run: RunRecord, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _points(run: RunRecord, name: str) -> Sequence[tuple[float, float | None]]:
-    """What a chart shows of a metric; nothing where no value of it is a finite number."""
-    points = run.history.get(name, ())
-    return points if any(value is not None for _, value in points) else ()
+def _points(run: RunRecord, name: str) -> Sequence[Point]:
+    return _drawn(run.history.get(name, ()))
+
+
+def _drawn(points: Sequence[Point]) -> Sequence[Point]:
+    """What a chart shows of a metric, None for what is no finite number; nothing where no value is one."""
+    finite = [(at, value if value is not None and math.isfinite(value) else None) for at, value in points]
+    return finite if any(value is not None for _, value in finite) else ()
 
 
 def _chart(name: str, lines: Sequence[Mapping[str, Any]]) -> Chart:

@@ -1,11 +1,21 @@
 """The report and the comparison, in a real browser."""
 
+import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
 
-from lora_plugins.tasks.pages import ClassResult, Costs, Metric, render_comparison, render_report
+from lora_plugins.tasks.pages import (
+    ClassResult,
+    Costs,
+    Metric,
+    SampleRecord,
+    render_comparison,
+    render_report,
+    render_samples,
+)
 
 from ..browser import DESKTOP, PHONE, browser_page, needs_browser
 from .conftest import NAMES, run_of
@@ -91,6 +101,13 @@ class TestWhatIsNotThere:
         text = render_report(hard(False, 2), [])
         assert text.count("data-chart='") == 1
         assert "#curves" not in render_report(replace(hard(False, 2), history={}), [])
+
+    def test_losses_of_a_run_that_diverged_are_no_numbers(self):
+        """Of which one would keep the script of the page from reading any."""
+        losses = {"loss": [(1, 0.5), (2, math.nan), (3, math.inf)], "class_loss": [(1, math.nan)]}
+        text = render_samples(SampleRecord("model", "", {}, [], losses, {}))
+        (chart,) = re.findall("data-chart='([^']+)'", text)
+        assert json.loads(chart)["lines"][0]["points"] == [[1, 0.5], [2, None], [3, None]]
 
     def test_without_samples_there_is_no_section_of_them(self):
         assert 'id="examples"' not in render_report(run_of(), [])
