@@ -92,7 +92,7 @@ HARD = {
 class TestWhatIsNotThere:
     def test_a_metric_that_is_no_number_is_told_and_what_was_before_stays(self):
         text = render_report(hard(False, 2), [])
-        assert "Accuracy is no finite number after training" in text
+        assert "There is no Accuracy after training" in text
         assert "before training 25.0%" in text
         assert "Not measured before training" not in text
         assert "before 50.0%</div>" in text
