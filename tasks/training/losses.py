@@ -89,8 +89,10 @@ class Objective:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if weights is None else weights.to(logits)
         if targets.is_floating_point():
-            factor = self.factors[CROSS_ENTROPY]
-            return factor * cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+            loss = cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+            if weights is not None:  # by which torch divides for labels, and not for these
+                loss = loss * len(targets) / self.weight(targets, weights)
+            return self.factors[CROSS_ENTROPY] * loss
         if not (targets != self.ignore_index).any():
             return logits.sum() * 0
         total = logits.new_zeros(())
@@ -109,8 +111,9 @@ class Objective:
             targets: The labels or soft targets.
             weights: The weight of each class in cross entropy.
         """
-        if targets.is_floating_point():  # of which torch takes the mean over samples, whatever they weigh
-            return torch.tensor(float(len(targets)), device=targets.device)
+        if targets.is_floating_point():
+            total = targets.new_tensor(len(targets)) if weights is None else (targets @ weights.to(targets)).sum()
+            return total.clamp(min=TINY)
         counted = targets != self.ignore_index
         if weights is not None:
             counted = counted * weights.float()[targets.where(counted, 0)]

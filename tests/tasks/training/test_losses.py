@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError
@@ -105,11 +105,14 @@ def test_segmentation_trains_in_every_precision(text, precision, trainer):
     assert run.callback_metrics["train/loss"] > 0
 
 
-def test_a_factor_counts_for_soft_targets_too():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, [0.5, 9.0, 1.0], [1.0, 0.0, 0.0]], ids=["alike", "weighed", "one counts"])
+def test_soft_targets_of_one_class_each_are_labels(weights, smoothing):
     logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
-    soft = torch.nn.functional.one_hot(labels, 3).float()
-    halved = objective("0.5 * cross_entropy")
-    torch.testing.assert_close(halved(logits, soft), halved(logits, labels))
+    soft, weights = one_hot(labels, 3).float(), None if weights is None else torch.tensor(weights)
+    halved = objective("0.5 * cross_entropy", label_smoothing=smoothing)
+    torch.testing.assert_close(halved(logits, soft, weights), halved(logits, labels, weights))
+    assert halved.weight(soft, weights) == halved.weight(labels, weights)
 
 
 def test_balanced_weights_make_up_for_counts():
