@@ -112,16 +112,19 @@ def of_all_modules(model: nn.Module, own: Callable[[nn.Module], Mapping[str, Val
 def named_parameters(module: nn.Module, aliases: bool = False) -> dict[str, nn.Parameter]:
     """Returns all parameters below a module, those of adapters too, by full name without what is inserted.
 
+    The names are torch's own, as those of a state dict are: the module's class may have a method of that name.
+
     Args:
         module: The module.
         aliases: Whether a tied parameter is there under all of its names, and not only under the first.
     """
-    return {plain_name(name): tensor for name, tensor in module.named_parameters(remove_duplicate=not aliases)}
+    named = nn.Module.named_parameters(module, remove_duplicate=not aliases)
+    return {plain_name(name): tensor for name, tensor in named}
 
 
 def named_tensors(module: nn.Module, aliases: bool = False) -> dict[str, Tensor]:
     """Returns all parameters and buffers below a module, as `named_parameters` does."""
-    buffers = module.named_buffers(remove_duplicate=not aliases)
+    buffers = nn.Module.named_buffers(module, remove_duplicate=not aliases)
     return {**named_parameters(module, aliases), **{plain_name(name): tensor for name, tensor in buffers}}
 
 

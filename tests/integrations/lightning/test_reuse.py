@@ -283,6 +283,14 @@ class Renames(Classifier):
         checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
 
 
+class NamesItsParameters(Classifier):
+    """Lists its parameters by names of its own."""
+
+    def named_parameters(self, *args, **kwargs):
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield f"its.{name}", parameter
+
+
 class Teacher(Classifier):
     """Moves a frozen copy, which starts with the values of its original or with others."""
 
@@ -434,7 +442,7 @@ class TestNewCallbackOnMergedWeights:
 
     @pytest.mark.filterwarnings("ignore:[23] weights of .* are those that an adapter was merged into:UserWarning")
     @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the:UserWarning")
-    @pytest.mark.parametrize("cls", [SavesItsHead, HidesItsBackbone, Renames, Tied])
+    @pytest.mark.parametrize("cls", [SavesItsHead, HidesItsBackbone, Renames, Tied, NamesItsParameters])
     def test_its_checkpoints_hold_the_base_under_any_name(self, tmp_path, cls):
         """Where the module's own hooks take merged weights out of the state dict, or two layers have one weight."""
         config = LoraConfig(r=2)
