@@ -1,14 +1,16 @@
 """Weights that hold the update of an adapter which an earlier `fit` merged, and what else it trained.
 
 An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
-layer remembers the checksums of its merged weights; as soon as they have other values, they are a base like any other.
-It also remembers the fingerprints of the pretrained ones, which tell the base that such a checkpoint leaves out.
+layer remembers the checksums of its merged weights, in each type that a module may be cast to; as soon as they have
+other values, they are a base like any other. It also remembers the fingerprints of the pretrained ones, which tell the
+base that such a checkpoint leaves out.
 """
 
 from collections.abc import Mapping
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
@@ -18,8 +20,14 @@ from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 
 _MERGED = "_lora_merged"
 
-Marks = dict[str, dict[str, tuple[int, Fingerprint]]]
-"""By the name of a layer, the checksum of each of its merged weights, and the fingerprint of the pretrained one."""
+_CASTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types that precision plugins, and users, cast modules to."""
+
+Sums = dict[torch.dtype, int] | int
+"""The checksums of a weight by type; a module that an earlier version pickled has that of its own type alone."""
+
+Marks = dict[str, dict[str, tuple[Sums, Fingerprint]]]
+"""By the name of a layer, the checksums of each of its merged weights, and the fingerprint of the pretrained one."""
 
 
 def mark_merged(target: nn.Module, pretrained: Mapping[str, Fingerprint]) -> None:
@@ -31,7 +39,7 @@ def mark_merged(target: nn.Module, pretrained: Mapping[str, Fingerprint]) -> Non
     """
     for name, values in pretrained.items():
         layer, key = holder_of(target, name)
-        layer.__dict__.setdefault(_MERGED, {})[key] = checksum(own_tensor(target, name)), values
+        layer.__dict__.setdefault(_MERGED, {})[key] = _sums(own_tensor(target, name)), values
 
 
 def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
@@ -42,9 +50,7 @@ def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
     """
     marks = {full_name(name, key): mark for name, own in marks_of(target).items() for key, mark in own.items()}
     weights = named_tensors(target, aliases=True) if marks else {}
-    return {
-        name: values for name, (total, values) in marks.items() if name in weights and checksum(weights[name]) == total
-    }
+    return {name: values for name, (sums, values) in marks.items() if name in weights and _has(weights[name], sums)}
 
 
 def marks_of(target: nn.Module) -> Marks:
@@ -53,9 +59,18 @@ def marks_of(target: nn.Module) -> Marks:
     return {name: {key: _mark(mark) for key, mark in own.items()} for name, own in marks.items() if own}
 
 
-def _mark(mark: int | tuple[int, Fingerprint]) -> tuple[int, Fingerprint]:
+def _mark(mark: int | tuple[Sums, Fingerprint]) -> tuple[Sums, Fingerprint]:
     """Returns a mark, which is the checksum alone in a module that an earlier version pickled."""
     return (mark, {}) if isinstance(mark, int) else mark
+
+
+def _sums(weight: Tensor) -> Sums:
+    types = {weight.dtype, *(_CASTS if weight.is_floating_point() else ())}
+    return {dtype: checksum(weight.detach().to(dtype)) for dtype in types}
+
+
+def _has(weight: Tensor, sums: Sums) -> bool:
+    return checksum(weight) == (sums if isinstance(sums, int) else sums.get(weight.dtype))
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:
