@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapted_layers, adapter_tensors, base_in_place, model_state, whole
 from lora_plugins.errors import listing
+from lora_plugins.files import fingerprint
 from lora_plugins.inplace import (
     AdapterTensors,
     LibraryWeight,
@@ -173,6 +174,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         earlier = merged_weights(target)
     known = [values for each in adapters.values() for values in (each.packed.manifest["base"], each.kept)]
     pretrained = {name: values for own in known for name, values in own.items()}
+    pretrained |= {source: fingerprint(base[source]) for name in normed for source in sources(name, normed)}
     pretrained |= earlier  # to which the adapters belong
     before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
     before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}

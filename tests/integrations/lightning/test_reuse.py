@@ -291,6 +291,15 @@ class NamesItsParameters(Classifier):
             yield f"its.{name}", parameter
 
 
+class Normed(Classifier):
+    """Has layers with weight norm."""
+
+    def __init__(self, hooks: bool, **arguments):
+        super().__init__(**arguments)
+        for layer in (self.net[0], self.net[3]):
+            (nn.utils.weight_norm if hooks else nn.utils.parametrizations.weight_norm)(layer)
+
+
 class Teacher(Classifier):
     """Moves a frozen copy, which starts with the values of its original or with others."""
 
@@ -418,6 +427,18 @@ class TestNewCallbackOnMergedWeights:
         with pytest.raises(AdapterFileError, match="another base"):
             trainer(tmp_path, [LoraCallback(CONFIG)]).test(other, loader(), ckpt_path=path)
         assert not differing(before, values(other))
+
+    @pytest.mark.filterwarnings("ignore:[24] weights of .* are those that an adapter was merged into:UserWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+    @pytest.mark.parametrize("hooks", [False, True], ids=["parametrizations", "hooks"])
+    def test_its_checkpoints_of_normed_weights_are_refused_on_another_base(self, tmp_path, hooks):
+        fit(tmp_path, module := Normed(hooks), LoraCallback(CONFIG))
+        run = self.again(tmp_path, module, merge_on_fit_end=False)
+        run.save_checkpoint(path := tmp_path / "second.ckpt")
+        loaded = load_from_checkpoint(Normed, path)
+        assert not differing(own_values(loaded), own_values(module))
+        with pytest.raises(AdapterFileError, match=r"another base: 'net\.0\..*4 of 4"):
+            load_from_checkpoint(Normed, path, base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
