@@ -39,6 +39,7 @@ from lora_plugins.integrations.lightning.console import print_plan, tell_written
 from lora_plugins.integrations.lightning.module import (
     KeptMerge,
     NetworkCopy,
+    Start,
     add_adapter,
     add_names,
     check_mergeable,
@@ -91,7 +92,6 @@ from lora_plugins.integrations.lightning.strategies import (
 from lora_plugins.integrations.lightning.training import (
     Audit,
     LearningRates,
-    Start,
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,

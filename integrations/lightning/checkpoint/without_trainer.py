@@ -25,6 +25,7 @@ from lora_plugins.integrations.lightning.checkpoint.objects import Global, allow
 from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
+from lora_plugins.integrations.lightning.module import Start
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -146,8 +147,10 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
         return
     complete, base = _before_hook(module, checkpoint)
     checkpoint.update(complete)
+    start = Start.of(module)
     own(checkpoint)
     put_base(module, base)
+    start.mark_written(module)  # such as an average that the module keeps out of its state dict
     build_missing(module, checkpoint)
     checkpoint.update(restore(module, without_base(module, checkpoint)))
 

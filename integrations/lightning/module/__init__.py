@@ -51,7 +51,6 @@ from lora_plugins.integrations.lightning.module.modes import (
 )
 from lora_plugins.integrations.lightning.module.moved_tensors import (
     adapted_layers_moved,
-    known_fingerprints,
     mark_moved,
     take_fingerprints,
 )
@@ -61,6 +60,7 @@ from lora_plugins.integrations.lightning.module.reversible_merge import (
     merge_reversibly,
     temporarily_merged,
 )
+from lora_plugins.integrations.lightning.module.start import Start
 from lora_plugins.integrations.lightning.module.tensors import (
     built_since,
     built_too_late,
@@ -74,6 +74,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
 __all__ = [
     "KeptMerge",
     "NetworkCopy",
+    "Start",
     "adapted_layers_moved",
     "adapted_targets",
     "adapted_weights",
@@ -100,7 +101,6 @@ __all__ = [
     "frozen_tensors",
     "is_adapted_alike",
     "kept_copies",
-    "known_fingerprints",
     "layers_of_factors",
     "local",
     "lost_layers",

@@ -38,7 +38,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     with_present_base,
     without_base,
 )
-from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.integrations.lightning.module import Start, adapted_targets
 from lora_plugins.integrations.lightning.shims import MethodShims
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
@@ -184,11 +184,13 @@ class CheckpointShims:
         late = bool(missing_layers(module, checkpoint))
         complete = with_present_base(module, checkpoint) if late else self._averaged(restore(module, checkpoint))
         base = {} if late else present_base(module, complete)
+        start = Start.of(module)
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
             shims.remove()
             put_base(module, base)
+            start.mark_written(module)  # such as an average that the module keeps out of its state dict
             complete.update(self._averaged(restore(module, without_base(module, complete))))
 
         shims.after("on_load_checkpoint", after_hook)

@@ -16,7 +16,6 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     calibrate_on_train_batches,
     needs_data,
 )
-from lora_plugins.integrations.lightning.training.frozen_base import Start
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
 from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers, parameters_of
@@ -26,7 +25,6 @@ from lora_plugins.integrations.lightning.training.trained_batches import check_t
 __all__ = [
     "Audit",
     "LearningRates",
-    "Start",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",

@@ -15,6 +15,7 @@ from lora_plugins.errors import listing
 from lora_plugins.inplace import foreign_kind
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
+    Start,
     adapted_weights,
     built_since,
     built_too_late,
@@ -29,11 +30,9 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
 from lora_plugins.integrations.lightning.training.frozen_base import (
-    Start,
     changed,
     check_in_no_optimizer,
     check_unchanged,
-    frozen_sums,
 )
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
@@ -62,11 +61,8 @@ class Audit:
 
     def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
-        now = frozen_sums(module)
-        # In another type they cannot be compared: a precision plugin has converted them.
-        alike = [name for name, (dtype, _) in start.sums.items() if name in now and now[name][0] == dtype]
+        start.mark_written(module)
         self._fingerprints = start.fingerprints
-        mark_moved(module, [name for name in alike if now[name] != start.sums[name]], self._fingerprints)
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
         self._by_hand = MovedByHand(module, copies)

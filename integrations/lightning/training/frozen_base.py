@@ -1,41 +1,12 @@
-"""The frozen base as a run found it, by checksums, and the errors where something trains or changes it."""
+"""The errors where something trains or changes the frozen base, which checksums tell."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksum, frozen_tensors, known_fingerprints, merged_weights
-
-Sums = Mapping[str, tuple[torch.dtype, int]]
-"""Type and checksum of tensors by name."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The state of a module when it was adapted.
-
-    Args:
-        sums: Of each tensor that no adapter may change.
-        fingerprints: Of what adapters are trained on; where that is a merged weight, of the pretrained one.
-    """
-
-    sums: Sums = field(default_factory=dict)
-    fingerprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Start":
-        """Records the present state of a module."""
-        merged = {name: values for name, values in merged_weights(module).items() if values}
-        return cls(frozen_sums(module), {**known_fingerprints(module), **merged})
-
-
-def frozen_sums(module: nn.Module) -> Sums:
-    """Returns type and checksum of each tensor that no adapter of a module may change."""
-    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
+from lora_plugins.integrations.lightning.module import checksum
 
 
 def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:
