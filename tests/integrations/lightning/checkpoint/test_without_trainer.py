@@ -176,6 +176,21 @@ class HidesItsAverage(Averages):
         return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "average" not in key}
 
 
+class SwapsItsAverage(Averages):
+    """Writes its average under the names of the network, for those who load it elsewhere."""
+
+    def on_save_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["network"] = {key: value for key, value in state.items() if key.startswith("net.")}
+        for key in [key for key in state if key.startswith("average.")]:
+            state[key.replace("average.", "net.")] = state.pop(key)
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        state.update({key.replace("net.", "average."): value for key, value in state.items() if key[:4] == "net."})
+        state.update(checkpoint["network"])
+
+
 class BuildsItsHead(Classifier):
     """Leaves it to the file what values its head has."""
 
@@ -198,7 +213,7 @@ def everything(module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the:UserWarning")
-@pytest.mark.parametrize("cls", [Averages, HidesItsAverage, BuildsItsHead, BuildsItsNorm])
+@pytest.mark.parametrize("cls", [Averages, HidesItsAverage, SwapsItsAverage, BuildsItsHead, BuildsItsNorm])
 def test_a_hook_finds_what_it_finds_in_fit(tmp_path, cls):
     """The adapted module, with the frozen base of layers that it builds again."""
     config = LoraConfig(r=2, target_modules=["0", "3"] if issubclass(cls, Averages) else ["net.0"])
