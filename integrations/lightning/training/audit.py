@@ -71,7 +71,7 @@ class Audit:
         self._frozen_by_others: set[str] = set()
         self._base: dict[str, nn.Parameter] = {}
         self._thawed: set[str] = set()
-        self._late: list[str] | None = None
+        self._late: list[str] = []
         frozen = frozen_tensors(module)
         self._frozen = checksums(frozen)
         # A tensor of torchao that has weak references cannot be moved by `nn.Module.to`.
@@ -82,15 +82,16 @@ class Audit:
         self._scale = 1.0
 
     def before_batch(self, *, first_of_epoch: bool) -> None:
-        """Keeps the base frozen, and notes the learning rates of the first batches.
+        """Keeps the base frozen, names layers that were built since, and notes the rates of the first batches.
 
         Raises:
-            StateError: If something trains the base.
+            StateError: If something trains the base, or such layers have to be adapted.
         """
         if self._first is not None:  # before a scheduler changes them at the batch's end
             self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
+            self._check_late_layers()
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
             self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
@@ -130,15 +131,15 @@ class Audit:
             )
 
     def _check_late_layers(self) -> None:
-        late = built_since(self._module) if self._late is None else []
+        late = [name for name in built_since(self._module) if name not in self._late]
         if not late:
             return
-        self._late = late
-        built = "built after the module was adapted, as in its first step"
+        self._late += late
+        built = "built after the module was adapted, as in its first step or a later epoch"
         way = "Build them in __init__, setup or configure_model, or run the module once before fit"
         if meant := built_too_late(self._module):
             raise StateError(
-                f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint of this run "
+                f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint with them "
                 f"could be loaded. {way}; or let target_modules name the layers that are to be adapted."
             )
         rank_zero_warn(

@@ -204,8 +204,37 @@ def test_head_that_the_first_step_builds_is_the_authors_own(tmp_path):
 
 
 def test_head_that_the_first_step_builds_and_the_configuration_means_is_refused_after_it(tmp_path):
-    with pytest.raises(StateError, match=r"'head' were built .*no checkpoint of this run could be loaded.*once before"):
+    with pytest.raises(StateError, match=r"'head' were built .*no checkpoint with them could be loaded.*once before"):
         fitted(tmp_path, InForward)
+
+
+class InEpoch(Classifier):
+    """Grows in its second epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.grown = None
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.grown = head(3)
+            self.optimizers().add_param_group({"params": self.grown.parameters()})
+
+    def forward(self, x):
+        x = self.net(x)
+        return x if self.grown is None else self.grown(x)
+
+
+def test_layer_that_a_later_epoch_builds_is_named(tmp_path):
+    run = trainer(tmp_path, [LoraCallback(LoraConfig(r=2, target_modules=["net.0"]))], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"'grown\.weight', 'grown\.bias' were built after .* a later epoch") as told:
+        run.fit(InEpoch(), loader())
+    assert sum("were built" in str(warning.message) for warning in told) == 1
+
+
+def test_layer_that_a_later_epoch_builds_and_the_configuration_means_is_refused(tmp_path):
+    with pytest.raises(StateError, match=r"'grown' were built .*no checkpoint with them could be loaded"):
+        trainer(tmp_path, [LoraCallback(LoraConfig(r=2))], max_epochs=2).fit(InEpoch(), loader())
 
 
 def test_lazy_head_beside_the_target(tmp_path):
