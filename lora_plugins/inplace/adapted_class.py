@@ -23,7 +23,7 @@ from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, layer_state, own_class, state_of
 from lora_plugins.inplace.library_kinds import Foreign
-from lora_plugins.inplace.library_weights import as_its_own, foreign_weights
+from lora_plugins.inplace.library_weights import foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
 from lora_plugins.inplace.weights import LazyWeightsOf, is_shard, weight_with_merged, weights_of
@@ -97,19 +97,14 @@ def adapted_class(
     elif weights and not is_of_torch(base):
         namespace |= holding(base, weights)
     if foreign is not None:
-        namespace |= _quantized(base, foreign, has_branch)
+        namespace["forward"] = _quantized_forward(base, foreign, has_branch)
     # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
     # class has a base without __dict__, as abstract ones often do, would have another layout.
     return type(f"Lora{name}", (base,), namespace)
 
 
-def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
-    """Returns methods for layers whose library reads the quantized weight under the name that gives the dense one."""
-
-    def save(layer: nn.Module, *args: Any) -> None:
-        with as_its_own(layer, base):
-            base._save_to_state_dict(layer, *args)
-
+def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:
+    """Returns the forward of layers whose library reads the quantized weight under the name of the dense one."""
     own = foreign.forward or base.forward
     inner = _forward(base, own=own) if has_branch else own
 
@@ -118,8 +113,7 @@ def _quantized(base: Any, foreign: Foreign, has_branch: bool) -> dict[str, Any]:
         dtype = foreign.dtype(layer, layer._parameters[name])
         return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
 
-    forward = making_again(inner if foreign.forward is None else cast)
-    return {"forward": forward, "_save_to_state_dict": save}
+    return making_again(inner if foreign.forward is None else cast)
 
 
 @functools.cache

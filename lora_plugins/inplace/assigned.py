@@ -43,10 +43,6 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             _check_original(layer, weight, name, param)
         nn.Module.register_parameter(layer, name, param)
 
-    def load(layer: nn.Module, *args: Any) -> None:
-        with as_its_own(layer, resting_class(layer)):
-            layer._load_from_state_dict(*args)
-
     def parametrizations(layer: nn.Module) -> Any:
         # Both functions ask first, by is_parametrized(), whether there are some, and write before they do anything else
         # that can be noticed.
@@ -56,9 +52,21 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             raise StateError(_refusal(layer, listing(weights), f"changed by {call}(). Call it for"))
         return nn.Module.__getattr__(layer, "parametrizations")
 
-    made: dict[str, Any] = {"register_parameter": register_parameter, "_load_from_state_dict": load}
-    made["parametrizations"] = property(parametrizations)
+    made: dict[str, Any] = {name: _on_the_base(name) for name in ("_save_to_state_dict", "_load_from_state_dict")}
+    if base.state_dict is not nn.Module.state_dict:
+        made["state_dict"] = _on_the_base("state_dict")
+    made |= {"register_parameter": register_parameter, "parametrizations": property(parametrizations)}
     return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
+
+
+def _on_the_base(method: str) -> Callable[..., Any]:
+    """Returns a method of state dicts that runs on the base's own weights: others than torch's may read attributes."""
+
+    def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with as_its_own(layer, resting_class(layer)):
+            return getattr(layer, method)(*args, **kwargs)
+
+    return run
 
 
 def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Layers whose class others change: a subclass of the generated one, or of their own in a block."""
+"""Layers whose class is of others or changed by them: a subclass of the generated one, or of their own in a block."""
 
 import copy
 from contextlib import nullcontext
@@ -18,6 +18,22 @@ COMPUTING = {"weight norm": weight_norm, "orthogonal": orthogonal}
 class Negative(nn.Module):
     def forward(self, value):
         return -value
+
+
+class SavedByAttribute(nn.Linear):
+    """Saved as the linear layers of torch_geometric are: as what its attributes give."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            destination[prefix + name] = value if keep_vars else value.detach()
+
+
+class Described(nn.Linear):
+    """Puts what its attributes give into a state dict of its own."""
+
+    def state_dict(self, *args, prefix="", **kwargs):
+        return {**super().state_dict(*args, prefix=prefix, **kwargs), prefix + "weight": self.weight.detach()}
 
 
 def adapted(change=lambda model: model):
@@ -86,3 +102,16 @@ def test_what_was_computed_from_a_block_on_is_compiled():
         weight_norm(model[3])
         parametrize.register_parametrization(model[0], "bias", Negative())
     assert_close(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
+
+
+@pytest.mark.parametrize("layer_class", [SavedByAttribute, Described])
+def test_state_dicts_hold_the_base_s_own_weight(layer_class):
+    torch.manual_seed(0)
+    layer = layer_class(8, 5).double()
+    base = copy.deepcopy(layer.state_dict())
+    lora = LoraModel(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], init="none"))
+    expected = lora.model(X)
+    saved = layer.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in base.items())
+    layer.load_state_dict(saved)
+    assert torch.equal(lora.model(X), expected)
