@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_plugins.errors import TargetError
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
-from lora_plugins.plugins import PLAIN
+from lora_plugins.plugins import PLAIN, Slot
 from lora_plugins.testing.check import (
     Check,
     random_states,
@@ -132,7 +132,7 @@ def _drops_for(case: LayerCase, at: int, **fields: Any) -> None:
     error = float((mean - branch).abs().mean())
     # Dropping is linear in the branch's input, so its mean over many draws is the branch; 0.25 is over four deviations.
     require(error < 0.25 * size, f"the mean over 300 draws is off by {error / size:.0%} of the branch")
-    _drops_single_elements(case, model, inputs)
+    _drops_single_elements(case, model, slot, inputs)
 
 
 def _draws_from_torch(model: Holder, inputs: Sequence[Any]) -> None:
@@ -150,9 +150,12 @@ def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
     return (_values(call(lawful(case, model), inputs)) - untouched).detach()
 
 
-def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> None:
+def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any]) -> None:
     """Requires that two elements of an input, all others zero, are dropped each by itself, and scaled if kept."""
+    fed = {at for at, *two in _pairs(inputs) if _reach_others(case, model, slot, [_only(inputs, at, [p]) for p in two])}
     for at, first, second in _pairs(inputs):
+        if at not in fed:
+            continue  # the branch's input is computed from this one, as between the two layers of a perceptron
         both = _only(inputs, at, (first, second))
         one, other = (_update(case, model, _only(inputs, at, (each,))) for each in (first, second))
         untouched = _values(call(lawful(case, model, {}), both)).detach()
@@ -171,6 +174,19 @@ def _drops_single_elements(case: LayerCase, model: Holder, inputs: Sequence[Any]
             )
             seen |= {*fits}
         require(len(seen) == len(outcomes), "two elements of the input are always dropped together, or never")
+
+
+def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Sequence[Any]]) -> bool:
+    """Whether one call multiplies other columns of a slot's matrix than another one, by the gradient of its weight."""
+    reached = []
+    for inputs in each:
+        reference = lawful(case, model, {})
+        values = _values(call(reference, inputs))
+        (gradient,) = torch.autograd.grad(
+            (values * torch.linspace(-1, 2, len(values))).sum(), getattr(reference.layer, slot.tensor)
+        )
+        reached.append(slot.cut(case.plugin.to_matrix(gradient.to_dense())).any(0))
+    return all(columns.any() for columns in reached) and not (reached[0] & reached[1]).any()
 
 
 def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:

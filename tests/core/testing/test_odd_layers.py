@@ -243,6 +243,54 @@ def test_dropout_of_one_weight_of_two_is_checked(plugin):
         check_layer_plugin(plugin, Glu, lambda layer: torch.randn(5, 4))
 
 
+class Mlp(nn.Module):
+    """y = U tanh(D x): two weights, of which one is fed by the other; it keeps how long its input was."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        self.length = len(x)
+        return F.linear(torch.tanh(F.linear(x, self.down)), self.up)
+
+
+class MlpPlugin(RowMajorPlugin):
+    name = "mlp"
+    module_type = Mlp
+    branch_types = (Mlp,)
+    branch_use = "dropout"
+
+    def slots(self, layer):
+        return [Slot("down", "down"), Slot("up", "up")]
+
+    def branch(self, layer, base, terms, x):
+        for name in ("down", "up"):
+            y = F.linear(x, base[name])
+            for term in (term for term in terms if term.slot.tensor == name):
+                y = y + (term.scaling * F.linear(self.low(term, x), term.B)).to(y.dtype)
+            x = torch.tanh(y)
+        return y
+
+    def low(self, term, x):
+        return F.linear(term.drop(x).to(term.A.dtype), term.A)
+
+
+class DropsTheMiddleOfTheFirst(MlpPlugin):
+    def low(self, term, x):
+        low = F.linear(x.to(term.A.dtype), term.A)
+        return term.drop(low) if term.slot.tensor == "down" else super().low(term, x)
+
+
+def test_a_layer_whose_weights_feed_each_other_passes():
+    check_layer_plugin(MlpPlugin(), Mlp, lambda layer: torch.randn(5, 4))
+
+
+def test_dropout_of_the_weight_that_is_fed_by_the_input_is_checked():
+    with pytest.raises(CheckError, match="fails the check 'dropout'"):
+        check_layer_plugin(DropsTheMiddleOfTheFirst(), Mlp, lambda layer: torch.randn(5, 4))
+
+
 class RarelyPlugin(GluPlugin):
     """Has its branch replace the layer's own forward only where dropout acts."""
 
