@@ -118,6 +118,11 @@ class LoraModel(metaclass=Told):
             check_not_nested(model)
             raise StateError("The model has no adapter. Give LoraModel a LoraConfig, or use LoraModel.load_adapter.")
 
+    def __repr__(self) -> str:
+        state = model_state(self.model)
+        shown = "no adapter" if state is None else state.summary()
+        return f"<LoraModel of {type(self.model).__name__}: {shown}>"
+
     @staticmethod
     def plan(model: nn.Module, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
         """Returns what would be adapted, by which plugin, with which rank, alpha and parameters; touches nothing.

@@ -106,6 +106,14 @@ class ModelState:
         self.check("copy")
         return {**self.__dict__, "guards": {}}  # a copy has no forward that a backward could follow
 
+    def summary(self) -> str:
+        """Returns the adapters in one line: what each of them adapts, and whether it acts."""
+        acts = dict.fromkeys(self.active, "active") | dict.fromkeys(self.merged, "merged")
+        shown = [
+            f"{name!r} on {each.plan.extent} ({acts.get(name, 'inactive')})" for name, each in self.adapters.items()
+        ]
+        return ", ".join(shown)
+
     def adapter(self, name: str) -> Adapter:
         """Returns an adapter by name.
 

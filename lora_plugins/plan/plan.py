@@ -94,10 +94,15 @@ class Plan:
                 found.setdefault(tie.layer, set()).add(tie.tensor)
         return found
 
+    @property
+    def extent(self) -> str:
+        """How many layers are adapted, such as `2 layers`."""
+        return f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+
     def summary(self) -> str:
         """Returns one line with the counts."""
         return (
-            f"{len(self.layers)} layers adapted, {self.trainable:,} of {self.total:,} parameters trainable "
+            f"{self.extent} adapted, {self.trainable:,} of {self.total:,} parameters trainable "
             f"({self.trainable / self.total:.2%}): {self.adapter_parameters:,} in A and B, "
             f"{self.trained_parameters:,} trained in place"
         )

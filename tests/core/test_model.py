@@ -51,6 +51,16 @@ def same_bits(first: dict, second: dict) -> bool:
 FACTORS = {f"{layer}.lora_{factor}.default" for layer in ("stem", "body") for factor in "AB"}
 
 
+def test_what_a_handle_is_shown_as():
+    lora = LoraModel(Net(), config())
+    lora.add_adapter("other", config(target_modules=["body"]))
+    assert repr(lora) == "<LoraModel of Net: 'default' on 2 layers (active), 'other' on 1 layer (inactive)>"
+    lora.merge_adapter()
+    assert "'default' on 2 layers (merged)" in repr(lora)
+    lora.unload()
+    assert repr(lora) == "<LoraModel of Net: no adapter>"
+
+
 @pytest.mark.parametrize(
     ("fields", "own"),
     [

@@ -31,4 +31,4 @@ def test_every_way_to_write_a_config(kind, tmp_path, monkeypatch, capsys):
     LightningCLI(
         Classifier, Data, args=["fit", "--config", "run.yaml"], save_config_callback=None, seed_everything_default=1
     )
-    assert "1 layers adapted" in capsys.readouterr().out
+    assert "1 layer adapted" in capsys.readouterr().out
