@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_plugins.errors import listing
+from lora_plugins.errors import PluginError, listing
 from lora_plugins.inplace import (
     NamedModule,
     base_class_of,
@@ -100,6 +100,8 @@ def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
 def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     module = entry.module
     slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
+    if not slots:
+        raise PluginError("slots() names no weight of it")
     every = (*slots, *parts.values())
     weights = {tensor: _weight(entry, plugin, tensor) for tensor in {slot.tensor: None for slot in every}}
     rows = {tensor: weight.shape[0] for tensor, weight in weights.items() if not weight.problem}

@@ -7,7 +7,16 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.plugins.kind import A_FLAG, A_NAME, PluginKind, are_module_classes, class_path, is_module_class
+from lora_plugins.plugins.kind import (
+    A_FLAG,
+    A_NAME,
+    PluginKind,
+    are_module_classes,
+    are_options,
+    are_patterns,
+    class_path,
+    is_module_class,
+)
 from lora_plugins.plugins.slot import Slot
 from lora_plugins.plugins.term import StackedAdapters, Term
 
@@ -191,7 +200,9 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "branch_takes_delta": A_FLAG,
         "branch_takes_rescaling": A_FLAG,
         "rows_are_outputs": A_FLAG,
-        "class_attributes": (lambda value: isinstance(value, Mapping), "a mapping of attributes by name"),
+        "function": (lambda value: value is None or callable(value), "a function of torch or None"),
+        "former_names": (are_patterns, "a list of names"),
+        "class_attributes": (are_options, "a mapping of attributes by name"),
     },
     claims={
         "module class": lambda plugin: class_path(plugin.module_type),

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import getattr_static, isfunction
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> l
         for registrar in registrars:
             hook = registrar.kind.hook_name
             returned = manager.subset_hook_caller(hook, others)(registrar=registrar)
+            registrar.close()
             if returned:
                 raise PluginError(
                     f"Plugin {info.owner}: {hook} returned {returned[0]!r}. A hook returns nothing; it calls "
@@ -161,6 +163,8 @@ def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> l
 
 def _check_hooks(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> None:
     callers = manager.get_hookcallers(plugin) or []
+    if isinstance(plugin, type) and any(isfunction(getattr_static(plugin, caller.name, None)) for caller in callers):
+        raise PluginError(f"Plugin {info.owner} is the class {plugin.__name__}. Name an instance of it, or a module.")
     unknown = [caller.name for caller in callers if not caller.has_spec()]
     if unknown:
         near_match = near(unknown[0], [kind.hook_name for kind in KINDS])

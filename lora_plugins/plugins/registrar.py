@@ -20,6 +20,7 @@ class Registrar(Generic[P]):
         self.kind = kind
         self.info = info
         self._owned: list[Owned[P]] = []
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<Registrar of the {self.kind.name} of {self.info.owner}>"
@@ -33,9 +34,14 @@ class Registrar(Generic[P]):
                 class. Without it, two owners are an error. What is replaced shows in `lora-plugins plugins`.
 
         Raises:
-            PluginError: If it is not of the expected class, an attribute cannot have its value, or the plugin
-                registered that name already.
+            PluginError: If it is not of the expected class, an attribute cannot have its value, the plugin registered
+                that name or class already, or its hook has returned.
         """
+        if self._closed:
+            raise PluginError(
+                f"Plugin {self.info.owner} adds {plugin!r} after {self.kind.hook_name} has returned, when the registry "
+                "is built. Add it inside of the hook."
+            )
         base = self.kind.base.__name__
         if not isinstance(plugin, self.kind.base):
             hint = " Register an instance, not the class." if isinstance(plugin, type) else ""
@@ -44,6 +50,10 @@ class Registrar(Generic[P]):
         if wrong:
             raise PluginError(f"Plugin {self.info.owner}: {type(plugin).__name__} {wrong}; see {base}.")
         self._owned.append(Owned(plugin, self.info, override))
+
+    def close(self) -> None:
+        """Takes nothing any more: what is added from now on would be in no registry."""
+        self._closed = True
 
     @property
     def owned(self) -> list[Owned[P]]:
@@ -60,6 +70,7 @@ class Registrar(Generic[P]):
             value = getattr(plugin, name, None)
             if isfunction(getattr(self.kind.base, name)) and not callable(value):
                 return f"sets {name!r} to {value!r}. It has to be a method"
-        if any(plugin.name == owned.plugin.name for owned in self._owned):
-            return f"has the name {plugin.name!r}, which the same plugin registered already"
+        for what, claim in self.kind.claims.items():
+            if any(claim(plugin) == claim(owned.plugin) for owned in self._owned):
+                return f"claims the {what} {claim(plugin)!r}, which the same plugin registered already"
         return self.kind.contradiction(plugin)

@@ -59,6 +59,7 @@ def giving(*slots):
 
 
 WRONG = {
+    "nothing": (giving(), r"slots\(\) names no weight"),
     "one part": (giving(Slot("first"), Slot("second")), r"slots\(\) gives 'first' and 'second' the part ''"),
     "parts of one name": (PartsOfOneName(), r"parts\(\) gives 'first' and 'first' the part ''"),
     "misspelt": (giving(Slot("frist")), r"names the weight 'frist', which is none. Did you mean 'first'"),

@@ -140,6 +140,15 @@ class TestBrokenPlugins:
         registry = build_registry([("mine", BROKEN["has an unknown hook"])])
         assert "lora_plugins_register_init" in info(registry, "mine").state
 
+    def test_a_class_in_place_of_its_instance_is_told(self):
+        class Plugin:
+            @hookimpl
+            def lora_plugins_register_inits(self, registrar):
+                registrar.add(ZeroInit())
+
+        registry = build_registry([("mine", Plugin)])
+        assert "is the class Plugin. Name an instance of it" in info(registry, "mine").state
+
     def test_half_of_a_plugin_that_fails_is_not_kept(self):
         def fails_late(registrar):
             registrar.add(ZeroInit())
@@ -214,7 +223,12 @@ class TestClashes:
     def test_a_plugin_may_not_own_a_name_twice(self):
         registry = build_registry([("mine", registers(ZeroInit(), ZeroInit()))])
         assert "'mine'" in info(registry, "mine").state
-        assert "registered already" in info(registry, "mine").state
+        assert "init 'zero', which the same plugin registered already" in info(registry, "mine").state
+
+    def test_a_plugin_may_not_own_a_class_twice(self):
+        other = type("Other", (BilinearPlugin,), {"name": "other"})()
+        registry = build_registry([("mine", registers(BilinearPlugin(), other))])
+        assert "Bilinear', which the same plugin registered already" in info(registry, "mine").state
 
 
 class TestOverride:

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from torch import nn
 
-from lora_plugins import InitPlugin, PluginError, RowMajorPlugin
+from lora_plugins import InitPlugin, PluginError, RowMajorPlugin, hookimpl
 from lora_plugins.plugins import INITS, LAYERS, PluginInfo, Registrar, build_registry, class_path, default_registry
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
@@ -54,6 +54,9 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=5), "'module_type'", id="layer of a number"),
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
             pytest.param(LAYERS, variant(Layer, slots=["it"]), "'slots' to ['it']. It has to be a method", id="slots"),
+            pytest.param(LAYERS, variant(Layer, function="linear"), "It has to be a function of torch", id="function"),
+            pytest.param(LAYERS, variant(Layer, former_names="old"), "It has to be a list of names", id="one name"),
+            pytest.param(LAYERS, variant(Layer, class_attributes={3: 4}), "attributes by name", id="class attributes"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
             pytest.param(INITS, variant(Init, changes_base=True), "and has no changed_base", id="no base"),
             *(
@@ -71,6 +74,17 @@ class TestRegistrars:
         assert words in str(caught.value)
         assert "'mine' of some-dist 1.0" in str(caught.value)
         assert taker.owned == []
+
+    def test_nothing_is_taken_after_the_hook_has_returned(self):
+        class Later:
+            @hookimpl
+            def lora_plugins_register_layers(self, registrar):
+                self.kept = registrar
+
+        later = Later()
+        build_registry([("later", later)])
+        with pytest.raises(PluginError, match=r"'later' of .*after lora_plugins_register_layers has returned"):
+            later.kept.add(Layer())
 
 
 class TestLookup:
