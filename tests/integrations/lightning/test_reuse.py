@@ -338,7 +338,7 @@ class TestNewCallbackOnMergedWeights:
         module = self.merged(tmp_path)
         for layer in (module.net[0], module.net[3]):
             marks = layer.__dict__["_lora_merged"]
-            layer.__dict__["_lora_merged"] = {key: total for key, (total, _) in marks.items()}
+            layer.__dict__["_lora_merged"] = {key: sums[torch.float32] for key, (sums, _) in marks.items()}
         with pytest.warns(UserWarning, match="2 weights of Classifier"):
             run = self.again(tmp_path, pickle.loads(pickle.dumps(module)), merge_on_fit_end=False)
         run.save_checkpoint(path := tmp_path / "second.ckpt")
@@ -439,6 +439,19 @@ class TestNewCallbackOnMergedWeights:
         assert not differing(own_values(loaded), own_values(module))
         with pytest.raises(AdapterFileError, match=r"another base: 'net\.0\..*4 of 4"):
             load_from_checkpoint(Normed, path, base_seed=1)
+
+    @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
+    @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+    @pytest.mark.parametrize("by_hand", [False, True], ids=["by the Trainer", "by hand"])
+    def test_its_checkpoints_hold_weights_that_were_cast(self, tmp_path, precision, dtype, by_hand):
+        module = self.merged(tmp_path)
+        if by_hand:
+            module.to(dtype)
+        run = trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)], max_epochs=1, precision=precision)
+        run.fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "second.ckpt")
+        loaded = load_from_checkpoint(Classifier, path).to(dtype)
+        torch.testing.assert_close(values(loaded), values(module), rtol=1e-6, atol=1e-7)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
     @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
