@@ -12,7 +12,7 @@ from lora_plugins.adapter import freeze_new_norms
 from lora_plugins.errors import listing
 from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, present_state
 from lora_plugins.integrations.lightning.module import adapted_targets, name_mapper
 
 
@@ -46,7 +46,7 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
 
 def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
-    entry, current = checked_entry(checkpoint), module.state_dict()
+    entry, current = checked_entry(checkpoint), present_state(module)
     keys = map(name_mapper(module), [*entry["left_out"], *entry.get("base", [])])
     return {key: current[key] for key in keys if key in current}
 

@@ -19,7 +19,7 @@ from lora_plugins.integrations.lightning.checkpoint.comparison import (
     locate_adapter,
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, state_key
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, present_state, state_key
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     frozen_keys,
@@ -196,7 +196,7 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
     A module's own `on_save_checkpoint` may have taken keys of adapters, or of merged weights, out: then their tensors
     are in the entry.
     """
-    current, rename = module.state_dict(), name_mapper(module)
+    current, rename = present_state(module), name_mapper(module)
     left_out = [rename(key) for key in entry["left_out"]]
     unknown = [key for key in left_out if key not in current]
     if unknown:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 StateDict = dict[str, Any]
 
 
@@ -15,6 +17,11 @@ def map_state_dicts(checkpoint: Mapping[str, Any], change: Callable[[StateDict],
     if "callbacks" in mapped:
         mapped["callbacks"] = {key: _mapped_callback(state, change) for key, state in mapped["callbacks"].items()}
     return mapped
+
+
+def present_state(module: nn.Module) -> StateDict:
+    """Returns the state dict of a module, and what its own method leaves out: averages of the module may have that."""
+    return {**nn.Module.state_dict(module), **module.state_dict()}
 
 
 def state_key(path: str, adapter: str, key: str) -> str:

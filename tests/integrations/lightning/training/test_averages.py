@@ -16,7 +16,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.lightning.toys import BASE, Classifier, differing, load, loader, lora, trainer, values
+from tests.integrations.lightning.toys import (
+    BASE,
+    Classifier,
+    HidesItsBackbone,
+    differing,
+    load,
+    loader,
+    lora,
+    trainer,
+    values,
+)
 
 AVERAGING = {
     "ema": lambda: EMAWeightAveraging(decay=0.5),
@@ -396,3 +406,14 @@ class TestAfterTheMerge:
         assert "current_model_state" not in checkpoint
         for state in checkpoint["callbacks"].values():
             assert (state.get("average_model_state") or {}).keys() <= BASE
+
+
+def test_checkpoint_of_a_module_that_hides_its_backbone(tmp_path):
+    """EMAWeightAveraging writes what torch's own state dict of the average has."""
+    saver = ModelCheckpoint(tmp_path, filename="it")
+    run = trainer(tmp_path, [lora(), EMAWeightAveraging(decay=0.8), saver], max_epochs=2)
+    run.fit(module := HidesItsBackbone(lr=0.3), loader(), loader())
+    expected = trainer(tmp_path, [lora()]).validate(module, loader(), verbose=False)
+    for read in (load_from_checkpoint(HidesItsBackbone, tmp_path / "it.ckpt"), HidesItsBackbone()):
+        run = trainer(tmp_path, [lora()])
+        assert run.validate(read, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False) == expected
