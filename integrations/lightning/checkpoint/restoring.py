@@ -19,7 +19,12 @@ from lora_plugins.integrations.lightning.checkpoint.comparison import (
     locate_adapter,
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, present_state, state_key
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
+    StateDict,
+    map_state_dicts,
+    present_state,
+    state_key,
+)
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     frozen_keys,
@@ -194,7 +199,7 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
     """Returns a checkpoint whose state dicts have all that was put into the module, and the base that was left out.
 
     A module's own `on_save_checkpoint` may have taken keys of adapters, or of merged weights, out: then their tensors
-    are in the entry.
+    are in the entry. One that it has renamed is whole, and its `on_load_checkpoint` renames it back.
     """
     current, rename = present_state(module), name_mapper(module)
     left_out = [rename(key) for key in entry["left_out"]]
@@ -211,4 +216,9 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
     ]
     taken_out = map(rename, entry.get("base_tensors", {}))
     present = {key: current[key] for key in (*left_out, *restored, *taken_out) if key in current}
-    return map_state_dicts(checkpoint, lambda state: {**present, **{rename(k): v for k, v in state.items()}})
+
+    def completed(state: StateDict) -> StateDict:
+        named = {rename(key): value for key, value in state.items()}
+        return named if named and not named.keys() & current.keys() else {**present, **named}
+
+    return map_state_dicts(checkpoint, completed)

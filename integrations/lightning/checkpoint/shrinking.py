@@ -12,7 +12,7 @@ from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import with_
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, map_state_dicts, state_key
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import StateDict, as_saved, map_state_dicts, state_key
 from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
@@ -40,11 +40,14 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
         return dict(checkpoint)
     parts = frozen_as_built(module)
     frozen = frozen_keys(module) | parts.keys()
-    left_out = [key for key in map(plain_name, checkpoint.get("state_dict", {})) if key in frozen]
-    small = map_state_dicts(
-        without_functions(checkpoint),
-        lambda state: {name: v for k, v in state.items() if (name := plain_name(k)) not in frozen},
-    )
+    left_out: dict[str, None] = {}  # of any of them: the module's own hook may rename the keys of one
+
+    def without_base(state: StateDict) -> StateDict:
+        named = {plain_name(key): value for key, value in state.items()}
+        left_out.update(dict.fromkeys(key for key in named if key in frozen))
+        return {key: value for key, value in named.items() if key not in frozen}
+
+    small = map_state_dicts(without_functions(checkpoint), without_base)
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
     small, dicts = with_plain_dicts(without_networks(small))
@@ -54,10 +57,13 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
         "base": list(merged),
         "base_tensors": {key: own_tensor(module, key).detach() for key in merged if key not in saved},
         "pretrained": {key: values for key, values in merged.items() if values},
-        "outside": {key: values for key, values in parts.items() if key in set(left_out)},
+        "outside": {key: values for key, values in parts.items() if key in left_out},
     }
     about = {key: values for key, values in about.items() if values}
-    return {**small, KEY: {"format": FORMAT, "left_out": left_out, "adapters": adapters, **about, **dicts, **line}}
+    return {
+        **small,
+        KEY: {"format": FORMAT, "left_out": list(left_out), "adapters": adapters, **about, **dicts, **line},
+    }
 
 
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,16 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.inplace import named_tensors
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.lightning.toys import CONFIG, Classifier, HidesItsBackbone, differing, loader, trainer, values
+from tests.integrations.lightning.toys import (
+    CONFIG,
+    Classifier,
+    HidesItsBackbone,
+    Renames,
+    differing,
+    loader,
+    trainer,
+    values,
+)
 
 HEADS = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
 CONFIGS = pytest.mark.parametrize("config", [CONFIG, HEADS], ids=["factors", "heads"])
@@ -271,16 +280,6 @@ class SavesItsHead(Classifier):
     def on_save_checkpoint(self, checkpoint):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if key.startswith("net.3.")}
-
-
-class Renames(Classifier):
-    """Writes its file with the names of another implementation."""
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["state_dict"] = {f"its.{key}": value for key, value in checkpoint["state_dict"].items()}
-
-    def on_load_checkpoint(self, checkpoint):
-        checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
 
 
 class NamesItsParameters(Classifier):

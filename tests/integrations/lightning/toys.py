@@ -66,6 +66,16 @@ class HidesItsBackbone(Classifier):
         return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0." not in key}
 
 
+class Renames(Classifier):
+    """Writes its file with the names of another implementation."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"its.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
+
+
 BASE = set(Classifier().state_dict())
 
 

@@ -20,6 +20,7 @@ from tests.integrations.lightning.toys import (
     BASE,
     Classifier,
     HidesItsBackbone,
+    Renames,
     differing,
     load,
     loader,
@@ -417,3 +418,18 @@ def test_checkpoint_of_a_module_that_hides_its_backbone(tmp_path):
     for read in (load_from_checkpoint(HidesItsBackbone, tmp_path / "it.ckpt"), HidesItsBackbone()):
         run = trainer(tmp_path, [lora()])
         assert run.validate(read, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False) == expected
+
+
+def test_resumed_where_the_module_renames_keys(tmp_path):
+    """Its hook renames those of the average, and not those of the weights before averaging."""
+
+    def run(module, path=None):
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [lora(), EMAWeightAveraging(decay=0.8), saver]
+        trainer(tmp_path, callbacks, max_epochs=2).fit(module, loader(), loader(), ckpt_path=path)
+        return values(module)
+
+    straight = run(Renames(lr=0.3))
+    assert not differing(run(Renames(lr=0.3), tmp_path / "epoch=0.ckpt"), straight)
+    loaded = load_from_checkpoint(Renames, tmp_path / "epoch=1.ckpt")
+    assert not differing(values(loaded), straight)
