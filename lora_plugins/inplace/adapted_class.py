@@ -5,6 +5,7 @@ becomes one that is generated once for each base class. Reading `layer.weight` g
 active, so the layer's own forward, and anyone else who reads the weight, computes the law.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -33,6 +34,12 @@ from lora_plugins.plugins import LayerPlugin
 def _reduce(layer: Any, protocol: Any) -> Any:
     # The generated class has no import path; it is made again from its base class.
     return _rebuild, _arguments(layer), layer.__getstate__()
+
+
+def _copied(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    twin: nn.Module = memo.setdefault(id(layer), type(layer).__new__(type(layer)))
+    twin.__dict__ = copy.deepcopy(layer.__dict__, memo)
+    return twin
 
 
 def _extra_repr(layer: nn.Module) -> str:
@@ -90,6 +97,8 @@ def adapted_class(
     namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
     namespace |= guards(base, weights)
+    if hasattr(base, "__deepcopy__"):  # which may copy the weight that is meant, and no adapter
+        namespace["__deepcopy__"] = _copied
     if extended_by is not None:
         namespace |= extended_by.class_attributes
     if has_branch:

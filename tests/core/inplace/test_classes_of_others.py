@@ -36,6 +36,15 @@ class Described(nn.Linear):
         return {**super().state_dict(*args, prefix=prefix, **kwargs), prefix + "weight": self.weight.detach()}
 
 
+class CopiesItself(nn.Linear):
+    """Makes its own copies, as the linear layers of earlier versions of torch_geometric do."""
+
+    def __deepcopy__(self, memo):
+        made = CopiesItself(self.in_features, self.out_features).to(self.weight)
+        made.weight = nn.Parameter(self.weight.detach().clone())
+        return made
+
+
 def adapted(change=lambda model: model):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 5)).double().eval()
@@ -115,3 +124,13 @@ def test_state_dicts_hold_the_base_s_own_weight(layer_class):
     assert all(torch.equal(saved[name], value) for name, value in base.items())
     layer.load_state_dict(saved)
     assert torch.equal(lora.model(X), expected)
+
+
+def test_a_layer_that_makes_its_own_copies_is_copied_with_its_adapter():
+    lora = LoraModel(nn.Sequential(CopiesItself(8, 5).double()), LoraConfig(r=2, target_modules=["0"], init="none"))
+    twin = LoraModel(copy.deepcopy(lora.model))
+    assert torch.equal(twin.model(X), lora.model(X))
+    twin.unload()
+    lora.unload()
+    assert torch.equal(twin.model(X), lora.model(X))
+    assert not torch.equal(copy.deepcopy(lora.model)(X), lora.model(X))  # its own way again: it forgets the bias
