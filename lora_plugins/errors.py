@@ -106,6 +106,12 @@ def quoted(text: str) -> str:
     return said if len(said) <= 2 * _HALF else f"{said[:_HALF]} ... {said[-_HALF:]}"
 
 
+def sentence(said: object) -> str:
+    """Returns what another error says with one mark at its end, so that a further sentence can follow."""
+    text = str(said).strip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def listing(names: Iterable[str], most: int = 8) -> str:
     """Returns quoted names joined by commas; those beyond `most` are counted instead."""
     listed = [repr(name) for name in names]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lora_plugins.adapter.content import factor_dtype, slot_matrix
-from lora_plugins.errors import ConfigError, TargetError, listing
+from lora_plugins.errors import ConfigError, TargetError, listing, sentence
 from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
@@ -87,8 +87,8 @@ class _Sums:
         except TypeError as error:  # a subclass may be called with more than its base class
             raise TargetError(
                 f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not understand what this "
-                f"{base_class_of(module).__name__} is called with: {error}. Add it to exclude_modules, or choose "
-                "another init."
+                f"{base_class_of(module).__name__} is called with: {sentence(error)} Add it to exclude_modules, or "
+                "choose another init."
             ) from error
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:

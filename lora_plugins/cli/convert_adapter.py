@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraModel
 from lora_plugins.cli.command_lines import convert_parser
-from lora_plugins.errors import ConfigError, listing, nothing_there
+from lora_plugins.errors import ConfigError, listing, nothing_there, sentence
 from lora_plugins.files import format_of, options_of
 from lora_plugins.formats import convert
 from lora_plugins.hub import located
@@ -75,8 +75,8 @@ def _model(named: Sequence[str], weights: Path | None) -> nn.Module:
         model = make(*arguments)
     except Exception as error:  # whatever the user's own code raises
         raise ConfigError(
-            f"--model {shlex.join(named)} made no model: {type(error).__name__}: {error}. What it takes stands after "
-            f"its name, as texts. {TRACEBACK_VARIABLE}=1 shows where it failed."
+            f"--model {shlex.join(named)} made no model: {type(error).__name__}: {sentence(error)} What it takes "
+            f"stands after its name, as texts. {TRACEBACK_VARIABLE}=1 shows where it failed."
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"--model {path} made {model!r}, which is no torch.nn.Module.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import AdapterContent, SlotTensors, changed_bases
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import AdapterFileError, LoraError, listing
+from lora_plugins.errors import AdapterFileError, LoraError, listing, sentence
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes, tensor_key, value_key
@@ -131,7 +131,7 @@ def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter)
     except Exception as error:  # an init may trip over a damaged recipe in any way
         raise AdapterFileError(
             f"The init {unpacked.plan.init.name!r} could not compute the changed base from what is stored with the "
-            f"adapter: {type(error).__name__}: {error}. Copy the adapter again."
+            f"adapter: {type(error).__name__}: {sentence(error)} Copy the adapter again."
         ) from error
     sums = packed.manifest["changed"]
     _difference("changed base", sums, changed, "the manifest", "what the init changes")

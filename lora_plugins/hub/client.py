@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lora_plugins.errors import AdapterFileError, ConfigError
+from lora_plugins.errors import AdapterFileError, ConfigError, sentence
 
 
 def hub() -> Any:
@@ -33,8 +33,8 @@ def errors_told(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the client, of what it sends requests with, of the disk
-        said = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2]).rstrip(".")
+        said = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
         raise AdapterFileError(
-            f"{what} is not possible: {type(error).__name__}: {said}. Look at the name and the revision; for private "
-            "repositories log in first: `hf auth login`."
+            f"{what} is not possible: {type(error).__name__}: {sentence(said)} Look at the name and the revision; for "
+            "private repositories log in first: `hf auth login`."
         ) from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.errors import LoraError, PluginError, listing, near
+from lora_plugins.errors import LoraError, PluginError, listing, near, sentence
 from lora_plugins.plugins import LayerPlugin, Slot
 
 
@@ -74,7 +74,7 @@ def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple
 def failure(plugin: LayerPlugin[Any], names: Iterable[str], class_name: str, error: Exception) -> PluginError:
     """Returns the error for a layer type that failed on a layer, with what it raised as its cause."""
     said = PluginError(
-        f"The layer type {plugin.name!r} cannot serve {listing(names)}, a {class_name}: {_said(error)}. Exclude the "
+        f"The layer type {plugin.name!r} cannot serve {listing(names)}, a {class_name}: {_said(error)} Exclude the "
         f"layer, or mend {type(plugin).__name__}."
     )
     said.__cause__ = error
@@ -82,5 +82,5 @@ def failure(plugin: LayerPlugin[Any], names: Iterable[str], class_name: str, err
 
 
 def _said(error: Exception) -> str:
-    text = str(error).rstrip(".")
+    text = sentence(error)
     return text if isinstance(error, LoraError) else f"{type(error).__name__}: {text}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.errors import PluginError, near, near_matches
+from lora_plugins.errors import PluginError, near, near_matches, sentence
 from lora_plugins.plugins.kind import P, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, LayerPlugin
 from lora_plugins.plugins.overrides import grouped, replaced
@@ -72,7 +72,7 @@ class Registry:
     def absent(self) -> str:
         """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""
         return "".join(
-            f" Plugin {info.owner} {'is ' if info.blocked else ''}{info.state.rstrip('.')}."
+            f" Plugin {info.owner} {'is ' if info.blocked else ''}{sentence(info.state)}"
             for info in self.plugins
             if info.blocked or info.error is not None
         )

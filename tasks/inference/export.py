@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
 from lora_plugins.cli import exit_on_closed_output
-from lora_plugins.errors import LoraError, listing
+from lora_plugins.errors import LoraError, listing, sentence
 from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
@@ -163,8 +163,7 @@ def _logits(network: nn.Module, images: Tensor, trained: Size | None) -> Tensor:
         if size == trained:
             raise
         usual = "" if trained is None else f" It was trained with {trained[0]}x{trained[1]}: leave `size` (--size) out."
-        reason = str(error).rstrip(".")
-        raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {reason}.{usual}") from error
+        raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {sentence(error)}{usual}") from error
     return logits
 
 

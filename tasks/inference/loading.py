@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
-from lora_plugins.errors import LoraError
+from lora_plugins.errors import LoraError, sentence
 from lora_plugins.field_checks import optional
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
@@ -134,8 +134,8 @@ def _building(path: Path) -> Iterator[None]:
         raise
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{path} says of its task what cannot be built, {type(error).__name__}: {error}. It was edited, or is of "
-            "another version. Take what its run has written, with the version that the run had."
+            f"{path} says of its task what cannot be built, {type(error).__name__}: {sentence(error)} It was edited, "
+            "or is of another version. Take what its run has written, with the version that the run had."
         ) from error
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError, LoraError
+from lora_plugins.errors import sentence
 from lora_plugins.field_checks import (
     Check,
     check_fields,
@@ -440,4 +441,6 @@ def _model_config(given: object) -> ModelConfig:
     try:
         return ModelConfig(**given)
     except TypeError as error:
-        raise ConfigError(f"model is {shown(given)}, and has to hold the fields of a ModelConfig: {error}.") from error
+        raise ConfigError(
+            f"model is {shown(given)}, and has to hold the fields of a ModelConfig: {sentence(error)}"
+        ) from error

@@ -1,8 +1,8 @@
-"""Near matches."""
+"""Near matches, and the words around them."""
 
 import pytest
 
-from lora_plugins.errors import near, quoted
+from lora_plugins.errors import near, quoted, sentence
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gcvit_tiny", "davit_tiny", "resnet18", "resnet61q"]
 
@@ -25,6 +25,11 @@ def test_what_is_near(name, said):
 
 def test_nothing_there():
     assert near("a", []) == "There are none."
+
+
+@pytest.mark.parametrize("said", ["It failed", "It failed.\n", "Did it fail?", "It failed!"])
+def test_a_sentence_has_one_mark_at_its_end(said):
+    assert sentence(ValueError(said)) == said.strip() + ("." if said == "It failed" else "")
 
 
 def test_a_long_text_is_quoted_without_its_middle():

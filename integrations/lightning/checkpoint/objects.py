@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import sentence
 from lora_plugins.field_checks import check_some
 
 Global = str | Callable[..., Any] | tuple[Callable[..., Any], str]
@@ -103,6 +104,6 @@ def _resolved(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"allow_globals names {path!r}, which cannot be imported: {error}. Where a class has moved since, give it "
-            f"with its old name: (Class, {path!r})."
+            f"allow_globals names {path!r}, which cannot be imported: {sentence(error)} Where a class has moved "
+            f"since, give it with its old name: (Class, {path!r})."
         ) from error

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lora_plugins import AdapterFileError
-from lora_plugins.errors import LoraError, listing
+from lora_plugins.errors import LoraError, listing, sentence
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 from lora_plugins.integrations.lightning.checkpoint.objects import (
     Global,
@@ -80,10 +80,10 @@ def _reason(error: UnpicklingError) -> str:
 
 def damaged(path: object, error: Exception) -> AdapterFileError:
     """Returns the error for a file that cannot be read."""
-    said = (_reason(error) if isinstance(error, UnpicklingError) else str(error)).strip().rstrip(".")
+    said = _reason(error) if isinstance(error, UnpicklingError) else error
     return AdapterFileError(
-        f"{path} cannot be read as a checkpoint: {type(error).__name__}: {said}. It may be truncated or damaged, or of "
-        "another kind: use another one."
+        f"{path} cannot be read as a checkpoint: {type(error).__name__}: {sentence(said)} It may be truncated or "
+        "damaged, or of another kind: use another one."
     )
 
 

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
-from lora_plugins.errors import near
+from lora_plugins.errors import near, sentence
 from lora_plugins.integrations.lightning.checkpoint import KEY, Global, load_from_checkpoint, read_checkpoint
 from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser
 from lora_plugins.integrations.lightning.module import (
@@ -44,8 +44,8 @@ def run(arguments: list[str]) -> None:
         path = write(module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **values)
     except TypeError as error:  # of a class that does not take the arguments
         raise ConfigError(
-            f"{given.checkpoint} cannot be loaded as a {module_class.__name__}: {error}. Give --model the class "
-            f"that it is of, and --argument what that takes. {TRACEBACK_VARIABLE}=1 shows where it failed."
+            f"{given.checkpoint} cannot be loaded as a {module_class.__name__}: {sentence(error)} Give --model "
+            f"the class that it is of, and --argument what that takes. {TRACEBACK_VARIABLE}=1 shows where it failed."
         ) from error
     print(f"Merged model: {path}")
 
