@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, check_filled, own_values, recipe_of
+from lora_plugins.adapter.answers import base_of, check_filled, check_first_update, own_values, recipe_of
 from lora_plugins.errors import StateError, TargetError
 from lora_plugins.inplace import (
     StoredWeight,
@@ -243,6 +243,10 @@ def with_own_tensors(
         content: Its factors.
         changed: The base weights that the init replaces, by full name.
         stored: The base weights that are stored in fewer bytes from now on, by full name.
+
+    Raises:
+        PluginError: If the variant does not give the tensors that it says.
+        TargetError: If the init has taken another matrix out of the base than the variant first adds.
     """
     completed = dict(content)
     for layer, slot, _ in plan.slots():
@@ -255,8 +259,11 @@ def with_own_tensors(
                 weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             with in_full(weight):
-                own = layer.variant.first_values(slot_matrix(layer, slot, weight).to(A.dtype), A, B, layer.scaling)
-            completed[layer.name, slot.suffix] = replace(tensors, own=own_values(layer, slot, own))
+                matrix = slot_matrix(layer, slot, weight).to(A.dtype)
+                own = own_values(layer, slot, layer.variant.first_values(matrix, A, B, layer.scaling))
+                if plan.init.changes_base:
+                    check_first_update(plan.init, layer, matrix, A, B, own)
+            completed[layer.name, slot.suffix] = replace(tensors, own=own)
     return completed
 
 

@@ -7,7 +7,7 @@ that are stored in fewer bytes are here too.
 from lora_plugins.inplace.adapted_class import by_position, class_reason, positional_names, refresh_class
 from lora_plugins.inplace.container import RESERVED, AdapterTensors
 from lora_plugins.inplace.contents import Content, Contents
-from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of
+from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of, variant_delta
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, thaw
 from lora_plugins.inplace.layer_state import STATE, LayerState, base_class_of, layer_state, state_of
 from lora_plugins.inplace.library_kinds import foreign_kind
@@ -120,6 +120,7 @@ __all__ = [
     "unmix_rows",
     "unpin_attributes",
     "unwrapped",
+    "variant_delta",
     "watch_loading",
     "weight_key",
 ]

@@ -1,5 +1,6 @@
 """The updates of an adapted layer: as terms for a branch, as `ΔW`, and added to the weight."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -54,18 +55,29 @@ def term_of(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: Slot, *
         wide = torch.promote_types(A.dtype, torch.float32)
         weight = slot.cut(planned.plugin.to_matrix(raw_weight(layer, slot.tensor))).to(wide)
         own = {name: tensor.to(wide) for name, tensor in own_tensors_of(layer, adapter, slot).items()}
-        with in_full(weight):
-            delta = planned.variant.delta_weight(weight, A.to(wide), B.to(wide), planned.scaling, own)
-        if delta.shape != weight.shape:
-            raise PluginError(
-                f"delta_weight() of the variant {planned.variant.name!r} gives {tuple(delta.shape)} for "
-                f"{planned.name!r}, where the weight is {tuple(weight.shape)}."
-            )
+        delta = variant_delta(planned, weight, A.to(wide), B.to(wide), own)
     weight_of = layer_state(layer).weights.get(adapter, 1.0)
     if weight_of == 1:
         return Term(slot, A, B, planned.settings, training, delta)
     settings = replace(planned.settings, scaling=planned.scaling * weight_of)
     return Term(slot, A, B, settings, training, None if delta is None else delta * weight_of)
+
+
+def variant_delta(planned: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """Returns by what the variant of a layer changes a weight, all in one type.
+
+    Raises:
+        PluginError: If that is no matrix of the weight's shape.
+    """
+    assert planned.variant is not None
+    with in_full(weight):
+        delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
+    if delta.shape != weight.shape:
+        raise PluginError(
+            f"delta_weight() of the variant {planned.variant.name!r} gives {tuple(delta.shape)} for "
+            f"{planned.name!r}, where the weight is {tuple(weight.shape)}."
+        )
+    return delta
 
 
 def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:

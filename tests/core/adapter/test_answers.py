@@ -14,6 +14,7 @@ from lora_plugins import (
     LoraModel,
     PluginError,
     StateError,
+    TargetError,
     VariantPlugin,
     build_registry,
     hookimpl,
@@ -211,6 +212,22 @@ def adapted(plugin):
 def test_wrong_answers_are_refused_by_name_and_nothing_is_touched(plugin, message):
     with pytest.raises(PluginError, match=message):
         adapted(plugin)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_variant_that_does_not_first_add_what_an_init_took_out_is_refused(init):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = LoraConfig(r=2, init=init, variant="gate")
+    with pytest.raises(TargetError, match=r"The init '\w+' takes .* first update of the variant 'gate' .* at '0'"):
+        LoraModel(model, config, registry=registry_of(Views()))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    x = torch.randn(2, 4)
+    untouched = model(x)
+    LoraModel(model, config, registry=registry_of(Gate()))
+    torch.testing.assert_close(model(x), untouched, rtol=1e-5, atol=1e-6)
 
 
 def test_own_tensors_have_the_order_of_shapes_as_loaded_ones_have(tmp_path):
