@@ -20,8 +20,8 @@ from lora_plugins.inplace.weights import LostWeightError, is_distributed
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch reset their weights."""
 
-_SAVING = ("state_dict", "_save_to_state_dict")
-"""Methods that read the weights of a layer for a state dict; torch's own read parameters, others may attributes."""
+_SAVING = ("_save_to_state_dict", "get_extra_state", "__getstate__")
+"""Methods that read what a layer holds, to save or copy it; torch's own read parameters, others may attributes."""
 
 _PARAMETRIZING = {each.__code__: each.__name__ for each in (register_parametrization, remove_parametrizations)}
 """Functions of torch that take the weight that they read for the base's own: their names, by code object."""
@@ -55,20 +55,28 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             raise StateError(_refusal(layer, listing(weights), f"changed by {call}(). Call it for"))
         return nn.Module.__getattr__(layer, "parametrizations")
 
+    def state_dict(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        others = layer._state_dict_hooks or layer._state_dict_pre_hooks or base.state_dict is not nn.Module.state_dict
+        return (_state_dict_on_the_base if others else base.state_dict)(layer, *args, **kwargs)
+
     own = [name for name in _SAVING if getattr(base, name) is not getattr(nn.Module, name)]
     made: dict[str, Any] = {name: _on_the_base(name) for name in (*own, "_load_from_state_dict")}
     made |= {"register_parameter": register_parameter, "parametrizations": property(parametrizations)}
+    made["state_dict"] = state_dict
     return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
 
 
 def _on_the_base(method: str) -> Callable[..., Any]:
-    """Returns a method of state dicts that runs on the base's own weights."""
+    """Returns a method that runs on the base's own weights."""
 
     def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with as_its_own(layer, resting_class(layer)):
             return getattr(layer, method)(*args, **kwargs)
 
     return run
+
+
+_state_dict_on_the_base = _on_the_base("state_dict")
 
 
 def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:

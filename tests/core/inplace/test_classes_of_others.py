@@ -1,6 +1,7 @@
 """Layers whose class is of others or changed by them: a subclass of the generated one, or of their own in a block."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -34,6 +35,35 @@ class Described(nn.Linear):
 
     def state_dict(self, *args, prefix="", **kwargs):
         return {**super().state_dict(*args, prefix=prefix, **kwargs), prefix + "weight": self.weight.detach()}
+
+
+class WithExtraState(nn.Linear):
+    """Puts what its attributes give beside its parameters, and takes it from there."""
+
+    def get_extra_state(self):
+        return self.weight.detach().clone()
+
+    def set_extra_state(self, state):
+        self.weight.data.copy_(state)
+
+
+class Hooked(nn.Linear):
+    """Has a hook that puts what its attributes give into a state dict."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_state_dict_post_hook(self.describe)
+
+    @staticmethod
+    def describe(layer, destination, prefix, metadata):
+        destination[prefix + "weight"] = layer.weight.detach()
+
+
+class Pickled(nn.Linear):
+    """Is pickled and copied as what its attributes give."""
+
+    def __getstate__(self):
+        return vars(self) | {"_parameters": {"weight": nn.Parameter(self.weight.detach()), "bias": self.bias}}
 
 
 class CopiesItself(nn.Linear):
@@ -113,7 +143,7 @@ def test_what_was_computed_from_a_block_on_is_compiled():
     assert_close(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
 
 
-@pytest.mark.parametrize("layer_class", [SavedByAttribute, Described])
+@pytest.mark.parametrize("layer_class", [SavedByAttribute, Described, WithExtraState, Hooked])
 def test_state_dicts_hold_the_base_s_own_weight(layer_class):
     torch.manual_seed(0)
     layer = layer_class(8, 5).double()
@@ -134,3 +164,13 @@ def test_a_layer_that_makes_its_own_copies_is_copied_with_its_adapter():
     lora.unload()
     assert torch.equal(twin.model(X), lora.model(X))
     assert not torch.equal(copy.deepcopy(lora.model)(X), lora.model(X))  # its own way again: it forgets the bias
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_layer_that_says_what_is_pickled_is_copied_with_its_own_weight(copied):
+    lora = LoraModel(nn.Sequential(Pickled(8, 5).double()), LoraConfig(r=2, target_modules=["0"], init="none"))
+    twin = LoraModel(copied(lora.model))
+    assert torch.equal(twin.model(X), lora.model(X))
+    assert torch.equal(twin.unload()(X), lora.unload()(X))
