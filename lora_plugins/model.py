@@ -393,8 +393,8 @@ class LoraModel(metaclass=Told):
         state.adapter(adapter_name)
         chosen = (self._registry or default_registry()).get(FORMATS, format)
         options = options_of(chosen, format_options)
-        warn_of_unsaved(self.model, state, adapter_name)
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)
+        warn_of_unsaved(self.model, state, adapter_name)
         with base_in_place(self.model, state):
             return chosen.write(Path(path), packed, self.model, self._registry, options)
 

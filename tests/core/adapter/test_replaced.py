@@ -57,7 +57,8 @@ def test_a_head_without_the_tensors_that_were_there(head, call):
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda lora: lora.pack("a"), id="save"),
+        pytest.param(lambda lora: lora.pack("a"), id="pack"),
+        pytest.param(lambda lora: lora.save_adapter("unwritten"), id="save"),
         pytest.param(lambda lora: lora.merge_adapter(), id="merge"),
         pytest.param(lambda lora: lora.merge_and_unload(), id="merge for good"),
     ],
@@ -71,6 +72,16 @@ def test_an_adapted_layer(call):
     lora.unload()
     assert torch.equal(new.weight, weight)
     assert type(lora.model[2]) is nn.Linear
+
+
+def test_a_part_that_is_fused_into_another(tmp_path):
+    """As by reparameterize_model of timm, in place."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6)), nn.Linear(6, 2))
+    lora = LoraModel(model, LoraConfig(r=2), "a")
+    model[0] = nn.Linear(4, 6).requires_grad_(False)
+    with pytest.raises(StateError, match=r"The update of '0\.0' by the adapter 'a' is gone"):
+        lora.save_adapter(tmp_path / "adapter")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
