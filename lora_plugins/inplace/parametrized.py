@@ -13,10 +13,10 @@ from lora_plugins.inplace.weights import frozen_statistics
 
 
 def recompute(layer: nn.Module) -> None:
-    """Lets hooks compute their weights now; without that, these are those of the last forward."""
+    """Computes the weights of hooks now; without that, these are those of the last forward."""
     with frozen_statistics(layer):
         for hook in weight_hooks(layer):
-            hook.run()
+            setattr(layer, hook.weight, hook.compute())
 
 
 def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:

@@ -32,13 +32,11 @@ class WeightHook:
 
     Args:
         weight: Attribute name of the weight.
-        run: Runs the hook, which sets the weight.
         compute: Returns the weight, and sets nothing.
         remove: Removes the hook, and makes the weight a parameter.
     """
 
     weight: str
-    run: Callable[[], object]
     compute: Callable[[], Tensor]
     remove: Callable[[], object]
 
@@ -50,6 +48,5 @@ def weight_hooks(layer: nn.Module) -> list[WeightHook]:
         for kind, attribute, compute, remove in _KINDS:
             if isinstance(hook, kind):
                 weight = getattr(hook, attribute)
-                run: Callable[[], object] = partial(hook, layer, ())
-                found.append(WeightHook(weight, run, partial(compute, hook, layer), partial(remove, layer, weight)))
+                found.append(WeightHook(weight, partial(compute, hook, layer), partial(remove, layer, weight)))
     return found

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
 
@@ -16,9 +17,24 @@ def adapt(model: nn.Module) -> LoraModel:
     return LoraModel(model, LoraConfig(r=2, init="none"))
 
 
+class OfAnInput(SpectralNorm):
+    """Looks at what the layer is called with, as the spectral norms of convolutions of DUE and lightning-uq-box do."""
+
+    def __call__(self, module, inputs):
+        assert inputs[0].ndim == 2
+        super().__call__(module, inputs)
+
+
+def normed_for_an_input(layer: nn.Module) -> nn.Module:
+    (hook,) = nn.utils.spectral_norm(layer)._forward_pre_hooks.values()
+    hook.__class__ = OfAnInput
+    return layer
+
+
 HOOKS = {
     "weight_norm": nn.utils.weight_norm,
     "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm of an input": normed_for_an_input,
     "pruned": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
 }
 
