@@ -89,10 +89,7 @@ class Objective:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if weights is None else weights.to(logits)
         if targets.is_floating_point():
-            loss = cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
-            if weights is not None:  # by which torch divides for labels, and not for these
-                loss = loss * len(targets) / self.weight(targets, weights)
-            return self.factors[CROSS_ENTROPY] * loss
+            return self.factors[CROSS_ENTROPY] * self._cross_entropy_of_mixed(logits, targets, weights)
         if not (targets != self.ignore_index).any():
             return logits.sum() * 0
         total = logits.new_zeros(())
@@ -125,6 +122,13 @@ class Objective:
         return cross_entropy(
             logits, targets, weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
         )
+
+    def _cross_entropy_of_mixed(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is not None and not weights[targets.any(0)].any():
+            return logits.sum() * 0
+        loss = cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+        # Torch divides the loss of labels by their weights, and that of soft targets by how many there are.
+        return loss if weights is None else loss * len(targets) / self.weight(targets, weights)
 
 
 def balanced_weights(counts: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ def test_soft_targets_of_one_class_each_are_labels(weights, smoothing):
     assert halved.weight(soft, weights) == halved.weight(labels, weights)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_targets_of_classes_without_weight_alone_are_nothing(smoothing):
+    logits, soft = torch.randn(4, 3, requires_grad=True), torch.tensor([[0.3, 0.7, 0.0]]).expand(4, 3)
+    loss = objective("cross_entropy", label_smoothing=smoothing)(logits, soft, torch.tensor([0.0, 0.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 def test_balanced_weights_make_up_for_counts():
     weights = balanced_weights(torch.tensor([10, 0, 30]))
     assert weights.tolist() == pytest.approx([2.0, 1.0, 2 / 3])
