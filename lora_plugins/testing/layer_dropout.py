@@ -177,7 +177,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
 
 
 def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Sequence[Any]]) -> bool:
-    """Whether one call multiplies other columns of a slot's matrix than another one, by the gradient of its weight."""
+    """Whether one call uses other entries of a slot's matrix than another one, by the gradient of its weight."""
     reached = []
     for inputs in each:
         reference = lawful(case, model, {})
@@ -185,8 +185,8 @@ def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Seq
         (gradient,) = torch.autograd.grad(
             (values * torch.linspace(-1, 2, len(values))).sum(), getattr(reference.layer, slot.tensor)
         )
-        reached.append(slot.cut(case.plugin.to_matrix(gradient.to_dense())).any(0))
-    return all(columns.any() for columns in reached) and not (reached[0] & reached[1]).any()
+        reached.append(slot.cut(case.plugin.to_matrix(gradient.to_dense())) != 0)
+    return all(entries.any() for entries in reached) and not (reached[0] & reached[1]).any()
 
 
 def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:

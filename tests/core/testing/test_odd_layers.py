@@ -291,6 +291,33 @@ def test_dropout_of_the_weight_that_is_fed_by_the_input_is_checked():
         check_layer_plugin(DropsTheMiddleOfTheFirst(), Mlp, lambda layer: torch.randn(5, 4))
 
 
+class DropsAllChannelsTogether(RowMajorPlugin):
+    name = "together"
+    module_type = nn.Conv1d
+    branch_types = (nn.Conv1d,)
+    branch_use = "dropout"
+
+    def branch(self, layer, base, terms, x):
+        y = layer._conv_forward(x, base["weight"], layer.bias)
+        for term in terms:
+            kernel = (term.scaling * term.B @ term.A).view_as(base["weight"]).to(x)
+            y = y + layer._conv_forward(x * term.drop(torch.ones_like(x[:, :1, :1])), kernel, None)
+        return y
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"groups": 4, "padding": 1}], ids=str)
+def test_dropout_of_channels_that_do_not_meet_is_checked(options):
+    sizes = {"in_channels": 4, "out_channels": 4, "kernel_size": 3}
+    with pytest.raises(CheckError, match="always dropped together"):
+        check_layer_plugin(
+            DropsAllChannelsTogether(),
+            nn.Conv1d,
+            lambda layer: torch.randn(2, 4, 5),
+            [sizes | options],
+            only=["dropout"],
+        )
+
+
 class RarelyPlugin(GluPlugin):
     """Has its branch replace the layer's own forward only where dropout acts."""
 
