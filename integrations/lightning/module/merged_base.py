@@ -1,9 +1,9 @@
 """Weights that hold the update of an adapter which an earlier `fit` merged, and what else it trained.
 
 An adapter that is trained on them belongs to them and not to the pretrained ones, so its checkpoints hold them. Each
-layer remembers the checksums of its merged weights, in each type that a module may be cast to; as soon as they have
-other values, they are a base like any other. It also remembers the fingerprints of the pretrained ones, which tell the
-base that such a checkpoint leaves out.
+layer remembers the checksums of its merged weights, and of what they are rounded to where a module is cast; as soon as
+they have other values, they are a base like any other. It also remembers the fingerprints of the pretrained ones, which
+tell the base that such a checkpoint leaves out.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from lora_plugins import StateError
 from lora_plugins.errors import listing
 from lora_plugins.inplace import full_name, holder_of, model_modules, named_tensors, own_tensor, submodule
-from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.bitwise import checksum, local
 from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 
 _MERGED = "_lora_merged"
 
-_CASTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The types that precision plugins, and users, cast modules to."""
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+"""The types that precision plugins, and users, cast modules to, where that may round: float64 takes any value."""
 
 Sums = dict[torch.dtype, int] | int
 """The checksums of a weight by type; a module that an earlier version pickled has that of its own type alone."""
@@ -65,12 +65,19 @@ def _mark(mark: int | tuple[Sums, Fingerprint]) -> tuple[Sums, Fingerprint]:
 
 
 def _sums(weight: Tensor) -> Sums:
-    types = {weight.dtype, *(_CASTS if weight.is_floating_point() else ())}
-    return {dtype: checksum(weight.detach().to(dtype)) for dtype in types}
+    own, casts = local(weight), _CASTS if weight.is_floating_point() else ()
+    types = {own.dtype, *(dtype for dtype in casts if dtype.itemsize <= own.dtype.itemsize)}
+    return {dtype: checksum(own.to(dtype)) for dtype in types}
 
 
 def _has(weight: Tensor, sums: Sums) -> bool:
-    return checksum(weight) == (sums if isinstance(sums, int) else sums.get(weight.dtype))
+    """Whether a weight has the merged values, or what they were rounded to, whatever type holds these now."""
+    own = local(weight)
+    known = {own.dtype: sums} if isinstance(sums, int) else sums
+    if checksum(own) == known.get(own.dtype):
+        return True
+    casts = {dtype: own.to(dtype) for dtype in known}
+    return any(torch.equal(cast.to(own), own) and checksum(cast) == known[dtype] for dtype, cast in casts.items())
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:
