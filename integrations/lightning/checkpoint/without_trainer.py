@@ -145,14 +145,19 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
     if KEY not in checkpoint:
         own(checkpoint)
         return
+    if getattr(own, "__func__", None) is not LightningModule.on_load_checkpoint:
+        _call_hook(module, own, checkpoint)
+    build_missing(module, checkpoint)
+    checkpoint.update(restore(module, without_base(module, checkpoint)))
+
+
+def _call_hook(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
     complete, base = _before_hook(module, checkpoint)
     checkpoint.update(complete)
     start = Start.of(module)
     own(checkpoint)
     put_base(module, base)
     start.mark_written(module)  # such as an average that the module keeps out of its state dict
-    build_missing(module, checkpoint)
-    checkpoint.update(restore(module, without_base(module, checkpoint)))
 
 
 def _before_hook(module: LightningModule, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
