@@ -6,6 +6,7 @@ Depends on `module`. The format is described in `entry.py`.
 from lora_plugins.integrations.lightning.checkpoint.comparison import check_adapters
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
+    left_out,
     missing_layers,
     present_base,
     put_base,
@@ -27,6 +28,7 @@ __all__ = [
     "allowed",
     "check_adapters",
     "check_whole",
+    "left_out",
     "load_from_checkpoint",
     "loading_lines",
     "missing_layers",

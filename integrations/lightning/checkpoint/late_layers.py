@@ -44,6 +44,11 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
         return [name for name in dict.fromkeys(needed) if name not in present]
 
 
+def left_out(module: LightningModule, checkpoint: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the frozen base that a checkpoint leaves out."""
+    return set(map(name_mapper(module), checked_entry(checkpoint)["left_out"]))
+
+
 def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
     entry, current = checked_entry(checkpoint), present_state(module)

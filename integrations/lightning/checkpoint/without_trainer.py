@@ -15,6 +15,7 @@ from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
     build_missing,
+    left_out,
     missing_layers,
     present_base,
     put_base,
@@ -154,7 +155,7 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
 def _call_hook(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
     complete, base = _before_hook(module, checkpoint)
     checkpoint.update(complete)
-    start = Start.of(module)
+    start = Start.of(module, but=left_out(module, checkpoint))
     own(checkpoint)
     put_base(module, base)
     start.mark_written(module)  # such as an average that the module keeps out of its state dict

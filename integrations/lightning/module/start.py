@@ -1,10 +1,10 @@
 """The state of a module with adapters, to tell by checksums what its own hooks write into the frozen base."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
@@ -28,21 +28,27 @@ class Start:
     fingerprints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Start":
-        """Records the present state of a module."""
+    def of(cls, module: nn.Module, but: Collection[str] = ()) -> "Start":
+        """Records the present state of a module.
+
+        Args:
+            module: The module.
+            but: Tensors that it cannot write, as they are what a checkpoint leaves out: with other values it is of
+                another base.
+        """
         merged = {name: values for name, values in merged_weights(module).items() if values}
-        return cls(_frozen_sums(module), {**known_fingerprints(module), **merged})
+        tensors = {name: tensor for name, tensor in frozen_tensors(module).items() if name not in but}
+        return cls(_sums(tensors), {**known_fingerprints(module), **merged})
 
     def mark_written(self, module: nn.Module) -> None:
         """Records, on the module, that it has written what has changed since."""
-        now = _frozen_sums(module)
+        now = _sums({name: tensor for name, tensor in frozen_tensors(module).items() if name in self.sums})
         # In another type they cannot be compared: a precision plugin has converted them.
-        alike = [name for name, (dtype, _) in self.sums.items() if name in now and now[name][0] == dtype]
-        written = [name for name in alike if now[name] != self.sums[name]]
+        written = [name for name in now if now[name][0] == self.sums[name][0] and now[name] != self.sums[name]]
         if written:
             take_fingerprints(module)  # which adapters forget when a whole base is loaded
         mark_moved(module, written, self.fingerprints)
 
 
-def _frozen_sums(module: nn.Module) -> Sums:
-    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in frozen_tensors(module).items()}
+def _sums(tensors: Mapping[str, Tensor]) -> Sums:
+    return {name: (tensor.dtype, checksum(tensor)) for name, tensor in tensors.items()}

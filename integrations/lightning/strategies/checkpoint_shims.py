@@ -28,6 +28,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     KEY,
     allowed,
     check_whole,
+    left_out,
     missing_layers,
     original,
     present_base,
@@ -184,7 +185,7 @@ class CheckpointShims:
         late = bool(missing_layers(module, checkpoint))
         complete = with_present_base(module, checkpoint) if late else self._averaged(restore(module, checkpoint))
         base = {} if late else present_base(module, complete)
-        start = Start.of(module)
+        start = Start.of(module, but=left_out(module, checkpoint))
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:

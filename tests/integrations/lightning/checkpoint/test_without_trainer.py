@@ -231,6 +231,24 @@ def test_a_hook_finds_what_it_finds_in_fit(tmp_path, cls):
     assert trainer(tmp_path, [lora(config)]).validate(cls(), loader(), ckpt_path=path, verbose=False) == [score]
 
 
+class LoadsAnotherBase(Classifier):
+    """Takes its pretrained weights from somewhere else whenever it is loaded."""
+
+    def on_load_checkpoint(self, checkpoint):
+        self.net[0].load_state_dict(Classifier(base_seed=1).net[0].state_dict(), strict=False)
+
+
+def test_a_hook_that_loads_another_base_is_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["net.0"])
+    run = trainer(tmp_path, [lora(config)], max_epochs=1)
+    run.fit(LoadsAnotherBase(), loader())
+    run.save_checkpoint(path := tmp_path / "one.ckpt")
+    with pytest.raises(AdapterFileError, match=r"another base: '.*0\.weight' differ"):
+        load_from_checkpoint(LoadsAnotherBase, path)
+    with pytest.raises(AdapterFileError, match=r"another base: '.*0\.weight' differ"):
+        trainer(tmp_path, [lora(config)], max_epochs=2).fit(LoadsAnotherBase(), loader(), ckpt_path=path)
+
+
 def test_a_module_that_is_lenient_about_keys_loads(tmp_path):
     """A class says so by `strict_loading`, and then Lightning refuses any other word on it."""
 
