@@ -38,7 +38,7 @@ def _reduce(layer: Any, protocol: Any) -> Any:
 
 def _copied(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin: nn.Module = memo.setdefault(id(layer), type(layer).__new__(type(layer)))
-    twin.__dict__ = copy.deepcopy(layer.__dict__, memo)
+    twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))  # assigning it would ask the class, which looks into it
     return twin
 
 

@@ -156,12 +156,14 @@ def test_state_dicts_hold_the_base_s_own_weight(layer_class):
     assert torch.equal(lora.model(X), expected)
 
 
-def test_a_layer_that_makes_its_own_copies_is_copied_with_its_adapter():
-    lora = LoraModel(nn.Sequential(CopiesItself(8, 5).double()), LoraConfig(r=2, target_modules=["0"], init="none"))
+@pytest.mark.parametrize("stored", [{}, {"quantize": "nf4", "quantize_options": {"min_size": 1}}], ids=["plain", "nf4"])
+def test_a_layer_that_makes_its_own_copies_is_copied_with_its_adapter(stored):
+    config = LoraConfig(r=2, target_modules=["0"], init="none", **stored)
+    lora = LoraModel(nn.Sequential(CopiesItself(8, 5).double()), config)
     twin = LoraModel(copy.deepcopy(lora.model))
     assert torch.equal(twin.model(X), lora.model(X))
-    twin.unload()
-    lora.unload()
+    for each in (twin, lora):
+        each.unload(dequantize=bool(stored))
     assert torch.equal(twin.model(X), lora.model(X))
     assert not torch.equal(copy.deepcopy(lora.model)(X), lora.model(X))  # its own way again: it forgets the bias
 
