@@ -144,7 +144,7 @@ def _coded(
 
 def _are_levels(values: Sequence[int], ignored: int | None) -> bool:
     if [*values] == [BLACK, WHITE]:
-        return ignored is None
+        return ignored not in values
     indices = [value for value in values if value not in (IGNORED, ignored)]
     return bool(indices) and len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
 
@@ -183,7 +183,7 @@ def _of_indices(
             f"{where[value]} holds the value {value}, and {len(names)} classes are named ({', '.join(names)}), from "
             f"{int(reduce_labels)} on. Name all classes, or say which value stands for none: --ignore-index {value}."
         )
-    classes = tuple(names) if names is not None else tuple(f"class_{index}" for index in range(count))
+    classes = tuple(names) if names is not None and count else tuple(f"class_{index}" for index in range(count))
     if ignored is not None and 0 < ignored < len(classes):
         raise DataError(
             f"--ignore-index is {ignored}, and the values of the classes go on above it, to {len(classes) - 1}. What "

@@ -82,6 +82,7 @@ class TestMasks:
             ([0, 1, 2], {"ignore_index": 0}, {"classes": ["class_0", "class_1"], "reduce_labels": True}),
             ([0, 1], {"classes": ("sky", "road", "car")}, {"classes": ["sky", "road", "car"]}),
             ([0, 255], {"classes": ("ground", "cat")}, {"colors": {"ground": [0] * 3, "cat": [255] * 3}}),
+            ([0, 255], {"classes": ("ground", "cat"), "ignore_index": 128}, {"classes": ["ground", "cat"]}),
             ([0, 255], {"classes": ("white", "black")}, {"colors": {"white": [255] * 3, "black": [0] * 3}}),
             ([0, 128, 255], {"ignore_index": 255}, {"classes": ["gray_0", "gray_128"]}),
             (
@@ -100,6 +101,7 @@ class TestMasks:
             "void at 0",
             "names",
             "names of black and white",
+            "black and white beside a void that no mask has",
             "black and white in another order",
             "a gray level that is void",
             "names of gray levels",
@@ -310,9 +312,12 @@ def test_flags_that_do_not_fit_the_masks(tmp_path, flags, message):
         survey(masked(tmp_path / "data", [0, 1, 2]), Flags(**flags))
 
 
-def test_one_value_beside_the_ignored_one(tmp_path):
-    with pytest.raises(DataError, match="All masks hold one value, 1 beside the ignored 0, and"):
-        survey(masked(tmp_path / "data", [0, 1]), Flags(ignore_index=0))
+@pytest.mark.parametrize(
+    ("value", "flags"), [(1, {}), (255, {"classes": ("ground", "cat")})], ids=["an index", "white, with names"]
+)
+def test_one_value_beside_the_ignored_one(tmp_path, value, flags):
+    with pytest.raises(DataError, match=f"All masks hold one value, {value} beside the ignored 0, and"):
+        survey(masked(tmp_path / "data", [0, value]), Flags(ignore_index=0, **flags))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
