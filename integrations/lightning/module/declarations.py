@@ -32,7 +32,8 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
         path: The target's name in the module; None for the module itself.
 
     Raises:
-        ConfigError: If a declared head does not exist, or its name would match other modules as well.
+        ConfigError: If a declared head does not exist, or its name would match other modules as well; or if the
+            declared targets are layers of another part of the module.
     """
     declared: Iterable[str] = getattr(module, "head_modules", ())
     prefix = f"{path}." if path else ""
@@ -52,6 +53,7 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
     suggested = getattr(module, "lora_targets", None)
     if config.target_modules is not None or not suggested:
         return config
+    _check_place(suggested, module, path, names)
     targets = suggested if isinstance(suggested, str) else _worth(list(suggested), config, names)
     return replace(config, target_modules=targets)
 
@@ -84,6 +86,20 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
+
+
+def _check_place(suggested: Sequence[str] | str, module: nn.Module, path: str | None, names: Sequence[str]) -> None:
+    """Refuses a target in which the suggestions match nothing, if there is one in which all of them do."""
+    if all(matches("target_modules", suggested, names).values()):
+        return
+    for entry in model_modules(module):
+        inside = [each.name for each in model_modules(entry.module)]
+        if all(matches("target_modules", suggested, inside).values()):
+            raise ConfigError(
+                f"{type(module).__name__} declares which layers a LoraConfig without target_modules adapts, and they "
+                f"are in {entry.name or 'the whole module'!r}, not in {path or 'the whole module'!r}. Set "
+                f"LoraCallback(target={entry.name or None!r}), or name target_modules."
+            )
 
 
 def _worth(suggested: list[str], config: LoraConfig, names: Sequence[str]) -> list[str]:

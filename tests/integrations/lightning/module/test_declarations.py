@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_plugins import LoraConfig, LoraModel, TargetError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
@@ -32,8 +32,11 @@ class TestDeclaredTargets:
     class Errs(Classifier):
         lora_targets = ("net.0", "nett.3")
 
-    def adapted(self, cls, **fields):
-        return [layer.name for layer in lora(LoraConfig(r=2, **fields)).plan(cls()).layers]
+    class SuggestsInside(Classifier):
+        lora_targets = r"0|3"
+
+    def adapted(self, cls, target=None, **fields):
+        return [layer.name for layer in lora(LoraConfig(r=2, **fields), target=target).plan(cls()).layers]
 
     def test_stand_for_those_of_a_config_without(self):
         assert self.adapted(self.Suggests) == ["net.0", "net.3"]
@@ -41,6 +44,16 @@ class TestDeclaredTargets:
 
     def test_one_that_is_trained_in_full_is_left_out(self):
         assert self.adapted(self.Suggests, modules_to_save=["net.3"]) == ["net.0"]
+
+    @pytest.mark.parametrize(
+        ("cls", "given", "right"),
+        [(SuggestsInside, None, "net"), (Suggests, "net", None)],
+        ids=["in a part", "in the whole module"],
+    )
+    def test_elsewhere_say_which_target_they_are_for(self, cls, given, right):
+        with pytest.raises(ConfigError, match=rf"{cls.__name__} declares .* Set LoraCallback\(target={right!r}\)"):
+            self.adapted(cls, target=given)
+        assert self.adapted(cls, target=right)
 
     def test_one_that_matches_nothing_is_told(self):
         with pytest.raises(TargetError, match=r"'nett.3' matches no module"):
