@@ -63,11 +63,16 @@ class HubDataset:
             raise unknown(f"column of {self.name}:", column, self.features)
 
     def labels(self, split: str, column: str) -> tuple[list[Any], list[str]]:
-        """The labels of a split, None for those that are none, and what is wrong with these."""
+        """The labels of a split, None for those that are none, and what is wrong with these.
+
+        A test split may hold -1, the label of `datasets` for none: it can be predicted all the same.
+        """
+        names = getattr(self.features[column], "names", None)
+        known = None if names is None else range(-1 if split == TEST else 0, len(names))
         values = list(self.tables[split][column])
-        labels = [value if _is_label(value) else None for value in values]
-        rows = [(self.item(split, row, None), value) for row, value in enumerate(values) if not _is_label(value)]
-        return labels, [f"{row.name} has {value!r} as its {column}" for row, value in rows]
+        labels = [value if _is_label(value, known) else None for value in values]
+        wrong = [(self.item(split, row, None), values[row]) for row, label in enumerate(labels) if label is None]
+        return labels, [f"{row.name} has {value!r} as its {column}" for row, value in wrong]
 
     def items(self, split: str, targets: Sequence[Any]) -> list[Item]:
         """The rows of a split as samples that are not read yet."""
@@ -104,8 +109,10 @@ class HubDataset:
         return dict(splits)
 
 
-def _is_label(value: Any) -> bool:
-    """Whether a value is a text or a number, and not NaN."""
+def _is_label(value: Any, known: range | None) -> bool:
+    """Whether a value is one of the known labels; if none are, whether it is a text or a number, and not NaN."""
+    if known is not None:
+        return value in known
     return isinstance(value, str | int) or (isinstance(value, float) and not math.isnan(value))
 
 

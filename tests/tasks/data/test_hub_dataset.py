@@ -17,6 +17,7 @@ from ..conftest import SIZE, loaded, noise
 
 UNLABELED = {
     "of named classes": ([0, 1, None, 0, 1, 1], None),
+    "-1 for none": ([0, 1, -1, 0, 1, 1], None),
     "texts": (["a", "b", None, "a", "b", "b"], "string"),
     "numbers": ([0.0, 1.0, float("nan"), 0.0, 1.0, 1.0], "float32"),
 }
@@ -48,7 +49,7 @@ class TestHub:
         return str(tmp_path / "unlabeled")
 
     def test_rows_without_a_label_are_listed(self, unlabeled_rows):
-        with pytest.raises(DataError, match=r"(?s)1 problem.*row 2 of .*, train has (None|nan) as its label"):
+        with pytest.raises(DataError, match=r"(?s)1 problem.*row 2 of .*, train has (None|nan|-1) as its label"):
             loaded(HubImageDataModule(unlabeled_rows, **SIZE))
         with pytest.raises(DataError, match=r"(?s)1 of 6 rows have no label.*row 2 of .*on_problem: skip"):
             survey(unlabeled_rows, Flags())
@@ -57,6 +58,15 @@ class TestHub:
         with pytest.warns(UserWarning, match="1 problem"):
             data = loaded(HubImageDataModule(unlabeled_rows, on_problem="skip", **SIZE))
         assert [int(sample["target"]) for sample in data.splits["train"]] == [0, 1, 0, 1, 1]
+
+    def test_a_test_split_without_labels_is_predicted(self, tmp_path, labeled_rows):
+        from datasets import DatasetDict, load_from_disk
+
+        splits = load_from_disk(str(labeled_rows))
+        splits["test"] = splits["validation"].map(lambda row: {"label": -1})
+        DatasetDict(splits).save_to_disk(tmp_path / "unlabeled")
+        data = loaded(HubImageDataModule(str(tmp_path / "unlabeled"), **SIZE))
+        assert len(data.predict_dataloader().dataset) == len(splits["test"])
 
     def test_masks(self, masked_rows):
         data = loaded(
