@@ -29,7 +29,6 @@ from lora_plugins.field_checks import (
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.callback import lora_callbacks
-from lora_plugins.tasks.argument_checks import check_callable
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
@@ -40,6 +39,7 @@ from lora_plugins.tasks.training import (
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
+    check_scheduler,
     configured_optimizer,
 )
 
@@ -62,7 +62,7 @@ _CHECKS: Mapping[str, Check] = {
     "gradient_checkpointing": check_flag,
     "lr": number_from(0),
     "weight_decay": number_from(0),
-    "lr_scheduler": optional(check_callable),
+    "lr_scheduler": optional(check_scheduler),
     "ema": number_from(0, below=1),
     "dtype": choice_of(*DTYPES),
     "revision": optional(check_name),

@@ -8,6 +8,7 @@ from lora_plugins.tasks.training.optimization import (
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
+    check_scheduler,
     configured_optimizer,
     warmup_cosine,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "VisionTask",
     "balanced_weights",
     "check_optimizer",
+    "check_scheduler",
     "configured_optimizer",
     "next_steps",
     "warmup_cosine",

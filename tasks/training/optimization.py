@@ -1,5 +1,6 @@
 """How a task is optimized: its default optimizer, what replaces it, and a schedule with warm-up."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_fields, number_from, whole_from
-from lora_plugins.tasks.argument_checks import instance_of
+from lora_plugins.tasks.argument_checks import check_callable, instance_of
 
 LR, WEIGHT_DECAY = 1e-3, 0.01
 """Of the default optimizer, AdamW."""
@@ -80,6 +81,39 @@ def configured_optimizer(
         "optimizer": made,
         "lr_scheduler": {"scheduler": lr_scheduler(made, int(steps)), "interval": "step"},
     }
+
+
+def check_scheduler(name: str, value: object) -> None:
+    """What makes a scheduler of an optimizer and the number of all its steps.
+
+    Of a class, the second argument is looked at: the number would be taken for a rate or a factor without a word. What
+    a function does with it is its author's business.
+    """
+    check_callable(name, value)
+    kind = _called(value)
+    if not (isinstance(kind, type) and issubclass(kind, LRScheduler)):
+        return
+    second = next(iter([*inspect.signature(kind).parameters.values()][1:]), None)
+    if second is not None and second.annotation is not second.empty and "int" not in _kinds(second.annotation):
+        raise ConfigError(
+            f"{name} is {kind.__name__}, which takes {second.name!r} after the optimizer, where it is given the number "
+            f"of all steps. Give a function: lambda optimizer, steps: {kind.__name__}(optimizer, {second.name}=...). "
+            f"In YAML, take another class, such as CosineAnnealingLR, or the section `{name}:` that stands beside "
+            "`model:`, whose scheduler is stepped after each epoch."
+        )
+
+
+def _called(value: object) -> object:
+    """Returns what a partial calls in the end; that of a YAML file is of a function that calls its first argument."""
+    while isinstance(value, partial):
+        value = value.args[0] if value.args and isinstance(value.args[0], type) else value.func
+    return value
+
+
+def _kinds(annotation: object) -> set[str]:
+    """Returns the names of the types that an annotation allows."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return {each.strip() for each in text.split("|")}
 
 
 def check_optimizer(

@@ -29,7 +29,7 @@ from lora_plugins.field_checks import (
     shown,
 )
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.argument_checks import check_callable, check_ignored, instance_of
+from lora_plugins.tasks.argument_checks import check_ignored, instance_of
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -48,6 +48,7 @@ from lora_plugins.tasks.training.optimization import (
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
+    check_scheduler,
     configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
@@ -58,7 +59,7 @@ CONFUSION = "confusion"
 _CHECKS: Mapping[str, Check] = {
     "lr": number_from(0),
     "weight_decay": number_from(0),
-    "lr_scheduler": optional(check_callable),
+    "lr_scheduler": optional(check_scheduler),
     "ema": number_from(0, below=1),
     "gradient_checkpointing": check_flag,
     "ignore_index": check_whole,

@@ -105,6 +105,24 @@ class TestScheduler:
         with pytest.raises(ConfigError, match="share of all steps"):
             rates(trainer, lr_scheduler=partial(warmup_cosine, warmup=1.5))
 
+    @pytest.mark.parametrize("name", ["ExponentialLR", "OneCycleLR", "LinearLR", "MultiStepLR", "LambdaLR"])
+    def test_a_class_whose_second_argument_is_no_number_of_steps_is_refused(self, name):
+        with pytest.raises(ConfigError, match=f"lr_scheduler is {name}, which takes .* where it is given the number"):
+            ImageClassificationTask(tiny_vit(), lr_scheduler=getattr(torch.optim.lr_scheduler, name))
+
+    def test_a_partial_of_one_is_refused(self):
+        cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
+        with pytest.raises(ConfigError, match="OneCycleLR, which takes 'max_lr'"):
+            ImageClassificationTask(tiny_vit(), lr_scheduler=cycle)
+
+    def test_a_function_says_which_argument_the_steps_are(self, trainer):
+        seen = rates(
+            trainer,
+            lr=1.0,
+            lr_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
+        )
+        assert seen == pytest.approx([1 - i / 8 for i in range(8)])
+
     def test_a_training_without_end_has_none(self, trainer):
         task = ImageClassificationTask(tiny_vit(), lr_scheduler=warmup_cosine)
         with pytest.raises(ConfigError, match="Set max_epochs or max_steps"):
