@@ -22,7 +22,7 @@ LEFT = frozenset(
 
 
 def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
-    """Yields the folders that a run may use, of which it takes the first free one.
+    """Returns the folders that a run may use, of which it takes the first free one.
 
     Args:
         out: The one that was named.
@@ -32,13 +32,12 @@ def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
         ConfigError: If it was named, and has results, or something else, or is inside of the data.
     """
     if out is not None:
-        yield _checked(out, data)
-        return
+        return iter([_checked(out, data)])
     name = "digits" if data is None else data.stem
     # Inside of a folder of data, runs would count as data the next time.
     runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
     tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    yield from (path for path in tried if not _has_results(path))
+    return (path for path in tried if not _has_results(path))
 
 
 @contextmanager

@@ -79,20 +79,28 @@ def main(arguments: Sequence[str]) -> int:
     _check_started_once()
     weights = checked_weights(given.weights)
     tried = folders(given.out, None if given.data is None else Path(hub_name(given.data) or given.data).resolve())
+    with without_collections():  # most of its time is imports; nothing is made for data that cannot be used
+        found = None if given.data is None else survey(given.data, _flags(given))
     if given.plan:
-        text = _configuration(given, arguments, weights, next(tried))
+        text = _configuration(given, arguments, found, weights, next(tried))
         with tempfile.TemporaryDirectory() as folder:
             _write(Path(folder) / CONFIG, text)
             return COMMANDS["plan"].run(["plan", "--config", str(Path(folder) / CONFIG)])
     with held(tried) as out:
-        _write(out / CONFIG, _configuration(given, arguments, weights, out))
+        _write(out / CONFIG, _configuration(given, arguments, found, weights, out))
         return _fit(out / CONFIG)
 
 
-def _configuration(given: argparse.Namespace, arguments: Sequence[str], weights: str | None, out: Path) -> str:
+def _flags(given: argparse.Namespace) -> Flags:
+    return Flags(given.masks, given.classes, given.ignore_index, given.val_share)
+
+
+def _configuration(
+    given: argparse.Namespace, arguments: Sequence[str], found: Survey | None, weights: str | None, out: Path
+) -> str:
     """Returns the configuration of a run, and prints what was found; writes it to a file if a flag names one."""
-    with without_collections():  # most of its time is imports
-        made, lines = (_example(given, out), []) if given.data is None else _inferred(given, weights, out)
+    with without_collections():
+        made, lines = (_example(given, out), []) if found is None else _inferred(given, found, weights, out)
     print(_table(given.data, lines), flush=True)
     text = _yaml(made, arguments)
     if given.save_config is not None:
@@ -112,10 +120,9 @@ def _fit(config: Path) -> int:
 
 
 def _inferred(
-    given: argparse.Namespace, weights: str | None, out: Path
+    given: argparse.Namespace, found: Survey, weights: str | None, out: Path
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """The configuration for the given data, and what to print about it."""
-    found = survey(given.data, Flags(given.masks, given.classes, given.ignore_index, given.val_share))
     choice = choose_model(found.task, given.model, weights, given.image_size)
     name = given.recipe or AUTO
     recipe = RECIPES[name][found.task]

@@ -100,6 +100,13 @@ def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tm
     assert made["data"]["init_args"] | {"batch_size": 3, "image_size": [80, 80]} == made["data"]["init_args"]
 
 
+def test_nothing_is_made_for_data_that_do_not_exist(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "nowhere"]) == 1
+    assert capsys.readouterr().err.rstrip().endswith("has no 'nowhere'.")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("flags", [["--recipe", "auto"], ["--rank", "3"]], ids=["recommended", "another rank"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_no_flag_says_is_as_recommended(kind, flags, folders, tmp_path, capsys):
