@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ConfigError
@@ -35,6 +36,13 @@ def check_path(name: str, value: Any) -> None:
     """A path of a file or a folder, as a text or as Python's own."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ConfigError(f"{name} is {shown(value)}. It is a path, as a text that is not empty or a pathlib.Path.")
+
+
+def check_png(name: str, value: Any) -> None:
+    """A path of a PNG: other endings would be other formats, some of which cannot be written."""
+    check_path(name, value)
+    if Path(value).suffix.lower() != ".png":
+        raise ConfigError(f"{name} is {shown(value)}. It is a PNG, whose name ends in .png.")
 
 
 def check_paths(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer
-from lora_plugins.tasks.argument_checks import check_indices, check_path, instance_of
+from lora_plugins.tasks.argument_checks import check_indices, check_png, instance_of
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import (
@@ -31,7 +31,7 @@ _CHECKS: Mapping[str, Check] = {
     "task": instance_of(SemanticSegmentationTask),
     "loader": instance_of(DataLoader),
     "indices": check_indices,
-    "path": check_path,
+    "path": check_png,
 }
 """What the arguments of `draw_predictions` can be."""
 
@@ -77,7 +77,7 @@ class PredictionPicture(Callback):
     """
 
     def __init__(self, path: str, samples: int = 4) -> None:
-        check_path("path", path)
+        check_png("path", path)
         check_count("samples", samples)
         self.path, self.samples = path, samples
 

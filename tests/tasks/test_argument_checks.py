@@ -83,6 +83,7 @@ OF_SAMPLES = {"prompts": ["a dog", [], [" "], [3]], "pictures": ["2", 0, 1.5], "
 OF_CLASS_PICTURES = {"prompts": ["a dog", [], [" "]], "count": [0, "3", 2.5], "generate": ["no"], "folder": [None]}
 OF_SAMPLING = {"steps": ["20", 0], "guidance": ["5", float("nan")], "height": [0, "64"], "batch_size": [None, 0]}
 OF_REPORTS = {"samples": ["3", 0, 2.5]}
+OF_PICTURES = {**OF_REPORTS, "path": ["masks", "masks.txt", Path("masks.jpg"), "", None]}
 MAKERS = {
     "task": (OF_TASKS, lambda **given: ImageClassificationTask(tiny_vit(), **given)),
     "model": (OF_MODELS, lambda **given: ImageClassificationTask(replace(tiny_vit(), **given))),
@@ -93,7 +94,7 @@ MAKERS = {
     "class": (OF_CLASS_PICTURES, lambda **given: ClassPictures(**{"folder": "dogs", "prompts": ["a dog"], **given})),
     "sampling": (OF_SAMPLING, lambda **given: Sampling(**{"width": 64, "height": 64, **given})),
     "report": (OF_REPORTS, lambda **given: HtmlReport("report.html", **given)),
-    "picture": (OF_REPORTS, lambda **given: PredictionPicture("masks.png", **given)),
+    "picture": (OF_PICTURES, lambda **given: PredictionPicture(**{"path": "masks.png", **given})),
 }
 
 
