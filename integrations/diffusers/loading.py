@@ -24,9 +24,9 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, *, revi
         The pipeline, with its progress bar off.
 
     Raises:
-        ConfigError: If there is no such pipeline, or it is of a kind that is not served.
+        ConfigError: If there is no such pipeline, or it is of a kind that is not served, or diffusers is not installed.
     """
-    DiffusionPipeline: Any = import_module("diffusers").DiffusionPipeline  # heavy, and without types
+    DiffusionPipeline: Any = _diffusers().DiffusionPipeline
     folder = Path(model)
     if folder.exists() and not (folder / INDEX).is_file():
         raise ConfigError(f"{folder} has no {INDEX}: it is no pipeline. Give the folder that save_pretrained wrote.")
@@ -44,3 +44,11 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, *, revi
         raise ConfigError(f"The pipeline {str(model)!r} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _diffusers() -> Any:
+    """The library, which is heavy, and without types."""
+    try:
+        return import_module("diffusers")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"Pipelines need {error.name}. Run: pip install 'lora-plugins[diffusion]'") from error

@@ -1,5 +1,7 @@
 """Which pipelines are served, and which of their layers are adapted by default."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -117,4 +119,10 @@ def test_a_damaged_pipeline_is_named(tmp_path):
         load_pipeline(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pipeline(tmp_path)
+
+
+def test_without_diffusers_it_is_said_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"Pipelines need diffusers. Run: pip install 'lora-plugins\[diffusion\]'"):
         load_pipeline(tmp_path)
