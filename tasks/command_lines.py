@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
-from lora_plugins.errors import listing, nothing_there
+from lora_plugins.errors import listing, no_folder, nothing_there
 from lora_plugins.integrations.lightning.cli import positive, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
@@ -73,7 +73,7 @@ def check_adapters(folder: str | Path) -> None:
         WeightsError: If there is not.
     """
     if not Path(folder).is_dir():
-        raise WeightsError(f"There is no folder {folder}. Give one whose subfolders are adapter folders.")
+        raise WeightsError(f"{no_folder(Path(folder))} Give one whose subfolders are adapter folders.")
 
 
 def check_ending(out: str | Path) -> None:
