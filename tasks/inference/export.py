@@ -33,7 +33,7 @@ from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
-CLASS_NAMES = "class_names"
+CLASS_NAMES, BATCH = "class_names", "batch"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
 
@@ -100,7 +100,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     network = _ExportedNetwork(task).eval()
     with torch.no_grad():
         expected = _logits(network, images, task.image_size)
-        shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+        shapes = {"images": {0: torch.export.Dim(BATCH, min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
         written, exported = FORMATS[path.suffix](program, {CLASS_NAMES: json.dumps([*task.class_labels])})
         cases = ((images, expected), (images[:1], expected[:1]))  # two batch sizes
@@ -184,7 +184,8 @@ def _to_pt2(program: ExportedProgram, said: Mapping[str, str]) -> "_Exported":
 def _to_onnx(program: ExportedProgram, said: Mapping[str, str]) -> "_Exported":
     import onnxruntime
 
-    made = torch.onnx.export(program, dynamo=True, output_names=["logits"], verbose=False)
+    named = {"images": {0: BATCH}}  # it is s34 otherwise, or another number
+    made = torch.onnx.export(program, dynamo=True, output_names=["logits"], dynamic_shapes=named, verbose=False)
     if made is None:
         raise RuntimeError("torch.onnx.export made no program.")
     made.model.metadata_props.update(said)

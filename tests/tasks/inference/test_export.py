@@ -115,6 +115,7 @@ class TestExport:
         pytest.importorskip("onnxscript")
         assert export_task(merged_task(fitted[kind][1]["adapter"]), tmp_path / "m.onnx") < 1e-4
         session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
+        assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
         names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
         assert names == load_task(fitted[kind][1]["adapter"]).class_names
         assert [each.name for each in session.get_outputs()] == ["logits"]
