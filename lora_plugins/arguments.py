@@ -135,11 +135,12 @@ def _fits(parameter: str, value: Any) -> bool:
 
 
 def _wrong_type(parameter: str, value: Any) -> str:
-    name = type(value).__name__
-    article = "an" if name[0].lower() in "aeiou" else "a"
-    what = f"the class {value.__name__}" if isinstance(value, type) else f"{article} {name}"
-    library = type(value).__module__.partition(".")[0]
-    origin = f" of {library}" if what.endswith("LoraConfig") and not isinstance(value, LoraConfig) else ""
+    kind = value if isinstance(value, type) else type(value)
+    name = kind.__name__
+    article = "the class" if kind is value else "an" if name[0].lower() in "aeiou" else "a"
+    what = f"{article} {name}"
+    library = kind.__module__.partition(".")[0]
+    origin = f" of {library}" if name.endswith("LoraConfig") and not issubclass(kind, LoraConfig) else ""
     return f"{parameter} is {what}{origin}, and has to be {_TYPES[parameter][1]}."
 
 
