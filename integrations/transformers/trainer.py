@@ -8,18 +8,18 @@ models is set while a trainer is made, `_hf_peft_config_loaded`.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.arguments import check_config
-from lora_plugins.errors import listing
+from lora_plugins.errors import listing, no_folder
 from lora_plugins.field_checks import Check, check_fields, check_flag, check_name, check_share
 from lora_plugins.integrations.transformers.guard import TrainingGuard, check_active, unheld
 from lora_plugins.integrations.transformers.hub_card import write_card
@@ -28,6 +28,9 @@ from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
+
+_OF_A_MODEL = "Of a whole model, load the weights with from_pretrained and train from there."
+"""What to do with a checkpoint of a Trainer that trained no adapter."""
 
 _CHECKS: Mapping[str, Check] = {
     "adapter_name": check_name,
@@ -250,11 +253,12 @@ class LoraTrainer(Trainer):
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
     def _restore(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise StateError(no_folder(folder))
         if not holds_adapter(folder):
-            raise StateError(
-                f"{folder} holds no adapter: it is no checkpoint of a LoraTrainer. Of a whole model, load the weights "
-                "with from_pretrained and train from there."
-            )
+            last = cast(Any, get_last_checkpoint)(str(folder))
+            instead = f"Name the checkpoint in it: {last}." if last else _OF_A_MODEL
+            raise StateError(f"{folder} holds no adapter: it is no checkpoint of a LoraTrainer. {instead}")
         restore(self.model, self.adapter_name, folder)
         if self.optimizer is None or not unheld(self.model, self.optimizer):
             return

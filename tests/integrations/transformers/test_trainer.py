@@ -318,6 +318,16 @@ class TestResume:
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [("checkpoint-66", "has no 'checkpoint-66'. Did you mean"), (".", "Name the checkpoint in it: .*checkpoint-6")],
+        ids=["one that does not exist", "the folder of all"],
+    )
+    def test_what_is_no_checkpoint_is_told_with_those_there_are(self, tmp_path, given, message):
+        trainer(tmp_path).train()
+        with pytest.raises(StateError, match=message):
+            trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / given))
+
     def test_a_checkpoint_of_a_whole_model_is_refused(self, tmp_path):
         transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images()).train()
         with pytest.raises(StateError, match="holds no adapter"):
