@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_plugins.errors import no_folder
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
     NO_IMAGE,
@@ -17,6 +18,7 @@ from lora_plugins.tasks.data import (
     read_image,
     subfolders,
 )
+from lora_plugins.tasks.errors import DataError
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -59,8 +61,14 @@ class ImageFolderDataModule(ImageDataModule):
         return read_image(item.image), item.target
 
     def _folder(self, split: str) -> Path:
-        flat = self.shares[VAL] > 0 and not (self.root / TRAIN).is_dir()
-        return self.root if flat else self.root / split
+        if (self.root / TRAIN).is_dir():
+            return self.root / split
+        if self.root.is_dir() and self.shares[VAL] == 0:
+            raise DataError(
+                f"{no_folder(self.root / TRAIN)} If the folders of the classes are in {self.root} itself, set "
+                "`val_share`, such as 0.2, to hold a part of them out."
+            )
+        return self.root
 
     def _items(self, split: str, problems: list[str]) -> list[Item]:
         folder = self._folder(split)

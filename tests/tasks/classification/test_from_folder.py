@@ -57,3 +57,8 @@ class TestImageFolders:
         write_image(class_folders / "train" / os.fsdecode(inside), noise())
         with pytest.raises(DataError, match=r"UTF-8\. Rename \(1\):\n.*caf.udce9"):
             loaded(ImageFolderDataModule(str(class_folders), image_size=(8, 8)))
+
+
+def test_folders_of_classes_without_a_share_to_hold_out_say_so(flat_folders):
+    with pytest.raises(DataError, match=r"has no 'train'.* set `val_share`, such as 0\.2"):
+        loaded(ImageFolderDataModule(str(flat_folders), image_size=(8, 8)))
