@@ -27,6 +27,7 @@ from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoi
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.integrations.lightning.module import Start
+from lora_plugins.names import MANIFEST
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -133,7 +134,16 @@ def _load(
     weights_only: bool | None,
     options: dict[str, Any],
 ) -> Module:
-    """Loads a checkpoint by a class's own loader, which sees what its module wrote."""
+    """Loads a checkpoint by a class's own loader, which sees what its module wrote.
+
+    Raises:
+        AdapterFileError: If it is an adapter folder.
+    """
+    if isinstance(path, str | Path) and (Path(path) / MANIFEST).is_file():
+        raise AdapterFileError(
+            f"{path} is an adapter folder, and a checkpoint is a file. LoraModel.load_adapter(module, {str(path)!r}) "
+            f"puts it on a {cls.__name__}."
+        )
     with TemporaryDirectory() as folder:
         small = _as_written(path, Path(folder))
         if _is_lightnings_own(cls):

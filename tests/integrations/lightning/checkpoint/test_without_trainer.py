@@ -36,6 +36,17 @@ def test_fresh_process_gives_the_same_predictions(tmp_path):
     assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
 
 
+def test_an_adapter_folder_is_told_from_a_checkpoint(tmp_path):
+    module = Classifier()
+    LoraModel(module, LoraConfig(target_modules=["net.0"])).save_adapter(tmp_path / "adapter")
+
+    class Loading(LoraCheckpointMixin, Classifier):
+        pass
+
+    with pytest.raises(AdapterFileError, match=r"is an adapter folder.*LoraModel.load_adapter\(module, '.*adapter'\)"):
+        Loading.load_from_checkpoint(tmp_path / "adapter")
+
+
 class TestOneLiner:
     def test_class_is_the_users_own_and_arguments_come_from_the_file(self, tmp_path):
         run = trainer(tmp_path, [callback()])
