@@ -75,11 +75,19 @@ def _check_channels(name: str, value: Any) -> None:
         number_from(-math.inf)(f"{name}[{channel}]", number)
 
 
+def _check_weights(name: str, value: Any) -> None:
+    """A word, or a path as a text."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(
+            f"{name} is {shown(value)}. It is a text: `pretrained`, `none` for random ones, `package:NAME`, or a path."
+        )
+
+
 _CHECKS: Mapping[str, Check] = {
     "source": check_name,
     "name": check_name,
     "num_classes": check_count,
-    "weights": check_name,
+    "weights": _check_weights,
     "options": check_options,
     "mean": optional(_check_channels),
     "std": optional(_check_channels),

@@ -54,7 +54,7 @@ OF_MODELS = {
     "source": ["timmm", None],
     "name": [None, 3],
     "num_classes": ["3", 0, 2.5, True, None],
-    "weights": [3, None, True],
+    "weights": [3, None, True, ""],
     "options": [None, 3, []],
     "mean": [0.5, ("a", "b", "c"), (0.5,)],
     "head": ["old", None],
