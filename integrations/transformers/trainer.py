@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
@@ -28,6 +28,9 @@ from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
+
+_OF_A_RUN = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
+"""Files of a checkpoint without which the Trainer would start anew with the optimizer or the schedule, silently."""
 
 _OF_A_MODEL = "Of a whole model, load the weights with from_pretrained and train from there."
 """What to do with a checkpoint of a Trainer that trained no adapter."""
@@ -240,11 +243,12 @@ class LoraTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores the adapter from a checkpoint, before the optimizer is made."""
         folder = Path(resume_from_checkpoint)
-        if holds_adapter(folder) and not (folder / TRAINER_STATE_NAME).is_file():  # which is written last
+        missing = [name for name in _OF_A_RUN if not (folder / name).is_file()]
+        if holds_adapter(folder) and missing:
             raise StateError(
-                f"{folder} has no {TRAINER_STATE_NAME}: a run was stopped while it wrote this checkpoint, or it was "
-                "written by save_model. Resume from an earlier checkpoint; or go on with the adapter alone: "
-                "LoraModel.load_adapter(model, folder), then LoraTrainer without lora_config and train()."
+                f"{folder} has no {missing[0]}: a run was stopped while it wrote this checkpoint, or it was written by "
+                "save_model, or with save_only_model. Resume from an earlier checkpoint; or go on with the adapter "
+                "alone: LoraModel.load_adapter(model, folder), then LoraTrainer without lora_config and train()."
             )
         self._restore(folder)
 

@@ -309,12 +309,13 @@ class TestResume:
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
 
-    def test_a_checkpoint_that_was_not_written_whole_is_refused(self, tmp_path):
+    @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "scheduler.pt"])
+    def test_a_checkpoint_that_was_not_written_whole_is_refused(self, tmp_path, name):
         trainer(tmp_path).train()
-        (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+        (tmp_path / "checkpoint-6" / name).unlink()
         run = trainer(tmp_path)
         before = values(run.model)
-        with pytest.raises(StateError, match=r"checkpoint-6 has no trainer_state.json: a run was stopped"):
+        with pytest.raises(StateError, match=f"checkpoint-6 has no {name}: a run was stopped"):
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
 
