@@ -44,16 +44,16 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
         return [name for name in dict.fromkeys(needed) if name not in present]
 
 
-def left_out(module: LightningModule, checkpoint: Mapping[str, Any]) -> set[str]:
+def left_out(module: LightningModule, checkpoint: Mapping[str, Any]) -> list[str]:
     """Returns the names of the frozen base that a checkpoint leaves out."""
-    return set(map(name_mapper(module), checked_entry(checkpoint)["left_out"]))
+    return [*map(name_mapper(module), checked_entry(checkpoint)["left_out"])]
 
 
 def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
-    entry, current = checked_entry(checkpoint), present_state(module)
-    keys = map(name_mapper(module), [*entry["left_out"], *entry.get("base", [])])
-    return {key: current[key] for key in keys if key in current}
+    entry, own, current = checked_entry(checkpoint), module.state_dict(), present_state(module)
+    base = {key: own[key] for key in map(name_mapper(module), entry.get("base", [])) if key in own}
+    return base | {key: current[key] for key in left_out(module, checkpoint) if key in current}
 
 
 def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

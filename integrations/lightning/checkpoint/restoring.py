@@ -201,7 +201,7 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
     A module's own `on_save_checkpoint` may have taken keys of adapters, or of merged weights, out: then their tensors
     are in the entry. One that it has renamed is whole, and its `on_load_checkpoint` renames it back.
     """
-    current, own, rename = present_state(module), module.state_dict(), name_mapper(module)
+    own, current, rename = module.state_dict(), present_state(module), name_mapper(module)
     left_out = [rename(key) for key in entry["left_out"]]
     unknown = [key for key in left_out if key not in current]
     if unknown:
@@ -215,7 +215,7 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
         for key in adapter["tensors"]
     ]
     taken_out = map(rename, entry.get("base_tensors", {}))
-    present = {key: current[key] for key in left_out} | {k: own[k] for k in (*restored, *taken_out) if k in own}
+    present = {key: current[key] for key in left_out} | {key: own[key] for key in (*restored, *taken_out) if key in own}
 
     def completed(state: StateDict) -> StateDict:
         named = {rename(key): value for key, value in state.items()}

@@ -20,7 +20,10 @@ def map_state_dicts(checkpoint: Mapping[str, Any], change: Callable[[StateDict],
 
 
 def present_state(module: nn.Module) -> StateDict:
-    """Returns the state dict of a module, and what its own method leaves out: averages of the module may have that."""
+    """Returns the state dict of a module, and what its own method leaves out: averages of the module may have that.
+
+    Its own `load_state_dict` may not know these names.
+    """
     return {**nn.Module.state_dict(module), **module.state_dict()}
 
 
