@@ -37,8 +37,8 @@ class Start:
                 another base.
         """
         merged = {name: values for name, values in merged_weights(module).items() if values}
-        frozen = frozen_tensors(module)
-        tensors = {name: frozen[name] for name in frozen.keys() - set(but)}
+        other = frozenset(but)
+        tensors = {name: tensor for name, tensor in frozen_tensors(module).items() if name not in other}
         return cls(_sums(tensors), {**known_fingerprints(module), **merged})
 
     def mark_written(self, module: nn.Module) -> None:
