@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import PluginError, StateError, TargetError
-from lora_plugins.inplace import variant_delta
+from lora_plugins.errors import PluginError, StateError
 from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot
-
-_ROUNDED = 0.01
-"""The share of a weight that is taken for rounding: several times what rounding to bfloat16 loses of any weight."""
 
 
 def check_filled(init: InitPlugin, context: InitContext) -> None:
@@ -113,32 +109,6 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         )
     # In the order of shapes(), as a loaded adapter has them: optimizers know parameters by their order.
     return {name: returned[name].detach().clone() for name in expected}
-
-
-def check_first_update(
-    init: InitPlugin, layer: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, own: Mapping[str, Tensor]
-) -> None:
-    """Checks that the variant of a layer first adds what an init has taken out of its base.
-
-    Args:
-        init: The init, which changes the base.
-        layer: The layer.
-        weight: `(out, in)`, as the init left it.
-        A: `(r, in)`.
-        B: `(out, r)`.
-        own: The first values of the variant's own tensors.
-
-    Raises:
-        TargetError: If that is another matrix than `scaling * B @ A`, by more than rounding.
-    """
-    assert layer.variant is not None
-    taken, added = layer.scaling * B @ A, variant_delta(layer, weight, A, B, own)
-    if not bool((added - taken).norm() <= _ROUNDED * (weight + taken).norm()):
-        raise TargetError(
-            f"The init {init.name!r} takes scaling · B·A out of the base, and the first update of the variant "
-            f"{layer.variant.name!r} is another matrix at {layer.name!r}: the model would not start as it was. Choose "
-            "an init that leaves the base as it is, such as 'kaiming'."
-        )
 
 
 def _can_be_saved(name: Any, value: Tensor) -> bool:

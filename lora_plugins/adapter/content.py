@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, check_filled, check_first_update, own_values, recipe_of
+from lora_plugins.adapter.answers import base_of, check_filled, own_values, recipe_of
+from lora_plugins.adapter.same_start import check_first_update
 from lora_plugins.errors import StateError, TargetError
 from lora_plugins.inplace import (
     StoredWeight,

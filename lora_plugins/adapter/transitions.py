@@ -22,7 +22,7 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.moved_base import base_marks
 from lora_plugins.adapter.opening import close_state, open_state
-from lora_plugins.adapter.rounded_bases import check_rounded
+from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing

@@ -1,4 +1,4 @@
-"""Checks that a base changed by an init keeps its precision: rounding errors grow with the size of the values."""
+"""Checks that a model starts as it was where an init changes its base: rounding, or a variant, could lose of it."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import TargetError, listing
-from lora_plugins.inplace import StoredWeight, full_name, own_tensor
+from lora_plugins.inplace import StoredWeight, full_name, own_tensor, variant_delta
 from lora_plugins.plan import Plan
+from lora_plugins.plugins import InitPlugin, PlannedLayer
 from lora_plugins.utils import in_float64
 
 _LOST = 0.01
@@ -46,6 +47,32 @@ def check_rounded(
             "as large, which their types cannot hold exactly enough: the model would not start as it was. Load the "
             "base in float32, leave out quantize, or let the first update be smaller: by alpha, by init_options, or, "
             "where the init learns from gradients, by a loss that is averaged."
+        )
+
+
+def check_first_update(
+    init: InitPlugin, layer: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, own: Mapping[str, Tensor]
+) -> None:
+    """Checks that the variant of a layer first adds what an init has taken out of its base.
+
+    Args:
+        init: The init, which changes the base.
+        layer: The layer.
+        weight: `(out, in)`, as the init left it.
+        A: `(r, in)`.
+        B: `(out, r)`.
+        own: The first values of the variant's own tensors.
+
+    Raises:
+        TargetError: If that is another matrix than `scaling * B @ A`, by more than rounding.
+    """
+    assert layer.variant is not None
+    taken, added = layer.scaling * B @ A, variant_delta(layer, weight, A, B, own)
+    if not bool((added - taken).norm() <= _LOST * (weight + taken).norm()):
+        raise TargetError(
+            f"The init {init.name!r} takes scaling · B·A out of the base, and the first update of the variant "
+            f"{layer.variant.name!r} is another matrix at {layer.name!r}: the model would not start as it was. Choose "
+            "an init that leaves the base as it is, such as 'kaiming'."
         )
 
 
