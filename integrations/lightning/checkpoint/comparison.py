@@ -50,8 +50,6 @@ def locate_adapter(
 ) -> tuple[nn.Module, PackedAdapter]:
     """Returns the target of an adapter of a checkpoint, and the adapter with its tensors collected from the file.
 
-    The tensors are copies, as hooks of the module write those of the checkpoint, and two of these may share memory.
-
     Args:
         module: The module.
         adapter: Its part of the checkpoint's entry.
@@ -70,7 +68,7 @@ def locate_adapter(
     manifest = adapter["manifest"]
     keys = {key: state_key(path, str(manifest.get("adapter_name")), key) for key in manifest["tensors"]}
     tensors = {key: saved[own] for key, own in keys.items() if own in saved} | adapter["tensors"]
-    return target, PackedAdapter(manifest, {key: tensor.clone() for key, tensor in tensors.items()})
+    return target, PackedAdapter(manifest, tensors)
 
 
 def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:

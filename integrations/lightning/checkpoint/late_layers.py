@@ -12,7 +12,7 @@ from lora_plugins.adapter import freeze_new_norms
 from lora_plugins.errors import listing
 from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, present_state
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, with_hidden
 from lora_plugins.integrations.lightning.module import adapted_targets, name_mapper
 
 
@@ -51,9 +51,10 @@ def left_out(module: LightningModule, checkpoint: Mapping[str, Any]) -> list[str
 
 def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
-    entry, own, current = checked_entry(checkpoint), module.state_dict(), present_state(module)
-    base = {key: own[key] for key in map(name_mapper(module), entry.get("base", [])) if key in own}
-    return base | {key: current[key] for key in left_out(module, checkpoint) if key in current}
+    entry, rename, own = checked_entry(checkpoint), name_mapper(module), module.state_dict()
+    base = {key: own[key] for key in map(rename, entry.get("base", [])) if key in own}
+    current = with_hidden(own, module)
+    return base | {key: current[key] for key in map(rename, entry["left_out"]) if key in current}
 
 
 def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, 
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
     StateDict,
     map_state_dicts,
-    present_state,
     state_key,
+    with_hidden,
 )
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
@@ -170,7 +170,7 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
 def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
     """Attaches an adapter to its target, or overwrites the values of the present one; returns what was attached."""
     if not place.is_present:
-        LoraModel.load_packed(place.target, place.packed, place.name)
+        _attach(place)
         return [(place.target, place.name)]
     if place.own is None:
         whole(place.target, lambda: _put_anew(place))
@@ -183,7 +183,13 @@ def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
 
 def _put_anew(place: _Located) -> None:
     LoraModel(place.target).delete_adapter(place.name)
-    LoraModel.load_packed(place.target, place.packed, place.name)
+    _attach(place)
+
+
+def _attach(place: _Located) -> None:
+    """Attaches an adapter with copies: hooks of the module write tensors of a checkpoint, and two may share memory."""
+    copies = {key: tensor.clone() for key, tensor in place.packed.tensors.items()}
+    LoraModel.load_packed(place.target, replace(place.packed, tensors=copies), place.name)
 
 
 def _set_active(target: nn.Module, name: str, active: bool, weight: float) -> None:
@@ -201,7 +207,8 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
     A module's own `on_save_checkpoint` may have taken keys of adapters, or of merged weights, out: then their tensors
     are in the entry. One that it has renamed is whole, and its `on_load_checkpoint` renames it back.
     """
-    own, current, rename = module.state_dict(), present_state(module), name_mapper(module)
+    own, rename = module.state_dict(), name_mapper(module)
+    current = with_hidden(own, module)
     left_out = [rename(key) for key in entry["left_out"]]
     unknown = [key for key in left_out if key not in current]
     if unknown:

@@ -19,12 +19,12 @@ def map_state_dicts(checkpoint: Mapping[str, Any], change: Callable[[StateDict],
     return mapped
 
 
-def present_state(module: nn.Module) -> StateDict:
-    """Returns the state dict of a module, and what its own method leaves out: averages of the module may have that.
+def with_hidden(own: StateDict, module: nn.Module) -> StateDict:
+    """Adds to the state dict of a module what its own method leaves out: averages of the module may have that.
 
     Its own `load_state_dict` may not know these names.
     """
-    return {**nn.Module.state_dict(module), **module.state_dict()}
+    return {**nn.Module.state_dict(module), **own}
 
 
 def state_key(path: str, adapter: str, key: str) -> str:

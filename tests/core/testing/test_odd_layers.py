@@ -200,7 +200,14 @@ class Glu(nn.Module):
         return torch.sigmoid(F.linear(x, self.gate, self.bias)) * F.linear(x, self.up)
 
 
-class GluPlugin(RowMajorPlugin):
+class DropsInputs(RowMajorPlugin):
+    """Drops what goes into the weight of a term."""
+
+    def low(self, term, x):
+        return F.linear(term.drop(x).to(term.A.dtype), term.A)
+
+
+class GluPlugin(DropsInputs):
     name = "glu"
     module_type = Glu
     branch_types = (Glu,)
@@ -218,9 +225,6 @@ class GluPlugin(RowMajorPlugin):
             low = self.low(term, x)
             y[term.slot.tensor] = y[term.slot.tensor] + (term.scaling * F.linear(low, term.B)).to(y["up"].dtype)
         return torch.sigmoid(y["gate"]) * y["up"]
-
-    def low(self, term, x):
-        return F.linear(term.drop(x).to(term.A.dtype), term.A)
 
 
 class DropsForOneSlot(GluPlugin):
@@ -255,7 +259,7 @@ class Mlp(nn.Module):
         return F.linear(torch.tanh(F.linear(x, self.down)), self.up)
 
 
-class MlpPlugin(RowMajorPlugin):
+class MlpPlugin(DropsInputs):
     name = "mlp"
     module_type = Mlp
     branch_types = (Mlp,)
@@ -271,9 +275,6 @@ class MlpPlugin(RowMajorPlugin):
                 y = y + (term.scaling * F.linear(self.low(term, x), term.B)).to(y.dtype)
             x = torch.tanh(y)
         return y
-
-    def low(self, term, x):
-        return F.linear(term.drop(x).to(term.A.dtype), term.A)
 
 
 class DropsTheMiddleOfTheFirst(MlpPlugin):
