@@ -11,7 +11,7 @@ from lora_plugins.errors import listing, no_folder, nothing_there
 from lora_plugins.integrations.lightning.cli import positive, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
-from lora_plugins.tasks.file_kinds import SAFETENSORS, is_of_its_kind
+from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES, is_of_its_kind
 
 ONNX = ".onnx"
 WRITTEN = (".pt2", ONNX, SAFETENSORS)
@@ -58,6 +58,10 @@ def check_model(path: str | Path) -> None:
             f"There is no {path}. Give a checkpoint, an adapter folder or a merged file. {nothing_there(path)}"
         )
     if path.is_file() and not is_of_its_kind(path):
+        if path.suffix not in WEIGHTS_FILES:
+            raise WeightsError(
+                f"{path} is no model, which comes first: a checkpoint, an adapter folder or a merged file."
+            )
         kind = "safetensors file" if path.suffix == SAFETENSORS else "checkpoint"
         raise WeightsError(f"{path} is no {kind}, or is cut off. Give the file that a fit has left.")
     if path.is_dir() and not (path / MANIFEST).exists():
@@ -83,7 +87,7 @@ def check_ending(out: str | Path) -> None:
         ConfigError: If it is not.
     """
     if Path(out).suffix not in WRITTEN:
-        raise ConfigError(f"The file is {str(out)!r}. It ends in one of {', '.join(WRITTEN)}.")
+        raise ConfigError(f"The file to write is {str(out)!r}. It ends in one of {', '.join(WRITTEN)}.")
 
 
 def check_runtime(out: str | Path) -> None:

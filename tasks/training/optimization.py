@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_fields, number_from, whole_from
@@ -86,15 +86,18 @@ def configured_optimizer(
 def check_scheduler(name: str, value: object) -> None:
     """What makes a scheduler of an optimizer and the number of all its steps.
 
-    Of a class, the second argument is looked at: the number would be taken for a rate or a factor without a word. What
-    a function does with it is its author's business.
+    Of a class, the second argument is looked at: the number would be taken for a rate, a factor or, by `StepLR`, for
+    the steps of one decay, which would never come. What a function does with it is its author's business.
     """
     check_callable(name, value)
     kind = _called(value)
     if not (isinstance(kind, type) and issubclass(kind, LRScheduler)):
         return
     second = next(iter([*inspect.signature(kind).parameters.values()][1:]), None)
-    if second is not None and second.annotation is not second.empty and "int" not in _kinds(second.annotation):
+    if second is None:
+        return
+    no_number = second.annotation is not second.empty and "int" not in _kinds(second.annotation)
+    if no_number or issubclass(kind, StepLR) or second.name in getattr(value, "keywords", {}):
         raise ConfigError(
             f"{name} is {kind.__name__}, which takes {second.name!r} after the optimizer, where it is given the number "
             f"of all steps. Give a function: lambda optimizer, steps: {kind.__name__}(optimizer, {second.name}=...). "

@@ -45,6 +45,7 @@ def test_onnx_that_cannot_be_written_is_said_first(monkeypatch, tmp_path, capsys
     [
         ("it.ckpt", "it.ckpt is no checkpoint, or is cut off"),
         ("it.safetensors", "it.safetensors is no safetensors file, or is cut off"),
+        ("it.jpg", "it.jpg is no model, which comes first"),
         ("it", "it is no adapter folder: it has no adapter.json"),
     ],
 )
@@ -61,7 +62,7 @@ def test_what_no_task_is_in_is_seen_from_its_first_bytes(tmp_path, monkeypatch, 
 
 def test_a_file_of_no_kind_is_not_exported(tmp_path, capsys):
     assert main(["export", str(tmp_path), "m.tflite"]) == 1
-    assert "The file is 'm.tflite'. It ends in one of .pt2, .onnx, .safetensors." in capsys.readouterr().err
+    assert "The file to write is 'm.tflite'. It ends in one of .pt2, .onnx, .safetensors." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "usage"), [(["predict", "m", "i", "-h"], "MODEL"), (["export", "-h"], "export")])

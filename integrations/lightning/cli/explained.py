@@ -71,6 +71,13 @@ def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"{cls.rpartition('.')[2] or 'it'} has no {found[1]!r}. {near(found[1], _parameters(cls))}"
 
 
+def _option_of_callable(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    if found[1] not in _parameters(found[2]):
+        return _option(found, found[2], flags)
+    called = found[2].rpartition(".")[2]
+    return f"{found[1]!r} of {called} is what {cls.rpartition('.')[2] or 'its caller'} gives it, and cannot be set."
+
+
 def _nested_option(found: re.Match[str], cls: str, flags: list[str]) -> str:
     if not cls:
         return f"there is no flag {found[1]}. {near(found[1], flags)}"
@@ -140,6 +147,7 @@ _Say = Callable[[re.Match[str], str, list[str]], str]
 _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"([\w.]+ needs [\w.]+\. Run: pip install '[^']+')", _to_install),
     (r"unrecognized arguments: (\S+)", _nested_option),
+    (r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", _option_of_callable),
     (r"Option '(\w+)' is not accepted", _option),
     (r"Group '([\w.]+)' does not accept option '(\w+)'", _field),
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),

@@ -105,15 +105,18 @@ class TestScheduler:
         with pytest.raises(ConfigError, match="share of all steps"):
             rates(trainer, lr_scheduler=partial(warmup_cosine, warmup=1.5))
 
-    @pytest.mark.parametrize("name", ["ExponentialLR", "OneCycleLR", "LinearLR", "MultiStepLR", "LambdaLR"])
+    @pytest.mark.parametrize("name", ["ExponentialLR", "OneCycleLR", "LinearLR", "MultiStepLR", "LambdaLR", "StepLR"])
     def test_a_class_whose_second_argument_is_no_number_of_steps_is_refused(self, name):
         with pytest.raises(ConfigError, match=f"lr_scheduler is {name}, which takes .* where it is given the number"):
             ImageClassificationTask(tiny_vit(), lr_scheduler=getattr(torch.optim.lr_scheduler, name))
 
-    def test_a_partial_of_one_is_refused(self):
-        cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
-        with pytest.raises(ConfigError, match="OneCycleLR, which takes 'max_lr'"):
-            ImageClassificationTask(tiny_vit(), lr_scheduler=cycle)
+    @pytest.mark.parametrize(
+        ("name", "given"), [("OneCycleLR", "max_lr"), ("StepLR", "step_size"), ("CosineAnnealingLR", "T_max")]
+    )
+    def test_a_partial_that_leaves_no_place_for_the_steps_is_refused(self, name, given):
+        scheduler = partial(getattr(torch.optim.lr_scheduler, name), **{given: 1})
+        with pytest.raises(ConfigError, match=f"{name}, which takes '{given}'"):
+            ImageClassificationTask(tiny_vit(), lr_scheduler=scheduler)
 
     def test_a_function_says_which_argument_the_steps_are(self, trainer):
         seen = rates(

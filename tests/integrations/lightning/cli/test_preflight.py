@@ -131,6 +131,14 @@ LATER = {
         ["--data.init_args.batch_sizes", "3"],
         "DigitsDataModule has no 'batch_sizes'. Did",
     ),
+    "argument of a class that is called later": (
+        ["--model.init_args.lr_scheduler.init_args.eta_minn", "1e-5"],
+        "lr_scheduler: CosineAnnealingLR has no 'eta_minn'. Did you mean 'eta_min'?",
+    ),
+    "what the caller gives": (
+        ["--model.init_args.lr_scheduler.init_args.T_max", "30"],
+        "'T_max' of CosineAnnealingLR is what ImageClassificationTask gives it, and cannot be set.",
+    ),
     "below it": (["--model.init_args.model.sorce", "timm"], "model has no 'sorce'. Did you mean 'source'?"),
     "type": (["--trainer.max_epochs", "three"], "trainer.max_epochs: it is a whole number, and 'three' was given"),
     "type of an argument": (["--model.init_args.model.num_classes", "many"], "a whole number, and 'many' was given"),
