@@ -133,7 +133,7 @@ def test_an_adapter_is_saved_without_its_weight(tmp_path):
     [
         *(([1.0] * count, f"2 adapters and {count} weights: give one") for count in (0, 1, 3)),
         *(([0.5, wrong], "weight of 'b' is .* finite") for wrong in (float("nan"), float("inf"), "2", None, True)),
-        ([10**5000, 1], "weight of 'a' is an integer of 16610 bits"),
+        ([10**5000, 1], "weight of 'a' is .*(16610 bits|5001 digits)"),
     ],
     ids=["none", "one", "three", "nan", "inf", "text", "nothing", "flag", "too large"],
 )
