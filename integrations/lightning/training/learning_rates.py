@@ -106,12 +106,12 @@ class LearningRates:
             configured: What its `configure_optimizers` returned.
 
         Raises:
-            StateError: If a scheduler is not one of torch, which could not be told of the new groups, or an optimizer
-                has no learning rate.
+            StateError: If an optimizer or a scheduler is not one of torch, which could not be told of the new groups,
+                or an optimizer has no learning rate.
         """
         if self == LearningRates():
             return
-        _check_schedulers(configured)
+        _check_of_torch(configured)
         _check_rates(configured)
         schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
         for optimizer in flatten(configured):
@@ -189,13 +189,13 @@ def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, lis
     return members
 
 
-def _check_schedulers(configured: Any) -> None:
-    """Checks that all schedulers are torch's: others keep numbers for each group in unknown places."""
+def _check_of_torch(configured: Any) -> None:
+    """Checks that all optimizers and schedulers are torch's: others keep what each group has in unknown places."""
     steppers = [leaf for leaf in flatten(configured) if hasattr(leaf, "step")]
     unknown = [type(leaf).__name__ for leaf in steppers if not isinstance(leaf, Optimizer | LRScheduler)]
     if unknown:
         raise StateError(
-            f"{unknown[0]} is no LRScheduler of torch, and could not be told of the parameter groups that "
+            f"{unknown[0]} is no Optimizer or LRScheduler of torch, and could not be told of the parameter groups that "
             "loraplus_lr_ratio and heads_lr_ratio make. Use parameter_groups(...) in configure_optimizers instead."
         )
 

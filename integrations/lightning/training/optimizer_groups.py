@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from lightning.fabric.utilities.types import Optimizable
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
@@ -34,7 +34,7 @@ def flatten(configured: Any) -> Iterator[Any]:
         yield configured
 
 
-def parameters_of(optimizers: Iterable[Optimizer]) -> set[int]:
+def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     """Returns the `id` of each parameter that some optimizer holds."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
@@ -53,7 +53,8 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     Raises:
         StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
     """
-    optimizers = [leaf for leaf in flatten(configured) if isinstance(leaf, Optimizer)]
+    # Lightning takes wrappers of an optimizer that are no subclass of torch's.
+    optimizers = [leaf for leaf in flatten(configured) if isinstance(leaf, Optimizable)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained, held = trained_parameters(module), parameters_of(optimizers)
     missing = {name: p for name, p in trained.items() if id(p) not in held}

@@ -195,7 +195,7 @@ class StrangeScheduler:
 
 def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
     lora = LoraCallback(CONFIG, loraplus_lr_ratio=16.0)
-    with pytest.raises(StateError, match=r"StrangeScheduler is no LRScheduler.*parameter_groups"):
+    with pytest.raises(StateError, match=r"StrangeScheduler is no Optimizer or LRScheduler.*parameter_groups"):
         trainer(tmp_path, [lora]).fit(plain(lambda *_: StrangeScheduler()), loader())
 
 

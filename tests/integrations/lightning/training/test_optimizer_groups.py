@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from torch.nn.functional import cross_entropy
 
@@ -57,6 +57,42 @@ def test_list_captured_in_init_is_completed_and_said_so(tmp_path):
         run = fit(tmp_path, module)
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+
+class Wrapper:
+    """What Lightning takes for an optimizer, and is none of torch."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.defaults, self.state = optimizer.param_groups, optimizer.defaults, optimizer.state
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+
+class Wrapped(Classifier):
+    def __init__(self, wrapped, early):
+        super().__init__()
+        self.early = list(self.parameters()) if early else None
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.early or self.parameters(), lr=0.1)
+        return Wrapper(optimizer) if self.hparams.wrapped else optimizer
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.filterwarnings("ignore:The optimizer was built before the adapters:UserWarning")
+def test_wrapper_that_is_no_optimizer_of_torch_trains_as_what_it_wraps(tmp_path, early):
+    wrapped, bare = Wrapped(True, early), Wrapped(False, early)
+    for module in (wrapped, bare):
+        seed_everything(0)
+        fit(tmp_path, module)
+    assert all(p.abs().sum() > 0 for p in lora_b(wrapped).values())
+    assert differing(values(wrapped), values(bare)) == set()
 
 
 class Named(Classifier):
