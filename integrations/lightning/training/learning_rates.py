@@ -16,7 +16,7 @@ from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.field_checks import check_factor
 from lora_plugins.integrations.lightning.module import adapted_targets
-from lora_plugins.integrations.lightning.training.optimizer_groups import NAMES, flatten
+from lora_plugins.integrations.lightning.training.optimizer_groups import NAMES, flatten, parameters_of
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that are learning rates; schedulers of torch write the last three."""
@@ -106,12 +106,12 @@ class LearningRates:
             configured: What its `configure_optimizers` returned.
 
         Raises:
-            StateError: If an optimizer or a scheduler is not one of torch, which could not be told of the new groups,
-                or an optimizer has no learning rate.
+            StateError: If an optimizer or a scheduler could not be told of the new groups, or an optimizer has no
+                learning rate.
         """
         if self == LearningRates():
             return
-        _check_of_torch(configured)
+        _check_told(configured)
         _check_rates(configured)
         schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
         for optimizer in flatten(configured):
@@ -189,15 +189,24 @@ def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, lis
     return members
 
 
-def _check_of_torch(configured: Any) -> None:
-    """Checks that all optimizers and schedulers are torch's: others keep what each group has in unknown places."""
-    steppers = [leaf for leaf in flatten(configured) if hasattr(leaf, "step")]
-    unknown = [type(leaf).__name__ for leaf in steppers if not isinstance(leaf, Optimizer | LRScheduler)]
-    if unknown:
-        raise StateError(
-            f"{unknown[0]} is no Optimizer or LRScheduler of torch, and could not be told of the parameter groups that "
-            "loraplus_lr_ratio and heads_lr_ratio make. Use parameter_groups(...) in configure_optimizers instead."
-        )
+def _check_told(configured: Any) -> None:
+    """Checks that all optimizers and schedulers keep what each parameter group has where torch's own do."""
+    for leaf in flatten(configured):
+        if hasattr(leaf, "step") and (reason := _why_untold(leaf)):
+            raise StateError(
+                f"{type(leaf).__name__} {reason}, and could not be told of the parameter groups that loraplus_lr_ratio "
+                "and heads_lr_ratio make. Use parameter_groups(...) in configure_optimizers instead."
+            )
+
+
+def _why_untold(leaf: Any) -> str:
+    if not isinstance(leaf, Optimizer | LRScheduler):
+        return "is no Optimizer or LRScheduler of torch"
+    if isinstance(leaf, LRScheduler):
+        return ""
+    held = parameters_of([leaf])
+    lists = [name for name, value in vars(leaf).items() if isinstance(value, list) and held & set(map(id, value))]
+    return f"has a list of its parameters beside the groups ({lists[0]})" if lists else ""
 
 
 def _check_rates(configured: Any) -> None:

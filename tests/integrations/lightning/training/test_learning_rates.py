@@ -199,6 +199,16 @@ def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
         trainer(tmp_path, [lora]).fit(plain(lambda *_: StrangeScheduler()), loader())
 
 
+class Lbfgs(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad])
+
+
+def test_optimizer_that_lists_its_parameters_beside_its_groups_is_refused(tmp_path):
+    with pytest.raises(StateError, match=r"LBFGS has a list of its parameters .*\(_params\).*parameter_groups\(...\)"):
+        trainer(tmp_path, [lora(loraplus_lr_ratio=2.0)]).fit(Lbfgs(), loader())
+
+
 class FindsItsRate(torch.optim.Optimizer):
     """Has no learning rate in its groups, as A2Grad and AliG of pytorch_optimizer."""
 
