@@ -21,10 +21,10 @@ from lora_plugins.integrations.lightning.training.optimizer_groups import NAMES,
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that are learning rates; schedulers of torch write the last three."""
 
-_SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")
-"""Attributes of schedulers of torch 2.13 that have one learning rate for each group."""
+_LISTED_RATES = ("base_lrs", "max_lrs", "_last_lr")
+"""Attributes of schedulers of torch 2.13 that have one learning rate for each group; AdaBound has the first as well."""
 
-_SCHEDULER_ENTRIES = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
+_LISTED_ENTRIES = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 """Attributes that have something else for each group."""
 
 _FOLLOWS, _RATIO = "follows", "lr_ratio"
@@ -116,9 +116,9 @@ class LearningRates:
         schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
         for optimizer in flatten(configured):
             if isinstance(optimizer, Optimizer) and not any(_FOLLOWS in group for group in optimizer.param_groups):
-                followers = [s for s in schedulers if s.optimizer is optimizer]
+                listing_groups = [optimizer, *(s for s in schedulers if s.optimizer is optimizer)]
                 for index in range(len(optimizer.param_groups)):
-                    self._split(module, optimizer, index, followers)
+                    self._split(module, optimizer, index, listing_groups)
                 optimizer.register_step_pre_hook(self.follow)
 
     @staticmethod
@@ -132,7 +132,7 @@ class LearningRates:
                 else:
                     group["lr"] = rate
 
-    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, schedulers: list[LRScheduler]) -> None:
+    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
         group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
         ratios = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
         present = {name: ratio for name, ratio in ratios.items() if members[name]}
@@ -145,8 +145,8 @@ class LearningRates:
             own = {"name": f"{group['name']}_{name}"} if "name" in group else {}  # LearningRateMonitor wants it unique
             part = {**_with_members(whole, members[name]), **own, **_scaled(group, ratio)}
             optimizer.add_param_group({**part, _FOLLOWS: index, _RATIO: ratio})
-            for scheduler in schedulers:
-                _extend(scheduler, index, ratio)
+            for each in listing_groups:
+                _extend(each, index, ratio)
 
 
 def _with_members(group: dict[str, Any], members: list[nn.Parameter]) -> dict[str, Any]:
@@ -161,16 +161,16 @@ def _scaled(group: dict[str, Any], factor: float) -> dict[str, Any]:
     return {key: group[key] * factor for key in _GROUP_RATES if key in group}
 
 
-def _extend(scheduler: LRScheduler, index: int, factor: float) -> None:
-    """Adds to a scheduler a new group, which follows the one at `index` at a multiple of its rate."""
-    for part in _parts(scheduler):
-        for name in (*_SCHEDULER_RATES, *_SCHEDULER_ENTRIES):
+def _extend(listing_groups: Any, index: int, factor: float) -> None:
+    """Adds to what an optimizer or a scheduler lists a new group, at a multiple of the rate of the one at `index`."""
+    for part in _parts(listing_groups):
+        for name in (*_LISTED_RATES, *_LISTED_ENTRIES):
             entries = getattr(part, name, None)
             if isinstance(entries, list):
-                entries.append(entries[index] * factor if name in _SCHEDULER_RATES else entries[index])
+                entries.append(entries[index] * factor if name in _LISTED_RATES else entries[index])
 
 
-def _parts(scheduler: LRScheduler) -> list[LRScheduler]:
+def _parts(scheduler: Any) -> list[Any]:
     """Returns a scheduler and those that it is made of: SequentialLR and ChainedScheduler have some."""
     return [scheduler, *(part for inner in getattr(scheduler, "_schedulers", ()) for part in _parts(inner))]
 
@@ -204,9 +204,16 @@ def _why_untold(leaf: Any) -> str:
         return "is no Optimizer or LRScheduler of torch"
     if isinstance(leaf, LRScheduler):
         return ""
-    held = parameters_of([leaf])
-    lists = [name for name, value in vars(leaf).items() if isinstance(value, list) and held & set(map(id, value))]
-    return f"has a list of its parameters beside the groups ({lists[0]})" if lists else ""
+    kept = [name for name, value in vars(leaf).items() if _keeps_parameters(value, leaf)]
+    return f"keeps parameters beside its groups ({kept[0]})" if kept else ""
+
+
+def _keeps_parameters(value: Any, optimizer: Optimizer) -> bool:
+    """Whether an attribute of an optimizer has its parameters where a change of its groups does not reach them."""
+    if isinstance(value, Optimizer):
+        return value.param_groups is not optimizer.param_groups
+    held = parameters_of([optimizer])
+    return isinstance(value, list) and any(isinstance(each, Optimizer) or id(each) in held for each in value)
 
 
 def _check_rates(configured: Any) -> None:

@@ -199,14 +199,69 @@ def test_scheduler_that_is_none_of_torch_is_refused(tmp_path):
         trainer(tmp_path, [lora]).fit(plain(lambda *_: StrangeScheduler()), loader())
 
 
-class Lbfgs(Classifier):
+class Made(Classifier):
+    """Makes its optimizer by a function of itself."""
+
     def configure_optimizers(self):
-        return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad])
+        return self.make(self)
 
 
-def test_optimizer_that_lists_its_parameters_beside_its_groups_is_refused(tmp_path):
-    with pytest.raises(StateError, match=r"LBFGS has a list of its parameters .*\(_params\).*parameter_groups\(...\)"):
-        trainer(tmp_path, [lora(loraplus_lr_ratio=2.0)]).fit(Lbfgs(), loader())
+def made(make):
+    module = Made()
+    module.make = make
+    return module
+
+
+def trained(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+class Inner(torch.optim.Optimizer):
+    """Leaves the steps to another optimizer, with groups of its own."""
+
+    def __init__(self, params, parts=lambda inner: inner):
+        super().__init__(params, {"lr": 0.01})
+        self.inner = parts(torch.optim.SGD([{**group} for group in self.param_groups], lr=0.01))
+
+
+KEEPING = {
+    "lbfgs": (torch.optim.LBFGS, "_params"),
+    "inner": (Inner, "inner"),
+    "inners": (lambda params: Inner(params, lambda inner: [inner]), "inner"),
+}
+
+
+@pytest.mark.parametrize(("make", "kept"), KEEPING.values(), ids=KEEPING.keys())
+def test_optimizer_that_keeps_parameters_beside_its_groups_is_refused(tmp_path, make, kept):
+    module = made(lambda module: make(trained(module)))
+    with pytest.raises(StateError, match=rf"keeps parameters beside its groups \({kept}\).*parameter_groups\(...\)"):
+        trainer(tmp_path, [lora(loraplus_lr_ratio=2.0)]).fit(module, loader())
+
+
+class Bounded(torch.optim.SGD):
+    """Lists the rates of its groups, as AdaBound of torch_optimizer and pytorch_optimizer."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.01)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = closure()
+        for group, base in zip(self.param_groups, self.base_lrs, strict=True):
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=base)
+        return loss
+
+
+def test_optimizer_that_lists_the_rates_of_its_groups_knows_all(tmp_path):
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    ratios = {"loraplus_lr_ratio": 4.0, "heads_lr_ratio": 0.5}
+    by_callback = made(lambda module: Bounded(trained(module)))
+    by_groups = made(lambda module: Bounded(parameter_groups(module, lr=0.01, **ratios)))
+    trainer(tmp_path, [lora(config, **ratios)]).fit(by_callback, loader())
+    trainer(tmp_path, [lora(config)]).fit(by_groups, loader())
+    torch.testing.assert_close(dict(by_callback.named_parameters()), dict(by_groups.named_parameters()))
 
 
 class FindsItsRate(torch.optim.Optimizer):
