@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, StateError
@@ -93,6 +94,22 @@ def test_wrapper_that_is_no_optimizer_of_torch_trains_as_what_it_wraps(tmp_path,
         fit(tmp_path, module)
     assert all(p.abs().sum() > 0 for p in lora_b(wrapped).values())
     assert differing(values(wrapped), values(bare)) == set()
+
+
+class Unmade(torch.optim.Optimizer):
+    """Wraps an optimizer, as copies of Lookahead that do not call Optimizer.__init__."""
+
+    def __init__(self, optimizer):
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+def test_optimizer_that_lightning_refuses_is_left_to_it(tmp_path):
+    class Module(Classifier):
+        def configure_optimizers(self):
+            return Unmade(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    with pytest.raises(MisconfigurationException, match="Unknown configuration for model optimizers"):
+        fit(tmp_path, Module())
 
 
 class Named(Classifier):
