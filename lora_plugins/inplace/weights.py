@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
 from lora_plugins.inplace.library_kinds import foreign_kind
 from lora_plugins.inplace.made_again import note
@@ -141,7 +142,8 @@ def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
 def is_shard(layer: nn.Module, name: str) -> bool:
     """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the forward of what they wrap.
 
-    They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter.
+    They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter. Of what is
+    none, a buffer or a weight that is computed, it is whether they hold the update in parts.
     """
     parameters = layer._parameters
     parameter = parameters[name] if name in parameters else None  # a TorchScript module has no `get`  # noqa: SIM401
@@ -149,12 +151,17 @@ def is_shard(layer: nn.Module, name: str) -> bool:
         return True
     if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
         return False
-    if parameter is None:
-        view: Tensor = layer.__dict__[name]
-        _check_not_shared(layer, name, view)
-        return view.untyped_storage().size() == 0
     # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
-    return hasattr(parameter, "_fsdp_flattened")
+    if parameter is not None:
+        return hasattr(parameter, "_fsdp_flattened")
+    view = layer.__dict__.get(name)
+    if view is not None:
+        _check_not_shared(layer, name, view)
+    if view is not None and view.untyped_storage().size() == 0:
+        return True
+    factors = [child for child in layer._modules.values() if isinstance(child, AdapterTensors)]
+    parts = [part for each in factors for part in each._parameters.values()]
+    return any(is_distributed(part) or hasattr(part, "_fsdp_flattened") for part in parts)
 
 
 def is_distributed(tensor: Tensor | None) -> bool:

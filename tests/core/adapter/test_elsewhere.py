@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear, mse_loss
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 
@@ -146,6 +148,16 @@ class Attends(nn.Module):
         return self.head(self.attention(x, x, x)[0])
 
 
+class Fixed(nn.Linear):
+    """A weight that is a buffer."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
+
 READING = {
     "a forward of its own": (Scaled, {}),
     "parts with DoRA": (nn.Linear, {"variant": "dora", "fused_parts": {"0": ["q", "v"]}}),
@@ -153,6 +165,10 @@ READING = {
     "another module, with dropout": (Reads, {"dropout": 0.3}),
     "a call, with dropout": (nn.Linear, {"dropout": 0.3}),
     "attention": (Attends, {}),
+    "a buffer": (Fixed, {}),
+    "weight norm": (lambda *sizes: weight_norm(nn.Linear(*sizes)), {}),
+    "spectral norm": (lambda *sizes: spectral_norm(nn.Linear(*sizes)), {}),
+    "pruned": (lambda *sizes: prune.l1_unstructured(nn.Linear(*sizes), "weight", 0.5), {}),
 }
 
 
@@ -172,6 +188,37 @@ def test_a_weight_is_the_updated_one_for_whoever_reads_it_in_a_forward(split, ki
         return [output.detach(), *whole]
 
     for got, expected in zip(gradients(split), gradients(lambda model: model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@IN_A_PROCESS
+@VIEWS
+@pytest.mark.parametrize("kind", ["a buffer", "weight norm"])
+def test_outside_of_the_forward_a_weight_that_is_no_parameter_is_the_base_s(kind):
+    layer = READING[kind][0](8, 12).double()
+    expected = layer.weight
+    model = nn.Sequential(layer)
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    fully_shard(model)(X)
+    model.reshard()
+    got = getattr(layer.weight, "full_tensor", lambda: layer.weight)()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@SPLIT
+@IN_A_PROCESS
+@VIEWS
+def test_statistics_that_move_are_the_base_s_in_a_block(split):
+    def outputs(split):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).double()
+        lora = LoraModel(model, LoraConfig(r=2, target_modules=["0", "2"], init="none", norm="track"))
+        trained(split(model))
+        with lora.disable_adapter():
+            base = model(X)
+        return base, model(X)
+
+    for got, expected in zip(outputs(split), outputs(lambda model: model), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
