@@ -84,6 +84,12 @@ class _Sums:
     def _seen(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
         try:
             return self.layer.plugin.inputs(module, self.slot, *args, **kwargs)
+        except NotImplementedError as error:
+            raise TargetError(
+                f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not say what {self.slot.tensor!r} of "
+                f"this {base_class_of(module).__name__} is multiplied by. Add it to exclude_modules, or choose "
+                "another init."
+            ) from error
         except TypeError as error:  # a subclass may be called with more than its base class
             raise TargetError(
                 f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not understand what this "

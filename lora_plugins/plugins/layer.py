@@ -96,8 +96,8 @@ class LayerPlugin(ABC, Generic[Layer]):
     def inputs(self, layer: Layer, slot: Slot, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the vectors that the matrix of a slot is multiplied by, `(n, in)`, for inits that learn from them.
 
-        Optional: without it, such an init refuses the layer. A subclass is taken to feed its weight as its base class
-        does.
+        Optional: without it, such an init refuses the layer, as where it raises a `NotImplementedError`. A subclass is
+        taken to feed its weight as its base class does.
 
         Args:
             layer: The layer; read its options, not its weight.

@@ -23,9 +23,12 @@ def _inputs(case: LayerCase) -> None:
     arguments = case.arguments(model.layer)
     output = _flat(call(model, arguments))
     for slot in case.slots():
+        try:
+            vectors = _vectors_of(case, model, slot, arguments)
+        except NotImplementedError:
+            continue
         for each in (arguments, *_nearly_zero(arguments)):
             _span_the_gradient(case, model, slot, each)
-        vectors = _vectors_of(case, model, slot, arguments)
         _of_each_row(case, model, slot, vectors)
         _size(case, model, slot, output, vectors)
 
@@ -175,7 +178,8 @@ def _biases(case: LayerCase) -> None:
 
 def _has(layer: nn.Module, name: str) -> bool:
     path, _, key = name.rpartition(".")
-    return key in layer.get_submodule(path)._parameters
+    owner = layer.get_submodule(path)
+    return key in owner._parameters or getattr(owner, key, owner) is None  # as layers without a bias often say
 
 
 def _vectors(layer: nn.Module) -> list[str]:

@@ -218,8 +218,8 @@ def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, fl
     for name, weight in weights.items():
         adapter = layer_state(layer).adapters[name]
         for slot in adapter.slots:
-            base = found.get(slot.tensor, detached_weight(layer, slot.tensor))
             A, B = factors(layer, name, slot)
+            base = found.get(slot.tensor, detached_weight(layer, slot.tensor).to(A.dtype))
             matrix = weight * adapter.scaling * (B @ A)
             if adapter.variant is not None:
                 part = plugin.to_matrix(detached_weight(layer, slot.tensor)).to(A.dtype)
@@ -230,8 +230,8 @@ def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, fl
                 start, stop, total = slot.rows
                 matrix = torch.cat([matrix.new_zeros(start, matrix.shape[1]), matrix])
                 matrix = torch.cat([matrix, matrix.new_zeros(total - stop, matrix.shape[1])])
-            found[slot.tensor] = base + plugin.from_matrix(matrix, base.shape).to(base.dtype)
-    return found
+            found[slot.tensor] = base + plugin.from_matrix(matrix, base.shape)
+    return {name: value.to(detached_weight(layer, name).dtype) for name, value in found.items()}  # rounded once
 
 
 def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None = None) -> Holder:

@@ -44,6 +44,8 @@ def _registration(case: LayerCase) -> None:
         f"the layer gives a {type(output).__name__}, and the kit looks for tensors in tuples, lists, mappings and "
         "dataclasses",
     )
+    finite = any(bool(tensor.isfinite().any()) for tensor in tensors_of(output))
+    require(finite, "the untouched layer gives no finite number")
 
 
 def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Tensor]]:
@@ -54,6 +56,11 @@ def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Te
             has_it = isinstance(getattr(layer, slot.tensor, None), Tensor)
             known = near(slot.tensor, layer._parameters)
             require(has_it, f"{method}() names the weight {slot.tensor!r}, which the layer does not have. {known}")
+            require(
+                slot.tensor not in layer._buffers,
+                f"{method}() names {slot.tensor!r}, a buffer that no update can be merged into for good. A weight is a "
+                "parameter of the layer",
+            )
             require(
                 not isinstance(getattr(type(layer), slot.tensor, None), property),
                 f"{method}() names {slot.tensor!r}, a property that no update can be merged into. Name the parameters "

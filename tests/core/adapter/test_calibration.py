@@ -492,3 +492,23 @@ def test_arguments_that_the_plugin_does_not_know_are_named():
     with pytest.raises(TargetError, match="'layer': the plugin 'linear' does not understand what this Doubling is"):
         LoraModel(model, config, init_data=InitData(data))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class SaysNothing(RowMajorPlugin):
+    name = "says_nothing"
+    module_type = Doubling
+
+    def inputs(self, layer, slot, *args, **kwargs):
+        raise NotImplementedError
+
+
+def test_a_layer_whose_plugin_does_not_say_its_inputs_is_named():
+    class Plugins:
+        @hookimpl
+        def lora_plugins_register_layers(self, registrar):
+            registrar.add(SaysNothing())
+
+    model, registry = nn.Sequential(Doubling(6, 4)), build_registry([("mine", Plugins())])
+    with pytest.raises(TargetError, match="'0': the plugin 'says_nothing' does not say what 'weight' of this Doubling"):
+        LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=InitData([torch.ones(12, 6)]))
+    assert type(model[0]) is Doubling

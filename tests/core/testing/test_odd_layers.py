@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins import ColumnMajorPlugin, RowMajorPlugin, Slot
+from lora_plugins import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot
 from lora_plugins.testing import CheckError, check_layer_plugin
 
 
@@ -61,6 +61,20 @@ class ComputedPlugin(OddPlugin):
         return [Slot("kernel")]
 
 
+class Buffered(Odd):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", torch.randn(4, 5))
+
+
+class BufferedPlugin(ComputedPlugin):
+    module_type = Buffered
+
+
+def no_numbers(logits, width):
+    return logits / 0
+
+
 class SlotsOfOneName(OddPlugin):
     def slots(self, layer):
         return [Slot("weight"), Slot("weight")]
@@ -87,8 +101,10 @@ def test_what_a_dataclass_holds_is_compared():
         (OddPlugin(), {"dtype": torch.cfloat}, r"the layer has the complex parameters \['weight'\]"),
         (SlotsOfOneName(), {}, r"slots\(\) gives 'weight' and 'weight' the part ''"),
         (ComputedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each: 'weight'"),
+        (BufferedPlugin(), {}, r"slots\(\) names 'kernel', a buffer .* A weight is a parameter of the layer"),
+        (OddPlugin(), {"answer": no_numbers}, "the untouched layer gives no finite number"),
     ],
-    ids=["no tensors", "complex", "one part", "computed"],
+    ids=["no tensors", "complex", "one part", "computed", "a buffer", "no numbers"],
 )
 def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     with pytest.raises(CheckError, match=message) as caught:
@@ -439,3 +455,78 @@ class FollowingPlugin(RowMajorPlugin):
 
 def test_a_layer_that_moves_what_it_computes_with_passes():
     check_layer_plugin(FollowingPlugin(), lambda: Following(4), lambda layer: torch.randn(3, 4))
+
+
+class Masked(nn.Module):
+    """Scores by head, of which some are masked, and their mean, which is NaN where there are no rows."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 4))
+        self.shift = nn.Parameter(torch.randn(6)) if bias else None
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.flatten(0, 1), self.shift)
+        return y.masked_fill(x[..., :1] > 0, -torch.inf), y.mean()
+
+
+class MaskedPlugin(LayerPlugin):
+    name = "masked"
+    module_type = Masked
+
+    def to_matrix(self, weight):
+        return weight.flatten(0, 1)
+
+    def from_matrix(self, matrix, shape):
+        return matrix.reshape(shape)
+
+    def biases(self, layer):
+        return ["shift"]
+
+    def inputs(self, layer, slot, x):
+        if layer.shift is None:
+            raise NotImplementedError("unknown without a shift")
+        return x.flatten(0, -2)
+
+
+class MaskedWrongly(MaskedPlugin):
+    branch_types = (Masked,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x):
+        weight = base["weight"].flatten(0, 1) + sum(term.delta_weight() for term in terms)
+        y = F.linear(x, weight.to(x), layer.shift)
+        return y.masked_fill(x[..., :1] > 0, torch.inf), y.mean()
+
+
+def test_a_layer_that_gives_nan_and_infinities_and_says_none_for_its_bias_passes():
+    check_layer_plugin(MaskedPlugin(), Masked, lambda layer: torch.randn(5, 4), [{}, {"bias": False}])
+
+
+def test_infinities_are_compared():
+    with pytest.raises(CheckError, match=r"the output in eval mode, .*, differs by up to inf"):
+        check_layer_plugin(MaskedWrongly(), Masked, lambda layer: torch.randn(5, 4), only=["law"])
+
+
+class Attention(nn.Module):
+    """Attention whose scores are large, so that it is another one where its weights are rounded otherwise."""
+
+    def __init__(self, skip):
+        super().__init__()
+        torch.randn(skip)
+        self.weight = nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.weight).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class AttentionPlugin(RowMajorPlugin):
+    name = "attention_of_one_weight"
+    module_type = Attention
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+def test_a_layer_that_no_rounding_may_move_passes_in_half_precision(skip):
+    options = [{"skip": skip}]
+    check_layer_plugin(AttentionPlugin(), Attention, lambda layer: torch.randn(2, 5, 8), options, only=["dtype"])

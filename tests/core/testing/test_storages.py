@@ -261,3 +261,17 @@ class MisspeltCodes(NF4Storage):
 def test_a_misspelt_tensor_is_told_with_a_near_one():
     with pytest.raises(CheckError, match=r"store\(\) gives no 'coeds'\. Did you mean 'codes'\?"):
         check_storage_plugin(MisspeltCodes())
+
+
+class HalfOfTheBits(StoragePlugin):
+    name = "upper_bits"
+
+    def store(self, weight, options):
+        return {"bits": weight.to(torch.bfloat16).view(torch.int16)}
+
+    def restore(self, tensors, shape, options):
+        return tensors["bits"].view(torch.bfloat16).float()
+
+
+def test_a_storage_of_half_the_bytes_passes():
+    check_storage_plugin(HalfOfTheBits())
