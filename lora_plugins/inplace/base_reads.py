@@ -36,6 +36,7 @@ def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any
         raise StateError(
             f"The forward of {state.name!r} ({base_class_of(layer).__name__}) computes without reading "
             f"{listing(missed)} as an attribute of the layer, so an adapter does nothing there: its parameters, or a "
-            "reference that it keeps, are the base's. Let it read the attribute, or add the layer to exclude_modules."
+            "reference that it keeps, are the base's. Let it read the attribute, or add the layer to exclude_modules. "
+            "If it keeps what it computes in eval(), call train() and eval() of the model again."
         )
     state.is_read = len(names) > 0

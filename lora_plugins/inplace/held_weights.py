@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lora_plugins.inplace.base_reads import check_reads
 from lora_plugins.inplace.layer_state import layer_state, state_of
 
-Held = tuple[dict[str, Tensor], bool]
-"""The weights that a call of a forward has read, by name; and whether the call records gradients.
+Held = tuple[dict[str, Tensor], bool, bool]
+"""The weights that a call has read, by name; whether it records gradients, and whether it is one of a forward.
 
-The first reading may be inside of `torch.no_grad()`, where the forward writes.
+The first reading may be inside of `torch.no_grad()`, where the forward writes. What others write would be lost.
 """
 
 
@@ -36,13 +36,26 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         weights: Attribute names of the weights that answer with their effective value.
     """
 
+    @functools.wraps(base.train)
+    def train(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        state, thread = state_of(layer), _thread()
+        if state is None or thread in state.held:
+            return base.train(layer, *args, **kwargs)
+        given: dict[str, Tensor] = {}
+        state.held[thread] = given, torch.is_grad_enabled(), False
+        try:
+            return base.train(layer, *args, **kwargs)
+        finally:
+            del state.held[thread]
+            state.is_read = state.is_read or given.keys() >= set(state.weight_names)
+
     @functools.wraps(base.forward)  # others ask for its signature
     def forward(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         state, thread = state_of(layer), _thread()
         if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
             return base.forward(layer, *args, **kwargs)
         given: dict[str, Tensor] = {}
-        state.held[thread] = given, torch.is_grad_enabled()
+        state.held[thread] = given, torch.is_grad_enabled(), True
         try:
             output = base.forward(layer, *args, **kwargs)
         finally:
@@ -53,12 +66,13 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
 
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
         if name in weights:
-            given, _ = layer_state(layer).held.get(_thread(), ({}, False))
-            if name in given and given[name] is value:  # `self.weight *= self.mask` has written already
+            given, _, is_forward = layer_state(layer).held.get(_thread(), ({}, False, False))
+            if is_forward and name in given and given[name] is value:  # `self.weight *= self.mask` has written already
                 return
         base.__setattr__(layer, name, value)
 
-    return {"forward": forward, "__setattr__": set_attribute}
+    computes = {} if base.train is nn.Module.train else {"train": train}  # as a kernel, for all forwards of eval mode
+    return {"forward": forward, "__setattr__": set_attribute, **computes}
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
@@ -70,7 +84,7 @@ def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) 
         if calls and torch.compiler.is_dynamo_compiling():  # the forward has a compiled part, which knows no threads
             state.is_read = True
         return make(layer, name)
-    weights, with_gradients = now
+    weights, with_gradients, _ = now
     if name not in weights:
         with torch.set_grad_enabled(with_gradients):
             weights[name] = make(layer, name)

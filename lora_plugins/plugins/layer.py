@@ -58,7 +58,8 @@ class LayerPlugin(ABC, Generic[Layer]):
         former_names: Names of other layer types that adapters of earlier versions have for such layers, whose A and B
             lie alike.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
-            reads its weights elsewhere than in the attributes that the slots name, such as a list of them.
+            reads its weights elsewhere than in the attributes that the slots name, such as a list of them. The forward
+            itself is none of them.
     """
 
     name: ClassVar[str]
@@ -202,7 +203,10 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "rows_are_outputs": A_FLAG,
         "function": (lambda value: value is None or callable(value), "a function of torch or None"),
         "former_names": (are_patterns, "a list of names"),
-        "class_attributes": (are_options, "a mapping of attributes by name"),
+        "class_attributes": (
+            lambda value: are_options(value) and "forward" not in value,
+            "a mapping of attributes by name, without 'forward': what computes in its place is 'branch'",
+        ),
     },
     claims={
         "module class": lambda plugin: class_path(plugin.module_type),

@@ -104,3 +104,44 @@ def test_calls_without_adapters_say_nothing_of_those_with_some():
     lora.unmerge_adapter()
     with pytest.raises(StateError, match=r"'0' \(ByParameters\) computes without reading 'weight'"):
         model(x)
+
+
+class KeepsItsKernel(nn.Linear):
+    """Computes a kernel in `eval()`, as steerable convolutions do."""
+
+    def train(self, mode=True, *, keep=True):
+        super().train(mode)
+        self.kernel = None if mode or not keep else 2 * self.weight.detach()
+        return self
+
+    def forward(self, x):
+        return linear(x, 2 * self.weight if self.kernel is None else self.kernel, self.bias)
+
+
+def test_a_kernel_that_is_kept_for_eval_mode_is_that_of_the_adapter():
+    model, x = nn.Sequential(KeepsItsKernel(4, 3)), torch.randn(2, 4)
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    torch.testing.assert_close(model.eval()(x), linear(x, 2 * model[0].weight, model[0].bias))
+    assert model[0].train(False, keep=False).kernel is None
+
+
+def test_a_kernel_that_was_kept_before_is_refused_until_it_is_computed_again():
+    model, x = nn.Sequential(KeepsItsKernel(4, 3)).eval(), torch.randn(2, 4)
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    with pytest.raises(StateError, match=r"call train\(\) and eval\(\) of the model again"):
+        model(x)
+    torch.testing.assert_close(model.train().eval()(x), linear(x, 2 * model[0].weight, model[0].bias))
+
+
+class MasksItself(nn.Linear):
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight *= 0.5
+        return super().train(mode)
+
+
+def test_what_train_writes_into_a_weight_is_not_lost_without_a_word():
+    model = nn.Sequential(MasksItself(4, 3))
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    with pytest.raises(TypeError, match="cannot assign"):
+        model.eval()
