@@ -181,8 +181,14 @@ def _below(folder: Path) -> str:
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:
     """The images by their paths below the folder that all of them are in."""
-    common = os.path.commonpath([path.absolute().parent for path in paths])
-    return {path.absolute().relative_to(common).as_posix(): path for path in paths}
+    places = {_absolute(path): path for path in paths}
+    common = os.path.commonpath([place.parent for place in places])
+    return {place.relative_to(common).as_posix(): path for place, path in places.items()}
+
+
+def _absolute(path: Path) -> Path:
+    """The path without `..`, which would lead out of the folder of results; which folder that is, links say."""
+    return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
 
 
 def _matching(pattern: str) -> list[Path]:

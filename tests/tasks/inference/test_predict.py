@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +238,18 @@ class TestWhatIsPredicted:
         assert written == {f"{folder}/{name}" for folder in ("masks", "overlays") for name in names}
         told = f"Masks of 3 images: {out / 'masks'}, and over the images: {out / 'overlays'}"
         assert told in capsys.readouterr().out
+
+    @pytest.mark.parametrize("there", ["new/../old/b.png", "new/link/../old/b.png"], ids=["folder", "link"])
+    def test_a_path_through_the_folder_above(self, fitted, tmp_path, monkeypatch, there):
+        for name in ("new/a.png", "old/b.png"):
+            write_image(tmp_path / name, noise())
+        (tmp_path / "new" / "link").symlink_to(tmp_path / "old")
+        monkeypatch.chdir(tmp_path)
+        before = Path("old/b.png").read_bytes()
+        assert predict([str(fitted["masks"][1]["merged"]), "new/a.png", there, "--out", "."]) == 0
+        written = {file.as_posix() for kind in ("masks", "overlays") for file in Path(kind).rglob("*.png")}
+        assert written == {f"{kind}/{name}" for kind in ("masks", "overlays") for name in ("new/a.png", "old/b.png")}
+        assert Path("old/b.png").read_bytes() == before
 
     def test_a_folder_of_folders(self, fitted, tmp_path, capsys):
         write_image(tmp_path / "images" / "x" / "a.png", noise())
