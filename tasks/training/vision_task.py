@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError, LoraError
-from lora_plugins.errors import sentence
+from lora_plugins.errors import listing, sentence
 from lora_plugins.field_checks import (
     Check,
     check_fields,
@@ -235,7 +235,7 @@ class VisionTask(LoraCheckpointMixin):
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
-        """Checks that data and model agree on the classes, and adopts their names and, in a fit, what images are like.
+        """Checks that data and model agree on the classes; adopts their names and, in a fit, what images are like.
 
         Raises:
             ConfigError: If they do not agree.
@@ -258,12 +258,30 @@ class VisionTask(LoraCheckpointMixin):
                 f"does not count would be trained on. Set `ignore_index` of the task to {data.ignore_index}."
             )
         self.class_names = self.class_names or names
+        self._check_places(names)
         self.hparams["class_names"] = list(self.class_names)
         if self.class_weights == BALANCED and (stage == "fit" or TRAIN in data.splits):
             self.weights = balanced_weights(data.class_counts()).to(self.mean)
         if stage == "fit":
             self.image_size = data.size() or self.image_size
             self.interpolation = data.interpolation or self.interpolation
+
+    def _check_places(self, names: Sequence[str]) -> None:
+        """Checks that the classes of the data stand where the task has them; tells of those with another name here.
+
+        Raises:
+            ConfigError: If one stands elsewhere, so that its label would be that of another class.
+        """
+        renamed = {name: own for name, own in zip(names, self.class_labels, strict=True) if name != own}
+        if {*renamed} & {*renamed.values()}:
+            raise ConfigError(
+                f"The data has the classes {', '.join(names)}, in this order, and the task "
+                f"{', '.join(self.class_labels)}: labels would stand for other classes. Give `class_names` of the task "
+                "in the order of the data, or none to a new task; or the data (`classes`) in the order of the task."
+            )
+        if renamed:
+            names_here = f"{listing(renamed, 3)} are {listing(renamed.values(), 3)}"
+            rank_zero_info(f"Classes of the data have other names in the task (`class_names`): {names_here}.")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""

@@ -106,13 +106,32 @@ def test_a_checkpoint_is_plain_and_gives_the_task_back(trainer, tmp_path):
 def test_a_checkpoint_of_other_classes_is_refused(trainer, tmp_path, stage):
     file = str(tmp_path / "task.ckpt")
     run = trainer(max_steps=1)
-    run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits(digits=[6, 7, 8]))
+    run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits(digits=[4, 5, 6]))
     run.save_checkpoint(file)
     other = digits(digits=[7, 8, 9])
-    with pytest.raises(ConfigError, match="is of the classes 6, 7, 8, and here they are 7, 8, 9"):
+    with pytest.raises(ConfigError, match="is of the classes 4, 5, 6, and here they are 7, 8, 9"):
         getattr(trainer(), stage)(ImageClassificationTask(tiny_vit()), datamodule=other, ckpt_path=file)
-    renamed = ImageClassificationTask(tiny_vit(), class_names=["6", "7", "8"])
+    renamed = ImageClassificationTask(tiny_vit(), class_names=["4", "5", "6"])
     getattr(trainer(), stage)(renamed, datamodule=other, ckpt_path=file)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "of an earlier fit"])
+def test_classes_in_another_order_are_refused(trainer, given, stage):
+    """The names would be those of other labels, in all files and reports, and metrics those of other classes."""
+    task = ImageClassificationTask(tiny_vit(), class_names=["1", "0", "2"] if given else None)
+    if not given:
+        trainer(max_steps=1).fit(task, datamodule=digits(digits=[1, 0, 2]))
+    with pytest.raises(ConfigError, match=r"the classes 0, 1, 2, in this order, and the task 1, 0, 2: labels would"):
+        getattr(trainer(), stage)(task, datamodule=digits(digits=[0, 1, 2]))
+    assert task.class_names == ["1", "0", "2"]
+
+
+def test_classes_with_names_of_their_own_are_told(trainer, caplog):
+    task = ImageClassificationTask(tiny_vit(), class_names=["0", "one", "two"])
+    trainer(max_steps=1).fit(task, datamodule=digits())
+    assert "other names in the task (`class_names`): '1', '2' are 'one', 'two'." in caplog.text
+    assert task.class_names == ["0", "one", "two"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
