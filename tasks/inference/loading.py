@@ -148,13 +148,21 @@ def _arguments(provenance: Provenance, weights: str | Path | None) -> dict[str, 
             f"The weights of the base are {'no more ' if weights is None else 'not '}in {base}. Say where they are: "
             "--weights FILE, or load_task(path, weights). The merged file of a run needs none."
         )
-    return arguments | {"model": {**arguments["model"], "weights": base}}
+    return arguments | {"model": _model(provenance, weights=base)}
 
 
 def _whole(provenance: Provenance, weights: str) -> dict[str, Any]:
-    """The model of a file that holds all weights, its head among them; earlier files do not hold `mean` and `std`."""
+    """The model of a file that holds all weights, its head among them."""
+    return _model(provenance, weights=weights, head=AUTO)
+
+
+def _model(provenance: Provenance, **changes: str) -> dict[str, Any]:
+    """The model with the `mean` and `std` of its training, whatever its files, or its library, say by now.
+
+    Files of earlier versions do not hold them.
+    """
     said = {key: provenance[key] for key in ("mean", "std") if key in provenance}
-    return {**provenance["arguments"]["model"], **said, "weights": weights, "head": AUTO}
+    return {**provenance["arguments"]["model"], **said, **changes}
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:

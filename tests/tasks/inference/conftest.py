@@ -34,8 +34,6 @@ def fitted(tmp_path_factory):
 
 def fit(kind, folder, **stored):
     """The fitted task, and its files."""
-    from lightning.pytorch import Trainer
-
     make, sources, tiny, data = {
         "labels": (ImageClassificationTask, CLASSIFIERS, tiny_vit, DigitsDataModule([0, 1, 2])),
         "masks": (SemanticSegmentationTask, SEGMENTERS, tiny_segformer, scenes()),
@@ -44,8 +42,18 @@ def fit(kind, folder, **stored):
     save_file(build_network(tiny(), sources).module.state_dict(), folder / "base.safetensors")
     # Balanced, so that not all of a mask is the ground.
     task = make(tiny(weights=str(folder / "base.safetensors")), lr=1e-2, class_weights="balanced")
+    head = "head" if kind == "labels" else "decode_head.classifier"
+    files = fit_task(task, data, folder, head, **stored)
+    merge_checkpoint(make, folder / "run" / "it.ckpt", folder / "merged.ckpt")
+    return task.eval(), files
+
+
+def fit_task(task, data, folder, head, **stored):
+    """The files of a fit of a task."""
+    from lightning.pytorch import Trainer
+
     lora = LoraCallback(
-        LoraConfig(r=2, modules_to_save=["head" if kind == "labels" else "decode_head.classifier"], **stored),
+        LoraConfig(r=2, modules_to_save=[head], **stored),
         target="network",
         save_adapter_to=str(folder / "adapter"),
         export_to=str(folder / "merged.safetensors"),
@@ -60,8 +68,7 @@ def fit(kind, folder, **stored):
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(task, datamodule=data)
-    merge_checkpoint(make, folder / "run" / "it.ckpt", folder / "merged.ckpt")
-    return task.eval(), {name: folder / file for name, file in FILES.items()}
+    return {name: folder / file for name, file in FILES.items()}
 
 
 def scenes():

@@ -9,14 +9,22 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lora_plugins import LoraError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import load_from_checkpoint
-from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask, WeightsError, load_task
+from lora_plugins.tasks import (
+    DigitsDataModule,
+    ImageClassificationTask,
+    ModelConfig,
+    SemanticSegmentationTask,
+    WeightsError,
+    load_task,
+)
 
 from ..conftest import HALF, noise, write_image
-from .conftest import FILES, fit
+from .conftest import FILES, fit, fit_task
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -50,6 +58,23 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
         now.rename(base)
     images = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "adapter"])
+@pytest.mark.parametrize("now", ["changed", "gone"])
+def test_images_are_normalized_as_those_of_the_fit(tmp_path, now, file):
+    """What the folder of a base says of its images may change, and what a library says, with its version."""
+    folder, said = tmp_path / "base", tmp_path / "base" / "preprocessor_config.json"
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**small, image_size=16, patch_size=8, num_labels=3)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    task = ImageClassificationTask(ModelConfig("transformers", str(folder), 3, "pretrained"))
+    files, images = fit_task(task, DigitsDataModule([0, 1, 2]), tmp_path, "classifier"), torch.rand(2, 3, 16, 16)
+    expected, content = task.eval()(images), said.read_text()
+    said.unlink()
+    if now == "changed":
+        said.write_text(content.replace("0.4", "0.1"))
+    torch.testing.assert_close(load_task(files[file])(images), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["labels", "masks"])

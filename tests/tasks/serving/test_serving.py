@@ -1,6 +1,7 @@
 """The server: every answer is what the adapter alone gives, whatever is asked for beside it."""
 
 import io
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.serving.adapters import write_adapters, write_base
+from benchmarks.serving.adapters import add_provenance, write_adapters, write_base
 from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import label_probabilities, load_task, mask_probabilities, resized
@@ -71,6 +72,17 @@ def test_bases_that_are_stored_in_several_ways(tmp_path, serve):
             answer = engine.submit(engine.shelf.describe(name), image).result(30)
             torch.testing.assert_close(answer, tasks[name](image[None])[0].detach())
         assert len({engine.shelf.describe(name).base for name in names}) == 3
+
+
+def test_bases_whose_images_are_normalized_in_several_ways(adapters, serve):
+    """As before and after a change of what a library, or the folder of a model, says of its images."""
+    said = json.loads((adapters / "boats" / MANIFEST).read_text())["task"]
+    add_provenance(adapters / "boats", said | {"mean": [0.1, 0.2, 0.3]})
+    engine, image = serve(adapters), tensor(picture(size=(16, 16)))
+    for name in ("birds", "boats", "cars.v2"):
+        answer = engine.submit(engine.shelf.describe(name), image).result(30)
+        torch.testing.assert_close(answer, load_task(adapters / name)(image[None])[0].detach())
+    assert len({engine.shelf.describe(name).base for name in ("birds", "boats", "cars.v2")}) == 2
 
 
 def test_masks(segmenters, serve):
