@@ -236,12 +236,14 @@ class TextToImageTask(LoraCheckpointMixin):
             self.pipe.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Moves the autoencoder, and checks that no adapter is on a text encoder that is not trained.
+        """Moves the autoencoder, forgets an earlier fit, and checks that no text encoder is adapted and not trained.
 
         Raises:
             ConfigError: If one is.
         """
         self.pipe.vae.to(self.device)  # which is no module of the task: it is neither trained nor saved
+        for memory in (self._latents, self._conditions):  # pictures and encoders may have changed since
+            memory.rows.clear()
         if self.train_text_encoder or model_state(self.parts) is None:
             return
         names = [layer.name for plan in LoraModel(self.parts).plans.values() for layer in plan.layers]

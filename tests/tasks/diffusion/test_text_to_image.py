@@ -17,6 +17,8 @@ from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.tasks import ClassPictures, PicturesDataModule, SamplePictures, SavePipeline, TextToImageTask
 from tests.integrations.diffusers.pipelines import PIPELINES, build
 
+from ..conftest import noise, write_image
+
 SAMPLING = Sampling(steps=1, guidance=2.0, height=16, width=16)
 
 FAST = ("Stable Diffusion", "Flux")
@@ -96,6 +98,23 @@ def test_what_is_cached_changes_no_loss(name, folders, pictures):
     cached, anew = (fit(TextToImageTask(folders(name), cache=on), pictures(), epochs=2) for on in (True, False))
     # Anew, pictures are encoded in batches, which changes last bits.
     assert cached == pytest.approx(anew, rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["pictures", "text encoder"])
+def test_a_second_fit_reads_what_is_there_then(folders, pictures, changed):
+    task, data = TextToImageTask(folders(), lr=0), pictures()
+    first = fit(task, data, lora=None)
+    if changed == "pictures":
+        for path in data.root.iterdir():
+            write_image(path, noise(16, 16, seed=1))
+    else:
+        for parameter in task.pipe.text_encoder.parameters():
+            parameter.data.mul_(2)
+    anew = TextToImageTask(folders(), lr=0)
+    anew.parts.load_state_dict(task.parts.state_dict())
+    second = fit(task, pictures(), lora=None)
+    assert second == fit(anew, pictures(), lora=None)
+    assert second != first
 
 
 def test_latents_are_what_the_pipeline_undoes_before_it_decodes(folders, pictures, tmp_path):
