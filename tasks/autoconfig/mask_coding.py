@@ -1,7 +1,7 @@
 """The meaning of the values of masks: indices, black and white, gray levels, or colors."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,9 @@ THREADS = 4
 
 Value = int | tuple[int, ...]
 """A gray value or index, or a color (r, g, b)."""
+
+Shown = tuple[int, tuple[int, ...]]
+"""An index, and the color that a palette gives it."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,16 @@ def mask_coding(
         raise DataError(f"{len(wrong)} of {len(paths)} masks cannot be used:\n{listed([str(each) for each in wrong])}")
     kinds: dict[str, set[Value]] = {}
     where: dict[Value, object] = {}
+    shown: dict[Shown, object] = {}
     for path, found in zip(paths, seen, strict=True):
         assert not isinstance(found, DataError)
-        kind, values = found
+        kind, values, colors = found
         kinds.setdefault(kind, set()).update(values)
         where |= {value: path for value in values if value not in where}
+        shown |= {pair: path for pair in colors if pair not in shown}
     if len(kinds) > 1:
         raise DataError(f"Some masks are {' and others '.join(sorted(kinds))}. Write all of them alike.")
+    _check_palettes(shown)
     ((kind, values),) = kinds.items()
     coding = _coded(kind, sorted(values), names, ignored, where)
     if len(coding.classes) < 2:
@@ -96,7 +102,23 @@ def mask_coding(
     return coding
 
 
-def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Value]] | DataError:
+def _check_palettes(shown: Mapping[Shown, object]) -> None:
+    """Refuses palettes by which indices have several colors, and colors several indices.
+
+    Programs that make files smaller leave them so, as each file has a palette of its own: only the colors mean classes.
+    """
+    indices, colors = ({pair[side] for pair in shown} for side in (0, 1))
+    if len(shown) in (len(indices), len(colors)):
+        return
+    index = next(index for index in sorted(indices) if sum(index == each for each, _ in shown) > 1)
+    where = [f"#{bytes(color).hex()} in {path}" for (each, color), path in shown.items() if each == index]
+    raise DataError(
+        f"The value {index} is {' and '.join(where[:2])}, and one color has several values: these are no "
+        "indices of classes. Write the masks in color (RGB), or all with one palette."
+    )
+
+
+def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Value], Collection[Shown]] | DataError:
     try:
         mask = read(path)
     except DataError as error:
@@ -108,7 +130,7 @@ def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Val
                 f"{path} holds more than {MAX_COLORS} colors: it is a photo, or was smoothed. A mask is written "
                 "without loss (PNG) and scaled without interpolation"
             )
-        return "in color", {color for _, color in counted if isinstance(color, tuple)}
+        return "in color", {color for _, color in counted if isinstance(color, tuple)}, ()
     if mask.mode in GRAY_MODES or mask.mode == "P":
         counts = Counter({int(value): count for count, value in _counted(mask)})
         if _is_smoothed(counts):
@@ -116,13 +138,19 @@ def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Val
                 f"{path} is black and white with {len(counts) - 2} grays between, as smoothing leaves them. Scale "
                 "masks without interpolation"
             )
-        return "palette images" if mask.mode == "P" else "gray", set(counts)
+        return "palette images" if mask.mode == "P" else "gray", set(counts), _shown(mask, counts)
     return DataError(f"{path} has the mode {mask.mode}; a mask is an 8-bit image: gray, with a palette, or in color")
 
 
 def _counted(mask: Image.Image) -> Sequence[tuple[int, int]]:
     counted: Any = (mask.convert("L") if mask.mode == "1" else mask).getcolors(256)
     return counted or ()
+
+
+def _shown(mask: Image.Image, indices: Iterable[int]) -> Collection[Shown]:
+    """The colors of indices in the palette of a mask; none for gray ones, or beyond its end."""
+    flat = mask.getpalette("RGB") or []
+    return [(index, tuple(flat[3 * index : 3 * index + 3])) for index in indices if 3 * index < len(flat)]
 
 
 def _is_smoothed(counts: Counter[int]) -> bool:

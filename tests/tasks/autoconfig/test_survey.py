@@ -14,7 +14,8 @@ from lora_plugins.tasks.errors import DataError
 
 from ..conftest import noise, write_image, written
 
-RED, GREEN = (255, 0, 0), (0, 255, 0)
+RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 def masked(root, values, *, mode=None, colors=None, count=5, suffix=".png"):
@@ -132,6 +133,29 @@ class TestMasks:
         (root / "classes.txt").write_text(content, encoding="latin-1")
         with pytest.raises(DataError, match=message):
             survey(root, Flags())
+
+    @pytest.mark.parametrize(
+        ("palettes", "is_refused"),
+        [
+            ([[BLACK, RED, GREEN], [RED, GREEN, BLACK]], True),
+            ([[BLACK, RED, GREEN], [GREEN, RED, BLUE]], True),
+            ([[BLACK, RED, GREEN], [WHITE, BLUE, YELLOW]], False),
+            ([[BLACK, RED, BLACK], [BLACK, RED, BLACK]], False),
+        ],
+        ids=["of each file", "in part", "of another program", "with a color twice"],
+    )
+    def test_the_colors_of_indices(self, tmp_path, palettes, is_refused):
+        """Programs that make files smaller give each its own palette, and their indices say nothing."""
+        for path in (masked(tmp_path, [0, 1, 2]) / "masks").iterdir():
+            mask = Image.frombytes("P", (60, 40), Image.open(path).tobytes())
+            mask.putpalette([each for color in palettes[int(path.stem) % 2] for each in color])
+            mask.save(path)
+        if is_refused:
+            said = r"The value 0 is #000000 in .*png and #.*png, and one color has several values: these are no"
+            with pytest.raises(DataError, match=said):
+                survey(tmp_path, Flags())
+        else:
+            assert survey(tmp_path, Flags()).classes == ("class_0", "class_1", "class_2")
 
     def test_masks_elsewhere(self, tmp_path):
         root = masked(tmp_path / "data", [0, 1])
