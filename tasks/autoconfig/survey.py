@@ -1,5 +1,6 @@
 """Surveys a folder or a list of images: which task it is for, with which classes and splits."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ from lora_plugins.tasks.files import (
 
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
+
+OF_IMAGES, OF_MASKS = (re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment"))
+"""What names of folders hold that are no classes."""
 
 ORIENTATION, UPRIGHT = 0x0112, 1
 """Where EXIF says how an image is turned, and the value by which it is not."""
@@ -91,6 +95,13 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             "is a class, give its folder another name."
         )
     classes = subfolders(folders[TRAIN])
+    if len(classes) == 2 and all(any(map(words.search, classes)) for words in (OF_IMAGES, OF_MASKS)):
+        inside = f"/{TRAIN}" if splits else ""
+        raise DataError(
+            f"{folders[TRAIN]} holds {listing(classes)}, which look like images with masks, not like two classes. "
+            f"They are expected in {data / IMAGES_FOLDER}{inside} and {data / MASKS_FOLDER}{inside}, with equal names; "
+            "or in a list, .csv or .jsonl, with the columns image and mask."
+        )
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}
     for split, folder in folders.items():

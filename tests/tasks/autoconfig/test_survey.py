@@ -44,6 +44,25 @@ class TestLabels:
         assert found.counts == {"train": 10 - held, "val": held}
         assert found.arguments["val_share"] == (share or 0.2)
 
+    @pytest.mark.parametrize("split", ["", "train"])
+    @pytest.mark.parametrize(
+        "names", [("Images", "Masks"), ("image", "label"), ("JPEGImages", "SegmentationClass")], ids="-".join
+    )
+    def test_images_and_masks_are_no_classes(self, tmp_path, split, names):
+        for name in names:
+            write_image(tmp_path / split / name / "1.png", noise())
+        expected = tmp_path / "images" / split, tmp_path / "masks" / split
+        with pytest.raises(
+            DataError, match=rf"not like two classes. They are expected in {expected[0]} and {expected[1]}"
+        ):
+            survey(tmp_path, Flags())
+
+    def test_classes_of_masks(self, tmp_path):
+        for number in range(5):
+            for name in ("mask", "no mask"):
+                write_image(tmp_path / name / f"{number}.png", noise())
+        assert survey(tmp_path, Flags()).classes == ("mask", "no mask")
+
     def test_a_list(self, tmp_path):
         rows = []
         for number in range(10):
