@@ -15,8 +15,14 @@ from lora_plugins.cli.plain_warnings import plain_warnings
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.names import DISTRIBUTION, TRACEBACK_VARIABLE
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors of a disk that is full, a quota that is used up, and a file that is larger than the disk takes."""
+NO_ROOM = "Make room, or name a place on another disk."
+NO_RIGHTS = "Name another place, or ask for the right to it."
+OF_PLACES: Mapping[int, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), NO_ROOM),  # a full disk or quota, too large a file
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), NO_RIGHTS),
+    errno.ENAMETOOLONG: "Name a shorter one.",
+}
+"""Errors of the system that are no fault of the program's: what to do."""
 
 OF_OTHERS = "lightning"
 """The name of the program that another package has as well."""
@@ -41,14 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         ours = _lora_error(error)
-        if ours is None and isinstance(error, OSError) and error.errno in NO_ROOM:
-            place = error.filename2 or error.filename  # of a file that is moved, the first is where it was
-            named = f" for {place}" if place else ""
-            return _fail(f"{os.strerror(error.errno)}{named}. Make room, or name a place on another disk.")
-        if ours is None or os.environ.get(TRACEBACK_VARIABLE):
+        message = _of_place(error) if ours is None else str(ours)
+        if message is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _print_plugin_failure(ours)
-        return _fail(str(ours))
+        if ours is not None:
+            _print_plugin_failure(ours)
+        return _fail(message)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -118,6 +122,17 @@ def _lora_error(error: BaseException) -> LoraError | None:
     while found is not None and not isinstance(found, LoraError):
         found = found.__cause__
     return found
+
+
+def _of_place(error: Exception) -> str | None:
+    """Returns what the system has against a place, and what to do; None for other errors."""
+    if not isinstance(error, OSError) or error.errno is None or error.errno not in OF_PLACES:
+        return None
+    advice = OF_PLACES[error.errno]
+    place = error.filename2 or error.filename  # of a file that is moved, the first is where it was
+    if not place and advice != NO_ROOM:  # of a port, or a device
+        return None
+    return f"{os.strerror(error.errno)}{f' for {place}' if place else ''}. {advice}"
 
 
 def _print_plugin_failure(error: LoraError) -> None:

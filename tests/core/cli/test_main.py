@@ -1,5 +1,7 @@
 """The program: which commands it finds and runs, how it is started, and what is said where something is missing."""
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -239,6 +241,36 @@ def test_promised_spellings(command):
     done = subprocess.run([*command, "plugins"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora-plugins" in done.stdout
+
+
+class TestPlaces:
+    """What the system has against a place is a line, whichever command looks there."""
+
+    def test_a_name_that_is_too_long(self, capsys, monkeypatch):
+        name = "x" * 300
+        assert main(["inspect", name]) == 1
+        assert capsys.readouterr().err == f"error: File name too long for {name}. Name a shorter one.\n"
+        monkeypatch.setenv("LORA_PLUGINS_TRACEBACK", "1")
+        with pytest.raises(OSError, match="File name too long"):
+            main(["inspect", name])
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["inspect", "closed/it"], ["convert", "closed/it", "out", "--to", "peft"]],
+        ids=["inspect", "convert"],
+    )
+    def test_a_place_that_may_not_be_read(self, tmp_path, arguments):
+        without_rights = []
+        if os.geteuid() == 0:  # who may read everything
+            if shutil.which("setpriv") is None:
+                pytest.skip("the tests run as root, and there is no setpriv")
+            without_rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        (tmp_path / "closed").mkdir(0)
+        command = [*without_rights, sys.executable, "-m", "lora_plugins", *arguments]
+        ran = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+        (tmp_path / "closed").chmod(0o700)
+        said = "error: Permission denied for closed/it. Name another place, or ask for the right to it.\n"
+        assert (ran.returncode, ran.stderr) == (1, said)
 
 
 class TestCoreAlone:
