@@ -96,8 +96,8 @@ class VisionTask(LoraCheckpointMixin):
         gradient_checkpointing: Whether activations are computed again in the backward, one block at a time, and not
             kept: a fraction of the memory for about a third more time. For networks of timm and transformers.
         ignore_index: The label that loss and metrics ignore, which is none of the classes.
-        class_names: Names of the classes, for reports; by default those of the data module, or else their indices. They
-            are saved in every file.
+        class_names: Names of the classes, in the order of the data's, for reports; by default those of the data module,
+            or else their indices. They are saved in every file.
         **retired: Arguments of earlier versions, in files that they wrote; they are dropped with a warning.
 
     Attributes:
