@@ -20,10 +20,18 @@ class AdapterTensors(nn.Module):
         return cast(nn.Parameter, self(adapter)) if "forward" in self.__dict__ else self.forward(adapter)
 
     def forward(self, adapter: str) -> nn.Parameter:
-        """Returns the tensor of an adapter."""
-        # Where FSDP has put a whole tensor in a parameter's place, for the duration of a forward, it is an attribute.
+        """Returns the tensor of an adapter.
+
+        Raises:
+            AttributeError: If there is none, as in a replica of `nn.DataParallel` that is not yet complete.
+        """
         parameter = self._parameters.get(adapter)
-        return cast(nn.Parameter, self.__dict__[adapter] if parameter is None else parameter)
+        if parameter is not None:
+            return parameter
+        # FSDP puts whole tensors in the place of parameters for the duration of a forward; replicas have no parameters.
+        if adapter not in self.__dict__:
+            raise AttributeError(f"There is no tensor of the adapter {adapter!r}.")
+        return cast(nn.Parameter, self.__dict__[adapter])
 
     def __setitem__(self, adapter: str, value: nn.Parameter) -> None:
         # Not register_parameter, which refuses names of methods such as "half".

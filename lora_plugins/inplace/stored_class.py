@@ -61,7 +61,7 @@ def _dense(name: str) -> property:
 
 
 def _set(layer: nn.Module, name: str, value: Any) -> None:
-    if stored_weight(layer, name) is not None:
+    if "_modules" in layer.__dict__ and stored_weight(layer, name) is not None:  # a replica has no attributes at first
         raise StateError(
             f"{name!r} of this {base_class_of(layer).__name__} is stored as "
             f"{stored_weights(layer)[name].storage.plugin.name} and cannot be assigned. Make the model dense first: "

@@ -64,7 +64,7 @@ class StoredWeight(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: cast(Tensor, parameter).detach() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach() for name, parameter in self._own().items()}
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +73,7 @@ class StoredWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """Returns the dense weight."""
-        versions = [(parameter, parameter._version) for parameter in self._parameters.values() if parameter is not None]
+        versions = [(parameter, parameter._version) for parameter in self._own().values()]
         return note(self._dense(), lambda: self._dense_at(versions))
 
     def rows(self, index: Tensor) -> Tensor:
@@ -123,6 +123,10 @@ class StoredWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if is_copy:
             take_note(self._parameters.values())
+
+    def _own(self) -> dict[str, Tensor]:
+        """Its parameters; a replica of `nn.DataParallel` has tensors in their place."""
+        return cast(dict[str, Tensor], self._parameters or self.__dict__.get("_former_parameters", {}))
 
     def _dense(self) -> Tensor:
         with torch.no_grad():

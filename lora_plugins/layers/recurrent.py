@@ -62,6 +62,8 @@ class RecurrentPlugin(RowMajorPlugin[nn.RNNBase]):
         _LIST: property(_effective, _keep_parameters),
         # Before a forward and a copy, compares the list with the attributes: here each reading of it is a new one.
         "_update_flat_weights": _keep_parameters,
+        # Copies the list, for nn.DataParallel, before the replica has tensors that it could be read from.
+        "_replicate_for_data_parallel": nn.Module._replicate_for_data_parallel,
     }
 
     def slots(self, layer: nn.RNNBase) -> Sequence[Slot]:
