@@ -34,6 +34,7 @@ from lora_plugins.tasks.files import (
 
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
+SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
 
 OF_IMAGES, OF_MASKS = (re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment"))
 """What names of folders hold that are no classes."""
@@ -210,6 +211,10 @@ def _has_folders(folder: Path) -> bool:
     return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
 
 
+def _holds_folders_alone(folder: Path) -> bool:
+    return _has_folders(folder) and not image_files(folder)
+
+
 def _left_out(folders: Iterable[Path]) -> list[Path]:
     """The files in folders of images that are not read."""
     found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
@@ -220,8 +225,10 @@ def _splits(folder: Path) -> list[str]:
     """The folders of splits in a folder; none if its files are to be split."""
     names = {path.name for path in folder.iterdir() if path.is_dir()}
     splits = [name for name in (TRAIN, VAL, TEST) if name in names]
-    for other, name in OTHER_NAMES.items():
-        if other in names and name not in names and (splits or other != "training"):
+    for other in sorted(names - {*splits}):
+        name = SPLIT_NAMES.get(other.lower())
+        is_meant = other in OTHER_NAMES and (splits or other != "training")  # else it may be a class
+        if name is not None and name not in names and (is_meant or _holds_folders_alone(folder / other)):
             raise DataError(f"{folder / other} looks like the {name} split. Call it {folder / name}.")
     if splits and TRAIN not in splits:
         raise DataError(f"{folder} has a folder {splits[0]!r} and none called {TRAIN!r}, which is needed beside it.")

@@ -230,6 +230,11 @@ def another_name_of_val(root):
         write_image(root / name, noise())
 
 
+def splits_in_other_letters(root):
+    for name in ("Training/a/0.jpg", "Training/b/0.jpg", "Testing/a/0.jpg"):
+        write_image(root / name, noise())
+
+
 def a_class_called_train(root):
     for name in ("car/0.jpg", "plane/0.jpg", "train/0.jpg"):
         write_image(root / name, noise())
@@ -297,6 +302,7 @@ def turned(root, kind="jpg"):
         (cut_off, "(?s)1 problem.*broken.png cannot be read"),
         (an_empty_class, "nothing holds no image"),
         (another_name_of_val, "valid looks like the val split"),
+        (splits_in_other_letters, "Testing looks like the test split. Call it .*test"),
         (a_class_called_train, "train is taken for the train split.*another name"),
         (val_alone, "none called 'train'"),
         (too_few, "2 images are too few"),
@@ -314,6 +320,13 @@ def test_what_cannot_be_trained_on(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(DataError, match=message):
         survey(tmp_path / "data", Flags())
+
+
+def test_a_class_may_be_called_train_in_other_letters(tmp_path):
+    for at in range(10):
+        for name in ("Car", "Train"):
+            write_image(tmp_path / "data" / name / f"{at}.jpg", noise())
+    assert survey(tmp_path / "data", Flags()).classes == ("Car", "Train")
 
 
 @pytest.mark.parametrize(
