@@ -96,6 +96,9 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             "is a class, give its folder another name."
         )
     classes = subfolders(folders[TRAIN])
+    if len(classes) == 1 and _holds_folders_alone(inner := folders[TRAIN] / classes[0]):
+        way = "Move these up" if splits else f"Train on {inner}"
+        raise DataError(f"{folders[TRAIN]} holds one folder, {classes[0]!r}, with folders in it. {way}.")
     if len(classes) == 2 and all(any(map(words.search, classes)) for words in (OF_IMAGES, OF_MASKS)):
         inside = f"/{TRAIN}" if splits else ""
         raise DataError(

@@ -235,6 +235,16 @@ def splits_in_other_letters(root):
         write_image(root / name, noise())
 
 
+def one_folder_too_many(root):
+    for name in ("photos/a/0.jpg", "photos/b/0.jpg"):
+        write_image(root / name, noise())
+
+
+def one_in_a_split_too_many(root):
+    for name in ("train/photos/a/0.jpg", "train/photos/b/0.jpg"):
+        write_image(root / name, noise())
+
+
 def a_class_called_train(root):
     for name in ("car/0.jpg", "plane/0.jpg", "train/0.jpg"):
         write_image(root / name, noise())
@@ -302,6 +312,8 @@ def turned(root, kind="jpg"):
         (cut_off, "(?s)1 problem.*broken.png cannot be read"),
         (an_empty_class, "nothing holds no image"),
         (another_name_of_val, "valid looks like the val split"),
+        (one_folder_too_many, "data holds one folder, 'photos', with folders in it. Train on .*data/photos"),
+        (one_in_a_split_too_many, "train holds one folder, 'photos', with folders in it. Move these up"),
         (splits_in_other_letters, "Testing looks like the test split. Call it .*test"),
         (a_class_called_train, "train is taken for the train split.*another name"),
         (val_alone, "none called 'train'"),
