@@ -246,6 +246,13 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
     if not found and image_files(masks):
         problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
         return []
+    if pictures and found and not pictures.keys() & found.keys():
+        image, mask = next(iter(pictures.values())), next(iter(found.values()))
+        problems.append(
+            f"no mask in {masks} is called as an image in {images} is: {image.name} has to have {image.stem}.png, and "
+            f"there is {mask.name}. Rename the masks, or write a list, .csv, with the columns image and mask"
+        )
+        return []
     problems += [f"{path} has no mask {masks / stem}.png" for stem, path in pictures.items() if stem not in found]
     problems += [f"{path} has no image in {images}" for stem, path in found.items() if stem not in pictures]
     return [(pictures[stem], found[stem]) for stem in pictures if stem in found]
