@@ -68,8 +68,11 @@ def survey(data: Path | str, flags: Flags) -> Survey:
     if flags.masks is not None or (data / MASKS_FOLDER).is_dir():
         return _of_mask_folders(data, flags)
     if (data / IMAGES_FOLDER).is_dir():
-        others = [name for name in subfolders(data) if name != IMAGES_FOLDER]
-        hint = f" Masks in a folder of another name: --masks {data / others[0]}." if others else ""
+        others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
+        masks = [folder for folder in others if image_files(folder) or _has_folders(folder)]
+        hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
+        if others and not masks:
+            hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
         raise DataError(
             f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
             "make a folder for each class."

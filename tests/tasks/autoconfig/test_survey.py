@@ -260,6 +260,12 @@ def too_few(root):
         write_image(root / name, noise())
 
 
+def boxes_for_masks(root):
+    write_image(root / "images" / "0.jpg", noise())
+    (root / "labels").mkdir()
+    (root / "labels" / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
+
+
 def masks_called_otherwise(root):
     for at in range(3):
         write_image(root / "images" / f"{at}.jpg", noise())
@@ -312,6 +318,7 @@ def turned(root, kind="jpg"):
     [
         (lambda root: None, "There is no folder"),
         (one_class, "holds one class, 'cat', and there is nothing to tell apart"),
+        (boxes_for_masks, "labels holds no images: boxes and polygons"),
         (no_masks, r"has no masks beside it.*--masks .*labels"),
         (only_images, "nothing says what is on them"),
         (unreadable, "(?s)1 problem.*broken.jpg cannot be read"),
