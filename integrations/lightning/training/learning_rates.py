@@ -4,7 +4,7 @@ That B learns faster than A is LoRA+ (Hayou et al., arXiv 2402.12354), which sug
 from random values and often need another rate than adapters of a pretrained layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,14 @@ class LearningRates:
         """
         if self == LearningRates():
             return
-        _check_told(configured)
-        _check_rates(configured)
-        schedulers = [leaf for leaf in flatten(configured) if isinstance(leaf, LRScheduler)]
-        for optimizer in flatten(configured):
-            if isinstance(optimizer, Optimizer) and not any(_FOLLOWS in group for group in optimizer.param_groups):
+        leaves = [
+            leaf for leaf in flatten(configured) if not hasattr(leaf, "param_groups") or self._splits(module, leaf)
+        ]
+        _check_told(leaves)
+        _check_rates(leaves)
+        schedulers = [leaf for leaf in leaves if isinstance(leaf, LRScheduler)]
+        for optimizer in leaves:
+            if isinstance(optimizer, Optimizer):
                 listing_groups = [optimizer, *(s for s in schedulers if s.optimizer is optimizer)]
                 for index in range(len(optimizer.param_groups)):
                     self._split(module, optimizer, index, listing_groups)
@@ -132,12 +135,22 @@ class LearningRates:
                 else:
                     group["lr"] = rate
 
-    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
-        group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
+    def _splits(self, module: nn.Module, optimizer: Optimizer) -> bool:
+        """Whether some group of an optimizer is to be split, as that of what is not adapted may not, and is not yet."""
+        groups = optimizer.param_groups
+        is_split = any(_FOLLOWS in group for group in groups)
+        return not is_split and any(self._leaving(_members(module, group["params"])) for group in groups)
+
+    def _leaving(self, members: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
+        """Returns the ratios of what leaves a group of such members, by name."""
         ratios = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
         present = {name: ratio for name, ratio in ratios.items() if members[name]}
         stays = next((name for name, ratio in present.items() if ratio == 1), None)
-        parts = {name: ratio for name, ratio in present.items() if name != stays}
+        return {name: ratio for name, ratio in present.items() if name != stays}
+
+    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
+        group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
+        parts = self._leaving(members)
         moved = {id(parameter) for name in parts for parameter in members[name]}
         whole = dict(group)
         group.update(_with_members(whole, [parameter for parameter in whole["params"] if id(parameter) not in moved]))
@@ -189,9 +202,9 @@ def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, lis
     return members
 
 
-def _check_told(configured: Any) -> None:
+def _check_told(leaves: Iterable[Any]) -> None:
     """Checks that all optimizers and schedulers keep what each parameter group has where torch's own do."""
-    for leaf in flatten(configured):
+    for leaf in leaves:
         if hasattr(leaf, "step") and (reason := _why_untold(leaf)):
             raise StateError(
                 f"{type(leaf).__name__} {reason}, and could not be told of the parameter groups that loraplus_lr_ratio "
@@ -216,9 +229,9 @@ def _keeps_parameters(value: Any, optimizer: Optimizer) -> bool:
     return isinstance(value, list) and any(isinstance(each, Optimizer) or id(each) in held for each in value)
 
 
-def _check_rates(configured: Any) -> None:
+def _check_rates(leaves: Iterable[Any]) -> None:
     """Checks that each optimizer has learning rates: those that find their own cannot be scaled."""
-    for leaf in flatten(configured):
+    for leaf in leaves:
         if isinstance(leaf, Optimizer) and any("lr" not in group for group in leaf.param_groups):
             raise StateError(
                 f"{type(leaf).__name__} has no 'lr' in its parameter groups, since it finds its own learning rate, so "

@@ -238,6 +238,39 @@ def test_optimizer_that_keeps_parameters_beside_its_groups_is_refused(tmp_path, 
         trainer(tmp_path, [lora(loraplus_lr_ratio=2.0)]).fit(module, loader())
 
 
+class WithACritic(Classifier):
+    """Has a part of which nothing is adapted, in an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic, self.automatic_optimization = torch.nn.Linear(3, 1), False
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(trained(self.net), lr=0.1), torch.optim.LBFGS(self.critic.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        of_net, of_critic = self.optimizers()
+        of_net.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        of_net.step()
+
+        def closure():
+            of_critic.zero_grad()
+            loss = self.critic(self(batch[0]).detach()).square().mean()
+            self.manual_backward(loss)
+            return loss
+
+        of_critic.step(closure)
+
+
+def test_optimizer_of_nothing_that_is_split_may_keep_its_parameters(tmp_path):
+    module, run = WithACritic(), trainer(tmp_path, [lora(LoraConfig(r=2), target="net", loraplus_lr_ratio=4.0)])
+    run.fit(module, loader())
+    of_net, of_critic = run.optimizers
+    assert [group["lr"] for group in of_net.param_groups] == pytest.approx([0.1, 0.4])
+    assert [group["lr"] for group in of_critic.param_groups] == [0.1]
+
+
 class Bounded(torch.optim.SGD):
     """Lists the rates of its groups, as AdaBound of torch_optimizer and pytorch_optimizer."""
 
