@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_fields, number_from, whole_from
@@ -97,7 +97,7 @@ def check_scheduler(name: str, value: object) -> None:
     if second is None:
         return
     no_number = second.annotation is not second.empty and "int" not in _kinds(second.annotation)
-    if no_number or issubclass(kind, StepLR) or second.name in getattr(value, "keywords", {}):
+    if no_number or second.name in {"step_size", *getattr(value, "keywords", ())}:
         raise ConfigError(
             f"{name} is {kind.__name__}, which takes {second.name!r} after the optimizer, where it is given the number "
             f"of all steps. Give a function: lambda optimizer, steps: {kind.__name__}(optimizer, {second.name}=...). "

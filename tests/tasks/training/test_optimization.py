@@ -85,6 +85,13 @@ class TestOptimizer:
             ImageClassificationTask(tiny_vit(), schedul="cosine")
 
 
+class Halves(torch.optim.lr_scheduler.StepLR):
+    """Computes its step size from the number of all steps."""
+
+    def __init__(self, optimizer, steps):
+        super().__init__(optimizer, steps // 2, gamma=0.5)
+
+
 class TestScheduler:
     def test_by_default_the_rate_is_constant(self, trainer):
         assert rates(trainer, lr=0.5) == [0.5] * 8
@@ -92,6 +99,9 @@ class TestScheduler:
     def test_one_of_torch_is_given_all_steps_and_takes_each(self, trainer):
         linear = torch.optim.lr_scheduler.PolynomialLR
         assert rates(trainer, lr=1.0, lr_scheduler=linear) == pytest.approx([1 - i / 8 for i in range(8)])
+
+    def test_a_class_of_ones_own_is_given_all_steps(self, trainer):
+        assert rates(trainer, lr=1.0, lr_scheduler=Halves) == [1.0] * 4 + [0.5] * 4
 
     @pytest.mark.parametrize("warmup", [0.25, 0.1, 0.0])
     def test_warmup_and_cosine(self, trainer, warmup):
