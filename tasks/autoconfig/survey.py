@@ -102,12 +102,13 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
     if len(classes) == 1 and _holds_folders_alone(inner := folders[TRAIN] / classes[0]):
         way = "Move these up" if splits else f"Train on {inner}"
         raise DataError(f"{folders[TRAIN]} holds one folder, {classes[0]!r}, with folders in it. {way}.")
-    if len(classes) == 2 and all(any(map(words.search, classes)) for words in (OF_IMAGES, OF_MASKS)):
+    of_images = [name for name in classes if not OF_MASKS.search(name)]
+    if len(classes) == 2 and len(of_images) == 1 and OF_IMAGES.search(of_images[0]):
         inside = f"/{TRAIN}" if splits else ""
         raise DataError(
             f"{folders[TRAIN]} holds {listing(classes)}, which look like images with masks, not like two classes. "
             f"They are expected in {data / IMAGES_FOLDER}{inside} and {data / MASKS_FOLDER}{inside}, with equal names; "
-            "or in a list, .csv or .jsonl, with the columns image and mask."
+            "or in a list, .csv or .jsonl, with the columns image and mask. If they are classes, rename one."
         )
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}

@@ -46,7 +46,7 @@ class TestLabels:
 
     @pytest.mark.parametrize("split", ["", "train"])
     @pytest.mark.parametrize(
-        "names", [("Images", "Masks"), ("image", "label"), ("JPEGImages", "SegmentationClass")], ids="-".join
+        "names", [("Images", "Masks"), ("image", "image_label"), ("JPEGImages", "SegmentationClass")], ids="-".join
     )
     def test_images_and_masks_are_no_classes(self, tmp_path, split, names):
         for name in names:
@@ -57,11 +57,12 @@ class TestLabels:
         ):
             survey(tmp_path, Flags())
 
-    def test_classes_of_masks(self, tmp_path):
+    @pytest.mark.parametrize("names", [("mask", "no mask"), ("images with mask", "images without mask")], ids=", ".join)
+    def test_classes_of_masks(self, tmp_path, names):
         for number in range(5):
-            for name in ("mask", "no mask"):
+            for name in names:
                 write_image(tmp_path / name / f"{number}.png", noise())
-        assert survey(tmp_path, Flags()).classes == ("mask", "no mask")
+        assert survey(tmp_path, Flags()).classes == names
 
     def test_a_list(self, tmp_path):
         rows = []
