@@ -148,9 +148,14 @@ def _counted(mask: Image.Image) -> Sequence[tuple[int, int]]:
 
 
 def _shown(mask: Image.Image, indices: Iterable[int]) -> Collection[Shown]:
-    """The colors of indices in the palette of a mask; none for gray ones, or beyond its end."""
+    """The colors that tell indices apart in the palette of a mask; none for gray ones, or beyond its end.
+
+    Where several are of one color, as in palettes that are filled with black, that color tells nothing.
+    """
     flat = mask.getpalette("RGB") or []
-    return [(index, tuple(flat[3 * index : 3 * index + 3])) for index in indices if 3 * index < len(flat)]
+    colors = {index: tuple(flat[3 * index : 3 * index + 3]) for index in indices if 3 * index < len(flat)}
+    counts = Counter(colors.values())
+    return [(index, color) for index, color in colors.items() if counts[color] == 1]
 
 
 def _is_smoothed(counts: Counter[int]) -> bool:

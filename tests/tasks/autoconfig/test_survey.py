@@ -161,8 +161,9 @@ class TestMasks:
             ([[BLACK, RED, GREEN], [GREEN, RED, BLUE]], True),
             ([[BLACK, RED, GREEN], [WHITE, BLUE, YELLOW]], False),
             ([[BLACK, RED, BLACK], [BLACK, RED, BLACK]], False),
+            ([[BLACK, RED, GREEN], [BLACK, RED, BLACK]], False),
         ],
-        ids=["of each file", "in part", "of another program", "with a color twice"],
+        ids=["of each file", "in part", "of another program", "with a color twice", "twice in one file"],
     )
     def test_the_colors_of_indices(self, tmp_path, palettes, is_refused):
         """Programs that make files smaller give each its own palette, and their indices say nothing."""
