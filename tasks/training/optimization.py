@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -116,7 +117,8 @@ def _called(value: object) -> object:
 def _kinds(annotation: object) -> set[str]:
     """Returns the names of the types that an annotation allows."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return {each.strip() for each in text.split("|")}
+    inner = re.sub(r"(?:typing\.)?(?:Optional|Union)\[(.*)\]", r"\1", text)
+    return {each.strip() for each in re.split(r"[|,]", inner)}
 
 
 def check_optimizer(

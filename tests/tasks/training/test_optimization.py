@@ -100,6 +100,14 @@ class TestScheduler:
         linear = torch.optim.lr_scheduler.PolynomialLR
         assert rates(trainer, lr=1.0, lr_scheduler=linear) == pytest.approx([1 - i / 8 for i in range(8)])
 
+    @pytest.mark.parametrize("annotation", [int | None, "Optional[int]", "typing.Union[int, float]", "int | float"])
+    def test_a_number_of_steps_is_known_however_it_is_annotated(self, annotation):
+        class Scheduler(torch.optim.lr_scheduler.LRScheduler):
+            def __init__(self, optimizer, steps: annotation):
+                pass
+
+        assert ImageClassificationTask(tiny_vit(), lr_scheduler=Scheduler).lr_scheduler is Scheduler
+
     def test_a_class_of_ones_own_is_given_all_steps(self, trainer):
         assert rates(trainer, lr=1.0, lr_scheduler=Halves) == [1.0] * 4 + [0.5] * 4
 
