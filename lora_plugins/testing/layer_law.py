@@ -144,6 +144,7 @@ def compare_gradients(case: LayerCase, model: Holder, reference: Holder, toleran
         for name, first, second in zip(names, got, expected, strict=True):
             require_close(f"the gradient of {name}", first, second, tolerance)
         for name, gradient in zip(leaves, got, strict=False):
+            require(bool(gradient.isfinite().any()), f"the gradient of {name} is no finite number anywhere")
             require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
 
 

@@ -508,6 +508,25 @@ def test_infinities_are_compared():
         check_layer_plugin(MaskedWrongly(), Masked, lambda layer: torch.randn(5, 4), only=["law"])
 
 
+class Balanced(Odd):
+    """Gives a mean over rows of which there are none, so that its gradient is NaN."""
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        chosen = x[:, :1] > 9
+        return y, (y * chosen).sum() / chosen.sum()
+
+
+class BalancedPlugin(RowMajorPlugin):
+    name = "balanced"
+    module_type = Balanced
+
+
+def test_a_gradient_that_is_nan_everywhere_proves_nothing():
+    with pytest.raises(CheckError, match=r"the gradient of \S*A\S* is no finite number anywhere"):
+        check_layer_plugin(BalancedPlugin(), Balanced, lambda layer: torch.randn(3, 5), only=["gradients"])
+
+
 class Attention(nn.Module):
     """Attention whose scores are large, so that it is another one where its weights are rounded otherwise."""
 
