@@ -47,7 +47,8 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
             return base.train(layer, *args, **kwargs)
         finally:
             del state.held[thread]
-            state.is_read = state.is_read or given.keys() >= set(state.weight_names)
+            has_read = given.keys() >= set(state.weight_names)
+            state.is_kept = not layer.training and (has_read or state.is_kept)
 
     @functools.wraps(base.forward)  # others ask for its signature
     def forward(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +61,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
             output = base.forward(layer, *args, **kwargs)
         finally:
             del state.held[thread]
-        if not (state.is_read or torch.compiler.is_compiling()):
+        if not (state.is_read or state.is_kept or torch.compiler.is_compiling()):
             check_reads(layer, given, (*args, *kwargs.values()), output)
         return output
 

@@ -60,6 +60,7 @@ class LayerState:
         meanwhile: Why the model has other values than its own until they are restored; empty if it has its own.
         held: By thread, the weights that a running call of the layer has read; see `held_weights`.
         is_read: Whether a call of the layer's own forward has read all its weights by their names; see `base_reads`.
+        is_kept: Whether an `eval()` has since the last `train()`: forwards in eval mode may use what it has computed.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LayerState:
     meanwhile: Literal["", "in a block", "merged"] = ""
     held: dict[int, Any] = field(default_factory=dict)
     is_read: bool = False
+    is_kept: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self.meanwhile == "in a block":

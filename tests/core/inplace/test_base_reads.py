@@ -118,10 +118,21 @@ class KeepsItsKernel(nn.Linear):
         return linear(x, 2 * self.weight if self.kernel is None else self.kernel, self.bias)
 
 
-def test_a_kernel_that_is_kept_for_eval_mode_is_that_of_the_adapter():
-    model, x = nn.Sequential(KeepsItsKernel(4, 3)), torch.randn(2, 4)
+class KeepsTheFirst(KeepsItsKernel):
+    def train(self, mode=True, **keep):
+        return super().train(mode, **keep) if mode or self.training else self
+
+
+@pytest.mark.parametrize("cls", [KeepsItsKernel, KeepsTheFirst])
+def test_a_kernel_that_is_kept_for_eval_mode_is_that_of_the_adapter(cls):
+    model, x = nn.Sequential(cls(4, 3)), torch.randn(2, 4)
     LoraModel(model, LoraConfig(r=2, init="none"))
-    torch.testing.assert_close(model.eval()(x), linear(x, 2 * model[0].weight, model[0].bias))
+    torch.testing.assert_close(model.eval().eval()(x), linear(x, 2 * model[0].weight, model[0].bias))
+
+
+def test_train_of_a_layer_is_given_what_it_takes():
+    model = nn.Sequential(KeepsItsKernel(4, 3))
+    LoraModel(model, LoraConfig(r=2, init="none"))
     assert model[0].train(False, keep=False).kernel is None
 
 
@@ -131,6 +142,26 @@ def test_a_kernel_that_was_kept_before_is_refused_until_it_is_computed_again():
     with pytest.raises(StateError, match=r"call train\(\) and eval\(\) of the model again"):
         model(x)
     torch.testing.assert_close(model.train().eval()(x), linear(x, 2 * model[0].weight, model[0].bias))
+
+
+class KeepsItsWeight(nn.Linear):
+    """Computes in training with what `train()` has read as well, which no step changes."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept = self.weight.detach()
+        return self
+
+    def forward(self, x):
+        return linear(x, self.kept, self.bias)
+
+
+def test_what_train_has_read_for_training_is_no_reading_of_a_forward():
+    model, x = nn.Sequential(KeepsItsWeight(4, 3)), torch.randn(2, 4)
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    torch.testing.assert_close(model.eval()(x), linear(x, model[0].weight, model[0].bias))
+    with pytest.raises(StateError, match=r"'0' \(KeepsItsWeight\) computes without reading 'weight'"):
+        model.train()(x)
 
 
 class MasksItself(nn.Linear):
