@@ -108,9 +108,9 @@ def check_scheduler(name: str, value: object) -> None:
 
 
 def _called(value: object) -> object:
-    """Returns what a partial calls in the end; that of a YAML file is of a function that calls its first argument."""
+    """Returns what a partial calls in the end; that of a YAML file is of a function that is given the class."""
     while isinstance(value, partial):
-        value = value.args[0] if value.args and isinstance(value.args[0], type) else value.func
+        value = next((each for each in value.args if isinstance(each, type)), value.func)
     return value
 
 
