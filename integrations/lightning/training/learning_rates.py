@@ -183,9 +183,12 @@ def _extend(listing_groups: Any, index: int, factor: float) -> None:
                 entries.append(entries[index] * factor if name in _LISTED_RATES else entries[index])
 
 
-def _parts(scheduler: Any) -> list[Any]:
-    """Returns a scheduler and those that it is made of: SequentialLR and ChainedScheduler have some."""
-    return [scheduler, *(part for inner in getattr(scheduler, "_schedulers", ()) for part in _parts(inner))]
+def _parts(whole: Any) -> list[Any]:
+    """Returns a scheduler or optimizer and those that it is made of, as SequentialLR, ChainedScheduler or Lookahead."""
+    inner = list(getattr(whole, "_schedulers", ()))
+    if isinstance(whole, Optimizer):
+        inner += [value for value in vars(whole).values() if isinstance(value, Optimizer)]
+    return [whole, *(part for each in inner for part in _parts(each))]
 
 
 def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, list[nn.Parameter]]:

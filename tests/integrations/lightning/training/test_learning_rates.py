@@ -287,11 +287,23 @@ class Bounded(torch.optim.SGD):
         return loss
 
 
-def test_optimizer_that_lists_the_rates_of_its_groups_knows_all(tmp_path):
+class Wraps(torch.optim.Optimizer):
+    """Has the groups of the optimizer that takes its steps, as Lookahead."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    def step(self, closure):
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Wraps], ids=["bare", "wrapped"])
+def test_optimizer_that_lists_the_rates_of_its_groups_knows_all(tmp_path, wrap):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     ratios = {"loraplus_lr_ratio": 4.0, "heads_lr_ratio": 0.5}
-    by_callback = made(lambda module: Bounded(trained(module)))
-    by_groups = made(lambda module: Bounded(parameter_groups(module, lr=0.01, **ratios)))
+    by_callback = made(lambda module: wrap(Bounded(trained(module))))
+    by_groups = made(lambda module: wrap(Bounded(parameter_groups(module, lr=0.01, **ratios))))
     trainer(tmp_path, [lora(config, **ratios)]).fit(by_callback, loader())
     trainer(tmp_path, [lora(config)]).fit(by_groups, loader())
     torch.testing.assert_close(dict(by_callback.named_parameters()), dict(by_groups.named_parameters()))
