@@ -35,7 +35,8 @@ Tried, and not in the table: pyannote-audio 4.0.7 needs torchaudio 2.11, which t
 2.11, PyanNet with its VoiceActivityDetection on made sounds is "yes" in all columns, with
 `modules_to_save=["classifier"]`: `setup` builds that layer anew, with random weights. The callback of
 finetuning-scheduler 2.14.1 thaws layers of the base by its own schedule, whatever its `max_depth`: the run stops at its
-first batch, and the message names them.
+first batch, and the message names them. It reads the names of a schedule before LoraCallback adapts: with one that
+names A and B, call `LoraModel(module, config)` ahead of `fit`, and the run is exact, `restore_best` and resuming too.
 """
 
 
