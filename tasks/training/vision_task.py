@@ -340,6 +340,7 @@ class VisionTask(LoraCheckpointMixin):
         size = provenance["image_size"]
         self.image_size = None if size is None else (size[0], size[1])
         self.interpolation = provenance["interpolation"]
+        self.bgr = provenance.get("bgr", self.bgr)  # which files of earlier versions do not hold
 
     def on_fit_start(self) -> None:
         """Warns if what the fit will leave is of no use later."""
@@ -378,6 +379,7 @@ class VisionTask(LoraCheckpointMixin):
             "interpolation": self.interpolation,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            "bgr": self.bgr,
         }
 
     def next_commands(self, trainer: Trainer) -> dict[str, str]:

@@ -62,18 +62,22 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
 
 @pytest.mark.parametrize("file", ["checkpoint", "adapter"])
 @pytest.mark.parametrize("now", ["changed", "gone"])
-def test_images_are_normalized_as_those_of_the_fit(tmp_path, now, file):
+def test_a_network_is_given_images_as_in_the_fit(tmp_path, now, file):
     """What the folder of a base says of its images may change, and what a library says, with its version."""
     folder, said = tmp_path / "base", tmp_path / "base" / "preprocessor_config.json"
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTForImageClassification(ViTConfig(**small, image_size=16, patch_size=8, num_labels=3)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6], do_flip_channel_order=True
+    )
+    processor.save_pretrained(folder)
     task = ImageClassificationTask(ModelConfig("transformers", str(folder), 3, "pretrained"))
+    assert task.bgr
     files, images = fit_task(task, DigitsDataModule([0, 1, 2]), tmp_path, "classifier"), torch.rand(2, 3, 16, 16)
     expected, content = task.eval()(images), said.read_text()
     said.unlink()
     if now == "changed":
-        said.write_text(content.replace("0.4", "0.1"))
+        said.write_text(content.replace("0.4", "0.1").replace('order": true', 'order": false'))
     torch.testing.assert_close(load_task(files[file])(images), expected, atol=1e-5, rtol=1e-4)
 
 
