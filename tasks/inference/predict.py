@@ -212,7 +212,7 @@ def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips
         raise _of_another(file)
     names, table = task.class_labels, io.StringIO(newline="")
     rows = csv.writer(table)
-    rows.writerow([*COLUMNS, *names])
+    rows.writerow([*COLUMNS, *(f"probability of {name}" if name in COLUMNS else name for name in names)])
     for name, path in paths.items():
         probabilities = label_probabilities(task, _tensor(path), flips=flips)
         best = int(probabilities.argmax())

@@ -64,6 +64,16 @@ class TestPredict:
             assert sum(shares) == pytest.approx(1, abs=1e-5)
             assert task.class_names[int(np.argmax(shares))] == row["label"]
 
+    def test_a_class_with_the_name_of_a_column(self, tmp_path):
+        names = ["image", "label", "probability", "cat"]
+        task = ImageClassificationTask(tiny_vit(4), class_names=names).eval()
+        write_image(tmp_path / "it.png", noise())
+        (file,) = predict_folder(task, tmp_path / "it.png", tmp_path / "out")
+        (row,) = csv.DictReader(file.read_text().splitlines())
+        shares = [float(row[name]) for name in (*(f"probability of {name}" for name in names[:3]), "cat")]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert (row["image"], row["label"]) == ("it.png", names[int(np.argmax(shares))])
+
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize(
         ("options", "meant"),
