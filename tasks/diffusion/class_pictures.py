@@ -3,6 +3,7 @@
 Prior preservation, section 3.2 of Dreambooth (Ruiz et al., 2022, arXiv 2208.12242).
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_plugins.tasks.argument_checks import check_path, check_texts, instance
 from lora_plugins.tasks.data import image_files
 from lora_plugins.tasks.diffusion.captions import CAPTION_SUFFIX, Captioned, captioned_folder
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.utils import replace_files
 
 NAME = "class-"
 """What the names of drawn pictures begin with."""
@@ -89,10 +91,10 @@ class ClassPictures:
             prompts = [self.prompts[number % len(self.prompts)] for number in some]
             pictures = sample(pipe, prompts, [self.seed + number for number in some], self.sampling)
             for number, prompt, picture in zip(some, prompts, pictures, strict=True):
-                # The caption first: a run that is stopped in between leaves no picture without one.
-                path = folder / f"{names[number]}.png"
-                _caption(path).write_text(prompt, encoding="utf-8")
-                picture.save(path)
+                # The caption first: a run that is stopped in between leaves no picture without one, and no part of one.
+                path, stream = folder / f"{names[number]}.png", io.BytesIO()
+                picture.save(stream, "png")
+                replace_files({_caption(path): prompt.encode(), path: stream.getvalue()})
         return len(wanted)
 
     def read(self) -> list[Captioned]:

@@ -1,5 +1,9 @@
 """Pictures of the class: drawn once, kept, and never too few."""
 
+import multiprocessing
+import resource
+import signal
+
 import pytest
 
 from lora_plugins import ConfigError
@@ -25,6 +29,26 @@ def test_they_are_drawn_once_and_kept(tmp_path):
     assert (
         ClassPictures(str(tmp_path / "class"), ["a dog", "a cat"], count=5, sampling=SAMPLING).draw_missing(pipe) == 2
     )
+
+
+def _draw_and_be_killed(asked):
+    pipe = build("Stable Diffusion")
+    pipe.set_progress_bar_config(disable=True)  # which may be written into a file
+    ClassPictures(f"{asked.folder}-first", asked.prompts, count=1, sampling=SAMPLING).draw_missing(pipe)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the first picture ends the process where it is half written
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    asked.draw_missing(pipe)
+
+
+def test_a_killed_run_leaves_no_half_picture(tmp_path):
+    asked = ClassPictures(str(tmp_path / "class"), ["a dog", "a cat"], count=3, sampling=SAMPLING)
+    process = multiprocessing.get_context("spawn").Process(target=_draw_and_be_killed, args=(asked,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGXFSZ
+    assert not asked.present()
+    assert asked.draw_missing(build("Stable Diffusion")) == len(asked.read()) == 3
 
 
 def test_own_pictures_count(tmp_path, picture_folder):
