@@ -218,8 +218,8 @@ class VisionTask(LoraCheckpointMixin):
         return logits.argmax(1)
 
     def raw_logits(self, images: Tensor) -> Tensor:
-        """Normalizes images (N, channels, H, W) in [0, 1] and calls the network on them."""
-        images = (images - self.mean) / self.std
+        """Normalizes images (N, channels, H, W) in [0, 1], of any precision, and calls the network on them."""
+        images = (images.to(self.mean) - self.mean) / self.std
         return self.network_logits(self.network, images.flip(1) if self.bgr else images)
 
     @abstractmethod

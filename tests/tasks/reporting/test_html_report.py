@@ -19,6 +19,7 @@ from lora_plugins.tasks import (
     HtmlReport,
     ImageClassificationTask,
     MaskFolderDataModule,
+    PredictionPicture,
     SemanticSegmentationTask,
     warmup_cosine,
 )
@@ -220,6 +221,17 @@ def test_a_report_of_labels(trainer, tmp_path):
     trainer(callbacks=[HtmlReport(str(path))]).fit(ImageClassificationTask(tiny_vit()), datamodule=digits())
     assert "only mistakes" in path.read_text()
     assert json.loads((tmp_path / "r.json").read_text())["class_metric"] == "recall"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_samples_are_judged_in_the_precision_of_the_fit(precision, trainer, tmp_path):
+    files = [str(tmp_path / name) for name in ("report.html", "masks.png", "merged.safetensors")]
+    last = lora(tmp_path, export_to=files[2])
+    run = trainer(callbacks=[last, HtmlReport(files[0]), PredictionPicture(files[1])], precision=precision)
+    run.fit(task := SemanticSegmentationTask(tiny_segformer(), lr=0.05), datamodule=scenes())
+    confusion = torch.tensor(read_run(tmp_path / "report.json").confusion)
+    assert torch.equal(confusion, task.confusion["val"])
+    assert all((tmp_path / name).exists() for name in files)
 
 
 def test_images_keep_their_aspect_and_ignored_pixels_are_in_the_key(trainer, tmp_path, mask_folders):
