@@ -116,7 +116,8 @@ def _check_checkpoint(given: Mapping[str, Any]) -> None:
     if path == "best":
         raise ConfigError(
             "ckpt_path: only the process that trained knows which checkpoint is the best. Name its file, which "
-            "fit prints at its end, or write 'last' for that of ModelCheckpoint(save_last=True)."
+            "fit prints at its end, or write 'last' for that of a ModelCheckpoint with save_last and a dirpath, "
+            "without which each run has a folder of its own."
         )
     if not Path(path).exists():
         folder = Path(path).parent

@@ -64,7 +64,8 @@ AT_ONCE = {
     "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
     "best checkpoint": (
         ["--config", "recipe:cls", "--ckpt_path", "best"],
-        "Name its file, which fit prints at its end",
+        "Name its file, which fit prints at its end, or write 'last' for that of a ModelCheckpoint with save_last and "
+        "a dirpath",
     ),
     "near checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lst.ckpt"], "Did you mean 'last.ckpt'"),
     "batch size of the file": (
