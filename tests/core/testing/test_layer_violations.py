@@ -173,7 +173,8 @@ class KeepsItsBias(Good):
     function = F.linear
 
     def branch(self, layer, base, terms, x):
-        return super().branch(layer, base, terms, x) + layer._parameters["bias"] - layer.bias
+        output = super().branch(layer, base, terms, x)
+        return output + (layer._parameters["bias"] - layer.bias).to(output.dtype)
 
 
 class RowsOfInputs(ColumnMajorPlugin):

@@ -102,7 +102,7 @@ def test_two_processes_from_the_command_line(command, config, tmp_path):
         "init_args": {"process_group_backend": "gloo", "find_unused_parameters": False},
     }
     section = {"max_epochs": 1, "accelerator": "cpu", "devices": 2, "strategy": strategy, "logger": False}
-    path = config(trainer={**section, "enable_progress_bar": False, "default_root_dir": str(tmp_path)})
+    path = config(trainer={**section, "enable_progress_bar": None, "default_root_dir": str(tmp_path)})
     done = subprocess.run([*command, "fit", "--config", path], capture_output=True, text=True, timeout=250, check=False)
     assert "Starting with 2 processes" in done.stderr, done.stderr[-2000:]
     assert "epoch 1/1" in done.stdout, done.stderr[-2000:]
