@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lora_plugins.errors import listing, nothing_there
+from lora_plugins.tasks.autoconfig.folders import has_folders, holds_folders_alone, left_out, splits_in
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
@@ -18,9 +19,7 @@ from lora_plugins.tasks.files import (
     MASK_SUFFIXES,
     NO_IMAGE,
     READERS,
-    TEST,
     TRAIN,
-    VAL,
     check_folder,
     decoding,
     image_files,
@@ -33,8 +32,11 @@ from lora_plugins.tasks.files import (
 )
 
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
-OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
-SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
+
+ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})
+
+OF_ADDRESSES = re.compile(r"\w{2,}:/")
+"""Begins an address; a path of Windows has one letter there."""
 
 OF_IMAGES, OF_MASKS = (re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment"))
 """What names of folders hold that are no classes."""
@@ -58,6 +60,10 @@ def survey(data: Path | str, flags: Flags) -> Survey:
     if name is not None:
         return hub_survey(name, flags)
     data = Path(data)
+    if OF_ADDRESSES.match(str(data)):
+        raise DataError(f"{data} is an address. Download what is there, and give the folder.")
+    if data.suffix.lower() in ARCHIVES and data.is_file():
+        raise DataError(f"{data} is an archive. Unpack it, and give the folder.")
     if data.suffix.lower() in IMAGE_SUFFIXES and data.is_file():
         raise DataError(f"{data} is one image. Give a folder, with a folder of images for each class.")
     if data.is_file():
@@ -69,7 +75,7 @@ def survey(data: Path | str, flags: Flags) -> Survey:
         return _of_mask_folders(data, flags)
     if (data / IMAGES_FOLDER).is_dir():
         others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
-        masks = [folder for folder in others if image_files(folder) or _has_folders(folder)]
+        masks = [folder for folder in others if image_files(folder) or has_folders(folder)]
         hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
         if others and not masks:
             hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
@@ -85,21 +91,21 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         raise DataError(
             f"--classes and --ignore-index are for masks; the classes of {data} are the names of its folders."
         )
-    if not _has_folders(data):
+    if not has_folders(data):
         what = "images, and nothing says what is on them" if image_files(data) else "no images and no folder"
         raise DataError(
             f"{data} holds {what}. Make a folder of images for each class, {data}/CLASS/NAME.jpg; or put masks beside "
             f"the images, {data}/{IMAGES_FOLDER}/NAME.jpg and {data}/{MASKS_FOLDER}/NAME.png (or --masks DIR)."
         )
-    splits = _splits(data)
+    splits = splits_in(data)
     folders = {split: data / split for split in splits} or {TRAIN: data}
-    if splits and not _has_folders(folders[TRAIN]) and image_files(folders[TRAIN]):
+    if splits and not has_folders(folders[TRAIN]) and image_files(folders[TRAIN]):
         raise DataError(
             f"{folders[TRAIN]} is taken for the train split, and holds images, no folder for each class. If {TRAIN!r} "
             "is a class, give its folder another name."
         )
     classes = subfolders(folders[TRAIN])
-    if len(classes) == 1 and _holds_folders_alone(inner := folders[TRAIN] / classes[0]):
+    if len(classes) == 1 and holds_folders_alone(inner := folders[TRAIN] / classes[0]):
         way = "Move these up" if splits else f"Train on {inner}"
         raise DataError(f"{folders[TRAIN]} holds one folder, {classes[0]!r}, with folders in it. {way}.")
     of_images = [name for name in classes if not OF_MASKS.search(name)]
@@ -135,7 +141,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         tuple(classes),
         counts,
         "a folder for each class",
-        left_out=_left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
+        left_out=left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
     )
 
 
@@ -143,7 +149,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
     masks_folder = check_folder(flags.masks or data / MASKS_FOLDER)
     nested = (data / IMAGES_FOLDER).is_dir()
     images_folder = data / IMAGES_FOLDER if nested else data
-    splits = _splits(images_folder)
+    splits = splits_in(images_folder)
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     problems: list[str] = []
     for split in splits or [TRAIN]:
@@ -171,7 +177,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
         f"images with masks in {masks_folder}",
         common_size([_image_size(image) for image, _ in flat]),
         coding,
-        _left_out(images_folder / split for split in splits or [""]) if nested else (),
+        left_out(images_folder / split for split in splits or [""]) if nested else (),
     )
 
 
@@ -212,34 +218,6 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     share, counts = shared(counts, [labels.count(name) for name in classes], flags)
     chosen = {} if flags.classes is None else {"classes": [*classes]}
     return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, "a list of labels")
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _holds_folders_alone(folder: Path) -> bool:
-    return _has_folders(folder) and not image_files(folder)
-
-
-def _left_out(folders: Iterable[Path]) -> list[Path]:
-    """The files in folders of images that are not read."""
-    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
-
-
-def _splits(folder: Path) -> list[str]:
-    """The folders of splits in a folder; none if its files are to be split."""
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
-    splits = [name for name in (TRAIN, VAL, TEST) if name in names]
-    for other in sorted(names - {*splits}):
-        name = SPLIT_NAMES.get(other.lower())
-        is_meant = other in OTHER_NAMES and (splits or other != "training")  # else it may be a class
-        if name is not None and name not in names and (is_meant or _holds_folders_alone(folder / other)):
-            raise DataError(f"{folder / other} looks like the {name} split. Call it {folder / name}.")
-    if splits and TRAIN not in splits:
-        raise DataError(f"{folder} has a folder {splits[0]!r} and none called {TRAIN!r}, which is needed beside it.")
-    return splits
 
 
 def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:

@@ -357,6 +357,18 @@ def test_a_class_may_be_called_train_in_other_letters(tmp_path):
     assert survey(tmp_path / "data", Flags()).classes == ("Car", "Train")
 
 
+def test_an_archive_is_unpacked_first(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"photos\.zip is an archive\. Unpack it"):
+        survey(tmp_path / "photos.zip", Flags())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_address_is_downloaded_first(kind):
+    with pytest.raises(DataError, match=r"is an address\. Download"):
+        survey(kind("https://example.com/photos"), Flags())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [({"masks": Path("masks")}, "are in its column 'mask'"), ({"ignore_index": 0}, "has labels")],

@@ -1,0 +1,44 @@
+"""The folders of a data set: what they hold, and which of them are splits."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import IMAGE_SUFFIXES, TEST, TRAIN, VAL, image_files
+
+OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
+SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
+
+
+def has_folders(folder: Path) -> bool:
+    """Whether there are folders in a folder, hidden ones apart."""
+    return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+
+
+def holds_folders_alone(folder: Path) -> bool:
+    """Whether there are folders in a folder, and no images beside them."""
+    return has_folders(folder) and not image_files(folder)
+
+
+def left_out(folders: Iterable[Path]) -> list[Path]:
+    """The files in folders of images that are not read."""
+    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
+
+
+def splits_in(folder: Path) -> list[str]:
+    """The folders of splits in a folder; none if its files are to be split.
+
+    Raises:
+        DataError: If one has another name, or there are some and none to train on.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    splits = [name for name in (TRAIN, VAL, TEST) if name in names]
+    for other in sorted(names - {*splits}):
+        name = SPLIT_NAMES.get(other.lower())
+        is_meant = other in OTHER_NAMES and (splits or other != "training")  # else it may be a class
+        if name is not None and name not in names and (is_meant or holds_folders_alone(folder / other)):
+            raise DataError(f"{folder / other} looks like the {name} split. Call it {folder / name}.")
+    if splits and TRAIN not in splits:
+        raise DataError(f"{folder} has a folder {splits[0]!r} and none called {TRAIN!r}, which is needed beside it.")
+    return splits
