@@ -231,8 +231,8 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
     if pictures and found and not pictures.keys() & found.keys():
         image, mask = next(iter(pictures.values())), next(iter(found.values()))
         problems.append(
-            f"no mask in {masks} is called as an image in {images} is: {image.name} has to have {image.stem}.png, and "
-            f"there is {mask.name}. Rename the masks, or write a list, .csv, with the columns image and mask"
+            f"no mask in {masks} has the name of an image in {images}: {image.name} needs {image.stem}.png, and there "
+            f"is {mask.name}. Rename the masks, or write a list, .csv, with the columns image and mask"
         )
         return []
     problems += [f"{path} has no mask {masks / stem}.png" for stem, path in pictures.items() if stem not in found]

@@ -334,7 +334,7 @@ def turned(root, kind="jpg"):
         (val_alone, "none called 'train'"),
         (too_few, "2 images are too few"),
         (without_partner, "3.jpg has no mask"),
-        (masks_called_otherwise, r"(?s)1 problem.*0.jpg has to have 0.png, and there is 0_mask.png. Rename"),
+        (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
         (one_value, "All masks hold one value, 0, and"),
         (jpeg_masks, "are no PNG files"),
         (a_photo_as_mask, "more than 256 colors"),
