@@ -49,7 +49,7 @@ def parameter_groups(
     Returns:
         The groups `A`, `B` and `heads`, under the key `name`; those that would be empty are left out.
     """
-    members = _members(module, [p for p in module.parameters() if p.requires_grad])
+    members = _members(_kinds(module), [p for p in module.parameters() if p.requires_grad])
     rates = {"A": lr, "B": lr * loraplus_lr_ratio, "heads": lr * heads_lr_ratio}
     return [{"name": name, "params": params, "lr": rates[name]} for name, params in members.items() if params]
 
@@ -111,8 +111,9 @@ class LearningRates:
         """
         if self == LearningRates():
             return
+        kinds = _kinds(module)
         leaves = [
-            leaf for leaf in flatten(configured) if not hasattr(leaf, "param_groups") or self._splits(module, leaf)
+            leaf for leaf in flatten(configured) if not hasattr(leaf, "param_groups") or self._splits(kinds, leaf)
         ]
         _check_told(leaves)
         _check_rates(leaves)
@@ -121,7 +122,7 @@ class LearningRates:
             if isinstance(optimizer, Optimizer):
                 listing_groups = [optimizer, *(s for s in schedulers if s.optimizer is optimizer)]
                 for index in range(len(optimizer.param_groups)):
-                    self._split(module, optimizer, index, listing_groups)
+                    self._split(kinds, optimizer, index, listing_groups)
                 optimizer.register_step_pre_hook(self.follow)
 
     @staticmethod
@@ -135,11 +136,11 @@ class LearningRates:
                 else:
                     group["lr"] = rate
 
-    def _splits(self, module: nn.Module, optimizer: Optimizer) -> bool:
+    def _splits(self, kinds: Mapping[int, str], optimizer: Optimizer) -> bool:
         """Whether some group of an optimizer is to be split, as that of what is not adapted may not, and is not yet."""
         groups = optimizer.param_groups
         is_split = any(_FOLLOWS in group for group in groups)
-        return not is_split and any(self._leaving(_members(module, group["params"])) for group in groups)
+        return not is_split and any(self._leaving(_members(kinds, group["params"])) for group in groups)
 
     def _leaving(self, members: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
         """Returns the ratios of what leaves a group of such members, by name."""
@@ -148,8 +149,8 @@ class LearningRates:
         stays = next((name for name, ratio in present.items() if ratio == 1), None)
         return {name: ratio for name, ratio in present.items() if name != stays}
 
-    def _split(self, module: nn.Module, optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
-        group, members = optimizer.param_groups[index], _members(module, optimizer.param_groups[index]["params"])
+    def _split(self, kinds: Mapping[int, str], optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
+        group, members = optimizer.param_groups[index], _members(kinds, optimizer.param_groups[index]["params"])
         parts = self._leaving(members)
         moved = {id(parameter) for name in parts for parameter in members[name]}
         whole = dict(group)
@@ -191,14 +192,18 @@ def _parts(whole: Any) -> list[Any]:
     return [whole, *(part for each in inner for part in _parts(each))]
 
 
-def _members(module: nn.Module, parameters: list[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    """Sorts parameters into those of A, of B, and others; what a variant adds is with A."""
+def _kinds(module: nn.Module) -> dict[int, str]:
+    """Returns "A" or "B" for each tensor of the module's adapters, by its `id`; what a variant adds is with A."""
     slots = {
         id(parameter): name.split(".")[-2].removeprefix("lora_").partition("_")[0]  # a part of a fused weight: A_q
         for target in adapted_targets(module).values()
         for name, parameter in adapter_tensors(target).items()
     }
-    kinds = {key: "B" if slot == "B" else "A" for key, slot in slots.items()}
+    return {key: "B" if slot == "B" else "A" for key, slot in slots.items()}
+
+
+def _members(kinds: Mapping[int, str], parameters: list[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    """Sorts parameters into those of A, of B, and others."""
     members: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "heads": []}
     for parameter in parameters:
         members[kinds.get(id(parameter), "heads")].append(parameter)
