@@ -74,16 +74,21 @@ def survey(data: Path | str, flags: Flags) -> Survey:
     if flags.masks is not None or (data / MASKS_FOLDER).is_dir():
         return _of_mask_folders(data, flags)
     if (data / IMAGES_FOLDER).is_dir():
-        others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
-        masks = [folder for folder in others if image_files(folder) or has_folders(folder)]
-        hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
-        if others and not masks:
-            hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
-        raise DataError(
-            f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
-            "make a folder for each class."
-        )
+        raise _without_masks(data)
     return _of_class_folders(data, flags)
+
+
+def _without_masks(data: Path) -> DataError:
+    """Returns what to say of a folder of images with no masks beside it."""
+    others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
+    masks = [folder for folder in others if image_files(folder) or has_folders(folder)]
+    hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
+    if others and not masks:
+        hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
+    return DataError(
+        f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
+        "make a folder for each class."
+    )
 
 
 def _of_class_folders(data: Path, flags: Flags) -> Survey:
@@ -105,17 +110,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             "is a class, give its folder another name."
         )
     classes = subfolders(folders[TRAIN])
-    if len(classes) == 1 and holds_folders_alone(inner := folders[TRAIN] / classes[0]):
-        way = "Move these up" if splits else f"Train on {inner}"
-        raise DataError(f"{folders[TRAIN]} holds one folder, {classes[0]!r}, with folders in it. {way}.")
-    of_images = [name for name in classes if not OF_MASKS.search(name)]
-    if len(classes) == 2 and len(of_images) == 1 and OF_IMAGES.search(of_images[0]):
-        inside = f"/{TRAIN}" if splits else ""
-        raise DataError(
-            f"{folders[TRAIN]} holds {listing(classes)}, which look like images with masks, not like two classes. "
-            f"They are expected in {data / IMAGES_FOLDER}{inside} and {data / MASKS_FOLDER}{inside}, with equal names; "
-            "or in a list, .csv or .jsonl, with the columns image and mask. If they are classes, rename one."
-        )
+    _check_are_classes(data, folders[TRAIN], classes, TRAIN if splits else "")
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}
     for split, folder in folders.items():
@@ -143,6 +138,27 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         "a folder for each class",
         left_out=left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
     )
+
+
+def _check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: str) -> None:
+    """Refuses folders that are taken for classes and look like something else.
+
+    Args:
+        data: The data.
+        folder: Where they are.
+        classes: Their names.
+        split: The name of their split; empty where there are none.
+    """
+    if len(classes) == 1 and holds_folders_alone(inner := folder / classes[0]):
+        way = "Move these up" if split else f"Train on {inner}"
+        raise DataError(f"{folder} holds one folder, {classes[0]!r}, with folders in it. {way}.")
+    of_images = [name for name in classes if not OF_MASKS.search(name)]
+    if len(classes) == 2 and len(of_images) == 1 and OF_IMAGES.search(of_images[0]):
+        raise DataError(
+            f"{folder} holds {listing(classes)}, which look like images with masks, not like two classes. "
+            f"They are expected in {data / IMAGES_FOLDER / split} and {data / MASKS_FOLDER / split}, with equal names; "
+            "or in a list, .csv or .jsonl, with the columns image and mask. If they are classes, rename one."
+        )
 
 
 def _of_mask_folders(data: Path, flags: Flags) -> Survey:
