@@ -3,7 +3,6 @@
 Prior preservation, section 3.2 of Dreambooth (Ruiz et al., 2022, arXiv 2208.12242).
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from lora_plugins.field_checks import check_count, check_flag, whole_from
 from lora_plugins.integrations.diffusers import Sampling, sample
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
-from lora_plugins.tasks.data import image_files
+from lora_plugins.tasks.data import as_png, image_files
 from lora_plugins.tasks.diffusion.captions import CAPTION_SUFFIX, Captioned, captioned_folder
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.utils import replace_files
@@ -92,9 +91,8 @@ class ClassPictures:
             pictures = sample(pipe, prompts, [self.seed + number for number in some], self.sampling)
             for number, prompt, picture in zip(some, prompts, pictures, strict=True):
                 # The caption first: a run that is stopped in between leaves no picture without one, and no part of one.
-                path, stream = folder / f"{names[number]}.png", io.BytesIO()
-                picture.save(stream, "png")
-                replace_files({_caption(path): prompt.encode(), path: stream.getvalue()})
+                path = folder / f"{names[number]}.png"
+                replace_files({_caption(path): prompt.encode(), path: as_png(picture)})
         return len(wanted)
 
     def read(self) -> list[Captioned]:

@@ -18,10 +18,12 @@ from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.tasks.command_lines import generate_parser
+from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
 from lora_plugins.tasks.training import PROVENANCE_KEY
+from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_folder
 
 SHEET = "sheet.png"
@@ -144,6 +146,6 @@ def _write(folder: Path, rows: dict[str, list[Image]], seed: int) -> None:
     for name, pictures in rows.items():
         stem = name.partition(":")[0].replace(" ", "-")
         for number, picture in enumerate(pictures):
-            picture.save(folder / f"{stem}-seed-{seed + number}.png")
-    contact_sheet(rows).save(folder / SHEET)
+            replace_file(folder / f"{stem}-seed-{seed + number}.png", as_png(picture))
+    replace_file(folder / SHEET, as_png(contact_sheet(rows)))
     print(f"{sum(len(pictures) for pictures in rows.values())} pictures and {SHEET} in {folder}")

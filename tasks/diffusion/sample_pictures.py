@@ -3,7 +3,6 @@
 import time
 from base64 import b64encode
 from contextlib import nullcontext
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
+from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
@@ -108,7 +108,7 @@ class SamplePictures(Callback):
         self._add(trainer, cast(TextToImageTask, pl_module), AFTER)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (BEFORE, AFTER):
-            self._sheets[name].save(self.folder / f"{name}.png")
+            replace_file(self.folder / f"{name}.png", as_png(self._sheets[name]))
         replace_file(self.folder / REPORT, self._page(trainer, cast(TextToImageTask, pl_module), seconds).encode())
         tell_written(trainer, {"Samples and report": self.folder})
 
@@ -141,6 +141,4 @@ class SamplePictures(Callback):
 
 
 def _as_url(sheet: Image) -> str:
-    stream = BytesIO()
-    sheet.save(stream, "png")
-    return "data:image/png;base64," + b64encode(stream.getvalue()).decode()
+    return "data:image/png;base64," + b64encode(as_png(sheet)).decode()

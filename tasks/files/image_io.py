@@ -1,9 +1,10 @@
-"""Finds and reads image files."""
+"""Finds, reads and encodes image files."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -142,6 +143,13 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
+
+
+def as_png(image: Image.Image) -> bytes:
+    """Encodes an image as a PNG file."""
+    stream = BytesIO()
+    image.save(stream, "png")
+    return stream.getvalue()
 
 
 @contextmanager

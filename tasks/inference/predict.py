@@ -35,6 +35,7 @@ from lora_plugins.tasks.data import (
     PROBLEM_POLICIES,
     SKIP,
     Size,
+    as_png,
     image_files,
     named_by_text,
     read_errors,
@@ -250,7 +251,7 @@ def _write_masks(
         for folder, output in outputs.items():
             file = out / folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            output.save(file)
+            replace_file(file, as_png(output))
             written.append(file)
     return written
 

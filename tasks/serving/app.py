@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.errors import DataError, WeightsError
-from lora_plugins.tasks.files import as_rgb, decode_image
+from lora_plugins.tasks.files import as_png, as_rgb, decode_image
 from lora_plugins.tasks.inference import resized
 from lora_plugins.tasks.segmentation import class_colors, palette_image
 from lora_plugins.tasks.serving.described import Described, ReplacedError
@@ -170,9 +170,8 @@ def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Resp
         )
     if logits.ndim > 1:
         whole = interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
-        out = BytesIO()
-        palette_image(whole.argmax(0).numpy(), class_colors(len(whole))).save(out, "PNG")
-        return Response(out.getvalue(), media_type="image/png")
+        mask = palette_image(whole.argmax(0).numpy(), class_colors(len(whole)))
+        return Response(as_png(mask), media_type="image/png")
     names, values = _classes(described), probabilities.tolist()
     best = max(range(len(values)), key=values.__getitem__)
     return JSONResponse(

@@ -167,6 +167,19 @@ class TestPredict:
         assert [predict(files), predict(files)] == [0, 0]
 
     @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_predictions_are_replaced_by_whole_files(self, fitted, tmp_path, kind):
+        """A file that is written in place is half a picture when the command is killed."""
+        write_image(tmp_path / "images" / "a.png", noise())
+        files = [str(fitted[kind][1]["merged"]), str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+        assert predict(files) == 0
+        written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        linked = {path: tmp_path / f"{number}.linked" for number, path in enumerate(written)}
+        for path, link in linked.items():
+            os.link(path, link)
+        assert predict(files) == 0
+        assert not [path for path, link in linked.items() if path.samefile(link)]
+
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_a_model_that_answers_with_nan(self, fitted, tmp_path, capsys, kind):
         """The largest of NaN is the first class."""
         write_image(tmp_path / "images" / "a.png", noise())
