@@ -3,6 +3,9 @@
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +48,19 @@ _CHECKS: Mapping[str, Check] = {
     "on_problem": choice_of(*PROBLEM_POLICIES),
 }
 """What the arguments can be, by name; the others are checked by whoever takes them."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is remembered of a sample that was read.
+
+    Attributes:
+        classes: Those that occur in it.
+        pixels: A digest of its image.
+    """
+
+    classes: frozenset[int]
+    pixels: bytes
 
 
 class ImageDataModule(VisionDataModule):
@@ -122,9 +138,9 @@ class ImageDataModule(VisionDataModule):
             DataError: With a list of what cannot be used, or if nothing is left, or fewer than two classes to train on.
         """
         items, problems = self.find()
-        occurring: dict[str, frozenset[int]] = {}
+        seen: dict[str, _Seen] = {}
         if self.check_files:
-            items, unreadable, occurring = self._readable(items)
+            items, unreadable, seen = self._readable(items)
             problems = [*problems, *unreadable]
         if problems:
             self._report(problems)
@@ -132,9 +148,9 @@ class ImageDataModule(VisionDataModule):
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
-        _warn_of_repeats(items)
-        if occurring:
-            self._check_classes(frozenset().union(*(occurring[item.name] for item in items[TRAIN])))
+        _warn_of_repeats(items, seen)
+        if seen:
+            self._check_classes(frozenset().union(*(seen[item.name].classes for item in items[TRAIN])))
         plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
         return {
             split: LazySamples(members, self.read, augmented if split == TRAIN else plain)
@@ -169,20 +185,20 @@ class ImageDataModule(VisionDataModule):
         """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""
         return None if self.trainer is None else getattr(self.trainer.lightning_module, attribute, None)
 
-    def _readable(
-        self, items: dict[str, list[Item]]
-    ) -> tuple[dict[str, list[Item]], list[str], dict[str, frozenset[int]]]:
-        """What can be read, what is wrong with the rest, and the classes that occur in each sample, by its name."""
+    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[str, _Seen]]:
+        """What can be read, what is wrong with the rest, and what is remembered of each sample, by its name."""
         flat = [item for members in items.values() for item in members]
-        occurring: dict[str, frozenset[int]] = {}
+        seen: dict[str, _Seen] = {}
 
         def read(item: Item) -> None:
-            labels = np.unique(np.asarray(self.read(item)[1])).tolist()
-            occurring[item.name] = frozenset(labels) - {self.ignore_index}
+            image, target = self.read(item)
+            labels = frozenset(np.unique(np.asarray(target)).tolist())
+            pixels = sha256(f"{image.size}".encode() + image.tobytes()).digest()
+            seen[item.name] = _Seen(labels - {self.ignore_index}, pixels)
 
         wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}
         good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
-        return good, list(wrong.values()), occurring
+        return good, list(wrong.values()), seen
 
     def _check_classes(self, occurring: frozenset[int]) -> None:
         missing = [name for index, name in enumerate(self.class_names) if index not in occurring]
@@ -211,13 +227,14 @@ class ImageDataModule(VisionDataModule):
         rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")
 
 
-def _warn_of_repeats(items: Mapping[str, Sequence[Item]]) -> None:
-    """Warns of images that are measured on and trained on, as a list can have them."""
-    splits: dict[Any, set[str]] = defaultdict(set)
+def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[str, _Seen]) -> None:
+    """Warns of images that are measured on and trained on: listed twice, or, where all were read, copied."""
+    places: dict[Any, dict[str, str]] = defaultdict(dict)
     for split, members in items.items():
         for item in members:
-            splits[item.image].add(split)
-    repeated = [str(image) for image, of in splits.items() if len(of) > 1]
+            place = str(item.image) if isinstance(item.image, Path) else item.name
+            places[seen[item.name].pixels if seen else item.image][split] = place
+    repeated = [" = ".join(dict.fromkeys(of.values())) for of in places.values() if len(of) > 1]
     if repeated:
         rank_zero_warn(
             f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in more than one split, so that metrics "

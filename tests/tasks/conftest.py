@@ -115,21 +115,21 @@ def noise(height=20, width=24, seed=0):
 @pytest.fixture
 def class_folders(tmp_path):
     """An image data set of two classes, four training and two validation images each."""
-    for split, count in (("train", 4), ("val", 2)):
+    for turn, (split, count) in enumerate({"train": 4, "val": 2}.items()):
         for label, name in enumerate(("cat", "dog")):
             for i in range(count):
-                write_image(tmp_path / "data" / split / name / f"{i}.jpg", noise(seed=100 * label + i))
+                write_image(tmp_path / "data" / split / name / f"{i}.jpg", noise(seed=(100 * label + i, turn)))
     return tmp_path / "data"
 
 
 @pytest.fixture
 def mask_folders(tmp_path):
     """Images with masks of three classes and 255 in one corner, four to train on and two to validate on."""
-    for split, count in (("train", 4), ("val", 2)):
+    for turn, (split, count) in enumerate({"train": 4, "val": 2}.items()):
         for i in range(count):
             mask = np.random.default_rng(i).integers(0, 3, (20, 24), dtype=np.uint8)
             mask[:4, :4] = 255
-            write_image(tmp_path / "data" / "images" / split / f"{i}.jpg", noise(seed=i))
+            write_image(tmp_path / "data" / "images" / split / f"{i}.jpg", noise(seed=(i, turn)))
             write_image(tmp_path / "data" / "masks" / split / f"{i}.png", mask)
     return tmp_path / "data"
 
@@ -151,8 +151,8 @@ def labeled_rows(tmp_path):
 
     features = Features({"image": Picture(), "label": ClassLabel(names=["cat", "dog"])})
     splits = {}
-    for split, count in (("train", 6), ("validation", 2)):
-        images = [Image.fromarray(noise(seed=i)) for i in range(count)]
+    for turn, (split, count) in enumerate({"train": 6, "validation": 2}.items()):
+        images = [Image.fromarray(noise(seed=(i, turn))) for i in range(count)]
         splits[split] = Dataset.from_dict({"image": images, "label": [i % 2 for i in range(count)]}, features=features)
     DatasetDict(splits).save_to_disk(tmp_path / "rows")
     return tmp_path / "rows"
@@ -166,8 +166,8 @@ def masked_rows(tmp_path):
 
     features = Features({"image": Picture(), "annotation": Picture()})
     splits = {}
-    for split, count in (("train", 4), ("validation", 2)):
-        images = [Image.fromarray(noise(seed=i)) for i in range(count)]
+    for turn, (split, count) in enumerate({"train": 4, "validation": 2}.items()):
+        images = [Image.fromarray(noise(seed=(i, turn))) for i in range(count)]
         masks = [np.random.default_rng(i).integers(0, 4, (20, 24), dtype=np.uint8) for i in range(count)]
         rows = {"image": images, "annotation": [Image.fromarray(mask) for mask in masks]}
         splits[split] = Dataset.from_dict(rows, features=features)

@@ -63,6 +63,20 @@ class TestImagesInTwoSplits:
         with pytest.warns(UserWarning, match=f"1 image is in more than one split.*{samples[0][0]}"):
             loaded(module(path, **options, **SIZE))
 
+    def test_copies_of_other_names_and_encodings_are_told(self, class_folders):
+        shutil.copy(class_folders / "train" / "cat" / "0.jpg", class_folders / "val" / "cat" / "same.jpg")
+        Image.open(class_folders / "train" / "dog" / "1.jpg").save(class_folders / "val" / "cat" / "other.bmp")
+        with pytest.warns(
+            UserWarning, match=r"2 images are in.*train/cat/0.jpg = .*val/cat/same.jpg', '.*/1.jpg = .*/other.bmp'\."
+        ):
+            loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+
+    def test_copies_of_which_some_are_held_out_are_told(self, flat_folders):
+        for path in flat_folders.rglob("*.jpg"):
+            shutil.copy(path, path.with_name(f"copy of {path.name}"))
+        with pytest.warns(UserWarning, match=r"in more than one split.*.*= "):
+            loaded(ImageFolderDataModule(str(flat_folders), val_share=0.2, **SIZE))
+
 
 class TestClassesThatDoNotOccur:
     def test_one_class_only(self, class_folders):
@@ -72,9 +86,9 @@ class TestClassesThatDoNotOccur:
             loaded(ImageFolderDataModule(str(class_folders), **SIZE))
 
     def test_masks_of_black_and_white(self, tmp_path):
-        for split in ("train", "val"):
+        for turn, split in enumerate(("train", "val")):
             for i in range(3):
-                write_image(tmp_path / "images" / split / f"{i}.jpg", noise(8, 8, seed=i))
+                write_image(tmp_path / "images" / split / f"{i}.jpg", noise(8, 8, seed=(i, turn)))
                 mask = Image.fromarray((noise(8, 8, seed=i) > 128).astype("uint8")[..., 0] * 255)
                 (tmp_path / "masks" / split).mkdir(parents=True, exist_ok=True)
                 mask.save(tmp_path / "masks" / split / f"{i}.png")
@@ -95,7 +109,7 @@ class TestSampling:
         for name, count in (("many", 45), ("few", 5)):
             for i in range(count):
                 write_image(tmp_path / "data" / "train" / name / f"{i}.png", noise(8, 8, seed=i))
-            write_image(tmp_path / "data" / "val" / name / "0.png", noise(8, 8))
+            write_image(tmp_path / "data" / "val" / name / "0.png", noise(8, 8, seed=100 + count))
         torch.manual_seed(0)
         data = loaded(ImageFolderDataModule(str(tmp_path / "data"), sampler="balanced", batch_size=10, **SIZE))
         drawn = torch.cat([Batch.read(batch).targets for _ in range(8) for batch in data.train_dataloader()])
