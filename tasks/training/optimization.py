@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -85,15 +86,29 @@ def configured_optimizer(
 
 
 def check_scheduler(name: str, value: object) -> None:
-    """What makes a scheduler of an optimizer and the number of all its steps.
-
-    Of a class, the second argument is looked at: the number would be taken for a rate, a factor or, by `StepLR`, for
-    the steps of one decay, which would never come. What a function does with it is its author's business.
-    """
+    """What makes a scheduler of an optimizer and the number of all its steps."""
     check_callable(name, value)
     kind = _called(value)
-    if not (isinstance(kind, type) and issubclass(kind, LRScheduler)):
+    if isinstance(kind, type) and issubclass(kind, LRScheduler):
+        _check_class(name, kind, value)
+    try:
+        inspect.signature(cast(Callable[..., object], value)).bind(object(), 1)
+    except ValueError:  # nobody knows the arguments of what is written in C
         return
+    except TypeError as error:
+        called = getattr(kind, "__name__", name)
+        raise ConfigError(
+            f"{name} is called with the optimizer and the number of all its steps, and {called} cannot be: {error}. "
+            f"Give a function: lambda optimizer, steps: {called}(optimizer, ...)."
+        ) from error
+
+
+def _check_class(name: str, kind: type[LRScheduler], value: object) -> None:
+    """Checks the second argument of a class of schedulers.
+
+    The number of steps would be taken for a rate, a factor or, by `StepLR`, for the steps of one decay, which would
+    never come. What a function does with it is its author's business.
+    """
     second = next(iter([*inspect.signature(kind).parameters.values()][1:]), None)
     if second is None:
         return

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import get_cosine_schedule_with_warmup
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import DigitsDataModule, ImageClassificationTask, warmup_cosine
@@ -134,6 +135,19 @@ class TestScheduler:
     def test_a_partial_that_leaves_no_place_for_the_steps_is_refused(self, name, given):
         scheduler = partial(getattr(torch.optim.lr_scheduler, name), **{given: 1})
         with pytest.raises(ConfigError, match=f"{name}, which takes '{given}'"):
+            ImageClassificationTask(tiny_vit(), lr_scheduler=scheduler)
+
+    @pytest.mark.parametrize(
+        ("scheduler", "message"),
+        [
+            (partial(get_cosine_schedule_with_warmup, num_warmup_steps=2), "too many positional arguments"),
+            (get_cosine_schedule_with_warmup, "missing a required argument: 'num_training_steps'"),
+            (lambda optimizer: None, "too many positional arguments"),
+        ],
+        ids=["a partial", "too few", "too many"],
+    )
+    def test_a_function_that_cannot_be_called_so_is_refused(self, scheduler, message):
+        with pytest.raises(ConfigError, match=f"the number of all its steps, and .* cannot be: {message}"):
             ImageClassificationTask(tiny_vit(), lr_scheduler=scheduler)
 
     def test_a_function_says_which_argument_the_steps_are(self, trainer):
