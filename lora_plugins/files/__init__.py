@@ -8,6 +8,7 @@ from lora_plugins.files.differences import by_same_plugins, differing_base, diff
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import read, write
 from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
+from lora_plugins.files.origins import versions_told
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
@@ -44,5 +45,6 @@ __all__ = [
     "tensor_key",
     "unpack",
     "value_key",
+    "versions_told",
     "write",
 ]

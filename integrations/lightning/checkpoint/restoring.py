@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import model_state, whole
 from lora_plugins.errors import listing
-from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same
+from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
 from lora_plugins.inplace import named_tensors, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
@@ -39,6 +39,7 @@ from lora_plugins.integrations.lightning.module import (
     state_of_adapters,
     take_fingerprints,
 )
+from lora_plugins.plugins import registry_of
 from lora_plugins.utils import plain_name
 
 
@@ -158,12 +159,14 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
     name, state = str(packed.manifest.get("adapter_name")), model_state(target)
     if state is None or name not in state.adapters:
         return _Located(target, name, packed, is_present=False, own=None)
-    check_same_config(name, state.adapters[name].plan.config.to_dict(), packed)
+    config = state.adapters[name].plan.config
+    check_same_config(name, config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
     if own is not None and not (by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]):
         own = None  # by a plugin that was installed since, or by LoftQ, which changes bases otherwise on other machines
     if own is not None:
-        check_same_adapter(name, own, packed)
+        with versions_told(packed.manifest, config, registry_of(config)):
+            check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)
 
 

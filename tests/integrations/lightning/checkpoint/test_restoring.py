@@ -130,6 +130,15 @@ class TestRefused:
     def test_other_model(self, tmp_path):
         self.refused(tmp_path, by_trainer(tmp_path), "another model", Classifier(width=8))
 
+    def test_other_version_of_a_plugin(self, tmp_path):
+        path = by_trainer(tmp_path)
+        checkpoint = load(path)
+        entry = checkpoint[KEY]["adapters"][0]["manifest"]["init"]
+        entry |= {"distribution": "their-package", "version": "1.2"}
+        torch.save(checkpoint, path)
+        told = r"another base.* made with the init 'kaiming' of their-package 1\.2, and here is that of lora-plugins"
+        self.refused(tmp_path, path, told, Classifier(base_seed=1))
+
     @pytest.mark.parametrize("missing", ["manifest", "tensors", "target", "active"])
     def test_damaged_entry(self, tmp_path, missing):
         path = by_trainer(tmp_path)
