@@ -52,11 +52,11 @@ class Judged:
 
 @contextmanager
 def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
-    """Puts the task into eval mode and back on the device of its training, which it leaves when a fit ends."""
+    """Puts the task into eval mode and on the device that it left when the fit ended, in the precision of that fit."""
     home = task.device
     task.to(trainer.strategy.root_device)
     try:
-        with eval_mode(task), torch.inference_mode():
+        with eval_mode(task), torch.inference_mode(), trainer.precision_plugin.val_step_context():
             yield
     finally:
         task.to(home)

@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -21,6 +22,7 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     PredictionPicture,
     SemanticSegmentationTask,
+    TensorBoardImages,
     warmup_cosine,
 )
 from lora_plugins.tasks.pages import read_run
@@ -232,6 +234,16 @@ def test_samples_are_judged_in_the_precision_of_the_fit(precision, trainer, tmp_
     confusion = torch.tensor(read_run(tmp_path / "report.json").confusion)
     assert torch.equal(confusion, task.confusion["val"])
     assert all((tmp_path / name).exists() for name in files)
+
+
+def test_all_pictures_are_predicted_in_mixed_precision(trainer, tmp_path):
+    """As the metrics beside them are."""
+    mixed, task = [], SemanticSegmentationTask(tiny_segformer())
+    task.network.register_forward_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+    callbacks = [HtmlReport(str(tmp_path / "r.html")), PredictionPicture(str(tmp_path / "r.png")), TensorBoardImages()]
+    run = trainer(callbacks=callbacks, precision="bf16-mixed", logger=TensorBoardLogger(tmp_path))
+    run.fit(task, datamodule=scenes())
+    assert all(mixed)
 
 
 def test_images_keep_their_aspect_and_ignored_pixels_are_in_the_key(trainer, tmp_path, mask_folders):
