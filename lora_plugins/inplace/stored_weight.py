@@ -64,12 +64,17 @@ class StoredWeight(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
+        # accelerate, which keeps tensors elsewhere, puts a forward here that has them for the duration of a call.
+        return cast(dict[str, Tensor], self() if "forward" in self.__dict__ else self.forward())
+
+    def forward(self) -> dict[str, Tensor]:
+        """Returns the stored tensors by name."""
         return {name: parameter.detach() for name, parameter in self._own().items()}
 
     @property
     def device(self) -> torch.device:
         """Where the stored tensors are."""
-        return next(iter(self.tensors.values())).device
+        return next(iter(self._own().values())).device
 
     def dense(self) -> Tensor:
         """Returns the dense weight."""

@@ -306,11 +306,14 @@ class Kinds(nn.Module):
 INDICES = torch.tensor([[1, 3, 5], [2, 4, 0]])
 
 
-def kinds(variant):
+STORED = {"quantize_modules": "all", "quantize_options": {"min_size": 1}}
+
+
+def kinds(options):
     torch.manual_seed(0)
     model = Kinds().double().eval()
-    config = LoraConfig(r=2, target_modules="all", init="none", variant=variant)
-    if variant == "dora":
+    config = LoraConfig(r=2, target_modules="all", init="none", **options)
+    if config.variant == "dora":
         config = replace(config, target_modules=["memory", "conv", "head"])
     torch.manual_seed(1)
     lora = LoraModel(model, config)
@@ -326,12 +329,16 @@ def offloaded(model, folder, where):
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, variant):
-    whole, ours = kinds(variant)
-    model, lora = kinds(variant)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "dora"}, {"quantize": "nf4", **STORED}, {"quantize": "int8", **STORED}],
+    ids=["lora", "dora", "nf4", "int8"],
+)
+def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, options):
+    whole, ours = kinds(options)
+    model, lora = kinds(options)
     offloaded(model, tmp_path / "offloaded", where)
-    for names in ("default", ["default", "other"], "other") if variant == "lora" else ("default", "other"):
+    for names in ("default", "other") if "variant" in options else ("default", ["default", "other"], "other"):
         for handle in (lora, ours):
             handle.set_adapter(names)
         torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
@@ -342,5 +349,5 @@ def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, variant):
             call()
     pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
     lora.save_adapter(tmp_path / "a", "other")
-    lora.merge_and_unload()
+    lora.merge_and_unload(dequantize=True)
     torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
