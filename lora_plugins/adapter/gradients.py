@@ -4,9 +4,9 @@ A tensor that is frozen between a forward and its backward gets no gradient, and
 a backward that reaches it ends in an error.
 """
 
-import weakref
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -30,14 +30,15 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     if id(tensor) in guards:
         guards.pop(id(tensor)).remove()
     if not required:
-        guard = partial(_refuse, weakref.ref(tensor), name)
-        guards[id(tensor)] = tensor.register_hook(guard)  # type: ignore[no-untyped-call]
+        guards[id(tensor)] = tensor.register_hook(partial(_refuse, name))  # type: ignore[no-untyped-call]
     tensor.requires_grad_(required)
 
 
-def _refuse(reference: weakref.ref[Tensor], name: str, _: Tensor) -> None:
+def _refuse(name: str, _: Tensor) -> None:
     """Raises in a backward that would lose a gradient, unless the user has unfrozen the tensor since."""
-    tensor = reference()
+    # The node that adds up gradients knows its tensor. Torch cannot move a tensor of a class of its own, such as a
+    # quantized one, that a weak reference leads to.
+    tensor: Tensor | None = getattr(torch._C._current_autograd_node(), "variable", None)
     if tensor is not None and not tensor.requires_grad:
         raise StateError(
             f"This backward would give no gradient to {name!r}, which was trained in the forward and is frozen now. "

@@ -1,0 +1,58 @@
+"""Tensors that are frozen between a forward and its backward."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_plugins import LoraConfig, LoraModel, StateError
+
+X = torch.ones(2, 4, dtype=torch.float64)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
+
+
+@pytest.fixture
+def swapped():
+    """Lets conversions swap tensors, as they always do for those of a class of its own, such as quantized ones."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_no_gradient_of_a_frozen_base_is_lost():
+    model = net()
+    loss = model(X).sum()
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(StateError, match=r"no gradient to '[01]\.(weight|bias)', which was trained"):
+        loss.backward()
+
+
+def test_what_the_user_has_unfrozen_gets_its_gradient():
+    model, plain = net(), net()
+    loss = model(X).sum()
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    loss.backward()
+    plain(X).sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_submodule(name[0])._parameters[name[2:]].grad, parameter.grad)
+
+
+@pytest.mark.usefixtures("swapped")
+def test_a_frozen_base_is_cast_and_loaded_by_swapping():
+    model, plain = net(), net()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"))
+    lora.merge_adapter()
+    lora.unmerge_adapter()
+    model.float().double().load_state_dict(plain.state_dict())
+    with lora.disable_adapter():
+        torch.testing.assert_close(model(X), plain(X), rtol=0, atol=0)
+    model(X).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "0.lora_A.default",
+        "0.lora_B.default",
+    }
