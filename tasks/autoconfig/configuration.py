@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
-from lora_plugins.tasks.autoconfig.recommended import AUTO, RECIPES, Recipe
+from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
 from lora_plugins.tasks.files import TRAIN, VAL, leaves_one
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
@@ -28,14 +28,14 @@ ADAPTER, MERGED, REPORT, PICTURE, CONFIG = (
 class Settings:
     """What flags say about training; None for what is to be inferred."""
 
-    epochs: int | None = None
-    rank: int | None = None
-    lr: float | None = None
-    batch_size: int | None = None
-    image_size: tuple[int, int] | None = None
-    device: str = "auto"
-    seed: int = 0
-    recipe: str = AUTO
+    epochs: int | None
+    rank: int | None
+    lr: float | None
+    batch_size: int | None
+    image_size: tuple[int, int] | None
+    device: str
+    seed: int
+    recipe: str
 
 
 def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class ImageDataModule(VisionDataModule):
             problems = [*problems, *unreadable]
         if problems:
             self._report(problems)
-        items = hold_out(items, self.shares, seed=self.split_seed, name=lambda i: i.key or i.name, stratum=self.stratum)
+        items = hold_out(items, self.shares, seed=self.split_seed, name=lambda item: item.key, stratum=self.stratum)
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")

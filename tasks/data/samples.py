@@ -43,13 +43,13 @@ class Item:
         image: Where its image is: a path, or a split and a row number.
         target: A class index, or where its mask is.
         name: Its name in error messages; unique.
-        key: Its name within the data, by which splits are made: the same wherever the data are. By default, `name`.
+        key: Its name within the data, by which splits are made: the same wherever the data are.
     """
 
     image: Any
     target: Any
     name: str
-    key: str = ""
+    key: str
 
 
 class LazySamples(Dataset[dict[str, Any]]):

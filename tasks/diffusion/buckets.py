@@ -15,18 +15,21 @@ from lora_plugins.tasks.data import Size
 Fitted = tuple[Tensor, tuple[int, ...]]
 
 
-def bucket_sizes(resolution: int, step: int, longest: float = 2.0) -> list[Size]:
+LONGEST = 2.0
+"""The largest ratio of the sides of a bucket."""
+
+
+def bucket_sizes(resolution: int, step: int) -> list[Size]:
     """The sizes of buckets: multiples of a step, of at most the area of a square, and as large as they can be.
 
     Args:
         resolution: The side of the square.
         step: What sides are multiples of.
-        longest: The largest ratio of the sides.
     """
     sizes = {(resolution, resolution)}
-    for width in range(step, int(resolution * longest) + 1, step):
+    for width in range(step, int(resolution * LONGEST) + 1, step):
         height = resolution * resolution // width // step * step
-        if height and max(width / height, height / width) <= longest:
+        if height and max(width / height, height / width) <= LONGEST:
             sizes |= {(height, width), (width, height)}
     return sorted(sizes)
 

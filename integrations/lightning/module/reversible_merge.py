@@ -133,7 +133,7 @@ def merge_reversibly(
     target: nn.Module,
     max_error: float = DEFAULT_MAX_ERROR,
     *,
-    dequantize: bool = False,
+    dequantize: bool,
     base_sums: Mapping[str, int] = MappingProxyType({}),
 ) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
