@@ -88,6 +88,12 @@ class TestMaskFolders:
         with pytest.raises(DataError, match="images/val holds no image"):
             loaded(self.make(mask_folders))
 
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_a_missing_split_of_which_no_share_is_held_out(self, mask_folders, split):
+        (mask_folders / "images" / split).rename(mask_folders / "images" / "other")
+        with pytest.raises(DataError, match=f"no folder .*images/{split}"):
+            loaded(self.make(mask_folders))
+
     def test_missing_masks_folder(self, mask_folders):
         (mask_folders / "masks").rename(mask_folders / "labels")
         with pytest.raises(DataError, match=r"no folder .*masks"):
