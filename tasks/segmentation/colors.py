@@ -28,9 +28,9 @@ def class_colors(classes: int) -> Pixels:
     From the ninth class on, the seven hues come again, lighter and darker by turns: these colors differ, but no palette
     of so many can be told apart by everybody.
     """
-    rounds = range(math.ceil(max(0, classes - 1) / len(HUES)))
+    rounds = range(math.ceil((classes - 1) / len(HUES)))
     colors = [CLASS_0, *(_shaded(hue, turn) for turn in rounds for hue in HUES)]
-    return np.array(colors[:classes], dtype=np.uint8).reshape(-1, 3)
+    return np.array(colors[:classes], dtype=np.uint8)
 
 
 def _shaded(hue: tuple[int, int, int], turn: int) -> tuple[int, ...]:

@@ -45,9 +45,10 @@ class MaskDecoder:
         optional(check_options)("colors", colors)
         check_whole("ignore_index", ignore_index)
         check_flag("reduce_labels", reduce_labels)
-        if classes is None and colors is None:
+        names = colors if classes is None else classes
+        if names is None:
             raise ConfigError("Name the `classes`, or give the `colors` that stand for them.")
-        self.classes = list(colors or {}) if classes is None else list(classes)
+        self.classes = list(names)
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
         if colors is not None and reduce_labels:
             raise ConfigError("reduce_labels counts indices down; masks with `colors` have none.")
@@ -69,7 +70,7 @@ class MaskDecoder:
         Raises:
             DataError: If the image is of another kind, or holds an unknown class.
         """
-        return self._from_indices(mask, name) if self.colors is None else self._from_colors(mask, name)
+        return self._from_indices(mask, name) if self.colors is None else _from_colors(mask, name, self.colors)
 
     def _from_indices(self, mask: Image.Image, name: str) -> Labels:
         if mask.mode not in INDEX_MODES:
@@ -87,17 +88,6 @@ class MaskDecoder:
             raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
         return indices
 
-    def _from_colors(self, mask: Image.Image, name: str) -> Labels:
-        pixels = np.asarray(as_rgb(mask, name)).astype(np.int64)
-        packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
-        values, places = np.unique(packed, return_inverse=True)
-        table = self.colors or {}
-        wrong = [f"#{int(color):06x}" for color in values if int(color) not in table]
-        if wrong:
-            raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
-        indices = np.array([table[int(color)] for color in values], dtype=np.int64)
-        return indices[places].reshape(packed.shape)
-
     def _table(self, colors: Mapping[str, Sequence[int]]) -> dict[int, int]:
         missing = [name for name in self.classes if name not in colors]
         if missing:
@@ -111,3 +101,14 @@ class MaskDecoder:
                 raise ConfigError(f"The color {list(color)} of {name!r} stands for another name too.")
             table[packed] = self.classes.index(name) if name in self.classes else self.ignore_index
         return table
+
+
+def _from_colors(mask: Image.Image, name: str, table: Mapping[int, int]) -> Labels:
+    pixels = np.asarray(as_rgb(mask, name)).astype(np.int64)
+    packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
+    values, places = np.unique(packed, return_inverse=True)
+    wrong = [f"#{int(color):06x}" for color in values if int(color) not in table]
+    if wrong:
+        raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
+    indices = np.array([table[int(color)] for color in values], dtype=np.int64)
+    return indices[places].reshape(packed.shape)
