@@ -208,6 +208,12 @@ def test_mistakes_in_flags(folders, further, message, capsys):
     assert "usage" not in err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(folders, capsys):
+    assert main(["train", *folders("labels"), "--device", "cuda"]) == 1
+    assert "--device is cuda, and torch finds none here" in capsys.readouterr().err
+
+
 def test_data_that_are_an_empty_text_are_not_the_current_folder(folders, capsys):
     given = folders("labels")
     assert main(["train", "", *given[1:]]) == 1
