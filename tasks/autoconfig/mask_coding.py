@@ -132,7 +132,8 @@ def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Val
             )
         return "in color", {color for _, color in counted if isinstance(color, tuple)}, ()
     if mask.mode in GRAY_MODES or mask.mode == "P":
-        counts = Counter({int(value): count for count, value in _counted(mask)})
+        gray: Any = mask.convert("L") if mask.mode == "1" else mask
+        counts = Counter({int(value): count for count, value in gray.getcolors()})
         if _is_smoothed(counts):
             return DataError(
                 f"{path} is black and white with {len(counts) - 2} grays between, as smoothing leaves them. Scale "
@@ -140,11 +141,6 @@ def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Val
             )
         return "palette images" if mask.mode == "P" else "gray", set(counts), _shown(mask, counts)
     return DataError(f"{path} has the mode {mask.mode}; a mask is an 8-bit image: gray, with a palette, or in color")
-
-
-def _counted(mask: Image.Image) -> Sequence[tuple[int, int]]:
-    counted: Any = (mask.convert("L") if mask.mode == "1" else mask).getcolors(256)
-    return counted or ()
 
 
 def _shown(mask: Image.Image, indices: Iterable[int]) -> Collection[Shown]:
@@ -179,7 +175,7 @@ def _are_levels(values: Sequence[int], ignored: int | None) -> bool:
     if [*values] == [BLACK, WHITE]:
         return ignored not in values
     indices = [value for value in values if value not in (IGNORED, ignored)]
-    return bool(indices) and len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
+    return len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
 
 
 def _of_levels(levels: Sequence[int], names: Sequence[str] | None, void: Sequence[int]) -> MaskCoding:

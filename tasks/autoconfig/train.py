@@ -230,7 +230,7 @@ def _check_device(device: str) -> None:
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device, True):
+    if not there[device]:
         raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
 
 

@@ -18,7 +18,7 @@ def check_shares(val_share: float, test_share: float) -> None:
     Raises:
         ConfigError: If they do not.
     """
-    if val_share < 0 or test_share < 0 or val_share + test_share >= 1:
+    if val_share + test_share >= 1:
         raise ConfigError(f"val_share is {val_share} and test_share {test_share}; together they stay below 1.")
 
 
