@@ -81,6 +81,13 @@ class TestPicture:
         with pytest.raises(ConfigError, match="ImageClassificationTask is no SemanticSegmentationTask"):
             run.fit(ImageClassificationTask(tiny_vit()), datamodule=DigitsDataModule([0, 1, 2]))
 
+    def test_a_place_that_cannot_be_written_is_refused_before_training(self, trainer, tmp_path):
+        (tmp_path / "file").touch()
+        run = trainer(callbacks=[PredictionPicture(str(tmp_path / "file" / "p.png"))])
+        with pytest.raises(ConfigError, match=r"path of PredictionPicture is .* is a file"):
+            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        assert run.global_step == 0
+
     def test_it_shows_at_least_one_sample(self):
         with pytest.raises(ConfigError, match="at least 1"):
             PredictionPicture("p.png", samples=0)
