@@ -13,9 +13,9 @@ from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import HYPER
 
 def without_networks(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint whose hyperparameters have no adapted networks, which would bring their base along."""
-    saved = checkpoint.get(HYPERPARAMETERS)
+    saved = checkpoint.get(HYPERPARAMETERS, {})
     left_out = adapted_networks(saved)
-    if not left_out or not isinstance(saved, dict):
+    if not left_out:
         return dict(checkpoint)
     return {**checkpoint, HYPERPARAMETERS: {key: value for key, value in saved.items() if key not in left_out}}
 

@@ -89,9 +89,9 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
 
 def _module_of(cls: type[LightningModule]) -> str:
     """Returns what a class is imported from; for a class of `__main__`, what another program would import."""
-    program = sys.modules.get(cls.__module__)
-    if cls.__module__ not in ("__main__", "__mp_main__") or program is None:
+    if cls.__module__ not in ("__main__", "__mp_main__"):
         return cls.__module__
+    program = sys.modules[cls.__module__]
     if program.__spec__ is not None:
         return program.__spec__.name
     stem = Path(getattr(program, "__file__", None) or "").stem
