@@ -116,14 +116,18 @@ def test_a_whole_file_says_how_its_images_are_normalized(tmp_path):
 
 
 def test_a_base_that_was_random(fitted, tmp_path):
+    task, files = fitted["labels"]
     folder = tmp_path / "adapter"
-    shutil.copytree(fitted["labels"][1]["adapter"], folder)
+    shutil.copytree(files["adapter"], folder)
     manifest = json.loads((folder / "adapter.json").read_text())
     manifest["task"]["arguments"]["model"]["weights"] = "none"
     del manifest["manifest_sha256"]
     (folder / "adapter.json").write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match=r"was random \(weights: none\) and is in no file.*export_to"):
         load_task(folder)
+    images = torch.rand(2, 3, 16, 16)
+    again = load_task(folder, files["adapter"].parent / "base.safetensors")  # which was saved by hand
+    torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
 
 
 EDITED = {
