@@ -60,7 +60,7 @@ def check_targets(batch: Batch, num_classes: int, ignore_index: int) -> Tensor:
     if not wrong.any():
         return batch.targets
     labels = sorted(set(batch.targets[wrong].tolist()))
-    rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
+    rows = wrong.reshape(len(wrong), -1).any(1)
     names = batch.names or [f"sample {i} of the batch" for i in range(len(rows))]
     where = ", ".join(name for name, bad in zip(names, rows.tolist(), strict=True) if bad)
     raise DataError(

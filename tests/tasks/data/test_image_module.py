@@ -43,6 +43,11 @@ class TestProblems:
             data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], on_problem="skip", **SIZE))
         assert len(data.splits["train"]) == 3
 
+    def test_a_split_that_the_data_does_not_have(self, class_folders):
+        data = loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+        with pytest.raises(DataError, match="ImageFolderDataModule has no test split, only train, val"):
+            data.test_dataloader()
+
     def test_an_unknown_word(self):
         with pytest.raises(ConfigError, match="Did you mean 'skip'"):
             ImageFolderDataModule("data", on_problem="skipp")

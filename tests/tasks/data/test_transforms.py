@@ -30,6 +30,13 @@ class TestAugmentations:
             inside[[0, 1, -1, -2]] = inside[:, [0, 1, -1, -2]] = False  # a turned image is blended with what is around
             assert ((image[0] > 0.42) == (moved == 1))[inside].all()
 
+    @pytest.mark.parametrize(("ignored", "filled"), [(7, 7), (None, 255)])
+    def test_what_a_rotation_leaves_empty_is_not_counted(self, ignored, filled):
+        image, mask = np.zeros((16, 16, 3), dtype=np.uint8), tv_tensors.Mask(torch.ones(16, 16, dtype=torch.long))
+        rotated = image_transform((16, 16), "strong", masks=True, ignore_index=ignored)
+        found = torch.cat([rotated(image, mask)[1].flatten() for _ in range(8)])
+        assert found.unique().tolist() == [1, filled]
+
     @pytest.mark.parametrize("size", [(16, 16), (24, 40), (128, 144)], ids=["smaller", "less", "larger"])
     @pytest.mark.parametrize("name", ["none", "crop_flip"])
     def test_a_resized_mask_lies_where_its_image_does(self, name, size):

@@ -163,6 +163,16 @@ def test_other_values_are_refused(tmp_path):
         trainer(tmp_path, [lora()]).validate(Parts(teacher_seed=6), loader(), ckpt_path=path)
 
 
+def test_changed_since_it_was_loaded_is_in_the_files(tmp_path):
+    fitted(tmp_path, Parts())
+    module = load_from_checkpoint(Parts, tmp_path / "run" / "epoch=1.ckpt")
+    by_hand(module)
+    fitted(tmp_path, module, 1, "again")
+    path = tmp_path / "again" / "epoch=0.ckpt"
+    assert set(load(path)["state_dict"]) & TEACHER == {"teacher.0.weight"}
+    assert not differing(values(load_from_checkpoint(Parts, path)), values(module))
+
+
 def test_loaded_before_training_is_in_the_files(tmp_path):
     """In on_train_start, say: another module of the class does not have it."""
 
