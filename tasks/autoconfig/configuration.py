@@ -155,16 +155,10 @@ def batch_size(found: Survey, recipe: Recipe) -> int:
     return min(recipe.largest_batch, int(2 ** (fitting.bit_length() - 1)))
 
 
-def _on_cuda(device: str) -> bool:
-    import torch
-
-    return device in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-
-
 def _precision(device: str) -> str:
     import torch
 
-    return "bf16-mixed" if _on_cuda(device) and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if device_of(device) == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def device_of(device: str) -> str:
