@@ -208,6 +208,14 @@ def test_mistakes_in_flags(folders, further, message, capsys):
     assert "usage" not in err
 
 
+@pytest.mark.parametrize("flag", [["--val-share", "0.1"], ["--image-size", "32"]], ids=" ".join)
+def test_flags_about_data_need_some(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *flag]) == 1
+    assert f"{flag[0]} is given, and no DATA" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there(folders, capsys):
     assert main(["train", *folders("labels"), "--device", "cuda"]) == 1
