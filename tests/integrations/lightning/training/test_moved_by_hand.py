@@ -338,7 +338,15 @@ class TestStops:
         with pytest.raises((StateError, RuntimeError)) as raised:
             fit(tmp_path, Teacher(), config)
         said = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
-        assert "leave 'teacher.3' out" in said
+        assert "In target_modules and exclude_modules, leave 'teacher.3' out; a `target`" in said
+
+    def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path):
+        def fails(*_):
+            raise RuntimeError("out of paper")
+
+        with pytest.raises(RuntimeError, match="out of paper") as raised:
+            fit(tmp_path, Teacher(fails), ALONE)
+        assert not getattr(raised.value, "__notes__", [])
 
     def test_late_average(self, tmp_path):
         module = Teacher(lambda *pair: in_place(*pair) if module.current_epoch == 2 else None)
