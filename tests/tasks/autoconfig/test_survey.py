@@ -133,6 +133,11 @@ class TestMasks:
         arguments = dict(survey(masked(tmp_path / "data", values), Flags(**flags)).arguments)
         assert arguments | expected == arguments
 
+    @pytest.mark.parametrize("value", [0, 255], ids=["background", "void"])
+    def test_many_classes_beside_much_of_one_value_are_not_smoothed(self, tmp_path, value):
+        found = survey(masked(tmp_path / "data", [value] * 50 + list(range(1, 11))), Flags())
+        assert len(found.classes) == 11
+
     def test_names_in_a_file(self, tmp_path):
         root = masked(tmp_path / "data", [0, 1])
         (root / "classes.txt").write_text("sky\nroad\n")
