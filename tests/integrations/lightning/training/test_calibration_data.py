@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, StateError
@@ -39,6 +39,16 @@ def direct(config, limit=None) -> LoraModel:
     module = Classifier()
     step = lambda module, batch: cross_entropy(module(batch[0]), batch[1])  # noqa: E731
     return LoraModel(module, config, init_data=InitData(loader(), step, limit))
+
+
+class Drawn(Dataset):
+    """Samples that each reading draws anew, in a worker."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.randn(4), index % 3
 
 
 class Noticing(Classifier):
@@ -123,6 +133,21 @@ class TestStart:
             trainer(tmp_path, [callback(config)], max_epochs=1).fit(Classifier(), data)
             states.append(generator.get_state())
         assert torch.equal(*states)
+
+    def test_workers_that_stay_draw_as_they_would_have(self, tmp_path):
+        class Seeing(Classifier):
+            def training_step(self, batch, batch_idx):
+                seen.append(batch[0])
+                return super().training_step(batch, batch_idx)
+
+        runs = []
+        for config in (CONFIGS["eva"], LoraConfig(r=2)):
+            torch.manual_seed(5)
+            seen = []
+            data = DataLoader(Drawn(), batch_size=8, num_workers=1, persistent_workers=True)
+            trainer(tmp_path, [callback(config, init_batches=1)], max_epochs=1).fit(Seeing(), data)
+            runs.append(torch.cat(seen[-2:]))
+        assert torch.equal(*runs)
 
     def test_several_loaders(self, tmp_path):
         class Two(Classifier):
