@@ -15,7 +15,7 @@ from lora_plugins.tasks.data import Size
 Fitted = tuple[Tensor, tuple[int, ...]]
 
 
-LONGEST = 2.0
+LONGEST = 2
 """The largest ratio of the sides of a bucket."""
 
 
@@ -27,7 +27,7 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
         step: What sides are multiples of.
     """
     sizes = {(resolution, resolution)}
-    for width in range(step, int(resolution * LONGEST) + 1, step):
+    for width in range(step, resolution * LONGEST, step):
         height = resolution * resolution // width // step * step
         if height and max(width / height, height / width) <= LONGEST:
             sizes |= {(height, width), (width, height)}
