@@ -101,10 +101,17 @@ def test_a_pipeline_that_is_not_served_is_named_before_its_weights_are_read(tmp_
         load_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "./some/folder", "/no/such"])
+@pytest.mark.parametrize("path", ["nowhere", "some/deep/folder", "./folder", "/such"])
 def test_a_folder_that_does_not_exist_is_named(path):
     with pytest.raises(ConfigError, match="There is no folder"):
         load_pipeline(path)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # which diffusers still gives
+def test_what_can_be_a_name_on_the_hub_is_asked_for_there(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="The pipeline 'owner/name' cannot be loaded"):
+        load_pipeline("owner/name")
 
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
