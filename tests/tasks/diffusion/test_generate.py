@@ -124,6 +124,7 @@ def test_bad_input_is_named(run, capsys):
         "no adapter says which it is of. Give --model": ["--prompt", "a"],
         "give one --weight for each": ["--prompt", "a", *adapter, "--weight=1", "--weight=2"],
         "leave out --model and --adapter": ["--prompt", "a", *base, "--checkpoint", "x.ckpt"],
+        "A checkpoint has its model and its adapter": ["--prompt", "a", *adapter, "--checkpoint", "x.ckpt"],
         "There is no checkpoint": ["--prompt", "a", "--checkpoint", "x.ckpt"],
         "is no checkpoint of a TextToImageTask": ["--prompt", "a", "--checkpoint", str(run / "strange.ckpt")],
         "there is none: give --adapter": ["--prompt", "a", *base, "--compare"],
