@@ -1,13 +1,15 @@
 """Do the tests bite? `python -m tests.mutants adapter merge --sample 50` changes one place at a time and runs them.
 
-Each mutant is the package with one small change: a comparison turned, a condition negated, a statement that is a call
-dropped, a number moved by one, a sign or an operator turned. The tests of the core that run the changed line are run on
-it, those of its own file and room first, or all of its room where the line is run by an import. A mutant that passes
-survives, and is printed: the tests lack something, or the code says more than it needs to. At the end the tests that
-found mutants are run without one, and have to pass.
+Each mutant is the package with one small change: a condition that always or never holds, one part of an `and`, `or` or
+comprehension's `if` dropped, a statement that is a call or an argument given by name dropped, a comparison, a sign or
+an operator turned, a number moved by one. The tests of the core, or of `integrations` or `tasks` where the room is
+there, that run the changed line are run on it, those of its own file and room first, or all of its room where the line
+is run by an import. A mutant that passes survives, and is printed: the tests lack something, or the code says more than
+it needs to. At the end the tests that found mutants are run without one, and have to pass.
 
-Which tests run which line is measured first, which takes as long as all tests of the core, several times over;
-`--measured FOLDER` keeps it there, for further samples of the same code.
+Which tests run which line is measured first, which takes as long as all those tests, several times over;
+`--measured FOLDER` keeps it there, for further samples of the same code. A test that starts other processes has no
+mutant in them: what survives in a room with such tests may be found by them all the same.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.abc import MetaPathFinder, SourceLoader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
@@ -28,9 +31,7 @@ from random import Random
 from types import CodeType
 
 import coverage
-import numpy  # noqa: F401  # what takes long to import is imported once, before each mutant's process branches off
 import pytest
-import torch  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(str(find_spec("lora_plugins").origin)).parent  # it is not imported here, but with a mutant in it
@@ -39,7 +40,7 @@ FOUND = "tests/state/test_found.py"
 
 STATE = (FOUND, "tests/state/test_interruptions.py", "tests/state/test_sequences.py")
 ROOMS = ("adapter", "merge", "plan", "files", "inplace", "kernels", "layers", "variants", "storages")
-"""Those that are looked at where none is named; any other folder of the core can be."""
+"""Those that are looked at where none is named; any other folder of the package can be."""
 
 APART = ("cli", "hub", "testing", "test_imports.py", "test_packaging.py", "test_rooms.py", "kernels/test_removal.py")
 """Tests of the core that start other processes, in which there is no mutant, or read the source."""
@@ -48,7 +49,15 @@ TYPES = "tests/core/test_public_types.py"
 """Asks classes what they are, and is run beside the tests of a room where a line is run by an import."""
 
 CORE = ("tests/core", *STATE, *(f"--ignore=tests/core/{name}" for name in APART))
+TESTS = {"core": CORE, "integrations": ("tests/integrations",), "tasks": ("tests/tasks",)}
 """All tests among which those that run a line are looked for."""
+
+SLOW = {
+    "core": ("numpy", "torch"),
+    "integrations": ("lightning.pytorch", "torchmetrics", "transformers", "diffusers", "torchvision", "timm"),
+    "tasks": ("lightning.pytorch", "torchmetrics", "transformers", "diffusers", "torchvision", "timm", "sklearn"),
+}
+"""What takes long to import is imported once, before each mutant's process branches off."""
 
 TURNED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq,
@@ -61,8 +70,6 @@ TURNED: dict[type[ast.AST], type[ast.AST]] = {
     ast.NotIn: ast.In,
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
     ast.Mult: ast.Div,
@@ -97,24 +104,38 @@ def changes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, Callable[[], None]
     """
     left_alone = {id(node) for part in _silent(tree) for node in ast.walk(part)}
     for node in ast.walk(tree):
-        if id(node) in left_alone:
-            continue
-        for field, value in ast.iter_fields(node):
-            for number, part in enumerate(value if isinstance(value, list) else [value]):
-                if type(part) in TURNED:
-                    new = TURNED[type(part)]
-                    yield node, f"{type(part).__name__} -> {new.__name__}", _put(node, field, number, new())
-        if isinstance(node, ast.If | ast.IfExp | ast.While):
-            yield node, "condition negated", _put(node, "test", 0, ast.UnaryOp(ast.Not(), node.test))
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            yield node, f"{node.value} -> {node.value + 1}", _put(node, "value", 0, node.value + 1)
-        if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-            yield node, f"{node.value} -> {not node.value}", _put(node, "value", 0, not node.value)
-        for field in ("body", "orelse", "finalbody"):
-            statements = getattr(node, field, None)
-            for number, part in enumerate(statements if isinstance(statements, list) else []):
-                if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
-                    yield part, f"dropped: {ast.unparse(part)}", _put(node, field, number, ast.Pass())
+        if id(node) not in left_alone:
+            yield from _turned(node)
+            yield from _dropped(node)
+
+
+def _turned(node: ast.AST) -> Iterator[tuple[ast.AST, str, Callable[[], None]]]:
+    for field, value in ast.iter_fields(node):
+        for number, part in enumerate(value if isinstance(value, list) else [value]):
+            if type(part) in TURNED:
+                new = TURNED[type(part)]
+                yield node, f"{type(part).__name__} -> {new.__name__}", _put(node, field, number, new())
+    if isinstance(node, ast.If | ast.IfExp):
+        for always in (True, False):
+            yield node, f"condition {always}", _put(node, "test", 0, ast.Constant(always))
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield node, f"{node.value} -> {node.value + 1}", _put(node, "value", 0, node.value + 1)
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield node, f"{node.value} -> {not node.value}", _put(node, "value", 0, not node.value)
+
+
+def _dropped(node: ast.AST) -> Iterator[tuple[ast.AST, str, Callable[[], None]]]:
+    for number, part in enumerate(node.values if isinstance(node, ast.BoolOp) else []):
+        nothing = ast.Constant(isinstance(node.op, ast.And))
+        yield part, f"dropped: {ast.unparse(part)}", _put(node, "values", number, nothing)
+    for field in ("keywords", "ifs"):
+        for number, part in enumerate(getattr(node, field, [])):
+            yield part, f"dropped: {ast.unparse(part)}", _put(node, field, slice(number, number + 1), [])
+    for field in ("body", "orelse", "finalbody"):
+        statements = getattr(node, field, None)
+        for number, part in enumerate(statements if isinstance(statements, list) else []):
+            if isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
+                yield part, f"dropped: {ast.unparse(part)}", _put(node, field, number, ast.Pass())
 
 
 def _silent(tree: ast.Module) -> Iterator[ast.AST]:
@@ -126,7 +147,7 @@ def _silent(tree: ast.Module) -> Iterator[ast.AST]:
                 yield part
 
 
-def _put(node: ast.AST, field: str, number: int, new: object) -> Callable[[], None]:
+def _put(node: ast.AST, field: str, number: int | slice, new: object) -> Callable[[], None]:
     def put() -> None:
         value = getattr(node, field)
         if isinstance(value, list):
@@ -137,9 +158,18 @@ def _put(node: ast.AST, field: str, number: int, new: object) -> Callable[[], No
     return put
 
 
+def _part(path: Path) -> str:
+    return path.parts[0] if path.parts[0] in TESTS else "core"
+
+
+def _file(path: Path) -> Path:
+    """A file or folder of the package, which lies beside the core's where the checkout is installed for editing."""
+    return PACKAGE / path if (PACKAGE / path).exists() else PACKAGE.parent / path
+
+
 def mutants_of(path: Path) -> list[Mutant]:
     """Lists the mutants of a file of the package."""
-    tree = ast.parse((PACKAGE / path).read_text())
+    tree = ast.parse(_file(path).read_text())
     begins: dict[int, int] = {}
     for statement in ast.walk(tree):  # outer ones first
         if isinstance(statement, ast.stmt):
@@ -205,20 +235,20 @@ class _Finder(MetaPathFinder, SourceLoader):
         self._name = ".".join(("lora_plugins", *mutant.path.with_suffix("").parts)).removesuffix(".__init__")
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        file = PACKAGE / self._mutant.path
+        file = _file(self._mutant.path)
         places = [str(file.parent)] if file.name == "__init__.py" else None
         if fullname != self._name:
             return None
         return spec_from_file_location(fullname, file, loader=self, submodule_search_locations=places)
 
     def get_filename(self, fullname: str) -> str:
-        return str(PACKAGE / self._mutant.path)
+        return str(_file(self._mutant.path))
 
     def get_data(self, path: str) -> bytes:
         return Path(path).read_bytes()
 
     def get_code(self, fullname: str) -> CodeType:
-        tree = ast.parse((PACKAGE / self._mutant.path).read_text())
+        tree = ast.parse(_file(self._mutant.path).read_text())
         next(put for number, (_, _, put) in enumerate(changes(tree)) if number == self._mutant.number)()
         return compile(ast.fix_missing_locations(tree), self.get_filename(fullname), "exec")
 
@@ -228,12 +258,13 @@ class Coverage:
 
     Args:
         folder: Where the measurement is kept; it is made if it is not there.
+        part: The core, or what lies beside it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        measured = folder / "measured"
+    def __init__(self, folder: Path, part: str) -> None:
+        measured = folder / f"measured_{part}"
         if not measured.exists():
-            _measure(folder, measured)
+            _measure(folder, measured, part)
         data = coverage.CoverageData(str(measured))
         data.read()
         self._contexts = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
@@ -241,21 +272,24 @@ class Coverage:
 
     def tests(self, mutant: Mutant, most: int) -> list[str]:
         """At most so many tests that run a line: those of its own file, `FOUND`, its room, then others at random."""
-        contexts = self._contexts.get(str(PACKAGE / mutant.path), {})
+        contexts = self._contexts.get(str(_file(mutant.path)), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
         named = sorted({node for context in ran if (node := _node(context))})
         Random(0).shuffle(named)
-        room, own = f"tests/core/{mutant.path.parts[0]}/", f"/test_{mutant.path.stem.strip('_')}.py"
+        core = _part(mutant.path) == "core"
+        room = f"tests/core/{mutant.path.parts[0]}/" if core else f"tests/{mutant.path.parent}/"
+        own = f"/test_{mutant.path.stem.strip('_')}.py"
         return sorted(named, key=lambda test: (own not in test, FOUND not in test, room not in test))[:most] or [
             room,
-            TYPES,
+            *([TYPES] if core else []),
         ]
 
 
-def _measure(folder: Path, measured: Path) -> None:
+def _measure(folder: Path, measured: Path, part: str) -> None:
     options, data = folder / "options.ini", folder / "running"
-    options.write_text(f"[run]\ndata_file = {data}\nsource = {PACKAGE}\ndynamic_context = test_function\n")
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *CORE]
+    source = PACKAGE if part == "core" else _file(Path(part))
+    options.write_text(f"[run]\ndata_file = {data}\nsource = {source}\ndynamic_context = test_function\n")
+    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={options}", "-m", "pytest", "-q", *TESTS[part]]
     environment = {**os.environ, "COVERAGE_CORE": "ctrace"}  # the faster one does not tell tests apart
     with (folder / "output.txt").open("w") as output:
         code = subprocess.run(command, env=environment, cwd=ROOT, stdout=output, check=False).returncode
@@ -275,7 +309,7 @@ def _node(context: str) -> str | None:
 def main() -> int:
     """Runs a sample of the mutants of some rooms; returns 1 if one survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("rooms", nargs="*", help=f"folders of the core; by default {', '.join(ROOMS)}")
+    parser.add_argument("rooms", nargs="*", help=f"folders of the package; by default {', '.join(ROOMS)}")
     parser.add_argument("--sample", type=int, default=50, help="mutants of each room; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tests", type=int, default=200, help="tests for one mutant, at most")
@@ -285,19 +319,24 @@ def main() -> int:
     survived, finders = 0, set()
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, "note")
-        covering = Coverage(given.measured or Path(folder))
-        for room in given.rooms or ROOMS:
-            paths = [path.relative_to(PACKAGE) for path in sorted((PACKAGE / room).rglob("*.py"))]
+        rooms = [Path(room) for room in given.rooms or ROOMS]
+        covering = {part: Coverage(given.measured or Path(folder), part) for part in {_part(room) for room in rooms}}
+        for name in {name for part in covering for name in SLOW[part]}:
+            import_module(name)
+        for room in rooms:
+            top = _file(room)
+            paths = [room / path.relative_to(top) for path in sorted(top.rglob("*.py")) or [top]]
             every = [mutant for path in paths for mutant in mutants_of(path)]
             chosen = Random(given.seed).sample(every, min(given.sample or len(every), len(every)))
             started, alive = time.perf_counter(), 0
             for mutant in chosen:
-                finder = found_by(mutant, covering.tests(mutant, given.tests), given.timeout, note)
-                if finder is None:
-                    alive += 1
-                    print(f"survived: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
-                elif "::" in finder:
+                tests = covering[_part(room)].tests(mutant, given.tests)
+                finder = found_by(mutant, tests, given.timeout, note)
+                if finder is not None and "::" in finder:
                     finders.add(finder)
+                    continue
+                alive += finder is None
+                print(f"{finder or 'survived'}: {mutant.path}:{mutant.line}: {mutant.what}", flush=True)
             found, seconds = len(chosen) - alive, time.perf_counter() - started
             print(f"{room}: {found} of {len(chosen)} found, of {len(every)} in all, {seconds:.0f} s", flush=True)
             survived += alive
