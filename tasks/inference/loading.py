@@ -28,7 +28,7 @@ from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
-REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation"})
+REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation", "mean", "std", "bgr"})
 
 
 def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
@@ -157,11 +157,8 @@ def _whole(provenance: Provenance, weights: str) -> dict[str, Any]:
 
 
 def _model(provenance: Provenance, **changes: str) -> dict[str, Any]:
-    """The model with the `mean` and `std` of its training, whatever its files, or its library, say by now.
-
-    Files of earlier versions do not hold them.
-    """
-    said = {key: provenance[key] for key in ("mean", "std") if key in provenance}
+    """The model with the `mean` and `std` of its training, whatever its files, or its library, say by now."""
+    said = {key: provenance[key] for key in ("mean", "std")}
     return {**provenance["arguments"]["model"], **said, **changes}
 
 

@@ -40,7 +40,6 @@ from lora_plugins.tasks.models import (
     refusing_small_images,
     source_of,
 )
-from lora_plugins.tasks.training.compat import is_earlier_file
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights, given_weights
 from lora_plugins.tasks.training.optimization import (
     LR,
@@ -98,7 +97,6 @@ class VisionTask(LoraCheckpointMixin):
         ignore_index: The label that loss and metrics ignore, which is none of the classes.
         class_names: Names of the classes, in the order of the data's, for reports; by default those of the data module,
             or else their indices. They are saved in every file.
-        **retired: Arguments of earlier versions, in files that they wrote; they are dropped with a warning.
 
     Attributes:
         network: The network.
@@ -138,11 +136,8 @@ class VisionTask(LoraCheckpointMixin):
         gradient_checkpointing: bool = False,
         ignore_index: int = -100,
         class_names: Sequence[str] | None = None,
-        **retired: Any,
     ) -> None:
         super().__init__()
-        if is_earlier_file(optimizer, retired):
-            optimizer = None
         given = {
             "loss": loss,
             "label_smoothing": label_smoothing,
@@ -340,7 +335,7 @@ class VisionTask(LoraCheckpointMixin):
         size = provenance["image_size"]
         self.image_size = None if size is None else (size[0], size[1])
         self.interpolation = provenance["interpolation"]
-        self.bgr = provenance.get("bgr", self.bgr)  # which files of earlier versions do not hold
+        self.bgr = provenance["bgr"]
 
     def on_fit_start(self) -> None:
         """Warns if what the fit will leave is of no use later."""

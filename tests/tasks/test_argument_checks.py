@@ -152,9 +152,6 @@ GIVEN = {
 OF_PYTHON = {"VisionDataModule", "DataError", "ReportError", "WeightsError"}
 """A base class for data modules of one's own, and errors."""
 
-OF_EARLIER_FILES = {("ImageClassificationTask", "optimizer"), ("SemanticSegmentationTask", "optimizer")}
-"""Arguments whose other types are read from earlier files, with a warning."""
-
 
 def parameters(made):
     """The parameters of a function, or of a class with those that it hands on to the classes it inherits from."""
@@ -187,7 +184,6 @@ CASES = [
     for name in tasks.__all__
     if name not in OF_PYTHON
     for parameter in parameters(getattr(tasks, name))
-    if (name, parameter.name) not in OF_EARLIER_FILES
 ]
 
 

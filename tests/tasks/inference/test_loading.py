@@ -13,7 +13,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lora_plugins import LoraError
 from lora_plugins.cli.main import main
-from lora_plugins.integrations.lightning import load_from_checkpoint
 from lora_plugins.tasks import (
     DigitsDataModule,
     ImageClassificationTask,
@@ -195,70 +194,3 @@ def test_a_file_that_does_not_say_what_it_is_of(tmp_path):
         load_task(tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="There is no"):
         load_task(tmp_path / "nothing.ckpt")
-
-
-EARLIER = {"optimizer": "adamw", "optimizer_options": {}, "schedule": "cosine", "warmup": 0.1}
-"""Hyperparameters that tasks had, and that every file of theirs holds."""
-
-
-def write_earlier_checkpoint(source, target):
-    checkpoint = torch.load(source, weights_only=True)
-    checkpoint["hyper_parameters"] |= EARLIER
-    checkpoint["task"]["arguments"] |= EARLIER
-    torch.save(checkpoint, target)
-
-
-def write_earlier_adapter(source, target):
-    shutil.copytree(source, target)
-    manifest = json.loads((target / "adapter.json").read_text())
-    manifest["task"]["arguments"] |= EARLIER
-    del manifest["manifest_sha256"]
-    (target / "adapter.json").write_text(json.dumps(manifest))
-
-
-def write_earlier_merged(source, target):
-    with safe_open(source, "pt") as file:
-        metadata = file.metadata()
-    provenance = json.loads(metadata["lora_plugins.task"])
-    provenance["arguments"] |= EARLIER
-    save_file(load_file(source), target, {**metadata, "lora_plugins.task": json.dumps(provenance)})
-
-
-WRITERS = {
-    "checkpoint": (write_earlier_checkpoint, "it.ckpt"),
-    "adapter": (write_earlier_adapter, "adapter"),
-    "merged": (write_earlier_merged, "merged.safetensors"),
-    "merged checkpoint": (write_earlier_checkpoint, "it.ckpt"),
-}
-
-
-class TestEarlierVersions:
-    """Files of earlier versions hold hyperparameters that are gone: they are dropped, with a warning."""
-
-    @pytest.mark.parametrize("file", FILES)
-    def test_load_task(self, fitted, tmp_path, file):
-        task, files = fitted["labels"]
-        write, name = WRITERS[file]
-        write(files[file], tmp_path / name)
-        with pytest.warns(UserWarning, match="optimizer, optimizer_options, schedule, warmup are dropped"):
-            again = load_task(tmp_path / name)
-        assert not EARLIER.keys() & again.hparams.keys()
-        images = torch.rand(2, 3, 16, 16)
-        torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
-
-    @pytest.mark.parametrize(
-        "load",
-        [
-            lambda path: ImageClassificationTask.load_from_checkpoint(path, weights_only=True),
-            lambda path: load_from_checkpoint(ImageClassificationTask, path),
-        ],
-        ids=["of the task", "of the integration"],
-    )
-    def test_load_from_checkpoint(self, fitted, tmp_path, load):
-        task, files = fitted["labels"]
-        write_earlier_checkpoint(files["checkpoint"], tmp_path / "it.ckpt")
-        with pytest.warns(UserWarning, match="A file of an earlier version"):
-            again = load(tmp_path / "it.ckpt").eval()
-        assert again.lr == task.lr
-        images = torch.rand(2, 3, 16, 16)
-        torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)

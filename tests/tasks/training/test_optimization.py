@@ -72,10 +72,8 @@ class TestOptimizer:
         [
             ({"optimizer": "adamw"}, "optimizer is 'adamw'. It is called with the parameters"),
             ({"optimizer": torch.optim.AdamW, "lr": 0.1}, "are of the default optimizer"),
-            ({"schedule": "cosine"}, "no argument 'schedule' any more. Use `lr_scheduler`"),
-            ({"optimizer_options": {}}, "Use `optimizer`, such as functools.partial"),
         ],
-        ids=["a name", "lr beside it", "a schedule by name", "options beside it"],
+        ids=["a name", "lr beside it"],
     )
     def test_wrong_arguments(self, options, message):
         with pytest.raises(ConfigError, match=message):
