@@ -3,7 +3,7 @@
 The file is Lightning's own, with two differences: its state dicts leave out the frozen base, and this entry says what
 was left out and how to rebuild the adapters, in plain types and tensors:
 
-    {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "manifest", "tensors"}, ...],
+    {"format": 1, "left_out": [keys], "adapters": [{"target", "active", "weight", "manifest", "tensors"}, ...],
      "attribute_dicts": [paths], "line": {"instantiator", "hyperparameters"}}
 
 The last two say how the hyperparameters in the file differ from those of the module, see `attribute_dicts` and

@@ -68,7 +68,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             located = [_located(module, adapter, state) for adapter in entry["adapters"]]  # before one is overwritten
             for adapter, place in zip(entry["adapters"], located, strict=True):
                 added += _attach_or_overwrite(place)
-                _set_active(place.target, place.name, adapter["active"], adapter.get("weight", 1.0))
+                _set_active(place.target, place.name, adapter["active"], adapter["weight"])
             _check_outside(module, entry.get("outside", {}))
             take_fingerprints(module)
             # By hand, or by training, in the run that wrote it.

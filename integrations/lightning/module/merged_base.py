@@ -23,8 +23,8 @@ _MERGED = "_lora_merged"
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 """The types that precision plugins, and users, cast modules to, where that may round: float64 takes any value."""
 
-Sums = dict[torch.dtype, int] | int
-"""The checksums of a weight by type; a module that an earlier version pickled has that of its own type alone."""
+Sums = dict[torch.dtype, int]
+"""The checksums of a weight by type."""
 
 Marks = dict[str, dict[str, tuple[Sums, Fingerprint]]]
 """By the name of a layer, the checksums of each of its merged weights, and the fingerprint of the pretrained one."""
@@ -54,14 +54,9 @@ def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
 
 
 def marks_of(target: nn.Module) -> Marks:
-    """Returns the marks of the layers of a module."""
+    """Returns the marks of the layers of a module, as they are now."""
     marks = {entry.name: entry.module.__dict__.get(_MERGED, {}) for entry in model_modules(target)}
-    return {name: {key: _mark(mark) for key, mark in own.items()} for name, own in marks.items() if own}
-
-
-def _mark(mark: int | tuple[Sums, Fingerprint]) -> tuple[Sums, Fingerprint]:
-    """Returns a mark, which is the checksum alone in a module that an earlier version pickled."""
-    return (mark, {}) if isinstance(mark, int) else mark
+    return {name: dict(own) for name, own in marks.items() if own}
 
 
 def _sums(weight: Tensor) -> Sums:
@@ -73,11 +68,10 @@ def _sums(weight: Tensor) -> Sums:
 def _has(weight: Tensor, sums: Sums) -> bool:
     """Whether a weight has the merged values, or what they were rounded to, whatever type holds these now."""
     own = local(weight)
-    known = {own.dtype: sums} if isinstance(sums, int) else sums
-    if checksum(own) == known.get(own.dtype):
+    if checksum(own) == sums.get(own.dtype):
         return True
-    casts = {dtype: own.to(dtype) for dtype in known}
-    return any(torch.equal(cast.to(own), own) and checksum(cast) == known[dtype] for dtype, cast in casts.items())
+    casts = {dtype: own.to(dtype) for dtype in sums}
+    return any(torch.equal(cast.to(own), own) and checksum(cast) == sums[dtype] for dtype, cast in casts.items())
 
 
 def set_marks(target: nn.Module, marks: Marks) -> None:

@@ -96,9 +96,8 @@ class LearningRates:
     def split_groups(self, module: nn.Module, configured: Any) -> None:
         """Splits every parameter group of existing optimizers into parts that follow its learning rate.
 
-        A stays in its group; B and the heads get new groups after the others, with the same options, also with a ratio
-        of 1, so that states of optimizers fit those of earlier versions. In a group without A, what has a ratio of 1
-        stays. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
+        What has a ratio of 1, as A has, stays in its group; the rest gets new groups after the others, with the same
+        options. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
         An optimizer that was split for an earlier fit is left as it is.
 
         Args:
@@ -144,10 +143,8 @@ class LearningRates:
 
     def _leaving(self, members: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
         """Returns the ratios of what leaves a group of such members, by name."""
-        ratios = {"A": 1.0, "B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
-        present = {name: ratio for name, ratio in ratios.items() if members[name]}
-        stays = next((name for name, ratio in present.items() if ratio == 1), None)
-        return {name: ratio for name, ratio in present.items() if name != stays}
+        ratios = {"B": self.loraplus_lr_ratio, "heads": self.heads_lr_ratio}
+        return {name: ratio for name, ratio in ratios.items() if members[name] and ratio != 1}
 
     def _split(self, kinds: Mapping[int, str], optimizer: Optimizer, index: int, listing_groups: list[Any]) -> None:
         group, members = optimizer.param_groups[index], _members(kinds, optimizer.param_groups[index]["params"])

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import logging
-import pickle
 
 import pytest
 import safetensors.torch
@@ -331,17 +330,6 @@ class TestNewCallbackOnMergedWeights:
         module = self.merged(tmp_path)
         with pytest.warns(UserWarning, match=r"2 weights of Classifier.*merged.*net\.0\.weight.*same LoraCallback"):
             self.again(tmp_path, copy.deepcopy(module) if copied else module)
-
-    def test_is_said_of_a_module_that_an_earlier_version_pickled(self, tmp_path):
-        """Its marks are the checksums of the merged weights alone."""
-        module = self.merged(tmp_path)
-        for layer in (module.net[0], module.net[3]):
-            marks = layer.__dict__["_lora_merged"]
-            layer.__dict__["_lora_merged"] = {key: sums[torch.float32] for key, (sums, _) in marks.items()}
-        with pytest.warns(UserWarning, match="2 weights of Classifier"):
-            run = self.again(tmp_path, pickle.loads(pickle.dumps(module)), merge_on_fit_end=False)
-        run.save_checkpoint(path := tmp_path / "second.ckpt")
-        assert not differing(values(load_from_checkpoint(Classifier, path)), values(run.lightning_module))
 
     @pytest.mark.parametrize(
         ("fields", "options"),

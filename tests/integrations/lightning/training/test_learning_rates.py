@@ -101,18 +101,23 @@ def test_parts_of_a_named_group_have_names_of_their_own(tmp_path):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     callbacks = [lora(config, loraplus_lr_ratio=4.0, print_plan=False), monitor]
     trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1).fit(module, loader())
-    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B", "lr-SGD/all_heads"}
+    assert monitor.lrs.keys() == {"lr-SGD/all", "lr-SGD/all_B"}
     assert monitor.lrs["lr-SGD/all_B"] == pytest.approx([4 * rate for rate in monitor.lrs["lr-SGD/all"]])
 
 
-@pytest.mark.parametrize("ratios", [(4.0, 1.0), (1.0, 4.0), (4.0, 2.0)], ids=["B", "heads", "both"])
-def test_states_of_optimizers_of_all_ratios_have_the_same_groups(tmp_path, ratios):
+@pytest.mark.parametrize(
+    ("ratios", "members"),
+    [((4.0, 1.0), [[0, 1, 2], [3]]), ((1.0, 4.0), [[0, 1], [2, 3]]), ((4.0, 2.0), [[0], [1], [2, 3]])],
+    ids=["B", "heads", "both"],
+)
+def test_what_has_a_ratio_of_its_own_has_a_group_of_its_own(tmp_path, ratios, members):
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     run = trainer(tmp_path, [lora(config, loraplus_lr_ratio=ratios[0], heads_lr_ratio=ratios[1])])
     run.fit(plain(SCHEDULERS["cosine"]), loader())
     groups = run.optimizers[0].state_dict()["param_groups"]
-    assert [group["params"] for group in groups] == [[0], [1], [2, 3]]
-    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1.0, *ratios])
+    assert [group["params"] for group in groups] == members
+    own = [ratio for ratio in ratios if ratio != 1]
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1.0, *own])
 
 
 class RatesSeen(Callback):
@@ -338,8 +343,9 @@ def test_optimizer_without_a_learning_rate_trains_all_adapters(tmp_path):
 
 @pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
 def test_multiple_of_no_learning_rate_is_refused(tmp_path, option):
+    config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
     with pytest.raises(StateError, match=r"FindsItsRate has no 'lr'.*loraplus_lr_ratio and heads_lr_ratio"):
-        trainer(tmp_path, [lora(**{option: 2.0})]).fit(WithoutRate(), loader())
+        trainer(tmp_path, [lora(config, **{option: 2.0})]).fit(WithoutRate(), loader())
 
 
 @pytest.mark.parametrize("option", ["loraplus_lr_ratio", "heads_lr_ratio"])
