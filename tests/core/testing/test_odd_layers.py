@@ -424,6 +424,7 @@ class OnGraphPlugin(ColumnMajorPlugin):
 ADJACENCY = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.0, 1.0]]).to_sparse()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # torch 2.11
 @pytest.mark.parametrize("held", [False, True], ids=["called with", "held"])
 def test_a_layer_of_a_sparse_tensor_passes(held):
     def nodes(layer):
