@@ -195,7 +195,11 @@ def test_a_weight_is_the_updated_one_for_whoever_reads_it_in_a_forward(split, ki
 @VIEWS
 @pytest.mark.parametrize("kind", ["a buffer", "weight norm"])
 def test_outside_of_the_forward_a_weight_that_is_no_parameter_is_the_base_s(kind):
-    layer = READING[kind][0](8, 12).double()
+    plain, layer = (READING[kind][0](8, 12).double() for _ in range(2))
+    try:
+        fully_shard(plain).weight  # noqa: B018
+    except NotImplementedError as error:
+        pytest.skip(f"torch cannot compute it from shards: {error}")
     expected = layer.weight
     model = nn.Sequential(layer)
     LoraModel(model, LoraConfig(r=2, init="none"))

@@ -268,6 +268,7 @@ class WithACritic(Classifier):
         of_critic.step(closure)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # by LBFGS of torch 2.8
 def test_optimizer_of_nothing_that_is_split_may_keep_its_parameters(tmp_path):
     module, run = WithACritic(), trainer(tmp_path, [lora(LoraConfig(r=2), target="net", loraplus_lr_ratio=4.0)])
     run.fit(module, loader())
