@@ -20,6 +20,10 @@ def resting_class(layer: nn.Module) -> type[nn.Module]:
     return cls
 
 
+_AT_REST = "_lora_stored_class"
+"""Where a generated class names itself, which classes that extend it inherit."""
+
+
 @functools.cache
 def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Generates the class of layers with stored weights, once for each base class.
@@ -36,7 +40,9 @@ def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace["_load_from_state_dict"] = _load_into(base)
     namespace["__setattr__"] = _set
     namespace["forward"] = making_again(_look_up if base is nn.Embedding else base.forward)
-    return type(f"Stored{base.__name__}", (base,), namespace)
+    cls = type(f"Stored{base.__name__}", (base,), namespace)
+    setattr(cls, _AT_REST, cls)
+    return cls
 
 
 def making_again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +80,7 @@ def _look_up(layer: nn.Embedding, input: Tensor) -> Tensor:
     """Makes the rows dense that are looked up, and no others."""
     stored = stored_weight(layer, "weight")
     # A class that extends this one, as that of an adapted layer, answers with another weight.
-    if stored is None or layer.max_norm is not None or type(layer) is not resting_class(layer):
+    if stored is None or layer.max_norm is not None or type(layer) is not getattr(layer, _AT_REST):
         return nn.Embedding.forward(layer, input)
     return stored.rows(input)
 

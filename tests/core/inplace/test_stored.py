@@ -295,6 +295,19 @@ def test_compiled_in_one_graph():
         torch.testing.assert_close(results(compiled, x())[name] if name == "output" else value, value)
 
 
+@pytest.mark.parametrize(
+    "case", {type(case.make()): case for case in reversed(LAYER_CASES)}.values(), ids=lambda case: case.id
+)
+def test_layers_without_an_adapter_are_compiled_in_one_graph(case: LayerCase):
+    torch.manual_seed(0)
+    model, inputs = Alone(case.make().double()), case.inputs()
+    LoraModel(model, config()).unload(dequantize=False)
+    assert stored_names(model) == {f"0.{case.weight}"}
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
 def test_transforms_of_functions():
     model = adapted().model
     dense = made_dense(model)
