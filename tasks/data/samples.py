@@ -42,7 +42,7 @@ class Item:
     Attributes:
         image: Where its image is: a path, or a split and a row number.
         target: A class index, or where its mask is.
-        name: Its name in error messages; unique.
+        name: Its name in error messages.
         key: Its name within the data, by which splits are made: the same wherever the data are.
     """
 

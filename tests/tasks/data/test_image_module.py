@@ -76,6 +76,14 @@ class TestImagesInTwoSplits:
         ):
             loaded(ImageFolderDataModule(str(class_folders), **SIZE))
 
+    def test_images_that_share_a_mask_are_no_copies(self, mask_folders):
+        rows = [
+            {"image": f"images/{split}/{at}.jpg", "mask": "masks/train/0.png", "split": split}
+            for split in ("train", "val")
+            for at in range(2)
+        ]
+        loaded(MaskListDataModule(written(mask_folders / "list.csv", rows), classes=["a", "b", "c"], **SIZE))
+
     def test_copies_of_which_some_are_held_out_are_told(self, flat_folders):
         for path in flat_folders.rglob("*.jpg"):
             shutil.copy(path, path.with_name(f"copy of {path.name}"))
