@@ -91,8 +91,8 @@ def check_scheduler(name: str, value: object) -> None:
     kind = _called(value)
     if isinstance(kind, type) and issubclass(kind, LRScheduler):
         _check_class(name, kind, value)
-    try:
-        inspect.signature(cast(Callable[..., object], value)).bind(object(), 1)
+    try:  # what a decorator wraps may take other arguments than what it makes
+        inspect.signature(cast(Callable[..., object], value), follow_wrapped=False).bind(object(), 1)
     except ValueError:  # nobody knows the arguments of what is written in C
         return
     except TypeError as error:

@@ -1,7 +1,7 @@
 """Optimizers, schedules, and the moving average."""
 
 import math
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -147,6 +147,13 @@ class TestScheduler:
     def test_a_function_that_cannot_be_called_so_is_refused(self, scheduler, message):
         with pytest.raises(ConfigError, match=f"the number of all its steps, and .* cannot be: {message}"):
             ImageClassificationTask(tiny_vit(), lr_scheduler=scheduler)
+
+    def test_a_decorated_function_is_called_as_it_is_decorated(self):
+        @wraps(get_cosine_schedule_with_warmup)
+        def made(optimizer, steps):
+            return get_cosine_schedule_with_warmup(optimizer, 2, steps)
+
+        assert ImageClassificationTask(tiny_vit(), lr_scheduler=made).lr_scheduler is made
 
     def test_a_function_says_which_argument_the_steps_are(self, trainer):
         seen = rates(
