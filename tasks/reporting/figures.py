@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,9 +170,14 @@ def eval_mode(task: VisionTask) -> Iterator[None]:
             module.training = mode
 
 
+def val_precision(task: VisionTask) -> AbstractContextManager[Any]:
+    """The precision that the trainer of a task validates in, for forwards alone: it changes how data would be made."""
+    return nullcontext() if task._trainer is None else task.trainer.precision_plugin.val_step_context()
+
+
 @torch.inference_mode()
 def eval_logits(task: VisionTask, images: Tensor) -> Tensor:
-    """Logits of images in eval mode; the mode of every module is restored."""
-    with eval_mode(task):
+    """Logits of images in eval mode and the precision of the trainer; the mode of every module is restored."""
+    with eval_mode(task), val_precision(task):
         logits: Tensor = task(images.to(task.device)).float().cpu()
     return logits

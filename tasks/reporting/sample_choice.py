@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Example
 from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
-from lora_plugins.tasks.reporting.figures import as_pixels, eval_mode
+from lora_plugins.tasks.reporting.figures import as_pixels, eval_mode, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
 from lora_plugins.tasks.training import VisionTask
 
@@ -52,11 +52,11 @@ class Judged:
 
 @contextmanager
 def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
-    """Puts the task into eval mode and on the device that it left when the fit ended, in the precision of that fit."""
+    """Puts the task into eval mode and on the device that it left when the fit ended."""
     home = task.device
     task.to(trainer.strategy.root_device)
     try:
-        with eval_mode(task), torch.inference_mode(), trainer.precision_plugin.val_step_context():
+        with eval_mode(task), torch.inference_mode():
             yield
     finally:
         task.to(home)
@@ -133,7 +133,8 @@ def _with_labels(common: Example, targets: Tensor, logits: Tensor) -> Example:
 
 def _targets_and_logits(task: VisionTask, batch: Batch) -> tuple[Tensor, Tensor]:
     targets = cast(Tensor, batch.targets).long().to(task.device)
-    return targets, task.logits_for(batch.images.to(task.device), targets)
+    with val_precision(task):
+        return targets, task.logits_for(batch.images.to(task.device), targets)
 
 
 def _losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:

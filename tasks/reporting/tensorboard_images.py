@@ -73,8 +73,7 @@ class TensorBoardImages(Callback):
         batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
         figures = {}
         if batch.targets is not None:
-            with trainer.precision_plugin.val_step_context():
-                predicted = eval_logits(task, batch.images).argmax(1)
+            predicted = eval_logits(task, batch.images).argmax(1)
             figures["val/examples"] = examples_figure(task, batch.images, batch.targets, predicted)
         if "val" in task.confusion:
             figures["val/confusion"] = confusion_figure(task.confusion["val"], task.class_labels)

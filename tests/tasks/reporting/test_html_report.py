@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.cli.main import main
@@ -244,6 +244,29 @@ def test_all_pictures_are_predicted_in_mixed_precision(trainer, tmp_path):
     run = trainer(callbacks=callbacks, precision="bf16-mixed", logger=TensorBoardLogger(tmp_path))
     run.fit(task, datamodule=scenes())
     assert all(mixed)
+
+
+class Noticing(Dataset):
+    """Samples that know in which precision they are made."""
+
+    def __init__(self):
+        self.made = set()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.made.add((torch.get_default_dtype(), torch.is_autocast_enabled("cpu")))
+        return torch.rand(3, 32, 32), torch.full((32, 32), index % 2)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_samples_are_made_in_the_precision_that_they_have_in_the_fit(precision, trainer, tmp_path):
+    data = Noticing()
+    callbacks = [HtmlReport(str(tmp_path / "r.html")), PredictionPicture(str(tmp_path / "r.png"))]
+    run = trainer(callbacks=callbacks, precision=precision)
+    run.fit(SemanticSegmentationTask(tiny_segformer()), DataLoader(data, 2), DataLoader(data, 2))
+    assert data.made == {(torch.float32, False)}
 
 
 def test_images_keep_their_aspect_and_ignored_pixels_are_in_the_key(trainer, tmp_path, mask_folders):
