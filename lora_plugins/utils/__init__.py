@@ -3,7 +3,7 @@
 Every other room may use them.
 """
 
-from lora_plugins.utils.atomic_file import remove_leftovers, replace_file, replace_files
+from lora_plugins.utils.atomic_file import put_files, remove_leftovers, replace_file, replace_files
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.constants import on_device
@@ -46,6 +46,7 @@ __all__ = [
     "path_runs",
     "path_starts",
     "plain_name",
+    "put_files",
     "quantize_dequantize",
     "remove_leftovers",
     "replace_file",

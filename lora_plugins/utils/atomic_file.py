@@ -34,6 +34,16 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
     Args:
         files: The contents by path, in one folder.
     """
+    put_files(files)
+    for path in files:
+        remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+
+
+def put_files(files: Mapping[Path, bytes]) -> None:
+    """Writes files as `replace_files` does, which looks through their folder for what killed processes left.
+
+    For one of many files: after the last one, `remove_leftovers` looks for all of them.
+    """
     temporary = {path: _temporary(path) for path in files}
     try:
         for path, data in files.items():
@@ -47,8 +57,6 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
-    for path in files:
-        remove_leftovers(path.parent, re.compile(re.escape(path.name)))
 
 
 def _temporary(path: Path) -> Path:

@@ -10,6 +10,7 @@ import glob
 import io
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import put_files, remove_leftovers, replace_file
 from lora_plugins.writable import check_writable_folder
 
 LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
@@ -251,8 +252,10 @@ def _write_masks(
         for folder, output in outputs.items():
             file = out / folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, as_png(output))
+            put_files({file: as_png(output)})
             written.append(file)
+    for place in {file.parent for file in written}:
+        remove_leftovers(place, re.compile(r".*\.png"))
     return written
 
 

@@ -179,6 +179,18 @@ class TestPredict:
         assert predict(files) == 0
         assert not [path for path, link in linked.items() if path.samefile(link)]
 
+    def test_what_a_killed_command_left_of_masks_is_removed(self, fitted, tmp_path):
+        for name in ("a", "deeper/b"):
+            write_image(tmp_path / "images" / f"{name}.png", noise())
+        left = [tmp_path / "out" / kind / "deeper" / ".c.png.0123abcd" for kind in ("masks", "overlays")]
+        for path in left:
+            path.parent.mkdir(parents=True)
+            path.touch()
+            os.utime(path, (0, 0))
+        images = str(tmp_path / "images" / "**" / "*.png")
+        assert predict([str(fitted["masks"][1]["merged"]), images, "--out", str(tmp_path / "out")]) == 0
+        assert not [path for path in left if path.exists()]
+
     @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_a_model_that_answers_with_nan(self, fitted, tmp_path, capsys, kind):
         """The largest of NaN is the first class."""
