@@ -13,6 +13,9 @@ from zlib import crc32
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d+)-)?[0-9a-f]{8}")
 """The name of a temporary file; that of an older release has no host and process."""
 
+_BEGINNING = 200
+"""Bytes of a file's name that its temporary one has, as file systems take 255 in all."""
+
 _DAY = 24 * 60 * 60.0
 """Seconds after which a temporary file is a left-over whoever wrote it."""
 
@@ -36,7 +39,7 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
     """
     put_files(files)
     for path in files:
-        remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+        remove_leftovers(path.parent, re.compile(re.escape(_beginning(path))))
 
 
 def put_files(files: Mapping[Path, bytes]) -> None:
@@ -60,7 +63,11 @@ def put_files(files: Mapping[Path, bytes]) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".{_beginning(path)}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _beginning(path: Path) -> str:
+    return os.fsencode(path.name)[:_BEGINNING].decode(errors="ignore")
 
 
 def _write(temporary: Path, data: bytes, path: Path) -> None:
