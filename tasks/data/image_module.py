@@ -234,9 +234,9 @@ def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[Item, _S
         for item in members:
             place = str(item.image) if isinstance(item.image, Path) else item.name
             places[seen[item].pixels if seen else item.image][split] = place
-    repeated = [" = ".join(dict.fromkeys(of.values())) for of in places.values() if len(of) > 1]
+    repeated = [" = ".join(dict.fromkeys(of.values())) for of in places.values() if TRAIN in of and len(of) > 1]
     if repeated:
         rank_zero_warn(
-            f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in more than one split, so that metrics "
-            f"are of what was trained on: {listing(repeated, 3)}."
+            f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in train and in another split, so that "
+            f"metrics are of what was trained on: {listing(repeated, 3)}."
         )

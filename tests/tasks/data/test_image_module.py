@@ -65,7 +65,7 @@ class TestImagesInTwoSplits:
         rows = [{"image": image, column: target, "split": "train"} for image, target in samples]
         rows.append({**rows[0], "split": "val"})
         path = written(tmp_path / "data" / "list.csv", rows)
-        with pytest.warns(UserWarning, match=f"1 image is in more than one split.*{samples[0][0]}"):
+        with pytest.warns(UserWarning, match=f"1 image is in train and in another split.*{samples[0][0]}"):
             loaded(module(path, **options, **SIZE))
 
     def test_copies_of_other_names_and_encodings_are_told(self, class_folders):
@@ -84,10 +84,14 @@ class TestImagesInTwoSplits:
         ]
         loaded(MaskListDataModule(written(mask_folders / "list.csv", rows), classes=["a", "b", "c"], **SIZE))
 
+    def test_what_is_in_val_and_test_was_not_trained_on(self, class_folders):
+        shutil.copytree(class_folders / "val", class_folders / "test")
+        loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+
     def test_copies_of_which_some_are_held_out_are_told(self, flat_folders):
         for path in flat_folders.rglob("*.jpg"):
             shutil.copy(path, path.with_name(f"copy of {path.name}"))
-        with pytest.warns(UserWarning, match=r"in more than one split.*.*= "):
+        with pytest.warns(UserWarning, match=r"in train and in another split.*= "):
             loaded(ImageFolderDataModule(str(flat_folders), val_share=0.2, **SIZE))
 
 
