@@ -84,6 +84,13 @@ class TestImagesInTwoSplits:
         ]
         loaded(MaskListDataModule(written(mask_folders / "list.csv", rows), classes=["a", "b", "c"], **SIZE))
 
+    def test_images_that_differ_at_the_end_are_no_copies(self, class_folders):
+        for split, last in (("train", 0), ("val", 255)):
+            pixels = noise(150, 8)
+            pixels[-1] = last
+            write_image(class_folders / split / "cat" / "tall.png", pixels)
+        loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+
     def test_what_is_in_val_and_test_was_not_trained_on(self, class_folders):
         shutil.copytree(class_folders / "val", class_folders / "test")
         loaded(ImageFolderDataModule(str(class_folders), **SIZE))
