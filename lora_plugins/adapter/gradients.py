@@ -1,7 +1,7 @@
 """Which tensors require a gradient, with guards so that no gradient is lost silently.
 
 A tensor that is frozen between a forward and its backward gets no gradient, and torch says nothing. Here it is guarded:
-a backward that reaches it ends in an error.
+a backward that reaches it ends in an error. Only compiled autograd, which has no nodes to ask, is not guarded.
 """
 
 from functools import partial

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d+)-)?[0-9a-f]{8}")
-"""The name of a temporary file; that of an older release has no host and process."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
+"""The name of a temporary file."""
 
 _BEGINNING = 200
 """Bytes of a file's name that its temporary one has, as file systems take 255 in all."""

@@ -268,14 +268,14 @@ class TestKilledWhileWriting:
                 """
             )
             subprocess.run([sys.executable, "-c", code], check=True)
-        old = tmp_path / ".adapter.json.0123abcd"  # of an older release, which named no process
+        old = tmp_path / f".adapter.json.{'0' * 8}-1-4567abcd"  # of another machine, days ago
         old.write_bytes(b"half")
         os.utime(old, (0, 0))
         running = tmp_path / f".adapter.json.{'0' * 8}-1-0123abcd"  # of another machine
         foreign = tmp_path / ".notes.txt.0123abcd"
         for path in (running, foreign):
             path.write_bytes(b"theirs")
-        kept = tmp_path / ".adapter.json.4567abcd"  # what cannot be removed is left
+        kept = tmp_path / f".adapter.json.{'0' * 8}-2-4567abcd"  # what cannot be removed is left
         kept.mkdir()
         os.utime(kept, (0, 0))
         assert len(list(tmp_path.iterdir())) == 10
