@@ -2,11 +2,24 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.plugins import InitContext
+from lora_plugins.plugins import InitContext, InitPlugin
 from lora_plugins.utils import in_float64
+
+
+class TakenOut(InitPlugin):
+    """An init whose first `B @ A` is taken out of the base, so that the model starts as it was."""
+
+    changes_base = True
+
+    def changed_base(
+        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Subtracts the first product from the original weight."""
+        return without_product(weight, recipe, scaling)
 
 
 def fill_rest(context: InitContext, kept: int) -> None:

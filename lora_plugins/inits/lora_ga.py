@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, TargetError, near
-from lora_plugins.inits.factors import recipe_of, without_product
+from lora_plugins.inits.factors import TakenOut, recipe_of
 from lora_plugins.inits.pissa import check_niter
-from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.plugins import InitContext
 from lora_plugins.utils import truncated_svd
 
 Chosen = tuple[Tensor, Tensor]
@@ -44,12 +44,11 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit", "paper")
 """The sizes of A and B: PEFT's four, and the paper's."""
 
 
-class LoraGaInit(InitPlugin):
+class LoraGaInit(TakenOut):
     """Options: `direction`, `scale`, `stable_gamma`, and `niter`, iterations of the decomposition (None is exact)."""
 
     name = "lora_ga"
     options: ClassVar[Mapping[str, Any]] = {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16, "niter": 4}
-    changes_base = True
     needs = "gradients"
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -98,9 +97,3 @@ class LoraGaInit(InitPlugin):
         context.A.copy_(A)
         context.B.copy_(B)
         return recipe_of(context)
-
-    def changed_base(
-        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Takes the first update out of the weight."""
-        return without_product(weight, recipe, scaling)

@@ -5,20 +5,18 @@ Source: Büyükakyüz, OLoRA, arXiv 2406.01775, algorithm 1.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_plugins.inits.factors import fill_rest, recipe_of, without_product
-from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.inits.factors import TakenOut, fill_rest, recipe_of
+from lora_plugins.plugins import InitContext
 
 
-class OloraInit(InitPlugin):
+class OloraInit(TakenOut):
     """B starts with orthonormal columns, and `B @ A` as a part of the weight."""
 
     name = "olora"
-    changes_base = True
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
         """Fills A and B from the QR decomposition of the weight."""
@@ -28,9 +26,3 @@ class OloraInit(InitPlugin):
         context.A[:kept] = R[:kept]
         fill_rest(context, kept)
         return recipe_of(context)
-
-    def changed_base(
-        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Takes the first update out of the weight."""
-        return without_product(weight, recipe, scaling)

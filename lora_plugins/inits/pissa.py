@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.inits.factors import fill_rest, recipe_of, without_product
-from lora_plugins.plugins import InitContext, InitPlugin
+from lora_plugins.inits.factors import TakenOut, fill_rest, recipe_of
+from lora_plugins.plugins import InitContext
 from lora_plugins.utils import low_rank
 
 
-class PissaInit(InitPlugin):
+class PissaInit(TakenOut):
     """Option: `niter`, subspace iterations of the fast decomposition (PEFT's `pissa_niter_16` is 16); None is exact."""
 
     name = "pissa"
     options: ClassVar[Mapping[str, Any]] = {"niter": None}
-    changes_base = True
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses what is no count of iterations."""
@@ -35,12 +34,6 @@ class PissaInit(InitPlugin):
         context.B.copy_(B)
         fill_rest(context, min(rank, rows, columns))
         return recipe_of(context)
-
-    def changed_base(
-        self, weight: Tensor, recipe: Mapping[str, Tensor], scaling: float, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Takes the first update out of the weight."""
-        return without_product(weight, recipe, scaling)
 
 
 def check_niter(init: str, value: Any) -> None:
