@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing, quoted
-from lora_plugins.inplace import model_modules
+from lora_plugins.inplace import full_name, model_modules
 from lora_plugins.plan.patterns import ends_with, matcher, matches
 from lora_plugins.utils import within
 
@@ -32,18 +32,18 @@ def former_names(model: nn.Module) -> dict[str, str]:
         for name in (entry.name for entry in model_modules(part)):
             former = _renamed(name, renamings)
             if name and former != name:
-                found[_joined(path, name)] = _joined(path, former)
+                found[full_name(path, name)] = full_name(path, former)
     return found
 
 
 def current_name(model: nn.Module) -> Callable[[str], str]:
     """Returns a function that gives the present name of a module or tensor by a former one; others stay."""
-    parts = [(path, _renamings(part)) for path, part in _parts(model)]
+    parts = [(full_name(path, ""), _renamings(part)) for path, part in _parts(model)]
 
     def current(name: str) -> str:
-        for path, renamings in parts:
-            if renamings and (not path or name.startswith(f"{path}.")):
-                return _joined(path, _renamed(name[len(path) + 1 if path else 0 :], renamings))
+        for start, renamings in parts:
+            if name.startswith(start):
+                return start + _renamed(name.removeprefix(start), renamings)
         return name
 
     return current
@@ -113,7 +113,3 @@ def _renamed(name: str, renamings: Iterable[Any]) -> str:
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key.removesuffix(_TENSOR)
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
