@@ -121,7 +121,7 @@ def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight
     if stored is not None:
         shape = matrix_shape(plugin, torch.empty(stored.shape, device="meta"), tensor)
         on_meta = stored.device.type == "meta"
-        return Weight(key or id(stored), shape, stored.dtype, on_meta=on_meta, stored=stored.storage)
+        return Weight(id(stored), shape, stored.dtype, on_meta=on_meta, stored=stored.storage)
     kind = foreign_kind(entry.module._parameters.get(tensor))
     foreign = "" if kind is None else kind.title
     if problem := foreign_problem(entry.module, tensor):
