@@ -152,6 +152,16 @@ class TestSeeds:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_layer_that_only_a_deleted_adapter_had_is_what_it_was():
+    layer = nn.Linear(4, 4)
+    model, before = nn.Sequential(layer, nn.Linear(4, 4)), set(vars(layer))
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["1"]))
+    lora.delete_adapter("a")
+    assert type(layer) is nn.Linear
+    assert set(vars(layer)) == before
+
+
 class TestSpeed:
     """Times are printed, not asserted: they belong to the machine, and to what else runs on it."""
 

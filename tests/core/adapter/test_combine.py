@@ -191,6 +191,22 @@ def test_refuses(arguments, options, error, message):
     assert list(lora.adapters) == ["a", "b"]
 
 
+def test_an_adapter_with_a_base_of_its_own_is_refused():
+    lora = two_adapters()
+    lora.add_adapter("own", LoraConfig(r=2, init="pissa"))
+    with pytest.raises(StateError, match=r"'own' has a base of its own \(pissa\); it cannot be combined"):
+        lora.add_weighted_adapter(["a", "own"], [1.0, 1.0], "c")
+    assert list(lora.adapters) == ["a", "b", "own"]
+
+
+def test_heads_of_others_are_none_of_the_combination():
+    model = nn.ModuleDict({"layer": nn.Linear(6, 5), "head": nn.Linear(5, 2)})
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["layer"]), "a")
+    lora.add_adapter("b", LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"]))
+    lora.add_weighted_adapter(["a"], [2.0], "c")
+    assert lora.plans["c"].trained == ()
+
+
 @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
 @pytest.mark.parametrize("weight", [math.nan, -math.inf, None, "2", True, 10**400, [1.0]], ids=repr)
 def test_a_weight_that_is_no_finite_number_is_named(weight, kind):
@@ -209,11 +225,14 @@ def test_a_rank_that_is_none_is_refused(options):
 @pytest.mark.parametrize(
     ("kind", "options"), [("cat", {}), ("linear", {}), ("svd", {}), ("ties", {"density": 0.5})], ids=str
 )
-def test_a_combination_beyond_the_range_of_the_factors_is_refused(kind, options):
+@pytest.mark.parametrize("weight", [1e300, 1.7e308], ids=["of single precision", "of any"])
+def test_a_combination_beyond_the_range_of_the_factors_is_refused(weight, kind, options):
     lora = two_adapters(lambda: nn.Linear(6, 5))
     lora.model.float()
+    with torch.no_grad():
+        lora.model["layer"].lora_A["a"].fill_(100)
     with pytest.raises(ConfigError, match=r"combination of 'layer' has values that are not finite in torch.float32"):
-        lora.add_weighted_adapter(["a", "b"], [1e300, 1.0], "c", kind, **options)
+        lora.add_weighted_adapter(["a", "b"], [weight, 1.0], "c", kind, **options)
     assert list(lora.adapters) == ["a", "b"]
 
 

@@ -145,6 +145,13 @@ def test_training_is_refused():
     refused(lora, r"for inference. Call model.eval\(\) first")
 
 
+def test_training_of_a_part_is_refused():
+    """As where a module puts its teacher or its backbone into a mode of its own."""
+    lora = adapted(MODELS["linear"][0])
+    lora.model[0].train()
+    refused(lora, r"'0' is in training mode inside mixed_batch\(\)")
+
+
 def test_an_unknown_adapter_is_refused():
     refused(adapted(MODELS["linear"][0]), "no adapter 'bb'", rows=("a", "bb"))
 
@@ -337,6 +344,28 @@ def test_a_module_with_rows_is_planned_by_its_own_class():
 
 def test_a_head_without_rows_is_refused():
     refused(two(Rowless()), r"'head', .* gets tensors of the shapes \[4, 6\] for a batch of 2")
+
+
+class Pair(nn.Linear):
+    """A head that returns two tensors."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+def test_a_head_that_returns_no_tensor_is_refused():
+    model = nn.Sequential(nn.Linear(6, 8), Pair(8, 4)).double().eval()
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], init="none")
+    lora = LoraModel(model, config, "a")
+    lora.add_adapter("b", config)
+    refused(lora, "'1', of which adapters have their own values, does not return one tensor with the batch first")
+
+
+def test_heads_by_rows_are_cast_with_the_model():
+    lora, x, rows = two(Convolutional()), torch.randn(3, 6), ["a", None, "b"]
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
+        expected = model(x.double())
+        torch.testing.assert_close(model.float()(x), expected.float())
 
 
 def test_own_biases_of_adapted_layers_are_refused():

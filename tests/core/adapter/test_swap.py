@@ -164,6 +164,17 @@ def test_one_that_adapts_other_layers_with_the_weight_that_they_share_is_refused
     assert torch.equal(lora.model(X), before)
 
 
+def test_one_that_adapts_other_parts_is_refused(tmp_path):
+    def attention(*parts):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"own": nn.MultiheadAttention(8, 2)})
+        return LoraModel(model, LoraConfig(r=2, target_modules=["own"], fused_parts={"own": [*parts]}), "a")
+
+    attention("q", "v").save_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match="it adapts other parts of 'own'"):
+        attention("q", "k").swap_adapter("a", tmp_path)
+
+
 def test_another_scaling_is_as_exact_as_the_model(saved):
     narrow = adapted(seed=2, model=base().float(), alpha=3.0)
     path = narrow.save_adapter(saved()[0].parent / "narrow")

@@ -48,3 +48,13 @@ def test_an_adapter_that_waits_is_not(tmp_path):
     step(model, sgd(model), torch.ones(2, 4))
     for name in ("default", "waits"):
         lora.save_adapter(tmp_path / name, name)
+
+
+def test_what_was_trained_beside_the_adapter_is_told_once(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"))
+    model[1].requires_grad_(True)
+    step(model, sgd(model), torch.ones(2, 4))
+    with pytest.warns(UserWarning, match="require a gradient and are no part of an adapter") as told:
+        lora.save_adapter(tmp_path)
+    assert len(told) == 1
