@@ -121,6 +121,27 @@ def test_a_partial_merge_keeps_the_rest_active():
     assert torch.equal(model(x), expected)
 
 
+def test_a_partial_merge_of_a_computed_weight_is_gone_on_with():
+    model, x = (
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double(),
+        torch.randn(2, 4).double(),
+    )
+    lora = adapt(model, "a")
+    lora.add_adapter("b", LoraConfig(r=3, init="none"))
+    lora.set_adapter(["a", "b"])
+    expected = model(x)
+    for name in ("a", "b"):
+        lora.merge_adapter(name)
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_merging_one_that_does_not_act_is_refused():
+    lora = adapt(model_of(), "a")
+    lora.add_adapter("waits", LoraConfig(r=2))
+    with pytest.raises(StateError, match=r"'waits' is not active. Call set_adapter\('waits'\) first"):
+        lora.merge_adapter("waits")
+
+
 class TestWhileMerged:
     @pytest.fixture
     def lora(self):

@@ -155,3 +155,12 @@ def test_a_frozen_model_stays_frozen():
         dequantize=True
     )
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_fresh_adapter_loses_nothing():
+    lora = adapted(scale=0.0)
+    with torch.no_grad():
+        expected = output(lora.model)
+    model = lora.merge_and_unload()
+    assert stored(model) == ["0.weight_stored", "2.weight_stored"]
+    assert torch.equal(output(model), expected)
