@@ -8,7 +8,6 @@ from lora_plugins.adapter.acting import apply_state, base_in_place, freeze_new_n
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate, calibration_for
-from lora_plugins.adapter.combinations import COMBINATIONS
 from lora_plugins.adapter.combine import Combination, combine
 from lora_plugins.adapter.content import (
     AdapterContent,
@@ -22,9 +21,9 @@ from lora_plugins.adapter.content import (
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_fused, check_not_sharded
 from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms
-from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS
+from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.mixed_batch import mixed_batch
-from lora_plugins.adapter.moved_base import base_marks, moved_base
+from lora_plugins.adapter.moved_base import moved_base
 from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
@@ -45,8 +44,6 @@ from lora_plugins.adapter.whole import leave_inference, whole
 __all__ = [
     "ADAPTER_NAME",
     "CALLS",
-    "COMBINATIONS",
-    "CONDITIONS",
     "Adapter",
     "AdapterContent",
     "Calibration",
@@ -61,7 +58,6 @@ __all__ = [
     "allocated",
     "apply_state",
     "base_in_place",
-    "base_marks",
     "by_layer",
     "calibrate",
     "calibration_for",

@@ -17,7 +17,7 @@ from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan
-from lora_plugins.plugins import PlannedLayer
+from lora_plugins.plugins import PLAIN, PlannedLayer
 from lora_plugins.utils import in_float64
 
 
@@ -78,7 +78,7 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
     missing = [layer.name for layer in other.layers if layer.name not in there]
     if missing:
         raise _unfit(f"it adapts {listing(missing)}, which the one that is there does not")
-    if own.layers and own.layers[0].variant is not None and len(there) > len(other.layers):
+    if own.config.variant != PLAIN and len(there) > len(other.layers):
         raise _unfit(
             f"a variant has to be on all layers, and {listing(there.keys() - {x.name for x in other.layers})} lack it"
         )

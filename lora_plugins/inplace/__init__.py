@@ -48,7 +48,6 @@ from lora_plugins.inplace.weights import (
     frozen_statistics,
     is_shard,
     normalized_parameter,
-    raw_weight,
     weight_key,
 )
 
@@ -105,7 +104,6 @@ __all__ = [
     "put_marks",
     "put_stored",
     "quantizer_marks",
-    "raw_weight",
     "recompute",
     "refresh_class",
     "remover",

@@ -82,9 +82,8 @@ def variant_delta(planned: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, o
 
 def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
     """Returns the updates of one adapter to the weight called `name`, without dropout; none if it has none there."""
-    planned = layer_state(layer).adapters.get(adapter)
-    slots = [slot for slot in planned.slots if slot.tensor == name] if planned else []
-    return [term_of(layer, adapter, planned, slot, training=False) for slot in slots if planned]
+    planned = layer_state(layer).adapters[adapter]
+    return [term_of(layer, adapter, planned, slot, training=False) for slot in planned.slots if slot.tensor == name]
 
 
 def delta_weight(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tensor | None:
