@@ -435,6 +435,7 @@ class Asking(nn.Module):
             weight = layer.weight
             assert weight.shape == (layer.out_features, 6) == (weight.size(0), weight.size(-1))
             assert (weight.ndim, weight.dim(), len(weight)) == (2, 2, layer.out_features)
+            assert not hasattr(weight, "__array_interface__")  # as libraries ask of any object
             assert weight.numel() == 6 * layer.out_features
             assert weight.is_floating_point()
             x = layer(x.to(device=weight.device, dtype=weight.dtype))

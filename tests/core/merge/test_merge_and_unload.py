@@ -55,6 +55,30 @@ def test_what_a_hook_will_compute_is_merged_not_what_it_computed_last(hook, trai
     torch.testing.assert_close(models[0].eval()(x), expected, rtol=1e-14, atol=1e-14)
 
 
+def doubled_bias(layer: nn.Module) -> nn.Module:
+    class Double(nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    return nn.utils.parametrizations.weight_norm(nn.utils.parametrize.register_parametrization(layer, "bias", Double()))
+
+
+def pruned_bias(layer: nn.Module) -> nn.Module:
+    return nn.utils.weight_norm(nn.utils.prune.l1_unstructured(layer, "bias", amount=0.5))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("computed", [doubled_bias, pruned_bias])
+def test_what_computes_another_tensor_of_the_layer_stays(computed):
+    model = nn.Sequential(computed(nn.Linear(5, 4))).double().eval()
+    biases = {name for name in model.state_dict() if "bias" in name}
+    lora, x = adapt(model), torch.randn(3, 5).double()
+    expected = model(x)
+    lora.merge_and_unload()
+    torch.testing.assert_close(model(x), expected, rtol=1e-14, atol=1e-14)
+    assert set(model.state_dict()) == {"0.weight", *biases}
+
+
 def double_weight(layer: nn.Module, _: object) -> None:
     layer.weight = 2 * layer.half_weight
 

@@ -138,3 +138,20 @@ def test_no_expression_is_tried_that_may_take_forever(wrap):
     model = nn.ModuleDict({"a" * 60: nn.Linear(4, 4)})
     with pytest.raises(TargetError, match="matches no module"):
         LoraModel.plan(model, LoraConfig(target_modules=wrap("x((a+)+)+b")))
+
+
+@pytest.mark.parametrize(
+    ("targets", "unsaid"),
+    [("qkv, nothing", "To match the ends of names"), (["*.nothing"], "word for word")],
+    ids=["a list in a string", "a glob in a list"],
+)
+def test_what_would_match_nothing_either_is_not_proposed(targets, unsaid):
+    with pytest.raises(TargetError, match="matches no module of the model") as caught:
+        LoraModel.plan(fused(), LoraConfig(target_modules=targets))
+    assert unsaid not in str(caught.value)
+
+
+def test_layers_are_proposed_by_more_than_their_number():
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))})
+    with pytest.raises(TargetError, match=r"for linear layers alone \['net\.0'\]"):
+        LoraModel.plan(model, LoraConfig(target_modules="all-linear"))

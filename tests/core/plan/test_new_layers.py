@@ -63,6 +63,7 @@ def test_a_new_head_is_named(head):
             lambda: nn.Linear(16, 8).requires_grad_(False).apply(lambda m: m.weight.data.mul_(0.5)), id="narrow"
         ),
         pytest.param(lambda: nn.Linear(16, 8).apply(lambda m: m.weight.data.mul_(1.5)), id="wide"),
+        pytest.param(lambda: nn.Linear(16, 8).apply(lambda m: m.weight.data.sign_().mul_(0.25)), id="two values"),
         pytest.param(lambda: nn.Linear(9, 7), id="63 values"),
         pytest.param(lambda: nn.Linear(16, 8, device="meta"), id="no values"),
         pytest.param(lambda: nn.Embedding(16, 8), id="another type"),
@@ -105,3 +106,9 @@ def test_what_lies_before_the_last_adapted_layer_is_not_looked_at():
 def test_adapted_layers_of_8_bits_tell_nothing():
     model = nn.Sequential(narrow(trained(nn.Linear(16, 16))), nn.Linear(16, 8))
     assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0"]))) == []
+
+
+def test_adapted_layers_of_other_types_are_passed_over():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 8))
+    assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0", "1"]))) == ["2"]

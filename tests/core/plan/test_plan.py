@@ -102,6 +102,11 @@ class TestTargets:
         found = plan(swin, target_modules=r"layers\.0\.blocks\.0\..*", exclude_modules=["norm1"])
         assert names(found) == [f"layers.0.blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
+    def test_biases_of_integers_are_not_trained(self):
+        model = nn.ModuleDict({"body": nn.Linear(3, 4), "coded": nn.Linear(3, 4)})
+        model["coded"].bias = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+        assert plan(model, target_modules=["body"], bias="all").trained == ("body.bias",)
+
     def test_a_model_that_is_one_layer(self):
         found = plan(nn.Linear(3, 4), r=2)
         assert names(found) == [""]

@@ -68,6 +68,14 @@ def test_what_was_never_a_name_is_refused():
         LoraModel.plan(vit(), LoraConfig(target_modules=["querry"]))
 
 
+def test_what_was_never_a_name_is_not_said_to_be_another_now():
+    with (
+        pytest.warns(UserWarning, match=r"this model\. 'query' is 'q_proj' now\.$"),
+        pytest.raises(TargetError, match="'querry' matches no module"),
+    ):
+        LoraModel.plan(vit(), LoraConfig(target_modules=["querry", "query"]))
+
+
 def test_present_names_and_other_models_are_left_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -168,3 +168,12 @@ def test_a_weight_that_a_wrapper_computes_is_there_after_a_forward():
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     weight = layer.weight_bar / layer.weight_bar.norm() + config.alpha / config.r * B @ A
     torch.testing.assert_close(model(x), x @ weight.T + layer.bias)
+
+
+def test_a_layer_that_is_to_be_stored_is_checked_too():
+    model = nn.ModuleDict({"pair": Pair(), "linear": nn.Linear(4, 4)})
+    config = LoraConfig(
+        r=2, target_modules=["linear"], quantize="nf4", quantize_options={"min_size": 0}, quantize_modules="all"
+    )
+    with pytest.raises(PluginError, match="'pair' cannot serve 'pair', a Pair"):
+        LoraModel.plan(model, config, registry=registry_of(Raises()))
