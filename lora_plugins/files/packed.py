@@ -82,7 +82,7 @@ def manifest_of(
         "config": plan.config.to_dict(),
         "init": {"name": plan.init.name, **origin(registry, INITS, plan.init.name)},
         "variant": {"name": plan.config.variant, **origin(registry, VARIANTS, plan.config.variant)},
-        **({"layer_types": list(plan.layer_types)} if plan.layer_types else {}),
+        "layer_types": list(plan.layer_types),
         "layers": {layer.name: _describe(layer, registry) for layer in plan.layers},
         **({"ranks": dict(plan.ranks)} if plan.ranks else {}),
         "tensors": {
