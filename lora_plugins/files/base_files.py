@@ -63,8 +63,7 @@ def load_quantized(
     made: dict[int, Tensor | StoredWeight] = {}
     for key, file in files.items():
         old = _tensor(places[key])
-        if id(old) not in made:
-            made[id(old)] = _made(key, _read(file, key), old, storages.get(id(old)), device)
+        made[id(old)] = _made(key, _read(file, key), old, storages.get(id(old)), device)
     for place, new in {place: made[id(_tensor(place))] for place in places.values()}.items():
         _put(*place, new)
     return model
