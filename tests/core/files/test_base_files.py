@@ -46,9 +46,9 @@ def empty(dtype=torch.float32):
 def written(folder, parts=1, model=None):
     model = model or floating()
     state = {key: value for key, value in model.state_dict().items() if key != "head.weight"}
-    if parts == 1:
+    if parts <= 1:
         safetensors.torch.save_file(state, folder / "model.safetensors")
-        return folder / "model.safetensors"
+        return folder / "model.safetensors" if parts else folder
     keys = list(state)
     names = {key: f"model-{at % parts}.safetensors" for at, key in enumerate(keys)}
     for name in set(names.values()):
@@ -58,7 +58,7 @@ def written(folder, parts=1, model=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("parts", [1, 3], ids=["file", "index"])
+@pytest.mark.parametrize("parts", [0, 1, 3], ids=["folder", "file", "index"])
 @pytest.mark.parametrize("fields", [{}, {"quantize_modules": "all"}, {"quantize": "int8"}], ids=str)
 def test_the_same_bits_as_of_the_float_model(parts, fields, dtype, tmp_path):
     config = LoraConfig(**{**CONFIG.to_dict(), **fields})

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.files import same
 from lora_plugins.files.fingerprint import fingerprint
 
@@ -72,3 +74,21 @@ def test_it_draws_no_random_number_of_the_user():
     before = torch.get_rng_state()
     fingerprint(torch.ones(3))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_weight_of_spectral_norm_is_told_by_what_it_is_computed_from(normalize, tmp_path):
+    """The weight moves with each forward in training, and the layer is the same."""
+
+    def build(seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(normalize(nn.Linear(64, 64)))
+
+    model = build()
+    for _ in range(3):
+        model.train()(torch.randn(2, 64))
+    LoraModel(model, LoraConfig(r=2)).save_adapter(tmp_path)
+    LoraModel.load_adapter(build(), tmp_path)
+    with pytest.raises(AdapterFileError, match="was trained on another base"):
+        LoraModel.load_adapter(build(seed=1), tmp_path)

@@ -76,6 +76,9 @@ def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tm
     with pytest.raises(AdapterFileError, match=rf"made with the {what} of their-package 1\.2, which is not here"):
         LoraModel.load_adapter(model(), tmp_path)
     LoraModel.load_adapter(model(), tmp_path, registry=registry)
+    write_manifest(tmp_path, json.loads(text.replace('"their-package"', "null")))
+    with pytest.raises(AdapterFileError, match=rf"made with the {what} of an unknown distribution, which is not here"):
+        LoraModel.load_adapter(model(), tmp_path)
 
 
 class Halves(OtherInit):

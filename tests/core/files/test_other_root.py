@@ -38,3 +38,10 @@ def test_the_model_around_is_named(tmp_path, targets, wrapped):
     (name,) = (name for name, _ in whole.named_children())
     with pytest.raises(AdapterFileError, match=rf"holds this one as '{name}\.net'.* Load it onto that model"):
         LoraModel.load_adapter(network(), tmp_path)
+
+
+def test_a_part_that_holds_some_of_the_layers_only_is_not_named(tmp_path):
+    LoraModel(network(), LoraConfig(r=1, target_modules="all")).save_adapter(tmp_path)
+    with pytest.raises(AdapterFileError) as refused:
+        LoraModel.load_adapter(nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4))}), tmp_path)
+    assert "a part of this model" not in str(refused.value)
