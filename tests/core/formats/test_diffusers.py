@@ -277,6 +277,36 @@ class TestParts:
         with pytest.raises(ConfigError, match=r"component is 'unit'\. Did you mean 'unet'"):
             LoraModel.load_adapter(UNET.build(), folder, format_options={"component": "unit"})
 
+    def test_one_that_the_model_does_not_have(self, both):
+        with pytest.raises(AdapterFileError, match="has the parts 'text_encoder', which the model does not have"):
+            LoraModel.load_adapter(nn.ModuleDict({"unet": UNET.build()}), both[0])
+
+    def test_parts_that_were_started_in_different_ways(self, both):
+        folder, _ = both
+        with safe_open(folder / FILE, "pt") as file:
+            said = json.loads(file.metadata()["lora_adapter_metadata"])
+        said["unet.init_lora_weights"] = "pissa"
+        save_file(load_file(folder / FILE), folder / FILE, {"lora_adapter_metadata": json.dumps(said), "format": "pt"})
+        pipe = nn.ModuleDict({"unet": UNET.build(), "text_encoder": TEXT.build()})
+        with pytest.raises(AdapterFileError, match="started in different ways: 'kaiming', 'pissa'"):
+            LoraModel.load_adapter(pipe, folder)
+
+    def test_one_without_layers_is_not_written(self, tmp_path):
+        pipe = nn.ModuleDict({"unet": UNET.build(), "text_encoder": TEXT.build()})
+        lora = LoraModel(pipe, LoraConfig(target_modules=["unet.conv_in"]))
+        with pytest.raises(ConfigError, match="has no layers in 'text_encoder'"):
+            lora.save_adapter(tmp_path / "new", format="diffusers", format_options={"component": "text_encoder"})
+
+    def test_two_that_no_file_has_both(self, tmp_path):
+        pipe = nn.ModuleDict({"transformer": DIT.build(), "transformer_2": DIT.build()})
+        lora = LoraModel(pipe, LoraConfig(target_modules=["to_q"]))
+        with pytest.raises(
+            ConfigError, match="No file of this format has layers of 'transformer' and of 'transformer_2'"
+        ):
+            lora.save_adapter(tmp_path / "new", format="diffusers")
+        lora.save_adapter(tmp_path / "new", format="diffusers", format_options={"component": "transformer_2"})
+        assert {key.partition(".")[0] for key in load_file(tmp_path / "new" / FILE)} == {"transformer"}
+
     def test_a_model_of_which_it_cannot_be_told(self, tmp_path):
         lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig())
         with pytest.raises(ConfigError, match=r"format_options=\{'component': 'unet'\}.*a VAE .*, write format='peft'"):
@@ -290,6 +320,15 @@ class TestRefused:
         with pytest.raises(AdapterFileError, match=r"'final_layer_norm\.weight': what is trained in full"):
             lora.save_adapter(tmp_path / "new", format="diffusers")
         assert not (tmp_path / "new").exists()
+
+    def test_a_key_that_says_it_again(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        save_file(
+            {**load_file(tmp_path / FILE), "unet.conv_in.lora.down.weight": torch.zeros(2, 4, 3, 3)}, tmp_path / FILE
+        )
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"1 keys .* no place: 'unet\.conv_in\.lora"):
+            LoraModel.load_adapter(model, tmp_path)
 
     def test_a_key_that_is_left_over(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))

@@ -84,6 +84,11 @@ class TestKeys:
             pytest.param("base_model.model.other.weight", "'other.weight'", id="no tensor of the model"),
             pytest.param("base_model.model.fc.lora_B.bias", "lora_bias", id="a bias of B"),
             pytest.param(
+                "base_model.model._orig_mod.inner.fc.lora_A.weight",
+                "another key has another value",
+                id="a second value",
+            ),
+            pytest.param(
                 "base_model.model.emb.token_adapter.trainable_tokens_delta", "trained tokens", id="trained tokens"
             ),
         ],

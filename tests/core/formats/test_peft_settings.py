@@ -133,6 +133,11 @@ class TestStarts:
         edit_config(tmp_path, init_lora_weights=init)
         refused(LINEAR, tmp_path, untouched, f"started by '{init}'.*path_initial_model_for_weight_conversion")
 
+    def test_a_convolution_that_peft_cannot_have_started_so_is_refused(self, tmp_path, untouched):
+        with_peft(BY_ID["convolutions"]).save_pretrained(tmp_path)
+        edit_config(tmp_path, init_lora_weights="pissa")
+        refused(BY_ID["convolutions"], tmp_path, untouched, "started by 'pissa', which PEFT knows for Linear layers")
+
     @pytest.mark.parametrize("init", [False, "gaussian", "orthogonal", "mica"])
     def test_the_others_are_plain(self, init, tmp_path):
         case = SINGLE if init == "mica" else LINEAR
