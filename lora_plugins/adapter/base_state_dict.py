@@ -41,7 +41,7 @@ def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str,
     if state is None:
         return
     state.check("load_state_dict")
-    (path, *_) = [name for name, each in model.named_modules(remove_duplicate=False) if each is part]
+    path = next(name for name, each in model.named_modules() if each is part)
     _take_base(model, state, state_dict, {key: plain_name(full_name(path, key)) for key in state_dict})
     state_dict.update({prefix + key: tensor for key, tensor in factors_of(part).items()})
     _forget_base(model, state)
