@@ -51,3 +51,17 @@ def test_a_head_of_another_shape_leaves_the_base_its_own():
         model.load_state_dict({**model_of(1).state_dict(), "1.weight": torch.zeros(3, 6)})
     lora.unload()
     assert torch.equal(model[1].weight, before)
+
+
+def test_a_layer_under_two_names_loads_strictly():
+    def build(seed):
+        torch.manual_seed(seed)
+        layer = nn.Linear(4, 4)
+        return nn.ModuleDict({"first": layer, "part": nn.Sequential(layer, nn.Linear(4, 4))})
+
+    model, other = build(0), build(1)
+    lora = LoraModel(model, LoraConfig(r=2, target_modules="all"))
+    model.load_state_dict(other.state_dict())
+    model["part"].load_state_dict(build(2)["part"].state_dict())
+    lora.unload()
+    assert torch.equal(model["first"].weight, build(2)["first"].weight)

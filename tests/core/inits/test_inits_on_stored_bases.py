@@ -1,5 +1,7 @@
 """Inits that change the base, where the base is really stored: LoftQ's codes are what is stored."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -142,3 +144,14 @@ def test_loading_a_base_over_the_one_that_an_init_made_is_refused():
     other, _ = started("linear", "nf4")
     with pytest.raises(Exception, match="which changed the base; another base would undo that"):
         lora.model.load_state_dict(other.unload(dequantize=False).state_dict())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_is_left_of_a_base_in_half_precision_is_stored_without_rounding_it_first(init):
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    single = copy.deepcopy(half).float()
+    for model in (half, single):
+        LoraModel(model, LoraConfig(r=4, init=init, quantize="nf4", quantize_options={"min_size": 0}))
+    codes = [{key: value for key, value in model.state_dict().items() if "stored" in key} for model in (half, single)]
+    assert [key for key, value in codes[0].items() if not torch.equal(value, codes[1][key])] == []
