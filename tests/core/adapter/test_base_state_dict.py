@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import LoraConfig, LoraModel, StateError
 
 
 def model_of(seed):
@@ -65,3 +65,41 @@ def test_a_layer_under_two_names_loads_strictly():
     model["part"].load_state_dict(build(2)["part"].state_dict())
     lora.unload()
     assert torch.equal(model["first"].weight, build(2)["first"].weight)
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["in place", "waiting"])
+def test_what_was_loaded_may_change_afterwards(waiting):
+    """As where a state dict is the running average of another model."""
+    model, state = model_of(0), model_of(1).state_dict()
+    lora = adapted(model)
+    lora.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    lora.set_adapter("other" if waiting else "default")
+    model.load_state_dict(state)
+    expected = state["1.weight"].clone()
+    state["1.weight"].zero_()
+    lora.set_adapter("default")
+    assert torch.equal(model[1].weight, expected)
+    lora.unload()
+    assert torch.equal(model[1].weight, expected)
+
+
+def tied(seed):
+    model = nn.ModuleDict({"first": model_of(seed)[1], "again": nn.Linear(6, 2).double(), "more": nn.Linear(6, 6)})
+    model["again"].weight = model["first"].weight
+    return model
+
+
+def test_a_trained_tensor_keeps_its_value_under_all_of_its_names():
+    model = tied(0)
+    LoraModel(model, LoraConfig(r=2, target_modules=["more"], modules_to_save=["first"]))
+    with torch.no_grad():
+        own = model["first"].weight.add_(1).clone()
+    model.load_state_dict(tied(1).state_dict())
+    assert torch.equal(model["first"].weight, own)
+
+
+def test_a_changed_base_is_refused_under_any_of_its_names():
+    model = tied(0)
+    LoraModel(model, LoraConfig(r=2, target_modules=["first", "again"], init="pissa"))
+    with pytest.raises(StateError, match="'pissa', which changed the base"):
+        model.load_state_dict({"again.weight": torch.zeros(2, 6)}, strict=False)
