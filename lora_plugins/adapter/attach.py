@@ -32,10 +32,9 @@ def attach(model: nn.Module, plan: Plan, adapter: str, content: AdapterContent) 
             tensors = content[layer.name, slot.suffix]
             weight = detached_weight(module, slot.tensor)
             for factor, value in {"A": tensors.A, "B": tensors.B, **tensors.own}.items():
-                tensor = value.clone() if value.is_inference() else value  # which autograd would refuse
-                _container(module, factor, slot)[adapter] = nn.Parameter(
-                    tensor.to(weight.device, factor_dtype(weight)), requires_grad=False
-                )
+                # A copy: whoever holds the value may load it again, and autograd would refuse one of inference mode.
+                tensor = value.to(weight.device, factor_dtype(weight), copy=True)
+                _container(module, factor, slot)[adapter] = nn.Parameter(tensor, requires_grad=False)
         for tie in layer.ties:
             other, tied = submodule(model, tie.layer), layer.tied(tie)
             _add(other, tied, adapter)

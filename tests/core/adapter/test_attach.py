@@ -1,5 +1,6 @@
 """Injection: all or nothing, from a seed that nothing else disturbs, and quick."""
 
+import copy
 import time
 
 import pytest
@@ -150,6 +151,19 @@ class TestSeeds:
         lora = LoraModel(model, LoraConfig(r=2, init=init))
         lora.unload()
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_models_with_one_packed_adapter_are_trained_apart():
+    """As where several runs begin with the adapter that was packed before them."""
+    first, second = build(), build()
+    packed = LoraModel(build(), LoraConfig(r=2, init="gaussian", bias="all")).pack("default")
+    for model in (first, second):
+        LoraModel.load_packed(model, packed)
+    before = copy.deepcopy(second.state_dict())
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    assert [key for key, value in second.state_dict().items() if not torch.equal(value, before[key])] == []
 
 
 def test_a_layer_that_only_a_deleted_adapter_had_is_what_it_was():
