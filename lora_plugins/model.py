@@ -567,8 +567,8 @@ class LoraModel(metaclass=Told):
     def pack(self, adapter_name: str) -> PackedAdapter:
         """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes.
 
-        It loads onto the base as it was before a training moved weights of it by hand, which checkpoints hold beside
-        the adapter.
+        The tensors are the model's own, as in a state dict: a training that goes on changes them. It loads onto the
+        base as it was before a training moved weights of it by hand, which checkpoints hold beside the adapter.
 
         Raises:
             StateError: If there is no such adapter, or something is merged.
