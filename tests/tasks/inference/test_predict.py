@@ -182,7 +182,8 @@ class TestPredict:
     def test_what_a_killed_command_left_of_masks_is_removed(self, fitted, tmp_path):
         for name in ("a", "deeper/b"):
             write_image(tmp_path / "images" / f"{name}.png", noise())
-        left = [tmp_path / "out" / kind / "deeper" / ".c.png.0123abcd" for kind in ("masks", "overlays")]
+        name = f".c.png.{'0' * 8}-1-0123abcd"
+        left = [tmp_path / "out" / kind / "deeper" / name for kind in ("masks", "overlays")]
         for path in left:
             path.parent.mkdir(parents=True)
             path.touch()

@@ -160,20 +160,14 @@ def test_an_image_that_is_cut_off_cannot_be_read(written, serve, kind):
     assert all("the image cannot be read" in answer.text for answer in answers)
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        {"class": "x", "arguments": {}, "image_size": None, "interpolation": "bilinear"},
-        {"class": "x", "arguments": [], "image_size": None, "interpolation": "bilinear"},
-    ],
-    ids=["no model", "no arguments"],
-)
-def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, task):
+@pytest.mark.parametrize("arguments", [{}, []], ids=["no model", "no arguments"])
+def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, arguments):
     from fastapi.testclient import TestClient
 
     from lora_plugins.tasks.serving import make_app
 
     manifest = json.loads((adapters / "birds" / MANIFEST).read_text())
+    task = {**manifest[PROVENANCE_KEY], "class": "x", "arguments": arguments}
     (adapters / "birds" / MANIFEST).write_text(json.dumps({**manifest, PROVENANCE_KEY: task}))
     with TestClient(make_app(serve(adapters))) as client:
         listed = {each.pop("name"): each for each in client.get("/adapters").json()}
