@@ -9,9 +9,10 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count, whole_from
 from lora_plugins.tasks.argument_checks import check_digit
-from lora_plugins.tasks.data import TEST
+from lora_plugins.tasks.data import TEST, as_png
 from lora_plugins.tasks.diffusion import PicturesDataModule
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+from lora_plugins.utils import replace_file
 
 
 class DigitPicturesDataModule(PicturesDataModule):
@@ -50,4 +51,4 @@ class DigitPicturesDataModule(PicturesDataModule):
                 "would be learned as well. Delete them, or give another root."
             )
         for path, picture in chosen.items():
-            Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+            replace_file(path, as_png(Image.fromarray((picture * 255).round().astype(np.uint8))))

@@ -16,8 +16,10 @@ from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import Check, check_count, check_fields, check_name, check_whole, map_of, optional
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, sample
 from lora_plugins.tasks.argument_checks import check_path, instance_of
+from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source
 from lora_plugins.tasks.examples.digit_reader import DigitReader
+from lora_plugins.utils import replace_file
 
 BEFORE, AFTER, RESET = "before", "after", "reset"
 
@@ -95,7 +97,7 @@ class ReadDigits(Callback):
         self.shares = {name: self._read(reader, pictures) for name, pictures in found.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, pictures in found.items():
-            contact_sheet(self._rows(pictures)).save(self.folder / f"digits-{name}.png")
+            replace_file(self.folder / f"digits-{name}.png", as_png(contact_sheet(self._rows(pictures))))
         self._print(self.shares, RESET in found and [p.tobytes() for p in found[RESET]] == [
             p.tobytes() for p in self._before
         ])  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
 from lora_plugins.tasks.training import VisionTask
+from lora_plugins.utils import replace_file
 
 INCHES = 2.0
 DPI = 200
@@ -44,7 +46,9 @@ def new_figure(width: float, height: float) -> Any:
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as a PNG in print quality, cut to what is drawn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    replace_file(path, stream.getvalue())
 
 
 def labels_figure(task: VisionTask, images: Tensor, labels: Tensor, predicted: Tensor) -> Any:
