@@ -139,7 +139,7 @@ class ImageDataModule(VisionDataModule):
             DataError: With a list of what cannot be used, or if nothing is left, or fewer than two classes to train on.
         """
         items, problems = self.find()
-        seen: dict[Item, _Seen] = {}
+        seen: dict[int, _Seen] = {}
         if self.check_files:
             items, unreadable, seen = self._readable(items)
             problems = [*problems, *unreadable]
@@ -151,7 +151,7 @@ class ImageDataModule(VisionDataModule):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
         _warn_of_repeats(items, seen)
         if seen:
-            self._check_classes(frozenset().union(*(seen[item].classes for item in items[TRAIN])))
+            self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
         plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
         return {
             split: LazySamples(members, self.read, augmented if split == TRAIN else plain)
@@ -186,15 +186,15 @@ class ImageDataModule(VisionDataModule):
         """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""
         return None if self.trainer is None else getattr(self.trainer.lightning_module, attribute, None)
 
-    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[Item, _Seen]]:
-        """What can be read, what is wrong with the rest, and what is remembered of each sample."""
+    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[int, _Seen]]:
+        """What can be read, what is wrong with the rest, and what is remembered of each sample, by its `id`."""
         flat = [item for members in items.values() for item in members]
-        seen: dict[Item, _Seen] = {}
+        seen: dict[int, _Seen] = {}
 
         def read(item: Item) -> None:
             image, target = self.read(item)
             labels = frozenset(np.unique(np.asarray(target)).tolist())
-            seen[item] = _Seen(labels - {self.ignore_index}, _digest(image))
+            seen[id(item)] = _Seen(labels - {self.ignore_index}, _digest(image))
 
         wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}
         good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
@@ -235,13 +235,13 @@ def _digest(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[Item, _Seen]) -> None:
+def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Seen]) -> None:
     """Warns of images that are measured on and trained on: listed twice, or, where all were read, copied."""
     places: dict[Any, dict[str, str]] = defaultdict(dict)
     for split, members in items.items():
         for item in members:
             place = str(item.image) if isinstance(item.image, Path) else item.name
-            places[seen[item].pixels if seen else item.image][split] = place
+            places[seen[id(item)].pixels if seen else item.image][split] = place
     repeated = [" = ".join(dict.fromkeys(of.values())) for of in places.values() if TRAIN in of and len(of) > 1]
     if repeated:
         rank_zero_warn(

@@ -49,7 +49,7 @@ def describe_folder(path: Path) -> Described:
         raise _replaced(path.name)
     version, provenance = _version(manifest), source.provenance
     own = version if manifest.get("changed") else None  # rebuilt from the base in its own type, bit for bit
-    images = [provenance.get(key) for key in ("mean", "std", "bgr")]
+    images = [provenance[key] for key in ("mean", "std", "bgr")]
     base = [provenance["class"], _model(source), images, provenance.get("target"), source.stored, own]
     return Described(path.name, version, json.dumps(base, sort_keys=True), provenance)
 
