@@ -214,9 +214,13 @@ def only_images(root):
     write_image(root / "0.jpg", noise())
 
 
-def unreadable(root):
-    for name in ("a/0.jpg", "b/1.jpg"):
+def write_images(root, *names):
+    for name in names:
         write_image(root / name, noise())
+
+
+def unreadable(root):
+    write_images(root, "a/0.jpg", "b/1.jpg")
     (root / "a" / "broken.jpg").write_bytes(b"no image")
 
 
@@ -233,38 +237,31 @@ def an_empty_class(root):
 
 
 def another_name_of_val(root):
-    for name in ("train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg")
 
 
 def splits_in_other_letters(root):
-    for name in ("Training/a/0.jpg", "Training/b/0.jpg", "Testing/a/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "Training/a/0.jpg", "Training/b/0.jpg", "Testing/a/0.jpg")
 
 
 def one_folder_too_many(root):
-    for name in ("photos/a/0.jpg", "photos/b/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "photos/a/0.jpg", "photos/b/0.jpg")
 
 
 def one_in_a_split_too_many(root):
-    for name in ("train/photos/a/0.jpg", "train/photos/b/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "train/photos/a/0.jpg", "train/photos/b/0.jpg")
 
 
 def a_class_called_train(root):
-    for name in ("car/0.jpg", "plane/0.jpg", "train/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "car/0.jpg", "plane/0.jpg", "train/0.jpg")
 
 
 def val_alone(root):
-    for name in ("val/a/0.jpg", "test/b/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "val/a/0.jpg", "test/b/0.jpg")
 
 
 def too_few(root):
-    for name in ("a/0.jpg", "b/0.jpg"):
-        write_image(root / name, noise())
+    write_images(root, "a/0.jpg", "b/0.jpg")
 
 
 def boxes_for_masks(root):
