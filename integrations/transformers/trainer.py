@@ -5,7 +5,6 @@ These methods of `transformers.Trainer` are private and overridden here, and now
 models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
-from lora_plugins.adapter import model_state
+from lora_plugins.adapter import check_same, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, no_folder
 from lora_plugins.field_checks import Check, check_fields, check_flag, check_name, check_share
@@ -189,7 +188,7 @@ class LoraTrainer(Trainer):
                 LoraModel(model).set_adapter(self.adapter_name)
         else:
             if self.lora_config is not None:
-                self._check_same(LoraModel(model).adapters[self.adapter_name])
+                check_same(state, self.adapter_name, self.lora_config)
             self._check_merge_later(model)
         check_active(model, self.adapter_name)
         return model
@@ -198,17 +197,6 @@ class LoraTrainer(Trainer):
         if self.merge_on_train_end:
             plan = None if planned is None else LoraModel.plan(model, planned)
             check_merge_later(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False", plan=plan)
-
-    def _check_same(self, present: LoraConfig) -> None:
-        assert self.lora_config is not None
-        names = [each.name for each in dataclasses.fields(present)]
-        different = [name for name in names if getattr(present, name) != getattr(self.lora_config, name)]
-        if different:
-            raise StateError(
-                f"The model has an adapter {self.adapter_name!r} already, with another configuration: "
-                f"{listing(different)} differ. Choose another adapter_name, or take the present one off first: "
-                "LoraModel(model).unload()."
-            )
 
     def _check_optimizer(self) -> None:
         """Refuses an optimizer of the user's that was made before the model was adapted."""

@@ -3,6 +3,7 @@
 `lifecycle` says which call is allowed when.
 """
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
+from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
 from lora_plugins.field_checks import finite
 from lora_plugins.inplace import (
@@ -69,6 +71,27 @@ def check_new(state: ModelState | None, adapter: str) -> None:
         raise ConfigError(
             f"The model has an adapter {adapter!r} already, as where a cell of a notebook is run again. Delete it, "
             f"LoraModel(model).delete_adapter({adapter!r}), or choose another adapter_name."
+        )
+
+
+def check_same(state: ModelState, adapter: str, config: LoraConfig) -> None:
+    """Checks that an adapter which is to be trained on has the configuration that is asked for.
+
+    Args:
+        state: The adapters of the model.
+        adapter: The name of one of them.
+        config: The configuration.
+
+    Raises:
+        StateError: If it has another, naming the fields that differ.
+    """
+    present = state.adapters[adapter].plan.config
+    fields = [each.name for each in dataclasses.fields(config)]
+    different = [name for name in fields if getattr(config, name) != getattr(present, name)]
+    if different:
+        raise StateError(
+            f"The model has an adapter {adapter!r} already, with another configuration: {listing(different)} differ. "
+            "Choose another adapter_name, or take the present one off first: LoraModel(model).unload()."
         )
 
 

@@ -59,8 +59,10 @@ def labels_figure(task: VisionTask, images: Tensor, labels: Tensor, predicted: T
     axes = figure.subplots(1, len(images), squeeze=False)
     for axis, image, true, guess in zip(axes[0], images, labels.tolist(), predicted.tolist(), strict=True):
         axis.imshow(as_pixels(image))
-        label = names[true] if 0 <= true < len(names) else "(ignored)"
-        axis.set_title(f"{label}\n→ {names[guess]}", fontsize="small", color=RIGHT if guess == true else WRONG)
+        counted = 0 <= true < len(names)
+        label = names[true] if counted else "(ignored)"
+        color = WRONG if counted and guess != true else RIGHT
+        axis.set_title(f"{label}\n→ {names[guess]}", fontsize="small", color=color)
         axis.set_axis_off()
     return figure
 

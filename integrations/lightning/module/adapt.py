@@ -1,11 +1,9 @@
 """Puts an adapter on the module of a run, or reuses the one that it has."""
 
-import dataclasses
-
 from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
-from lora_plugins.adapter import model_state, whole
+from lora_plugins.adapter import check_same, model_state, present_state, whole
 from lora_plugins.errors import listing, near
 from lora_plugins.inplace import model_modules, modules_by_name, state_of
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
@@ -52,14 +50,8 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
     Raises:
         StateError: If its configuration is another, or its layers were replaced.
     """
+    check_same(present_state(target), name, config)
     lora = LoraModel(target)
-    present = lora.adapters[name]
-    different = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(present, f.name)]
-    if different:
-        raise StateError(
-            f"The module has an adapter {name!r} already, with another configuration: {listing(different)} differ. "
-            "Choose another adapter_name, or remove the present one first: LoraModel(module).unload()."
-        )
     if lora.merged_adapters:
         lora.unmerge_adapter()
     active = lora.active_weights
