@@ -38,7 +38,5 @@ def by_same_plugins(own: PackedAdapter, saved: PackedAdapter) -> bool:
         own: The adapter of the model.
         saved: That of the file.
     """
-    here, there = (
-        {name: layer.get("plugin") for name, layer in each.manifest["layers"].items()} for each in (own, saved)
-    )
+    here, there = ({name: layer["plugin"] for name, layer in each.manifest["layers"].items()} for each in (own, saved))
     return here == there

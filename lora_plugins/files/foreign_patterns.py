@@ -53,8 +53,7 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise AdapterFileError(
             f"The regular expressions of the adapter's config take more than {_SECONDS:g} seconds on this model's "
-            f"names: {', '.join(map(repr, risky))}. Do not load it unless you trust who made it; who does can write "
-            "simpler ones into the manifest."
+            f"names: {', '.join(map(repr, risky))}. Have whoever made it save it with simpler ones."
         ) from error
 
 

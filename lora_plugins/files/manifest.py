@@ -58,9 +58,9 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_as_written(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest read from a file is the one that was written; those of older releases cannot tell."""
+    """Whether a manifest read from a file is the one that was written."""
     try:
-        return _SEAL not in manifest or manifest[_SEAL] == sealed(manifest)[_SEAL]
+        return bool(manifest.get(_SEAL) == sealed(manifest)[_SEAL])
     except RecursionError:  # of entries nested deeper than anything that is written
         return False
 
@@ -89,6 +89,10 @@ def _is_list_of_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _tells(key: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and isinstance(value.get(key), str)
+
+
 def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
 
@@ -105,8 +109,10 @@ def _is_fingerprint(value: Any) -> bool:
 _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "adapter_name": _is_name,
     "config": lambda value: isinstance(value, dict),
-    "layer_types": lambda value: value is None or _is_list_of_names(value),
-    "layers": _maps_to(lambda layer: isinstance(layer, dict)),
+    "init": _tells("name"),
+    "variant": _tells("name"),
+    "layer_types": _is_list_of_names,
+    "layers": _maps_to(_tells("plugin")),
     "ranks": lambda value: value is None or _maps_to(_is_rank)(value),
     "tensors": lambda value: isinstance(value, dict),
     "base": _maps_to(_is_fingerprint),
@@ -114,5 +120,5 @@ _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "stored": lambda value: value is None or _maps_to(lambda entry: isinstance(entry, dict))(value),
 }
 
-OWN_ENTRIES = frozenset({*_ENTRIES, "format", "lora_plugins", "init", "variant", "file", "sha256", _SEAL})
+OWN_ENTRIES = frozenset({*_ENTRIES, "format", "lora_plugins", "file", "sha256", _SEAL})
 """The names of all entries that a manifest can have; others are what users add."""

@@ -34,7 +34,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
             those of its config.
     """
     for key, asked in (("init", config.init), ("variant", config.variant)):
-        name = _entry(manifest, key).get("name", asked)
+        name = manifest[key]["name"]
         if name != asked:
             raise AdapterFileError(
                 f"The manifest says that the adapter was made with the {key} {name!r}, and its config {asked!r}: one "
@@ -42,7 +42,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
             )
     missing = dict.fromkeys(
         f"the {kind.title} {found['name']!r} of {whose(found)}"
-        for kind, found in _origins(manifest, config)
+        for kind, found in _origins(manifest)
         if found["name"] not in registry.of(kind) and found["name"] not in kind.reserved
     )
     if missing:
@@ -53,7 +53,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
 
 
 @contextmanager
-def versions_told(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> Iterator[None]:
+def versions_told(manifest: Mapping[str, Any], registry: Registry) -> Iterator[None]:
     """Adds to the error that an adapter does not fit which third-party plugins have changed since.
 
     Raises:
@@ -64,7 +64,7 @@ def versions_told(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
     except AdapterFileError as error:
         others = dict.fromkeys(
             f"the {kind.title} {found['name']!r} of {whose(found)}, and here is that of {whose(here)}"
-            for kind, found in (*_origins(manifest, config), *_storages(manifest))
+            for kind, found in (*_origins(manifest), *_storages(manifest))
             if found.get("distribution") not in (None, DISTRIBUTION)
             if (here := origin(registry, kind, found["name"])) and whose(here) != whose(found)
         )
@@ -78,17 +78,8 @@ def _storages(manifest: Mapping[str, Any]) -> Iterator[tuple[PluginKind[Any], Or
         yield STORAGES, {**entry, "name": str(entry.get("storage"))}
 
 
-def _origins(manifest: Mapping[str, Any], config: LoraConfig) -> Iterator[tuple[PluginKind[Any], Origin]]:
-    yield INITS, {**_entry(manifest, "init"), "name": config.init}
-    yield VARIANTS, {**_entry(manifest, "variant"), "name": config.variant}
+def _origins(manifest: Mapping[str, Any]) -> Iterator[tuple[PluginKind[Any], Origin]]:
+    yield INITS, manifest["init"]
+    yield VARIANTS, manifest["variant"]
     for layer in manifest["layers"].values():
-        if isinstance(layer.get("plugin"), str):
-            yield LAYERS, {**layer, "name": layer["plugin"]}
-
-
-def _entry(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Returns an entry of a manifest, empty if an older release did not write it."""
-    entry = manifest.get(key, {})
-    if not isinstance(entry, dict):
-        raise AdapterFileError(f"The manifest has no proper entry {key!r}; it is damaged. Copy the adapter again.")
-    return entry
+        yield LAYERS, {**layer, "name": layer["plugin"]}

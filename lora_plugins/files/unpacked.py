@@ -58,7 +58,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         config = LoraConfig.from_dict(manifest["config"])
         registry = registry or registry_of(config)
         check_origins(manifest, config, registry)
-    with versions_told(manifest, config, registry):
+    with versions_told(manifest, registry):
         return _unpacked(model, packed, config, registry)
 
 
@@ -99,8 +99,8 @@ def planned_again(model: nn.Module, manifest: Mapping[str, Any], config: LoraCon
         config: That of the manifest.
         registry: The plugins that there are.
     """
-    types, ranks = manifest.get("layer_types"), manifest.get("ranks")
-    plan = make_plan(model, config, registry if types is None else registry.with_layer_types(types), restoring=True)
+    plan = make_plan(model, config, registry.with_layer_types(manifest["layer_types"]), restoring=True)
+    ranks = manifest.get("ranks")
     return plan.with_ranks(ranks) if ranks else plan
 
 
@@ -121,7 +121,7 @@ def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAda
     Raises:
         AdapterFileError: If a recipe is damaged, or a weight differs in a bit.
     """
-    with versions_told(packed.manifest, unpacked.plan.config, unpacked.registry):
+    with versions_told(packed.manifest, unpacked.registry):
         return _rebuilt(model, unpacked, packed)
 
 
@@ -156,9 +156,8 @@ def _compare_layers(expected: Mapping[str, Any], plan: Plan) -> None:
     layers = {layer.name: layer for layer in plan.layers}
     _difference("layer", expected, layers, "the adapter", "this model")
     for name, layer in layers.items():
-        former = expected[name].get("plugin") in layer.plugin.former_names
         found = {
-            "plugin": expected[name]["plugin"] if former else layer.plugin.name,
+            "plugin": layer.plugin.name,
             "r": layer.r,
             "scaling": layer.scaling,
             "slots": [[slot.tensor, slot.part] for slot in layer.slots],

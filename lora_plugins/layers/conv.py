@@ -173,7 +173,6 @@ class TimmConv2dSamePlugin(_ConvPlugin):
     name = "timm_conv2d_same"
     module_type = "timm.layers.conv2d_same.Conv2dSame"
     branch_types: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
-    former_names: ClassVar = ("conv2d",)
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
         """The patches that the kernel is laid on, in the padded `x`."""

@@ -13,7 +13,6 @@ from lora_plugins.plugins.kind import (
     PluginKind,
     are_module_classes,
     are_options,
-    are_patterns,
     class_path,
     is_module_class,
 )
@@ -55,8 +54,6 @@ class LayerPlugin(ABC, Generic[Layer]):
         function: torch's function of `input`, `weight` and `bias` that the layer's forward is, if `branch` and `mixed`
             read nothing of the layer but its bias. A module that calls it with the layer's weight gets what they
             compute, with the bias that it gives, where no weight can say it: with dropout and in mixed batches.
-        former_names: Names of other layer types that adapters of earlier versions have for such layers, whose A and B
-            lie alike.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them. The forward
             itself is none of them.
@@ -71,7 +68,6 @@ class LayerPlugin(ABC, Generic[Layer]):
     branch_takes_rescaling: ClassVar[bool] = False
     rows_are_outputs: ClassVar[bool] = True
     function: ClassVar[Callable[..., Tensor] | None] = None
-    former_names: ClassVar[tuple[str, ...]] = ()
     class_attributes: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -202,7 +198,6 @@ LAYERS = PluginKind[LayerPlugin[Any]](
         "branch_takes_rescaling": A_FLAG,
         "rows_are_outputs": A_FLAG,
         "function": (lambda value: value is None or callable(value), "a function of torch or None"),
-        "former_names": (are_patterns, "a list of names"),
         "class_attributes": (
             lambda value: are_options(value) and "forward" not in value,
             "a mapping of attributes by name, without 'forward': what computes in its place is 'branch'",

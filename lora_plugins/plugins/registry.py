@@ -60,13 +60,9 @@ class Registry:
         return next((each.plugin for each in owners if id(each) not in gone), None)
 
     def with_layer_types(self, names: Iterable[str]) -> "Registry":
-        """Returns the registry with those layer types alone, and with those that had one of the names before."""
+        """Returns the registry with those layer types alone."""
         wanted = set(names)
-        kept = {
-            name: owned
-            for name, owned in self.of(LAYERS).items()
-            if not wanted.isdisjoint((name, *owned.plugin.former_names))
-        }
+        kept = {name: owned for name, owned in self.of(LAYERS).items() if name in wanted}
         return replace(self, by_kind={**self.by_kind, LAYERS.name: kept})
 
     def absent(self) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.files import MANIFEST
+from lora_plugins.files.manifest import sealed
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -75,8 +76,8 @@ def manifest_of(folder):
 
 
 def write_manifest(folder, manifest):
-    """Writes what may be damaged as an older release did: without the checksum that would tell of any damage."""
-    (folder / MANIFEST).write_text(json.dumps({key: manifest[key] for key in manifest if key != "manifest_sha256"}))
+    """Writes what may be damaged with a checksum that is right for it, which would tell of any damage."""
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
 
 
 def rewrite(folder, change):

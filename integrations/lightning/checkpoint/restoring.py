@@ -165,7 +165,7 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
     if own is not None and not (by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]):
         own = None  # by a plugin that was installed since, or by LoftQ, which changes bases otherwise on other machines
     if own is not None:
-        with versions_told(packed.manifest, config, registry_of(config)):
+        with versions_told(packed.manifest, registry_of(config)):
             check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)
 

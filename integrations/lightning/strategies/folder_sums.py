@@ -8,7 +8,7 @@ from lora_plugins import AdapterFileError
 from lora_plugins.errors import listing
 
 _SUMS = "sums.json"
-"""The file that holds them; folders of older releases have none."""
+"""The file that holds them."""
 
 
 def write_sums(folder: Path) -> None:
@@ -22,8 +22,11 @@ def check_sums(folder: Path) -> None:
     Raises:
         AdapterFileError: If a file is missing or is not what was written.
     """
-    if not (folder / _SUMS).exists():
-        return
+    if not (folder / _SUMS).is_file():
+        raise AdapterFileError(
+            f"{folder} has no {_SUMS}: it is not whole, or was written without a LoraCallback. Copy it again, or "
+            "remove the LoraCallback to load it."
+        )
     sums = json.loads((folder / _SUMS).read_text())
     damaged = [name for name, written in sums.items() if not _is_as_written(folder / name, written)]
     if damaged:

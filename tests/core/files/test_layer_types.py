@@ -103,14 +103,3 @@ def test_a_damaged_list_of_them_is_refused(types, tmp_path):
     write_manifest(tmp_path, {**manifest_of(tmp_path), "layer_types": types})
     with pytest.raises(AdapterFileError, match="no proper entry 'layer_types'"):
         LoraModel.load_adapter(model(), tmp_path)
-
-
-def test_one_that_lists_none_is_planned_with_those_that_there_are(tmp_path):
-    """As adapters of earlier releases are."""
-    saved(tmp_path)
-    manifest = manifest_of(tmp_path)
-    del manifest["layer_types"]
-    write_manifest(tmp_path, manifest)
-    LoraModel.load_adapter(model(), tmp_path)
-    with pytest.raises(AdapterFileError, match="1 only in this model"):
-        LoraModel.load_adapter(model(), tmp_path, registry=FURTHER)

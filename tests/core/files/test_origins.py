@@ -187,11 +187,3 @@ def test_an_adapter_of_a_changed_base_does_not_load_on_an_unchanged_one(init, tm
     rewrite(tmp_path, change)
     with pytest.raises(AdapterFileError):
         LoraModel.load_adapter(build(), tmp_path)
-
-
-def test_an_adapter_of_a_release_that_wrote_no_variant_loads(tmp_path):
-    adapt(build()).save_adapter(tmp_path)
-    manifest = manifest_of(tmp_path)
-    del manifest["variant"]
-    write_manifest(tmp_path, manifest)
-    LoraModel.load_adapter(build(), tmp_path)

@@ -78,7 +78,10 @@ class TestExactDifference:
                 id="shape in the manifest only",
             ),
             pytest.param(lambda m, t: m["layers"].pop("qkv"), "only in this model .'qkv'.", id="layer missing"),
-            pytest.param(lambda m, t: m["layers"].update(new={}), "only in the adapter .'new'.", id="layer surplus"),
+            pytest.param(
+                lambda m, t: m["layers"].update(new={"plugin": "linear"}), "only in the adapter .'new'.",
+                id="layer surplus",
+            ),
             pytest.param(lambda m, t: m["layers"]["qkv"].update(r=2), "'qkv' has r 2 .* would have 3", id="rank"),
             pytest.param(lambda m, t: m["layers"]["qkv"].update(scaling=1.0), "'qkv' has scaling", id="scaling"),
             pytest.param(lambda m, t: m["layers"]["qkv"].update(plugin="conv"), "type 'conv' of lora-", id="plugin"),
@@ -265,13 +268,21 @@ class TestDamage:
         assert not is_as_written({**manifest_of(folder), "more": nested})
 
     @pytest.mark.parametrize(
-        "entry", ["adapter_name", "config", "layers", "tensors", "base", "changed", "file", "sha256"]
-    )
+        "entry",
+        ["adapter_name", "config", "init", "variant", "layer_types", "layers", "tensors", "base", "changed", "file",
+         "sha256"],
+    )  # fmt: skip
     def test_a_missing_entry(self, folder, untouched, entry):
         manifest = manifest_of(folder)
         del manifest[entry]
         write_manifest(folder, manifest)
         refused(folder, untouched)
+
+    def test_a_missing_checksum_of_the_manifest(self, folder, untouched):
+        manifest = manifest_of(folder)
+        del manifest["manifest_sha256"]
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        refused(folder, untouched, "is not what was written: it was damaged or edited")
 
     @pytest.mark.parametrize("name", ["", "a.b", "a/b", " "])
     def test_an_adapter_name_that_is_none(self, folder, untouched, name):

@@ -7,7 +7,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.inplace import stored_weights
 from lora_plugins.plugins import build_registry
-from tests.core.file_cases import manifest_of, rewrite, write_manifest
+from tests.core.file_cases import manifest_of, rewrite
 
 
 def build(seed=0, dtype=torch.float32):
@@ -188,13 +188,3 @@ def test_formats_of_others(tmp_path):
     pissa = adapted(init="pissa", modules_to_save=[], target_modules=["0"])
     with pytest.raises(AdapterFileError, match=r"'0': the init 'pissa' on a base that is stored in fewer bytes"):
         pissa.save_adapter(tmp_path / "pissa", format="peft")
-
-
-def test_a_manifest_of_before_has_no_such_entry(tmp_path):
-    adapted(quantize=None, quantize_options={}).save_adapter(tmp_path)
-    manifest = manifest_of(tmp_path)
-    assert "stored" not in manifest
-    for key in ("quantize", "quantize_options", "quantize_modules"):
-        del manifest["config"][key]
-    write_manifest(tmp_path, manifest)
-    LoraModel.load_adapter(build(), tmp_path)

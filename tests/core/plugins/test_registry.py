@@ -55,7 +55,6 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, module_type=int), "'module_type'", id="layer of no module"),
             pytest.param(LAYERS, variant(Layer, slots=["it"]), "'slots' to ['it']. It has to be a method", id="slots"),
             pytest.param(LAYERS, variant(Layer, function="linear"), "It has to be a function of torch", id="function"),
-            pytest.param(LAYERS, variant(Layer, former_names="old"), "It has to be a list of names", id="one name"),
             pytest.param(LAYERS, variant(Layer, class_attributes={3: 4}), "attributes by name", id="class attributes"),
             pytest.param(LAYERS, variant(Layer, class_attributes={"forward": print}), "is 'branch'", id="forward"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),

@@ -21,6 +21,7 @@ from lora_plugins.tasks import (
     WeightsError,
     load_task,
 )
+from tests.core.file_cases import manifest_of, write_manifest
 
 from ..conftest import HALF, noise, write_image
 from .conftest import FILES, fit, fit_task
@@ -118,10 +119,9 @@ def test_a_base_that_was_random(fitted, tmp_path):
     task, files = fitted["labels"]
     folder = tmp_path / "adapter"
     shutil.copytree(files["adapter"], folder)
-    manifest = json.loads((folder / "adapter.json").read_text())
+    manifest = manifest_of(folder)
     manifest["task"]["arguments"]["model"]["weights"] = "none"
-    del manifest["manifest_sha256"]
-    (folder / "adapter.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(WeightsError, match=r"was random \(weights: none\) and is in no file.*export_to"):
         load_task(folder)
     images = torch.rand(2, 3, 16, 16)
@@ -161,9 +161,9 @@ def test_words_of_a_file_that_cannot_be_built(fitted, tmp_path, place, kind):
     source, path = fitted["labels"][1][kind], tmp_path / fitted["labels"][1][kind].name
     if kind == "adapter":
         shutil.copytree(source, path)
-        content = json.loads((path / "adapter.json").read_text())
+        content = manifest_of(path)
         edit(content["task"], *EDITED[place])
-        (path / "adapter.json").write_text(json.dumps(content))
+        write_manifest(path, content)
     elif kind == "checkpoint":
         content = torch.load(source, weights_only=True)
         edit(content["task"], *EDITED[place])

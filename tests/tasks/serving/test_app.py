@@ -17,6 +17,7 @@ from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import label_probabilities, load_task
 from lora_plugins.tasks.training import PROVENANCE_KEY
+from tests.core.file_cases import manifest_of, write_manifest
 
 from ..conftest import tiny_vit
 from .conftest import LABELS, ask, encoded, picture, tensor, to
@@ -166,9 +167,9 @@ def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, a
 
     from lora_plugins.tasks.serving import make_app
 
-    manifest = json.loads((adapters / "birds" / MANIFEST).read_text())
+    manifest = manifest_of(adapters / "birds")
     task = {**manifest[PROVENANCE_KEY], "class": "x", "arguments": arguments}
-    (adapters / "birds" / MANIFEST).write_text(json.dumps({**manifest, PROVENANCE_KEY: task}))
+    write_manifest(adapters / "birds", {**manifest, PROVENANCE_KEY: task})
     with TestClient(make_app(serve(adapters))) as client:
         listed = {each.pop("name"): each for each in client.get("/adapters").json()}
         assert "no task that can be served" in listed["birds"]["problem"]

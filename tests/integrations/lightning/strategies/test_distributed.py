@@ -316,8 +316,16 @@ def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, di
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 writes sharded files by it
-@pytest.mark.parametrize("damage", ["bit", "missing"])
-def test_a_damaged_file_of_a_distributed_checkpoint_is_found(tmp_path, one_process, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("bit", r"is damaged: '.*\.distcp'"),
+        ("missing", r"is damaged: '.*\.distcp'"),
+        ("no sums", r"has no sums\.json: it is not whole"),
+    ],
+    ids=["bit", "missing", "no sums"],
+)
+def test_a_damaged_file_of_a_distributed_checkpoint_is_found(tmp_path, one_process, damage, message):
     lora = LoraCallback(CONFIG, merge_on_fit_end=False)
     run = trainer(tmp_path, [lora], strategy=one_process(save_distributed_checkpoint=True), max_epochs=1)
     module = Sharded()
@@ -330,8 +338,10 @@ def test_a_damaged_file_of_a_distributed_checkpoint_is_found(tmp_path, one_proce
     path.write_bytes(content)
     if damage == "missing":
         path.unlink()
+    if damage == "no sums":
+        (tmp_path / "it.ckpt" / "sums.json").unlink()
     run.fit_loop.max_epochs = 2
-    with pytest.raises(AdapterFileError, match=r"is damaged: '.*\.distcp'"):
+    with pytest.raises(AdapterFileError, match=message):
         run.fit(module, loader(), ckpt_path=tmp_path / "it.ckpt")
 
 
