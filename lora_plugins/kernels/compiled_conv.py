@@ -10,7 +10,7 @@ from lora_plugins.kernels._channels import gradient_of_image
 from lora_plugins.kernels._compiled import operands, takes_operator
 from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path, gradients, output
 from lora_plugins.kernels._path import may_form_effective_weight
-from lora_plugins.kernels.conv_geometry import Geometry
+from lora_plugins.kernels.conv_geometry import Geometry, pointwise
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.utils import autocast_dtype, in_full
 
@@ -52,9 +52,8 @@ def _update(x: Tensor, A: Tensor, B: Tensor, scaling: float, weight: Tensor, geo
     if autocast_dtype(x) is None:  # autocast would choose the type itself
         x = x.to(A.dtype)
     h = geometry.convolve(x, A.view(len(A), *weight.shape[1:]))
-    n = len(geometry.stride)
-    up = Geometry(stride=(1,) * n, padding=(0,) * n, dilation=(1,) * n, groups=1)
-    return up.convolve(h, (B * scaling).view(*B.shape, *(1,) * n)).to(dtype)
+    dimensions = len(geometry.stride)
+    return pointwise(dimensions).convolve(h, (B * scaling).view(*B.shape, *[1] * dimensions)).to(dtype)
 
 
 @torch.library.custom_op("lora_plugins::conv", mutates_args=())
@@ -104,7 +103,7 @@ def _conv_gradients(
         small = kept if kept.numel() else None
         dx, dA, dB = gradients(dy, State(x, weight, left, right, small, options), needed)
     return (
-        gradient_of_image(x, dx) if dx is not None and needed[0] else x.new_empty(0),
+        x.new_empty(0) if dx is None else gradient_of_image(x, dx),
         dA.to(A.dtype).contiguous() if dA is not None and needed[1] else A.new_empty(0),
         dB.to(B.dtype).contiguous() if dB is not None and needed[2] else B.new_empty(0),
     )
