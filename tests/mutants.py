@@ -306,6 +306,19 @@ def _node(context: str) -> str | None:
     return None if not size else "::".join([f"{Path(*parts[:size])}.py", *parts[size:]])
 
 
+def _room(parser: argparse.ArgumentParser, name: str) -> Path:
+    """Returns a folder or file of the package; ends with a message where there is none of that name."""
+    room, tops = Path(name), {part: _file(part) for part in map(Path, ("", "integrations", "tasks"))}
+    files = {part / path.relative_to(top) for part, top in tops.items() for path in top.rglob("*.py")}
+    known = files | {file.parent for file in files} - {Path()}
+    if room not in known:
+        from lora_plugins.errors import near  # it ends here, and no mutant has to be imported any more
+
+        alike = [str(each) for each in known if each.suffix == room.suffix]
+        parser.error(f"{name!r} is no folder or file of the package. {near(name, alike)}")
+    return room
+
+
 def main() -> int:
     """Runs a sample of the mutants of some rooms; returns 1 if one survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
@@ -319,7 +332,7 @@ def main() -> int:
     survived, finders = 0, set()
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, "note")
-        rooms = [Path(room) for room in given.rooms or ROOMS]
+        rooms = [_room(parser, room) for room in given.rooms or ROOMS]
         covering = {part: Coverage(given.measured or Path(folder), part) for part in {_part(room) for room in rooms}}
         for name in {name for part in covering for name in SLOW[part]}:
             import_module(name)

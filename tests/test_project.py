@@ -1,6 +1,7 @@
 """What the files at the top of the repository say of the project, held against the project."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -59,6 +60,18 @@ def test_every_room_of_the_core_has_a_line():
     rooms = {f"{path.parent.name}/" for path in (ROOT / "lora_plugins").glob("*/__init__.py")}
     table = "\n".join(line.partition("|")[2].partition("|")[0] for line in CONTRIBUTING.splitlines() if line[:1] == "|")
     assert rooms - set(re.findall(r"`([\w]+/)`", table)) == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "meant"), [("adaptor", "adapter"), ("tasks/dta", "tasks/data"), ("modle.py", "model.py")]
+)
+def test_a_room_of_mutants_that_is_none_is_told(room, meant, monkeypatch, capsys):
+    from tests.mutants import main
+
+    monkeypatch.setattr(sys, "argv", ["mutants", room])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"'{room}' is no folder or file of the package. Did you mean '{meant}'" in capsys.readouterr().err
 
 
 def test_changelog_fragments_have_a_kind():
