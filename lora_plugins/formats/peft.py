@@ -116,8 +116,6 @@ def _folders(path: Path) -> list[Path]:
     """Returns the folders of adapters that a path means."""
     if path.is_file():
         return [path.parent] if path.name == TENSORS and (path.parent / CONFIG).is_file() else []
-    if not path.is_dir():
-        return []
     return [path] if (path / CONFIG).is_file() else sorted(each.parent for each in path.glob(f"*/{CONFIG}"))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.errors import AdapterFileError
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.utils import plain_name
 
@@ -71,22 +71,13 @@ def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> P
             `base_layer` is one of DLA.
 
     Raises:
-        AdapterFileError: If a key is none of PEFT's, has no place here, or a layer lacks its A or B. All are listed.
+        AdapterFileError: If a key is none of PEFT's, or has no place here. All are listed.
     """
     found = PeftTensors()
     wrong = [text for key, tensor in tensors.items() if (text := _place(found, key, tensor, modules))]
     wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name)]
     if wrong:
         raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
-    halves = [
-        f"{name} (has only {listing(factors)})"
-        for name, factors in found.factors.items()
-        if not {"A", "B"} <= {*factors}
-    ]
-    if halves:
-        raise AdapterFileError(
-            f"These layers of the adapter lack their A or B: {', '.join(halves)}. Copy the file again."
-        )
     for name in [name for name in found.values if _is_copy(found, name)]:
         found.copies[name] = found.values.pop(name)
     return found

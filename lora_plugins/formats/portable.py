@@ -1,6 +1,5 @@
 """An adapter in the terms that foreign formats share: layers by name, each with A, B and an alpha."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,8 +72,3 @@ class PortableAdapter:
     bias: Literal["none", "all", "lora_only"] = "none"
     saved_modules: Sequence[str] = ()
     details: Mapping[str, str] = field(default_factory=dict)
-
-    def scaling(self, name: str) -> float:
-        """Returns the factor of `B @ A` of a layer."""
-        layer = self.layers[name]
-        return layer.alpha / (math.sqrt(layer.r) if self.use_rslora else layer.r)

@@ -50,14 +50,6 @@ class PortableFormat(AdapterFormat):
         """Returns what the format cannot express, a sentence for each layer or value; empty if it can all."""
         return ()
 
-    def check(self, adapter: PortableAdapter) -> None:
-        """Refuses an adapter that the format cannot express.
-
-        Raises:
-            AdapterFileError: With all that it cannot express.
-        """
-        check_expressible(self.refusals(adapter))
-
     def read(
         self, path: Path, model: nn.Module, registry: Registry | None, options: Mapping[str, Any]
     ) -> PackedAdapter:
@@ -89,7 +81,7 @@ class PortableFormat(AdapterFormat):
         Raises:
             AdapterFileError: With all that the format cannot express. Nothing is written then.
         """
-        self.check(adapter)
+        check_expressible(self.refusals(adapter))
         path.parent.mkdir(parents=True, exist_ok=True)
         return self.save(path, adapter, model, options)
 
