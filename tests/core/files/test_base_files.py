@@ -119,6 +119,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path):
     index = {"weight_map": dict.fromkeys(state, "lost.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     refused("lost.safetensors cannot be read as safetensors", file=tmp_path)
+    (tmp_path / "index.json").write_text("{}")
+    refused("index.json cannot be read as an index of safetensors files: KeyError", file=tmp_path / "index.json")
     (tmp_path / "lost.safetensors").write_bytes(path.read_bytes())
     index["weight_map"] |= {"fc.weight": "other.safetensors"}
     safetensors.torch.save_file({"fc.bias": state["fc.bias"]}, tmp_path / "other.safetensors")

@@ -69,6 +69,21 @@ class Repeated(nn.Module):
         return self.inner["more"]["fc"](self.inner["fc"](self.fc(x).tanh()).tanh())
 
 
+class Numbered(nn.Module):
+    """Blocks that are counted in two containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleDict(
+            {name: nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(6, 6)}) for _ in range(2)) for name in ("down", "up")}
+        )
+
+    def forward(self, x):
+        for block in (*self.net["down"], *self.net["up"]):
+            x = block["fc"](x).tanh()
+        return x
+
+
 class Listed(nn.Module):
     """A layer that is called from a plain list, as in the mask heads of Mask2Former."""
 
@@ -111,6 +126,7 @@ INPUTS = {
     Convolutions: lambda: torch.randn(2, 3, 8, 8),
     Words: lambda: torch.randint(0, 7, (2, 4)),
     Repeated: lambda: torch.randn(4, 6),
+    Numbered: lambda: torch.randn(4, 6),
     Lookalikes: lambda: torch.randn(4, 6),
 }
 
@@ -252,6 +268,18 @@ CASES = [
     ),
     Case(
         "blocks", Repeated, {"target_modules": ["fc"], "exclude_modules": ["more.fc"]}, {"exclude_modules": ["more.fc"]}
+    ),
+    Case(
+        "blocks by number",
+        Numbered,
+        {"target_modules": ["fc"], "layers_to_transform": [1]},
+        {"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": ["down", "up"]},
+    ),
+    Case(
+        "blocks by number in one container",
+        Numbered,
+        {"target_modules": ["fc"], "layers_to_transform": 0, "layers_pattern": "up"},
+        {"target_modules": ["fc"], "layers_to_transform": 0, "layers_pattern": "up"},
     ),
     Case(
         "parameters",

@@ -155,6 +155,11 @@ class TestRefused:
             lora.save_adapter(tmp_path / "new.safetensors", format="kohya", format_options={"component": "unet"})
         assert not (tmp_path / "new.safetensors").exists()
 
+    def test_a_part_that_has_no_name_here(self, tmp_path):
+        lora = LoraModel(nn.ModuleDict({"connectors": nn.Sequential(nn.Linear(3, 3))}), LoraConfig(r=2))
+        with pytest.raises(AdapterFileError, match=r"'connectors' has no name in this format; there is .*'unet'"):
+            lora.save_adapter(tmp_path / "new.safetensors", format="kohya")
+
     def test_a_folder_to_write(self, tmp_path):
         with pytest.raises(AdapterFileError, match=r"a file, whose name ends in \.safetensors"):
             ours(UNET).save_adapter(tmp_path / "new", format="kohya")
@@ -214,6 +219,27 @@ def test_names_of_transformers_4_are_written_and_those_of_5_read_too(tmp_path):
     model = TEXT.build()
     LoraModel.load_adapter(model, path)
     assert TEXT.difference(model, lora.model) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("parts", "starts"),
+    [
+        (["text_encoder"], {"lora_te_"}),
+        (["text_encoder", "text_encoder_2"], {"lora_te1_", "lora_te2_"}),
+        (["text_encoder_2", "text_encoder_3"], {"lora_te2_", "lora_te3_"}),
+    ],
+    ids=["the only one", "the first of two", "others"],
+)
+def test_text_encoders_are_numbered_where_there_are_several(parts, starts, tmp_path):
+    model = nn.ModuleDict({part: nn.ModuleDict({"fc": nn.Linear(3, 3)}) for part in parts})
+    lora = LoraModel(model, LoraConfig(r=2, init="none"))
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    assert {key.partition("fc")[0] for key in load_file(path)} == starts
+    x, expected = torch.randn(2, 3), {part: model[part]["fc"].weight.detach().clone() for part in parts}
+    lora.unload()
+    LoraModel.load_adapter(model, path)
+    for part in parts:
+        torch.testing.assert_close(model[part]["fc"](x), x @ expected[part].T + model[part]["fc"].bias)
 
 
 @pytest.mark.parametrize("target", ["peft", "diffusers", "lora_plugins"])

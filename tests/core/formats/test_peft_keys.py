@@ -76,6 +76,13 @@ class TestKeys:
         edit_tensors(tmp_path, lambda tensors: tensors.pop("base_model.model.inner.fc.lora_B.weight"))
         refused(LINEAR, tmp_path, untouched, r"The layer 'inner\.fc' of the adapter has only A: A or B is missing")
 
+    @pytest.mark.parametrize("pattern", [None, "up", ["up", "in"]], ids=["any container", "one", "a list of them"])
+    def test_a_missing_layer_of_a_block_is_listed(self, pattern, tmp_path, untouched):
+        case = BY_ID["blocks by number"]
+        with_peft(case, layers_pattern=pattern).save_pretrained(tmp_path)
+        edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up.1" in key])
+        refused(case, tmp_path, untouched, r"1 layers of this model that it has no A and B for: 'net\.up\.1\.fc'")
+
     @pytest.mark.parametrize(
         ("key", "match"),
         [

@@ -55,6 +55,11 @@ class TestAttention:
             outputs[times] = model.mha.out_proj.lora_B["default"]
         assert torch.equal(outputs["twice"], 2 * outputs["once"])
 
+    def test_a_version_that_is_none_has_to_be_explained(self, tmp_path, untouched):
+        with_peft(ATTENTION).save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version="main")
+        refused(ATTENTION, tmp_path, untouched, r"written by PEFT main\. .*format_options=\{'out_proj': 'once'\}")
+
     @pytest.mark.parametrize("version", [None, "0.15.0", "0.21.2"])
     def test_older_versions_are_known(self, tmp_path, version):
         theirs = with_peft(ATTENTION)
@@ -163,6 +168,11 @@ class TestPatterns:
         assert difference(self.PATTERNS, first, read_by_peft(self.PATTERNS, tmp_path)) <= TOLERANCE
         assert difference(self.PATTERNS, longest, theirs) <= TOLERANCE  # as it was trained
         assert difference(self.PATTERNS, longest, first) > 1e-3
+
+    def test_an_unknown_reading_is_refused(self, tmp_path):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"patterns is 'last'\. Did you mean 'longest'"):
+            LoraModel.load_adapter(LINEAR.build(), tmp_path, format_options={"patterns": "last"})
 
     def test_what_we_write_survives_being_saved_by_peft(self, tmp_path):
         case = BY_ID["patterns"]

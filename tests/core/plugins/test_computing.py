@@ -76,6 +76,15 @@ class Mixed(Doubling, nn.Linear):
     """Two bases."""
 
 
+class Attributes(nn.Module):
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name)
+
+
+class Behind(nn.Linear, Attributes):
+    """Two bases, of which the second has what the first one calls."""
+
+
 class Reading(nn.Linear):
     def __getattr__(self, name: str) -> object:
         return super().__getattr__(name)
@@ -97,6 +106,7 @@ OTHER = {
     "convolution": lambda: Convolution(6, 6, 3),
     "call": lambda: Call(6, 6),
     "two_bases": lambda: Mixed(6, 6),
+    "second_of_two_bases": lambda: Behind(6, 6),
     "attributes": lambda: Reading(6, 6),
 }
 

@@ -57,6 +57,7 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, function="linear"), "It has to be a function of torch", id="function"),
             pytest.param(LAYERS, variant(Layer, class_attributes={3: 4}), "attributes by name", id="class attributes"),
             pytest.param(LAYERS, variant(Layer, class_attributes={"forward": print}), "is 'branch'", id="forward"),
+            pytest.param(INITS, variant(Init, options=["rate"]), "'options' to ['rate']. It has to be", id="options"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
             pytest.param(INITS, variant(Init, changes_base=True), "and has no changed_base", id="no base"),
             *(

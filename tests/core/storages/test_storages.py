@@ -57,6 +57,14 @@ def test_256_scales_share_a_number(bits, blocks, groups):
     }
 
 
+@bits
+def test_the_largest_value_of_a_group_is_kept(bits):
+    """Its scale has the last code, and it has the last level."""
+    weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    found, largest = (each.view(2, -1).abs().amax(1) for each in (dense(STORAGES[bits], weight), weight))
+    torch.testing.assert_close(found, largest, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_a_block_beside_one_with_large_values_keeps_its_own():
     weight = torch.full((128,), 1e-3)
     weight[64:] = 1e3
@@ -106,6 +114,7 @@ def test_the_values_and_bytes_are_those_of_bitsandbytes():
         (Int8Storage(), {"block_size": True}, "block_size of int8 is an even count up to 4096, not True"),
         (Int8Storage(), {"double_quant": 1}, "double_quant of int8 is True or False, not 1"),
         (NF4Storage(), {"min_size": -1}, "min_size is a number of elements, not -1"),
+        (NF4Storage(), {"min_size": True}, "min_size is a number of elements, not True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
