@@ -75,7 +75,7 @@ def _conv(
     """The output, and what is worth keeping if anything is to be kept."""
     geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
-        y, small = output(x, *_call(x, weight, bias, A, B, seed, scaling, dropout, geometry))
+        y, small = output(x, weight, bias, A, B, _options(x, weight, A, seed, scaling, dropout, geometry))
     return y, small if keep and small is not None else x.new_empty(0)
 
 
@@ -99,9 +99,9 @@ def _conv_gradients(
     """Gradients of x, A and B, where they are needed."""
     geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
-        weight, _, left, right, options = _call(x, weight, None, A, B, seed, scaling, dropout, geometry)
+        options = _options(x, weight, A, seed, scaling, dropout, geometry)
         small = kept if kept.numel() else None
-        dx, dA, dB = gradients(dy, State(x, weight, left, right, small, options), needed)
+        dx, dA, dB = gradients(dy, State(x, weight, A, B, small, options), needed)
     return (
         x.new_empty(0) if dx is None else gradient_of_image(x, dx),
         dA.to(A.dtype).contiguous() if dA is not None and needed[1] else A.new_empty(0),
@@ -114,29 +114,16 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
     return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    dropout: float,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, ConvOptions]:
-    """Prepares a call: a wide kernel is rounded to the type of the images where the update is not added to it."""
-    path = choose_path(x, weight, A, dropout, geometry)
-    if x.dtype != weight.dtype and not path.effective_weight_first:
-        weight, A, B = weight.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
-    options = ConvOptions(
+def _options(
+    x: Tensor, weight: Tensor, A: Tensor, seed: Tensor | None, scaling: float, dropout: float, geometry: Geometry
+) -> ConvOptions:
+    return ConvOptions(
         scaling=scaling,
         dropout=None if seed is None else Dropout.of(dropout, int(seed)),
-        path=path,
+        path=choose_path(x, weight, A, dropout, geometry),
         recompute_input=None,
         geometry=geometry,
     )
-    return weight, bias, A, B, options
 
 
 @_conv.register_fake
@@ -145,7 +132,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _, dropout, *move, keep = others
     # Without masks, which change no shape.
-    y, small = output(x, *_call(x, weight, bias, A, B, None, 1.0, dropout, _geometry(*move)))
+    y, small = output(x, weight, bias, A, B, _options(x, weight, A, None, 1.0, dropout, _geometry(*move)))
     return y, small if keep and small is not None else x.new_empty(0)
 
 
