@@ -58,6 +58,15 @@ def test_gradients_of_first_and_second_order(geometry, inputs, weight, dropout):
 
 
 @geometries
+@drops
+def test_a_graph_of_the_gradients_has_the_same_gradients(geometry, inputs, weight, dropout):
+    given = tensors(inputs, weight)
+    y = call(geometry, dropout)(*given)
+    plain = torch.autograd.grad(y.sin().sum(), given, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), given, create_graph=True), plain, **TIGHT)
+
+
+@geometries
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_it_is_the_law(geometry, inputs, weight, bias):
     x, W, b, A, B, m = tensors(inputs, weight)
