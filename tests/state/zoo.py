@@ -366,7 +366,7 @@ class Zoo(nn.Module):
 
 def build(blocks: Sequence[str], dtype: torch.dtype = torch.float64, seed: int = 0) -> Zoo:
     """Makes a model with random weights and statistics, some of whose parameters are frozen by the user."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Zoo(blocks)
         for name, buffer in model.named_buffers():

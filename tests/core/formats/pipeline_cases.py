@@ -82,7 +82,7 @@ class Part:
     targets: list[str]
 
     def build(self):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             model = self.make().double().eval()
             with torch.no_grad():  # SD3's last layers start at zero, where no adapter is seen
@@ -91,7 +91,7 @@ class Part:
         return model
 
     def run(self, model):
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(6)
             return self.output(model)
 

@@ -44,12 +44,12 @@ class Model:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def made(self):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             return self.build().double().eval()
 
     def run(self, model):
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(4)
             output = model(torch.randn(1, 3, self.size, self.size).double())
             return getattr(output, "logits", output)

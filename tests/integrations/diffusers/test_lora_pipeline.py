@@ -441,7 +441,7 @@ def test_adapters_by_rows_with_guidance():
 
 def wan():
     """A pipeline of Wan 2.2, but for what it draws with: two transformers, of which each has a part of the steps."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         transformers = [
             diffusers.WanTransformer3DModel(
@@ -467,7 +467,7 @@ def wan():
 
 
 def denoised(pipe):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
         given = torch.randn(1, 4, 1, 4, 4), torch.tensor([3.0]), torch.randn(1, 5, 16)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from tests.integrations.lightning.toys import Classifier
 
 def head(width: int = 16) -> nn.Linear:
     """A pretrained layer: the same each time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return nn.Linear(width, 3)
 

@@ -23,7 +23,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(base_seed)
             self.net = nn.Sequential(
                 nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3), nn.Dropout(dropout)

@@ -26,7 +26,7 @@ class Parts(Classifier):
 
     def __init__(self, teacher_seed=5, move=None, norm=None):
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(teacher_seed)
             self.teacher = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).requires_grad_(False)
             self.projection = nn.Linear(3, 3)

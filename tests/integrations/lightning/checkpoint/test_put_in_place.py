@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def teacher(seed):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).requires_grad_(False).eval()
 
@@ -99,7 +99,7 @@ def test_weights_that_a_hook_or_a_parametrization_computes(tmp_path, normalize):
     class Normalized(Classifier):
         def __init__(self, seed=2):
             super().__init__()
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.net[0], self.net[3] = normalize(nn.Linear(4, 16)), normalize(nn.Linear(16, 3))
             if normalize is nn.utils.weight_norm:  # as in the heads of DINO
@@ -129,7 +129,7 @@ def test_a_moved_teacher_with_weight_norm(tmp_path, normalize):
     class Teacher(Classifier):
         def __init__(self):
             super().__init__()
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(5)
                 self.student, self.teacher = (nn.Sequential(normalize(nn.Linear(4, 3))) for _ in range(2))
             self.teacher.requires_grad_(False)

@@ -52,7 +52,7 @@ def test_a_class_of_a_program_is_imported_from_its_file(tmp_path, monkeypatch, c
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "load_from_checkpoint" in line]
     assert "from fitting import Fitted" in line
     pasted = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the base, which the file does not hold
         exec(line, pasted)
     for name, tensor in fitted.state_dict().items():

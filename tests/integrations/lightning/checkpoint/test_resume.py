@@ -260,7 +260,7 @@ class WithPairs(Classifier):
 
     def __init__(self, **options):
         super().__init__(**options)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.net.append(Squared(3, 3, 3))
 

@@ -14,7 +14,7 @@ class Pretrained(Classifier):
     def __init__(self, head, head_modules=()):
         super().__init__()
         self.head_modules = head_modules
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(3)
             trained = [nn.Linear(4, 32), nn.Linear(32, 32)]
             for layer in trained:

@@ -472,7 +472,7 @@ class OneBackbone(Classifier):
         super().__init__(lr=0.05)
         self.update = update
         names = ["online", "target"]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             for name in reversed(names) if target_first else names:
                 setattr(self, name, Projector(self.net))
