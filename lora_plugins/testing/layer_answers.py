@@ -141,7 +141,8 @@ def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: T
 
 
 def _spread(output: Tensor) -> Iterator[Tensor]:
-    yield from output[torch.linspace(0, len(output) - 1, min(_OUTPUTS, len(output))).long()]
+    steps = torch.linspace(0, len(output) - 1, min(_OUTPUTS, len(output)), device=output.device)
+    yield from output[steps.long()]
 
 
 def _is_linear_in(case: LayerCase, slot: Slot) -> bool:
@@ -213,7 +214,7 @@ def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: 
         for weight in weights:
             model.layer.get_parameter(weight).mul_(factor)
     output = _flat(call(model, case.arguments(model.layer, seed)))
-    loss = (output * torch.linspace(-1, 2, len(output), dtype=output.dtype)).sum()
+    loss = (output * torch.linspace(-1, 2, len(output), dtype=output.dtype, device=output.device)).sum()
     (found,) = torch.autograd.grad(loss, [model.layer.get_parameter(name)], allow_unused=True)
     return found
 

@@ -182,9 +182,8 @@ def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Seq
     for inputs in each:
         reference = lawful(case, model, {})
         values = _values(call(reference, inputs))
-        (gradient,) = torch.autograd.grad(
-            (values * torch.linspace(-1, 2, len(values))).sum(), getattr(reference.layer, slot.tensor)
-        )
+        weights = torch.linspace(-1, 2, len(values), device=values.device)
+        (gradient,) = torch.autograd.grad((values * weights).sum(), getattr(reference.layer, slot.tensor))
         reached.append(slot.cut(case.plugin.to_matrix(gradient.to_dense())) != 0)
     return all(entries.any() for entries in reached) and not (reached[0] & reached[1]).any()
 

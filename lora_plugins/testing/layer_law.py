@@ -170,7 +170,10 @@ def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Ten
     outputs = [tensor for tensor in tensors_of(call(module, inputs)) if tensor.requires_grad]
     require(bool(outputs), "the output needs no gradient")
     loss = torch.stack(
-        [(tensor * torch.linspace(-1, 2, tensor.numel()).view(tensor.shape)).sum() for tensor in outputs]
+        [
+            (tensor * torch.linspace(-1, 2, tensor.numel(), device=tensor.device).view(tensor.shape)).sum()
+            for tensor in outputs
+        ]
     )
     # The reference is the same tensors each time: its weights were computed once.
     found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, retain_graph=True)

@@ -293,12 +293,22 @@ BESIDE = ("testing/", "integrations/", "tasks/")
 """The kit, and what lies in the core's folder only where it is installed."""
 
 
-def test_every_new_tensor_says_where():
-    """Else it lands on what `torch.set_default_device` names. The kit leaves that to authors."""
-    made = [(where, node) for where, node in calls("**/*.py", FACTORIES) if ast.unparse(node).startswith("torch.")]
+def made_anywhere(pattern, names):
+    """The factories of torch in files of the core that are called without a device."""
+    made = [(where, node) for where, node in calls(pattern, names) if ast.unparse(node).startswith("torch.")]
     assert made
     says = {where for where, node in made if any(keyword.arg == "device" for keyword in node.keywords)}
-    assert [where for where, _ in made if where not in says and not where.startswith(BESIDE)] == []
+    return [where for where, _ in made if where not in says]
+
+
+def test_every_new_tensor_says_where():
+    """Else it lands on what `torch.set_default_device` names. The kit leaves that to authors."""
+    assert [where for where in made_anywhere("**/*.py", FACTORIES) if not where.startswith(BESIDE)] == []
+
+
+def test_checks_of_layers_compare_where_the_layer_is():
+    """Values are drawn on the CPU, the same for every device; what goes with an output is made beside it."""
+    assert made_anywhere("testing/layer_*.py", FACTORIES - {"normal", "rand", "randint", "randn", "randperm"}) == []
 
 
 def test_float64_is_asked_for_where_it_may_not_be():
