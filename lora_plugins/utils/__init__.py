@@ -15,7 +15,7 @@ from lora_plugins.utils.paths import path_ends, path_runs, path_starts, within
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
 from lora_plugins.utils.precision import common_type, in_float64, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
-from lora_plugins.utils.randomness import own_randomness, run_seed, seeded
+from lora_plugins.utils.randomness import own_randomness, random_module, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
 from lora_plugins.utils.transforms import transforms_are_active
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
@@ -48,6 +48,7 @@ __all__ = [
     "plain_name",
     "put_files",
     "quantize_dequantize",
+    "random_module",
     "remove_leftovers",
     "replace_file",
     "replace_files",

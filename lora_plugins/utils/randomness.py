@@ -26,10 +26,11 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
         model: What runs in the block; its devices matter.
         loader: What is read in the block.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"} if model is not None else set()
-    generators = [torch.cuda.default_generators[device.index] for device in devices]
+    devices = {p.device for p in model.parameters()} if model is not None else set()
+    beside = {device: module for device in devices if (module := random_module(device)) is not None}
     numpy = sys.modules.get("numpy.random")
-    kept = [(generator, generator.get_state()) for generator in (*generators, *_generators(loader))]
+    kept = [(generator, generator.get_state()) for generator in _generators(loader)]
+    states = {device: module.get_rng_state(device) for device, module in beside.items()}
     python, others = random.getstate(), numpy.get_state() if numpy else None
     cpu = torch.get_rng_state()
 
@@ -40,15 +41,27 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
             numpy.set_state(others)
         for generator, state in kept:
             generator.set_state(state)
+        for device, module in beside.items():
+            module.set_rng_state(states[device], device)
 
     with ending(put_back):
         # Not torch.manual_seed, which seeds every device, those too that are not restored.
-        for generator in (torch.default_generator, *generators):
-            generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device, module in beside.items():
+            module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         random.seed(seed)
         if numpy:
             numpy.seed(seed % 2**32)
         yield
+
+
+def random_module(device: torch.device) -> Any:
+    """Returns torch's module of a kind of devices that have random numbers of their own, such as `torch.cuda`.
+
+    None for the CPU, whose are torch's own, and for meta. torch has one for kinds that others add to it, too.
+    """
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "get_rng_state") else None
 
 
 def run_seed(name: str) -> int:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_plugins
 from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.utils import own_randomness
 from tests.core.card import CARD, WaitError, Watch
 from tests.core.layer_cases import LAYER_CASES
 
@@ -315,6 +316,19 @@ def test_float64_is_asked_for_where_it_may_not_be():
     """GPUs of Apple have none: what is made wider goes through one function, which knows them."""
     found = [where.partition(":")[0] for where, _ in calls("**/*.py", {"double"}) if not where.startswith(BESIDE)]
     assert found == ["utils/precision.py"] * 2
+
+
+def test_own_random_numbers_are_those_of_the_device_too(device):
+    """Inside a block they follow from its seed, and after it they go on as they would have."""
+    model, drawn = nn.Linear(2, 2).to(device), []
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(1)
+    for _ in range(2):
+        with own_randomness(5, model):
+            drawn.append(torch.rand(3, device=device))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.rand(3, device=device), expected)
 
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")

@@ -5,15 +5,24 @@ from typing import Any
 
 import torch
 
+from lora_plugins.utils import random_module
+
 
 def random_numbers() -> dict[str, Any]:
-    """Returns the states of the generators of the CPU and of the current GPU."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+    """Returns the states of the generators of the CPU and of the current accelerator, where there is one."""
+    return {"random": torch.get_rng_state(), **{key: module.get_rng_state() for key, module in _beside().items()}}
 
 
 def set_random_numbers(state: Mapping[str, Any]) -> None:
     """Sets the generators to what `random_numbers` returned."""
     torch.set_rng_state(state["random"].cpu())
-    if state["random_cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random_cuda"].cpu())
+    for key, module in _beside().items():
+        if state.get(key) is not None:
+            module.set_rng_state(state[key].cpu())
+
+
+def _beside() -> dict[str, Any]:
+    """Returns torch's module of the current accelerator by the key of its state, which no other kind can read."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    module = None if device is None else random_module(device)
+    return {} if device is None or module is None else {f"random_{device.type}": module}
