@@ -112,7 +112,7 @@ class AlikeCopy:
         """Removes rounding errors from a base that averages equal values; larger differences are the module's own."""
         with torch.no_grad():
             for own, origin in self._base:
-                if not own.is_floating_point():
+                if not (own.is_floating_point() or own.is_complex()):
                     continue
                 close = _ROUNDING * torch.finfo(own.dtype).eps * origin.abs().max()
                 if (own - origin).abs().max() <= close:

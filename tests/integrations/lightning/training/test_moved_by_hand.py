@@ -383,6 +383,40 @@ class TestStops:
         assert module.global_step <= 4
 
 
+class Spectrum(nn.Module):
+    """Complex weights, as those of Fourier layers: no adapter is made for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64), requires_grad=False)
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight.sum(0), n=4)
+
+
+class Spectral(Teacher):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for part in (self.net, self.teacher):
+                part.insert(0, Spectrum())
+        self.teacher[0].load_state_dict(self.net[0].state_dict())
+
+
+@pytest.mark.parametrize("update", [by_data, in_place, by_data_in_place, by_name, by_state_dict])
+def test_complex_weights_beside_adapters_are_averaged(tmp_path, update):
+    module, config = Spectral(update), LoraConfig(r=2, target_modules=["net.1", "net.4", "teacher.1", "teacher.4"])
+    before = base_of(module)
+    run = fit(tmp_path, module, config)
+    assert not differing(before, base_of(module))
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    assert all(".lora_" in key for key in load(tmp_path / "it.ckpt")["state_dict"])
+    resumed = Spectral(update)
+    trainer(tmp_path, [lora(config)]).fit(resumed, loader(), ckpt_path=tmp_path / "it.ckpt")
+    assert not differing(values(module), values(resumed))
+
+
 class Averaged(Classifier):
     """Has an AveragedModel of torch inside, as many modules do."""
 
