@@ -93,16 +93,20 @@ def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> Non
     """Calls the module's own `setup` if layers are missing that the adapters of a checkpoint need.
 
     Raises:
-        AdapterFileError: If `setup` cannot be called without a Trainer.
+        AdapterFileError: If they are still missing, or if `setup` cannot be called without a Trainer.
     """
-    missing = missing_layers(module, checkpoint)
-    if not missing or not is_overridden("setup", module):
-        return
-    try:
-        module.setup("fit")
-    except Exception as error:  # of the author's code, which may need the data or a Trainer
+    missing, built, cause = missing_layers(module, checkpoint), "", None
+    if missing and is_overridden("setup", module):
+        try:
+            module.setup("fit")
+        except Exception as error:  # of the author's code, which may need the data or a Trainer
+            why = f"{type(error).__name__}: {error}"
+            built, cause = f" before setup(), and setup('fit') cannot be called without a Trainer ({why})", error
+        else:
+            missing = missing_layers(module, checkpoint)
+    if missing:
         raise AdapterFileError(
-            f"{type(module).__name__} has no {listing(missing)} before setup(), and setup('fit') cannot be called "
-            f"without a Trainer ({type(error).__name__}: {error}). Let on_load_checkpoint build these layers, or use "
-            "trainer.test(module, ckpt_path=...)."
-        ) from error
+            f"{type(module).__name__} has no {listing(missing)}{built}, and the checkpoint has adapters of it. Give "
+            "load_from_checkpoint the arguments of the class that make these layers, let on_load_checkpoint build "
+            "them, or use trainer.test(module, ckpt_path=...)."
+        ) from cause

@@ -146,6 +146,35 @@ def test_a_setup_that_needs_a_trainer_is_named(tmp_path):
         load_from_checkpoint(Needy, tmp_path / "it.ckpt")
 
 
+@pytest.mark.parametrize("needs_trainer", [False, True])
+def test_networks_that_are_arguments_and_no_hyperparameters_are_asked_for(needs_trainer, tmp_path):
+    class OfParts(Classifier):
+        def __init__(self, **parts):
+            super().__init__()
+            del self.net
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+        def save_hyperparameters(self, *_):
+            """A network is none."""
+
+        def setup(self, stage):
+            assert not needs_trainer or self.trainer.world_size == 1
+
+    def net():
+        torch.manual_seed(0)
+        return Classifier().net
+
+    run = trainer(tmp_path, [callback()])
+    module = OfParts(net=net())
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(AdapterFileError, match=r"OfParts has no 'net.*load_from_checkpoint the arguments of the class"):
+        load_from_checkpoint(OfParts, tmp_path / "it.ckpt")
+    loaded = load_from_checkpoint(OfParts, tmp_path / "it.ckpt", net=net())
+    assert not differing(values(loaded), values(module))
+
+
 class Lazy(Classifier):
     def __init__(self):
         super().__init__()
