@@ -363,7 +363,7 @@ class LoraCallback(Callback):
         """Notes in the first steps what has a gradient; parts of groups follow rates that `training_step` has set."""
         self.rates.follow(optimizer)
         if self._audit is not None:
-            self._audit.before_step()
+            self._audit.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

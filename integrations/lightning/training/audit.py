@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
@@ -147,12 +148,13 @@ class Audit:
             f"optimizer. {way}, if they are to be adapted."
         )
 
-    def before_step(self) -> None:
-        """Notes in the first steps what has a gradient."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Notes in the first steps what has a gradient, and which optimizer makes the step."""
         if self._first is not None:
             self._stepped = True
-            groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-            self._first.before_step({id(p): _rate(group) for group in groups for p in group["params"]})
+            groups = [group for each in self._trainer.optimizers for group in each.param_groups]
+            waiting = parameters_of(self._trainer.optimizers) - parameters_of([optimizer])
+            self._first.before_step({id(p): _rate(group) for group in groups for p in group["params"]}, waiting)
 
     def after_batch(self, outputs: Any) -> None:
         """Checks in the first steps that everything trainable gets a gradient and changes, and nothing else does.

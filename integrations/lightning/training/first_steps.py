@@ -1,7 +1,7 @@
 """Checks in the first steps that every trainable tensor gets a gradient and changes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -36,15 +36,18 @@ class FirstSteps:
         self._batches = self._steps = 0
         self._checked = False
         self._without_rate = set(trained)
+        self._waiting = set(trained)
 
-    def before_step(self, learning_rates: Mapping[int, float]) -> None:
+    def before_step(self, learning_rates: Mapping[int, float], waiting: Collection[int]) -> None:
         """Notes which parameters have a gradient, ahead of a step of an optimizer.
 
         A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
 
         Args:
             learning_rates: Of each parameter that an optimizer has, by its `id`.
+            waiting: The `id` of each that this optimizer does not have, and another one has.
         """
+        self._waiting = {name for name in self._waiting if id(self._trained[name]) in waiting}
         ids = {name: id(self._trained[name]) for name in self._without_rate}
         self._without_rate -= {name for name, key in ids.items() if learning_rates.get(key, math.inf) > 0}
         self._without -= {
@@ -104,6 +107,7 @@ class FirstSteps:
             name
             for name, start in self._start.items()
             if name not in self._without
+            and name not in self._waiting
             and start.numel()
             and self._trained[name].requires_grad
             and torch.equal(local(self._trained[name]), start)

@@ -114,6 +114,28 @@ def test_batches_without_a_step_are_no_sign_of_a_dead_adapter(tmp_path, cls, acc
     assert all(b.any() for b in lora_b(module).values())
 
 
+class InTurns(Classifier):
+    """Has a second optimizer, which makes a step of its own in every third batch only."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[3])]
+
+    def training_step(self, batch, batch_idx):
+        often, seldom = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in (often, seldom) if batch_idx % 3 == 2 else (often,):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_optimizer_that_has_not_made_a_step_is_no_sign_of_a_dead_adapter(tmp_path):
+    module = InTurns()
+    fit(tmp_path, module)
+    assert all(b.any() for b in lora_b(module).values())
+
+
 def test_dead_adapter_is_said_after_batches_without_a_loss(tmp_path):
     class Dead(SkipsFirst):
         def forward(self, x):
