@@ -93,6 +93,9 @@ LAYER_CASES = [
     LayerCase("linear-doubled_input", DoubledInput, _values(4, 6), rows, dropout=False),
     LayerCase("transformers_conv1d", lambda: Conv1D(5, 6), _values(2, 3, 6), columns),
     *_convolutions(),
+    LayerCase("conv1d-unpadded", lambda: nn.Conv1d(4, 8, 3), _values(2, 4, 7), rows),
+    LayerCase("conv2d-unpadded-column", lambda: nn.Conv2d(4, 8, (3, 1)), _values(2, 4, 6, 7), rows),
+    LayerCase("conv2d-pointwise-stride", lambda: nn.Conv2d(4, 8, 1, stride=(2, 1)), _values(2, 4, 6, 7), rows),
     LayerCase("conv2d-same_padding", lambda: nn.Conv2d(3, 4, (5, 3), padding="same"), _values(2, 3, 6, 6), rows),
     LayerCase("conv2d-same-timm", lambda: Conv2dSame(3, 4, 3, stride=2), _values(2, 3, 7, 8), rows),
     LayerCase(

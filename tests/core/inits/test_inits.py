@@ -59,10 +59,12 @@ def test_gaussian_has_a_deviation_of_one_over_r(kind):
 
 
 @layers
-def test_none_is_not_an_identity(kind):
+def test_none_draws_both_factors(kind):
     _, A, B = adapted(kind, init="none")
-    assert A.any()
-    assert B.any()
+    for factor in (A, B):
+        bound = 1 / math.sqrt(factor.shape[1])
+        law = ("norm",) if kind == "embedding" else ("uniform", (-bound, 2 * bound))
+        assert kstest(factor.flatten().numpy(), *law).pvalue > 0.01
 
 
 class TestQuantizers:
