@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The whole numbers of some bytes."""
+
 
 def local(tensor: Tensor) -> Tensor:
     """Returns a tensor, detached; of a distributed one, the part that this process holds."""
@@ -31,6 +34,23 @@ def checksum(tensor: Tensor) -> int:
     return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))
 
 
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all elements of a tensor have the same bits.
+
+    It reads memory, as a checksum does: no arithmetic has every type. A tensor that consists of others is constant if
+    each of them is.
+    """
+    own = local(tensor)
+    if hasattr(own, "__tensor_flatten__"):
+        names, _ = own.__tensor_flatten__()
+        return all(is_constant(getattr(own, name)) for name in names)
+    if own.numel() == 0:
+        return True
+    words = own.contiguous().view(-1).view(_WORDS.get(own.element_size(), torch.int64)).view(own.numel(), -1)
+    lowest, highest = words.aminmax(dim=0)
+    return torch.equal(lowest, highest)
+
+
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Returns the checksum of each tensor."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
@@ -41,4 +61,4 @@ def _words(data: Tensor) -> Tensor:
     size = data.element_size()
     if data.numel() * size % 8 == 0 and data.storage_offset() * size % 8 == 0:
         return data.view(torch.int64)
-    return data.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])
+    return data.view(_WORDS[size])

@@ -25,7 +25,7 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     state_of_adapters,
     trained_in_place,
 )
-from lora_plugins.integrations.lightning.module.bitwise import checksum
+from lora_plugins.integrations.lightning.module.bitwise import checksum, is_constant
 from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 from lora_plugins.utils import path_starts, within
@@ -81,7 +81,7 @@ class _Part:
             for own, its, moves in zip(self.tensors, other.tensors, trained, strict=True)
             if not moves or all(trained)
         ]
-        if not any(own.dim() > 1 and own.numel() and bool((own != own.flatten()[0]).any()) for own, _ in pairs):
+        if not any(own.dim() > 1 and not is_constant(own) for own, _ in pairs):
             return False
         return all(checksum(own) == checksum(its) for own, its in pairs)
 

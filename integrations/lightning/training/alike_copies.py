@@ -33,9 +33,11 @@ class AlikeCopy:
     def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
         self._module, self._copy = module, copy
         pairs = [(own, origin) for _, own, origin in base_pairs(module, copy)]
-        self._base = [(own, origin) for own, origin in pairs if copy.equal and own is not origin]
+        # Tensors that consist of others, as those of torchao do, have no arithmetic: nothing averages them.
+        averaged = [(own, origin) for own, origin in pairs if not hasattr(own, "__tensor_flatten__")]
+        self._base = [(own, origin) for own, origin in averaged if copy.equal and own is not origin]
         self._start = {} if copy.is_directed else _sums_of(origin for _, origin in self._base)
-        self._base += [(own, local(own).clone()) for own, origin in pairs if own is origin]
+        self._base += [(own, local(own).clone()) for own, origin in averaged if own is origin]
         self._own, self._origin = (adapter_tensors(submodule(module, p)) for p in (copy.name, copy.origin))
         self._factors = WrittenTensors(self._own.values())
         self._sums = checksums(self._own)

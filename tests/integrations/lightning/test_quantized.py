@@ -1,5 +1,6 @@
 """Fitting on a base that is stored in fewer bytes: checkpoints, merging, export, and what comes after."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -201,3 +202,33 @@ def test_what_other_libraries_quantized(quantize, tmp_path):
     assert seen.kinds == kinds
     assert all(map(torch.equal, seen.dense, dense))
     assert type(other.net[0]) is nn.Linear
+
+
+class Averaging(Classifier):
+    """Has an average of its network, of all that is trained: codes have no mean."""
+
+    def __init__(self, quantize):
+        super().__init__(lr=0.3)
+        quantize(self)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def save_hyperparameters(self, *_):
+        """What quantizes is none."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        for own, mean in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
+            if own.requires_grad:
+                mean.lerp_(own, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of these libraries
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("quantize", LIBRARIES.values(), ids=LIBRARIES)
+def test_a_copy_of_what_other_libraries_quantized_is_found(quantize, tmp_path):
+    """By what is in memory: some of their tensors know neither a largest value nor whether two are equal."""
+    module, config = Averaging(quantize), replace(CONFIG, target_modules=["net.0", "net.3", "teacher.0", "teacher.3"])
+    before = bases(module)[1]
+    fitted(tmp_path, config, module)
+    assert all(layer.lora_B["default"].any() for layer in (module.teacher[0], module.teacher[3]))
+    assert all(map(torch.equal, bases(module)[1], before))
