@@ -1,5 +1,6 @@
 """Adapters on the Hub by their location: `hf://owner/name`, `hf://owner/name/file.safetensors@revision`."""
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ SCHEME = "hf://"
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _LOCATION = re.compile(
-    rf"(?P<repository>{_PART}/{_PART})(?P<path>(?:/{_PART})*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
+    rf"(?P<repository>{_PART}/{_PART})(?P<path>(?:/[^/@:\\]+)*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
 
 
@@ -64,7 +65,8 @@ def located(path: str | Path, registry: Registry | None = None) -> Path:
     place, client = Location.of(path), hub()
     formats = [owned.plugin for owned in (registry or default_registry()).of(FORMATS).values()]
     names = [f"{below}{name}" for each in formats for name in each.file_names for below in ("", "*/")]
-    wanted = [place.path, *(f"{place.path}/{name}" for name in names)] if place.path else names
+    named = glob.escape(place.path)  # of files whose names have brackets
+    wanted = [named, *(f"{named}/{name}" for name in names)] if named else names
     with errors_told(f"Downloading {path!r}"):
         found = client.snapshot_download(place.repository, revision=place.revision, allow_patterns=wanted)
     if not (Path(found) / place.path).exists():

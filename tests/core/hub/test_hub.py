@@ -121,12 +121,12 @@ class TestLoading:
         exec(NET, scope)
         lora = LoraModel(scope["build"](), LoraConfig(r=2, target_modules=["0"], init="none"))
         style = lora.save_adapter(tmp_path / "s.safetensors", format="kohya", format_options={"component": "unet"})
-        hub.repositories["owner/name"] = {"main": {**files, "styles/s.safetensors": style.read_bytes()}}
+        hub.repositories["owner/name"] = {"main": {**files, "styles/My style (v1) [2].safetensors": style.read_bytes()}}
         done = run(
             """
             check(LoraModel.load_adapter(build(), "hf://owner/name/night").model)
             check(LoraModel.load_adapter(build(), "hf://owner/name/night-v1.5").model)
-            lora = LoraModel.load_adapter(build(), "hf://owner/name/styles/s.safetensors")
+            lora = LoraModel.load_adapter(build(), "hf://owner/name/styles/My style (v1) [2].safetensors")
             assert lora.plans["default"].layers[0].name == "0"
             """
         )
@@ -244,12 +244,15 @@ class TestLocations:
             ("hf://a/b@main", Location("a/b", "", "main")),
             ("hf://a/b/c/d.safetensors@refs/pr/1", Location("a/b", "c/d.safetensors", "refs/pr/1")),
             ("hf://a-1/b_2.c", Location("a-1/b_2.c")),
+            ("hf://a/b/My style (v1) [é]/_s.safetensors@v1", Location("a/b", "My style (v1) [é]/_s.safetensors", "v1")),
         ],
     )
     def test_what_they_say(self, text, expected):
         assert Location.of(text) == expected
 
-    @pytest.mark.parametrize("text", ["hf://", "hf://a", "hf://a/../../b", "hf://a/b@", "hf:///a/b", "hf://a/b/../c"])
+    @pytest.mark.parametrize(
+        "text", ["hf://", "hf://a", "hf://a/../../b", "hf://a/b@", "hf:///a/b", "hf://a/b/../c", "hf://a/b/c:/d"]
+    )
     def test_what_is_none(self, text):
         with pytest.raises(ConfigError, match="is no place on the Hub"):
             LoraModel.load_adapter(nn.Linear(2, 2), text)
