@@ -106,7 +106,7 @@ def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> Non
             missing = missing_layers(module, checkpoint)
     if missing:
         raise AdapterFileError(
-            f"{type(module).__name__} has no {listing(missing)}{built}, and the checkpoint has adapters of it. Give "
-            "load_from_checkpoint the arguments of the class that make these layers, let on_load_checkpoint build "
-            "them, or use trainer.test(module, ckpt_path=...)."
+            f"Adapters of the checkpoint need {listing(missing)}, which {type(module).__name__} does not have{built}. "
+            "Give load_from_checkpoint the arguments of the class that make these layers, let on_load_checkpoint "
+            "build them, or use trainer.test(module, ckpt_path=...)."
         ) from cause

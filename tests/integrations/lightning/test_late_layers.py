@@ -142,7 +142,10 @@ def test_a_setup_that_needs_a_trainer_is_named(tmp_path):
 
     _, run = fitted(tmp_path, Needy)
     run.save_checkpoint(tmp_path / "it.ckpt")
-    with pytest.raises(AdapterFileError, match=r"no 'head' before setup\(\), and .* without a Trainer .*trainer\.test"):
+    with pytest.raises(
+        AdapterFileError,
+        match=r"need 'head', which Needy does not have before setup\(\), and .* without a Trainer .*trainer\.test",
+    ):
         load_from_checkpoint(Needy, tmp_path / "it.ckpt")
 
 
@@ -169,7 +172,7 @@ def test_networks_that_are_arguments_and_no_hyperparameters_are_asked_for(needs_
     module = OfParts(net=net())
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
-    with pytest.raises(AdapterFileError, match=r"OfParts has no 'net.*load_from_checkpoint the arguments of the class"):
+    with pytest.raises(AdapterFileError, match=r"need 'net.*OfParts does not have.*Give load_from_checkpoint the arg"):
         load_from_checkpoint(OfParts, tmp_path / "it.ckpt")
     loaded = load_from_checkpoint(OfParts, tmp_path / "it.ckpt", net=net())
     assert not differing(values(loaded), values(module))
