@@ -15,7 +15,9 @@ Rename = Callable[[str], str]
 
 def name_mapper(module: nn.Module) -> Rename:
     """Returns a function from a plain name to the key in the state dict of `module`, whose parts may be compiled."""
-    wrappers = [loaded_key(name) for name, _ in module.named_modules() if name.split(".")[-1] == COMPILED]
+    # A part may be kept beside its compiled self, and has a name in both.
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    wrappers = [loaded_key(name) for name in names if name.split(".")[-1] == COMPILED]
     # named_modules gives outer wrappers first, and the names of inner ones contain them.
     prefixes = [(name.removesuffix(COMPILED), f"{name}.") for name in wrappers]
 

@@ -127,6 +127,29 @@ class TestCompile:
         assert not differing(plain_values(module), plain_values(again))
 
     @WRAPPED
+    @pytest.mark.parametrize("where", ["__init__", "configure_model"])
+    def test_a_part_that_is_kept_beside_its_compiled_self_is_loaded(self, tmp_path, where, wrapped):
+        class KeepsBoth(Quiet):
+            def forward(self, x):
+                return self.fast(x)
+
+        def hook(self):
+            if where == "__init__":
+                Quiet.__init__(self)
+            if not hasattr(self, "fast"):
+                self.fast = wrapped(self.net)
+
+        setattr(KeepsBoth, where, hook)
+        module = KeepsBoth()
+        run = trainer(tmp_path, [lora()])
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        assert not differing(values(module), values(load_from_checkpoint(KeepsBoth, tmp_path / "it.ckpt")))
+        again = KeepsBoth()
+        trainer(tmp_path, [lora()]).validate(again, loader(), ckpt_path=tmp_path / "it.ckpt")
+        assert not differing(values(module), values(again))
+
+    @WRAPPED
     @pytest.mark.parametrize("merge", [False, True], ids=["unmerged", "merged"])
     def test_target_inside_of_a_compiled_part(self, tmp_path, wrapped, merge):
         """The name of a target passes over what is inserted, and a merged module is the same without it."""
