@@ -165,6 +165,8 @@ def _weight_property(name: str, base: Any) -> property:
                 "add the layer to exclude_modules."
             )
         weight = held(layer, name, effective_weight)
+        if not torch.compiler.is_compiling() and state.on_read is not None and not state.held:
+            state.on_read(name, weight)
         drops = own_mode(layer) and any(planned.settings.dropout for _, planned, _ in state.active_slots())
         if not drops or any(weight is own.get(name) for own in (layer._parameters, layer.__dict__)):
             return weight  # whoever shards or offloads parameters expects the one that the layer has

@@ -61,6 +61,7 @@ class LayerState:
         held: By thread, the weights that a running call of the layer has read; see `held_weights`.
         is_read: Whether a call of the layer's own forward has read all its weights by their names; see `base_reads`.
         is_kept: Whether an `eval()` has since the last `train()`: forwards in eval mode may use what it has computed.
+        on_read: Is called with the name and the value of each weight that is read from outside of the layer's forward.
     """
 
     name: str
@@ -75,11 +76,12 @@ class LayerState:
     held: dict[int, Any] = field(default_factory=dict)
     is_read: bool = False
     is_kept: bool = False
+    on_read: Callable[[str, Tensor], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         if self.meanwhile == "in a block":
             raise StateError(copy_in_block(self.name))
-        return {**vars(self), "held": {}}
+        return {**vars(self), "held": {}, "on_read": None}
 
     @property
     def has_branch(self) -> bool:

@@ -35,6 +35,7 @@ from lora_plugins.integrations.lightning.training.frozen_base import (
     check_in_no_optimizer,
     check_unchanged,
 )
+from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 from lora_plugins.utils import within
@@ -69,6 +70,7 @@ class Audit:
         self._by_hand = MovedByHand(module, copies)
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
+        self._lost_writes = LostWrites(module)
         self._frozen_by_others: set[str] = set()
         self._base: dict[str, nn.Parameter] = {}
         self._thawed: set[str] = set()
@@ -99,6 +101,8 @@ class Audit:
             self._name_frozen_adapters()
         self._freeze_base()
         self._by_hand.before_batch()
+        if self._first is not None:
+            self._lost_writes.start()
 
     def _freeze_base(self) -> None:
         """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once."""
@@ -149,8 +153,13 @@ class Audit:
         )
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Notes in the first steps what has a gradient, and which optimizer makes the step."""
+        """Notes in the first steps what has a gradient, and which optimizer makes the step.
+
+        Raises:
+            StateError: If the module has written into the weight of an adapted layer.
+        """
         if self._first is not None:
+            self._lost_writes.check()
             self._stepped = True
             groups = [group for each in self._trainer.optimizers for group in each.param_groups]
             waiting = parameters_of(self._trainer.optimizers) - parameters_of([optimizer])
@@ -168,6 +177,8 @@ class Audit:
         self._by_hand.check()
         if self._first is None:
             return
+        self._lost_writes.check()
+        self._lost_writes.stop()
         self._check_late_layers()
         stepped, self._stepped = self._stepped, False  # not `global_step`, which counts what a module left out as well
         without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
@@ -209,6 +220,7 @@ class Audit:
 
     def explain(self, error: BaseException) -> None:
         """Adds to an error what may have caused it."""
+        self._lost_writes.stop()
         self._by_hand.explain(error)
         if any(_OF_WEIGHTS in str(each) for each in (error, error.__context__)):  # which the module may have caught
             error.add_note(_NO_WEIGHT)

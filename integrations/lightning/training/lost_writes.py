@@ -1,0 +1,75 @@
+"""Stops a module that writes into the weight of an adapted layer, as the average of a codebook does.
+
+What reading such a weight gives is computed anew each time, so `layer.weight.data.copy_(...)` would be gone at once,
+and no version and no parameter shows it. Here it is seen by what the reading has become.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from lora_plugins import StateError
+from lora_plugins.adapter import adapted_layers
+from lora_plugins.errors import listing
+from lora_plugins.inplace import full_name, state_of
+from lora_plugins.integrations.lightning.module import checksum
+from lora_plugins.utils import transforms_are_active
+
+
+class LostWrites:
+    """Watches the weights that are read from outside of their layers.
+
+    Args:
+        module: The module, adapted.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = adapted_layers(module)
+        self._last: dict[str, tuple[Tensor, int]] = {}
+        self._written: set[str] = set()
+
+    def start(self) -> None:
+        """Watches from now on."""
+        for path, layer in self._layers.items():
+            self._tell(layer, partial(self._note, path))
+
+    def check(self) -> None:
+        """Forgets what was read so far.
+
+        Raises:
+            StateError: If some of it was written to.
+        """
+        for name in [*self._last]:
+            self._forget(name)
+        written, self._written = sorted(self._written), set()
+        if written:
+            raise StateError(
+                f"The module writes into {listing(written)} from outside of the layer, as into a codebook that is "
+                "moved by averages, or to keep weights in bounds. What an adapted layer gives as its weight is "
+                "computed from the base and the adapter at each reading, so what is written into it is lost. Add the "
+                "layer to exclude_modules."
+            )
+
+    def stop(self) -> None:
+        """Watches no longer."""
+        self._last.clear()
+        for layer in self._layers.values():
+            self._tell(layer, None)
+
+    def _tell(self, layer: nn.Module, on_read: Callable[[str, Tensor], None] | None) -> None:
+        if (state := state_of(layer)) is not None:  # else it was unloaded meanwhile
+            state.on_read = on_read
+
+    def _note(self, path: str, name: str, weight: Tensor) -> None:
+        # A parameter is the base's own, which is watched apart. Tensors of other types may have no values.
+        if type(weight) is Tensor and not transforms_are_active():
+            full = full_name(path, name)
+            self._forget(full)
+            self._last[full] = weight, checksum(weight.detach())
+
+    def _forget(self, name: str) -> None:
+        """Drops a reading: of each weight there is one at a time, since a loop may read it a thousand times."""
+        weight, before = self._last.pop(name, (None, 0))
+        if weight is not None and checksum(weight.detach()) != before:
+            self._written.add(name)

@@ -1,0 +1,92 @@
+"""Weights of adapted layers that a module writes by hand: the run stops, since what it writes would be lost."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear, mse_loss, one_hot
+
+from lora_plugins import LoraConfig, StateError
+from tests.integrations.lightning.toys import Classifier, differing, values
+from tests.integrations.lightning.training.training_cases import fit, lora_b
+
+
+def copy_data(codes, new):
+    codes.weight.data.copy_(new)
+
+
+def set_data(codes, new):
+    codes.weight.data = new
+
+
+def copy_without_gradients(codes, new):
+    with torch.no_grad():
+        codes.weight.copy_(new)
+
+
+def replace_dead_rows(codes, new):
+    weight = codes.weight.detach()
+    weight[:2] = new[:2]
+
+
+class Quantized(Classifier):
+    """With the codebook of a VQ-VAE, moved by averages of what is assigned to each code (arXiv 1711.00937)."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.codes = nn.Embedding(5, 16).requires_grad_(False)
+        self.register_buffer("sums", self.codes.weight.clone())
+
+    def forward(self, x):
+        x = self.net[:3](x)
+        nearest = torch.cdist(x, self.codes.weight).argmin(1)
+        codes = self.codes(nearest)
+        if self.training and torch.is_grad_enabled():
+            self.sums.mul_(0.9).add_(one_hot(nearest, 5).float().T @ x.detach(), alpha=0.1)
+            self.write(self.codes, self.sums.clone())
+        return self.net[3:](x + (codes - x).detach()) + 0 * mse_loss(x, codes.detach())
+
+
+class Bounded(Classifier):
+    """Keeps a weight from below zero after each step, as networks that are convex in their input do."""
+
+    def on_before_zero_grad(self, _):
+        self.net[3].weight.data.clamp_(0)
+
+
+class ReadsAtLength(Classifier):
+    """Uses a weight in a loop, without the layer, and computes with copies of it."""
+
+    def forward(self, x):
+        self.net[3].weight.detach().clone().clamp_(0)
+        return sum(linear(self.net[:3](x), self.net[3].weight) for _ in range(3))
+
+
+WRITES = [copy_data, set_data, copy_without_gradients, replace_dead_rows]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_codebook_that_is_moved_by_hand_stops_the_run(tmp_path, write):
+    with pytest.raises(StateError, match=r"writes into .codes\.weight. .* exclude_modules"):
+        fit(tmp_path, Quantized(write), LoraConfig(r=2, target_modules="all"))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_it_moves_as_ever_where_it_is_excluded(tmp_path, write):
+    module = Quantized(write)
+    before = values(module)
+    fit(tmp_path, module, LoraConfig(r=2, target_modules="all", exclude_modules=["codes"]))
+    assert "codes.weight" in differing(before, values(module))
+
+
+def test_weight_that_is_kept_in_bounds_stops_the_run(tmp_path):
+    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
+        fit(tmp_path, Bounded())
+
+
+def test_weight_that_is_only_read_does_not(tmp_path):
+    module = ReadsAtLength()
+    fit(tmp_path, module)
+    assert all(B.any() for B in lora_b(module).values())
