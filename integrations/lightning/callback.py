@@ -99,6 +99,7 @@ from lora_plugins.integrations.lightning.training import (
     complete_optimizers,
     copy_into_averages,
     drop_averages,
+    explain_computed_weight,
     keep_base_of_averages,
     needs_data,
     parameters_of,
@@ -436,6 +437,7 @@ class LoraCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
+        explain_computed_weight(exception)
         if self._audit is not None:
             self._audit.explain(exception)
         self._end_run()

@@ -18,7 +18,11 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
 )
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
-from lora_plugins.integrations.lightning.training.optimizer_groups import complete_optimizers, parameters_of
+from lora_plugins.integrations.lightning.training.optimizer_groups import (
+    complete_optimizers,
+    explain_computed_weight,
+    parameters_of,
+)
 from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
 from lora_plugins.integrations.lightning.training.trained_batches import check_trained
 
@@ -32,6 +36,7 @@ __all__ = [
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
+    "explain_computed_weight",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",

@@ -19,6 +19,9 @@ _ADVICE = (
     "[p for p in self.parameters() if p.requires_grad]."
 )
 
+_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
+"""What optimizers of torch say of a tensor that is computed."""
+
 NAMES = "param_names"
 """The entry of a group that was made of `named_parameters()`: the names of its parameters, in their order."""
 
@@ -38,6 +41,16 @@ def flatten(configured: Any) -> Iterator[Any]:
 def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     """Returns the `id` of each parameter that some optimizer holds."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def explain_computed_weight(error: BaseException) -> None:
+    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
+    if _OF_A_COMPUTED_WEIGHT in str(error):
+        error.add_note(
+            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
+            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
+            "full."
+        )
 
 
 def complete_optimizers(module: nn.Module, configured: Any) -> None:

@@ -32,6 +32,17 @@ class AllParameters(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class NamesTensors(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.net[0].weight, self.net[0].bias], lr=0.1)
+
+
+def test_optimizer_over_the_weight_of_an_adapted_layer_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="non-leaf") as caught:
+        fit(tmp_path, NamesTensors())
+    assert "parameters()" in caught.value.__notes__[0]
+
+
 def test_optimizer_over_all_parameters_leaves_the_frozen_ones(tmp_path):
     module = AllParameters()
     before = values(module)
