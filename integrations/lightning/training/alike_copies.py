@@ -68,7 +68,9 @@ class AlikeCopy:
         if not self._copy.is_directed and not self._moved and self._origin_is_moved():
             self._turn()
         written = self._watched.written()
-        moves = written or ((self._drifts or self._looks <= FIRST_CHECKS) and self._differs())
+        # Once all is well it is taken for moved: to look at values is to wait for the device.
+        drifts = self._drifts and (self._follows or self._differs())
+        moves = written or drifts or (self._looks <= FIRST_CHECKS and self._differs())
         if moves:
             self._drifts = self._drifts or not written
             self._moved += 1
@@ -111,14 +113,16 @@ class AlikeCopy:
         return any(not torch.equal(local(own), local(origin)) for own, origin in self._base)
 
     def _settle(self) -> None:
-        """Removes rounding errors from a base that averages equal values; larger differences are the module's own."""
+        """Removes rounding errors from a base that averages equal values; larger differences are the module's own.
+
+        It is done in each step, so it reads no value, for which it would wait for the device.
+        """
         with torch.no_grad():
             for own, origin in self._base:
-                if not (own.is_floating_point() or own.is_complex()):
+                if not (own.is_floating_point() or own.is_complex()) or not own.numel():
                     continue
-                close = _ROUNDING * torch.finfo(own.dtype).eps * origin.abs().max()
-                if (own - origin).abs().max() <= close:
-                    own.copy_(origin)
+                limit = _ROUNDING * torch.finfo(own.dtype).eps * origin.abs().max()
+                own.copy_(torch.where((own - origin).abs().max() <= limit, origin, own))
 
     def _stop(self) -> None:
         name, origin = self._copy.name, self._copy.origin

@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lora_plugins import LoraConfig, LoraModel, StateError
@@ -119,6 +120,32 @@ def fit(tmp_path, module, config=BOTH, **options):
 
 def base_of(module):
     return {name: tensor for name, tensor in values(module).items() if ".lora_" not in name}
+
+
+class Silent(Teacher):
+    """Logs nothing, and has an optimizer that reads no value itself."""
+
+    def log(self, *_, **__):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class Reads(TorchDispatchMode, Callback):
+    """Counts what is read of tensors from the start of each batch to that of the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_batches = []
+
+    def on_train_batch_start(self, *_):
+        self.of_batches.append(0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default) and self.of_batches:
+            self.of_batches[-1] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class TestFollows:
@@ -243,6 +270,16 @@ class TestFollows:
         fit(tmp_path, module)
         moved = {name: bool(p.any()) for name, p in lora_b(module).items()}
         assert moved == {f"{part}.{i}.lora_B.default": part == "net" for part in ("net", "teacher") for i in (0, 3)}
+
+    @updates
+    @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+    def test_no_step_reads_a_value(self, tmp_path, update, frozen):
+        """On an accelerator each of them is waited for; values are compared in the first batches."""
+        module = Silent(update, "on_train_batch_end", frozen)
+        with Reads() as reads:
+            run = trainer(tmp_path, [lora(BOTH), reads], max_epochs=1)
+            run.fit(module, loader(80))
+        assert reads.of_batches[5:-1] == [0] * 4  # the last has the end of the fit
 
     def test_reference_that_stands_still(self, tmp_path):
         module = Teacher(lambda *_: None)
