@@ -1,7 +1,6 @@
 """Checks during a run that every trainable tensor gets a gradient and changes, and that nothing else does."""
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import foreign_kind
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     Start,
@@ -75,11 +73,8 @@ class Audit:
         self._base: dict[str, nn.Parameter] = {}
         self._thawed: set[str] = set()
         self._late: list[str] = []
-        frozen = frozen_tensors(module)
-        self._frozen = checksums(frozen)
-        # A tensor of torchao that has weak references cannot be moved by `nn.Module.to`.
-        plain = {name: tensor for name, tensor in frozen.items() if foreign_kind(tensor) is None}
-        self._objects = {name: weakref.ref(tensor) for name, tensor in plain.items()}
+        self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
+        self._frozen = checksums(self._objects)
         self._stepped = False
         self._rates: list[float] = []
         self._scale = 1.0
@@ -214,7 +209,7 @@ class Audit:
         return {
             name
             for name, tensor in tensors.items()
-            if name in self._objects and self._objects[name]() is not tensor
+            if name in self._objects and self._objects[name] is not tensor
             if id(tensor) not in held and name not in adapted
         }
 
