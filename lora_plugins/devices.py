@@ -5,16 +5,22 @@ import torch
 from lora_plugins.errors import ConfigError
 
 
-def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
+def default_device() -> torch.device:
+    """Returns the accelerator that torch finds, of whatever kind, or else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def usable_device(device: str | torch.device | None, named: str = "device") -> torch.device:
     """Returns a device.
 
     Args:
-        device: The device, or its name.
+        device: The device, or its name; None for the default.
         named: Where it was named, for the message.
 
     Raises:
         ConfigError: If torch cannot use it here, so that nothing else is blamed for that.
     """
+    device = default_device() if device is None else device
     try:
         torch.empty(0, device=device)
         return torch.device(device)

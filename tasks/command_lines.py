@@ -41,7 +41,7 @@ def predict_parser() -> Parser:
     parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--weights", metavar="FILE", help=MOVED)
-    parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
+    parser.add_argument("--device", help="such as cuda:1; by default the GPU that torch finds, or else cpu")
     return parser
 
 
@@ -133,7 +133,7 @@ def serve_parser() -> Parser:
     wait = _within(0, LONGEST_WAIT)
     parser.add_argument("--wait", type=wait, default=2.0, help="milliseconds that an image waits for others")
     parser.add_argument("--max-mb", type=_within(0, LARGEST_UPLOAD, positive), default=10.0, help="largest upload")
-    parser.add_argument("--device", help="by default cuda where there is one, or else cpu")
+    parser.add_argument("--device", help="such as cuda:1; by default the GPU that torch finds, or else cpu")
     return parser
 
 
@@ -170,5 +170,5 @@ def generate_parser() -> Parser:
     add("--width", type=whole)
     add("--batch-size", type=whole, default=8, help="how many pictures are drawn at once")
     add("--dtype", help="type of the weights: float32 (by default), bfloat16 or float16")
-    add("--device", help="by default cuda where there is one, or else cpu")
+    add("--device", help="such as cuda:1; by default the GPU that torch finds, or else cpu")
     return parser

@@ -16,6 +16,7 @@ from lora_plugins.cli.command_lines import doctor_parser
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
+from lora_plugins.devices import default_device
 from lora_plugins.errors import ConfigError, LoraError, PluginError, listing, near
 from lora_plugins.kernels import DISABLE_VARIABLE, kernel_report
 from lora_plugins.names import DISTRIBUTION
@@ -66,10 +67,10 @@ def run(arguments: Sequence[str]) -> int:
 def _installation() -> Iterator[Finding]:
     yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("ok", f"lora_plugins {metadata.version(DISTRIBUTION)} in {Path(lora_plugins.__file__).parent}")
-    cuda = (
-        f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "CPU only"
-    )
-    yield Finding("ok", f"torch {torch.__version__}, {cuda}")
+    kind = default_device().type
+    version = f" {torch.version.cuda}" if kind == "cuda" else ""
+    found = "CPU only" if kind == "cpu" else f"{kind}{version}, devices: {torch.accelerator.device_count()}"
+    yield Finding("ok", f"torch {torch.__version__}, {found}")
     for requirement in requirements(""):
         if requirement.trouble:
             yield Finding("problem", f"{requirement}: {requirement.trouble}", f"pip install {requirement.quoted}")

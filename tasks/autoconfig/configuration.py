@@ -162,11 +162,10 @@ def _precision(device: str) -> str:
 
 
 def device_of(device: str) -> str:
-    """The device that a flag means: `cpu`, `cuda` or `mps`."""
+    """The device that a flag means: `cpu`, `cuda` or `mps`, the kinds that Lightning finds by itself."""
     if device != "auto":
         return device
-    import torch
+    from lora_plugins.devices import default_device
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = default_device().type
+    return kind if kind in ("cuda", "mps") else "cpu"

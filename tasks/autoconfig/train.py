@@ -227,11 +227,9 @@ def _recipe(text: str) -> str:
 def _check_device(device: str) -> None:
     if device in ("auto", "cpu"):
         return
-    import torch
+    from lora_plugins.devices import usable_device
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device]:
-        raise ConfigError(f"--device is {device}, and torch finds none here. Leave the flag out, or take cpu.")
+    usable_device(device, "--device")
 
 
 def _check_started_once() -> None:

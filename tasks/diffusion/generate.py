@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
 from lora_plugins import ConfigError, LoraModel
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         negative_prompt=given.negative_prompt,
         batch_size=given.batch_size,
     )
-    device = usable_device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
+    device = usable_device(given.device, "--device")
     pipe = _from_checkpoint(given.checkpoint, given.dtype) if given.checkpoint else _from_adapters(given)
     pipe.to(device)
     rows: dict[str, list[Image]] = {}

@@ -6,13 +6,12 @@
 from lora_plugins.tasks.inference.export import export_task
 from lora_plugins.tasks.inference.export import main as export_main
 from lora_plugins.tasks.inference.loading import AdapterTask, load_task, merged_task, task_of_adapter
-from lora_plugins.tasks.inference.predict import device_to_use, predict_folder
 from lora_plugins.tasks.inference.predict import main as predict_main
+from lora_plugins.tasks.inference.predict import predict_folder
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities, resized
 
 __all__ = [
     "AdapterTask",
-    "device_to_use",
     "export_main",
     "export_task",
     "label_probabilities",

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = predict_parser().parse_args(arguments)
     try:
-        device = device_to_use(options.device)
+        device = usable_device(options.device, "--device")
         files = predict_folder(
             load_task(options.model, options.weights).to(device),
             options.images,
@@ -133,15 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(_told(files, Path(options.out)))
     return 0
-
-
-def device_to_use(name: str | None) -> torch.device:
-    """Returns a device that is given, or the one that is there.
-
-    Raises:
-        ConfigError: If torch cannot use it here.
-    """
-    return usable_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "--device")
 
 
 def _told(files: Sequence[Path], out: Path) -> str:

@@ -118,7 +118,7 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:
 
 def as_pixels(image: Tensor) -> Pixels:
     """An image (channels, H, W) in [0, 1] as 8-bit pixels (H, W, 3)."""
-    pixels: Pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    pixels: Pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
     return pixels
 
 

@@ -108,7 +108,7 @@ class HtmlReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the plan: at the end of the fit, adapters may be merged."""
         self._start = time.perf_counter()
-        if torch.cuda.is_available():
+        if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for callback in lora_callbacks(trainer):
             target = pl_module.get_submodule(callback.target or "")
@@ -216,9 +216,9 @@ class HtmlReport(Callback):
                 self._history[name].append((at, float(value)))
 
     def _run(self, trainer: Trainer, task: VisionTask, judged: Judged, epoch: float | None) -> RunRecord:
-        callbacks, per_pixel = lora_callbacks(trainer), task.main_metric == "mean_iou"
+        per_pixel = task.main_metric == "mean_iou"
         data, labels = cast(Any, trainer).datamodule, task.class_labels
-        confusion, costs = judged.confusion, self._costs(callbacks)
+        confusion, costs = judged.confusion, self._costs(trainer)
         results = class_results(labels, confusion, self._confusion_before, self._counts, per_pixel=per_pixel)
         return RunRecord(
             model=task.model_config.name,
@@ -256,8 +256,8 @@ class HtmlReport(Callback):
             name: tuple(start.get(name, []) + points) for name, points in self._history.items() if name.count("/") == 1
         }
 
-    def _costs(self, callbacks: list[LoraCallback]) -> Costs:
-        cuda = torch.cuda.is_available()
+    def _costs(self, trainer: Trainer) -> Costs:
+        cuda, callbacks = trainer.strategy.root_device.type == "cuda", lora_callbacks(trainer)
         return Costs(
             trained=self._trained,
             total=self._total,

@@ -127,15 +127,20 @@ def environment_facts(trainer: Trainer, task: LightningModule) -> Facts:
     source = LIBRARIES.get(cast(VisionTask, task).model_config.source, "")
     names = dict.fromkeys(["lora-plugins", "torch", "lightning", source])
     versions = [f"{name} {found}" for name in names if (found := _version(name))]
-    device = trainer.strategy.root_device
-    cpu = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()} of {os.cpu_count()}"
     count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return {
-        "device": count + (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu),
+        "device": count + _device_name(trainer.strategy.root_device),
         "versions": ", ".join(versions),
         "Python": platform.python_version(),
         "folder": os.getcwd(),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()} of {os.cpu_count()}"
+    return cpu if device.type == "cpu" else device.type.upper()
 
 
 def _rates(groups: Sequence[Mapping[str, Any]], task: VisionTask) -> str:

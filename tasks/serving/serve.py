@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from lora_plugins.cli import exit_on_closed_output
+from lora_plugins.devices import usable_device
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.command_lines import serve_parser
 from lora_plugins.tasks.errors import WeightsError
-from lora_plugins.tasks.inference import device_to_use
 from lora_plugins.tasks.serving.app import make_app
 from lora_plugins.tasks.serving.engine import Engine
 from lora_plugins.tasks.serving.shelf import Shelf
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import uvicorn
 
     try:
-        shelf = Shelf(options.adapters, limit=options.loaded, device=device_to_use(options.device))
+        shelf = Shelf(options.adapters, limit=options.loaded, device=usable_device(options.device, "--device"))
         names = shelf.names()
         if not names:
             raise WeightsError(

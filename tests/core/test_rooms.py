@@ -52,7 +52,7 @@ ARROWS = {
     "storages": {"plugins", *BASIS},
     "formats": {"files", "adapter", "plan", "inplace", "plugins", "config", "field_checks", "writable", *BASIS},
     "testing": {"model", "adapter", "inplace", "plugins", "config", "devices", *BASIS},
-    "cli": {"", "formats", "hub", "files", "plugins", "kernels", "writable", *BASIS},
+    "cli": {"", "formats", "hub", "files", "plugins", "kernels", "devices", "writable", *BASIS},
     "__main__": {"cli"},
 }
 """By room of the core, the rooms that it may import. The empty name is the package's own door, `lora_plugins`."""

@@ -139,3 +139,25 @@ def test_importing_the_tasks_is_cheap():
 def test_every_public_name_is_there_and_sorted():
     assert lora_plugins.tasks.__all__ == sorted(lora_plugins.tasks.__all__)
     assert [name for name in lora_plugins.tasks.__all__ if not hasattr(lora_plugins.tasks, name)] == []
+
+
+KINDS = {
+    "autoconfig/configuration.py": "which kinds Lightning finds, and which of them computes in bfloat16",
+    "autoconfig/step_memory.py": "how much memory is free",
+    "autoconfig/train.py": "what the flag takes",
+    "data/vision_module.py": "memory that is pinned",
+    "reporting/html_report.py": "the peak of its memory",
+    "reporting/run_facts.py": "its name",
+}
+"""Where kinds of accelerators differ; all else takes any of them, by `lora_plugins.devices`."""
+
+
+def test_one_kind_of_accelerator_is_asked_for_where_kinds_differ():
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Constant) and node.value in ("cuda", "mps", "xpu")
+            asked = isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.cuda.", "torch.mps."))
+            if named or asked:
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found == KINDS.keys()

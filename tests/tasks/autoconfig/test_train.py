@@ -219,7 +219,7 @@ def test_flags_about_data_need_some(flag, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there(folders, capsys):
     assert main(["train", *folders("labels"), "--device", "cuda"]) == 1
-    assert "--device is cuda, and torch finds none here" in capsys.readouterr().err
+    assert "--device is 'cuda', which torch cannot use here" in capsys.readouterr().err
 
 
 def test_data_that_are_an_empty_text_are_not_the_current_folder(folders, capsys):
