@@ -28,7 +28,7 @@ class PictureBatch:
         prompts: N prompts.
         names: N names, the same for the same pixels.
         sizes: (N, 6): height and width of the file, top and left of the cut, height and width of the cut.
-        is_class: (N,), whether a picture is of the class.
+        is_class: (N,), whether a picture is of the class; on the CPU.
     """
 
     pixels: Tensor
@@ -38,10 +38,9 @@ class PictureBatch:
     is_class: Tensor
 
     def to(self, device: Any, **options: Any) -> "PictureBatch":
-        """The same batch on another device; what Lightning calls."""
-        tensors = (each.to(device, **options) for each in (self.pixels, self.sizes, self.is_class))
-        pixels, sizes, is_class = tensors
-        return PictureBatch(pixels, self.prompts, self.names, sizes, is_class)
+        """The same batch on another device; what Lightning calls. What a step asks the host for stays there."""
+        pixels, sizes = (each.to(device, **options) for each in (self.pixels, self.sizes))
+        return PictureBatch(pixels, self.prompts, self.names, sizes, self.is_class)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -91,8 +92,22 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
     path = _checked(path)
-    if path.suffix == SAFETENSORS:
-        return _write_weights(task, path)
+    with _on_the_cpu(task):
+        return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
+
+
+@contextmanager
+def _on_the_cpu(task: VisionTask) -> Iterator[None]:
+    """Holds a task on the CPU inside a `with` block: a program keeps the device that it is made on."""
+    home = task.device
+    task.cpu()
+    try:
+        yield
+    finally:
+        task.to(home)
+
+
+def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:
     size = size or task.image_size
     if size is None:
         raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")

@@ -58,8 +58,8 @@ def mask_probabilities(
         return interpolate(probabilities, size=(height, width), mode="bilinear", align_corners=False)[0]
     # An image that is smaller than a window is padded with its edge pixels.
     padded = pad(image[None], (0, max(0, window[1] - width), 0, max(0, window[0] - height)), mode="replicate")[0]
-    total = padded.new_zeros(task.model_config.num_classes, *padded.shape[-2:])
-    count = padded.new_zeros(padded.shape[-2:])
+    total = padded.new_zeros(task.model_config.num_classes, *padded.shape[-2:], device="cpu")  # as probabilities are
+    count = padded.new_zeros(padded.shape[-2:], device="cpu")
     windows = list(_windows(padded.shape[-2], padded.shape[-1], window, overlap))
     for start in range(0, len(windows), WINDOWS_PER_BATCH):
         batch = windows[start : start + WINDOWS_PER_BATCH]

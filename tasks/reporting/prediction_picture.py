@@ -18,9 +18,9 @@ from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import (
     eval_logits,
     evenly_spaced,
+    examples_figure,
     first_val_loader,
     has_validated,
-    masks_figure,
     save_figure,
 )
 from lora_plugins.tasks.reporting.sample_choice import on_device_of
@@ -61,7 +61,7 @@ def draw_predictions(
         raise DataError("A picture of predictions needs samples with masks.")
     predicted = eval_logits(task, batch.images).argmax(1)
     path = Path(path)
-    save_figure(masks_figure(task, batch.images, batch.targets, predicted), path)
+    save_figure(examples_figure(task, batch.images, batch.targets, predicted), path)
     return path
 
 

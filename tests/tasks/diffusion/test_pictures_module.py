@@ -107,6 +107,8 @@ def test_class_pictures_come_beside_and_have_the_size_of_their_subject(picture_f
     for batch in batches(data):
         assert batch.prompts == ["a sks dog", "a dog"]
         assert batch.is_class.tolist() == [False, True]
+        assert batch.to("meta").pixels.device.type == "meta"
+        assert batch.to("meta").is_class.tolist() == [False, True]  # asked for in each step: on the host, no wait
         assert torch.equal(batch.sizes[0, 4:], batch.sizes[1, 4:])
 
 

@@ -34,6 +34,16 @@ class TestExport:
         assert json.loads(said["class_names"]) == task.class_names
         torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+    def test_a_task_on_any_device_leaves_files_for_all(self, fitted, tmp_path, suffix, device):
+        """With --device; the task stays where it is."""
+        task = merged_task(fitted["labels"][1]["adapter"]).to(device)
+        export_task(task, tmp_path / f"m{suffix}")
+        assert task.device.type == device.type
+        if suffix == ".pt2":
+            found = torch.export.load(tmp_path / "m.pt2").module()(torch.rand(3, 3, 16, 16))
+            assert found.device.type == "cpu"
+
     def test_another_size(self, fitted, tmp_path, capsys):
         files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "m.pt2")]
         assert export([*files, "--size", "32", "96"]) == 0

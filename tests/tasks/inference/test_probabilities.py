@@ -12,6 +12,15 @@ class TestMasks:
         found = mask_probabilities(task, image, window=(64, 64))
         torch.testing.assert_close(found, task(image[None]).softmax(1)[0].detach())
 
+    def test_images_may_be_where_the_task_is(self, fitted, device):
+        """With --device; the answer is on the CPU."""
+        task, image = fitted["masks"][0], torch.rand(3, 80, 96)
+        expected = mask_probabilities(task, image, window=(64, 64))
+        task.to(device)
+        found = mask_probabilities(task, image.to(device), window=(64, 64))
+        task.cpu()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
     def test_flips_make_the_answer_a_mirror_of_that_of_the_mirror_image(self, fitted):
         task, _ = fitted["masks"]
         image = torch.rand(3, 64, 96)
