@@ -91,6 +91,7 @@ from lora_plugins.integrations.lightning.strategies import (
 )
 from lora_plugins.integrations.lightning.training import (
     Audit,
+    LateChanges,
     LearningRates,
     adapt_after_restoring,
     calibrate_on_train_batches,
@@ -221,6 +222,7 @@ class LoraCallback(Callback):
         self._module_shims: MethodShims | None = None
         self._strategy_shims: MethodShims | None = None
         self._audit: Audit | None = None
+        self._late_changes: LateChanges | None = None
         self._restored: dict[str, Any] | None = None
         self._expected_warnings = ExitStack()
 
@@ -413,6 +415,8 @@ class LoraCallback(Callback):
             load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
+        if lora_callbacks(trainer)[-1] is self and not is_sharded(trainer):
+            self._late_changes = LateChanges(pl_module)
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         group = self._group(trainer)
@@ -449,6 +453,8 @@ class LoraCallback(Callback):
         A merge that was undone to read a checkpoint is made again, with the adapter of that checkpoint.
         """
         set_modes_of_frozen_norms(pl_module, self._modes)
+        if self._late_changes is not None:
+            self._late_changes.tell()
         if stage != "fit" and self._merge.undone:
             self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
         self._end_run()
@@ -481,7 +487,7 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
-        none = dict.fromkeys(("_module_shims", "_strategy_shims", "_audit"))
+        none = dict.fromkeys(("_module_shims", "_strategy_shims", "_audit", "_late_changes"))
         fresh = {"_merge": KeptMerge(self.adapter_name), "_expected_warnings": ExitStack()}
         return {**self.__dict__, **none, **fresh}
 
@@ -625,7 +631,7 @@ class LoraCallback(Callback):
         for shims in (self._module_shims, self._strategy_shims):
             if shims is not None:
                 shims.remove()
-        self._module_shims, self._strategy_shims, self._audit = None, None, None
+        self._module_shims, self._strategy_shims, self._audit, self._late_changes = None, None, None, None
         self._restored, self._merge.undone, self._sums = None, False, {}
 
 

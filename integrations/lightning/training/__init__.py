@@ -16,6 +16,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     calibrate_on_train_batches,
     needs_data,
 )
+from lora_plugins.integrations.lightning.training.late_changes import LateChanges
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
@@ -28,6 +29,7 @@ from lora_plugins.integrations.lightning.training.trained_batches import check_t
 
 __all__ = [
     "Audit",
+    "LateChanges",
     "LearningRates",
     "adapt_after_restoring",
     "calibrate_on_train_batches",

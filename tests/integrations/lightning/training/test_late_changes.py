@@ -1,0 +1,32 @@
+"""What is changed after the adapter was saved and merged is said."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
+
+
+class Averages(Classifier):
+    """Takes other values of what it has trained at the end, as of a schedule-free optimizer."""
+
+    def change(self):
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.5)
+
+    def configure_optimizers(self):
+        self.optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_values_that_are_taken_too_late_are_named(tmp_path, hook, merge):
+    module = Averages()
+    setattr(module, hook, module.change)
+    late = pytest.warns(UserWarning, match=r"4 of 4 trained tensors .*net\.0\.lora_A.*Do it in on_train_end")
+    with late if hook == "on_fit_end" else nullcontext():
+        trainer(tmp_path, [lora(merge_on_fit_end=merge)]).fit(module, loader())
