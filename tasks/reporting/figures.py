@@ -92,7 +92,7 @@ def masks_figure(task: VisionTask, images: Tensor, masks: Tensor, predicted: Ten
 def examples_figure(task: VisionTask, images: Tensor, targets: Tensor, predicted: Tensor) -> Any:
     """A figure of predicted labels or masks, as the targets are."""
     draw = masks_figure if targets.ndim > 1 else labels_figure
-    return draw(task, images.cpu(), targets.cpu(), predicted.cpu())  # a data set may hold them on a device
+    return draw(task, images, targets.cpu(), predicted)  # a data set may hold them on a device
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import checksums, trained_parameters
+from lora_plugins.integrations.lightning.training.frozen_base import changed
 
 
 class LateChanges:
@@ -20,12 +21,10 @@ class LateChanges:
 
     def tell(self) -> None:
         """Names what has changed since."""
-        sums = checksums(self._trained)
-        changed = [name for name, total in self._sums.items() if sums[name] != total]
-        if changed:
+        if late := changed(self._sums, self._trained):
             rank_zero_warn(
-                f"{len(changed)} of {len(sums)} trained tensors were changed after the adapter was saved and merged, "
-                f"which has their values of before: {listing(changed)}. on_fit_end of the module, or of a callback "
-                "behind the LoraCallback, does that, as to take the averages of a schedule-free optimizer. Do it in "
-                "on_train_end, which comes before."
+                f"{len(late)} of {len(self._sums)} trained tensors were changed after the adapter was saved and "
+                f"merged, which has their values of before: {listing(late)}. on_fit_end of the module, or of a "
+                "callback behind the LoraCallback, does that, as to take the averages of a schedule-free optimizer. "
+                "Do it in on_train_end, which comes before."
             )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lora_plugins.devices import default_device
 from lora_plugins.utils import random_module
 
 
@@ -23,6 +24,6 @@ def set_random_numbers(state: Mapping[str, Any]) -> None:
 
 def _beside() -> dict[str, Any]:
     """Returns torch's module of the current accelerator by the key of its state, which no other kind can read."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    module = None if device is None else random_module(device)
-    return {} if device is None or module is None else {f"random_{device.type}": module}
+    device = default_device()
+    module = random_module(device)
+    return {} if module is None else {f"random_{device.type}": module}
