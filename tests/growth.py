@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 TORCH = str(Path(torch.__file__).parent)
-SIZES = (20, 40, 80)
+SIZES = (10, 20, 40)
 EACH_BLOCK = r"blocks\.\d+\.0"
 
 
@@ -51,7 +51,7 @@ def calls(run: Callable[[], object]) -> int:
 
 
 def assert_linear(steps_of: Callable[[int], dict[str, Callable[[], object]]]) -> None:
-    """Asserts of each step that the second twenty layers add as many calls as the next forty do, by halves."""
+    """Asserts of each step that the second ten layers add as many calls as the next twenty do, by halves."""
     for step in steps_of(SIZES[0]).values():
         step()  # what is imported, and compiled, once
     counts = [{name: calls(step) for name, step in steps_of(size).items()} for size in SIZES]

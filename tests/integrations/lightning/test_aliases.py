@@ -3,8 +3,12 @@
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+
+from lora_plugins import StateError
+from lora_plugins.integrations.lightning import alias_pytorch_lightning
 
 pytest.importorskip("pytorch_lightning")
 
@@ -84,9 +88,10 @@ def test_modules_are_the_same_objects_and_keep_their_names(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_too_late_is_said(tmp_path):
-    done = run(tmp_path, "import pytorch_lightning\n" + ALIAS)
-    assert "pytorch_lightning has been imported already" in done.stderr
+def test_too_late_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
+    with pytest.raises(StateError, match="pytorch_lightning has been imported already"):
+        alias_pytorch_lightning()
 
 
 def test_without_it_the_call_is_named(tmp_path):

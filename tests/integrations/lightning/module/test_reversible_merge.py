@@ -435,9 +435,9 @@ class Logits(nn.Sequential):
         return {"logits": super().forward(x)}
 
 
-def stop_everywhere(again, act, x):
+def stop_everywhere(again, act, x, points=12):
     lines = every_line(passed(lambda: act(again())))
-    for at in lines[:: max(1, len(lines) // 60)]:
+    for at in lines[:: max(1, len(lines) // points)]:
         target, expected = again(), picture(again(), (x,))
         where, raised = stopped(lambda target=target: act(target), at)
         assert not raised or not differences(picture(target, (x,)), expected), where
@@ -457,6 +457,7 @@ def adapted(options, normalize):
     return target
 
 
+@pytest.mark.parametrize("points", [12, pytest.param(120, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "normalize"),
     [
@@ -472,14 +473,15 @@ def adapted(options, normalize):
 class TestInterrupted:
     """A call that is stopped at one of its lines leaves the module as it was, and can be made again."""
 
-    def test_merge(self, options, normalize):
+    def test_merge(self, options, normalize, points):
         stop_everywhere(
             lambda: adapted(options, normalize),
             lambda target: merge_reversibly(target, dequantize=True),
             torch.randn(4, 4),
+            points,
         )
 
-    def test_undo(self, options, normalize):
+    def test_undo(self, options, normalize, points):
         merges = {}
 
         def merged():
@@ -487,7 +489,7 @@ class TestInterrupted:
             merges[target] = merge_reversibly(target, dequantize=True)
             return target
 
-        stop_everywhere(merged, lambda target: merges[target].undo(target), torch.randn(4, 4))
+        stop_everywhere(merged, lambda target: merges[target].undo(target), torch.randn(4, 4), points)
 
 
 def test_interrupted_export_leaves_the_adapter_on():
