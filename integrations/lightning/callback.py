@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -64,6 +63,7 @@ from lora_plugins.integrations.lightning.module import (
     with_declarations,
 )
 from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
+from lora_plugins.integrations.lightning.run import Run
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     begin_run,
@@ -217,14 +217,8 @@ class LoraCallback(Callback):
         self._merge = KeptMerge(adapter_name)
         self._modes: dict[str, bool] = {}
         self._start = Start()
-        self._sums: dict[str, int] = {}
         self._names: list[tuple[set[str], set[str]]] = []
-        self._module_shims: MethodShims | None = None
-        self._strategy_shims: MethodShims | None = None
-        self._audit: Audit | None = None
-        self._late_changes: LateChanges | None = None
-        self._restored: dict[str, Any] | None = None
-        self._expected_warnings = ExitStack()
+        self._run = Run()
 
     @property
     def state_key(self) -> str:
@@ -243,7 +237,7 @@ class LoraCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stores the state until training starts."""
-        self._restored = state_dict
+        self._run.restored = state_dict
 
     def plan(self, module: LightningModule) -> Plan:
         """Returns what would be adapted, and changes nothing.
@@ -275,7 +269,7 @@ class LoraCallback(Callback):
             check_by_writer(trainer, lambda: check_places(self.adapter_files, self.export_to))
         self._check_group(trainer)
         CheckpointShims.install(trainer, self)
-        shims = self._module_shims = MethodShims(pl_module)
+        shims = self._run.module_shims = MethodShims(pl_module)
         if not is_sharded(trainer):
             follow_building(shims, pl_module)
         if not self._merge.is_kept and (data := carried(trainer, self.state_key)) is not None:
@@ -287,7 +281,7 @@ class LoraCallback(Callback):
         if stage == "fit" and not self.merge_on_fit_end:
             warn_if_spawned(trainer)
         if needs_data(self.config):
-            self._strategy_shims = adapt_after_restoring(
+            self._run.strategy_shims = adapt_after_restoring(
                 trainer,
                 lambda: self._ensure_adapted(trainer, pl_module),
                 lambda: copy_into_averages(trainer, pl_module),
@@ -306,8 +300,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
-        if self._restored is not None:
-            self.rates.check_restored(self._restored.get("rates", {}))
+        if self._run.restored is not None:
+            self.rates.check_restored(self._run.restored.get("rates", {}))
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
@@ -322,10 +316,10 @@ class LoraCallback(Callback):
         if not is_sharded(trainer):
             warn_of_left_out(pl_module, forgotten)
         if lora_callbacks(trainer)[0] is self:
-            self._expected_warnings.enter_context(expecting_eval_mode(pl_module))
+            self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
             self._restore_random_numbers(trainer)
-        self._restored = None
+        self._run.restored = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks averages before validation, in which callbacks exchange them with the module.
@@ -342,7 +336,7 @@ class LoraCallback(Callback):
             StateError: If another callback made its average before there were adapters.
         """
         self._check_averages(trainer, pl_module)
-        self._expected_warnings.close()
+        self._run.expected_warnings.close()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the audit, after all hooks of the module in which it may load a teacher; keeps the base frozen.
@@ -350,23 +344,23 @@ class LoraCallback(Callback):
         Raises:
             StateError: If an optimizer trains the base.
         """
-        first = batch_idx == 0 or self._audit is None
+        first = batch_idx == 0 or self._run.audit is None
         if first and not is_sharded(trainer):
             put_back_statistics(trainer, pl_module)
-        if self._audit is None:
+        if self._run.audit is None:
             copies: list[NetworkCopy] = []
             if not is_sharded(trainer):
                 note_built(pl_module)  # what was converted since
                 take_fingerprints(pl_module)
                 copies = find_copies(pl_module, parameters_of(trainer.optimizers))
-            self._audit = Audit(trainer, pl_module, copies, self._start)
-        self._audit.before_batch(first_of_epoch=first)
+            self._run.audit = Audit(trainer, pl_module, copies, self._start)
+        self._run.audit.before_batch(first_of_epoch=first)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient; parts of groups follow rates that `training_step` has set."""
         self.rates.follow(optimizer)
-        if self._audit is not None:
-            self._audit.before_step(optimizer)
+        if self._run.audit is not None:
+            self._run.audit.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -376,8 +370,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If nothing does.
         """
-        if self._audit is not None:
-            self._audit.after_batch(outputs)
+        if self._run.audit is not None:
+            self._run.audit.after_batch(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks copies before validation, in which callbacks exchange the whole module.
@@ -385,8 +379,8 @@ class LoraCallback(Callback):
         Raises:
             StateError: If one was moved that does not follow the adapter of its origin.
         """
-        if self._audit is not None:
-            self._audit.before_validation()
+        if self._run.audit is not None:
+            self._run.audit.before_validation()
         self._keep_base(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -400,8 +394,8 @@ class LoraCallback(Callback):
             StateError: If it has.
         """
         self._keep_base(trainer, pl_module)
-        if self._audit is not None:
-            self._sums = self._audit.finish()
+        if self._run.audit is not None:
+            self._run.sums = self._run.audit.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, merges and exports, as the options say.
@@ -416,7 +410,7 @@ class LoraCallback(Callback):
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
         if lora_callbacks(trainer)[-1] is self and not is_sharded(trainer):
-            self._late_changes = LateChanges(pl_module)
+            self._run.late_changes = LateChanges(pl_module)
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         group = self._group(trainer)
@@ -442,8 +436,8 @@ class LoraCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
         explain_computed_weight(exception)
-        if self._audit is not None:
-            self._audit.explain(exception)
+        if self._run.audit is not None:
+            self._run.audit.explain(exception)
         self._end_run()
         end_run(trainer, "fit")  # a run inside of it ends it as well
 
@@ -453,8 +447,8 @@ class LoraCallback(Callback):
         A merge that was undone to read a checkpoint is made again, with the adapter of that checkpoint.
         """
         set_modes_of_frozen_norms(pl_module, self._modes)
-        if self._late_changes is not None:
-            self._late_changes.tell()
+        if self._run.late_changes is not None:
+            self._run.late_changes.tell()
         if stage != "fit" and self._merge.undone:
             self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
         self._end_run()
@@ -473,8 +467,8 @@ class LoraCallback(Callback):
 
     def before_save(self) -> None:
         """Records what the module has changed by hand, which the checkpoint has to hold."""
-        if self._audit is not None:
-            self._audit.note_moved()
+        if self._run.audit is not None:
+            self._run.audit.note_moved()
 
     def restored(self, trainer: Trainer, changed: bool) -> None:
         """Records the module with the adapters of a checkpoint; averages copy it before their own state is loaded."""
@@ -487,14 +481,12 @@ class LoraCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
-        none = dict.fromkeys(("_module_shims", "_strategy_shims", "_audit", "_late_changes"))
-        fresh = {"_merge": KeptMerge(self.adapter_name), "_expected_warnings": ExitStack()}
-        return {**self.__dict__, **none, **fresh}
+        return {**self.__dict__, "_merge": KeptMerge(self.adapter_name), "_run": Run()}
 
     def _restore_random_numbers(self, trainer: Trainer) -> None:
         """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
-        if self._restored is not None and trainer.world_size == 1:  # the file has those of the first process only
-            set_random_numbers(self._restored)
+        if self._run.restored is not None and trainer.world_size == 1:  # the file has those of the first process only
+            set_random_numbers(self._run.restored)
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
@@ -582,7 +574,7 @@ class LoraCallback(Callback):
         # A debugging run of a few batches is not stopped by what they did not learn.
         max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
         prefix = f"{self.target}." if self.target else ""
-        sums = {name.removeprefix(prefix): total for name, total in self._sums.items() if name.startswith(prefix)}
+        sums = {name.removeprefix(prefix): total for name, total in self._run.sums.items() if name.startswith(prefix)}
         merge = merge_reversibly(self._target(module), max_error, dequantize=self.dequantize, base_sums=sums)
         self._merge.keep(merge)
         if starts_by_multiprocessing(trainer) and not (merge.stored or merge.foreign):
@@ -627,12 +619,8 @@ class LoraCallback(Callback):
         return find_target(module, self.target)
 
     def _end_run(self) -> None:
-        self._expected_warnings.close()
-        for shims in (self._module_shims, self._strategy_shims):
-            if shims is not None:
-                shims.remove()
-        self._module_shims, self._strategy_shims, self._audit, self._late_changes = None, None, None, None
-        self._restored, self._merge.undone, self._sums = None, False, {}
+        self._run.end()
+        self._run, self._merge.undone = Run(), False
 
 
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:

@@ -30,6 +30,7 @@ ARROWS = {
     "training": {"module", "shims", "strategies"},
     "writer": set(),
     "results": {"adapter_files", "module", "strategies"},
+    "run": {"shims", "training"},
     "callback": {
         "adapter_files",
         "checkpoint",
@@ -37,6 +38,7 @@ ARROWS = {
         "console",
         "module",
         "results",
+        "run",
         "shims",
         "strategies",
         "training",
