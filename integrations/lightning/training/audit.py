@@ -85,7 +85,9 @@ class Audit:
         Raises:
             StateError: If something trains the base, or such layers have to be adapted.
         """
-        if self._first is not None:  # before a scheduler changes them at the batch's end
+        if self._first is not None:
+            self._lost_writes.check()
+            # Before a scheduler changes them at the batch's end.
             self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
@@ -96,8 +98,6 @@ class Audit:
             self._name_frozen_adapters()
         self._freeze_base()
         self._by_hand.before_batch()
-        if self._first is not None:
-            self._lost_writes.start()
 
     def _freeze_base(self) -> None:
         """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once."""
@@ -173,7 +173,6 @@ class Audit:
         if self._first is None:
             return
         self._lost_writes.check()
-        self._lost_writes.stop()
         self._check_late_layers()
         stepped, self._stepped = self._stepped, False  # not `global_step`, which counts what a module left out as well
         without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
@@ -181,6 +180,7 @@ class Audit:
         skipped = not stepped or without_loss or overflow or renews_statistics(self._trainer)
         if not skipped and not self._first.after_step(self._rates):
             self._first = None
+            self._lost_writes.stop()
             self._check_unchanged()
 
     def before_validation(self) -> None:
@@ -238,6 +238,8 @@ class Audit:
         """
         self._name_frozen_adapters()
         if self._first is not None:
+            self._lost_writes.check()
+            self._lost_writes.stop()
             self._first.finish()
         self._by_hand.finish()
         self._check_unchanged()

@@ -28,9 +28,6 @@ class LostWrites:
         self._layers = adapted_layers(module)
         self._last: dict[str, tuple[Tensor, int]] = {}
         self._written: set[str] = set()
-
-    def start(self) -> None:
-        """Watches from now on."""
         for path, layer in self._layers.items():
             self._tell(layer, partial(self._note, path))
 
@@ -42,13 +39,12 @@ class LostWrites:
         """
         for name in [*self._last]:
             self._forget(name)
-        written, self._written = sorted(self._written), set()
-        if written:
+        if self._written:
             raise StateError(
-                f"The module writes into {listing(written)} from outside of the layer, as into a codebook that is "
-                "moved by averages, or to keep weights in bounds. What an adapted layer gives as its weight is "
-                "computed from the base and the adapter at each reading, so what is written into it is lost. Add the "
-                "layer to exclude_modules."
+                f"The module writes into {listing(sorted(self._written))} from outside of the layer, as into a "
+                "codebook that is moved by averages, or to keep weights in bounds. What an adapted layer gives as its "
+                "weight is computed from the base and the adapter at each reading, so what is written into it is lost. "
+                "Add the layer to exclude_modules."
             )
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from lora_plugins import LoraConfig
 from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
 
 
@@ -30,3 +31,12 @@ def test_values_that_are_taken_too_late_are_named(tmp_path, hook, merge):
     late = pytest.warns(UserWarning, match=r"4 of 4 trained tensors .*net\.0\.lora_A.*Do it in on_train_end")
     with late if hook == "on_fit_end" else nullcontext():
         trainer(tmp_path, [lora(merge_on_fit_end=merge)]).fit(module, loader())
+
+
+def test_several_adapters_are_told_of_once(tmp_path):
+    module = Averages()
+    module.on_fit_end = module.change
+    first, second = (lora(LoraConfig(r=2, target_modules=[at]), adapter_name=at[-1]) for at in ("net.0", "net.3"))
+    with pytest.warns(UserWarning, match="4 of 4 trained tensors") as told:
+        trainer(tmp_path, [first, second]).fit(module, loader())
+    assert sum("trained tensors" in str(each.message) for each in told) == 1

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear, mse_loss, one_hot
+from torch.func import functional_call, vmap
+from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 
 from lora_plugins import LoraConfig, StateError
 from tests.integrations.lightning.toys import Classifier, differing, values
@@ -56,6 +57,46 @@ class Bounded(Classifier):
         self.net[3].weight.data.clamp_(0)
 
 
+class BoundedAfter(Classifier):
+    """Does it when all callbacks are done with the batch."""
+
+    def on_train_batch_end(self, *_):
+        self.net[3].weight.data.clamp_(0)
+
+
+class BoundedBefore(Classifier):
+    """Does it ahead of each forward, which then reads the weight without the layer."""
+
+    def forward(self, x):
+        self.net[3].weight.data.clamp_(0)
+        return linear(self.net[:3](x), self.net[3].weight)
+
+
+class Ensemble(Classifier):
+    """Runs copies of its head that differ a little, all at once."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        values = {name: torch.stack([p, 1.01 * p]) for name, p in self.named_parameters() if p.requires_grad}
+
+        def loss(values):
+            return cross_entropy(functional_call(ByWeight(self), values, (x,)), y)
+
+        return vmap(loss)({f"module.{name}": p for name, p in values.items()}).mean()
+
+
+class ByWeight(nn.Module):
+    """Reads the weight of the head of a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        net = self.module.net
+        return linear(net[:3](x), net[3].weight)
+
+
 class ReadsAtLength(Classifier):
     """Uses a weight in a loop, without the layer, and computes with copies of it."""
 
@@ -81,12 +122,19 @@ def test_it_moves_as_ever_where_it_is_excluded(tmp_path, write):
     assert "codes.weight" in differing(before, values(module))
 
 
-def test_weight_that_is_kept_in_bounds_stops_the_run(tmp_path):
+@pytest.mark.parametrize("kind", [Bounded, BoundedBefore, BoundedAfter])
+def test_weight_that_is_kept_in_bounds_stops_the_run(tmp_path, kind):
     with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
-        fit(tmp_path, Bounded())
+        fit(tmp_path, kind())
 
 
-def test_weight_that_is_only_read_does_not(tmp_path):
-    module = ReadsAtLength()
+def test_one_batch_is_enough_to_see_it(tmp_path):
+    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
+        fit(tmp_path, BoundedAfter(), max_steps=1)
+
+
+@pytest.mark.parametrize("kind", [ReadsAtLength, Ensemble])
+def test_weight_that_is_only_read_does_not(tmp_path, kind):
+    module = kind()
     fit(tmp_path, module)
     assert all(B.any() for B in lora_b(module).values())
